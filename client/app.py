@@ -1,0 +1,195 @@
+"""The ClientApp: hello, train, evaluate, and the boundary that turns every exception into a code."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.site import SimulatedSite, Site, simulated_sites, site_of_node
+from client.trainer import Plan, train
+from client.update import make_update
+from common import __version__
+from common.config import RunConfig
+from common.errors import DataError, SpecError, TsugikiError, WireError
+from common.messages import (
+    EvaluateReply,
+    EvaluateRequest,
+    HelloReply,
+    HelloRequest,
+    TrainReply,
+    TrainRequest,
+    error_reply,
+    from_record,
+    site_config,
+    to_record,
+)
+from common.model import Graft, load_graft
+from common.tasks.base import Encoded
+from common.wire import Vector, decode, encode
+
+log = logging.getLogger("tsugiki.client")
+
+Locate = Callable[[Context], Site]
+
+
+@dataclass
+class Desk:
+    """What a client process keeps between messages: tokenised shards, one base model (in `common.model`)."""
+
+    encoded: dict[tuple[str, str, str], Encoded | None] = field(default_factory=dict)
+    notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def graft(self, site: Site, config: RunConfig) -> Graft:
+        """Return the base with the run's adapter on it."""
+        return load_graft(config, site.model_source(config.model.name), config.run.seed)
+
+    def rows(self, site: Site, config: RunConfig, part: str) -> Encoded | None:
+        """Return the site's tokenised rows for "train" or "evaluation"."""
+        graft = self.graft(site, config)
+        key = (site.identity(), part, f"{graft.spec.base_fingerprint}{config.task.model_dump_json()}")
+        if key not in self.encoded:
+            shard = site.train_shard(graft.task) if part == "train" else site.evaluation_shard(graft.task)
+            self.encoded[key] = None if shard is None else graft.task.encode(shard, graft.base)
+            if shard is not None:
+                self.notes[site.name] = shard.notes
+        return self.encoded[key]
+
+
+_desk = Desk()
+"""One for each process. Ray pickles the app for every message, so it must not hang on the app."""
+
+
+def make_app(locate: Locate) -> ClientApp:
+    """Return a ClientApp whose nodes are the sites that `locate` finds."""
+    app = ClientApp()
+
+    @app.query()
+    def hello(message: Message, context: Context) -> Message:
+        return _answer(message, lambda: _hello(locate(context), from_record(HelloRequest, message.content)))
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return _answer(message, lambda: _train(locate(context), message.content))
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return _answer(message, lambda: _evaluate(locate(context), message.content))
+
+    return app
+
+
+def _answer(message: Message, handle: Callable[[], RecordDict]) -> Message:
+    """Return the handler's reply, or a code: an exception's text may hold a site's data and stays in the local log."""
+    try:
+        return Message(handle(), reply_to=message)
+    except TsugikiError as error:
+        log.warning("refused: %s", error)
+        return error_reply(error.code, message)
+    except BaseException as error:  # also SystemExit and KeyboardInterrupt raised inside training code
+        name = type(error).__name__
+        log.exception("failed: %s", name)
+        return error_reply("out-of-memory" if name in _MEMORY_ERRORS else f"client-error:{name}", message)
+
+
+_MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")
+
+
+def _hello(site: Site, request: HelloRequest) -> RecordDict:
+    config = site_config(request.config)
+    graft = _desk.graft(site, config)
+    rows, kept = _desk.rows(site, config, "train"), _desk.rows(site, config, "evaluation")
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft"))
+    reply = HelloReply(
+        site=site.name,
+        version=__version__,
+        rows=_count(rows),
+        evaluation_rows=0 if kept is None else len(kept),
+        base_fingerprint=graft.spec.base_fingerprint,
+        spec_sha256=graft.spec.sha256,
+        libraries=f"python {platform.python_version()}, {libraries}",
+        notes=",".join(_desk.notes.get(site.name, ())),
+    )
+    return to_record(reply)
+
+
+def _train(site: Site, content: RecordDict) -> RecordDict:
+    request = from_record(TrainRequest, content)
+    config = site_config(request.config)
+    graft, received = _receive(site, config, request.spec_sha256, content)
+    rows = _desk.rows(site, config, "train")
+    count = _count(rows)
+    assert rows is not None  # narrows the type; _count has refused None
+    plan = Plan(
+        seed=config.run.seed,
+        site=site.name,
+        round=request.round,
+        schedule_start=request.schedule_start,
+        schedule_stop=request.schedule_stop,
+        proximal_mu=config.strategy.proximal_mu,
+        deadline_s=request.deadline_s,
+    )
+    trained = train(graft, rows, config.train, plan)
+    update = make_update(graft.read(), received)
+    reply = TrainReply(site.name, request.round, request.nonce, count, trained.steps, trained.loss, trained.seconds)
+    return to_record(reply, encode(update, graft.spec))
+
+
+def _evaluate(site: Site, content: RecordDict) -> RecordDict:
+    import torch
+
+    request = from_record(EvaluateRequest, content)
+    config = site_config(request.config)
+    graft, _ = _receive(site, config, request.spec_sha256, content)
+    rows = _desk.rows(site, config, "evaluation")
+    if rows is None:
+        raise DataError("this site keeps no evaluation rows", "data.evaluation in site.toml", code="shard-no-evaluation")
+    with torch.no_grad():
+        metrics = graft.task.evaluate(graft.base, rows, config.evaluation.batch_size)
+    result = to_record(EvaluateReply(site.name, request.round, request.nonce, len(rows)))
+    result["metrics"] = MetricRecord(metrics)
+    return result
+
+
+def _receive(site: Site, config: RunConfig, spec_sha256: str, content: RecordDict) -> tuple[Graft, Vector]:
+    """Check that both sides mean the same adapter, and set it to the received values."""
+    graft = _desk.graft(site, config)
+    if graft.spec.sha256 != spec_sha256:
+        raise SpecError(f"the server's adapter spec {spec_sha256[:12]}", f"{graft.spec.sha256[:12]}, this site's")
+    arrays = content.array_records.get("arrays")
+    if not isinstance(arrays, ArrayRecord):
+        raise WireError("no adapter in the message", "one array", code="keys")
+    received = decode(arrays, graft.spec)
+    graft.write(received)
+    return graft, received
+
+
+def _count(rows: Encoded | None) -> int:
+    if rows is None or not len(rows):
+        raise DataError("no rows to train on", "at least one", code="shard-empty")
+    return len(rows)
+
+
+def simulated_app(config: RunConfig, only: str = "") -> tuple[ClientApp, int]:
+    """Return the ClientApp of a simulation and its number of nodes; each node's `partition-id` picks its site.
+
+    Args:
+        config: the run, whose file is split over the sites.
+        only: the name of a site that is to be alone.
+
+    Raises:
+        ConfigError, DataError: the simulation's file cannot be split as asked.
+    """
+
+    def sites() -> list[SimulatedSite]:
+        return [site for site in simulated_sites(config) if only in ("", site.name)]
+
+    return make_app(lambda context: sites()[int(context.node_config["partition-id"])]), len(sites())
+
+
+app = make_app(site_of_node)

@@ -1,0 +1,165 @@
+"""The local loop: plain PyTorch from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.config import TrainSection
+from common.errors import TrainingError
+from common.model import Graft
+from common.rng import derive_seed, generator, seed_everything
+from common.tasks.base import Encoded
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one site does in one round.
+
+    Args:
+        seed: the run's.
+        site: the site's name; its batches follow from seed, name and position in the run.
+        round: counted from 1.
+        schedule_start: share of the whole run's training done before, in [0, 1).
+        schedule_stop: the same after, in (0, 1].
+        proximal_mu: weight of FedProx's term.
+        deadline_s: give up after so many seconds.
+    """
+
+    seed: int
+    site: str
+    round: int
+    schedule_start: float
+    schedule_stop: float
+    proximal_mu: float = 0.0
+    deadline_s: float = math.inf
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the loop reports: optimiser steps, mean loss over them, seconds."""
+
+    steps: int
+    loss: float
+    seconds: float
+
+
+def train(graft: Graft, encoded: Encoded, settings: TrainSection, plan: Plan) -> Trained:
+    """Train the graft's parameters in place on one site's rows.
+
+    Raises:
+        TrainingError: `diverged`, the loss is not finite; `deadline`, the time is up.
+    """
+    import torch
+
+    started = time.perf_counter()
+    torch.set_num_threads(settings.threads)
+    seed_everything(derive_seed(plan.seed, "train", plan.site, plan.round))
+    steps = steps_per_round(len(encoded), settings)
+    optimizer = make_optimizer(graft, settings)
+    received = [value.detach().clone() for value in graft.parameters] if plan.proximal_mu else []
+    stream = batches(len(encoded), settings, plan, steps)
+    losses = torch.zeros(steps, device=graft.device)
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=settings.bf16 and graft.device.type == "cuda")
+
+    graft.base.network.train()
+    try:
+        for step in range(steps):
+            position = plan.schedule_start + (plan.schedule_stop - plan.schedule_start) * step / steps
+            width = (plan.schedule_stop - plan.schedule_start) / steps
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * schedule(position, width, settings)
+            for _ in range(settings.gradient_accumulation_steps):
+                batch = graft.task.batch(encoded, next(stream), graft.base)
+                batch = {name: tensor.to(graft.device) for name, tensor in batch.items()}
+                with autocast:
+                    loss = graft.task.loss(graft.base.network, batch) / settings.gradient_accumulation_steps
+                loss.backward()
+                losses[step] += loss.detach()
+            for value, start in zip(graft.parameters, received, strict=False):
+                value.grad.add_(value.detach() - start, alpha=plan.proximal_mu)  # gradient of (mu/2)*||w - start||^2
+            if settings.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(graft.parameters, settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if time.perf_counter() - started > plan.deadline_s:
+                raise TrainingError(f"step {step + 1} of {steps} after {plan.deadline_s:g} s", code="deadline")
+    finally:
+        graft.base.network.eval()
+    mean = float(losses.mean())
+    if not math.isfinite(mean):
+        raise TrainingError("the loss is not finite", do="lower train.learning_rate", code="diverged")
+    return Trained(steps, mean, time.perf_counter() - started)
+
+
+def steps_per_round(rows: int, settings: TrainSection) -> int:
+    """Return the optimiser steps of a site with so many rows in one round."""
+    if not settings.local_epochs:
+        return settings.local_steps
+    return settings.local_epochs * math.ceil(batches_per_epoch(rows, settings) / settings.gradient_accumulation_steps)
+
+
+def batches_per_epoch(rows: int, settings: TrainSection) -> int:
+    """Return how many batches one pass over the rows takes; the last may be short."""
+    return math.ceil(rows / settings.per_device_train_batch_size)
+
+
+def batches(rows: int, settings: TrainSection, plan: Plan, steps: int) -> Iterator[list[int]]:
+    """Yield row numbers for each batch of the round, without end.
+
+    Rounds walk on through the shard: the batches of round 2 follow those of round 1 in the same shuffled pass, so that
+    every row is seen once before any is seen twice, also when a round takes less than a pass. Nothing has to be
+    remembered for that, because a pass's order follows from seed, site and its number.
+    """
+    size, per_epoch = settings.per_device_train_batch_size, batches_per_epoch(rows, settings)
+    position = (plan.round - 1) * steps * settings.gradient_accumulation_steps
+    if settings.local_epochs:
+        position = (plan.round - 1) * settings.local_epochs * per_epoch
+    order: npt.NDArray[np.int64] | None = None
+    while True:
+        epoch, index = divmod(position, per_epoch)
+        if order is None or index == 0:
+            order = generator(plan.seed, "batches", plan.site, epoch).permutation(rows)
+        yield order[index * size : (index + 1) * size].tolist()
+        position += 1
+
+
+def schedule(position: float, width: float, settings: TrainSection) -> float:
+    """Return the factor on the learning rate for a step that takes the run from `position` to `position + width`.
+
+    Warm-up counts the step itself, so that the first one moves; decay does not, so that the last one moves too.
+
+    Args:
+        position: share of the whole run's training done before the step, in [0, 1).
+        width: share of the run that the step is.
+        settings: lr_schedule and warmup_ratio.
+    """
+    warmup = settings.warmup_ratio
+    if position < warmup:
+        return min(1.0, (position + width) / warmup)
+    left = (1.0 - position) / (1.0 - warmup)
+    if settings.lr_schedule == "linear":
+        return left
+    if settings.lr_schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * (1.0 - left)))
+    return 1.0
+
+
+def make_optimizer(graft: Graft, settings: TrainSection) -> Any:
+    """Return a fresh optimiser; weight decay spares biases and norms (all one-dimensional parameters)."""
+    import torch
+
+    groups = [
+        {"params": [value for value in graft.parameters if value.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [value for value in graft.parameters if value.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate)

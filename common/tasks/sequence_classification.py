@@ -1,0 +1,131 @@
+"""Classification of one text, or of a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from common.settings import Names, TaskSettings
+from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, by_length, pad
+
+if TYPE_CHECKING:
+    import torch
+
+    from common.data.shard import Shard
+
+
+class SequenceClassificationSettings(TaskSettings):
+    """Any number of classes; accuracy, macro-F1 and loss."""
+
+    name: Literal["sequence-classification"] = Field(default="sequence-classification", description="the task")
+    num_labels: int = Field(default=2, ge=2, le=10_000, description="number of classes, where they are plain numbers")
+    labels: Names = Field(default=(), description="names of the classes, in order; empty: 0 to num_labels - 1")
+    pair: bool = Field(default=False, description="classify pairs, from the columns text and text_pair")
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> SequenceClassificationSettings:
+        if self.labels and (len(set(self.labels)) != len(self.labels) or len(self.labels) < 2):
+            raise ValueError("at least two class names, all different")
+        return self
+
+
+@TASKS.register("sequence-classification")
+class SequenceClassification(Task):
+    """`AutoModelForSequenceClassification` with cross-entropy."""
+
+    name = "sequence-classification"
+    Settings = SequenceClassificationSettings
+
+    @property
+    def monitor(self) -> str:
+        """Accuracy."""
+        return "accuracy"
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """One or two texts, and the class."""
+        second = (Column("text_pair", "text"),) if self.settings.pair else ()
+        return (Column("text", "text"), *second, Column("label", "label"))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes by name, in order."""
+        return self.settings.labels or tuple(str(label) for label in range(self.settings.num_labels))
+
+    def load(self, folder: Path, dtype: torch.dtype) -> Base:
+        """Load the base; its head is new unless the checkpoint has one of the same shape."""
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        network = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=dtype,
+            num_labels=len(self.labels),
+            id2label=dict(enumerate(self.labels)),
+            label2id={label: index for index, label in enumerate(self.labels)},
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+        )
+        if network.config.pad_token_id is None:
+            network.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        heads = tuple(name for name, _ in network.named_children() if name in ("classifier", "score"))
+        return Base(network, network, tokenizer, heads)
+
+    def encode(self, shard: Shard, base: Base) -> Encoded:
+        """Tokenise the texts; a pair becomes one sequence with its segments marked."""
+        texts = shard.columns["text"]
+        pairs = (shard.columns["text_pair"],) if self.settings.pair else ()
+        tokens = base.tokenizer(texts, *pairs, truncation=True, max_length=self.settings.max_length)
+        kept = {name: tokens[name] for name in ("input_ids", "token_type_ids") if name in tokens}
+        return Encoded(kept, np.asarray(shard.columns["label"], np.int64))
+
+    def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
+        """Return `input_ids`, `attention_mask` (and `token_type_ids`) of shape (rows, tokens), `labels` of (rows,)."""
+        import torch
+
+        pad_id = base.tokenizer.pad_token_id or 0
+        ids, mask = pad([encoded.texts["input_ids"][row] for row in rows], pad_id)
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in encoded.texts:
+            batch["token_type_ids"] = pad([encoded.texts["token_type_ids"][row] for row in rows], 0)[0]
+        if encoded.targets is not None:
+            batch["labels"] = torch.from_numpy(encoded.targets[list(rows)])
+        return batch
+
+    def loss(self, network: Any, batch: Batch) -> torch.Tensor:
+        """Return the mean cross-entropy, computed in float32."""
+        from torch.nn.functional import cross_entropy
+
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return cross_entropy(network(**inputs).logits.float(), batch["labels"])
+
+    def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
+        """Return accuracy, macro_f1 (over the classes that occur or are predicted) and loss."""
+        import torch
+        from sklearn.metrics import f1_score
+        from torch.nn.functional import cross_entropy
+
+        device = next(base.network.parameters()).device
+        logits = torch.empty(len(encoded), len(self.labels))
+        for rows in by_length([len(tokens) for tokens in encoded.texts["input_ids"]], batch_size):
+            batch = self.batch(encoded, rows, base)
+            batch.pop("labels", None)
+            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            logits[rows] = base.network(**inputs).logits.float().cpu()
+        targets = torch.from_numpy(encoded.targets)
+        predicted = logits.argmax(dim=1)
+        return {
+            "accuracy": float((predicted == targets).float().mean()),
+            "macro_f1": float(f1_score(targets.numpy(), predicted.numpy(), average="macro")),
+            "loss": float(cross_entropy(logits, targets)),
+        }
+
+    @classmethod
+    def tiny(cls) -> TinyCase:
+        """Two classes told apart by one word."""
+        texts = [f"the {word} clause number {n}" for n in range(12) for word in ("good", "bad")]
+        return TinyCase({"num_labels": 2, "max_length": 16}, {"text": texts, "label": [1, 0] * 12})

@@ -1,0 +1,162 @@
+"""The ServerApp: from a configuration to parts, from parts to a loop."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common import __version__
+from common.config import RunConfig
+from common.config_file import from_run_config, to_toml, with_absolute_paths
+from common.model import Graft, load_graft
+from common.wire import AdapterSpec, sha256, unpack
+from server import checkpoint
+from server.audit import AuditLog
+from server.checkpoint import State
+from server.engines.grid import Stop
+from server.evaluate import make_evaluator
+from server.loop import Parts, initial_state, run_rounds
+from server.progress import Progress, choose
+from server.roster import Roster
+from server.storage import read_lines, run_folder, write_atomically
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run leaves in memory."""
+
+    folder: Path
+    state: State
+    summary: dict[str, Any]
+
+
+def run_federation(
+    grid: Grid,
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+) -> Outcome:
+    """Run a whole federation on a Grid, whichever engine lends it.
+
+    Args:
+        grid: where the sites are.
+        config: the run.
+        resume: go on from the last checkpoint in the run's folder instead of starting a new one.
+        progress: shows what happens.
+        stop: set to end the run at the next chance.
+
+    Raises:
+        TsugikiError: the run cannot start or go on; the class says why, and the last checkpoint is kept.
+    """
+    config = with_absolute_paths(config)
+    progress, stop = progress or Progress(), stop or Stop()
+    with run_folder(Path(config.run.output_dir) / config.run.name, resume=resume) as folder:
+        graft = load_graft(config, config.model.name, config.run.seed)
+        evaluator = make_evaluator(graft, config)
+        state = checkpoint.load(folder / "checkpoint", config.sha256, graft.spec.sha256) if resume else _start(graft)
+        write_atomically(folder / "config.toml", to_toml(config).encode())
+        write_atomically(folder / "spec.json", _describe_spec(graft.spec))
+        _drop_unfinished(folder / "metrics.jsonl", state)
+        audit = AuditLog(folder / "audit.jsonl")
+        audit.write(
+            "resumed" if resume else "started",
+            round=state.round,
+            version=__version__,
+            config_sha256=config.sha256,
+            spec_sha256=graft.spec.sha256,
+            base_fingerprint=graft.spec.base_fingerprint,
+        )
+        with progress:
+            roster = Roster(grid, config, graft.spec, audit, stop)
+            roster.wait(lambda count: progress.note(f"{count} of {config.strategy.min_clients} nodes connected"))
+            lower = config.monitor in graft.task.lower_is_better
+            parts = Parts(config, graft.spec, grid, roster, evaluator, lower, folder, audit, progress, stop)
+            state = run_rounds(parts, state)
+        summary = summarise(config, graft, state, read_lines(folder / "metrics.jsonl"))
+        write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
+        _save_best(folder / "best", graft.spec, state)
+        audit.write("finished", round=state.round, adapter_sha256=sha256(state.vector), best_round=state.best_round)
+    return Outcome(folder, state, summary)
+
+
+def _start(graft: Graft) -> State:
+    return initial_state(graft.read())
+
+
+def _describe_spec(spec: AdapterSpec) -> bytes:
+    """Return spec.json: what was exchanged, for people and for `tsugiki export`."""
+    body = {
+        "task": spec.task,
+        "method": spec.method,
+        "settings": json.loads(spec.settings),
+        "base_fingerprint": spec.base_fingerprint,
+        "wire_dtype": spec.wire_dtype,
+        "sha256": spec.sha256,
+        "adapter_parameters": spec.parameters("adapter"),
+        "head_parameters": spec.parameters("head"),
+        "size_bytes": spec.size_bytes,
+        "tensors": [{"name": t.name, "shape": t.shape, "part": t.part} for t in spec.tensors],
+    }
+    return json.dumps(body, indent=1).encode()
+
+
+def _drop_unfinished(path: Path, state: State) -> None:
+    """Leave out the lines of rounds that a crash undid; they will be written again."""
+    kept = [line for line in read_lines(path) if line["round"] <= state.evaluated_round or line.get("voided")]
+    if kept:
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _save_best(folder: Path, spec: AdapterSpec, state: State) -> None:
+    """Write the best adapter under the names of the model's own parameters."""
+    from safetensors.numpy import save
+
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "adapter.safetensors", save(unpack(state.best_vector, spec)))
+
+
+def summarise(config: RunConfig, graft: Graft, state: State, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return summary.json: the run in one look."""
+    rounds = [line for line in lines if not line.get("voided")]
+    evaluated = [line for line in rounds if "eval" in line]
+    best = next((line for line in evaluated if line["round"] == state.best_round), None)
+    return {
+        "name": config.run.name,
+        "rounds": state.round,
+        "stopped": "finished" if state.round == config.run.rounds else "early",
+        "task": config.task.name,
+        "method": config.adapter.method,
+        "strategy": config.strategy.name,
+        "monitor": config.monitor,
+        "before": evaluated[0]["eval"] if evaluated else None,
+        "after": best["eval"] if best else None,
+        "best_round": state.best_round,
+        "adapter_sha256": sha256(state.vector),
+        "best_sha256": sha256(state.best_vector),
+        "adapter_parameters": graft.spec.parameters("adapter"),
+        "head_parameters": graft.spec.parameters("head"),
+        "base_fingerprint": graft.spec.base_fingerprint,
+        "threads": config.train.threads,
+        "device": str(graft.device),
+        "bytes_down": sum(line.get("bytes_down", 0) for line in lines),
+        "bytes_up": sum(line.get("bytes_up", 0) for line in lines),
+        "seconds": sum(sum(line["seconds"].values()) for line in lines),
+    }
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run as a Flower app: the run config is the configuration."""
+    run_federation(grid, from_run_config(context.run_config), progress=choose())

@@ -1,0 +1,92 @@
+"""What federated training is compared with: no training, every site alone, all data in one place.
+
+Each is the same program with other settings: a federation of one. All of them take as many optimiser steps on as many
+rows as the federation does: a site alone takes those that it takes in the federation, and the central run takes those
+of all sites together.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flwr.clientapp import ClientApp
+
+from common.config import RunConfig, parse
+from common.model import load_graft
+from server.app import run_federation
+from server.engines.in_process import InProcessGrid
+from server.evaluate import evaluate_untouched, make_evaluator
+from server.progress import Progress
+from server.simulate import SimulatedApp
+from server.storage import write_atomically
+
+Metrics = dict[str, float]
+
+
+def centralised(config: RunConfig, sites: int) -> RunConfig:
+    """Return the run with all data at one site, at equal samples."""
+    return _alone(config, sites, clients=1)
+
+
+def local_only(config: RunConfig) -> RunConfig:
+    """Return the run as one site would do it by itself; the split of the data stays as it is."""
+    return _alone(config, 1)
+
+
+def _alone(config: RunConfig, factor: int, **simulation: Any) -> RunConfig:
+    raw = config.model_dump(mode="json")
+    rounds = config.run.rounds
+    raw["run"]["rounds"] = 1
+    raw["train"]["local_steps"] = config.train.local_steps * rounds * factor
+    raw["train"]["local_epochs"] = config.train.local_epochs * rounds
+    raw["strategy"] = {"name": "fedavg", "min_clients": 1, "round_timeout_s": 604_800.0}
+    raw["evaluation"] |= {"data": "", "at_sites": False, "early_stopping_patience": 0}
+    if simulation:
+        raw["simulation"] |= {"partition": "iid", "column": "", **simulation}
+    return parse(raw)
+
+
+def run_baselines(
+    config: RunConfig, folder: Path, client: SimulatedApp, sites: list[str], kinds: list[str], progress: Progress
+) -> dict[str, Any]:
+    """Return, and write to baselines.json, the metrics of each baseline on the central evaluation data.
+
+    Args:
+        config: the federated run, with evaluation data.
+        folder: the federated run's.
+        client: makes ClientApps of simulated sites.
+        sites: names of all sites.
+        kinds: of "untouched", "local", "centralised".
+        progress: shows what happens.
+    """
+    graft = load_graft(config, config.model.name, config.run.seed)
+    evaluate = make_evaluator(graft, config)
+    if evaluate is None:
+        return {}
+    results: dict[str, Any] = {}
+    if "untouched" in kinds:
+        progress.note("baseline: the untouched base model")
+        results["untouched"] = evaluate_untouched(graft, config)
+
+    def train_alone(alone: RunConfig, name: str, app: ClientApp) -> Metrics:
+        progress.note(f"baseline: {name}")
+        raw = alone.model_dump(mode="json")
+        raw["run"] |= {"output_dir": str(folder / "baselines"), "name": name}
+        outcome = run_federation(InProcessGrid(app, 1), parse(raw))
+        return evaluate(outcome.state.vector)
+
+    if "local" in kinds:
+        alone = local_only(config)
+        results["local"] = {site: train_alone(alone, f"local-{site}", client(alone, site)[0]) for site in sites}
+    if "centralised" in kinds:
+        central = centralised(config, len(sites))
+        results["centralised"] = train_alone(central, "centralised", client(central, "")[0])
+    write_atomically(folder / "baselines.json", json.dumps(results, indent=1).encode())
+    return results
+
+
+def average(metrics: dict[str, Metrics], name: str) -> float:
+    """Return the mean of one metric over the sites."""
+    return sum(values[name] for values in metrics.values()) / len(metrics)

@@ -1,0 +1,94 @@
+"""The in-process engine: one process, one base model, no Ray, the same bytes each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from common.messages import error_reply
+
+Fault = Callable[[int, Message], list[Message]]
+"""What becomes of a node's reply: usually [reply]; tests lose, repeat or forge it."""
+
+
+def identify_process() -> None:
+    """Give this process the identity that Flower asks for before it makes a Message outside its own processes."""
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+
+
+class InProcessGrid(Grid):
+    """A Grid that calls the ClientApp itself, one message for each poll, in the order in which they were pushed.
+
+    Args:
+        client_app: answers every message.
+        nodes: number of nodes; their ids count from 1 and their node config has `partition-id`, as in Flower.
+        fault: see `Fault`.
+    """
+
+    sequential = True
+
+    def __init__(self, client_app: ClientApp, nodes: int, fault: Fault | None = None) -> None:
+        identify_process()
+        self._app = client_app
+        self._fault = fault
+        self._contexts = {
+            node: Context(
+                run_id=1,
+                node_id=node,
+                node_config={"partition-id": node - 1, "num-partitions": nodes},
+                state=RecordDict(),
+                run_config={},
+            )
+            for node in range(1, nodes + 1)
+        }
+        self._queue: dict[str, Message] = {}
+        self._sent = 0
+
+    def get_node_ids(self) -> list[int]:
+        """Return all node ids."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Queue messages; return their ids."""
+        ids = []
+        for message in messages:
+            self._sent += 1
+            message.metadata.__dict__["_message_id"] = str(self._sent)  # Flower's own grids set it in the same way
+            self._queue[str(self._sent)] = message
+            ids.append(str(self._sent))
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Answer the oldest queued message among `message_ids`."""
+        wanted = set(message_ids)
+        for message_id in [queued for queued in self._queue if queued in wanted]:
+            message = self._queue.pop(message_id)
+            node = message.metadata.dst_node_id
+            try:
+                reply = self._app(message, self._contexts[node])
+            except Exception as error:  # an app of someone else's; ours answers with a code itself
+                reply = error_reply(f"client-error:{type(error).__name__}", message)
+            return [reply] if self._fault is None else self._fault(node, reply)
+        return []
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Answer all messages at once."""
+        ids = self.push_messages(messages)
+        return [reply for message_id in ids for reply in self.pull_messages([message_id])]
+
+    def set_run(self, run: Any) -> None:
+        """Nothing to set: there is one run."""
+
+    @property
+    def run(self) -> Any:
+        """There is no SuperLink that could describe the run."""
+        return None
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Return a message."""
+        return Message(*args, **kwargs)

@@ -1,0 +1,58 @@
+"""Central evaluation, on rows that the operator holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from common.config import RunConfig
+from common.data.shard import Shard, read
+from common.errors import DataError
+from common.model import Graft
+from common.tasks import Task
+from common.wire import Vector
+
+Evaluator = Callable[[Vector], dict[str, float]]
+
+
+def make_evaluator(graft: Graft, config: RunConfig) -> Evaluator | None:
+    """Return a function from an adapter to its metrics, or None where the run names no evaluation data.
+
+    Raises:
+        DataError: the file cannot be used.
+    """
+    if not config.evaluation.data:
+        return None
+    import torch
+
+    shard = read_evaluation(Path(config.evaluation.data), graft.task, config)
+    encoded = graft.task.encode(shard, graft.base)
+
+    def evaluate(vector: Vector) -> dict[str, float]:
+        torch.set_num_threads(config.train.threads)
+        graft.write(vector)
+        with torch.no_grad():
+            return graft.task.evaluate(graft.base, encoded, config.evaluation.batch_size)
+
+    return evaluate
+
+
+def evaluate_untouched(graft: Graft, config: RunConfig) -> dict[str, float]:
+    """Return the metrics of the base model with the adapter switched off."""
+    import torch
+
+    shard = read_evaluation(Path(config.evaluation.data), graft.task, config)
+    with torch.no_grad(), graft.untouched():
+        return graft.task.evaluate(graft.base, graft.task.encode(shard, graft.base), config.evaluation.batch_size)
+
+
+def read_evaluation(path: Path, task: Task, config: RunConfig) -> Shard:
+    """Return the rows of an evaluation file, in the first of the task's forms whose columns it has."""
+    forms = task.evaluation_columns
+    for form in forms[:-1]:
+        try:
+            return read(path, form, config.data, labels=task.labels)
+        except DataError as error:
+            if error.code != "shard-columns":
+                raise
+    return read(path, forms[-1], config.data, labels=task.labels)

@@ -1,0 +1,105 @@
+"""What an operator sees while a run goes on: bars on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class Progress:
+    """The events of a run; this one shows nothing."""
+
+    def __enter__(self) -> Progress:
+        """Begin."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """End."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+    def round_begins(self, round_: int, rounds: int, cohort: list[str]) -> None:
+        """The cohort has been asked."""
+
+    def reply(self, site: str, outcome: str) -> None:
+        """A site has answered; the outcome is "accepted" or the code of a rejection."""
+
+    def round_ends(self, record: Record) -> None:
+        """The round's line for metrics.jsonl is complete."""
+
+
+class Lines(Progress):
+    """One line for each event, for logs."""
+
+    def note(self, text: str) -> None:
+        """Write the line."""
+        print(text, file=sys.stderr, flush=True)
+
+    def round_ends(self, record: Record) -> None:
+        """Write the round's line."""
+        self.note(describe(record))
+
+
+class Bars(Progress):
+    """A bar for the rounds and one for the sites of the round in flight."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = RichProgress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+        self._rounds = self._bars.add_task("rounds", total=None, note="")
+        self._sites = self._bars.add_task("sites", total=None, note="")
+
+    def __enter__(self) -> Progress:
+        """Show the bars."""
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Leave the terminal as it was."""
+        self._bars.stop()
+
+    def note(self, text: str) -> None:
+        """Write a line above the bars."""
+        self._bars.console.print(text, highlight=False, markup=False)
+
+    def round_begins(self, round_: int, rounds: int, cohort: list[str]) -> None:
+        """Start the sites' bar anew."""
+        self._bars.update(self._rounds, total=rounds, completed=round_ - 1)
+        self._bars.reset(self._sites, total=len(cohort), note=", ".join(cohort[:4]) + ("..." if len(cohort) > 4 else ""))
+
+    def reply(self, site: str, outcome: str) -> None:
+        """Move the sites' bar."""
+        self._bars.update(self._sites, advance=1, note=f"{site} {outcome}")
+
+    def round_ends(self, record: Record) -> None:
+        """Move the rounds' bar and write the round's line."""
+        self._bars.update(self._rounds, completed=record["round"])
+        self.note(describe(record))
+
+
+def choose() -> Progress:
+    """Return bars on a terminal, lines elsewhere."""
+    return Bars() if sys.stderr.isatty() else Lines()
+
+
+def describe(record: Record) -> str:
+    """Return one line about a round."""
+    parts = [f"round {record['round']}"]
+    if record.get("voided"):
+        parts.append("voided")
+    if record.get("accepted"):
+        parts.append(f"loss {record['train_loss']:.4f}, {len(record['accepted'])} sites")
+    rejected = record.get("rejected", {})
+    if rejected:
+        parts.append("without " + ", ".join(f"{site} ({why['reason']})" for site, why in rejected.items()))
+    parts += [f"{name} {value:.4f}" for name, value in record.get("eval", {}).items()]
+    parts.append(f"{sum(record['seconds'].values()):.1f} s")
+    return ", ".join(parts) + (" (best)" if record.get("best") else "")

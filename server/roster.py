@@ -1,0 +1,144 @@
+"""The roster: which site is behind which node.
+
+Node ids are random and change when a site reconnects; names are stable. The hello binds one to the other, and a site
+that does not fit the run is refused there, with a code, before anything is trained.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from common import __version__
+from common.config import RunConfig
+from common.errors import NotEnoughSites, WireError
+from common.messages import HelloReply, HelloRequest, error_code, from_record, to_record
+from common.settings import NAME_PATTERN
+from common.wire import AdapterSpec
+from server.audit import AuditLog
+from server.engines.grid import Stop, exchange, wait_for_nodes
+
+if TYPE_CHECKING:
+    from flwr.app import Message
+    from flwr.serverapp import Grid
+
+
+@dataclass(frozen=True)
+class Member:
+    """A site that passed the hello."""
+
+    name: str
+    node_id: int
+    rows: int
+    evaluation_rows: int
+
+
+class Roster:
+    """The sites of a run, kept up to date by `refresh`.
+
+    Args:
+        grid: to ask through.
+        config: the run.
+        spec: what a site has to have loaded too.
+        audit: every hello and refusal is written there.
+        stop: set when the user wants to stop.
+    """
+
+    def __init__(self, grid: Grid, config: RunConfig, spec: AdapterSpec, audit: AuditLog, stop: Stop) -> None:
+        self._grid, self._config, self._spec, self._audit, self._stop = grid, config, spec, audit, stop
+        self._known: dict[int, Member | str] = {}  # a refused node stands here with its code, and is not asked again
+        self._present: set[int] = set()
+
+    def members(self) -> dict[str, Member]:
+        """Return the sites that are connected now, by name, sorted."""
+        found = [self._known.get(node) for node in self._present]
+        members = sorted((entry for entry in found if isinstance(entry, Member)), key=lambda member: member.name)
+        return {member.name: member for member in members}
+
+    def refused(self) -> dict[int, str]:
+        """Return the nodes that failed the hello, with their codes."""
+        return {node: entry for node, entry in self._known.items() if isinstance(entry, str)}
+
+    def wait(self, seen: Callable[[int], None]) -> None:
+        """Wait until enough sites have connected and passed the hello.
+
+        Raises:
+            NotEnoughSites: the time is up.
+        """
+        wanted, timeout_s = self._config.strategy.min_clients, self._config.strategy.connect_timeout_s
+        wait_for_nodes(self._grid, wanted, timeout_s, self._stop, seen)
+        self.refresh()
+        if len(self.members()) < wanted:
+            refusals = ", ".join(sorted(set(self.refused().values())))
+            raise NotEnoughSites(
+                f"{len(self.members())} of {wanted} sites after {timeout_s:g} s"
+                + (f"; {len(self.refused())} refused: {refusals}" if refusals else ""),
+                f"strategy.min_clients = {wanted}",
+                "look at the refused sites' own logs" if refusals else "start more sites, or raise connect_timeout_s",
+            )
+
+    def refresh(self) -> None:
+        """Look who is connected, and greet the nodes that are new."""
+        self._present = set(self._grid.get_node_ids())
+        new = sorted(self._present - set(self._known))
+        if new:
+            self._greet(new)
+        self._present &= set(self._known)  # a node that has not answered its hello is asked again next time
+
+    def _greet(self, nodes: list[int]) -> None:
+        from flwr.app import Message
+
+        content = to_record(HelloRequest(self._config.for_sites(), __version__))
+        messages = [Message(content, node, "query", ttl=self._config.strategy.round_timeout_s * 2) for node in nodes]
+        replies: dict[int, Message] = {}
+        for reply in exchange(self._grid, messages, self._config.strategy.round_timeout_s, self._stop):
+            replies.setdefault(reply.metadata.src_node_id, reply)
+        for node in nodes:  # in the order of node ids, not of arrival: who of two namesakes wins is not left to chance
+            if node in replies:
+                self._known[node] = self._judge(node, replies[node])
+
+    def _judge(self, node: int, reply: Message) -> Member | str:
+        """Return the member, or the code with which the node is refused."""
+        if reply.has_error():
+            return self._refuse(node, error_code(reply))
+        try:
+            hello = from_record(HelloReply, reply.content)
+        except WireError as error:
+            return self._refuse(node, error.code)
+        taken = hello.site in self.members()
+        checks = {
+            "site-name": re.fullmatch(NAME_PATTERN, hello.site) is None,
+            "site-name-taken": taken,
+            "version-mismatch": _minor(hello.version) != _minor(__version__),
+            "base-mismatch": hello.base_fingerprint != self._spec.base_fingerprint,
+            "spec-mismatch": hello.spec_sha256 != self._spec.sha256,
+            "shard-empty": hello.rows < 1 or hello.evaluation_rows < 0,
+        }
+        failed = next((code for code, wrong in checks.items() if wrong), None)
+        if failed:
+            detail = {
+                "version-mismatch": (hello.version[:32], __version__),
+                "base-mismatch": (hello.base_fingerprint[:12], self._spec.base_fingerprint[:12]),
+                "spec-mismatch": (hello.spec_sha256[:12], self._spec.sha256[:12]),
+            }.get(failed, ())
+            return self._refuse(node, failed, *detail)
+        self._audit.write(
+            "hello",
+            site=hello.site,
+            rows=hello.rows,
+            evaluation_rows=hello.evaluation_rows,
+            version=hello.version[:32],
+            libraries=hello.libraries[:200],
+            notes=hello.notes[:200],
+        )
+        return Member(hello.site, node, hello.rows, hello.evaluation_rows)
+
+    def _refuse(self, node: int, code: str, theirs: str = "", ours: str = "") -> str:
+        self._audit.write("refused", node=str(node), code=code, theirs=theirs, ours=ours)
+        return code
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])

@@ -1,0 +1,59 @@
+"""A whole federation on one machine: the same apps as deployed, on an engine that needs no network."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from flwr.clientapp import ClientApp
+
+from common.config import RunConfig
+from server.app import Outcome, run_federation
+from server.engines.grid import Stop
+from server.engines.in_process import Fault, InProcessGrid
+from server.progress import Progress
+
+class SimulatedApp(Protocol):
+    """Makes the ClientApp of simulated sites. The command line hands it in: the server does not know the client."""
+
+    def __call__(self, config: RunConfig, only: str = "", /) -> tuple[ClientApp, int]:
+        """Return the ClientApp and its number of nodes: all sites, or the one of that name alone."""
+
+
+def simulate(
+    config: RunConfig,
+    client: SimulatedApp,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+    fault: Fault | None = None,
+) -> Outcome:
+    """Run a simulated federation on the engine that the configuration names.
+
+    Args:
+        config: the run.
+        client: makes the ClientApp of the simulated sites.
+        resume: go on from the last checkpoint.
+        progress: shows what happens.
+        stop: set to end the run at the next chance.
+        fault: tests interfere with replies here; in-process only.
+
+    Raises:
+        TsugikiError: the run cannot start or go on.
+    """
+    app, nodes = client(config)
+    if config.simulation.engine == "in-process":
+        grid = InProcessGrid(app, nodes, fault)
+        return run_federation(grid, config, resume=resume, progress=progress, stop=stop)
+
+    from server.engines import ray
+
+    outcomes: list[Outcome] = []
+    ray.run(
+        app,
+        nodes,
+        config.train.threads,
+        1.0 if config.train.device == "cuda" else 0.0,
+        lambda grid: outcomes.append(run_federation(grid, config, resume=resume, progress=progress, stop=stop)),
+    )
+    return outcomes[0]

@@ -1,0 +1,173 @@
+"""The command line of Tsugiki. Imports nothing heavy: `tsugiki --help` answers at once.
+
+Commands live in `server.commands` and `client.commands`; here they are declared, and server and client composed: the
+engines get the simulated sites' ClientApp as an argument, because the server does not know the client.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(
+    name="tsugiki",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Federated fine-tuning of a frozen base model with small adapters. Data stays where it is; only adapter "
+    "updates travel.\n\nStart with [bold]tsugiki demo[/bold], then [bold]tsugiki config init[/bold].",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Write, show and describe run files.")
+site_app = typer.Typer(no_args_is_help=True, help="Write and check a site's own file.")
+app.add_typer(config_app, name="config")
+app.add_typer(site_app, name="site")
+
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: --set train.local_steps=10")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+RunFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run's TOML file.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, such as runs/demo.")]
+
+
+@app.command(epilog="Example: tsugiki demo --seed 1 --output-dir /tmp/runs")
+def demo(
+    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 42,
+    output_dir: Annotated[Path, typer.Option(help="Where the run's folder is made.")] = Path("runs"),
+    baselines: Annotated[bool, typer.Option(help="Also train each company alone, to compare.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Run the whole thing on generated contract clauses: four companies, one search for similar clauses."""
+    from client.app import simulated_app
+    from server import commands
+
+    commands.demo(seed, output_dir, baselines, as_json, simulated_app)
+
+
+@app.command(
+    epilog="Examples: tsugiki simulate examples/sst2.toml --set run.rounds=3; tsugiki simulate --resume runs/sst2"
+)
+def simulate(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The run's TOML file.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run from its last checkpoint.")] = None,
+    previous: Annotated[bool, typer.Option(help="With --resume: from the checkpoint before the last.")] = False,
+    engine: Annotated[Literal["in-process", "ray"] | None, typer.Option(help="Instead of simulation.engine.")] = None,
+    export: Annotated[bool, typer.Option(help="Export the best adapter when the run has ended.")] = True,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Run a whole federation on this machine."""
+    from client.app import simulated_app
+    from server import commands
+
+    commands.simulate(file, resume, previous, engine, overrides or [], export, as_json, simulated_app)
+
+
+@app.command(epilog="Example: tsugiki compare examples/sst2.toml --set run.rounds=3")
+def compare(file: RunFile, overrides: Set = None, as_json: Json = False) -> None:
+    """Compare federated training with centralised, local-only and no training, on the same data and steps."""
+    from client.app import simulated_app
+    from server import commands
+
+    commands.compare(file, overrides or [], as_json, simulated_app)
+
+
+@app.command(epilog="Example: tsugiki export runs/sst2 --merged")
+def export(
+    run: RunFolder,
+    target: Annotated[Path | None, typer.Option(help="Where to; by default a folder inside the run's.")] = None,
+    which: Annotated[Literal["best", "last"], typer.Option(help="Which round's adapter.")] = "best",
+    merged: Annotated[bool, typer.Option(help="Write a whole model with the adapter in its weights.")] = False,
+) -> None:
+    """Write a run's adapter in a form that others load, and prove in a fresh process that it works."""
+    from server import commands
+
+    commands.export(run, target, which, merged)
+
+
+@app.command(epilog="Example: tsugiki report runs/sst2")
+def report(run: RunFolder) -> None:
+    """Write report.html: curves, bytes, seconds, and who was rejected why. It needs no network to read."""
+    from server import commands
+
+    commands.report(run)
+
+
+@config_app.command("init", epilog="Example: tsugiki config init clauses.toml --task sentence-embedding")
+def config_init(
+    file: Annotated[Path, typer.Argument(help="The file to write.")] = Path("federation.toml"),
+    task: Annotated[str, typer.Option(help="The task.")] = "sequence-classification",
+    method: Annotated[str, typer.Option(help="The adapter method.")] = "lora",
+    strategy: Annotated[str, typer.Option(help="The strategy.")] = "fedavg",
+) -> None:
+    """Write a run file with every setting, its default and its meaning."""
+    from server import commands
+
+    commands.config_init(file, task, method, strategy)
+
+
+@config_app.command("show", epilog="Example: tsugiki config show examples/sst2.toml --set train.learning_rate=1e-4")
+def config_show(file: RunFile, overrides: Set = None, as_json: Json = False) -> None:
+    """Show what a run file resolves to, and which settings differ from their defaults."""
+    from server import commands
+
+    commands.config_show(file, overrides or [], as_json)
+
+
+@config_app.command("schema", epilog="Example: tsugiki config schema > schema.json")
+def config_schema() -> None:
+    """Print the JSON schema of all settings, of every task, method and strategy."""
+    from server import commands
+
+    commands.config_schema()
+
+
+@site_app.command("init", epilog="Example: tsugiki site init --name acme --train data/contracts.csv")
+def site_init(
+    file: Annotated[Path, typer.Argument(help="The file to write.")] = Path("site.toml"),
+    name: Annotated[str, typer.Option(help="This site's name in the federation.")] = "my-site",
+    train: Annotated[str, typer.Option(help="The file with the private rows.")] = "train.csv",
+) -> None:
+    """Write a commented site.toml."""
+    from client import commands
+
+    commands.site_init(file, name, train)
+
+
+@site_app.command("check", epilog="Example: tsugiki site check site.toml --run examples/sst2.toml")
+def site_check(
+    file: Annotated[Path, typer.Argument(help="The site's file.")] = Path("site.toml"),
+    run: Annotated[Path | None, typer.Option(metavar="FILE", help="Also try the site against this run.")] = None,
+    overrides: Set = None,
+) -> None:
+    """Try a site.toml: is the file right, can the data be read, does the model load?"""
+    from client import commands
+
+    commands.site_check(file, run, overrides or [])
+
+
+@app.command(epilog="Example: tsugiki doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """Look at this machine: versions, devices, what is missing, and what to do about it."""
+    from server import commands
+
+    commands.doctor(as_json)
+
+
+def main() -> None:
+    """Run the command line. Errors become one message and an exit status."""
+    from common.errors import TsugikiError
+
+    try:
+        app()
+    except TsugikiError as error:
+        print(f"tsugiki: {error.code}: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
+if __name__ == "__main__":
+    main()
