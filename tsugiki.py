@@ -53,7 +53,7 @@ def demo(
 )
 def simulate(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The run's TOML file.")] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with a run from its last checkpoint.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on from a run's last checkpoint.")] = None,
     previous: Annotated[bool, typer.Option(help="With --resume: from the checkpoint before the last.")] = False,
     engine: Annotated[Literal["in-process", "ray"] | None, typer.Option(help="Instead of simulation.engine.")] = None,
     export: Annotated[bool, typer.Option(help="Export the best adapter when the run has ended.")] = True,

@@ -103,12 +103,12 @@ _MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")
 def _hello(site: Site, request: HelloRequest) -> RecordDict:
     config = site_config(request.config)
     graft = _desk.graft(site, config)
-    rows, kept = _desk.rows(site, config, "train"), _desk.rows(site, config, "evaluation")
+    rows, kept = _train_rows(site, config), _desk.rows(site, config, "evaluation")
     libraries = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft"))
     reply = HelloReply(
         site=site.name,
         version=__version__,
-        rows=_count(rows),
+        rows=len(rows),
         evaluation_rows=0 if kept is None else len(kept),
         base_fingerprint=graft.spec.base_fingerprint,
         spec_sha256=graft.spec.sha256,
@@ -122,9 +122,7 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
     request = from_record(TrainRequest, content)
     config = site_config(request.config)
     graft, received = _receive(site, config, request.spec_sha256, content)
-    rows = _desk.rows(site, config, "train")
-    count = _count(rows)
-    assert rows is not None  # narrows the type; _count has refused None
+    rows = _train_rows(site, config)
     plan = Plan(
         seed=config.run.seed,
         site=site.name,
@@ -136,7 +134,7 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
     )
     trained = train(graft, rows, config.train, plan)
     update = make_update(graft.read(), received)
-    reply = TrainReply(site.name, request.round, request.nonce, count, trained.steps, trained.loss, trained.seconds)
+    reply = TrainReply(site.name, request.round, request.nonce, len(rows), trained.steps, trained.loss, trained.seconds)
     return to_record(reply, encode(update, graft.spec))
 
 
@@ -148,11 +146,13 @@ def _evaluate(site: Site, content: RecordDict) -> RecordDict:
     graft, _ = _receive(site, config, request.spec_sha256, content)
     rows = _desk.rows(site, config, "evaluation")
     if rows is None:
-        raise DataError("this site keeps no evaluation rows", "data.evaluation in site.toml", code="shard-no-evaluation")
+        raise DataError(
+            "this site keeps no evaluation rows", "data.evaluation in site.toml", code="shard-no-evaluation"
+        )
     with torch.no_grad():
         metrics = graft.task.evaluate(graft.base, rows, config.evaluation.batch_size)
     result = to_record(EvaluateReply(site.name, request.round, request.nonce, len(rows)))
-    result["metrics"] = MetricRecord(metrics)
+    result["metrics"] = MetricRecord({name: float(value) for name, value in metrics.items()})
     return result
 
 
@@ -169,10 +169,11 @@ def _receive(site: Site, config: RunConfig, spec_sha256: str, content: RecordDic
     return graft, received
 
 
-def _count(rows: Encoded | None) -> int:
+def _train_rows(site: Site, config: RunConfig) -> Encoded:
+    rows = _desk.rows(site, config, "train")
     if rows is None or not len(rows):
         raise DataError("no rows to train on", "at least one", code="shard-empty")
-    return len(rows)
+    return rows
 
 
 def simulated_app(config: RunConfig, only: str = "") -> tuple[ClientApp, int]:
@@ -186,10 +187,12 @@ def simulated_app(config: RunConfig, only: str = "") -> tuple[ClientApp, int]:
         ConfigError, DataError: the simulation's file cannot be split as asked.
     """
 
-    def sites() -> list[SimulatedSite]:
-        return [site for site in simulated_sites(config) if only in ("", site.name)]
+    def locate(context: Context) -> SimulatedSite:
+        sites = simulated_sites(config)
+        return sites[names.index(only)] if only else sites[int(context.node_config["partition-id"])]
 
-    return make_app(lambda context: sites()[int(context.node_config["partition-id"])]), len(sites())
+    names = [site.name for site in simulated_sites(config)]
+    return make_app(locate), 1 if only else len(names)
 
 
 app = make_app(site_of_node)

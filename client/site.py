@@ -200,7 +200,9 @@ def _read_whole(text: str) -> Shard:
     )
     wanted = config.simulation.rows
     if wanted > len(shard):
-        raise DataError(f"simulation.rows = {wanted}", f"at most the {len(shard)} rows of the file", code="shard-too-small")
+        raise DataError(
+            f"simulation.rows = {wanted}", f"at most the {len(shard)} rows of the file", code="shard-too-small"
+        )
     if wanted:
         drawn = generator(config.run.seed, "rows").choice(len(shard), wanted, replace=False)
         return shard.take(sorted(int(row) for row in drawn))
@@ -249,6 +251,8 @@ def site_of_node(context: Context) -> Site:
     """
     path = context.node_config.get("site")
     if not isinstance(path, str):
-        problem = Problem("site", "missing", "the path of site.toml", "start the node with --node-config 'site=\"...\"'")
+        problem = Problem(
+            "site", "missing", "the path of site.toml", "start the node with --node-config 'site=\"...\"'"
+        )
         raise ConfigError("node config", [problem])
     return read_site(Path(path))

@@ -80,7 +80,7 @@ def train(graft: Graft, encoded: Encoded, settings: TrainSection, plan: Plan) ->
                 batch = {name: tensor.to(graft.device) for name, tensor in batch.items()}
                 with autocast:
                     loss = graft.task.loss(graft.base.network, batch) / settings.gradient_accumulation_steps
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]  # torch's own
                 losses[step] += loss.detach()
             for value, start in zip(graft.parameters, received, strict=False):
                 value.grad.add_(value.detach() - start, alpha=plan.proximal_mu)  # gradient of (mu/2)*||w - start||^2

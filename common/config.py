@@ -66,7 +66,9 @@ class TrainSection(Section):
     per_device_train_batch_size: int = Field(default=16, ge=1, le=65_536, description="rows of a batch")
     gradient_accumulation_steps: int = Field(default=1, ge=1, le=1024, description="batches of an optimiser step")
     local_steps: int = Field(default=50, ge=1, le=1_000_000, description="optimiser steps of a site in a round")
-    local_epochs: int = Field(default=0, ge=0, le=1000, description="above 0: passes over the shard, and local_steps is ignored")
+    local_epochs: int = Field(
+        default=0, ge=0, le=1000, description="above 0: passes over the shard, and local_steps is ignored"
+    )
     max_grad_norm: float = Field(default=1.0, ge=0, description="gradients are clipped to this norm; 0: not at all")
     threads: int = Field(default=2, ge=1, le=256, description="CPU threads; equal threads give equal bytes")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="auto: the best there is")
@@ -88,7 +90,9 @@ class EvaluationSection(Section):
     early_stopping_patience: int = Field(
         default=0, ge=0, description="stop after so many evaluations without a better one; 0: never"
     )
-    monitor: str = Field(default="", description="metric that decides what is best, as eval_spearman; empty: the task's own")
+    monitor: str = Field(
+        default="", description="metric that decides what is best, as eval_spearman; empty: the task's own"
+    )
     at_sites: bool = Field(default=False, description="also ask every site to evaluate on its own evaluation rows")
 
 
@@ -107,7 +111,9 @@ class SimulationSection(Section):
     evaluation_fraction: float = Field(
         default=0.0, ge=0, lt=1, description="share of each site's rows kept for evaluation at the site"
     )
-    engine: Literal["in-process", "ray"] = Field(default="in-process", description="in-process, or Flower's Ray runtime")
+    engine: Literal["in-process", "ray"] = Field(
+        default="in-process", description="in-process, or Flower's Ray runtime"
+    )
 
 
 class RunConfig(Section):
@@ -187,7 +193,9 @@ def _chosen(raw: Mapping[str, Any], section: str, key: str, registry: Registry[A
     """Return the registered class that a section names, or a Problem."""
     name = raw.get(section, {}).get(key, default)
     if not isinstance(name, str) or name not in registry.names():
-        return Problem(f"{section}.{key}", repr(name)[:80], f"one of {', '.join(registry.names())}", "choose one of these")
+        return Problem(
+            f"{section}.{key}", repr(name)[:80], f"one of {', '.join(registry.names())}", "choose one of these"
+        )
     return registry.get(name)
 
 
@@ -214,7 +222,9 @@ def parse(raw: Mapping[str, Any], source: str = "run file") -> RunConfig:
     raw = dict(raw)
     for name in [name for name in raw if name not in RunConfig.model_fields or not isinstance(raw[name], Mapping)]:
         known = ", ".join(RunConfig.model_fields)
-        problems.append(Problem(name, repr(raw.pop(name))[:80], f"a section, one of {known}", _did_you_mean(name, known)))
+        problems.append(
+            Problem(name, repr(raw.pop(name))[:80], f"a section, one of {known}", _did_you_mean(name, known))
+        )
     sections: dict[str, Any] = {}
     for name, section in section_classes(raw).items():
         if isinstance(section, Problem):
@@ -254,13 +264,19 @@ def cross_checks(config: RunConfig) -> list[Problem]:
     sites, wanted = config.simulation.clients, config.strategy.min_clients
     if config.simulation.data and config.simulation.partition != "by-column" and wanted > sites:
         problems.append(
-            Problem("strategy.min_clients", str(wanted), f"at most simulation.clients = {sites}", "lower it, or add clients")
+            Problem(
+                "strategy.min_clients", str(wanted), f"at most simulation.clients = {sites}", "lower it, or add clients"
+            )
         )
     if config.simulation.partition == "by-column" and not config.simulation.column:
-        problems.append(Problem("simulation.column", "''", "the column to split by", "name a column of simulation.data"))
+        problems.append(
+            Problem("simulation.column", "''", "the column to split by", "name a column of simulation.data")
+        )
     if config.strategy.name == "krum" and wanted < config.strategy.num_malicious_sites + 3:  # type: ignore[attr-defined]  # KrumSettings
         problems.append(
-            Problem("strategy.min_clients", str(wanted), "at least num_malicious_sites + 3 for krum", "raise min_clients")
+            Problem(
+                "strategy.min_clients", str(wanted), "at least num_malicious_sites + 3 for krum", "raise min_clients"
+            )
         )
     if config.evaluation.early_stopping_patience and not config.evaluation.data:
         problems.append(Problem("evaluation.data", "''", "a file, for early stopping", "name the held-out file"))

@@ -138,7 +138,7 @@ def run_config_defaults() -> dict[str, bool | float | int | str]:
     }
     result: dict[str, bool | float | int | str] = {}
     for name, chosen in section_classes({}).items():
-        members = families.get(name, [chosen])  # type: ignore[list-item]  # no Problem: nothing was chosen wrongly
+        members = families.get(name, [] if isinstance(chosen, Problem) else [chosen])
         keys = dict.fromkeys(key for member in members for key in member.model_fields)
         for key in keys:
             defaults = [member.model_fields[key].default for member in members if key in member.model_fields]

@@ -127,15 +127,16 @@ def from_record(kind: type[R], content: RecordDict) -> R:
     expected = {field.name for field in fields(kind)}
     if record is None or set(record) != expected:
         raise WireError(f"no {name} record with the keys of {kind.__name__}", ", ".join(sorted(expected)), code="keys")
-    for field, wanted in _types(kind):
+    for field, wanted in _TYPES[kind].items():
         if type(record[field]) is not wanted:
             raise WireError(f"{field} in {kind.__name__} has another type", wanted.__name__, code="type")
     return kind(**record)  # type: ignore[arg-type]  # checked just above
 
 
-@lru_cache
-def _types(kind: type[Any]) -> tuple[tuple[str, type[Any]], ...]:
-    return tuple(get_type_hints(kind).items())
+_TYPES: dict[type[Any], dict[str, type[Any]]] = {
+    kind: get_type_hints(kind)
+    for kind in (HelloRequest, HelloReply, TrainRequest, TrainReply, EvaluateRequest, EvaluateReply)
+}
 
 
 @lru_cache(maxsize=4)

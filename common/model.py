@@ -198,7 +198,9 @@ def _in_package(path: str) -> Path:
     root = Path(next(iter(found.submodule_search_locations))).resolve()
     folder = (root / inner).resolve()
     if not folder.is_relative_to(root) or not folder.is_dir():
-        raise ModelError(f"no folder {inner!r} in the package {package!r}", "a folder inside it", code="model-not-found")
+        raise ModelError(
+            f"no folder {inner!r} in the package {package!r}", "a folder inside it", code="model-not-found"
+        )
     return folder
 
 
@@ -207,7 +209,9 @@ def _in_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json"]))
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json"])
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"the model {name!r} is neither a folder here nor in the hub's cache, and could not be fetched",
@@ -249,10 +253,10 @@ def fingerprint(folder: Path, base: Base) -> str:
     return digest.hexdigest()
 
 
-def _stored_tensor(file: Path, name: str) -> tuple[str, list[int], memoryview]:
+def _stored_tensor(file: Path, name: str) -> tuple[str, list[int], bytes]:
     """Return type, shape and raw bytes of a tensor in a safetensors file, whatever its type (NumPy has no bfloat16)."""
     content = np.memmap(file, np.uint8, "r")
     header_bytes = int.from_bytes(content[:8].tobytes(), "little")
     header = json.loads(content[8 : 8 + header_bytes].tobytes())[name]
     start, stop = (8 + header_bytes + offset for offset in header["data_offsets"])
-    return header["dtype"], header["shape"], memoryview(content[start:stop])
+    return header["dtype"], header["shape"], content[start:stop].tobytes()

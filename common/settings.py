@@ -77,7 +77,10 @@ class StrategySettings(Section):
     name: str = Field(description="the strategy")
     fraction_train: float = Field(default=1.0, gt=0, le=1, description="the share of the sites asked in each round")
     min_clients: int = Field(
-        default=2, ge=1, le=100_000, description="quorum: fewer accepted replies void the round, which is tried once more"
+        default=2,
+        ge=1,
+        le=100_000,
+        description="quorum: fewer accepted replies void the round, which is tried once more",
     )
     round_timeout_s: float = Field(default=600.0, gt=0, le=604_800, description="replies after that count as dropouts")
     connect_timeout_s: float = Field(

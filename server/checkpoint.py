@@ -107,9 +107,7 @@ def load(folder: Path, config_sha256: str, spec_sha256: str) -> State:
             )
     tensors = _read_tensors(folder / body["tensors"], body["tensors_sha256"], manifest)
     strategy = {name.removeprefix("strategy."): tensors[name] for name in tensors if name.startswith("strategy.")}
-    return State(
-        tensors["vector"], tensors["best_vector"], **{name: body[name] for name in _PLAIN}, strategy=strategy
-    )
+    return State(tensors["vector"], tensors["best_vector"], **{name: body[name] for name in _PLAIN}, strategy=strategy)
 
 
 def promote_previous(folder: Path) -> None:
@@ -135,7 +133,10 @@ def _read_manifest(manifest: Path) -> dict[str, Any]:
         raise _corrupt(manifest, "format")
     if body["format"] > FORMAT_VERSION:
         raise StorageError(
-            f"{manifest}: format {body['format']}", f"at most {FORMAT_VERSION}", "update Tsugiki", code="checkpoint-newer"
+            f"{manifest}: format {body['format']}",
+            f"at most {FORMAT_VERSION}",
+            "update Tsugiki",
+            code="checkpoint-newer",
         )
     if body.get("sha256") != _hash({key: value for key, value in body.items() if key != "sha256"}):
         raise _corrupt(manifest, "sha256")

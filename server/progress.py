@@ -16,7 +16,9 @@ class Progress:
         """Begin."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """End."""
 
     def note(self, text: str) -> None:
@@ -62,7 +64,9 @@ class Bars(Progress):
         self._bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Leave the terminal as it was."""
         self._bars.stop()
 
@@ -73,7 +77,9 @@ class Bars(Progress):
     def round_begins(self, round_: int, rounds: int, cohort: list[str]) -> None:
         """Start the sites' bar anew."""
         self._bars.update(self._rounds, total=rounds, completed=round_ - 1)
-        self._bars.reset(self._sites, total=len(cohort), note=", ".join(cohort[:4]) + ("..." if len(cohort) > 4 else ""))
+        self._bars.reset(
+            self._sites, total=len(cohort), note=", ".join(cohort[:4]) + ("..." if len(cohort) > 4 else "")
+        )
 
     def reply(self, site: str, outcome: str) -> None:
         """Move the sites' bar."""

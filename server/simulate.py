@@ -12,6 +12,7 @@ from server.engines.grid import Stop
 from server.engines.in_process import Fault, InProcessGrid
 from server.progress import Progress
 
+
 class SimulatedApp(Protocol):
     """Makes the ClientApp of simulated sites. The command line hands it in: the server does not know the client."""
 

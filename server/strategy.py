@@ -56,9 +56,7 @@ def _fedadam(settings: Any) -> FedAvg:
     """Reddi et al. 2021, arXiv:2003.00295, algorithm 2."""
     from flwr.serverapp.strategy import FedAdam
 
-    return FedAdam(
-        eta=settings.server_learning_rate, beta_1=settings.beta_1, beta_2=settings.beta_2, tau=settings.tau
-    )
+    return FedAdam(eta=settings.server_learning_rate, beta_1=settings.beta_1, beta_2=settings.beta_2, tau=settings.tau)
 
 
 @STRATEGIES.register("fedmedian")

@@ -62,7 +62,6 @@ class Lora(AdapterMethod):
             fan_in_fan_out=transformer.config.model_type == "gpt2",
             task_type="SEQ_CLS" if heads else "FEATURE_EXTRACTION",
         )
-        # The spec compares settings by value; peft's target_modules is a set, whose order would differ between processes.
         return get_peft_model(transformer, config)
 
     def _targets(self, transformer: Any) -> tuple[str, ...]:
@@ -87,7 +86,9 @@ class Lora(AdapterMethod):
         narrowest = min(min(linear[target].weight.shape) for target in targets)
         if self.settings.rank > narrowest:
             raise ModelError(
-                f"adapter.rank = {self.settings.rank}", f"at most {narrowest}, the width of the layers", code="adapter-rank"
+                f"adapter.rank = {self.settings.rank}",
+                f"at most {narrowest}, the width of the layers",
+                code="adapter-rank",
             )
         return tuple(targets)
 

@@ -96,9 +96,7 @@ def generate(seed: int, rows_per_company: int = 360) -> DemoData:
         raise UsageError(f"{rows_per_company} rows for each company", "1 or more")
     train = {company: _company_rows(company, rows_per_company, seed) for company in COMPANIES}
     rng = generator(seed, "demo", "test")
-    triplets = [
-        _triplet(TEST, kind, meaning, rng) for kind in KINDS for meaning in _test_meanings(kind, rng)
-    ]
+    triplets = [_triplet(TEST, kind, meaning, rng) for kind in KINDS for meaning in _test_meanings(kind, rng)]
     return DemoData(train, triplets, _scored(triplets, rng))
 
 

@@ -57,25 +57,22 @@ def dirichlet(
     Args:
         labels: the class of each row.
         clients: number of parts.
-        alpha: concentration, above 0, up to 1e6, where the split is even.
+        alpha: concentration, above 0, up to 1e6.
         min_rows: the least rows of a part; 0 is taken as 1.
         seed: the run's seed.
 
     Raises:
-        DataError: `shard-partition`, `alpha` is out of range, or no draw of 100 gave every client enough rows.
+        DataError: `shard-partition`, `alpha` is out of range, or too few rows in some part of each of 100 draws.
 
-    Source: Yurochkin et al. 2019, arXiv:1905.12022, section 4. Hsu et al. 2019, arXiv:1909.06335, which made alpha the
+    Source: Yurochkin et al. 2019, arXiv:1905.12022. Hsu et al. 2019, arXiv:1909.06335, which made alpha the
     usual measure of skew, draws the classes of each client instead, all clients having equally many rows.
     """
     least = max(min_rows, 1)
     _check_enough(len(labels), clients, least)
     if not 0 < alpha <= MAX_ALPHA:
         raise DataError(f"alpha = {alpha}", f"above 0, up to {MAX_ALPHA:g}", code=_CODE)
-    numbers = np.unique(np.asarray(labels), return_inverse=True)[1]
-    shuffled = generator(seed, "partition", "dirichlet", "order").permutation(len(labels))
-    classes = [shuffled[numbers[shuffled] == number] for number in range(numbers.max() + 1)]
-    shares = generator(seed, "partition", "dirichlet", "shares")
-    best = 0
+    classes = _shuffled_classes(np.asarray(labels), generator(seed, "partition", "dirichlet", "order"))
+    shares, best = generator(seed, "partition", "dirichlet", "shares"), 0
     for _ in range(MAX_DRAWS):
         parts = _deal(classes, clients, alpha, shares)
         smallest = min(len(part) for part in parts)
@@ -88,6 +85,13 @@ def dirichlet(
         f"raise alpha, lower clients, or lower min_rows to {best}" if best else "raise alpha or lower clients",
         code=_CODE,
     )
+
+
+def _shuffled_classes(labels: npt.NDArray[Any], order: np.random.Generator) -> list[Rows]:
+    """Return the rows of each class, classes sorted, rows in random order."""
+    numbers = np.unique(labels, return_inverse=True)[1]
+    shuffled = order.permutation(len(labels))
+    return [shuffled[numbers[shuffled] == number] for number in range(numbers.max() + 1)]
 
 
 def _deal(classes: list[Rows], clients: int, alpha: float, shares: np.random.Generator) -> list[Rows]:

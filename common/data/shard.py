@@ -131,7 +131,8 @@ def _classes(name: str, table: Table, labels: Sequence[str]) -> list[int]:
         known |= {str(index): index for index in range(len(labels))}
         expected += f", or a number from 0 to {len(labels) - 1}"
     found = [known.get(str(cell).strip()) for cell in table.cells[name]]
-    table.refuse(name, [index is None for index in found], "an unknown label", expected, "shard-label-range")
+    do = "correct these rows, or list the classes under [task] labels"
+    table.refuse(name, [index is None for index in found], "an unknown label", expected, "shard-label-range", do)
     return [index for index in found if index is not None]
 
 

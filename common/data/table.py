@@ -49,12 +49,12 @@ class Table:
     lines: Sequence[int] = field(repr=False)
     cells: dict[str, list[Any]] = field(repr=False)
 
-    def refuse(self, name: str, bad: Sequence[bool], what: str, expected: str, code: str) -> None:
+    def refuse(self, name: str, bad: Sequence[bool], what: str, expected: str, code: str, do: str = "") -> None:
         """Raise a DataError if any row is bad: how many are, and where the first one is."""
         if True in bad:
             where = f"{'row' if self.request.ending == '.parquet' else 'line'} {self.lines[bad.index(True)]}"
             counts = f"{sum(bad)} of {len(bad)} rows have {what} in column {name!r}, the first in {where}"
-            raise DataError(f"{self.request.path}: {counts}", expected, "correct or remove these rows", code=code)
+            raise DataError(f"{self.request.path}: {counts}", expected, do or "correct or remove these rows", code=code)
 
 
 def load(target: Path, request: Request) -> Table:
@@ -76,7 +76,7 @@ def load(target: Path, request: Request) -> Table:
 
 def listed(names: Sequence[str]) -> str:
     """Return the names for a message, the first 20 of them."""
-    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def _positions(names: Sequence[str], request: Request) -> dict[str, int]:

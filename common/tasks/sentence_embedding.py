@@ -82,7 +82,7 @@ class SentenceEmbedding(Task):
         return Encoded(texts, targets)
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
-        """Return `NAME.input_ids` and `NAME.attention_mask`, shape (rows, tokens), for each text; `labels` of (rows,)."""
+        """Return `NAME.input_ids` and `NAME.attention_mask` of (rows, tokens) for each text; `labels` of (rows,)."""
         import torch
 
         batch: Batch = {}

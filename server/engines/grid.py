@@ -37,7 +37,9 @@ class Stop:
             Interrupted: it was.
         """
         if self.requested:
-            raise Interrupted("stopped by the user", do="`tsugiki simulate --resume RUN` goes on from the last checkpoint")
+            raise Interrupted(
+                "stopped by the user", do="`tsugiki simulate --resume RUN` goes on from the last checkpoint"
+            )
 
 
 def exchange(grid: Grid, messages: list[Message], timeout_s: float, stop: Stop) -> Iterator[Message]:

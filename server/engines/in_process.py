@@ -71,7 +71,7 @@ class InProcessGrid(Grid):
             node = message.metadata.dst_node_id
             try:
                 reply = self._app(message, self._contexts[node])
-            except Exception as error:  # an app of someone else's; ours answers with a code itself
+            except Exception as error:  # noqa: BLE001  # an app of someone else's; ours answers with a code itself
                 reply = error_reply(f"client-error:{type(error).__name__}", message)
             return [reply] if self._fault is None else self._fault(node, reply)
         return []

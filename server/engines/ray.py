@@ -38,7 +38,7 @@ def run(client_app: ClientApp, nodes: int, threads: int, gpus: float, main: Call
     def _main(grid: Grid, context: Context) -> None:
         try:
             main(grid)
-        except BaseException as error:  # handed to the caller below; Flower would wrap it
+        except BaseException as error:  # noqa: BLE001  # handed to the caller below; Flower would wrap it
             failures.append(error)
 
     logging.getLogger("flwr").setLevel(logging.ERROR)

@@ -64,7 +64,8 @@ def test_extra_columns_are_text_and_may_be_task_columns(tmp_path):
     data_format = DataFormat(columns={"ward": "unit"})
     shard = read(path, CLASSIFIED, data_format, labels=LABELS, extra_columns=("ward", "label"))
     assert shard == Shard({"text": ["a", "b"], "label": [1, 0]}, {"ward": ["7", ""], "label": ["1", "0"]})
-    assert refusal(path, extra_columns=("ward",)).code == "shard-columns"
+    columns = (*CLASSIFIED, Column("ward", "text", required=False))
+    assert refusal(path, columns, extra_columns=("ward",)).code == "shard-columns"
 
 
 def test_take_keeps_the_order_asked_for_and_renews_the_notes():

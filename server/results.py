@@ -1,0 +1,275 @@
+"""What a run's files say: read once, and summed up for the report's figures and tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import StorageError
+from server.guard import DROPOUT
+from server.storage import read_lines
+
+Line = dict[str, Any]
+"""One line of metrics.jsonl."""
+
+Curve = dict[int, float]
+"""A value by round."""
+
+REPLY_STATES = ("accepted", "rejected", "no reply")
+"""What became of a request to a site."""
+
+_LARGEST = 1e12  # a site may report any finite loss; beyond this a figure's axis would show nothing else
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of a run's folder.
+
+    Args:
+        name: of the run.
+        lines: metrics.jsonl, voided attempts included.
+        summary: summary.json.
+        spec: spec.json; empty where there is none.
+        config: config.toml as text; empty where there is none.
+        baselines: baselines.json; empty where there is none.
+    """
+
+    name: str
+    lines: tuple[Line, ...]
+    summary: dict[str, Any]
+    spec: dict[str, Any]
+    config: str
+    baselines: dict[str, Any]
+
+    @property
+    def completed(self) -> list[Line]:
+        """The lines that changed or measured the model: round 0 and every round that reached its quorum."""
+        return [line for line in self.lines if not line.get("voided")]
+
+    @property
+    def attempts(self) -> list[Line]:
+        """The lines of rounds in which sites were asked, voided attempts included."""
+        return [line for line in self.lines if "cohort" in line]
+
+    @property
+    def monitor(self) -> str:
+        """The metric by which the best adapter was chosen."""
+        return str(self.summary.get("monitor", ""))
+
+    @property
+    def best_round(self) -> int | None:
+        """The round that left the best adapter; None where nothing was evaluated."""
+        return self.summary.get("best_round") if self.summary.get("after") else None
+
+
+def read_run(folder: Path) -> Run:
+    """Read the files of a run.
+
+    Raises:
+        StorageError: `run-missing` without metrics.jsonl or summary.json; `run-corrupt` where a file is no JSON.
+    """
+    for name in ("metrics.jsonl", "summary.json"):
+        if not (folder / name).is_file():
+            raise StorageError(
+                f"no {name} in {folder}", "the folder of a run that has ended", "end or resume the run", code="run-missing"
+            )
+    summary = _read_json(folder / "summary.json")
+    config = folder / "config.toml"
+    return Run(
+        str(summary.get("name", folder.name)),
+        tuple(read_lines(folder / "metrics.jsonl")),
+        summary,
+        _read_json(folder / "spec.json"),
+        config.read_text("utf-8") if config.is_file() else "",
+        _read_json(folder / "baselines.json"),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise StorageError(f"{path} is no JSON", "the file as the run wrote it", code="run-corrupt") from error
+    if not isinstance(content, dict):
+        raise StorageError(f"{path} holds no object", "the file as the run wrote it", code="run-corrupt")
+    return content
+
+
+def drawable(value: Any) -> float:
+    """Return the value as a float, or NaN (a gap in the figure) where no axis could show it."""
+    number = float(value) if isinstance(value, int | float) else math.nan
+    return number if abs(number) < _LARGEST else math.nan
+
+
+def curve(lines: list[Line], pick: Callable[[Line], Any]) -> Curve:
+    """Return what `pick` finds in each line, by round; lines where it finds None are left out."""
+    return {line["round"]: drawable(pick(line)) for line in lines if pick(line) is not None}
+
+
+def central_curves(run: Run) -> dict[str, Curve]:
+    """Return the curve of every metric of the central evaluation, the monitored one first."""
+    names = {name: None for line in run.completed for name in line.get("eval", {})}
+    ordered = sorted(names, key=lambda name: name != run.monitor)
+    return {name: curve(run.completed, lambda line, name=name: line.get("eval", {}).get(name)) for name in ordered}
+
+
+def curves_by_site(lines: list[Line], key: str, metric: str) -> dict[str, Curve]:
+    """Return each site's curve of `line[key][site][metric]`, by site name."""
+    sites = sorted({site for line in lines for site in line.get(key, {})})
+    return {
+        site: curve(lines, lambda line, site=site: line.get(key, {}).get(site, {}).get(metric)) for site in sites
+    }
+
+
+def weighted_mean(values: Mapping[str, Mapping[str, Any]], metric: str) -> float | None:
+    """Return the mean of a metric over sites, weighted by their rows; None where no site has it."""
+    having = [entry for entry in values.values() if metric in entry]
+    weight = sum(entry.get("rows", 0) for entry in having)
+    return sum(entry[metric] * entry.get("rows", 0) for entry in having) / weight if weight else None
+
+
+def site_metric(run: Run) -> str | None:
+    """Return the metric to show of the sites' own evaluations: the monitored one where they have it."""
+    names = sorted(
+        {name for line in run.completed for entry in line.get("sites_eval", {}).values() for name in entry} - {"rows"}
+    )
+    return run.monitor if run.monitor in names else next(iter(names), None)
+
+
+def worst_site(run: Run, metric: str) -> tuple[int, str, float] | None:
+    """Return (round, site, value) of the site that the best adapter serves worst.
+
+    Where the sites did not evaluate the best adapter, the last round in which they evaluated counts.
+    """
+    judged = [line for line in run.completed if any(metric in entry for entry in line.get("sites_eval", {}).values())]
+    if not judged:
+        return None
+    line = next((line for line in judged if line["round"] == run.best_round), judged[-1])
+    values = {site: entry[metric] for site, entry in line["sites_eval"].items() if metric in entry}
+    choose = max if lower_is_better(metric) else min
+    site = choose(sorted(values), key=lambda name: values[name])
+    return line["round"], site, values[site]
+
+
+def lower_is_better(metric: str) -> bool:
+    """Return whether smaller values of a metric are better; the run's files do not say, its name does."""
+    return metric == "loss"
+
+
+def bytes_by_round(run: Run) -> dict[str, Curve]:
+    """Return the bytes sent to all sites (`down`) and received from them (`up`), voided attempts included."""
+    layers: dict[str, Curve] = {"down": {}, "up": {}}
+    for line in run.attempts:
+        for name, layer in layers.items():
+            layer[line["round"]] = layer.get(line["round"], 0) + line.get(f"bytes_{name}", 0)
+    return layers
+
+
+def seconds_by_round(run: Run) -> dict[str, Curve]:
+    """Return the server's seconds by phase, in the order of a round, voided attempts included."""
+    found = {phase for line in run.lines for phase in line.get("seconds", {})}
+    known = [phase for phase in ("wait", "aggregate", "checkpoint", "evaluate") if phase in found]
+    layers: dict[str, Curve] = {phase: {} for phase in known + sorted(found - set(known))}
+    for line in run.lines:
+        for phase, layer in layers.items():
+            layer[line["round"]] = layer.get(line["round"], 0) + drawable(line.get("seconds", {}).get(phase, 0))
+    return layers
+
+
+def replies_by_site(run: Run) -> dict[str, dict[int, str]]:
+    """Return what became of each request, by site and round; of a round that was tried again, the last attempt."""
+    replies: dict[str, dict[int, str]] = {site: {} for site in sorted({s for a in run.attempts for s in a["cohort"]})}
+    for line in run.attempts:
+        for site in line["cohort"]:
+            replies[site][line["round"]] = _reply_state(line, site)
+    return replies
+
+
+def _reply_state(line: Line, site: str) -> str:
+    if site in line.get("accepted", {}):
+        return "accepted"
+    reason = line.get("rejected", {}).get(site, {}).get("reason", DROPOUT)
+    return "no reply" if reason == DROPOUT else "rejected"
+
+
+def count_replies(replies: Mapping[str, Mapping[int, str]]) -> dict[str, Curve]:
+    """Return the number of sites in each state, by round."""
+    rounds = sorted({number for states in replies.values() for number in states})
+    counts: dict[str, Curve] = {state: dict.fromkeys(rounds, 0) for state in REPLY_STATES}
+    for states in replies.values():
+        for number, state in states.items():
+            counts[state][number] += 1
+    return counts
+
+
+@dataclass(frozen=True)
+class SiteSum:
+    """One site over the whole run, voided attempts included.
+
+    Args:
+        name: of the site.
+        rows: as last accepted; None where no reply was.
+        asked: number of requests.
+        accepted: number of accepted replies.
+        rejected: the other replies, by reason, missing ones as `dropout`.
+        detail: the guard's words on the last rejection.
+        mean_seconds: of local training, as the site reported it.
+        last_loss: the local training loss of the last accepted reply.
+        bytes_up: of accepted replies.
+    """
+
+    name: str
+    rows: int | None
+    asked: int
+    accepted: int
+    rejected: dict[str, int]
+    detail: str
+    mean_seconds: float | None
+    last_loss: float | None
+    bytes_up: int
+
+
+def sum_sites(run: Run) -> list[SiteSum]:
+    """Return every site that was asked, by name."""
+    asked: dict[str, list[Line]] = {}
+    for line in run.attempts:
+        for site in line["cohort"]:
+            asked.setdefault(site, []).append(line)
+    return [_sum_site(site, asked[site]) for site in sorted(asked)]
+
+
+def _sum_site(site: str, lines: list[Line]) -> SiteSum:
+    accepted = [line["accepted"][site] for line in lines if site in line.get("accepted", {})]
+    rejected = [line["rejected"][site] for line in lines if site in line.get("rejected", {})]
+    reasons = [str(entry.get("reason", "")) for entry in rejected]
+    return SiteSum(
+        site,
+        accepted[-1].get("rows") if accepted else None,
+        len(lines),
+        len(accepted),
+        {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        str(rejected[-1].get("detail", "")) if rejected else "",
+        sum(entry.get("seconds", 0.0) for entry in accepted) / len(accepted) if accepted else None,
+        accepted[-1].get("loss") if accepted else None,
+        sum(entry.get("bytes_up", 0) for entry in accepted),
+    )
+
+
+def baseline_metrics(run: Run) -> dict[str, dict[str, float]]:
+    """Return the baselines that the run has, by label, the local-only ones as their mean over sites."""
+    found: dict[str, dict[str, float]] = {}
+    if "untouched" in run.baselines:
+        found["untouched base"] = run.baselines["untouched"]
+    local = list(run.baselines.get("local", {}).values())
+    if local:
+        shared = [metric for metric in local[0] if all(metric in entry for entry in local)]
+        found["local-only, mean"] = {metric: sum(entry[metric] for entry in local) / len(local) for metric in shared}
+    if "centralised" in run.baselines:
+        found["centralised"] = run.baselines["centralised"]
+    return found
