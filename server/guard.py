@@ -10,11 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from common.errors import WireError
 from common.messages import EvaluateReply, TrainReply, error_code, from_record
-from common.wire import AdapterSpec, Vector, decode
+from common.wire import AdapterSpec, Vector, decode, l2_norm
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
@@ -83,7 +81,7 @@ def check(reply: Message, asked: Asked, spec: AdapterSpec, max_update_norm: floa
         update = decode(reply.content.array_records["arrays"], spec)
     except WireError as error:
         return Rejected(asked.site, error.code, str(error), size)
-    norm = float(np.linalg.norm(update.astype(np.float64)))
+    norm = l2_norm(update)
     if norm > max_update_norm:
         return Rejected(asked.site, "norm", f"{norm:.4g}, allowed {max_update_norm:g}", size)
     return Accepted(asked.site, update, weight, answer.loss, answer.steps, answer.seconds, norm, size)

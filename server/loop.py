@@ -15,7 +15,7 @@ from common.config import RunConfig
 from common.errors import ConfigError, NotEnoughSites, Problem, QuorumNotMet, TrainingError
 from common.messages import EvaluateRequest, TrainRequest, to_record
 from common.rng import generator
-from common.wire import AdapterSpec, Vector, encode, sha256
+from common.wire import AdapterSpec, Vector, encode, l2_norm, sha256
 from server import checkpoint
 from server.audit import AuditLog
 from server.checkpoint import State
@@ -200,7 +200,7 @@ def _complete(parts: Parts, state: State, number: int, cohort: list[Member], col
         raise TrainingError(f"round {number}: the aggregated model is not finite", do="lower the learning rates")
     record = _record(number, cohort, collected)
     record["seconds"]["aggregate"] = time.perf_counter() - started
-    record |= {"adapter_sha256": sha256(vector), "update_norm": float(np.linalg.norm(update.astype(np.float64)))}
+    record |= {"adapter_sha256": sha256(vector), "update_norm": l2_norm(update)}
     state = replace(state, vector=vector, round=number, strategy=remembered, record=record)
     if parts.evaluate is None:
         state = replace(state, best_vector=vector, best_round=number)
