@@ -43,7 +43,8 @@ def show(title: str, figures: list[Figure]) -> None:
     width = max(len(figure.name) for figure in figures)
     for figure in figures:
         verdict = {True: "holds", False: "MISSED", None: ""}[figure.holds]
-        print(f"{figure.name:<{width}}  {figure.value:>12.4f} {figure.unit:<10} {figure.target:<10} {verdict:<7} {figure.note}")
+        measured = f"{figure.value:>12.4f} {figure.unit:<10} {figure.target:<10}"
+        print(f"{figure.name:<{width}}  {measured} {verdict:<7} {figure.note}")
     print()
     for figure in figures:
         print(json.dumps({**asdict(figure), "holds": figure.holds}))

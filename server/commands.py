@@ -246,7 +246,8 @@ def config_show(file: Path, overrides: Sequence[str], as_json: bool) -> None:
     for line in config_file.to_toml(config).splitlines():
         section = line.strip("[]") if line.startswith("[") else section
         key = f"{section}.{line.split(' = ')[0]}"
-        source = "--set" if key in given else str(file) if key in changed else "default"
+        setting = ".".join(key.split(".")[:2])  # a table's own keys come from where the table comes from
+        source = "--set" if setting in given else str(file) if setting in changed else "default"
         sys.stdout.write(f"{line:<72}  # {source}\n" if " = " in line else f"{line}\n")
 
 

@@ -1,4 +1,4 @@
-"""The simulation figures of the design: messages per second, the local loop and a whole run against bare PyTorch, bytes.
+"""The design's figures for simulation: messages per second, local loop and whole run against bare PyTorch, bytes.
 
     python scripts/bench/simulation.py [--pairs 9]
 
@@ -117,7 +117,23 @@ def flower_messages_per_second(size: int) -> float:
 
 def text_config(folder: Path, **train: Any) -> RunConfig:
     """Return a classification run on generated reviews: 4 sites, MiniLM, LoRA rank 8."""
-    words = "plot acting music scene story dialogue camera ending pace cast mood script humour tone light".split()
+    words = [
+        "plot",
+        "acting",
+        "music",
+        "scene",
+        "story",
+        "dialogue",
+        "camera",
+        "ending",
+        "pace",
+        "cast",
+        "mood",
+        "script",
+        "humour",
+        "tone",
+        "light",
+    ]
     rng = generator(1, "bench")
     data = folder / "train.csv"
     if not data.exists():
