@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from server.results import REPLY_STATES, Curve
+from server.results import REPLY_STATES, Curve, drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,12 +28,14 @@ STATE_COLOURS = dict(zip(REPLY_STATES, (BLUE, RED, "#c9c9c9"), strict=True))
 MOST_LINES = 12
 """With more sites, a band is drawn instead of a line each."""
 
-_MARKED = 40  # with more points, markers would hide the line
+_LEGEND_LETTERS = 60  # fit beside each other
+_WIDTH = 4.6  # inches: narrow, so that the text is not tiny where a telephone shrinks the figure
+_MARKED = 40  # with more rounds, markers would hide the line and bars would touch
 
 _STYLE: dict[str, Any] = {
-    "figure.figsize": (5.2, 3.0),
+    "figure.figsize": (_WIDTH, 3.0),
     "figure.constrained_layout.use": True,
-    "font.size": 9.0,
+    "font.size": 10.0,
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.edgecolor": "#777777",
@@ -42,7 +44,7 @@ _STYLE: dict[str, Any] = {
     "axes.formatter.useoffset": False,
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
-    "legend.fontsize": 8.0,
+    "legend.fontsize": 9.0,
     "lines.linewidth": 1.8,
     "lines.markersize": 4.0,
     "text.parse_math": False,
@@ -70,7 +72,9 @@ def metric_curve(
             best = values[best_round]
             label = f"best: round {best_round}, {best:.4g}"
             axes.plot([best_round], [best], "*", color=RED, markersize=12, linestyle="none", label=label, zorder=4)
-        for (name, value), colour, dashes in zip(baselines.items(), (GREY, ORANGE, GREEN), (":", "-.", "--"), strict=False):
+        for (name, value), colour, dashes in zip(
+            baselines.items(), (GREY, ORANGE, GREEN), (":", "-.", "--"), strict=False
+        ):
             axes.axhline(value, color=colour, linestyle=dashes, label=f"{_label(name)}: {value:.4g}")
         axes.set_ylabel(_label(metric))
         _finish(figure, axes)
@@ -83,12 +87,12 @@ def small_curves(curves: Mapping[str, Curve]) -> bytes:
 
     with _style():
         lines = math.ceil(len(curves) / 2)
-        figure = Figure(figsize=(5.2, 0.6 + 1.6 * lines))
+        figure = Figure(figsize=(_WIDTH, 0.5 + 1.6 * lines))
         for index, (name, values) in enumerate(curves.items()):
             axes = figure.add_subplot(lines, 2, index + 1)
             _line(axes, values, color=BLUE)
-            axes.set_title(_label(name), loc="left", fontsize=9)
-            _rounds_axis(axes)
+            axes.set_title(_label(name), loc="left", fontsize=10)
+            _rounds_axis(axes, 4)
         return _render(figure)
 
 
@@ -143,15 +147,21 @@ def stacked(label: str, layers: Mapping[str, Curve], unit: str = "", colours: Ma
     """
     from matplotlib.ticker import EngFormatter
 
-    rounds = sorted({number for values in layers.values() for number in values})
+    numbers = {number for values in layers.values() for number in values}
+    rounds = range(min(numbers), max(numbers) + 1)
     with _style():
         figure, axes = _figure()
         floor = [0.0] * len(rounds)
         for index, (name, values) in enumerate(layers.items()):
             colour = (colours or {}).get(name, LAYER_COLOURS[index % len(LAYER_COLOURS)])
             heights = [values.get(number, 0.0) for number in rounds]
-            axes.bar(rounds, heights, bottom=floor, color=colour, width=0.8, label=_label(name))
-            floor = [below + height for below, height in zip(floor, heights, strict=True)]
+            top = [below + height for below, height in zip(floor, heights, strict=True)]
+            if len(rounds) <= _MARKED:
+                axes.bar(rounds, heights, bottom=floor, color=colour, width=0.8, label=_label(name))
+            else:  # one outline instead of a thousand bars
+                edges = [number - 0.5 for number in (*rounds, rounds[-1] + 1)]
+                axes.stairs(top, edges, baseline=floor, fill=True, color=colour, label=_label(name))
+            floor = top
         axes.set_ylabel(label)
         if unit:
             axes.yaxis.set_major_formatter(EngFormatter(unit))
@@ -166,7 +176,7 @@ def reply_map(replies: Mapping[str, Mapping[int, str]]) -> bytes:
     from matplotlib.patches import Patch, Rectangle
 
     with _style():
-        figure = Figure(figsize=(5.2, 1.2 + 0.2 * len(replies)))
+        figure = Figure(figsize=(_WIDTH, 1.2 + 0.2 * len(replies)))
         axes = figure.add_subplot()
         for state, colour in STATE_COLOURS.items():
             cells = [
@@ -195,10 +205,10 @@ def plot_comparison(rows: Mapping[str, float], metric: str) -> str:
     from matplotlib.figure import Figure
 
     with _style():
-        figure = Figure(figsize=(5.2, 0.8 + 0.36 * len(rows)))
+        figure = Figure(figsize=(_WIDTH, 0.8 + 0.36 * len(rows)))
         axes = figure.add_subplot()
         colours = [BLUE if label.startswith("federated") else "#b5b5b5" for label in rows]
-        bars = axes.barh(range(len(rows)), list(rows.values()), color=colours, height=0.65)
+        bars = axes.barh(range(len(rows)), [drawable(value) for value in rows.values()], color=colours, height=0.65)
         axes.bar_label(bars, [f"{value:.4g}" for value in rows.values()], padding=3)
         axes.set_yticks(range(len(rows)), [_label(label) for label in rows])
         axes.invert_yaxis()
@@ -242,13 +252,15 @@ def _finish(figure: Figure, axes: Axes, handles: Sequence[Any] | None = None) ->
     _rounds_axis(axes)
     axes.set_xlabel("round")
     handles = axes.get_legend_handles_labels()[0] if handles is None else handles
-    figure.legend(handles=handles, loc="outside upper left", ncols=2 if len(handles) % 2 == 0 else 3)
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = min(3, max(1, _LEGEND_LETTERS // (longest + 5)))  # 5 letters' room for the sample of the line
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
 
 
-def _rounds_axis(axes: Axes) -> None:
+def _rounds_axis(axes: Axes, intervals: int = 8) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=intervals, integer=True, min_n_ticks=1))
 
 
 def _label(text: str) -> str:

@@ -74,11 +74,12 @@ def check(reply: Message, asked: Asked, spec: AdapterSpec, max_update_norm: floa
         answer = from_record(TrainReply, reply.content)
         _check_origin(answer, asked)
         weight = _weight(answer.rows, asked.rows)
-        if not (math.isfinite(answer.loss) and answer.steps > 0 and answer.seconds >= 0):
+        if not (math.isfinite(answer.loss) and answer.steps > 0 and 0 <= answer.seconds < math.inf):
             raise WireError("loss, steps or seconds out of range", code="metrics")
-        if set(reply.content) != {"reply", "arrays"}:
+        arrays = reply.content.array_records.get("arrays")
+        if arrays is None or set(reply.content) != {"reply", "arrays"}:
             raise WireError("other records than reply and arrays", code="keys")
-        update = decode(reply.content.array_records["arrays"], spec)
+        update = decode(arrays, spec)
     except WireError as error:
         return Rejected(asked.site, error.code, str(error), size)
     norm = l2_norm(update)

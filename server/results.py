@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,10 @@ def read_run(folder: Path) -> Run:
     for name in ("metrics.jsonl", "summary.json"):
         if not (folder / name).is_file():
             raise StorageError(
-                f"no {name} in {folder}", "the folder of a run that has ended", "end or resume the run", code="run-missing"
+                f"no {name} in {folder}",
+                "the folder of a run that has ended",
+                "end or resume the run",
+                code="run-missing",
             )
     summary = _read_json(folder / "summary.json")
     config = folder / "config.toml"
@@ -107,23 +110,27 @@ def drawable(value: Any) -> float:
     return number if abs(number) < _LARGEST else math.nan
 
 
-def curve(lines: list[Line], pick: Callable[[Line], Any]) -> Curve:
-    """Return what `pick` finds in each line, by round; lines where it finds None are left out."""
-    return {line["round"]: drawable(pick(line)) for line in lines if pick(line) is not None}
+def curve(values: Iterable[tuple[int, Any]]) -> Curve:
+    """Return the values that there are, by round."""
+    return {number: drawable(value) for number, value in values if value is not None}
 
 
 def central_curves(run: Run) -> dict[str, Curve]:
     """Return the curve of every metric of the central evaluation, the monitored one first."""
-    names = {name: None for line in run.completed for name in line.get("eval", {})}
-    ordered = sorted(names, key=lambda name: name != run.monitor)
-    return {name: curve(run.completed, lambda line, name=name: line.get("eval", {}).get(name)) for name in ordered}
+    lines = [(line["round"], line["eval"]) for line in run.completed if "eval" in line]
+    names = dict.fromkeys(name for _, metrics in lines for name in metrics)
+    return {
+        name: curve((number, metrics.get(name)) for number, metrics in lines)
+        for name in sorted(names, key=lambda name: name != run.monitor)
+    }
 
 
 def curves_by_site(lines: list[Line], key: str, metric: str) -> dict[str, Curve]:
     """Return each site's curve of `line[key][site][metric]`, by site name."""
-    sites = sorted({site for line in lines for site in line.get(key, {})})
+    found = [(line["round"], line.get(key, {})) for line in lines]
     return {
-        site: curve(lines, lambda line, site=site: line.get(key, {}).get(site, {}).get(metric)) for site in sites
+        site: curve((number, entries.get(site, {}).get(metric)) for number, entries in found)
+        for site in sorted({site for _, entries in found for site in entries})
     }
 
 
@@ -134,27 +141,28 @@ def weighted_mean(values: Mapping[str, Mapping[str, Any]], metric: str) -> float
     return sum(entry[metric] * entry.get("rows", 0) for entry in having) / weight if weight else None
 
 
-def site_metric(run: Run) -> str | None:
-    """Return the metric to show of the sites' own evaluations: the monitored one where they have it."""
-    names = sorted(
-        {name for line in run.completed for entry in line.get("sites_eval", {}).values() for name in entry} - {"rows"}
-    )
-    return run.monitor if run.monitor in names else next(iter(names), None)
+def judged_line(run: Run) -> Line | None:
+    """Return the line in which the sites evaluated the best adapter, or else the last in which they evaluated."""
+    judged = [line for line in run.completed if line.get("sites_eval")]
+    return next((line for line in judged if line["round"] == run.best_round), judged[-1]) if judged else None
 
 
-def worst_site(run: Run, metric: str) -> tuple[int, str, float] | None:
-    """Return (round, site, value) of the site that the best adapter serves worst.
+def worst_site(values: Mapping[str, Mapping[str, Any]], monitor: str) -> tuple[str, str, float] | None:
+    """Return (site, metric, value) of the site whose own evaluation is worst; None where there is nothing to compare.
 
-    Where the sites did not evaluate the best adapter, the last round in which they evaluated counts.
+    Args:
+        values: metrics by site.
+        monitor: the metric to compare, if the sites have it; else the first that they have.
     """
-    judged = [line for line in run.completed if any(metric in entry for entry in line.get("sites_eval", {}).values())]
-    if not judged:
+    names = sorted(
+        {name for entry in values.values() for name in entry} - {"rows"}, key=lambda name: (name != monitor, name)
+    )
+    if not names:
         return None
-    line = next((line for line in judged if line["round"] == run.best_round), judged[-1])
-    values = {site: entry[metric] for site, entry in line["sites_eval"].items() if metric in entry}
-    choose = max if lower_is_better(metric) else min
-    site = choose(sorted(values), key=lambda name: values[name])
-    return line["round"], site, values[site]
+    metric = names[0]
+    having = {site: values[site][metric] for site in sorted(values) if metric in values[site]}
+    site = (max if lower_is_better(metric) else min)(having, key=having.__getitem__)
+    return site, metric, having[site]
 
 
 def lower_is_better(metric: str) -> bool:

@@ -7,6 +7,7 @@ that does not fit the run is refused there, with a code, before anything is trai
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -68,20 +69,34 @@ class Roster:
             NotEnoughSites: the time is up.
         """
         wanted, timeout_s = self._config.strategy.min_clients, self._config.strategy.connect_timeout_s
-        wait_for_nodes(self._grid, wanted, timeout_s, self._stop, seen)
-        self.refresh()
-        if len(self.members()) < wanted:
-            refusals = ", ".join(sorted(set(self.refused().values())))
-            raise NotEnoughSites(
-                f"{len(self.members())} of {wanted} sites after {timeout_s:g} s"
-                + (f"; {len(self.refused())} refused: {refusals}" if refusals else ""),
-                f"strategy.min_clients = {wanted}",
-                "look at the refused sites' own logs" if refusals else "start more sites, or raise connect_timeout_s",
-            )
+        if getattr(self._grid, "sequential", False):
+            timeout_s = 0.0  # all its nodes are there from the start
+        ends = time.monotonic() + timeout_s
+        while True:
+            left_s = max(0.0, ends - time.monotonic())
+            wait_for_nodes(self._grid, wanted + len(self.refused()), left_s, self._stop, seen)
+            self.refresh()
+            if len(self.members()) >= wanted:
+                return
+            if time.monotonic() >= ends:
+                break
+        refusals = ", ".join(sorted(set(self.refused().values())))
+        raise NotEnoughSites(
+            f"{len(self.members())} of {wanted} sites after {timeout_s:g} s"
+            + (f"; {len(self.refused())} refused: {refusals}" if refusals else ""),
+            f"strategy.min_clients = {wanted}",
+            "look at the refused sites' own logs" if refusals else "start more sites, or raise connect_timeout_s",
+        )
 
     def refresh(self) -> None:
-        """Look who is connected, and greet the nodes that are new."""
+        """Look who is connected, and greet the nodes that are new or have come back."""
         self._present = set(self._grid.get_node_ids())
+        if self._known.keys() - self._present:  # who left says hello again, and their names can be taken
+            self._known = {
+                node: entry
+                for node, entry in self._known.items()
+                if node in self._present and entry != "site-name-taken"
+            }
         new = sorted(self._present - set(self._known))
         if new:
             self._greet(new)

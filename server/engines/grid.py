@@ -69,11 +69,7 @@ def exchange(grid: Grid, messages: list[Message], timeout_s: float, stop: Stop) 
 
 
 def wait_for_nodes(grid: Grid, count: int, timeout_s: float, stop: Stop, seen: Callable[[int], None]) -> list[int]:
-    """Return the ids of the connected nodes once there are `count`, or of those there are when the time is up.
-
-    After the first look that finds enough, it looks once more a moment later: nodes that start together should not
-    miss the hello by a tenth of a second.
-    """
+    """Return the ids of the connected nodes once there are `count`, or of those there are when the time is up."""
     ends, pause, known = time.monotonic() + timeout_s, FIRST_PAUSE_S, -1
     while True:
         stop.check()
