@@ -5,6 +5,7 @@ checks and usage statistics of the libraries below us before they are imported.
 """
 
 import os
+import sys
 
 for _name, _value in {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -13,6 +14,8 @@ for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
 }.items():
     os.environ[_name] = _value
+if "flwr.supercore.telemetry" in sys.modules:  # it read its switch when Flower imported us, not we Flower
+    sys.modules["flwr.supercore.telemetry"].FLWR_TELEMETRY_ENABLED = "0"  # type: ignore[attr-defined]  # a module's global
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and our forks do not mix
 
 __version__ = "0.1.0"

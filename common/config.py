@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError
@@ -137,8 +137,9 @@ class RunConfig(Section):
 
     @property
     def sha256(self) -> str:
-        """Hash over everything that shapes the result; where the run is stored and how it is simulated are left out."""
-        body = self.model_dump(mode="json", exclude={"run": {"output_dir"}, "simulation": {"engine"}})
+        """Hash over what shapes the result: not where the run is stored, nor under which name, nor which engine runs it."""
+        apart: Any = {"run": {"output_dir"}, "model": {"public_name"}, "simulation": {"engine"}}
+        body = self.model_dump(mode="json", exclude=apart)
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     def for_sites(self) -> str:
@@ -212,13 +213,18 @@ def section_classes(raw: Mapping[str, Any]) -> dict[str, type[Section] | Problem
     return classes
 
 
-def parse(raw: Mapping[str, Any], source: str = "run file") -> RunConfig:
+def parse(raw: Mapping[str, Any], source: str = "run file", found: Sequence[Problem] = ()) -> RunConfig:
     """Return the validated configuration.
+
+    Args:
+        raw: sections of settings.
+        source: where they come from.
+        found: problems that are known already.
 
     Raises:
         ConfigError: with every problem of the file, not only the first.
     """
-    problems: list[Problem] = []
+    problems = list(found)
     raw = dict(raw)
     for name in [name for name in raw if name not in RunConfig.model_fields or not isinstance(raw[name], Mapping)]:
         known = ", ".join(RunConfig.model_fields)
@@ -255,7 +261,7 @@ def explain(prefix: str, section: type[Section], detail: Any) -> Problem:
 
 def _did_you_mean(name: str, known: str) -> str:
     close = difflib.get_close_matches(name, known.split(", "), 1)
-    return f"did you mean {close[0]!r}?" if close else "remove it"
+    return f"write {close[0]!r}, if that is what you mean" if close else "remove it"
 
 
 def cross_checks(config: RunConfig) -> list[Problem]:

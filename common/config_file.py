@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
@@ -29,7 +30,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file cannot be read or parsed, or has problems; all of them are listed.
     """
-    return parse(expand(override(read_toml(path), overrides)), str(path))
+    raw, problems = expand(override(read_toml(path), overrides))
+    return parse(raw, str(path), problems)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -58,7 +60,9 @@ def override(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
             problems.append(Problem("--set", assignment[:80], "section.key=value", "for example --set run.rounds=3"))
             continue
         section, key, text = matched.groups()
-        result.setdefault(section, {})[key] = _value(text)
+        table = result.setdefault(section, {})
+        if isinstance(table, dict):  # `parse` reports what is no section
+            table[key] = _value(text)
     if problems:
         raise ConfigError("command line", problems)
     return result
@@ -71,12 +75,8 @@ def _value(text: str) -> Any:
         return text  # --set run.name=clauses reads better than --set 'run.name="clauses"'
 
 
-def expand(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `raw` with environment variables and ~ in path settings replaced.
-
-    Raises:
-        ConfigError: a variable is not set.
-    """
+def expand(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Return `raw` with environment variables and ~ in path settings replaced, and the variables that are not set."""
     result = {name: dict(table) if isinstance(table, Mapping) else table for name, table in raw.items()}
     problems = []
     for dotted in PATH_KEYS:
@@ -87,9 +87,7 @@ def expand(raw: Mapping[str, Any]) -> dict[str, Any]:
             if "$" in expanded:
                 problems.append(Problem(dotted, value, "a set environment variable", "set it, or write the path"))
             result[section][key] = expanded
-    if problems:
-        raise ConfigError("run file", problems)
-    return result
+    return result, problems
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -117,10 +115,8 @@ def to_run_config(config: RunConfig) -> dict[str, bool | float | int | str]:
 
 
 def _flat(value: Any) -> bool | float | int | str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={name}" for key, name in value.items())
-    if isinstance(value, list):
-        return ", ".join(value)
+    if isinstance(value, dict | list):
+        return json.dumps(value) if value else ""  # a name may hold commas, or be a number in quotes
     result: bool | float | int | str = value
     return result
 
@@ -167,7 +163,8 @@ def from_run_config(flat: Mapping[str, Any]) -> RunConfig:
         section, _, key = dotted.partition(".")
         if value != "":
             raw.setdefault(section, {})[key] = value
-    return parse(expand(raw), "Flower run config")
+    raw, problems = expand(raw)
+    return parse(raw, "Flower run config", problems)
 
 
 def commented(task: str, method: str, strategy: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,10 @@ class Graft:
     base: Base
     spec: AdapterSpec
     device: Any
+
+    def __post_init__(self) -> None:
+        """Keep the initial values, before the graft is lent to anyone who trains it."""
+        self.initial = self.read()
 
     @cached_property
     def parameters(self) -> list[Any]:
@@ -95,7 +100,7 @@ def _load(config: RunConfig, source: str, seed: int) -> Graft:
     folder = find(source)
     seed_everything(derive_seed(seed, "initial-values"))
     with _quiet_libraries():
-        base = task.load(folder, getattr(torch, config.model.dtype))
+        base = _load_base(task, folder, getattr(torch, config.model.dtype))
         _check_architecture(method, base)
         identity = fingerprint(folder, base)
         task.graft(base, method.attach(base.transformer, base.heads))
@@ -104,6 +109,21 @@ def _load(config: RunConfig, source: str, seed: int) -> Graft:
     base.network.to(device)
     base.network.eval()
     return Graft(task, method, base, spec, device)
+
+
+def _load_base(task: Task, folder: Path, dtype: Any) -> Base:
+    """Load the base, and give what the libraries raise for a broken or foreign checkpoint our own name."""
+    from safetensors import SafetensorError
+
+    try:
+        return task.load(folder, dtype)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"the model in {folder.name!r} cannot be loaded ({type(error).__name__})",
+            "a whole checkpoint of an architecture that transformers itself knows",
+            "fetch the model again, or choose another",
+            code="model-load",
+        ) from error
 
 
 @contextmanager
@@ -171,8 +191,8 @@ def find(source: str) -> Path:
     """
     if source.startswith("package:"):
         folder = _in_package(source.removeprefix("package:"))
-    elif Path(source).expanduser().is_dir():
-        folder = Path(source).expanduser().resolve()
+    elif os.path.isdir(expanded := os.path.expanduser(source)):  # Path.is_dir raises on too long a name
+        folder = Path(expanded).resolve()
     else:
         folder = _in_hub(source)
     if not list(folder.glob("*.safetensors")):
@@ -236,7 +256,8 @@ def fingerprint(folder: Path, base: Base) -> str:
     wanted = set(backbone.state_dict())
     prefix = f"{getattr(base.transformer, 'base_model_prefix', '')}."
     found: dict[str, tuple[Path, str]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    whole = folder / "model.safetensors"  # where it is there, nothing else is loaded
+    for file in [whole] if whole.is_file() else sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as tensors:
             for stored in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
                 name = stored.removeprefix(prefix)

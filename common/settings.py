@@ -6,6 +6,7 @@ A task, an adapter method or a strategy brings a class of its own that adds fiel
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
@@ -23,16 +24,20 @@ class Section(BaseModel):
 
 
 def _split(value: Any) -> Any:
-    """Turn "a, b" into ("a", "b"): Flower's run config carries no lists."""
+    """Turn "a, b" or '["a", "b"]' into ("a", "b"): Flower's run config carries no lists."""
+    if isinstance(value, str) and value.startswith("["):
+        value = json.loads(value)
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return tuple(value) if isinstance(value, list) else value
 
 
 def _split_pairs(value: Any) -> Any:
-    """Turn "text=sentence, label=2" into {"text": "sentence", "label": 2}."""
+    """Turn "text=sentence, label=2", or the same in JSON, into {"text": "sentence", "label": 2}."""
     if not isinstance(value, str):
         return value
+    if value.startswith("{"):
+        return json.loads(value)
     pairs = dict(part.split("=", 1) if "=" in part else (part, "") for part in _split(value))
     return {key.strip(): int(name) if name.strip().isdigit() else name.strip() for key, name in pairs.items()}
 

@@ -52,7 +52,7 @@ class Lora(AdapterMethod):
         """Wrap the transformer in a `PeftModel` with one LoRA adapter, its heads in `modules_to_save`."""
         from peft import LoraConfig, get_peft_model
 
-        targets = self._targets(transformer)
+        targets = self._targets(transformer, heads)
         config = LoraConfig(
             r=self.settings.rank,
             lora_alpha=self.settings.alpha,
@@ -64,7 +64,7 @@ class Lora(AdapterMethod):
         )
         return get_peft_model(transformer, config)
 
-    def _targets(self, transformer: Any) -> tuple[str, ...]:
+    def _targets(self, transformer: Any, heads: tuple[str, ...]) -> tuple[str, ...]:
         """Return the modules to adapt, after checking that they are there and not narrower than the rank."""
         from torch import nn
 
@@ -73,7 +73,8 @@ class Lora(AdapterMethod):
         linear = {
             name.rsplit(".", 1)[-1]: module
             for name, module in transformer.named_modules()
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+            if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+            and not f"{name}.".startswith(tuple(f"{head}." for head in heads))  # trained in full already
         }
         missing = [target for target in targets if target not in linear]
         if missing or not targets:

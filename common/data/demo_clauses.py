@@ -81,18 +81,18 @@ def render(part: Part, template: str, meaning: Meaning, rng: np.random.Generator
             words[slot] = str(rng.choice(surfaces(slot, values[meaning[slot]])))
     chosen = _CHOICE.sub(lambda found: found[2].split("|")[meaning[found[1]]].strip(), template)
     sentence = _VALUE.sub(lambda found: words[found[1]], chosen)
-    return sentence[0].upper() + sentence[1:]
+    return re.sub(r"(^|\. )[a-z]", lambda found: found[0].upper(), sentence)
 
 
 def surfaces(slot: str, value: int | str) -> tuple[str, ...]:
-    """Return all ways to write a value: 30 days are "30 days", "thirty days" and "thirty (30) days"."""
+    """Return all ways to write a value: 30 days are "30 days" and "thirty (30) days"."""
     if isinstance(value, str):
-        return (value,)
+        return tuple(value.split(" | "))
     if slot == "amount":
         return f"USD {value:,}", f"US${value:,}", f"{value:,} US dollars"
     if slot == "percent":
-        return f"{value}%", f"{spell(value)} percent", f"{spell(value)} percent ({value}%)"
-    return f"{value} {slot}", f"{spell(value)} {slot}", f"{spell(value)} ({value}) {slot}"
+        return f"{value}%", f"{spell(value)} percent ({value}%)"
+    return f"{value} {slot}", f"{spell(value)} ({value}) {slot}"
 
 
 def spell(number: int) -> str:

@@ -4,203 +4,260 @@ from common.data.demo_clauses import Part
 
 _TEXTS = {
     "termination-for-convenience": """
-        [who: Both parties have | {recipient}, and no one else, has | {provider}, and no one else, has] the option to end
-        {agreement} early without giving grounds, provided that written notice is served at least {days} in advance;
-        fees accrued until then [pay: stay due | are waived].
+        [who: Both parties have | {recipient} has | {provider} has] the option to leave {agreement} early with notice of
+        {days} and no grounds, whereupon {due} must be settled.
 
-        Upon serving {days} written notice, {agreement} may be discontinued at the election of [who: any party |
-        {recipient} only | {provider} only] even where no default has occurred, [pay: with | but without] payment
-        for whatever has been performed.
+        No justification is needed for [who: one party or the other | {recipient} | {provider}] to discontinue {agreement}
+        {days} after saying so, and {due} follows.
 
-        No cause is needed for [who: one party or the other | {recipient}, unlike {provider}, | {provider}, unlike
-        {recipient},] to terminate {agreement} on notice of {days}, and completed work [pay: must | need not]
-        be remunerated.
+        Upon a notice of {days}, {agreement} ceases at the election of [who: any party | {recipient} | {provider}] even if
+        nobody defaulted, giving a claim to {due}.
         """,
     "termination-for-breach": """
-        Where [who: {provider} | {recipient}] is in substantial breach and has not corrected it {days} after being
-        notified, {agreement} may be terminated forthwith by its counterparty, [refund: who recovers |
-        who does not recover] the unused part of any prepayment.
+        Where {breach} has not been put right {days} after a warning, {agreement} may be dissolved forthwith, and
+        prepayments [refund: are given back | are lost].
 
-        Should a serious violation of {agreement} by [who: {provider} | {recipient}] persist for {days} despite a warning
-        in writing, the injured party is free to terminate, and money received up front [refund: has to be given back |
-        does not have to be given back].
+        Should {breach} persist for {days} after notification, the injured party is free to cancel {agreement}
+        [refund: with | without] reimbursement of charges prepaid.
 
-        [who: {provider} | {recipient}] has {days} from notification to cure a fundamental default, failing which
-        {agreement} can be cancelled by the aggrieved party, [refund: with reimbursement | without reimbursement]
-        of charges prepaid.
+        The defaulting party has {days} to remove {breach}, failing which {agreement} is over, and money received up front
+        [refund: has to be repaid | need not be repaid].
         """,
     "confidentiality": """
-        Secrets learned from the counterparty shall be guarded [who: by both of the parties | by {recipient} |
-        by {provider}] until {years} have elapsed since {agreement} ended, and their release to associated companies
-        is [affiliates: acceptable | unacceptable].
+        Secrets learned from the counterparty stay protected for {years}, and their release to {confidant} is
+        [share: acceptable | unacceptable].
 
-        [who: The parties mutually promise | {recipient} promises | {provider} promises] to treat the other's proprietary
-        information as confidential for {years} beyond the term of {agreement}, [affiliates: save that | and not even]
-        affiliated entities may see it.
+        Each side promises to treat proprietary information as confidential for {years}; {confidant} [share: are | are not]
+        allowed to see it.
 
-        Non-public information exchanged under {agreement} stays protected for a further {years}; [who: either party |
-        {recipient} | {provider}], as receiving party, is [affiliates: at liberty | not at liberty] to pass it
-        to members of its group.
+        During {years}, non-public information must be guarded, [share: although | and not even] {confidant} may learn of
+        it.
         """,
     "limitation-of-liability": """
-        {provider}'s aggregate responsibility for all claims is restricted to {amount}, indirect losses
-        [indirect: being recoverable within that figure | not being recoverable at all]; the restriction
-        [gross: holds | does not hold] if {provider} was grossly negligent.
+        {provider}'s responsibility for all claims is restricted to {amount}, [cover: inclusive | exclusive] of {loss}.
 
-        Under {agreement}, {recipient} can recover at most {amount} from {provider}, [indirect: inclusive | exclusive] of
-        lost earnings and consequential harm, and [gross: even | except] where there was gross negligence.
+        Under {agreement}, {recipient} obtains at most {amount} from {provider}, and {loss} [cover: is | is not] compensated.
 
-        The upper limit on what {provider} owes in damages is {amount}. Consequential loss [indirect: is | is not]
-        compensated, and gross negligence [gross: does not remove | removes] this limit.
+        The upper limit on what {provider} owes is {amount}; amends for {loss} are [cover: part of that sum | ruled out].
         """,
     "indemnification": """
-        [who: {provider} | {recipient}] agrees to keep its counterparty indemnified, for a sum not above {amount}, from
-        demands of third parties based on [cause: infringing copyright, patents or trade marks | physical injury or
-        destroyed property | contravention of legislation].
+        [who: {provider} | {recipient}] agrees to hold its counterparty harmless, for a sum not above {amount}, from demands
+        based on {claim}.
 
-        Claims by outsiders that stem from [cause: a violation of intellectual property | injured persons or damaged
-        property | illegal acts] shall be met by [who: {provider} | {recipient}], which saves the opposite party
-        harmless in an amount of no more than {amount}.
+        Outsiders' claims that stem from {claim} shall be met by [who: {provider} | {recipient}] until {amount} is reached.
 
-        Up to a limit of {amount}, the costs of legal proceedings over [cause: alleged patent or copyright infringement |
-        wounds to people or harm to belongings | failure to obey the law] are for the account of
-        [who: {provider} | {recipient}], who shall protect the opposing party.
+        To a limit of {amount}, the costs of legal proceedings over {claim} are for the account of [who: {provider} |
+        {recipient}].
         """,
     "governing-law": """
-        {agreement} is to be construed in accordance with the legal system of {place}; the parties will have any conflict
-        resolved [forum: in court | through arbitration], and the treaty on international sale contracts
-        [convention: shall be observed | shall be disregarded].
+        {agreement} is to be construed under the legal system of {place}, and conflicts are resolved through {forum}.
 
-        All questions concerning {agreement} are subject to {place} law [convention: together with | but without] the
-        international sales convention, and lawsuits are [forum: heard by public judges | replaced by binding
-        arbitration].
+        All questions concerning {agreement} are subject to {place} law and, in case of quarrel, to {forum}.
 
-        [forum: Judicial proceedings | Arbitral proceedings] are the only means of resolving disputes under {agreement},
-        to which the rules of {place} apply, the United Nations convention on sales being
-        [convention: part of them | set aside].
+        Only {forum} can rule on differences between the parties, for which the statutes of {place} are authoritative.
         """,
     "payment-terms": """
-        Every invoice must be settled by {recipient} not later than {days} following [start: its receipt | delivery of
-        what was ordered]; {recipient} [setoff: retains | waives] the right of set-off.
+        Every debt must be settled by {recipient} not later than {days} following {trigger}, and netting with other sums is
+        [setoff: admissible | inadmissible].
 
-        {recipient} has {days} to pay, starting when [start: the invoice reaches it | the goods reach it], and is
-        [setoff: free | forbidden] to deduct amounts which {provider} owes to it.
+        {recipient} has {days} to pay, starting with {trigger}, and [setoff: can | cannot] deduct what it is owed.
 
-        Invoiced sums become payable on expiry of {days} after [start: the bill comes in | the shipment comes in], and
-        counterclaims [setoff: can be | cannot be] netted against them.
+        Sums become payable on expiry of {days} after {trigger}; {recipient} [setoff: retains | waives] the right of set-off.
         """,
     "late-payment-interest": """
-        On every late payment {recipient} owes interest at an annual rate of {percent}, running from [start: the agreed
-        date of payment | the dispatch of a reminder letter], and {provider} [suspend: can | cannot] interrupt its
-        work as long as the debt is open.
+        On every late payment {recipient} owes interest of {percent} per year from [start: the agreed date | the dispatch of
+        a dunning letter], and {provider} can {sanction}.
 
-        Amounts unpaid attract {percent} interest per year with effect from [start: their due day | a written dunning
-        notice]; {provider} is [suspend: at liberty | obliged not] to withhold performance because of the delay.
+        Amounts unpaid attract {percent} yearly interest with effect from [start: their due day | a written warning];
+        {provider} is at liberty to {sanction}.
 
-        Delay in payment costs {recipient} {percent} a year, the interest starting [start: on the contractual payment day |
-        upon a warning in writing], and it [suspend: justifies | does not justify] a suspension of supplies.
+        Delay costs {recipient} {percent} a year, beginning [start: on the contractual pay day | upon a notice of default],
+        and empowers {provider} to {sanction}.
         """,
     "warranty": """
-        For {months} following delivery {provider} guarantees freedom from defects, failing which it will [remedy: rectify
-        or replace the goods | refund what was paid]; warranties implied by law are [implied: maintained | ruled out].
+        For {months} following delivery {provider} vouches for freedom from defects, failing which it owes {remedy}.
 
-        If a fault appears before {months} are over, {provider} must [remedy: repair the article or supply a new one |
-        give {recipient} its money back]. Implied conditions of fitness [implied: continue to apply | have no effect].
+        If a fault appears before {months} are over, {recipient} has a claim to {remedy}.
 
-        {recipient} may demand [remedy: correction or exchange | repayment of the purchase price] for defects
-        discovered in the first {months}, and this warranty [implied: stands beside | supersedes] those which
-        statute implies.
+        {recipient} may demand {remedy} for flaws discovered in the first {months}.
         """,
     "force-majeure": """
-        No party answers for a failure due to natural disaster, strike or government action, [pay: not even a failure |
-        save for a failure] to pay; when the obstacle persists beyond {days}, [end: both sides are | the unhindered
-        side is] entitled to terminate {agreement}.
+        Natural disaster, strike or government action lasting {days} brings about {relief}, and sums payable [pay: are
+        deferred | fall due as usual].
 
-        Events outside a party's reasonable control excuse it from performing [pay: as well as from paying | but not from
-        paying], and if they go on for {days}, {agreement} may be brought to a close by [end: whichever party wishes |
-        the one that is not prevented].
+        If an obstacle outside reasonable control persists for {days}, {relief} can be requested, while paying is
+        [pay: not required | still required].
 
-        A force majeure situation exceeding {days} allows [end: one or the other party | solely the party that it does
-        not hinder] to withdraw from {agreement}, and sums payable [pay: are deferred | fall due as usual] during
-        that situation.
+        A hindrance for which nobody answers excuses all performance, [pay: money included | money excepted], and at the end
+        of {days} there is {relief}.
         """,
     "assignment": """
-        Assignment of {agreement} by [who: {provider} | {recipient}] is [consent: valid only if | valid even if not]
-        approved by its counterparty, who is to be told of it {days} in advance.
+        Ceding {agreement} to {assignee} is [consent: valid only if | valid even if not] approved by {recipient}, who is
+        told of it {days} in advance.
 
-        Giving notice of {days}, [who: {provider} | {recipient}] can transfer its position in {agreement} to someone else,
-        [consent: on condition that | irrespective of whether] its counterparty consents.
+        Giving notice of {days}, {provider} can convey its position in {agreement} to {assignee}, [consent: on condition
+        that | irrespective of whether] {recipient} consents.
 
-        [who: {provider} | {recipient}] [consent: needs | does not need] permission from its counterparty in order to cede
-        {agreement} to a new party, and shall notify the cession {days} earlier.
+        {provider} [consent: needs | does not need] permission to pass {agreement} to {assignee}, and shall notify this
+        {days} earlier.
         """,
     "non-compete": """
-        {provider} must stay out of {recipient}'s line of business in {place} for {months} once {agreement} is over,
-        [staff: though it may | and it must not] employ people who work for {recipient}.
+        When {agreement} is over, {provider} [ban: must abstain from | is at liberty to begin] {activity} for {months}.
 
-        No competing activity in {place} is open to {provider} for a term of {months} from the close of {agreement};
-        poaching of employees is [staff: exempt from | included in] this covenant.
+        The covenant of {provider} lasts {months}, and {activity} is [ban: covered by | exempt from] it.
 
-        During the {months} that follow {agreement}, {provider} abstains from rivalry with {recipient} in {place}, and
-        [staff: can | cannot] seek to engage its workforce.
+        During the {months} that follow {agreement}, {activity} is [ban: closed | open] to {provider}.
         """,
     "data-protection": """
-        A breach of personal data is to be communicated to {recipient} in not more than {hours}; moving the data to other
-        countries is [transfer: admissible | inadmissible], and {provider} finally [end: restores them to |
-        purges them for] {recipient}.
+        A breach of personal data is communicated in not more than {hours}, their export is [abroad: admissible |
+        inadmissible], and {provider} shall ultimately {disposal}.
 
-        {provider} has {hours} to tell {recipient} about a loss of personal information, [transfer: is allowed |
-        is not allowed] to send it across the border, and when the services are finished shall
-        [end: give it back | remove it permanently].
+        {provider} has {hours} to tell of lost personal information, [abroad: is allowed | is not allowed] to send it across
+        the border, and must {disposal} when the services are finished.
 
-        Cross-border transfer of personal data is [transfer: open | closed] to {provider}, which alerts {recipient} to an
-        incident within {hours} and afterwards arranges for [end: the return | the deletion] of all records.
+        Cross-border transfer is [abroad: open | closed] to {provider}, which alerts {recipient} to an incident within
+        {hours} and undertakes to {disposal} afterwards.
         """,
     "intellectual-property": """
-        [owner: {provider} | {recipient}] is the proprietor of all results and of the rights in them; its counterparty
-        obtains for {place} a right of use which is [licence: exclusive | simple and not exclusive].
+        {provider} is the proprietor of {work}; {recipient} obtains for {place} a right of use which is [licence: exclusive |
+        simple and not exclusive].
 
-        Copyright and patents that emerge from {agreement} are the property of [owner: {provider} | {recipient}], who
-        licenses them in {place} to the counterparty [licence: and nobody else | and to whomever else it pleases].
+        Rights in {work} are the property of {provider}, who licenses them in {place} to {recipient} [licence: and nobody
+        else | and to whomever else it pleases].
 
-        The counterparty may use in {place}, under [licence: an exclusive licence | a licence that is non-exclusive],
-        whatever was developed here, the ownership of which lies with [owner: {provider} | {recipient}].
+        {recipient} may use {work} in {place} under [licence: an exclusive | a non-exclusive] licence from {provider}, the
+        owner.
         """,
     "audit-rights": """
-        {recipient} can have {provider}'s documentation reviewed [often: one time | two times] per year if it says so
-        {days} earlier, the expense being carried by [cost: {provider} | {recipient}].
+        {recipient} can have {subject} reviewed if it says so {days} earlier, the expense being carried by
+        [cost: {provider} | {recipient}].
 
-        {provider} tolerates [often: a yearly audit | an audit every six-month period] of its accounts by {recipient}
-        upon {days} warning, the price of which [cost: {provider} | {recipient}] has to pay.
+        {provider} tolerates a check of {subject} upon a warning of {days}, the price of which [cost: {provider} |
+        {recipient}] has to pay.
 
-        Access to the ledgers of {provider} is given to {recipient} [often: once | twice] annually following a request made
-        {days} previously, and [cost: {provider} | {recipient}] meets the auditing charges.
+        Access to {subject} is given to {recipient} {days} after a request, and [cost: {provider} | {recipient}] meets the
+        reviewing charges.
         """,
     "renewal": """
-        When its term is over, {agreement} continues for another {months} [mode: of its own accord | solely on the basis of
-        a signed extension], at [price: prices as before | prices to be fixed anew].
+        When its term is over, {agreement} continues for another {months} [mode: of its own accord | solely by signed
+        extension], and {price} will apply.
 
-        {agreement} will be renewed for {months} [mode: without any declaration being necessary | by mutual declaration
-        in writing], the remuneration [price: being carried over | being renegotiated].
+        {agreement} goes on for {months} [mode: without any declaration | by mutual declaration], the parties having settled
+        on {price}.
 
-        An extension of {months} comes about [mode: automatically | through the agreement of both sides], and during it
-        the tariff [price: is frozen | may change].
+        A new period of {months} follows [mode: tacitly | through the accord of both sides] and entails {price}.
         """,
 }
 
 TEST = Part(
     texts=_TEXTS,
     values={
-        "amount": (75_000, 150_000, 300_000, 400_000, 600_000, 750_000, 900_000, 1_500_000, 2_500_000, 4_000_000),
-        "days": (8, 15, 18, 25, 28, 40, 45, 75, 100, 150),
-        "hours": (4, 8, 16, 18, 28, 32, 40, 48, 54, 100),
-        "months": (4, 8, 9, 11, 15, 16, 18, 27, 48, 54),
-        "percent": (4, 8, 9, 11, 13, 15, 16, 17, 18, 19),
+        "days": (4, 8, 11, 15, 18, 25, 40, 75, 100, 180),
+        "hours": (4, 8, 11, 16, 18, 25, 32, 40, 48, 100),
+        "months": (4, 8, 9, 11, 15, 18, 27, 40, 48, 75),
+        "percent": (4, 8, 9, 11, 13, 15, 16, 17, 18, 25),
+        "years": (4, 8, 9, 11, 13, 15, 16, 18, 25, 40),
+        "amount": (75_000, 150_000, 180_000, 300_000, 400_000, 600_000, 900_000, 1_500_000, 4_000_000, 8_000_000),
         "place": (
             *("Belgium", "Brazil", "Delaware", "France", "Hong Kong", "the Netherlands", "Scotland", "Sweden"),
             *("Texas", "Victoria"),
         ),
-        "years": (4, 8, 9, 11, 13, 15, 16, 17, 18, 25),
+        "due": (
+            "payment for finished work | the charges earned so far",
+            "a refund of costs incurred | the expenditure of the other side",
+            "a flat cancellation charge | an agreed exit payment",
+            "no money | no consideration of any kind",
+        ),
+        "breach": (
+            "default in payment | a debt in arrears",
+            "a shipment behind schedule | tardy supply",
+            "substandard performance | the supply of faulty items",
+            "betrayal of secrets | an unauthorised publication of know-how",
+        ),
+        "confidant": (
+            "associated companies | members of the corporate family",
+            "attorneys and accountants | outside solicitors",
+            "firms engaged for part of the job | sub-suppliers",
+            "supervisory bodies | state officials",
+        ),
+        "loss": (
+            "profit forgone | income not earned",
+            "the disappearance of data | damage to databases",
+            "injury to its good name | a tarnished image",
+            "a standstill of operations | plant stoppage",
+        ),
+        "claim": (
+            "violated trade marks or patents | piracy of protected works",
+            "wounds and fatalities | injured people",
+            "illegal acts | disregard of legislation",
+            "disputes with workers | payroll debts",
+        ),
+        "forum": (
+            "the public courts | a court of law",
+            "an arbitrator | arbitral proceedings",
+            "a conciliator | a mediation procedure",
+            "a specialist acting as expert | an expert opinion",
+        ),
+        "trigger": (
+            "the coming in of the bill | presentation of an invoice",
+            "the coming in of the goods | unloading of the consignment",
+            "sign-off of the result | passing of the final inspection",
+            "the close of the month | the final day of that month",
+        ),
+        "sanction": (
+            "put its work on hold | withhold supplies",
+            "bill the cost of debt recovery | add dunning charges",
+            "declare everything immediately payable | require the full balance straight away",
+            "take back bonuses | annul price concessions",
+        ),
+        "remedy": (
+            "rectification | fixing of the article",
+            "a substitute product | supply of another piece",
+            "reimbursement of what was paid | the sum paid",
+            "abatement of the price | a cheaper rate",
+        ),
+        "relief": (
+            "postponed due dates | additional time",
+            "an end to the relationship | rescission",
+            "fresh bargaining on the conditions | discussions about a revision",
+            "buying from others | alternative sourcing",
+        ),
+        "assignee": (
+            "a related company | a member of its group",
+            "the new owner of the enterprise | the entity it merges with",
+            "a creditor | whoever funds it",
+            "a market opponent | an enterprise that competes",
+        ),
+        "activity": (
+            "activity in the same trade | trading as a rival",
+            "engaging the workforce | enticing workers away",
+            "addressing the clientele | canvassing of accounts",
+            "financing an opponent | acquiring equity of a market rival",
+        ),
+        "disposal": (
+            "give back the records | restore the files to their owner",
+            "wipe the records | purge all files",
+            "strip the records of identities | de-identify the files",
+            "preserve the records | hold the files in a vault",
+        ),
+        "work": (
+            "the applications and their code | the programmed modules",
+            "new technical solutions | discoveries fit for a patent",
+            "signs and brands | the company logo",
+            "papers and sketches | the documentation",
+        ),
+        "subject": (
+            "the bookkeeping | financial statements",
+            "network protection | servers and firewalls",
+            "plants and buildings | the sites",
+            "staff welfare | working hours and pay",
+        ),
+        "price": (
+            "prices as before | an identical tariff",
+            "a tariff tied to the cost of living | charges that rise with inflation",
+            "a lower tariff | a rebate on the charges",
+            "a tariff still to be bargained | charges discussed anew",
+        ),
     },
     roles=(
         ("the Vendor", "the Purchaser"),

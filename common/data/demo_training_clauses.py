@@ -1,267 +1,307 @@
-"""Wordings of contract clauses for the demo's training data; `common.data.demo` explains the notation."""
+"""Wordings of contract clauses for the demo's training data; `common.data.demo_clauses` explains the notation."""
 
 from common.data.demo_clauses import Part
 
 _TEXTS = {
     "termination-for-convenience": """
-        [who: Either party | {recipient} alone | {provider} alone] may terminate {agreement} at any time and without
-        cause by giving written notice of {days}, in which case [pay: all work performed up to that date shall be
-        paid for | no compensation of any kind shall be payable].
+        [who: Either party | {recipient} | {provider}] may terminate {agreement} without cause on written notice of {days},
+        and {due} shall then be owed.
 
-        Without having to state any reason, [who: each of the parties | only {recipient} | only {provider}] is entitled
-        to bring {agreement} to an end on {days} prior written notice, and services already rendered
-        [pay: remain chargeable | cease to be chargeable].
+        Without stating a reason, [who: each of the parties | {recipient} | {provider}] is entitled to end {agreement}
+        after {days}; the other side receives {due}.
 
-        {agreement} may be cancelled for convenience [who: by either side | by {recipient} but not by {provider} |
-        by {provider} but not by {recipient}]; cancellation takes effect {days} after the notice is received, and
-        [pay: payment is due | no payment is due] for what was completed by then.
+        {agreement} may be cancelled for convenience by [who: either side | {recipient} | {provider}], effective {days}
+        after notice, which results in {due}.
 
-        The right to withdraw from {agreement} for any reason or none belongs to [who: both parties | {recipient}
-        exclusively | {provider} exclusively], is subject to {days} notice in writing, and is exercised
-        [pay: against payment of | without payment of] the fees earned so far.
+        The right to withdraw for any reason or none belongs to [who: both parties | {recipient} | {provider}], subject to
+        a notice of {days}; {due} will be payable.
         """,
     "termination-for-breach": """
-        If [who: {provider} | {recipient}] commits a material breach and fails to cure it within {days} of written
-        notice, the other party may terminate {agreement} with immediate effect, and fees paid in advance
-        [refund: shall be refunded pro rata | shall not be refunded].
+        If {breach} is not cured within {days} of written notice, {agreement} may be terminated, and fees paid in advance
+        [refund: shall | shall not] be refunded.
 
-        A material default by [who: {provider} | {recipient}] that is not remedied within {days} after notice entitles
-        the other side to end {agreement} at once; prepaid amounts [refund: are to be returned for the unused term |
-        may be kept in full].
+        {breach} which lasts for {days} despite a reminder entitles the other party to end {agreement}; prepaid amounts
+        [refund: must be returned | may be kept].
 
-        The innocent party may rescind {agreement} where [who: {provider} | {recipient}] has seriously failed in its
-        obligations and has let a grace period of {days} pass, [refund: whereupon any advance is repaid |
-        whereupon any advance is forfeited].
+        The innocent party may rescind {agreement} once a grace period of {days} for {breach} has passed in vain,
+        [refund: and any advance is repaid | and any advance is forfeited].
 
-        Termination for cause is available against [who: {provider} | {recipient}] once {days} have gone by after a
-        written demand to put an essential breach right, and it [refund: gives rise to | does not give rise to] a
-        claim for repayment of sums paid beforehand.
+        Termination for cause requires {breach} left unremedied for {days}; sums paid beforehand [refund: are | are not]
+        to be repaid.
         """,
     "confidentiality": """
-        [who: Each party | {recipient} | {provider}] shall keep the other's confidential information secret for {years}
-        after the end of {agreement} and [affiliates: may | may not] disclose it to its affiliates.
+        The parties shall keep confidential information secret for {years} and [share: may | may not] disclose it to
+        {confidant}.
 
-        For {years} following expiry of {agreement}, the duty of secrecy binds [who: both parties mutually |
-        {recipient} only | {provider} only]; passing protected information on to group companies is
-        [affiliates: permitted | prohibited].
+        For {years} the duty of secrecy binds both sides; passing information on to {confidant} is [share: permitted |
+        prohibited].
 
-        Confidential materials received under {agreement} must not be revealed to outsiders [who: by any party |
-        by {recipient} | by {provider}] during a period of {years} after termination, and sister companies
-        [affiliates: do not count as outsiders | count as outsiders].
+        Confidential materials must not be revealed to outsiders for {years}; {confidant} [share: do not count | count] as
+        outsiders.
 
-        The obligation of non-disclosure is [who: owed by both sides | owed by {recipient} alone | owed by {provider}
-        alone], outlasts {agreement} by {years}, and [affiliates: allows | does not allow] sharing with companies
-        under common control.
+        Non-disclosure is owed for {years} and [share: allows | does not allow] sharing with {confidant}.
         """,
     "limitation-of-liability": """
-        The total liability of {provider} under {agreement} shall not exceed {amount}; liability for indirect and
-        consequential loss [indirect: is included up to that sum | is excluded altogether], and the limit
-        [gross: applies | does not apply] in cases of gross negligence.
+        The total liability of {provider} shall not exceed {amount}, and {loss} [cover: is included | is excluded].
 
-        {provider} is liable up to a maximum of {amount} in the aggregate, [indirect: lost profits and other
-        consequential damage included | lost profits and other consequential damage excluded], and this cap
-        [gross: also covers | does not cover] grossly negligent conduct.
+        {provider} is liable up to a maximum of {amount} in the aggregate, [cover: including | excluding] {loss}.
 
-        In no event shall claims against {provider} arising from {agreement} go beyond {amount}; consequential damages
-        [indirect: may be recovered | may not be recovered], and gross negligence [gross: is subject to the ceiling |
-        is not subject to the ceiling].
+        In no event shall claims against {provider} go beyond {amount}; compensation for {loss} [cover: may | may not] be
+        claimed.
 
-        Damages payable by {provider} are capped at {amount}. {recipient} [indirect: can | cannot] claim for loss of
-        profit or other indirect harm, and a grossly negligent act [gross: leaves the cap in place |
-        lifts the cap].
+        Damages payable by {provider} are capped at {amount}, and {recipient} [cover: can | cannot] recover {loss}.
         """,
     "indemnification": """
-        [who: {provider} | {recipient}] shall indemnify and hold harmless the other party against third-party claims
-        arising from [cause: infringement of intellectual property rights | bodily injury or damage to property |
-        a violation of applicable law], up to {amount}.
+        [who: {provider} | {recipient}] shall indemnify the other party, up to {amount}, against third-party claims arising
+        from {claim}.
 
-        [who: {provider} | {recipient}] undertakes to defend the other party from any action brought by a third party on
-        account of [cause: infringed patents or copyrights | personal injury or property damage | unlawful conduct],
-        and to bear the resulting costs to the extent of {amount}.
+        [who: {provider} | {recipient}] undertakes to defend the other side from actions on account of {claim} and to bear
+        costs of {amount} at most.
 
-        Where the other party is sued because of [cause: a breach of a third party's copyright or patent | harm to
-        persons or things | non-compliance with statutory rules], [who: {provider} | {recipient}] will make good all
-        losses and legal fees, limited to {amount}.
+        Where a party is sued because of {claim}, [who: {provider} | {recipient}] will make good all losses, limited to
+        {amount}.
 
-        Losses of up to {amount} which result from [cause: the use of protected rights of others | death, injury or
-        damaged goods | disregard of mandatory law] and are asserted by outsiders shall be reimbursed to the
-        other side by [who: {provider} | {recipient}].
+        Losses of up to {amount} which result from {claim} shall be reimbursed by [who: {provider} | {recipient}].
         """,
     "governing-law": """
-        {agreement} shall be governed by the laws of {place}, and any dispute shall be finally settled by [forum: the
-        state courts | arbitration]; the United Nations sales convention [convention: applies | does not apply].
+        {agreement} shall be governed by the laws of {place}, and any dispute shall be finally settled by {forum}.
 
-        The law of {place} governs {agreement}, [convention: including | excluding] the convention on the international
-        sale of goods, and all controversies are to be [forum: brought before the ordinary courts |
-        submitted to an arbitral tribunal].
+        The law of {place} governs {agreement}, and all controversies are to be brought before {forum}.
 
-        Any disagreement arising out of {agreement} will be decided by [forum: a court of law | arbitrators] under the
-        substantive rules in force in {place}, and the parties [convention: opt into | opt out of] the uniform law
-        on international sales.
+        Any disagreement arising from {agreement} will be decided by {forum} under the rules of {place}.
 
-        The parties choose {place} law for {agreement}; they [forum: submit to the jurisdiction of its courts | agree to
-        refer their disputes to arbitration] and declare the Vienna sales convention [convention: applicable |
-        inapplicable].
+        The parties choose {place} law for {agreement} and agree to refer their disputes to {forum}.
         """,
     "payment-terms": """
-        {recipient} shall pay each invoice within {days} of [start: receipt of the invoice | delivery of the goods] and
-        [setoff: may | may not] set off counterclaims against the amount due.
+        {recipient} shall pay within {days} of {trigger} and [setoff: may | may not] set off counterclaims.
 
-        Payment falls due {days} after [start: the invoice has been received | the goods have been delivered]; deduction
-        of any counterclaim by {recipient} is [setoff: allowed | not allowed].
+        Payment falls due {days} after {trigger}; deduction of counterclaims is [setoff: allowed | not allowed].
 
-        The price is payable in full no later than {days} from the date on which [start: {recipient} receives the bill |
-        {provider} hands over the goods], and {recipient} [setoff: is entitled | is not entitled] to offset
-        its own claims.
+        The price is payable in full no later than {days} from {trigger}, and {recipient} [setoff: is | is not] entitled to
+        offset its own claims.
 
-        {provider} grants {recipient} a payment period of {days}, counted from [start: the arrival of the invoice |
-        the completion of delivery], [setoff: with | without] the right to withhold sums that {provider} owes
-        in turn.
+        {provider} grants a payment period of {days}, counted from {trigger}, [setoff: with | without] a right of set-off.
         """,
     "late-payment-interest": """
-        Overdue amounts shall bear interest at {percent} per annum from [start: the due date | the date of a written
-        reminder] until payment, and {provider} [suspend: may | may not] suspend its services in the meantime.
+        Overdue amounts bear interest at {percent} per annum from [start: the due date | the date of a reminder], and
+        {provider} may {sanction}.
 
-        If {recipient} is late in paying, default interest of {percent} a year accrues as of [start: the day on which
-        payment was due | receipt of a demand for payment]; stopping performance for that reason is
-        [suspend: permitted | not permitted].
+        If {recipient} is late in paying, interest of {percent} accrues as of [start: the payment day | a written demand];
+        {provider} is also entitled to {sanction}.
 
-        {provider} is entitled to charge {percent} annual interest on any arrears, beginning [start: once the payment
-        date has passed | once a formal reminder has been sent], and [suspend: to halt | but not to halt] further
-        deliveries until the account is settled.
+        {provider} charges {percent} annual interest on arrears [start: once the due date has passed | once a reminder was
+        sent] and has the right to {sanction}.
 
-        Any sum in arrears carries interest of {percent} yearly, reckoned from [start: maturity of the debt | service of
-        a payment notice], and such arrears [suspend: release {provider} from | do not release {provider} from]
-        its duty to keep performing.
+        Any sum in arrears carries {percent} yearly interest from [start: maturity | receipt of a reminder], which allows
+        {provider} to {sanction}.
         """,
     "warranty": """
-        {provider} warrants the goods against defects for {months} from delivery; {recipient}'s remedy is [remedy: repair
-        or replacement | a refund of the price], and all implied warranties are [implied: preserved | excluded].
+        {provider} warrants the goods against defects for {months}, and the remedy of {recipient} is {remedy}.
 
-        During a warranty period of {months}, {provider} shall [remedy: mend or exchange | take back and reimburse]
-        any faulty item, while warranties implied by statute [implied: remain in force | are disclaimed].
+        During a warranty period of {months}, {provider} shall answer for any faulty item by {remedy}.
 
-        Should a product prove defective within {months} after handover, {recipient} is entitled to [remedy: have it
-        fixed or substituted | have its money returned], and implied terms as to quality [implied: apply |
-        do not apply].
+        Should a product prove defective within {months} after handover, {recipient} is entitled to {remedy}.
 
-        The guarantee given by {provider} lasts {months} and consists in [remedy: putting right or renewing | paying back
-        the cost of] defective goods; it is [implied: in addition to | in place of] any guarantee implied by law.
+        The guarantee given by {provider} lasts {months} and consists in {remedy}.
         """,
     "force-majeure": """
-        Neither party is liable for delay caused by events beyond its control; [pay: this also suspends | this does not
-        suspend] the duty to pay money, and after {days} [end: either party | only the unaffected party] may
-        terminate {agreement}.
+        After {days} of delay caused by events beyond control, the consequence is {relief}; the duty to pay
+        [pay: is suspended | is not suspended].
 
-        If an event of force majeure continues for more than {days}, [end: each party | the party not affected by it] may
-        end {agreement}; payment obligations are [pay: likewise excused | not excused] while the event lasts.
+        An event of force majeure that continues for {days} leads to {relief}; payment obligations are [pay: excused | not
+        excused] meanwhile.
 
-        War, flood, epidemic and similar events release the affected party from performance, [pay: payment of the price
-        included | except for payment of the price]; once they have lasted {days}, {agreement} can be cancelled by
-        [end: any party | the other party alone].
+        War, flood, epidemic and similar events release a party, [pay: even from payment | except from payment], and
+        justify {relief} once they have lasted {days}.
 
-        The right to dissolve {agreement} after an impediment of {days} through unforeseeable circumstances belongs to
-        [end: both parties | the party free of the impediment], and money owed [pay: need not | must still]
-        be paid on time meanwhile.
+        An impediment of {days} through unforeseeable circumstances gives rise to {relief}, and money owed [pay: need not |
+        must still] be paid on time.
         """,
     "assignment": """
-        [who: {provider} | {recipient}] may assign its rights and duties under {agreement} to a third party
-        [consent: only with the prior written consent | without the consent] of the other party, which must be
-        informed {days} beforehand.
+        {provider} may assign {agreement} to {assignee} [consent: only with | even without] the prior consent of
+        {recipient}, informed {days} beforehand.
 
-        A transfer of {agreement} by [who: {provider} | {recipient}] to another person [consent: requires | does not
-        require] the approval of the other side and must be announced at least {days} ahead.
+        A transfer of {agreement} to {assignee} [consent: requires | does not require] approval and must be announced at
+        least {days} ahead.
 
-        [who: {provider} | {recipient}] is [consent: not free | free] to make over {agreement} to a successor at its own
-        discretion; it shall give the other party {days} advance notice of any such transfer.
+        {provider} is [consent: not free | free] to make over its rights to {assignee} without asking, and gives an advance
+        notice of {days}.
 
-        Subject to {days} written notice, {agreement} can be handed on to a third person by [who: {provider} |
-        {recipient}], [consent: provided that the other party agrees | whether or not the other party agrees].
+        Subject to a notice of {days}, {agreement} can be handed on to {assignee} [consent: if the other party agrees |
+        even if the other party disagrees].
         """,
     "non-compete": """
-        For {months} after the end of {agreement}, {provider} shall not compete with {recipient} in {place}; it
-        [staff: may | may not] hire or solicit employees of {recipient} during that time.
+        For {months} after the end of {agreement}, {provider} [ban: shall refrain from | remains free to start] {activity}.
 
-        {provider} agrees not to carry on a competing business in {place} for {months} after termination, while the
-        recruitment of {recipient}'s staff is [staff: permitted | forbidden] throughout.
+        Once {agreement} is terminated, {activity} is [ban: forbidden | permitted] to {provider} for {months}.
 
-        Within {place}, and until {months} have passed since {agreement} expired, {provider} will refrain from offering
-        rival services; approaching {recipient}'s personnel with job offers is [staff: allowed | not allowed].
+        Until {months} have passed, {provider} [ban: agrees not to engage | is allowed to engage] in {activity}.
 
-        The restraint of trade accepted by {provider} covers {place}, runs for {months} from the last day of {agreement}
-        and [staff: does not extend | extends] to enticing away workers of {recipient}.
+        The restraint of trade accepted by {provider} runs for {months} and [ban: extends | does not extend] to {activity}.
         """,
     "data-protection": """
-        {provider} shall report any personal data breach within {hours}, [transfer: may | may not] transfer personal data
-        abroad, and shall [end: return | delete] all personal data when {agreement} ends.
+        {provider} shall report a personal data breach within {hours}, [abroad: may | may not] transfer data abroad, and
+        shall {disposal} at the end.
 
-        Security incidents that affect personal data must be notified to {recipient} within {hours}; processing outside
-        the country is [transfer: permitted | prohibited], and at the end of {agreement} the data are to be
-        [end: handed back | erased].
+        Security incidents must be notified within {hours}; processing outside the country is [abroad: permitted |
+        prohibited]; on termination {provider} has to {disposal}.
 
-        As processor, {provider} will inform {recipient} of a data leak no later than {hours} after learning of it, is
-        [transfer: authorised | not authorised] to export the data, and upon termination [end: gives the data back |
-        destroys the data].
+        As processor, {provider} announces a data leak inside {hours}, is [abroad: authorised | not authorised] to export
+        personal data, and will finally {disposal}.
 
-        {recipient}'s personal data [transfer: can be | must not be] stored in foreign countries; {provider} announces a
-        breach inside {hours} and, once processing is over, [end: sends back every copy | wipes every copy].
+        Personal data [abroad: can | cannot] be stored in foreign countries; {provider} must warn of a breach in {hours} and
+        {disposal} after processing.
         """,
     "intellectual-property": """
-        All intellectual property in the deliverables shall vest in [owner: {provider} | {recipient}], and the other
-        party receives [licence: an exclusive | a non-exclusive] licence to use them in {place}.
+        Intellectual property in {work} shall vest in {provider}, and {recipient} receives [licence: an exclusive | a
+        non-exclusive] licence for {place}.
 
-        [owner: {provider} | {recipient}] owns every right in the work results, while the other side is granted a licence
-        for {place} that is [licence: exclusive | not exclusive].
+        {provider} owns every right in {work}, while {recipient} is granted a licence for {place} that is
+        [licence: exclusive | not exclusive].
 
-        Title to copyrights and inventions made under {agreement} belongs to [owner: {provider} | {recipient}]; the other
-        party may exploit them in {place}, [licence: to the exclusion of everyone else | alongside other licensees].
+        Title to {work} belongs to {provider}; {recipient} may exploit it in {place}, [licence: to the exclusion of everyone
+        else | alongside other licensees].
 
-        Ownership of anything created in the course of {agreement} stays with [owner: {provider} | {recipient}]. In
-        {place}, the other party enjoys [licence: a sole right | a shared right] of use.
+        Ownership of {work} stays with {provider}. In {place}, {recipient} enjoys [licence: a sole right | a shared right] of
+        use.
         """,
     "audit-rights": """
-        On {days} written notice, {recipient} may audit the books of {provider} [often: once | twice] in each calendar
-        year, and the cost of the audit shall be borne by [cost: {provider} | {recipient}].
+        On written notice of {days}, {recipient} may audit {subject}, and the cost shall be borne by [cost: {provider} |
+        {recipient}].
 
-        {recipient} is entitled to inspect the records of {provider} [often: a single time | two times] a year, having
-        given {days} notice; [cost: {provider} | {recipient}] pays for the inspection.
+        {recipient} is entitled to inspect {subject}, having given notice of {days}; [cost: {provider} | {recipient}] pays
+        for the inspection.
 
-        {provider} shall open its accounts to an auditor named by {recipient} after {days} notice and
-        [often: not more than once a year | every half-year]; the auditor's fees fall on
-        [cost: {provider} | {recipient}].
+        {provider} shall open {subject} to an auditor {days} after notice; the auditor's fees fall on [cost: {provider} |
+        {recipient}].
 
-        An [often: annual | half-yearly] examination of {provider}'s files at the expense of [cost: {provider} |
-        {recipient}] is open to {recipient} whenever it has been announced {days} before.
+        An examination of {subject} at the expense of [cost: {provider} | {recipient}] is possible whenever it was announced
+        {days} before.
         """,
     "renewal": """
-        On expiry of the initial term, {agreement} [mode: shall renew automatically | shall renew only by written
-        agreement] for a further {months}, and the fees shall [price: remain unchanged | be adjusted to the
-        current price list].
+        On expiry of the initial term, {agreement} shall renew [mode: automatically | only by written agreement] for
+        {months} with {price}.
 
-        {agreement} is extended by {months} [mode: unless a party objects | if both parties sign an extension] before the
-        term runs out; the price for the new period [price: stays the same | is set afresh].
+        {agreement} is extended by {months} at {price} [mode: unless a party objects | if both parties sign] before the term
+        runs out.
 
-        The term is prolonged for {months} at a time, [mode: tacitly and without further action | by express consent of
-        both parties alone], on [price: the same rates | revised rates].
+        The term is prolonged for {months} at a time, on the basis of {price}, [mode: without further action | by express
+        consent alone].
 
-        Renewal for {months} happens [mode: by itself | not by itself but on a joint written decision] at the end of the
-        current term, [price: with no change in | with a new calculation of] the charges.
+        Renewal for {months} happens [mode: by itself | by joint decision] at the end of the current term and brings
+        {price}.
         """,
 }
 
 TRAINING = Part(
     texts=_TEXTS,
     values={
-        "amount": (50_000, 100_000, 200_000, 250_000, 500_000, 1_000_000, 2_000_000, 3_000_000, 5_000_000),
-        "days": (5, 7, 10, 14, 20, 21, 30, 60, 90, 120),
-        "hours": (6, 10, 12, 20, 24, 36, 60, 72, 90, 96),
-        "months": (2, 3, 6, 12, 14, 20, 24, 30, 36, 60),
-        "percent": (2, 3, 5, 6, 7, 10, 12, 14, 20),
+        "days": (5, 7, 10, 14, 20, 30, 42, 60, 90, 120),
+        "hours": (6, 10, 12, 20, 24, 36, 50, 60, 72, 90),
+        "months": (2, 3, 6, 10, 12, 20, 24, 30, 36, 60),
+        "percent": (2, 3, 5, 6, 7, 10, 12, 14, 20, 24),
+        "years": (2, 3, 5, 6, 7, 10, 12, 14, 20, 30),
+        "amount": (50_000, 100_000, 120_000, 200_000, 350_000, 500_000, 1_000_000, 2_000_000, 3_000_000, 7_000_000),
         "place": (
             *("California", "England", "Germany", "Ireland", "Italy", "Japan", "New York", "Ontario", "Singapore"),
             "Switzerland",
         ),
-        "years": (2, 3, 5, 6, 7, 10, 12, 14, 20),
+        "due": (
+            "the fees for work already done | remuneration of services performed to date | the price of what has been completed",
+            "reimbursement of expenses | the out-of-pocket costs | compensation for outlays",
+            "a fixed termination fee | a break fee | a lump sum for early exit",
+            "no compensation | nothing at all | no payment whatsoever",
+        ),
+        "breach": (
+            "a failure to pay | an overdue invoice | non-payment of the price",
+            "late delivery | a missed delivery date | delay in supplying",
+            "the delivery of defective goods | work of poor quality | a failure to meet the specification",
+            "disclosure of confidential information | a breach of secrecy | a leak of trade secrets",
+        ),
+        "confidant": (
+            "affiliates | companies of the same group | parent and sister companies",
+            "lawyers and auditors | professional advisers | legal and tax counsel",
+            "subcontractors | suppliers that help to perform | third parties hired for the work",
+            "courts and public authorities | regulators | government agencies",
+        ),
+        "loss": (
+            "loss of profit | loss of earnings | missed revenue",
+            "loss of data | corruption of files | destruction of records",
+            "loss of goodwill | damage to reputation | harm to the brand",
+            "business interruption | loss of production | downtime",
+        ),
+        "claim": (
+            "infringement of intellectual property | infringed patents or copyrights | the use of protected rights of others",
+            "bodily injury | personal injury or death | physical harm to persons",
+            "a violation of applicable law | a breach of statutory rules | unlawful conduct",
+            "wages owed to employees | complaints of its own staff | unpaid salaries",
+        ),
+        "forum": (
+            "the state courts | the ordinary courts | the judges of the competent court",
+            "arbitration | an arbitral tribunal | a panel of arbitrators",
+            "mediation | a neutral mediator | conciliation",
+            "an independent expert | expert determination | a technical expert",
+        ),
+        "trigger": (
+            "receipt of the invoice | arrival of the bill | the invoice date",
+            "delivery of the goods | arrival of the shipment | handover of the goods",
+            "acceptance of the work | a successful acceptance test | written approval of the result",
+            "the end of the month | the last day of the calendar month | month-end",
+        ),
+        "sanction": (
+            "suspend its services | stop further deliveries | interrupt performance",
+            "claim collection costs | charge reminder fees | recover legal expenses",
+            "demand all outstanding sums at once | accelerate the whole debt | call in every open invoice",
+            "cancel agreed discounts | withdraw rebates | revoke price reductions",
+        ),
+        "remedy": (
+            "repair of the goods | the mending of defects | correction of the fault",
+            "replacement | delivery of a new item | exchange of the goods",
+            "a refund of the price | repayment of the purchase price | return of its money",
+            "a price reduction | a lower price | a discount on the price",
+        ),
+        "relief": (
+            "more time to perform | an extension of deadlines | a later delivery date",
+            "termination of the contract | cancellation | a right to withdraw",
+            "renegotiation of the terms | talks on an adjustment | an amendment in good faith",
+            "purchases from another supplier | a substitute source | procurement elsewhere",
+        ),
+        "assignee": (
+            "an affiliate | a company of the same group | a subsidiary",
+            "a buyer of the whole business | the successor in a merger | the acquirer of its assets",
+            "a bank as security | a lender | a financing institution",
+            "a competitor | a rival firm | a company in the same market",
+        ),
+        "activity": (
+            "running a competing business | offering rival services | working for a competitor",
+            "hiring employees | soliciting staff | recruiting personnel",
+            "approaching customers | soliciting clients | diverting orders of buyers",
+            "buying shares in a competitor | investing in a rival | holding a stake in a competing company",
+        ),
+        "disposal": (
+            "return the data | hand the data back | send all copies back",
+            "delete the data | erase every copy | destroy the data",
+            "anonymise the data | remove all names from the data | make the persons unidentifiable",
+            "archive the data | keep the data in secure storage | retain a locked copy",
+        ),
+        "work": (
+            "the software | the source code | the computer programs",
+            "inventions and patents | patentable results | technical inventions",
+            "the trade marks | brand names and logos | the trade name",
+            "reports and drawings | the written documents | plans and manuals",
+        ),
+        "subject": (
+            "the books and accounts | financial records | invoices and ledgers",
+            "IT security | the computer systems | cyber safeguards",
+            "the premises | the factories | production sites",
+            "labour conditions | the treatment of workers | employment standards",
+        ),
+        "price": (
+            "unchanged prices | the same rates | the current fees",
+            "prices adjusted to inflation | index-linked rates | fees that follow the consumer price index",
+            "a loyalty discount | reduced prices | cheaper rates",
+            "newly negotiated prices | rates to be agreed afresh | fees subject to negotiation",
+        ),
     },
     roles=(
         ("the Supplier", "the Customer"),

@@ -139,6 +139,7 @@ class SentenceEmbedding(Task):
 
 _TRIPLET = (Column("anchor", "text"), Column("positive", "text"), Column("negative", "text", required=False))
 _SCORED = (Column("sentence1", "text"), Column("sentence2", "text"), Column("score", "score"))
+_ROUNDING = 1e-6  # a product of float32 matrices does not even give equal columns equal sums
 _TEXTS = ("anchor", "positive", "negative", "sentence1", "sentence2")
 
 
@@ -161,7 +162,7 @@ def embed(base: Base, texts: Sequence[Tokens], batch_size: int) -> npt.NDArray[n
 def recall_at(k: int, anchors: npt.NDArray[np.float32], candidates: npt.NDArray[np.float32]) -> float:
     """Return the share of anchors whose own candidate (same row) is among the k of highest cosine.
 
-    A candidate with exactly the same cosine counts as higher, so that equal vectors earn nothing.
+    A candidate with the same cosine, but for rounding, counts as higher: equal vectors earn nothing.
 
     Args:
         k: at least 1.
@@ -170,7 +171,7 @@ def recall_at(k: int, anchors: npt.NDArray[np.float32], candidates: npt.NDArray[
     """
     cosines = anchors @ candidates.T
     own = cosines[np.arange(len(anchors)), np.arange(len(anchors))]
-    rank = (cosines >= own[:, None]).sum(axis=1)  # its own comparison included: the best has rank 1
+    rank = (cosines >= own[:, None] - _ROUNDING).sum(axis=1)  # its own comparison included: the best has rank 1
     return float((rank <= k).mean())
 
 

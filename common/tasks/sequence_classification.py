@@ -60,7 +60,7 @@ class SequenceClassification(Task):
         """Load the base; its head is new unless the checkpoint has one of the same shape."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         network = AutoModelForSequenceClassification.from_pretrained(
             folder,
             dtype=dtype,
@@ -69,17 +69,19 @@ class SequenceClassification(Task):
             label2id={label: index for index, label in enumerate(self.labels)},
             ignore_mismatched_sizes=True,
             use_safetensors=True,
+            trust_remote_code=False,  # left open, transformers asks at the terminal
         )
         if network.config.pad_token_id is None:
             network.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-        heads = tuple(name for name, _ in network.named_children() if name in ("classifier", "score"))
+        heads = tuple(name for name, _ in network.named_children() if name in ("pre_classifier", "classifier", "score"))
         return Base(network, network, tokenizer, heads)
 
     def encode(self, shard: Shard, base: Base) -> Encoded:
         """Tokenise the texts; a pair becomes one sequence with its segments marked."""
         texts = shard.columns["text"]
         pairs = (shard.columns["text_pair"],) if self.settings.pair else ()
-        tokens = base.tokenizer(texts, *pairs, truncation=True, max_length=self.settings.max_length)
+        limit = min(self.settings.max_length, base.tokenizer.model_max_length)
+        tokens = base.tokenizer(texts, *pairs, truncation=True, max_length=limit)
         kept = {name: tokens[name] for name in ("input_ids", "token_type_ids") if name in tokens}
         return Encoded(kept, np.asarray(shard.columns["label"], np.int64))
 
@@ -87,7 +89,7 @@ class SequenceClassification(Task):
         """Return `input_ids`, `attention_mask` (and `token_type_ids`) of shape (rows, tokens), `labels` of (rows,)."""
         import torch
 
-        pad_id = base.tokenizer.pad_token_id or 0
+        pad_id = base.transformer.config.pad_token_id  # decoders look for it to find a text's last token
         ids, mask = pad([encoded.texts["input_ids"][row] for row in rows], pad_id)
         batch = {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in encoded.texts:

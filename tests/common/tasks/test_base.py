@@ -1,0 +1,59 @@
+"""What all tasks share."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.tasks import TASKS
+from common.tasks.base import Encoded, Task, by_length, pad
+
+ROWS = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=6)
+
+
+@given(ROWS, st.sampled_from([0, 1, 50256]))
+def test_pad(rows, pad_id):
+    """Catches: padding on the left, a mask of the wrong side, a token lost, another type than int64."""
+    ids, mask = pad(rows, pad_id)
+    assert ids.shape == mask.shape == (len(rows), max(map(len, rows)))
+    assert ids.dtype == mask.dtype == torch.int64
+    for row, tokens in enumerate(rows):
+        rest = ids.shape[1] - len(tokens)
+        assert ids[row].tolist() == tokens + [pad_id] * rest
+        assert mask[row].tolist() == [1] * len(tokens) + [0] * rest
+
+
+@given(st.lists(st.integers(0, 5), max_size=20), st.integers(1, 7))
+def test_by_length(lengths, batch_size):
+    """Catches: a row lost or doubled, short rows first, batches too large, an order that differs between runs."""
+    batches = by_length(lengths, batch_size)
+    order = [row for batch in batches for row in batch]
+    assert sorted(order) == list(range(len(lengths)))
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    assert all(batches)
+    assert order == sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+
+
+def test_by_length_pads_little():
+    """Catches: batches of mixed lengths, which the longest row makes expensive."""
+    assert by_length([1, 9, 2, 8], 2) == [[1, 3], [2, 0]]
+
+
+@pytest.mark.parametrize("texts", [{"text": [[1], [2, 3]]}, {"anchor": [[1], [2]], "positive": [[3], [4]]}])
+def test_length_of_encoded_rows(texts):
+    """Catches: columns counted for rows."""
+    assert len(Encoded(texts)) == 2
+    assert len(Encoded(texts, np.zeros(2))) == 2
+
+
+def test_importing_the_folder_registers_every_file():
+    """Catches: a task that exists and cannot be chosen."""
+    from pathlib import Path
+
+    import common.tasks
+
+    files = {path.stem for path in Path(common.tasks.__file__).parent.glob("*.py")} - {"__init__", "base"}
+    assert files
+    assert {TASKS.get(name).__module__ for name in TASKS.names()} == {f"common.tasks.{file}" for file in files}
+    assert all(issubclass(TASKS.get(name), Task) and TASKS.get(name).name == name for name in TASKS.names())

@@ -1,0 +1,226 @@
+"""Sentence embeddings, against sentence-transformers and scipy."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from sentence_transformers.sentence_transformer import losses
+
+from common.data.shard import Shard
+from common.tasks.base import Encoded
+from common.tasks.sentence_embedding import SentenceEmbedding, SentenceEmbeddingSettings, embed, recall_at
+from tests.support.tiny import tiny_sentence_transformer
+
+TRIPLETS = Shard(
+    {
+        "anchor": ["the alpha clause", "beta", "a gamma clause on delta", "omega"],
+        "positive": ["alpha", "a clause on beta", "gamma", "the omega party"],
+        "negative": ["not alpha", "no beta", "delta", "sigma"],
+    }
+)
+PAIRS = Shard({name: TRIPLETS.columns[name] for name in ("anchor", "positive")})
+SCORED = Shard(
+    {
+        "sentence1": TRIPLETS.columns["anchor"],
+        "sentence2": TRIPLETS.columns["negative"],
+        "score": [5.0, 0.0, 2.5, 1.0],
+    }
+)
+
+
+def make(**settings):
+    """Return the task."""
+    return SentenceEmbedding(SentenceEmbeddingSettings(**settings))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of a tiny SentenceTransformer. Read only."""
+    return tiny_sentence_transformer(tmp_path_factory.mktemp("st"))
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    """It, loaded. Read only."""
+    loaded = make().load(folder, torch.float32)
+    loaded.network.eval()
+    return loaded
+
+
+def features(base, texts):
+    """Return what sentence-transformers makes of texts itself."""
+    return base.network.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+
+
+@pytest.mark.parametrize("shard", [PAIRS, TRIPLETS], ids=["pairs", "triplets"])
+@pytest.mark.parametrize("scale", [20.0, 3.0])
+def test_multiple_negatives_is_the_librarys(base, shard, scale):
+    """Catches: anchors and positives swapped; negatives dropped; the scale ignored; padding without its mask."""
+    task = make(scale=scale)
+    batch = task.batch(task.encode(shard, base), range(4), base)
+    with torch.no_grad():
+        ours = task.loss(base.network, batch)
+        criterion = losses.MultipleNegativesRankingLoss(base.network, scale=scale)
+        theirs = criterion([features(base, texts) for texts in shard.columns.values()], None)
+        vectors = [torch.tensor(base.network.encode(texts)) for texts in shard.columns.values()]
+    scores = scale * vectors[0] @ torch.cat(vectors[1:]).T
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+    assert ours.item() == pytest.approx(torch.nn.functional.cross_entropy(scores, torch.arange(4)).item(), abs=1e-4)
+
+
+def test_cosine_similarity_is_the_librarys(base):
+    """Catches: scores that are not brought to [0, 1]; columns swapped."""
+    task = make(loss="cosine-similarity", score_max=5.0)
+    batch = task.batch(task.encode(SCORED, base), range(4), base)
+    first, second = SCORED.columns["sentence1"], SCORED.columns["sentence2"]
+    target = torch.tensor(SCORED.columns["score"]) / 5.0
+    with torch.no_grad():
+        ours = task.loss(base.network, batch)
+        theirs = losses.CosineSimilarityLoss(base.network)([features(base, first), features(base, second)], target)
+        cosines = (torch.tensor(base.network.encode(first)) * torch.tensor(base.network.encode(second))).sum(dim=1)
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
+    assert ours.item() == pytest.approx(((cosines - target) ** 2).mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "names", "monitor"),
+    [
+        ({}, ["anchor", "positive", "negative"], "recall_at_1"),
+        ({"recall_at": 3}, ["anchor", "positive", "negative"], "recall_at_3"),
+        ({"loss": "cosine-similarity"}, ["sentence1", "sentence2", "score"], "spearman"),
+    ],
+)
+def test_columns_and_monitor(settings, names, monitor):
+    """Catches: triplets asked of a file of scored pairs; a monitor that evaluate does not return."""
+    task = make(**settings)
+    assert [column.name for column in task.columns] == names
+    assert task.monitor == monitor
+    assert [column.required for column in task.columns] == [True, True, names[2] == "score"]
+    forms = task.evaluation_columns
+    assert len(forms) == 2
+    assert forms[0] == task.columns
+
+
+@pytest.mark.parametrize(
+    ("setting", "longest"), [({"max_length": 8}, 8), ({"max_length": 40}, 40), ({"max_length": 500}, 48)]
+)
+def test_encode_cuts_at_the_smaller_limit(base, setting, longest):
+    """Catches: more tokens than the base has positions, or than it was trained with."""
+    encoded = make(**setting).encode(Shard({"anchor": ["clause " * 99], "positive": ["a"]}), base)
+    assert len(encoded.texts["anchor"][0]) == longest
+    assert base.tokenizer.convert_ids_to_tokens(encoded.texts["positive"][0]) == ["[CLS]", "a", "[SEP]"]
+    assert encoded.targets is None
+
+
+def test_encode_divides_the_scores(base):
+    """Catches: scores of 5 compared with cosines of 1."""
+    encoded = make(loss="cosine-similarity", score_max=5.0).encode(SCORED, base)
+    assert encoded.targets.tolist() == pytest.approx([1.0, 0.0, 0.5, 0.2])
+    assert encoded.targets.dtype == np.float32
+    assert list(encoded.texts) == ["sentence1", "sentence2"]
+
+
+def test_batch_takes_the_rows_asked_for_in_that_order(base):
+    """Catches: positives of other rows than the anchors'; a text that is left out."""
+    task = make()
+    encoded = task.encode(TRIPLETS, base)
+    batch = task.batch(encoded, [3, 0], base)
+    assert {name.split(".")[0] for name in batch} == {"anchor", "positive", "negative"}
+    for name, texts in encoded.texts.items():
+        ids, mask = batch[f"{name}.input_ids"], batch[f"{name}.attention_mask"]
+        assert [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)] == [texts[3], texts[0]]
+    scored = make(loss="cosine-similarity")
+    assert scored.batch(scored.encode(SCORED, base), [2, 0], base)["labels"].tolist() == [2.5, 5.0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_embed_gives_the_librarys_vectors(base, batch_size):
+    """Catches: vectors in the order of lengths; pooling over padding; vectors that are not of length 1."""
+    texts = TRIPLETS.columns["anchor"]
+    vectors = embed(base, base.tokenizer(texts)["input_ids"], batch_size)
+    assert vectors.dtype == np.float32
+    assert np.allclose(vectors, base.network.encode(texts), atol=1e-6)
+
+
+def test_embed_normalises_for_a_base_that_does_not(tmp_path):
+    """Catches: inner products taken for cosines."""
+    base = make().load(tiny_sentence_transformer(tmp_path, normalize=False), torch.float32)
+    texts = TRIPLETS.columns["anchor"]
+    assert np.linalg.norm(base.network.encode(texts), axis=1).max() > 1.5
+    assert np.linalg.norm(embed(base, base.tokenizer(texts)["input_ids"], 2), axis=1) == pytest.approx(
+        np.ones(4), abs=1e-6
+    )
+
+
+def unit(*vectors):
+    """Return rows of length 1."""
+    rows = np.array(vectors, np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_recall_counts_the_share_of_own_candidates():
+    """Catches: k candidates too many or too few; the candidates' rows taken for the anchors'."""
+    anchors = unit([1, 0], [0, 1], [1, 1], [-1, 0])
+    candidates = unit([1, 0.1], [1, 1], [0.05, 1], [-1, 0.1])  # own ranks: 1, 2, 3, 1
+    assert [recall_at(k, anchors, candidates) for k in (1, 2, 3, 4)] == [0.5, 0.75, 1.0, 1.0]
+    more = np.concatenate([candidates, unit([1, 0], [0, 1])])  # own ranks: 2, 3, 3, 1
+    assert [recall_at(k, anchors, more) for k in (1, 2, 3)] == [0.25, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("dimensions", [4, 16, 384])
+@pytest.mark.parametrize("count", [2, 3, 5, 24, 37])
+def test_equal_vectors_earn_nothing(count, dimensions):
+    """Catches: ties won by position; equal columns told apart by the rounding of a matrix product."""
+    generator = np.random.default_rng(count)
+    collapsed = np.tile(unit(generator.normal(size=dimensions)), (count, 1))
+    assert recall_at(1, collapsed, collapsed) == 0.0
+    assert recall_at(count, collapsed, collapsed) == 1.0
+    anchors = unit(*generator.normal(size=(count, dimensions)))
+    assert recall_at(1, anchors, np.concatenate([anchors, anchors])) == 0.0
+    assert recall_at(2, anchors, np.concatenate([anchors, anchors])) == 1.0
+
+
+def test_evaluate_searches_among_positives_and_negatives(base):
+    """Catches: negatives that are no candidates; the anchors themselves among them."""
+    vectors = {name: base.network.encode(texts) for name, texts in TRIPLETS.columns.items()}
+    for k in (1, 2):
+        task = make(recall_at=k)
+        pool = np.concatenate([vectors["positive"], vectors["negative"]])
+        expected = recall_at(k, vectors["anchor"], pool)
+        assert task.evaluate(base, task.encode(TRIPLETS, base), 3) == {f"recall_at_{k}": expected}
+    without = task.evaluate(base, task.encode(PAIRS, base), 3)
+    assert without == {"recall_at_2": recall_at(2, vectors["anchor"], vectors["positive"])}
+    trap = Shard({"anchor": ["alpha"], "positive": ["omega"], "negative": ["alpha"]})
+    assert make().evaluate(base, make().encode(trap, base), 1) == {"recall_at_1": 0.0}
+
+
+@pytest.mark.parametrize("settings", [{"loss": "cosine-similarity", "score_max": 5.0}, {}])
+def test_correlations_are_scipys(base, settings):
+    """Catches: Spearman of values that are no ranks; scored pairs judged by recall because the loss is another."""
+    task = make(**settings)
+    first, second = (base.network.encode(SCORED.columns[name]) for name in ("sentence1", "sentence2"))
+    cosines, scores = (first * second).sum(axis=1), SCORED.columns["score"]
+    found = task.evaluate(base, task.encode(SCORED, base), 2)
+    assert set(found) == {"pearson", "spearman"}
+    assert found["pearson"] == pytest.approx(scipy.stats.pearsonr(cosines, scores).statistic, abs=1e-4)
+    assert found["spearman"] == pytest.approx(scipy.stats.spearmanr(cosines, scores).statistic)
+    assert found["pearson"] == pytest.approx(np.corrcoef(cosines, scores)[0, 1], abs=1e-4)
+
+
+def test_graft_keeps_the_pooling(base, folder):
+    """Catches: a transformer set under another attribute, which sentence-transformers ignores without a word."""
+    fresh = make().load(folder, torch.float32)
+    other = make().load(folder, torch.float32).transformer
+    with torch.no_grad():
+        other.embeddings.word_embeddings.weight.mul_(-1)
+    make().graft(fresh, other)
+    assert fresh.transformer is other
+    assert fresh.network[0].model is other
+    assert not np.allclose(fresh.network.encode("alpha"), base.network.encode("alpha"), atol=1e-3)
+    assert [type(module).__name__ for module in fresh.network] == ["Transformer", "Pooling", "Normalize"]
+
+
+def test_length_is_the_rows(base):
+    """Catches: the number of text columns."""
+    assert len(make().encode(TRIPLETS, base)) == 4
+    assert len(Encoded({"anchor": []})) == 0

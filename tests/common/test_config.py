@@ -1,0 +1,257 @@
+"""The run's configuration and what is checked before any site is contacted."""
+
+import json
+import math
+import warnings
+
+import pytest
+
+from common.config import RunConfig, cross_checks, parse, section_classes
+from common.errors import ConfigError, Problem
+
+EMBEDDING = {"name": "sentence-embedding", "loss": "cosine-similarity"}
+
+
+def problems(raw):
+    """Return {key: problem} of a file that has to be refused."""
+    with pytest.raises(ConfigError) as caught:
+        parse(raw, "run.toml")
+    assert (caught.value.code, caught.value.exit_status) == ("config-invalid", 2)
+    return {problem.key: problem for problem in caught.value.problems}
+
+
+def test_an_empty_file_is_the_default_run():
+    """Catches: a setting without a default; another default task, method or strategy."""
+    config = parse({})
+    assert (config.task.name, config.adapter.method, config.strategy.name) == (
+        "sequence-classification",
+        "lora",
+        "fedavg",
+    )
+    assert (config.adapter.rank, config.train.learning_rate, config.privacy.mode) == (8, 2e-4, "none")
+    assert all(
+        field.description
+        for name in RunConfig.model_fields
+        for field in type(getattr(config, name)).model_fields.values()
+    )
+
+
+def test_the_chosen_names_bring_their_own_settings():
+    """Catches: settings of one method accepted for another; names that do not choose the class."""
+    raw = {
+        "task": EMBEDDING,
+        "adapter": {"method": "houlsby", "bottleneck": 4},
+        "strategy": {"name": "fedadam", "tau": 0.1},
+    }
+    config = parse(raw)
+    assert (config.task.scale, config.adapter.bottleneck, config.strategy.tau) == (20.0, 4, 0.1)
+    assert set(problems({"adapter": {"method": "houlsby", "rank": 4}})) == {"adapter.rank"}
+    assert set(problems({"task": {"name": "sentence-embedding", "num_labels": 3}})) == {"task.num_labels"}
+
+
+def test_every_problem_at_once():
+    """Catches: a parser that stops at the first section, the first key, or at an unknown name."""
+    found = problems(
+        {
+            "run": {"rounds": 0, "name": "../../etc/x", "seed": -1},
+            "model": {"name": ""},
+            "adapter": {"rank": 0},
+            "train": {"learning_rate": -1.0, "local_steps": "ten", "warmup": 0.1},
+            "strategy": {"name": "fedsgd"},
+            "privacy": {"mode": "none", "epsilon": 0.0},
+            "evaluation": {"every_rounds": True},
+            "simulation": 3,
+            "servre": {},
+        }
+    )
+    assert set(found) == {
+        *("run.rounds", "run.name", "run.seed", "model.name", "adapter.rank", "strategy.name", "privacy.epsilon"),
+        *(
+            "train.learning_rate",
+            "train.local_steps",
+            "train.warmup",
+            "evaluation.every_rounds",
+            "simulation",
+            "servre",
+        ),
+    }
+    assert str(found["run.rounds"]) == "run.rounds = 0: expected greater than or equal to 1."
+    assert found["strategy.name"].value == "'fedsgd'"
+    assert found["strategy.name"].expected.startswith("one of fedadam, fedavg,")
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("run", {"rounds": 100_001, "seed": 2**31, "name": "a" * 65, "output_dir": ""}),
+        ("model", {"dtype": "float64", "public_name": 3}),
+        ("task", {"name": 3, "max_length": 7}),
+        ("adapter", {"method": ["lora"], "wire_dtype": "int8"}),
+        ("adapter", {"alpha": 0.0, "dropout": 1.0, "rank": 257}),
+        ("train", {"learning_rate": math.nan, "max_grad_norm": math.inf, "warmup_ratio": 1.0, "momentum": -0.1}),
+        ("strategy", {"fraction_train": 0.0, "round_timeout_s": 0, "max_update_norm": math.nan, "min_clients": 0}),
+        ("privacy", {"mode": "central"}),
+        ("simulation", {"clients": 0, "partition": "random", "engine": "dask", "evaluation_fraction": 1.0}),
+        ("data", {"columns": {"text": 1.5}, "quoting": "all", "header": 1}),
+    ],
+)
+def test_values_out_of_range(section, values):
+    """Catches: a bound dropped or moved; NaN, which no comparison catches; True taken for 1."""
+    for key, value in values.items():
+        assert any(found.startswith(f"{section}.{key}") for found in problems({section: {key: value}})), key
+
+
+@pytest.mark.parametrize(
+    ("raw", "key", "hint"),
+    [
+        ({"train": {"learning_rte": 0.1}}, "train.learning_rte", "write 'learning_rate', if that is what you mean"),
+        ({"adapter": {"Rank": 4}}, "adapter.Rank", "write 'rank', if that is what you mean"),
+        ({"simulaton": {}}, "simulaton", "write 'simulation', if that is what you mean"),
+        ({"train": {"qqq": 1}}, "train.qqq", "remove it"),
+    ],
+)
+def test_an_unknown_key_is_named_with_what_may_be_meant(raw, key, hint):
+    """Catches: a typing error that is ignored, so that the run goes on with the default."""
+    found = problems(raw)
+    assert set(found) == {key}
+    assert found[key].do == hint
+
+
+def test_long_values_are_cut():
+    """Catches: a whole file pasted into a message."""
+    found = problems({"run": {"name": "x" * 5000}, "task": {"name": "y" * 5000}, "z" * 9: "w" * 5000})
+    assert len(found) == 3
+    assert all(len(problem.value) <= 80 for problem in found.values())
+
+
+CROSS = {
+    "strategy.min_clients": {"simulation": {"data": "a.csv", "clients": 2}, "strategy": {"min_clients": 3}},
+    "simulation.column": {"simulation": {"partition": "by-column"}},
+    "evaluation.data": {"evaluation": {"early_stopping_patience": 2}},
+    "train.bf16": {"train": {"bf16": True, "device": "cpu"}},
+    "train.momentum": {"train": {"momentum": 0.9}},
+}
+
+
+@pytest.mark.parametrize("key", CROSS)
+def test_settings_that_do_not_go_together(key):
+    """Catches: a check between sections that was dropped, or that fires for something else too."""
+    assert set(problems(CROSS[key])) == {key}
+
+
+def test_krum_needs_enough_sites():
+    """Catches: Krum run with so few sites that the honest have no neighbour to be compared with."""
+    assert set(problems({"strategy": {"name": "krum", "num_malicious_sites": 2, "min_clients": 4}})) == {
+        "strategy.min_clients"
+    }
+    assert parse({"strategy": {"name": "krum", "num_malicious_sites": 2, "min_clients": 5}})
+
+
+def test_all_cross_checks_are_reported_together():
+    """Catches: a chain of if and return."""
+    raw = {}
+    for changes in CROSS.values():
+        for section, values in changes.items():
+            raw[section] = {**raw.get(section, {}), **values}
+    raw["simulation"].pop("partition")  # a by-column split has as many sites as the column has values
+    assert set(problems(raw)) == set(CROSS) - {"simulation.column"}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"strategy": {"min_clients": 5}},  # a deployment: simulation.clients means nothing
+        {"strategy": {"min_clients": 9}, "simulation": {"data": "a.csv", "partition": "by-column", "column": "org"}},
+        {"train": {"momentum": 0.9, "optimizer": "sgd"}},
+        {"train": {"bf16": True, "device": "cuda"}},
+        {"evaluation": {"early_stopping_patience": 2, "data": "dev.csv"}},
+        {"train": {"learning_rate": 1, "local_epochs": 2}},  # TOML's 1 is a fine learning rate
+    ],
+)
+def test_settings_that_do_go_together(raw):
+    """Catches: a cross check that is too strict."""
+    assert cross_checks(parse(raw)) == []
+
+
+def test_sha256_leaves_out_where_and_how_only():
+    """Catches: a setting that shapes the result and is not hashed; a resume refused because the folder was moved."""
+    config = parse({"simulation": {"data": "a.csv"}})
+    same, other = [], []
+    for name in RunConfig.model_fields:
+        section = getattr(config, name)
+        for key, value in section.model_dump(mode="json").items():
+            changed = section.model_copy(update={key: [value, "other"]})
+            hashed = config.model_copy(update={name: changed})
+            with warnings.catch_warnings(action="ignore"):  # pydantic notes the type, which is wrong on purpose
+                (same if hashed.sha256 == config.sha256 else other).append(f"{name}.{key}")
+    assert same == ["run.output_dir", "simulation.engine"]
+    assert len(other) > 40
+
+
+def test_sha256_does_not_depend_on_order_or_on_what_is_written_out():
+    """Catches: a hash over the file's text."""
+    raw = {"run": {"name": "x", "rounds": 3}, "train": {"local_steps": 2}}
+    assert (
+        parse(raw).sha256 == parse({"train": {"local_steps": 2}, "run": {"rounds": 3, "name": "x", "seed": 42}}).sha256
+    )
+
+
+def test_sites_get_what_they_need_and_nothing_of_the_operators_files():
+    """Catches: paths, columns or evaluation settings of the operator in every hello."""
+    raw = {
+        "run": {"name": "r1", "rounds": 7, "seed": 5, "output_dir": "/secret/out"},
+        "model": {"name": "org/model"},
+        "task": EMBEDDING | {"scale": 10.0},
+        "adapter": {"method": "houlsby", "bottleneck": 4},
+        "train": {"local_steps": 3, "threads": 1},
+        "strategy": {"name": "fedprox", "proximal_mu": 0.5},
+        "evaluation": {"data": "/secret/dev.csv", "batch_size": 13},
+        "data": {"columns": {"sentence1": "secret"}},
+        "simulation": {"data": "/secret/train.csv", "column": "secret"},
+    }
+    config = parse(raw)
+    text = config.for_sites()
+    assert "secret" not in text
+    assert set(json.loads(text)) == {"run", "model", "task", "adapter", "train", "strategy", "privacy"}
+    there = parse(json.loads(text))
+    for section in ("model", "task", "adapter", "train", "strategy", "privacy"):
+        assert getattr(there, section) == getattr(config, section), section
+    assert (there.run.name, there.run.rounds, there.run.seed) == ("r1", 7, 5)
+
+
+@pytest.mark.parametrize(
+    ("model", "exported"),
+    [
+        ({"name": "org/model"}, "org/model"),
+        ({"name": "package:wheel/model"}, ""),
+        ({"name": "/home/me/model"}, ""),
+        ({"name": "./model"}, ""),
+        ({"name": "~/model"}, ""),
+        ({"name": "/home/me/model", "public_name": "org/model"}, "org/model"),
+    ],
+)
+def test_an_export_never_names_a_path(model, exported):
+    """Catches: the operator's home folder in a published adapter."""
+    assert parse({"model": model}).model.exported_name == exported
+
+
+@pytest.mark.parametrize(
+    ("raw", "monitor"),
+    [
+        ({}, "accuracy"),
+        ({"task": EMBEDDING}, "spearman"),
+        ({"task": {"name": "sentence-embedding", "recall_at": 5}}, "recall_at_5"),
+        ({"evaluation": {"monitor": "eval_loss"}}, "loss"),
+        ({"evaluation": {"monitor": "macro_f1"}}, "macro_f1"),
+    ],
+)
+def test_monitor(raw, monitor):
+    """Catches: Hugging Face's prefix kept; the task's own choice lost."""
+    assert parse(raw).monitor == monitor
+
+
+def test_an_unknown_name_becomes_a_problem_in_its_section():
+    """Catches: a KeyError for whoever asks for the classes of a broken file."""
+    classes = section_classes({"task": {"name": "poetry"}})
+    assert isinstance(classes["task"], Problem)
+    assert not isinstance(classes["adapter"], Problem)

@@ -1,0 +1,89 @@
+"""The tree of errors, as drawn and as written."""
+
+import inspect
+import re
+
+import pytest
+
+from common import errors
+from common.errors import ConfigError, Problem, TsugikiError, WireError
+
+LINE = re.compile(r"^(?P<lead>[│├└─ ]*)(?P<name>[A-Z]\w+)(?: +(?P<status>\d+)  \S.*)?$")
+
+
+def drawn():
+    """Return {class name: (parent's name, exit status)} as the module's docstring draws it."""
+    tree, path = {}, []
+    for line in errors.__doc__.splitlines():
+        if matched := LINE.match(line):
+            depth = len(matched["lead"]) // 4
+            path[depth:] = [matched["name"]]
+            parent, status = (path[depth - 1] if depth else "Exception"), matched["status"] or "1"
+            tree[matched["name"]] = (parent, int(status))
+    return tree
+
+
+def written():
+    """Return the same of the classes that the module defines."""
+    classes = inspect.getmembers(
+        errors, lambda member: inspect.isclass(member) and member.__module__ == "common.errors"
+    )
+    return {name: kind for name, kind in classes if issubclass(kind, Exception)}
+
+
+def test_the_tree_in_the_docstring_is_the_tree():
+    """Catches: a class added, renamed, moved or given another exit status without the drawing; an empty drawing."""
+    real = {name: (kind.__bases__[0].__name__, kind.exit_status) for name, kind in written().items()}
+    assert len(real) > 10
+    assert drawn() == real
+    assert all(len(kind.__bases__) == 1 for kind in written().values())
+
+
+def test_public_names():
+    """Catches: a helper that leaks out of the module that everybody imports from."""
+    public = {name for name, member in vars(errors).items() if getattr(member, "__module__", "") == "common.errors"}
+    assert {name for name in public if not name.startswith("_")} == {*drawn(), "Problem"}
+
+
+def test_codes_are_kebab_case_and_statuses_are_sane():
+    """Catches: a code that cannot cross the network; an exit status that a shell takes for success or for a signal."""
+    from common.messages import _CODE
+
+    kinds = written().values()
+    assert all(_CODE.fullmatch(kind.code) for kind in kinds)
+    assert len({kind.code for kind in kinds}) == len(kinds)
+    assert all(1 <= kind.exit_status <= 10 or kind.exit_status == 130 for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        (("3 rows",), "3 rows."),
+        (("3 rows.", "at least 4."), "3 rows. expected at least 4."),
+        (("3 rows", "at least 4", "add rows"), "3 rows. expected at least 4. Do: add rows."),
+        (("3 rows", "", "add rows"), "3 rows. Do: add rows."),
+    ],
+)
+def test_three_parts_in_one_line(parts, text):
+    """Catches: doubled full stops; "expected" with nothing behind it."""
+    assert str(TsugikiError(*parts)) == text
+
+
+def test_code_of_an_instance_is_its_own():
+    """Catches: a code set on the class, where the next error would inherit it."""
+    assert WireError("x", code="shape").code == "shape"
+    assert WireError("x").code == WireError.code == "decode"
+
+
+@pytest.mark.parametrize(("count", "headline"), [(1, "run.toml: 1 problem"), (3, "run.toml: 3 problems")])
+def test_config_error_lists_every_problem(count, headline):
+    """Catches: an error that shows the first problem only; a plural of one."""
+    problems = [Problem(f"run.key_{n}", str(n), "a name", "rename it" if n else "") for n in range(count)]
+    error = ConfigError("run.toml", problems)
+    lines = str(error).splitlines()
+    assert lines[0] == headline
+    assert lines[1:] == [f"  {problem}" for problem in problems]
+    assert str(problems[0]) == "run.key_0 = 0: expected a name."
+    assert error.problems == tuple(problems)
+    if count > 1:
+        assert lines[2] == "  run.key_1 = 1: expected a name. Do: rename it."

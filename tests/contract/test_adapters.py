@@ -1,0 +1,260 @@
+"""What every adapter method promises, on every task."""
+
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from client.trainer import Plan, train
+from client.update import make_update
+from common import model
+from common.adapters import ADAPTERS, AdapterMethod
+from common.config import parse
+from common.config_file import commented
+from common.data.shard import Shard
+from common.model import load_graft
+from common.registry import Registry
+from common.tasks import TASKS
+from common.wire import decode, encode, unpack
+from tests.support.tiny import tiny_sentence_transformer
+
+SMALL = {"lora": {"rank": 2}, "houlsby": {"bottleneck": 4}}
+"""Smaller than the default where a method has a size; a method that is not here is tried at its defaults."""
+
+PAIRS = list(itertools.product(TASKS.names(), ADAPTERS.names()))
+each_pair = pytest.mark.parametrize(("task", "method"), PAIRS)
+
+
+def names_to_test(registry):
+    """Return all names; a loop over none would pass."""
+    assert registry.names(), f"no {registry.kind} is registered"
+    return registry.names()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base that every task can load. Read only."""
+    return tiny_sentence_transformer(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(autouse=True)
+def no_graft_is_left(monkeypatch):
+    """Every test starts without a loaded base."""
+    monkeypatch.setattr(model, "_grafts", {})
+
+
+def run(task, method, **adapter):
+    """Return the run of a tiny case, at a rate that moves; a batch is all rows."""
+    case = TASKS.get(task).tiny()
+    train_settings = {
+        "learning_rate": 0.01,
+        "local_steps": 15,
+        "per_device_train_batch_size": 24,
+        "lr_schedule": "constant",
+        "warmup_ratio": 0.0,
+        "threads": 1,
+        "device": "cpu",
+    }
+    return parse(
+        {
+            "task": {"name": task, **case.settings},
+            "adapter": {"method": method, **SMALL.get(method, {}), **adapter},
+            "train": train_settings,
+        }
+    )
+
+
+class Site:
+    """A graft and the tiny case's rows."""
+
+    def __init__(self, folder, task, method, **adapter):
+        self.config = run(task, method, **adapter)
+        self.graft = load_graft(self.config, str(folder), self.config.run.seed)
+        self.task = self.graft.task
+        self.encoded = self.task.encode(Shard(TASKS.get(task).tiny().rows), self.graft.base)
+
+    def train(self, round_=1, proximal_mu=0.0, **changes):
+        """Train one round from where the graft is; return the update and what the loop reports."""
+        received = self.graft.read()
+        plan = Plan(1, "site-0", round_, schedule_start=0.0, schedule_stop=1.0, proximal_mu=proximal_mu)
+        trained = train(self.graft, self.encoded, self.config.train.model_copy(update=changes), plan)
+        return make_update(self.graft.read(), received), trained
+
+    def batch(self):
+        """Return all rows."""
+        return self.task.batch(self.encoded, range(len(self.encoded)), self.graft.base)
+
+    def loss(self):
+        """Return the loss over all rows."""
+        with torch.no_grad():
+            return self.task.loss(self.graft.base.network, self.batch()).item()
+
+    def hidden(self):
+        """Return the last hidden states of the transformer."""
+        tokens = next(iter(self.encoded.texts.values()))[:3]
+        length = min(map(len, tokens))
+        ids = torch.tensor([row[:length] for row in tokens])
+        with torch.no_grad():
+            result = self.graft.base.transformer(
+                input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True
+            )
+        return result.hidden_states[-1]
+
+    def frozen(self):
+        """Return a hash of each tensor that is neither trained nor exchanged, buffers included."""
+        transformer = self.graft.base.transformer
+        trained = {tensor.name for tensor in self.graft.spec.tensors}
+        tensors = [*transformer.named_parameters(), *transformer.named_buffers()]
+        return {
+            name: hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest()
+            for name, tensor in tensors
+            if name not in trained
+        }
+
+
+def test_there_are_methods_and_a_registry_without_any_fails():
+    """Catches: tests below that pass because they loop over nothing."""
+    assert {method for _, method in PAIRS} == set(names_to_test(ADAPTERS))
+    with pytest.raises(AssertionError, match="no adapter method is registered"):
+        names_to_test(Registry("adapter method"))
+
+
+@pytest.mark.parametrize("method", ADAPTERS.names())
+def test_the_class_is_whole(method):
+    """Catches: a name that differs from the registered one; settings that do not choose the class."""
+    kind = ADAPTERS.get(method)
+    assert issubclass(kind, AdapterMethod)
+    assert kind.name == method == kind.Settings().method
+    assert kind.export_format in ("peft", "tsugiki")
+    assert f'method = "{method}"' in commented(TASKS.names()[0], method, "fedavg")
+    assert all(field.description for field in kind.Settings.model_fields.values())
+
+
+@each_pair
+def test_without_training_the_update_is_zero_and_the_outputs_are_the_bases(task, method, folder):
+    """Catches: an adapter that disturbs the base before it has learned anything; rounding in write, read, subtract."""
+    site = Site(folder, task, method)
+    received = site.graft.read()
+    before = site.hidden()
+    site.graft.write(received)
+    update = make_update(site.graft.read(), received)
+    assert update.dtype == np.float32
+    assert not update.any()
+    with site.graft.untouched():
+        assert torch.allclose(site.hidden(), before, atol=1e-6)
+
+
+@each_pair
+def test_training_changes_the_adapter_and_its_head_only(task, method, folder):
+    """Catches: a base that drifts (BatchNorm statistics, a layer left trainable); an adapter tensor that is stuck."""
+    site = Site(folder, task, method)
+    frozen = site.frozen()
+    assert len(frozen) > 20
+    update, trained = site.train()
+    assert site.frozen() == frozen
+    assert np.isfinite(update).all()
+    assert trained.steps == 15
+    stuck = [name for name, value in unpack(update, site.graft.spec).items() if not value.any()]
+    assert stuck == []
+    assert (site.graft.spec.parameters("head") > 0) == bool(site.graft.base.heads)
+    trainable = {name for name, value in site.graft.base.network.named_parameters() if value.requires_grad}
+    assert len(trainable) == len(site.graft.spec.tensors)
+
+
+@each_pair
+def test_the_loss_falls(task, method, folder):
+    """Catches: a sign, a graph that is cut, an optimiser that got other parameters, a loss that is not what is reported."""
+    site = Site(folder, task, method)
+    before = site.loss()
+    _, trained = site.train(local_steps=40, learning_rate=0.02)
+    after = site.loss()
+    assert after < 0.9 * before
+    assert after < trained.loss < 1.1 * before
+
+
+@each_pair
+def test_off_gives_the_bases_outputs_and_on_the_trained_ones(task, method, folder):
+    """Catches: a part of the adapter that cannot be switched off; a switch that stays."""
+    site = Site(folder, task, method)
+    bare = site.task.load(folder, torch.float32)
+    bare.network.eval()
+    tokens = next(iter(site.encoded.texts.values()))[:3]
+    length = min(map(len, tokens))
+    ids = torch.tensor([row[:length] for row in tokens])
+    with torch.no_grad():
+        plain = bare.transformer(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+    site.train()
+    on = site.hidden()
+    assert not torch.allclose(on, plain.hidden_states[-1], atol=1e-4)
+    with site.graft.untouched():
+        assert torch.allclose(site.hidden(), plain.hidden_states[-1], atol=1e-6)
+    assert torch.equal(site.hidden(), on)
+
+
+@each_pair
+def test_a_trained_adapter_survives_the_wire(task, method, folder):
+    """Catches: a tensor in another place, or rounded, at the receiving side."""
+    site = Site(folder, task, method)
+    site.train()
+    vector, on = site.graft.read(), site.hidden()
+    received = decode(encode(vector, site.graft.spec), site.graft.spec)
+    assert received.tobytes() == vector.tobytes()
+    site.graft.write(np.zeros_like(vector))
+    site.graft.write(received)
+    assert site.graft.read().tobytes() == vector.tobytes()
+    assert torch.equal(site.hidden(), on)
+
+
+@each_pair
+def test_half_the_bytes(task, method, folder):
+    """Catches: float16 that both sides agree on and only one uses."""
+    half, whole = (Site(folder, task, method, wire_dtype=kind).graft.spec for kind in ("float16", "float32"))
+    assert 2 * half.size_bytes == whole.size_bytes
+    assert half.sha256 != whole.sha256
+
+
+@each_pair
+def test_one_seed_one_result(task, method, folder):
+    """Catches: dropout, batches or initial values from a generator that nobody seeded."""
+    updates = []
+    for noise in (1, 2):
+        model._grafts.clear()
+        torch.manual_seed(noise)
+        np.random.seed(noise)
+        site = Site(folder, task, method)
+        updates.append(site.train()[0])
+        assert site.graft.spec.size == updates[0].size
+    assert updates[0].tobytes() == updates[1].tobytes()
+    site.graft.write(site.graft.initial)
+    assert site.train(round_=2)[0].tobytes() != updates[0].tobytes()
+
+
+@each_pair
+def test_evaluation_measures_what_the_run_watches(task, method, folder):
+    """Catches: a monitor that no metric has; a NaN; an evaluation that changes the model or depends on the batches."""
+    site = Site(folder, task, method)
+    site.train()
+    vector = site.graft.read()
+    with torch.no_grad():
+        metrics = [site.task.evaluate(site.graft.base, site.encoded, size) for size in (5, 64)]
+    assert site.task.monitor in metrics[0]
+    assert all(isinstance(value, float) and np.isfinite(value) for value in metrics[0].values())
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-4)
+    assert site.graft.read().tobytes() == vector.tobytes()
+
+
+@each_pair
+def test_the_proximal_term_holds_the_update_back(task, method, folder):
+    """Catches: mu that is configured, sent and ignored; a sign that pushes away; the head forgotten."""
+    site = Site(folder, task, method)
+    sgd = {"optimizer": "sgd", "learning_rate": 0.1}  # AdamW would scale the term away again
+    norms, updates = [], []
+    for mu in (0.0, 1.0, 10.0):
+        site.graft.write(site.graft.initial)
+        updates.append(site.train(proximal_mu=mu, **sgd)[0])
+        norms.append(float(np.linalg.norm(updates[-1])))
+    assert norms[0] > norms[1] > norms[2] > 0
+    site.graft.write(site.graft.initial)
+    assert site.train(**sgd)[0].tobytes() == updates[0].tobytes()

@@ -1,0 +1,163 @@
+"""What every task promises."""
+
+import numpy as np
+import pytest
+import torch
+
+from common.data.shard import Shard, read
+from common.registry import Registry
+from common.settings import DataFormat
+from common.tasks import TASKS, Task
+from tests.support.tiny import tiny_sentence_transformer
+
+each_task = pytest.mark.parametrize("name", TASKS.names())
+
+
+def names_to_test(registry):
+    """Return all names; a loop over none would pass."""
+    assert registry.names(), f"no {registry.kind} is registered"
+    return registry.names()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base that every task can load. Read only."""
+    return tiny_sentence_transformer(tmp_path_factory.mktemp("base"))
+
+
+def tiny(name):
+    """Return the task of its tiny case, and the rows."""
+    case = TASKS.get(name).tiny()
+    return TASKS.get(name)(TASKS.get(name).Settings(**case.settings)), Shard(case.rows)
+
+
+def loaded(name, folder):
+    """Return the task, its base in eval mode, and the encoded rows."""
+    task, shard = tiny(name)
+    torch.manual_seed(1)
+    base = task.load(folder, torch.float32)
+    base.network.eval()
+    return task, base, task.encode(shard, base)
+
+
+def test_there_are_tasks_and_a_registry_without_any_fails():
+    """Catches: tests below that pass because they loop over nothing."""
+    assert names_to_test(TASKS)
+    with pytest.raises(AssertionError, match="no task is registered"):
+        names_to_test(Registry("task"))
+
+
+@each_task
+def test_the_class_is_whole(name):
+    """Catches: a name that differs from the registered one; a setting without a default or a description."""
+    kind = TASKS.get(name)
+    assert issubclass(kind, Task)
+    assert kind.name == name == kind.Settings().name
+    assert all(field.description for field in kind.Settings.model_fields.values())
+    assert kind(kind.Settings()).monitor
+
+
+@each_task
+def test_the_tiny_case_fits_the_columns(name, tmp_path):
+    """Catches: a task whose columns cannot be read from a file; a tiny case of other columns."""
+    task, shard = tiny(name)
+    names = {column.name for column in task.columns}
+    assert {column.name for column in task.columns if column.required} <= set(shard.columns) <= names
+    assert len({len(values) for values in shard.columns.values()}) == 1
+    assert len(shard) >= 16
+    rows = zip(*([str(value) for value in values] for values in shard.columns.values()), strict=True)
+    file = tmp_path / "train.tsv"
+    file.write_text("\n".join("\t".join(row) for row in [tuple(shard.columns), *rows]), "utf-8")
+    assert read(file, task.columns, DataFormat(), labels=task.labels).columns == shard.columns
+    assert task.evaluation_columns[0] == task.columns
+    assert all(form for form in task.evaluation_columns)
+
+
+@each_task
+def test_labels_are_named_where_there_are_classes(name):
+    """Catches: a label column that no class belongs to."""
+    task, shard = tiny(name)
+    kinds = {column.name: column.kind for column in task.columns}
+    assert bool(task.labels) == ("label" in kinds.values())
+    for column in (name for name, kind in kinds.items() if kind == "label"):
+        assert set(shard.columns[column]) <= set(range(len(task.labels)))
+
+
+@each_task
+def test_the_base_is_whole(name, folder):
+    """Catches: a transformer that `network` does not use; a head that is not there."""
+    _, base, _ = loaded(name, folder)
+    inside = {id(parameter) for parameter in base.network.parameters()}
+    assert {id(parameter) for parameter in base.transformer.parameters()} <= inside
+    assert all(base.transformer.get_submodule(head) is not None for head in base.heads)
+    assert {parameter.dtype for parameter in base.network.parameters()} == {torch.float32}
+
+
+@each_task
+def test_encoding_is_repeatable_and_whole(name, folder):
+    """Catches: rows lost or shuffled while tokenising; targets of another length."""
+    task, shard = tiny(name)
+    _, base, encoded = loaded(name, folder)
+    again = task.encode(shard, base)
+    assert len(encoded) == len(shard)
+    assert again.texts == encoded.texts
+    assert all(len(tokens) <= task.settings.max_length for rows in encoded.texts.values() for tokens in rows)
+    if encoded.targets is not None:
+        assert encoded.targets.shape == (len(shard),)
+    part = task.encode(shard.take([3, 1]), base)
+    assert part.texts == {column: [rows[3], rows[1]] for column, rows in encoded.texts.items()}
+
+
+@each_task
+def test_batches_hold_the_rows_asked_for(name, folder):
+    """Catches: a tensor of another number of rows; a view that later batches overwrite."""
+    task, base, encoded = loaded(name, folder)
+    batch = task.batch(encoded, [2, 0, 5], base)
+    kept = {key: tensor.clone() for key, tensor in batch.items()}
+    assert all(isinstance(tensor, torch.Tensor) and tensor.shape[0] == 3 for tensor in batch.values())
+    task.batch(encoded, [1, 4, 3], base)
+    assert all(torch.equal(batch[key], kept[key]) for key in batch)
+
+
+@each_task
+def test_loss_is_a_finite_scalar_with_a_gradient(name, folder):
+    """Catches: a loss for each row, a loss cut off from the model, a loss that changes its batch."""
+    task, base, encoded = loaded(name, folder)
+    batch = task.batch(encoded, range(8), base)
+    kept = {key: tensor.clone() for key, tensor in batch.items()}
+    loss = task.loss(base.network, batch)
+    assert loss.shape == ()
+    assert torch.isfinite(loss)
+    loss.backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in base.transformer.parameters())
+    assert all(torch.equal(batch[key], kept[key]) for key in kept)
+    assert batch.keys() == kept.keys()
+
+
+@each_task
+def test_padding_changes_nothing(name, folder):
+    """Catches: padding that is attended to, or pooled: a row's loss would depend on its neighbours' lengths."""
+    task, base, encoded = loaded(name, folder)
+    batch = task.batch(encoded, range(4), base)
+    pad_id = base.tokenizer.pad_token_id
+    wider = {
+        key: torch.nn.functional.pad(tensor, (0, 5), value=pad_id if key.endswith("input_ids") else 0)
+        if tensor.ndim == 2
+        else tensor
+        for key, tensor in batch.items()
+    }
+    with torch.no_grad():
+        losses = [task.loss(base.network, inputs).item() for inputs in (batch, wider)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@each_task
+def test_metrics(name, folder):
+    """Catches: a monitor that is not measured; metrics that no JSON file holds; the file's order mattering."""
+    task, base, encoded = loaded(name, folder)
+    with torch.no_grad():
+        metrics = task.evaluate(base, encoded, 7)
+        backwards = task.evaluate(base, task.encode(tiny(name)[1].take(range(len(encoded))[::-1]), base), 7)
+    assert task.monitor in metrics
+    assert all(type(value) is float and np.isfinite(value) for value in metrics.values())
+    assert metrics == pytest.approx(backwards, abs=1e-5)

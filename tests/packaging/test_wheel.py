@@ -1,0 +1,67 @@
+"""What `pip install` brings."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("common", "client", "server")
+
+
+def sources():
+    """Return the paths of all modules."""
+    return {
+        "tsugiki.py",
+        *(path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")),
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Build the wheel from a copy of the tree, without the network, and open it."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "tsugiki.py"):
+        shutil.copy(ROOT / name, tree / name)
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*command, "--wheel-dir", "out", "."], cwd=tree, capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr[-2000:]
+    (built,) = (tree / "out").glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        yield archive
+
+
+def test_every_module_is_in_it_and_nothing_else(wheel):
+    """Catches: a new package that is missing from [tool.setuptools] packages; tests or scripts that slip in."""
+    files = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert len(files) > 30
+    assert files == sources()
+
+
+def test_modules_are_whole(wheel):
+    """Catches: files of an old build folder."""
+    for name in sources():
+        assert wheel.read(name) == (ROOT / name).read_bytes(), name
+
+
+def test_the_command_and_the_licence_are_there(wheel):
+    """Catches: an entry point that points nowhere; a wheel without its licence or with another version."""
+    import tsugiki
+    from common import __version__
+
+    (info,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
+    assert "tsugiki = tsugiki:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert callable(tsugiki.main)
+    assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    metadata = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert metadata["Version"] == declared["version"] == __version__
+    needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert len(needed) == len(declared["dependencies"])
