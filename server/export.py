@@ -1,0 +1,235 @@
+"""Export a run's adapter: written for the libraries that will load it, and proved before it is in place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from common import config_file
+from common.config import RunConfig
+from common.errors import ExportError, StorageError
+from common.model import Graft, find, load_graft
+from common.wire import Vector, pack, sha256
+from server import checkpoint
+from server.export_card import Export, Kind, card, is_sentence_transformer, loading_code
+from server.export_check import expect, prove
+from server.storage import read_lines, unwritable
+
+Which = Literal["best", "last"]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An adapter of a run: its numbers, shape (spec.size,), and the round after which it had them."""
+
+    vector: Vector
+    round: int
+
+
+def export(folder: Path, target: Path | None = None, *, which: Which = "best", merged: bool = False) -> Path:
+    """Write a run's adapter so that other programs can load it, and return where.
+
+    A fresh process loads what was written, by its base's public name, and has to find the outputs of the run's own
+    model; only then does the export get its place.
+
+    Args:
+        folder: the run's.
+        target: a new or empty folder; by default `adapter/`, or `merged/`, in the run's folder.
+        which: the best adapter, or that of the last checkpoint.
+        merged: add the adapter to the base's weights and write a whole model.
+
+    Raises:
+        ExportError: `no-public-name`, `merge-unsupported`, `spec-mismatch`, or the proof failed: see
+            `server.export_check.prove`. Nothing is left behind.
+        StorageError: the run's files or the target cannot be used.
+        ModelError: the base model cannot be loaded.
+    """
+    config = _read_config(folder)
+    base_name = _public_name(config, merged)
+    target = _empty(target or folder / ("merged" if merged else "adapter"))
+    graft = _load(folder, config)
+    chosen = _best(folder, graft) if which == "best" else _last(folder, config, graft)
+    graft.write(chosen.vector)
+    kind: Kind = "merged" if merged else graft.method.export_format
+    base_folder, expected = find(config.model.name), expect(graft)
+    code, lines = loading_code(graft, config, kind, base_folder), read_lines(folder / "metrics.jsonl")
+    made = Export(kind, code, base_name, base_folder, chosen.round, lines, expected.effect > 0)
+    with _built(target) as building:
+        _write(graft, building, kind, base_name)
+        (building / "README.md").write_text(card(graft, config, made), "utf-8")
+        _share(building)
+        prove(building, made, graft, expected)
+    return target
+
+
+def _read_config(folder: Path) -> RunConfig:
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise StorageError(f"no run in {folder}", "a folder with config.toml", code="run-missing")
+    return config_file.read(path)
+
+
+def _public_name(config: RunConfig, merged: bool) -> str:
+    """Return what the export names as its base: a hub id, never a folder of this machine."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    name = config.model.exported_name
+    try:
+        validate_repo_id(name)
+        public = bool(config.model.public_name) or not Path(name).is_dir()
+    except HFValidationError:
+        public = False
+    if not public and not merged:
+        raise ExportError(
+            f"the run has no public name for its base: model.name = {config.model.name!r}, "
+            f"model.public_name = {config.model.public_name!r}",
+            'a hub id under which others find the base, as "org/model"',
+            "set model.public_name in the run's config.toml, or export a merged model, which needs no base",
+            code="no-public-name",
+        )
+    return name if public else ""
+
+
+def _empty(target: Path) -> Path:
+    """Return the target as an absolute path, if nothing is there."""
+    target = target.absolute()
+    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+        raise StorageError(
+            f"{target} is there already",
+            "a new or empty folder",
+            "remove it, or export to another",
+            code="export-exists",
+        )
+    return target
+
+
+def _load(folder: Path, config: RunConfig) -> Graft:
+    """Return the run's graft, after checking that it is what the run exchanged."""
+    on_cpu = config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
+    graft = load_graft(on_cpu, config.model.name, config.run.seed)
+    recorded = _read_json(folder / "spec.json")["sha256"]
+    if graft.spec.sha256 != recorded:
+        raise ExportError(
+            f"the adapter loaded here has the spec {graft.spec.sha256[:12]}",
+            f"{str(recorded)[:12]}, of the run",
+            "export with the base model and the settings that the run was made with",
+            code="spec-mismatch",
+        )
+    return graft
+
+
+def _best(folder: Path, graft: Graft) -> Chosen:
+    """Return the best adapter of a finished run, after comparing it with the hash in its summary."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = folder / "best" / "adapter.safetensors"
+    summary = _read_json(folder / "summary.json")
+    try:
+        vector = pack(load_file(path), graft.spec)
+    except (OSError, SafetensorError) as error:
+        raise _corrupt(path) from error
+    if sha256(vector) != summary["best_sha256"]:
+        raise _corrupt(path)
+    return Chosen(vector, summary["best_round"])
+
+
+def _last(folder: Path, config: RunConfig, graft: Graft) -> Chosen:
+    state = checkpoint.load(folder / "checkpoint", config.sha256, graft.spec.sha256)
+    return Chosen(state.vector, state.round)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file that the run has written."""
+    if not path.is_file():
+        raise StorageError(
+            f"no {path}",
+            "a run that is finished",
+            "finish it with --resume, or export its last checkpoint",
+            code="run-unfinished",
+        )
+    try:
+        body: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _corrupt(path) from error
+    return body
+
+
+def _corrupt(path: Path) -> StorageError:
+    return StorageError(
+        f"{path} is missing or damaged",
+        "the file as the run wrote it",
+        "export the last checkpoint",
+        code="run-corrupt",
+    )
+
+
+@contextmanager
+def _built(target: Path) -> Iterator[Path]:
+    """Lend a folder beside the target, which becomes the target if the `with` block ends well, and else is gone."""
+    from safetensors import SafetensorError
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as workshop:
+            building = Path(workshop) / "export"
+            building.mkdir()
+            yield building
+            building.rename(target)
+    except OSError as error:
+        raise unwritable(target, error) from error
+    except SafetensorError as error:  # what a full disk becomes in that library
+        raise StorageError(
+            f"cannot write {target}: {error}", "a writable folder with free space", "free some space", code="disk-full"
+        ) from error
+
+
+def _write(graft: Graft, folder: Path, kind: Kind, base_name: str) -> None:
+    """Write everything but the card."""
+    transformer, network = graft.base.transformer, graft.base.network
+    if not is_sentence_transformer(graft):
+        graft.base.tokenizer.save_pretrained(folder)
+    if kind == "merged":
+        whole = graft.method.merge(transformer)
+        if is_sentence_transformer(graft):
+            graft.task.graft(graft.base, whole)
+            try:
+                network.save(str(folder), create_model_card=False)
+            finally:
+                graft.task.graft(graft.base, transformer)
+        else:
+            whole.save_pretrained(folder)
+        return
+    if kind == "peft" and is_sentence_transformer(graft):
+        transformer.save_pretrained = _nothing  # the method writes the adapter, under the public name of its base
+        try:
+            network.save(str(folder), create_model_card=False)
+        finally:
+            del transformer.save_pretrained
+    graft.method.save(transformer, folder, base_name)
+    if kind == "peft":
+        _sort(folder / "adapter_config.json")
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _sort(path: Path) -> None:
+    """Give a PEFT configuration the same bytes in every process: peft writes sets in the order of their hashes."""
+    body = json.loads(path.read_bytes())
+    body["target_modules"] = sorted(body["target_modules"])
+    path.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _share(folder: Path) -> None:
+    """Give the tensors the card's permissions: safetensors writes files that only their owner can read."""
+    mode = (folder / "README.md").stat().st_mode
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(mode)

@@ -1,0 +1,211 @@
+"""The model card of an export: what it is, the code that loads it, how it was trained."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from common import __version__
+from common.config import RunConfig
+from common.config_file import PATH_KEYS
+from common.model import Graft
+
+_PIPELINE_TAGS = {
+    "sentence-embedding": "sentence-similarity",
+    "sequence-classification": "text-classification",
+    "causal-lm": "text-generation",
+}
+"""The hub's names for tasks; a task that is not here has no tag on its card."""
+
+Kind = Literal["peft", "tsugiki", "merged"]
+"""What an export is: a PEFT directory, files of our own, or a whole model."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export that is being made.
+
+    Args:
+        kind: what it is.
+        code: from `loading_code`.
+        base_name: the public name of the base; may be empty for a whole model.
+        base_folder: where the base is on this machine.
+        round: the round after which the adapter was as it is exported.
+        lines: of metrics.jsonl.
+        has_effect: whether the adapter changes any output of the base.
+    """
+
+    kind: Kind
+    code: str
+    base_name: str
+    base_folder: Path
+    round: int
+    lines: Sequence[dict[str, Any]]
+    has_effect: bool
+
+
+def is_sentence_transformer(graft: Graft) -> bool:
+    """Return whether the task's network is a `SentenceTransformer` around the transformer."""
+    return graft.base.network is not graft.base.transformer
+
+
+def reads_pairs(graft: Graft) -> bool:
+    """Return whether the task reads two texts as one sequence."""
+    return bool(getattr(graft.task.settings, "pair", False))
+
+
+def token_limit(graft: Graft) -> int:
+    """Return after how many tokens the task cuts a text."""
+    return int(min(graft.task.settings.max_length, graft.base.tokenizer.model_max_length))
+
+
+def loading_code(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path) -> str:
+    """Return Python that loads an export from the working folder and uses it.
+
+    It leaves `model` and, beside a model that does not bring its own, `tokenizer`.
+
+    Args:
+        graft: what is exported.
+        config: the run.
+        kind: how it is exported.
+        base_folder: where the base is on this machine.
+    """
+    base_name, dtype = json.dumps(config.model.exported_name), json.dumps(config.model.dtype)
+    if is_sentence_transformer(graft):
+        source = base_name if kind == "tsugiki" else "folder"  # a PEFT directory with modules.json loads itself
+        imports = ["from sentence_transformers import SentenceTransformer"]
+        lines = [f'model = SentenceTransformer({source}, model_kwargs={{"dtype": {dtype}}})']
+        transformer, use = "model[0].model", ['vectors = model.encode(["One text.", "Another one."])']
+    else:
+        auto = _auto_class(graft.base.transformer)
+        imports = [f"from transformers import {auto}, AutoTokenizer"]
+        source, settings = ("folder", {}) if kind == "merged" else (base_name, _own_settings(graft, base_folder))
+        arguments = [source, f"dtype={dtype}", *(f"{name}={value!r}" for name, value in settings.items())]
+        lines = [f"model = {auto}.from_pretrained(", *(f"    {argument}," for argument in arguments), ")"]
+        transformer, use = "model", _use_of_tokenizer(graft)
+        if kind == "peft":
+            imports = ["from peft import PeftModel", *imports]
+            lines.append("model = PeftModel.from_pretrained(model, folder).eval()")
+    if kind == "tsugiki":
+        imports = [f"from {type(graft.method).__module__} import load_adapter  # of Tsugiki", *imports]
+        lines.append(f"load_adapter({transformer}, folder)")
+    return "\n".join([*imports, "", 'folder = "."  # the one with this card', *lines, *use]) + "\n"
+
+
+def _use_of_tokenizer(graft: Graft) -> list[str]:
+    texts = '"One text.", "The other one."' if reads_pairs(graft) else '"One text."'
+    limit = f"truncation=True, max_length={token_limit(graft)}"
+    return [
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f'logits = model(**tokenizer({texts}, {limit}, return_tensors="pt")).logits',
+    ]
+
+
+def _auto_class(transformer: Any) -> str:
+    """Return the name of the Auto class that loads models like this one."""
+    plain = getattr(transformer, "get_base_model", lambda: transformer)()
+    matched = re.search(r"For[A-Z]\w+$", type(plain).__name__)
+    return f"AutoModel{matched.group()}" if matched else "AutoModel"
+
+
+def _own_settings(graft: Graft, base_folder: Path) -> dict[str, Any]:
+    """Return what the task sets in the model's configuration that the base's own does not have."""
+    from transformers import AutoConfig
+
+    settings: dict[str, Any] = {}
+    labels = graft.task.labels
+    if labels:
+        settings["num_labels"] = len(labels)
+        settings["ignore_mismatched_sizes"] = True
+    if labels != tuple(map(str, range(len(labels)))):
+        settings["id2label"] = dict(enumerate(labels))
+        settings["label2id"] = {label: index for index, label in enumerate(labels)}
+    pad_id = graft.base.transformer.config.pad_token_id
+    if AutoConfig.from_pretrained(base_folder).pad_token_id != pad_id:
+        settings["pad_token_id"] = pad_id
+    return settings
+
+
+def card(graft: Graft, config: RunConfig, export: Export) -> str:
+    """Return the README.md of an export: front matter that the hub understands, and a page for people."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        base_model=export.base_name or None,
+        library_name=_library(graft, export.kind),
+        pipeline_tag=_PIPELINE_TAGS.get(config.task.name),
+        tags=["tsugiki", "federated-learning", config.adapter.method],
+    )
+    sections = (_head(config, export), _training(graft, config, export), _metrics(export), _settings(config, export))
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(sections)
+
+
+def _library(graft: Graft, kind: Kind) -> str:
+    """Return the hub's name for the library that loads an export."""
+    if kind == "tsugiki":
+        return "tsugiki"
+    if is_sentence_transformer(graft):
+        return "sentence-transformers"
+    return "transformers" if kind == "merged" else "peft"
+
+
+def _head(config: RunConfig, export: Export) -> str:
+    base = f"`{export.base_name}`" if export.base_name else "a base model"
+    what = f"A {config.adapter.method} adapter for {base}" + (", merged into it" if export.kind == "merged" else "")
+    nothing = "The adapter changes nothing: the outputs are exactly those of the base, with this head where it has one."
+    return f"""# {config.run.name}
+
+{what}, trained with Tsugiki on data that stayed at its sites.{"" if export.has_effect else f" **{nothing}**"}
+
+## Load it
+
+```python
+{export.code}```
+
+When this was exported, a fresh process ran the code above and found the outputs of the run's own model.
+"""
+
+
+def _training(graft: Graft, config: RunConfig, export: Export) -> str:
+    lines = [line for line in export.lines if not line.get("voided")]
+    rounds = max((line["round"] for line in lines), default=0)
+    sites = {site for line in lines for site in line.get("accepted", {})}
+    rows = {
+        "task": config.task.name,
+        "adapter": config.adapter.method,
+        "parameters of the adapter": f"{graft.spec.parameters('adapter'):,}",
+        "parameters of the head": f"{graft.spec.parameters('head'):,}",
+        "rounds": f"{rounds}; this is the adapter after round {export.round}",
+        "sites": f"{len(sites)}",
+        "strategy": config.strategy.name,
+        "privacy": config.privacy.mode,
+        "Tsugiki": __version__,
+    }
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    return f"## How it was trained\n\n| | |\n|---|---|\n{table}"
+
+
+def _metrics(export: Export) -> str:
+    evaluated = {line["round"]: line["eval"] for line in export.lines if "eval" in line}
+    if export.round not in evaluated:
+        return "## Metrics\n\nThis adapter was not evaluated on held-out data.\n"
+    before, after = evaluated[min(evaluated)], evaluated[export.round]
+    rows = "".join(f"| {name} | {before[name]:.4f} | {after[name]:.4f} |\n" for name in after)
+    head = f"| metric | after round {min(evaluated)} | after round {export.round} |\n|---|---|---|\n"
+    return f"## Metrics\n\nOn the operator's held-out data.\n\n{head}{rows}"
+
+
+def _settings(config: RunConfig, export: Export) -> str:
+    """Return the run's settings without the operator's own paths."""
+    body = config.model_dump(mode="json")
+    for dotted in PATH_KEYS:
+        section, key = dotted.split(".")
+        del body[section][key]
+    body["model"] |= {"name": export.base_name, "public_name": export.base_name}
+    return f"## Settings\n\n```toml\n{tomli_w.dumps(body)}```\n"

@@ -1,0 +1,307 @@
+"""Exports: what is written, what is refused, and that only what works gets its place."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from common import config_file
+from common.adapters.houlsby import HoulsbySettings
+from common.adapters.peft_methods import Lora
+from common.errors import ExportError, StorageError
+from common.model import load_graft
+from common.wire import sha256, unpack
+from server import export_check, export_probe
+from server.export import export
+from tests.support.federation import run_tiny, tiny_config
+from tests.support.tiny import PUBLIC_NAME, tiny_sentence_transformer
+
+WORDS = ("alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors on several threads spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A function from the name of a kind of run to the folder of a finished one, run once."""
+    folder = tmp_path_factory.mktemp("runs")
+    base = tiny_sentence_transformer(folder / "base")
+    pairs = folder / "pairs.csv"
+    pairs.write_text("anchor,positive\n" + "".join(f"the {word} clause,a clause on {word}\n" for word in WORDS * 2))
+    embedding = {
+        "model": {"name": str(base)},
+        "task": {"name": "sentence-embedding"},
+        "evaluation": {"data": ""},
+        "simulation": {"data": str(pairs)},
+    }
+    by_loss = {"monitor": "eval_loss"}  # moves in every round, so that the best adapter is not the first one
+    kinds = {
+        "lora": {"adapter": {"target_modules": ["value", "query", "key", "dense"]}, "evaluation": by_loss},
+        "houlsby": {"evaluation": by_loss},
+        "embedding": embedding,
+    }
+    done = {}
+
+    def run(kind):
+        if kind not in done:
+            config = tiny_config(folder, run={"name": kind}, **kinds[kind])
+            if kind == "houlsby":
+                config = config.model_copy(update={"adapter": HoulsbySettings(bottleneck=4)})
+            done[kind] = run_tiny(config).folder
+        return done[kind]
+
+    return run
+
+
+@pytest.fixture
+def copied(runs, tmp_path):
+    """A function like `runs`, to folders that a test may change."""
+    return lambda kind: shutil.copytree(runs(kind), tmp_path / "run")
+
+
+@pytest.fixture
+def unproved(monkeypatch):
+    """Exports without their proof: a fresh process takes seconds."""
+    monkeypatch.setattr("server.export.prove", lambda *_: None)
+
+
+@pytest.fixture
+def proved_here(monkeypatch):
+    """Exports that are proved in this process."""
+
+    def run_probe(job_file, folder, environment):
+        job = {**json.loads(job_file.read_text()), "alone": False}
+        job_file.write_text(json.dumps(job))
+        monkeypatch.chdir(folder)
+        export_probe.main(str(job_file))
+        monkeypatch.chdir("/")
+
+    monkeypatch.setattr(export_check, "run_probe", run_probe)
+
+
+def files(folder):
+    """Return the content of every file by its path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def change(folder, section, **settings):
+    """Change the settings in a run's folder."""
+    config = config_file.read(folder / "config.toml").model_dump(mode="json")
+    config[section] |= settings
+    (folder / "config.toml").write_text(config_file.to_toml(config_file.parse(config)))
+
+
+def set_best(folder, vector, graft):
+    """Make a vector the best adapter of a run."""
+    save_file(unpack(vector, graft.spec), folder / "best" / "adapter.safetensors")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"best_sha256": sha256(vector)}))
+
+
+def graft_of(folder):
+    """Return the graft that an export of this run uses."""
+    config = config_file.read(folder / "config.toml")
+    on_cpu = config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
+    return load_graft(on_cpu, config.model.name, config.run.seed)
+
+
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+PEFT = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+MODULES = {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("lora", PEFT | TOKENIZER),
+        ("embedding", PEFT | TOKENIZER | MODULES | {"2_Normalize/config.json"}),
+        ("houlsby", {"README.md", "tsugiki_adapter.safetensors", "tsugiki_adapter.json"} | TOKENIZER),
+    ],
+)
+def test_a_fresh_process_finds_the_outputs_of_the_run(copied, caplog, kind, expected):
+    """Catches: an export that does not load by its base's public name, one with a local path, a forgotten file."""
+    run = copied(kind)
+    before = set(run.iterdir())
+    target = export(run)
+    assert target == run / "adapter"
+    assert "changes nothing" not in caplog.text
+    assert set(run.iterdir()) == before | {target}
+    found = files(target)
+    assert set(found) == expected
+    base = config_file.read(run / "config.toml").model.name
+    assert not [name for name, content in found.items() if base.encode() in content]
+    assert [name for name, content in found.items() if PUBLIC_NAME.encode() in content]
+    assert len({os.stat(path).st_mode for path in target.iterdir() if path.is_file()}) == 1
+
+
+def test_an_export_without_one_tensor_leaves_nothing(runs, tmp_path, monkeypatch):
+    """Catches: a proof that compares nothing: peft loads a directory with a tensor too few without a word."""
+    save = Lora.save
+
+    def forgetful(self, transformer, folder, base_name):
+        save(self, transformer, folder, base_name)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        del tensors[next(name for name in sorted(tensors) if "lora_B" in name)]
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(Lora, "save", forgetful)
+    with pytest.raises(ExportError, match=r"differ from the run's by up to \d\.\de-0\d") as caught:
+        export(runs("lora"), tmp_path / "out")
+    assert caught.value.code == "proof-failed"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["lora", "embedding"])
+def test_a_merged_model_needs_no_adapter_and_spares_the_graft(runs, tmp_path, proved_here, kind):
+    """Catches: a model that still wants peft or its base, and a graft that was merged itself."""
+    graft = graft_of(runs(kind))
+    target = export(runs(kind), tmp_path / "out", merged=True)
+    names = set(files(target))
+    assert "model.safetensors" in names
+    assert not [name for name in names if "adapter" in name]
+    assert not [name for name in load_file(target / "model.safetensors") if "lora" in name]
+    assert export_check.expect(graft).effect > 1e-4
+
+
+def test_houlsby_modules_are_not_merged(runs, tmp_path):
+    """Catches: half an export left where merging is impossible."""
+    with pytest.raises(ExportError) as caught:
+        export(runs("houlsby"), tmp_path / "out", merged=True)
+    assert caught.value.code == "merge-unsupported"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"public_name": ""},
+        {"name": "package:tiny/model", "public_name": ""},
+        {"name": "base", "public_name": ""},
+        {"public_name": "/home/operator/base"},
+        {"public_name": "a/b/c"},
+    ],
+)
+def test_a_base_without_a_public_name_is_refused(copied, tmp_path, monkeypatch, model):
+    """Catches: a path of this machine named as the base, also one that looks like a hub id."""
+    run = copied("lora")
+    change(run, "model", **model)
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExportError, match=r"model\.public_name") as caught:
+        export(run)
+    assert caught.value.code == "no-public-name"
+    assert not (run / "adapter").exists()
+
+
+def test_a_merged_model_needs_no_public_name(copied, unproved):
+    """Catches: a refusal where no base is named, and a card with the path of the base."""
+    run = copied("lora")
+    name = config_file.read(run / "config.toml").model.name
+    change(run, "model", public_name="")
+    for content in files(export(run, merged=True)).values():
+        assert name.encode() not in content
+
+
+def test_best_and_last_are_told_apart(copied, tmp_path, unproved):
+    """Catches: the wrong adapter exported, values that never reach the model."""
+    run = copied("lora")
+    graft = graft_of(run)
+    last = unpack(graft_vector(run, graft), graft.spec)
+    set_best(run, graft_vector(run, graft) * 2, graft)
+    graft.write(graft.initial)
+    for which, factor in (("best", 2), ("last", 1)):
+        found = load_file(export(run, tmp_path / which, which=which) / "adapter_model.safetensors")
+        names = [name for name in last if "lora_" in name]
+        assert names
+        for name in names:
+            exported = found[name.replace(".default", "")]
+            assert np.array_equal(exported, last[name] * factor)
+
+
+def graft_vector(run, graft):
+    """Return the adapter of a run's last checkpoint."""
+    from server import checkpoint
+
+    config = config_file.read(run / "config.toml")
+    return checkpoint.load(run / "checkpoint", config.sha256, graft.spec.sha256).vector
+
+
+def test_an_export_has_the_same_bytes_each_time(runs, tmp_path, unproved):
+    """Catches: dates, and peft's sets, whose order follows from the process's hash seed."""
+    first = files(export(runs("lora"), tmp_path / "first"))
+    assert files(export(runs("lora"), tmp_path / "second")) == first
+    assert json.loads(first["adapter_config.json"])["target_modules"] == ["dense", "key", "query", "value"]
+
+
+def test_an_adapter_without_effect_is_exported_and_called_so(copied, caplog, proved_here):
+    """Catches: a run whose best adapter is its first one that cannot be exported, or passes for a trained one."""
+    run = copied("embedding")
+    graft = graft_of(run)
+    set_best(run, graft.initial, graft)
+    target = export(run, merged=True)
+    assert "changes nothing" in caplog.text
+    assert "The adapter changes nothing" in (target / "README.md").read_text()
+
+
+def test_a_target_with_something_in_it_is_left_alone(runs, tmp_path, unproved):
+    """Catches: an export over someone's files, and an empty folder that is refused."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for target in (tmp_path / "full", tmp_path / "full" / "mine.txt"):
+        with pytest.raises(StorageError) as caught:
+            export(runs("lora"), target)
+        assert caught.value.code == "export-exists"
+    assert files(tmp_path) == {"full/mine.txt": b"mine"}
+    (tmp_path / "empty").mkdir()
+    assert (export(runs("lora"), tmp_path / "empty") / "adapter_config.json").is_file()
+
+
+def damage_best(run):
+    """Change one number."""
+    path = run / "best" / "adapter.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values())).flat[0] += 1
+    save_file(tensors, path)
+
+
+DAMAGES = {
+    "run-missing": lambda run: (run / "config.toml").unlink(),
+    "run-unfinished": lambda run: (run / "summary.json").unlink(),
+    "run-corrupt": damage_best,
+    "spec-mismatch": lambda run: change(run, "adapter", alpha=8.0),
+}
+
+
+@pytest.mark.parametrize("code", DAMAGES)
+def test_a_damaged_run_is_refused(copied, unproved, code):
+    """Catches: an export of numbers that the run did not end with, or on a base that it was not trained on."""
+    run = copied("lora")
+    DAMAGES[code](run)
+    with pytest.raises((StorageError, ExportError)) as caught:
+        export(run)
+    assert caught.value.code == code
+    assert not (run / "adapter").exists()
+
+
+def test_a_full_disk_is_a_storage_error(runs, tmp_path, monkeypatch):
+    """Catches: an exception of safetensors' own at the end of a run, and half an export."""
+    from safetensors import SafetensorError
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(Lora, "save", full)
+    with pytest.raises(StorageError, match="No space left"):
+        export(runs("lora"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
