@@ -43,6 +43,9 @@ def site_init(file: Path, name: str, train: str) -> None:
             stream.write(_TEMPLATE.format(name=name, train=train))
     except FileExistsError:
         raise UsageError(f"{file} is there already", "a new file", "choose another name, or delete it") from None
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise UsageError(f"cannot write {file}: {why}", "a file in a writable folder", "check the folder") from error
     sys.stdout.write(f"{file}\n")
 
 

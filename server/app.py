@@ -60,7 +60,7 @@ def run_federation(
     with run_folder(Path(config.run.output_dir) / config.run.name, resume=resume) as folder:
         graft = load_graft(config, config.model.name, config.run.seed)
         evaluator = make_evaluator(graft, config)
-        state = checkpoint.load(folder / "checkpoint", config.sha256, graft.spec.sha256) if resume else _start(graft)
+        state = _first_state(folder / "checkpoint", config, graft, resume)
         write_atomically(folder / "config.toml", to_toml(config).encode())
         write_atomically(folder / "spec.json", _describe_spec(graft.spec))
         _drop_unfinished(folder / "metrics.jsonl", state)
@@ -86,8 +86,13 @@ def run_federation(
     return Outcome(folder, state, summary)
 
 
-def _start(graft: Graft) -> State:
-    return initial_state(graft.read())
+def _first_state(folder: Path, config: RunConfig, graft: Graft, resume: bool) -> State:
+    """Return the last checkpoint's state, or that before training: checkpointed too, so that every run can go on."""
+    if resume:
+        return checkpoint.load(folder, config.sha256, graft.spec.sha256)
+    state = initial_state(graft.initial)
+    checkpoint.save(folder, state, config.sha256, graft.spec.sha256)
+    return state
 
 
 def _describe_spec(spec: AdapterSpec) -> bytes:

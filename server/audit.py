@@ -24,7 +24,7 @@ class AuditLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         records = verify(path)
-        if records and path.read_bytes()[-1:] != b"\n":  # a crash cut the last line off: keep what was complete
+        if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):  # a crash cut the last line off
             write_atomically(path, "".join(json.dumps(record) + "\n" for record in records).encode())
         self._last = records[-1]["hash"] if records else _START
         self._sequence = len(records)

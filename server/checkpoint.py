@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from common.errors import StorageError
 from common.wire import Vector
-from server.storage import write_atomically
+from server.storage import unwritable, write_atomically
 
 FORMAT_VERSION = 1
 
@@ -58,7 +58,10 @@ def save(folder: Path, state: State, config_sha256: str, spec_sha256: str) -> No
     """
     from safetensors.numpy import save as to_bytes
 
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:  # the run's folder is gone, or read-only
+        raise unwritable(folder, error) from error
     tensors = {"vector": state.vector, "best_vector": state.best_vector}
     tensors |= {f"strategy.{name}": np.asarray(value) for name, value in state.strategy.items()}
     content = to_bytes(tensors)

@@ -16,6 +16,7 @@ from common.config import RunConfig, parse
 from common.errors import UsageError
 from server.engines.grid import Stop
 from server.simulate import SimulatedApp
+from server.storage import unwritable
 
 
 def simulate(
@@ -231,6 +232,8 @@ def config_init(file: Path, task: str, method: str, strategy: str) -> None:
             stream.write(text)
     except FileExistsError:
         raise UsageError(f"{file} is there already", "a new file", "choose another name, or delete it") from None
+    except OSError as error:
+        raise unwritable(file, error) from error
     sys.stdout.write(f"{file}\n")
 
 

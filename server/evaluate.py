@@ -38,10 +38,11 @@ def make_evaluator(graft: Graft, config: RunConfig) -> Evaluator | None:
 
 
 def evaluate_untouched(graft: Graft, config: RunConfig) -> dict[str, float]:
-    """Return the metrics of the base model with the adapter switched off."""
+    """Return the metrics of the base model with the adapter switched off, and its head as it was before training."""
     import torch
 
     shard = read_evaluation(Path(config.evaluation.data), graft.task, config)
+    graft.write(graft.initial)
     with torch.no_grad(), graft.untouched():
         return graft.task.evaluate(graft.base, graft.task.encode(shard, graft.base), config.evaluation.batch_size)
 

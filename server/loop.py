@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -268,7 +269,7 @@ def _judge(parts: Parts, state: State, metrics: Mapping[str, float]) -> tuple[St
     if monitor not in metrics:
         raise ConfigError("run file", [Problem("evaluation.monitor", repr(monitor), f"one of {', '.join(metrics)}")])
     value, best = metrics[monitor], state.best_metric
-    better = best is None or (value < best if parts.lower_is_better else value > best)
+    better = math.isfinite(value) and (best is None or (value < best if parts.lower_is_better else value > best))
     if not better:
         return replace(state, evaluations_since_best=state.evaluations_since_best + 1), False
     state = replace(

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # on a full disk, what was written of it is in the way
         raise unwritable(path, error) from error
 
 
@@ -58,16 +60,16 @@ def run_folder(path: Path, *, resume: bool) -> Iterator[Path]:
     Raises:
         StorageError: `run-exists`, `run-missing`, `locked`, `disk-full` or `not-writable`.
     """
-    if resume and not (path / "config.toml").is_file():
-        raise StorageError(f"no run in {path}", "a folder with config.toml", code="run-missing")
-    if not resume and path.exists() and any(path.iterdir()):
-        raise StorageError(
-            f"{path} is there already",
-            "a new folder for a new run",
-            f"`tsugiki simulate --resume {path}` goes on with it; --set run.name=... starts another",
-            code="run-exists",
-        )
     try:
+        if resume and not (path / "config.toml").is_file():
+            raise StorageError(f"no run in {path}", "a folder with config.toml", code="run-missing")
+        if not resume and path.exists() and any(item.name != ".lock" for item in path.iterdir()):
+            raise StorageError(
+                f"{path} is there already",
+                "a new folder for a new run",
+                f"`tsugiki simulate --resume {path}` goes on with it; --set run.name=... starts another",
+                code="run-exists",
+            )
         path.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path).free
         if free < LEAST_FREE_BYTES:

@@ -24,8 +24,8 @@ from figures import Figure, interval, mean, show
 
 import common  # noqa: F401  (first: it switches off what would phone home)
 from client.app import simulated_app
-from common.config import RunConfig
-from common.config_file import override, read
+from common.config import RunConfig, parse
+from common.config_file import expand, override, read_toml
 from server.baselines import run_baselines
 from server.progress import Lines
 from server.simulate import simulate
@@ -35,21 +35,11 @@ TARGETS = {"lora": (">= 83.5", "<= 1.0"), "houlsby": ("", "")}
 
 def configure(method: str, seed: int, folder: Path, overrides: list[str]) -> RunConfig:
     """Return examples/sst2.toml for a seed, evaluated once, after the last round."""
-    changes = [
-        f"run.seed={seed}",
-        f"run.output_dir={folder}",
-        f"run.name={method}-{seed}",
-        "evaluation.every_rounds=1000",
-    ]
-    adapter = [f"adapter.method={method}"]
-    if method == "lora":
-        return read(ROOT / "examples" / "sst2.toml", [*changes, *adapter, *overrides])
-    from common.config import parse
-    from common.config_file import expand, read_toml
-
-    raw = read_toml(ROOT / "examples" / "sst2.toml")
-    raw["adapter"] = {}
-    return parse(expand(override(raw, [*changes, *adapter, *overrides])))
+    file = ROOT / "examples" / "sst2.toml"
+    named = [f"run.seed={seed}", f"run.output_dir={folder}", f"run.name={method}-{seed}"]
+    raw = {**read_toml(file), "adapter": {"method": method}}  # the method's own defaults: LoRA has rank 8
+    raw, problems = expand(override(raw, [*named, "evaluation.every_rounds=1000", *overrides]))
+    return parse(raw, str(file), problems)
 
 
 def run_seed(method: str, seed: int, folder: Path, overrides: list[str], central: bool) -> dict[str, Any]:

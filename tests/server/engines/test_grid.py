@@ -1,0 +1,130 @@
+from types import SimpleNamespace
+
+import pytest
+
+from common.errors import Interrupted
+from server.engines import grid as module
+from server.engines.grid import FIRST_PAUSE_S, LONGEST_PAUSE_S, Stop, exchange, wait_for_nodes
+
+
+class Clock:
+    """A clock that only sleeping moves."""
+
+    def __init__(self):
+        self.now, self.pauses = 0.0, []
+
+    def monotonic(self):
+        """Return the time."""
+        return self.now
+
+    def sleep(self, pause):
+        """Let time pass."""
+        self.pauses.append(pause)
+        self.now += pause
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time under control."""
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def reply(to):
+    """Return what `exchange` reads of a reply."""
+    return SimpleNamespace(metadata=SimpleNamespace(reply_to_message_id=to))
+
+
+class Scripted:
+    """A grid that answers message n at a given time."""
+
+    def __init__(self, clock, arrivals, nodes=()):
+        self.clock, self.arrivals, self.nodes, self.pulled = clock, dict(arrivals), list(nodes), []
+
+    def push_messages(self, messages):
+        """Name the messages by themselves."""
+        return list(messages)
+
+    def pull_messages(self, ids):
+        """Return what has arrived."""
+        self.pulled.append(set(ids))
+        there = [one for one, at in self.arrivals.items() if at <= self.clock.now]
+        for one in there:
+            del self.arrivals[one]
+        return [reply(one) for one in there]
+
+    def get_node_ids(self):
+        """Return the nodes that are connected by now."""
+        return [node for node, at in self.nodes if at <= self.clock.now]
+
+
+def ids(replies):
+    """Return which messages were answered."""
+    return [one.metadata.reply_to_message_id for one in replies]
+
+
+def test_replies_come_as_they_arrive(clock):
+    """Catches: a wait for the last before the first is handed on."""
+    grid = Scripted(clock, {"a": 3.0, "b": 1.0})
+    stream = exchange(grid, ["a", "b"], 100.0, Stop())
+    assert ids([next(stream)]) == ["b"]
+    assert 1.0 <= clock.now < 3.0
+    assert ids(stream) == ["a"]
+    assert grid.pulled[-1] == {"a"}
+
+
+def test_the_deadline_holds(clock):
+    """Catches: a wait without end for a site that is gone, and a last pause that goes past the deadline."""
+    grid = Scripted(clock, {"a": 1.0})
+    assert ids(exchange(grid, ["a", "b"], 10.0, Stop())) == ["a"]
+    assert clock.now == pytest.approx(10.0)
+
+
+def test_looks_are_frequent_first_and_seldom_later(clock):
+    """Catches: a constant pause: either a slow first round or a busy wait; the pause starts anew after a reply."""
+    list(exchange(Scripted(clock, {"a": 50.0, "b": 60.0}), ["a", "b"], 100.0, Stop()))
+    assert clock.pauses[0] == FIRST_PAUSE_S
+    assert max(clock.pauses) == LONGEST_PAUSE_S
+    assert clock.pauses.count(FIRST_PAUSE_S) == 2
+
+
+def test_nothing_sent_is_nothing_awaited(clock):
+    """Catches: a pause where nobody was asked."""
+    assert list(exchange(Scripted(clock, {}), [], 100.0, Stop())) == []
+    assert clock.pauses == []
+
+
+def test_a_stop_ends_the_exchange(clock):
+    """Catches: a Ctrl-C that waits for the deadline."""
+    stop = Stop()
+    stream = exchange(Scripted(clock, {"a": 0.0, "b": 90.0}), ["a", "b"], 100.0, stop)
+    assert ids([next(stream)]) == ["a"]
+    stop.request()
+    with pytest.raises(Interrupted) as caught:
+        next(stream)
+    assert "--resume" in str(caught.value)
+    assert clock.now < 1.0
+
+
+def test_waiting_ends_when_enough_are_there(clock):
+    """Catches: a wait for the time to be up, and a count that is told at every look."""
+    told = []
+    grid = Scripted(clock, {}, [(7, 0.0), (3, 2.0), (5, 4.0), (1, 90.0)])
+    assert wait_for_nodes(grid, 3, 100.0, Stop(), told.append) == [3, 5, 7]
+    assert told == [1, 2, 3]
+    assert clock.now < 5.0
+
+
+def test_waiting_ends_when_the_time_is_up(clock):
+    """Catches: an endless wait."""
+    assert wait_for_nodes(Scripted(clock, {}, [(7, 0.0)]), 2, 3.0, Stop(), lambda count: None) == [7]
+    assert 3.0 <= clock.now <= 3.0 + LONGEST_PAUSE_S
+
+
+def test_a_stop_ends_the_waiting(clock):
+    """Catches: a Ctrl-C that waits for sites."""
+    stop = Stop()
+    stop.request()
+    with pytest.raises(Interrupted):
+        wait_for_nodes(Scripted(clock, {}), 1, 1e6, stop, lambda count: None)

@@ -1,0 +1,175 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from flwr.app import Context, RecordDict
+from safetensors.numpy import load_file
+
+from client.app import simulated_app
+from common.config_file import read as read_config
+from common.config_file import to_run_config
+from common.errors import ModelError, NotEnoughSites, StorageError
+from common.wire import sha256
+from server.app import app
+from server.audit import verify
+from server.engines.in_process import InProcessGrid
+from server.progress import Progress
+from server.storage import read_lines
+from tests.support.federation import leaks, run_tiny, tiny_config
+
+AT_SITES = {"evaluation": {"at_sites": True}, "simulation": {"evaluation_fraction": 0.25}}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A finished run."""
+    return run_tiny(tiny_config(tmp_path_factory.mktemp("run"), **AT_SITES))
+
+
+def read_json(path):
+    """Return what a JSON file holds."""
+    return json.loads(path.read_text())
+
+
+def test_a_run_leaves_its_files(ran):
+    """Catches: a file of the design's list that is not written, and one that nobody planned."""
+    names = {path.name for path in ran.folder.iterdir()}
+    assert names == {
+        ".lock",
+        "audit.jsonl",
+        "best",
+        "checkpoint",
+        "config.toml",
+        "metrics.jsonl",
+        "spec.json",
+        "summary.json",
+    }
+    assert leaks(ran.folder) == []
+
+
+def test_the_summary_agrees_with_the_lines(ran):
+    """Catches: metrics after training taken from before, sums over some of the rounds only."""
+    summary, lines = read_json(ran.folder / "summary.json"), read_lines(ran.folder / "metrics.jsonl")
+    assert summary == json.loads(json.dumps(ran.summary))
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    assert [line["sites_eval"]["site-1"]["rows"] for line in lines] == [3, 3, 3]
+    assert summary["before"] == lines[0]["eval"]
+    assert summary["after"] == lines[summary["best_round"]]["eval"]
+    assert (summary["rounds"], summary["stopped"]) == (2, "finished")
+    assert summary["bytes_up"] == sum(line.get("bytes_up", 0) for line in lines)
+    assert summary["adapter_sha256"] == lines[-1]["adapter_sha256"] == sha256(ran.state.vector)
+    assert (summary["threads"], summary["strategy"], summary["method"]) == (1, "fedavg", "lora")
+
+
+def test_training_moves_the_model(ran):
+    """Catches: updates that are sent and dropped."""
+    lines = read_lines(ran.folder / "metrics.jsonl")
+    assert lines[1]["update_norm"] > 0
+    assert lines[0]["eval"]["loss"] != lines[-1]["eval"]["loss"]
+
+
+def test_the_best_adapter_is_written_under_the_models_names(ran):
+    """Catches: the last adapter in the best one's place, and tensors in another order or shape."""
+    spec, tensors = read_json(ran.folder / "spec.json"), load_file(ran.folder / "best" / "adapter.safetensors")
+    assert [[one["name"], tuple(one["shape"])] for one in spec["tensors"]] == [
+        [name, tensors[name].shape] for name in sorted(tensors)
+    ]
+    assert np.array_equal(np.concatenate([tensors[name].ravel() for name in sorted(tensors)]), ran.state.best_vector)
+    assert sum(tensor.size for tensor in tensors.values()) == spec["adapter_parameters"] + spec["head_parameters"]
+
+
+def test_the_stored_config_gives_the_same_run(ran):
+    """Catches: paths that mean something else in another folder, and settings lost on their way to the file."""
+    stored = read_config(ran.folder / "config.toml")
+    assert stored.sha256 == read_config(ran.folder / "config.toml").sha256
+    assert verify(ran.folder / "audit.jsonl")[0]["config_sha256"] == stored.sha256
+
+
+def test_the_audit_log_tells_the_run(ran):
+    """Catches: an event of the run that is not recorded."""
+    events = [event["event"] for event in verify(ran.folder / "audit.jsonl")]
+    assert events == ["started", "hello", "hello", "round", "round", "finished"]
+
+
+def test_a_run_is_not_started_over_another(ran):
+    """Catches: a finished run overwritten."""
+    config = read_config(ran.folder / "config.toml")
+    with pytest.raises(StorageError) as caught:
+        run_tiny(config)
+    assert (caught.value.code, caught.value.exit_status) == ("run-exists", 5)
+
+
+def test_a_finished_run_resumed_is_the_same(ran):
+    """Catches: a resume that trains on, or loses lines or the best adapter."""
+    before = read_lines(ran.folder / "metrics.jsonl")
+    again = run_tiny(read_config(ran.folder / "config.toml"), resume=True)
+    assert read_lines(ran.folder / "metrics.jsonl") == before
+    assert again.summary == ran.summary
+    events = [event["event"] for event in verify(ran.folder / "audit.jsonl")]
+    assert events[-4:] == ["resumed", "hello", "hello", "finished"]
+
+
+def test_a_second_run_in_the_process_starts_where_the_first_did(ran, tmp_path):
+    """Catches: a run that starts from the weights that the run before it left in the shared model."""
+    config = tiny_config(tmp_path, run={"name": "other"}, **AT_SITES)
+    for name in ("train.csv", "dev.csv"):
+        (tmp_path / name).write_bytes((ran.folder.parent.parent / name).read_bytes())
+    other = run_tiny(config)
+    assert other.summary["adapter_sha256"] == ran.summary["adapter_sha256"]
+    assert other.summary["before"] == ran.summary["before"]
+
+
+def test_a_run_that_found_no_sites_can_be_resumed(tmp_path):
+    """Catches: a run that can neither be started nor resumed, because its sites came too late for its first start."""
+    config = tiny_config(tmp_path)
+    with pytest.raises(NotEnoughSites):
+        run_tiny(config, lambda config, only="": (simulated_app(config)[0], 1))
+    assert run_tiny(config, resume=True).summary["rounds"] == 2
+
+
+def test_a_start_that_failed_can_be_tried_again(tmp_path):
+    """Catches: a mistyped model name that takes the run's name."""
+    wrong = tiny_config(tmp_path, model={"name": str(tmp_path / "nowhere")})
+    with pytest.raises(ModelError):
+        run_tiny(wrong)
+    assert run_tiny(tiny_config(tmp_path, run={"rounds": 1})).summary["rounds"] == 1
+
+
+def test_lines_of_rounds_that_a_crash_undid_are_dropped_and_voided_ones_kept(ran, tmp_path):
+    """Catches: two lines for one round after a resume, and attempts forgotten."""
+    from server.app import _drop_unfinished
+
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"round": 0}, {"round": 1}, {"round": 2, "voided": True}, {"round": 2}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _drop_unfinished(path, replace(ran.state, evaluated_round=1))
+    assert read_lines(path) == lines[:3]
+    _drop_unfinished(path, replace(ran.state, evaluated_round=-1))
+    assert read_lines(path) == lines[2:3]
+
+
+def test_the_flower_app_reads_its_run_config(tmp_path, capsys):
+    """Catches: a setting that Flower's run config does not carry to the ServerApp."""
+    config = tiny_config(tmp_path, run={"rounds": 1}, evaluation={"data": ""})
+    client, nodes = simulated_app(config)
+    grid = InProcessGrid(client, nodes)
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=to_run_config(config))
+    app(grid, context)
+    assert read_json(tmp_path / "runs" / "tiny" / "summary.json")["rounds"] == 1
+    assert "round 1, loss" in capsys.readouterr().err
+
+
+def test_progress_is_told(tmp_path):
+    """Catches: a run that shows nothing."""
+    told = []
+
+    class Recorder(Progress):
+        def note(self, text):
+            told.append(text)
+
+        def reply(self, site, outcome):
+            told.append((site, outcome))
+
+    run_tiny(tiny_config(tmp_path, run={"rounds": 1}), progress=Recorder())
+    assert told == ["2 of 2 nodes connected", ("site-0", "accepted"), ("site-1", "accepted")]

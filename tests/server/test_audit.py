@@ -1,0 +1,103 @@
+import json
+
+import pytest
+
+from common.errors import StorageError
+from server.audit import AuditLog, verify
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A log of four events."""
+    log = AuditLog(tmp_path / "audit.jsonl")
+    for number in range(4):
+        log.write("event", number=number)
+    return tmp_path / "audit.jsonl"
+
+
+def broken_at(path):
+    """Return the line at which the chain is reported to break."""
+    with pytest.raises(StorageError) as caught:
+        verify(path)
+    assert caught.value.code == "audit-broken"
+    return int(str(caught.value).split("line ")[1].split()[0])
+
+
+def test_events_are_numbered_dated_and_in_order(path):
+    """Catches: details lost, and times without a zone."""
+    events = verify(path)
+    assert [(event["sequence"], event["event"], event["number"]) for event in events] == [
+        (number, "event", number) for number in range(4)
+    ]
+    assert all(event["time"].endswith("+00:00") for event in events)
+
+
+def edit(path, change):
+    """Change the lines of a log."""
+    lines = path.read_text().splitlines()
+    change(lines)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda lines: lines.__setitem__(1, lines[1].replace('"number": 1', '"number": 9')), 2),
+        (lambda lines: lines.pop(1), 2),
+        (lambda lines: lines.pop(0), 1),
+        (lambda lines: lines.insert(2, lines[1]), 3),
+        (lambda lines: lines.reverse(), 1),
+        (lambda lines: lines.__setitem__(2, '{"sequence": 2, "event": "made up"}'), 3),
+    ],
+)
+def test_a_changed_log_is_found_out_at_the_first_wrong_line(path, change, line):
+    """Catches: a hash that leaves out a field, the number or the link to the line before."""
+    edit(path, change)
+    assert broken_at(path) == line
+
+
+def test_a_line_made_anew_breaks_the_next(path):
+    """Catches: hashes that do not depend on the lines before: an editor who computes them anew would go unnoticed."""
+    import hashlib
+
+    def forge(lines):
+        record = {key: value for key, value in json.loads(lines[1]).items() if key != "hash"} | {"number": 9}
+        record["hash"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        lines[1] = json.dumps(record)
+
+    edit(path, forge)
+    assert broken_at(path) == 3
+
+
+def test_a_log_is_continued(path):
+    """Catches: a chain that starts anew when a run is resumed."""
+    AuditLog(path).write("resumed")
+    assert [event["sequence"] for event in verify(path)] == [0, 1, 2, 3, 4]
+
+
+def test_a_broken_log_is_not_continued(path):
+    """Catches: a chain that is whole from here on over lines that are not."""
+    edit(path, lambda lines: lines.pop(0))
+    with pytest.raises(StorageError):
+        AuditLog(path)
+
+
+@pytest.mark.parametrize("whole", [0, 2])
+def test_after_a_crash_in_the_middle_of_a_line_the_log_goes_on(tmp_path, path, whole):
+    """Catches: a new line glued to the cut-off one, also where that was the first."""
+    lines = path.read_text().splitlines(keepends=True)
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("".join(lines[:whole]) + lines[whole][:30])
+    AuditLog(cut).write("resumed")
+    assert [event["event"] for event in verify(cut)] == ["event"] * whole + ["resumed"]
+
+
+def test_a_value_cannot_forge_a_line(path):
+    """Catches: a site's text written as it is: a line break in it would start a record of its own."""
+    forged = 'x"}\n{"sequence": 5, "event": "finished"}\n\x1b[31m\u2028'
+    AuditLog(path).write("hello", site=forged)
+    events = verify(path)
+    assert len(events) == 5
+    assert events[-1]["site"] == forged
+    assert len(path.read_text().splitlines()) == 5
+    assert b"\x1b" not in path.read_bytes()

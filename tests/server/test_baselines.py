@@ -1,0 +1,84 @@
+import json
+
+import pytest
+
+from client.app import simulated_app
+from server.baselines import average, centralised, local_only, run_baselines
+from server.progress import Progress
+from tests.support.federation import run_tiny, tiny_config
+
+SITES = ["site-0", "site-1"]
+
+
+@pytest.fixture(scope="module")
+def federated(tmp_path_factory):
+    """A finished federated run, with its configuration."""
+    config = tiny_config(tmp_path_factory.mktemp("run"), strategy={"name": "fedadam"}, evaluation={"at_sites": True})
+    return config, run_tiny(config)
+
+
+@pytest.mark.parametrize(
+    ("train", "steps", "epochs"),
+    [({"local_steps": 2}, (4, 8), (0, 0)), ({"local_epochs": 3}, None, (6, 6))],
+)
+def test_baselines_train_on_as_many_rows(tmp_path, train, steps, epochs):
+    """Catches: a comparison in which one side trains longer. Passes over all the data need no factor: it is larger."""
+    config = tiny_config(tmp_path, train=train)
+    alone, central = local_only(config), centralised(config, 2)
+    assert (alone.run.rounds, central.run.rounds) == (1, 1)
+    assert (alone.train.local_epochs, central.train.local_epochs) == epochs
+    assert steps is None or (alone.train.local_steps, central.train.local_steps) == steps
+
+
+def test_baselines_keep_what_is_compared_and_drop_what_is_federated(tmp_path):
+    """Catches: another split for the site alone, a quorum that one site cannot meet, a server optimiser on top."""
+    config = tiny_config(tmp_path, strategy={"name": "fedprox", "proximal_mu": 1.0, "min_clients": 2})
+    alone, central = local_only(config), centralised(config, 2)
+    assert alone.simulation == config.simulation
+    assert (central.simulation.clients, central.simulation.partition) == (1, "iid")
+    for baseline in (alone, central):
+        assert (baseline.strategy.name, baseline.strategy.min_clients) == ("fedavg", 1)
+        assert baseline.strategy.proximal_mu == 0
+        assert (baseline.task, baseline.adapter, baseline.run.seed) == (config.task, config.adapter, config.run.seed)
+        assert baseline.train.learning_rate == config.train.learning_rate
+
+
+def test_a_by_column_split_can_be_centralised(tmp_path):
+    """Catches: a column that an even split does not take."""
+    config = tiny_config(tmp_path, simulation={"partition": "by-column", "column": "company"})
+    assert centralised(config, 4).simulation.column == ""
+
+
+def test_all_baselines_are_measured_and_written(federated):
+    """Catches: a baseline that is left out, or starts where the federated run ended."""
+    config, outcome = federated
+    kinds = ["untouched", "local", "centralised"]
+    results = run_baselines(config, outcome.folder, simulated_app, SITES, kinds, Progress())
+    assert results == json.loads((outcome.folder / "baselines.json").read_text())
+    assert list(results) == kinds
+    assert sorted(results["local"]) == SITES
+    assert results["untouched"] == outcome.summary["before"]
+    assert results["centralised"] != results["untouched"]
+
+
+def test_baselines_do_not_depend_on_what_ran_before(federated, tmp_path):
+    """Catches: sites alone that start from the weights of the federated run or of the site before them."""
+    config, outcome = federated
+
+    def alone(folder, sites):
+        folder.mkdir()
+        return run_baselines(config, folder, simulated_app, sites, ["local"], Progress())["local"]
+
+    first = alone(tmp_path / "a", ["site-1"])
+    assert alone(tmp_path / "b", SITES)["site-1"] == first["site-1"]
+
+
+def test_without_evaluation_data_there_is_nothing_to_measure(tmp_path):
+    """Catches: an error after the federated run, in a command that goes on to write its report."""
+    config = tiny_config(tmp_path, evaluation={"data": ""})
+    assert run_baselines(config, tmp_path, simulated_app, SITES, ["local"], Progress()) == {}
+
+
+def test_the_average_is_over_sites():
+    """Catches: a sum in the mean's place."""
+    assert average({"a": {"accuracy": 0.5}, "b": {"accuracy": 1.0}}, "accuracy") == 0.75

@@ -1,0 +1,70 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from server import progress
+from server.progress import Bars, Lines, Progress, describe
+
+RECORD = {
+    "round": 3,
+    "train_loss": 0.51234,
+    "accepted": {"bank": {}, "clinic": {}},
+    "rejected": {"retail": {"reason": "norm", "detail": "7"}},
+    "eval": {"accuracy": 0.75},
+    "seconds": {"wait": 1.0, "evaluate": 0.5},
+    "best": True,
+}
+
+
+def test_a_round_is_described_in_one_line():
+    """Catches: a rejection or a metric that the operator does not see."""
+    assert describe(RECORD) == "round 3, loss 0.5123, 2 sites, without retail (norm), accuracy 0.7500, 1.5 s (best)"
+
+
+def test_a_voided_round_is_described_too():
+    """Catches: a mean loss of no replies formatted as a number."""
+    record = {"round": 1, "voided": True, "accepted": {}, "rejected": {}, "train_loss": None, "seconds": {"wait": 2.0}}
+    assert describe(record) == "round 1, voided, 2.0 s"
+
+
+def play(shown):
+    """Tell a progress a whole run."""
+    with shown:
+        shown.note("2 of 2 nodes connected")
+        shown.round_begins(1, 3, ["a", "b", "c", "d", "e"])
+        shown.reply("a", "accepted")
+        shown.round_ends(RECORD)
+
+
+def test_lines_go_to_standard_error(capsys):
+    """Catches: progress among the output that scripts read."""
+    play(Lines())
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == ["2 of 2 nodes connected", describe(RECORD)]
+    assert captured.out == ""
+
+
+def test_nothing_shows_nothing(capsys):
+    """Catches: output of the silent default."""
+    play(Progress())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bars_show_the_same_lines(monkeypatch, capsys):
+    """Catches: an event that the bars cannot draw, and names taken for markup."""
+    stream = io.StringIO()
+    bars = Bars()
+    monkeypatch.setattr(bars._bars.live, "console", Console(file=stream, force_terminal=True, width=200))
+    play(bars)
+    bars.note("[bold]x[/bold]")
+    assert describe(RECORD) in stream.getvalue()
+    assert "a, b, c, d..." in stream.getvalue()
+    assert "[bold]x[/bold]" in stream.getvalue()
+
+
+@pytest.mark.parametrize(("terminal", "kind"), [(True, Bars), (False, Lines)])
+def test_a_terminal_gets_bars_and_a_log_gets_lines(monkeypatch, terminal, kind):
+    """Catches: control codes in a log file."""
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert type(progress.choose()) is kind

@@ -1,0 +1,216 @@
+import dataclasses
+
+import pytest
+
+from common import __version__
+from common.errors import NotEnoughSites
+from common.messages import error_reply
+from server.audit import verify
+from server.engines.in_process import InProcessGrid
+from tests.support.federation import SPEC, hurry, rewritten, toy_app, toy_config, toy_parts
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch):
+    hurry(monkeypatch)
+
+
+def forging_hello(node, **fields):
+    """Return a fault that replaces fields of one node's hello."""
+
+    def fault(sender, reply):
+        return [rewritten(reply, **fields) if sender == node and not reply.has_error() else reply]
+
+    return fault
+
+
+def greeted(folder, sites, fault=None, **settings):
+    """Return the parts of a run after its hello."""
+    parts = toy_parts(folder, toy_app(sites), len(sites), toy_config(folder, **settings), fault)
+    parts.roster.refresh()
+    return parts
+
+
+def test_sites_are_known_by_name_whatever_node_they_are(tmp_path):
+    """Catches: an order by node id, and node ids mixed up between sites."""
+    members = greeted(tmp_path, ["retail", "clinic", "bank"]).roster.members()
+    assert [(member.name, member.node_id, member.rows) for member in members.values()] == [
+        ("bank", 3, 10),
+        ("clinic", 2, 10),
+        ("retail", 1, 10),
+    ]
+    assert list(members) == ["bank", "clinic", "retail"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"site": "Site 1"}, "site-name"),
+        ({"site": "../../etc/x"}, "site-name"),
+        ({"site": "site-0\n"}, "site-name"),
+        ({"site": "site-0"}, "site-name-taken"),
+        ({"version": "9.9.0"}, "version-mismatch"),
+        ({"base_fingerprint": "1" * 64}, "base-mismatch"),
+        ({"spec_sha256": "1" * 64}, "spec-mismatch"),
+        ({"rows": 0}, "shard-empty"),
+        ({"rows": -5}, "shard-empty"),
+        ({"evaluation_rows": -1}, "shard-empty"),
+        ({"rows": "10"}, "type"),
+        ({"rows": None}, "keys"),
+    ],
+)
+def test_a_site_that_does_not_fit_is_refused_with_a_code(tmp_path, fields, code):
+    """Catches: any part of the hello that is believed unchecked, and a refusal that takes the others with it."""
+    parts = greeted(tmp_path, ["site-0", "site-1"], forging_hello(2, **fields))
+    assert list(parts.roster.members()) == ["site-0"]
+    assert parts.roster.refused() == {2: code}
+    assert [event["code"] for event in verify(tmp_path / "audit.jsonl") if event["event"] == "refused"] == [code]
+
+
+def test_a_mismatch_is_recorded_with_both_values(tmp_path):
+    """Catches: a refusal that tells the operator neither side's value."""
+    greeted(tmp_path, ["site-0", "site-1"], forging_hello(2, base_fingerprint="abcdef" * 11))
+    event = verify(tmp_path / "audit.jsonl")[-1]
+    assert (event["theirs"], event["ours"]) == ("abcdefabcdef", SPEC.base_fingerprint[:12])
+
+
+def test_another_patch_version_fits(tmp_path):
+    """Catches: versions compared in full, which would make every patch release a flag day."""
+    patched = ".".join([*__version__.split(".")[:2], "99"])
+    assert len(greeted(tmp_path, ["site-0"], forging_hello(1, version=patched)).roster.members()) == 1
+
+
+def test_of_two_namesakes_the_lower_node_id_wins_whoever_answers_first(tmp_path):
+    """Catches: a name given to the one that happens to answer first."""
+    parts = toy_parts(tmp_path, toy_app(["bank", "bank"]), 2)
+    grid = parts.grid
+    ids = grid.get_node_ids
+    grid.get_node_ids = lambda: list(reversed(ids()))
+    parts.roster.refresh()
+    assert parts.roster.members()["bank"].node_id == 1
+    assert parts.roster.refused() == {2: "site-name-taken"}
+
+
+def test_a_refused_node_is_not_asked_again(tmp_path):
+    """Catches: a hello to a node that does not fit, in every round."""
+    parts = greeted(tmp_path, ["site-0", "site-1"], forging_hello(2, rows=0))
+    before = len(verify(tmp_path / "audit.jsonl"))
+    parts.roster.refresh()
+    assert len(verify(tmp_path / "audit.jsonl")) == before
+    assert parts.roster.refused() == {2: "shard-empty"}
+
+
+def test_a_node_that_does_not_answer_is_asked_again(tmp_path):
+    """Catches: a site that is lost for good because it was slow at its first hello."""
+    silent = [True]
+    parts = greeted(tmp_path, ["site-0", "site-1"], lambda node, reply: [] if silent[0] and node == 2 else [reply])
+    assert list(parts.roster.members()) == ["site-0"]
+    silent[0] = False
+    parts.roster.refresh()
+    assert list(parts.roster.members()) == ["site-0", "site-1"]
+
+
+def with_nodes(parts, nodes):
+    """Let the grid show only these nodes."""
+    parts.grid.get_node_ids = lambda: list(nodes)
+    parts.roster.refresh()
+    return list(parts.roster.members().values())
+
+
+def test_a_site_that_left_is_no_member(tmp_path):
+    """Catches: a node sampled after it was gone."""
+    parts = greeted(tmp_path, ["site-0", "site-1"])
+    assert [member.name for member in with_nodes(parts, [1])] == ["site-0"]
+
+
+def test_a_site_that_comes_back_says_hello_again(tmp_path):
+    """Catches: the old number of rows believed of a site that was restarted with other data."""
+    rows = [10]
+    parts = greeted(tmp_path, ["site-0"], lambda node, reply: [rewritten(reply, rows=rows[0])])
+    with_nodes(parts, [])
+    rows[0] = 7
+    assert [member.rows for member in with_nodes(parts, [1])] == [7]
+
+
+def test_a_restarted_site_gets_its_name_back_once_its_old_node_is_gone(tmp_path):
+    """Catches: a site refused for good because it reconnected before its old node was noticed to be dead."""
+    parts = toy_parts(tmp_path, toy_app(["site-0", "site-1", "site-1"]), 3)
+    assert len(with_nodes(parts, [1, 2])) == 2
+    assert [member.node_id for member in with_nodes(parts, [1, 2, 3])] == [1, 2]
+    assert [(member.name, member.node_id) for member in with_nodes(parts, [1, 3])] == [("site-0", 1), ("site-1", 3)]
+
+
+def test_waiting_ends_with_the_counts_and_the_codes(tmp_path):
+    """Catches: an endless wait, and an error that does not tell how many are missing or why."""
+    config = toy_config(tmp_path, strategy={"min_clients": 3})
+    parts = toy_parts(tmp_path, toy_app(["a", "b", "c"]), 3, config, forging_hello(2, rows=0))
+    with pytest.raises(NotEnoughSites, match=r"2 of 3 sites .*1 refused: shard-empty") as caught:
+        parts.roster.wait(lambda count: None)
+    assert caught.value.exit_status == 4
+
+
+class Growing(InProcessGrid):
+    """A grid whose nodes connect one after another, one at every third look."""
+
+    sequential = False
+    looks = 0
+
+    def get_node_ids(self):
+        """Return the nodes that are there by now."""
+        self.looks += 1
+        return super().get_node_ids()[: self.looks // 3]
+
+
+def growing(folder, sites, fault=None, **settings):
+    """Return parts of a run whose sites connect slowly."""
+    config = toy_config(folder, **settings)
+    parts = toy_parts(folder, toy_app(sites), len(sites), config)
+    grid = Growing(toy_app(sites), len(sites), fault)
+    roster = type(parts.roster)(grid, config, SPEC, parts.audit, parts.stop)
+    return dataclasses.replace(parts, grid=grid, roster=roster)
+
+
+def test_waiting_sees_sites_that_come_late(tmp_path):
+    """Catches: a look at the start only."""
+    seen = []
+    parts = growing(tmp_path, ["a", "b", "c"], strategy={"min_clients": 3})
+    parts.roster.wait(seen.append)
+    assert list(parts.roster.members()) == ["a", "b", "c"]
+    assert seen[-1] == 3
+
+
+def test_waiting_goes_on_when_one_of_the_first_is_refused(tmp_path):
+    """Catches: a run that gives up at once, with time left, because an unfit site connected before a fit one."""
+    parts = growing(tmp_path, ["a", "b", "c"], forging_hello(1, rows=0), strategy={"min_clients": 2})
+    parts.roster.wait(lambda count: None)
+    assert list(parts.roster.members()) == ["b", "c"]
+
+
+def test_waiting_where_no_more_can_come_ends_at_once(tmp_path):
+    """Catches: a simulation that waits two minutes for sites that its file does not have."""
+    parts = toy_parts(tmp_path, toy_app(["a"]), 1, toy_config(tmp_path, strategy={"connect_timeout_s": 1e5}))
+    looks = []
+    ids = parts.grid.get_node_ids
+    parts.grid.get_node_ids = lambda: looks.append(1) or ids()
+    with pytest.raises(NotEnoughSites):
+        parts.roster.wait(lambda count: None)
+    assert len(looks) < 10
+
+
+def test_waiting_for_sites_that_never_come_ends_in_time(tmp_path):
+    """Catches: a wait without end on a grid that could grow."""
+    parts = growing(tmp_path, ["a"], strategy={"min_clients": 2})
+    with pytest.raises(NotEnoughSites, match="1 of 2 sites after 30 s"):
+        parts.roster.wait(lambda count: None)
+
+
+def test_an_error_at_hello_refuses_with_its_code(tmp_path):
+    """Catches: a site that cannot read its shard taken for one that did not answer."""
+    app = toy_app(["a", "b"])
+
+    def failing(message, context):
+        return error_reply("shard-missing", message) if context.node_id == 2 else app(message, context)
+
+    parts = toy_parts(tmp_path, failing, 2)
+    parts.roster.refresh()
+    assert parts.roster.refused() == {2: "shard-missing"}
