@@ -137,7 +137,7 @@ class RunConfig(Section):
 
     @property
     def sha256(self) -> str:
-        """Hash over what shapes the result: not where the run is stored, nor under which name, nor which engine runs it."""
+        """Hash over what shapes the result: not the run's folder, the base's public name, or which engine runs it."""
         apart: Any = {"run": {"output_dir"}, "model": {"public_name"}, "simulation": {"engine"}}
         body = self.model_dump(mode="json", exclude=apart)
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from common import config_file
 from common.config import RunConfig, parse
-from common.errors import UsageError
+from common.errors import ExportError, UsageError
 from server.engines.grid import Stop
 from server.simulate import SimulatedApp
 from server.storage import unwritable
@@ -45,7 +45,7 @@ def simulate(
             checkpoint.promote_previous(resume / "checkpoint")
     with stop_on_signals() as stop:
         outcome = run(config, client, resume=resume is not None, progress=progress.choose(), stop=stop)
-    finish(outcome.folder, config, outcome.summary, with_export, as_json)
+    finish(outcome.folder, outcome.summary, with_export, as_json)
 
 
 def _at(config: RunConfig, folder: Path) -> RunConfig:
@@ -74,20 +74,25 @@ def stop_on_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def finish(folder: Path, config: RunConfig, summary: dict[str, Any], with_export: bool, as_json: bool) -> None:
-    """Export the adapter, write the report, and show what came out."""
+def finish(folder: Path, summary: dict[str, Any], with_export: bool, as_json: bool) -> None:
+    """Write the report, export the adapter, and show what came out."""
     from server.export import export as write_export
     from server.report import write_report
 
-    if with_export and config.model.exported_name:
-        summary = {**summary, "adapter": str(write_export(folder))}
     summary = {**summary, "report": str(write_report(folder)), "folder": str(folder)}
+    if with_export:
+        adapter = folder / "adapter"
+        try:
+            # A resumed run that had ended before has been exported; it ends with the same adapter.
+            summary["adapter"] = str(adapter if adapter.exists() else write_export(folder))
+        except ExportError as error:
+            if error.code != "no-public-name":
+                raise
+            sys.stderr.write(f"not exported: {error}\n")
     if as_json:
         print_json(summary)
-        return
-    show_summary(summary)
-    if with_export and not config.model.exported_name:
-        sys.stderr.write("not exported: set model.public_name to what the export should name as its base\n")
+    else:
+        show_summary(summary)
 
 
 def show_summary(summary: dict[str, Any]) -> None:

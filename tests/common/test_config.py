@@ -184,7 +184,7 @@ def test_sha256_leaves_out_where_and_how_only():
             hashed = config.model_copy(update={name: changed})
             with warnings.catch_warnings(action="ignore"):  # pydantic notes the type, which is wrong on purpose
                 (same if hashed.sha256 == config.sha256 else other).append(f"{name}.{key}")
-    assert same == ["run.output_dir", "simulation.engine"]
+    assert same == ["run.output_dir", "model.public_name", "simulation.engine"]
     assert len(other) > 40
 
 

@@ -229,7 +229,7 @@ def test_a_shape_inside_the_bytes(header):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("keys", [[], ["adapter2"], ["аdapter"], [ARRAY_KEY, "extra"]])
+@pytest.mark.parametrize("keys", [[], ["adapter2"], ["\u0430dapter"], [ARRAY_KEY, "extra"]])
 def test_keys(keys):
     """Catches: the first array taken, whatever its name (one of these starts with a Cyrillic letter)."""
     good = received()[ARRAY_KEY]
@@ -284,9 +284,10 @@ def test_any_byte_of_the_header(position, value):
     data = bytearray(npy(np.zeros(SIZE, np.float32)))
     data[position] = value
     try:
-        assert np.array_equal(decode(received(bytes(data)), SPEC), np.zeros(SIZE, np.float32))
-    except WireError as error:
-        assert error.code in ("decode", "dtype", "shape", "size")
+        vector = decode(received(bytes(data)), SPEC)
+    except WireError:
+        return
+    assert np.array_equal(vector, np.zeros(SIZE, np.float32))
 
 
 class Payload:

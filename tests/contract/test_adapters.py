@@ -165,7 +165,7 @@ def test_training_changes_the_adapter_and_its_head_only(task, method, folder):
 
 @each_pair
 def test_the_loss_falls(task, method, folder):
-    """Catches: a sign, a graph that is cut, an optimiser that got other parameters, a loss that is not what is reported."""
+    """Catches: a wrong sign, a graph that is cut, an optimiser of other parameters, a report of another loss."""
     site = Site(folder, task, method)
     before = site.loss()
     _, trained = site.train(local_steps=40, learning_rate=0.02)

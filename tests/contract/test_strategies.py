@@ -139,7 +139,7 @@ def as_messages(replies):
 
 @each_strategy
 def test_state_passed_on_is_as_good_as_an_object_kept_alive(name):
-    """Catches: a moment that is forgotten, rounded, or shared between rounds, so that a resumed run goes another way."""
+    """Catches: a moment that is forgotten, rounded or shared, so that a resumed run goes another way."""
     alive, state = STRATEGIES.get(name)(settings(name)), {}
     for number in (1, 2, 3):
         replies = updates(seed=number)

@@ -83,7 +83,7 @@ def test_the_bundle_does_not_depend_on_the_machine(tree, tmp_path):
 
 
 def test_the_bundle_names_the_apps_and_the_defaults(tree):
-    """Catches: components that do not exist; a bundle without the run config's keys, which Flower then refuses to set."""
+    """Catches: components that do not exist; a bundle without the run config's keys, which Flower refuses to set."""
     from flwr.common.config import flatten_dict
 
     import client.app

@@ -54,7 +54,7 @@ def probe(first, tmp_path, **extra):
     environment = {name: value for name, value in os.environ.items() if name not in EXPECTED}
     environment |= {"PYTHONPATH": str(ROOT), "FLWR_HOME": str(tmp_path), **extra}
     code = PROBE.format(first=first, names=sorted(EXPECTED))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)  # noqa: S603
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

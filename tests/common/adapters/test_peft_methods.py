@@ -178,7 +178,7 @@ def test_an_architecture_without_a_default():
     model = make()
     model.config.model_type = "unheard-of"
     with pytest.raises(
-        ModelError, match="no default for the architecture 'unheard-of'.*some of dense, key, query, value"
+        ModelError, match=r"no default for the architecture 'unheard-of'.*some of dense, key, query, value"
     ):
         attach(model)
     _, grafted = attach(model, target_modules=("key",))
