@@ -56,7 +56,7 @@ class Desk:
         if key not in self.encoded:
             shard = site.train_shard(graft.task) if part == "train" else site.evaluation_shard(graft.task)
             self.encoded[key] = None if shard is None else graft.task.encode(shard, graft.base)
-            if shard is not None:
+            if shard is not None and part == "train":
                 self.notes[site.name] = shard.notes
         return self.encoded[key]
 

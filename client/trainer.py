@@ -102,7 +102,8 @@ def steps_per_round(rows: int, settings: TrainSection) -> int:
     """Return the optimiser steps of a site with so many rows in one round."""
     if not settings.local_epochs:
         return settings.local_steps
-    return settings.local_epochs * math.ceil(batches_per_epoch(rows, settings) / settings.gradient_accumulation_steps)
+    batches_of_round = settings.local_epochs * batches_per_epoch(rows, settings)
+    return math.ceil(batches_of_round / settings.gradient_accumulation_steps)
 
 
 def batches_per_epoch(rows: int, settings: TrainSection) -> int:
@@ -119,8 +120,6 @@ def batches(rows: int, settings: TrainSection, plan: Plan, steps: int) -> Iterat
     """
     size, per_epoch = settings.per_device_train_batch_size, batches_per_epoch(rows, settings)
     position = (plan.round - 1) * steps * settings.gradient_accumulation_steps
-    if settings.local_epochs:
-        position = (plan.round - 1) * settings.local_epochs * per_epoch
     order: npt.NDArray[np.int64] | None = None
     while True:
         epoch, index = divmod(position, per_epoch)

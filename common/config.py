@@ -278,10 +278,13 @@ def cross_checks(config: RunConfig) -> list[Problem]:
         problems.append(
             Problem("simulation.column", "''", "the column to split by", "name a column of simulation.data")
         )
-    if config.strategy.name == "krum" and wanted < config.strategy.num_malicious_sites + 3:  # type: ignore[attr-defined]  # KrumSettings
+    if config.strategy.name == "krum" and wanted < 2 * config.strategy.num_malicious_sites + 3:  # type: ignore[attr-defined]  # KrumSettings
         problems.append(
             Problem(
-                "strategy.min_clients", str(wanted), "at least num_malicious_sites + 3 for krum", "raise min_clients"
+                "strategy.min_clients",
+                str(wanted),
+                "at least 2 * num_malicious_sites + 3, which krum needs",
+                "raise min_clients",
             )
         )
     if config.evaluation.early_stopping_patience and not config.evaluation.data:

@@ -205,14 +205,14 @@ def _complete(parts: Parts, state: State, number: int, cohort: list[Member], col
     state = replace(state, vector=vector, round=number, strategy=remembered, record=record)
     if parts.evaluate is None:
         state = replace(state, best_vector=vector, best_round=number)
-    checkpoint.save(parts.folder / "checkpoint", state, parts.config.sha256, parts.spec.sha256)
-    parts.audit.write(
+    parts.audit.write(  # before the checkpoint: a crash between them leaves a round recorded twice, not a missing one
         "round",
         round=number,
         accepted=[accepted.site for accepted in collected.accepted],
         rejected={rejected.site: rejected.reason for rejected in collected.rejected},
         adapter_sha256=record["adapter_sha256"],
     )
+    checkpoint.save(parts.folder / "checkpoint", state, parts.config.sha256, parts.spec.sha256)
     return state
 
 

@@ -50,11 +50,16 @@ def simulate(
     from server.engines import ray
 
     outcomes: list[Outcome] = []
-    ray.run(
-        app,
-        nodes,
-        config.train.threads,
-        1.0 if config.train.device == "cuda" else 0.0,
-        lambda grid: outcomes.append(run_federation(grid, config, resume=resume, progress=progress, stop=stop)),
-    )
+    stop = stop or Stop()
+    try:
+        ray.run(
+            app,
+            nodes,
+            config.train.threads,
+            1.0 if config.train.device == "cuda" else 0.0,
+            lambda grid: outcomes.append(run_federation(grid, config, resume=resume, progress=progress, stop=stop)),
+        )
+    except BaseException:
+        stop.request()  # else the thread that runs the federation goes on waiting for nodes that are gone
+        raise
     return outcomes[0]

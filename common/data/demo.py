@@ -1,9 +1,9 @@
 """Generated contract clauses for the demo: four companies, and a search for clauses that mean the same.
 
 A clause means its kind and a value for each of its slots: the notice is 30 days, it is the customer's right, nothing is
-refunded. A positive pair is one meaning in two wordings. A near miss is worded like the one or the other, of the same
-kind, and differs in exactly one slot: 90 days, or the supplier's right. Embedding models look at wording first, so an
-untouched one takes the near miss for the match; how each kind of clause words its differences is what can be learned.
+refunded. A positive pair is one meaning in two wordings. A near miss is worded like the positive and differs in exactly
+one slot: 90 days, or the supplier's right. Embedding models look at wording first, so an untouched one often takes the
+near miss, or another clause in familiar words, for the match; which words decide is what can be learned.
 
 Each company's contracts are mostly of four kinds, and six kinds it never sees, so the companies together know what none
 of them does. The test data has wordings, numbers, places and party names of its own.
@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import csv
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common.data.demo_clauses import Meaning, Part, render
+from common.data.demo_clauses import Meaning, Part, draw_contract, render
 from common.data.demo_test_clauses import TEST
 from common.data.demo_training_clauses import TRAINING
 from common.errors import StorageError, UsageError
@@ -41,7 +42,7 @@ _RARE_KINDS = {
     "retail": ("warranty", "renewal", "force-majeure"),
 }
 _COMMON_SHARE = 0.85
-_MEANINGS_PER_KIND = 20
+_MEANINGS_PER_KIND = 12
 
 SAME, NEAR_MISS, DIFFERENT = 1.0, 0.4, 0.0
 """Scores of pairs. A near miss is more alike than clauses on different matters, but below the middle: a search that
@@ -114,25 +115,28 @@ def _company_rows(company: str, rows: int, seed: int) -> list[Triplet]:
 
 
 def _test_meanings(kind: str, rng: np.random.Generator) -> list[Meaning]:
-    """Return distinct meanings, no two of which differ in one slot by an odd step.
+    """Return meanings any two of which differ in at least two slots.
 
-    A near miss changes one slot by an odd step, so the sum of positions tells it from every meaning returned here, and
-    each anchor has exactly one right answer among all positives and negatives.
+    A near miss differs from its anchor in one slot, by an odd step, and all meanings here have an even sum of positions:
+    so each anchor has exactly one right answer among all positives and negatives.
     """
     slots = TEST.slots(TEST.templates(kind)[0])
     even = [position for position in itertools.product(*map(range, slots.values())) if sum(position) % 2 == 0]
-    return [dict(zip(slots, even[index], strict=True)) for index in rng.permutation(len(even))[:_MEANINGS_PER_KIND]]
+    chosen: list[tuple[int, ...]] = []
+    for index in rng.permutation(len(even)):
+        if all(sum(map(operator.ne, even[index], other)) > 1 for other in chosen):
+            chosen.append(even[index])
+    return [dict(zip(slots, position, strict=True)) for position in chosen[:_MEANINGS_PER_KIND]]
 
 
 def _triplet(part: Part, kind: str, meaning: Meaning, rng: np.random.Generator) -> Triplet:
-    """Return one meaning in two wordings, and a near miss in the wording of one of them."""
-    templates = part.templates(kind)
+    """Return one meaning in two wordings, and a near miss worded like the positive, all of one contract."""
+    templates, contract = part.templates(kind), draw_contract(part, rng)
     first, second = rng.permutation(len(templates))[:2]
-    third = first if rng.random() < 0.5 else second
     return Triplet(
-        render(part, templates[first], meaning, rng),
-        render(part, templates[second], meaning, rng),
-        render(part, templates[third], _near_miss(meaning, part.slots(templates[0]), rng), rng),
+        render(part, templates[first], meaning, contract),
+        render(part, templates[second], meaning, contract),
+        render(part, templates[second], _near_miss(meaning, part.slots(templates[0]), rng), contract),
         kind,
     )
 

@@ -72,13 +72,28 @@ class Part:
         return choices | {slot: len(self.values[slot]) for slot in sorted(named)}
 
 
-def render(part: Part, template: str, meaning: Meaning, rng: np.random.Generator) -> str:
-    """Return a sentence with this meaning; names and the ways to write numbers are drawn."""
+@dataclass(frozen=True)
+class Contract:
+    """What stays the same within one contract: the names of its parties and of itself, and how it writes numbers."""
+
+    names: Mapping[str, str]
+    style: int
+
+
+def draw_contract(part: Part, rng: np.random.Generator) -> Contract:
+    """Return a contract of one part of the data."""
     provider, recipient = part.roles[rng.integers(len(part.roles))]
-    words = {"provider": provider, "recipient": recipient, "agreement": str(rng.choice(part.agreements))}
+    names = {"provider": provider, "recipient": recipient, "agreement": str(rng.choice(part.agreements))}
+    return Contract(names, int(rng.integers(6)))
+
+
+def render(part: Part, template: str, meaning: Meaning, contract: Contract) -> str:
+    """Return a sentence with this meaning."""
+    words = dict(contract.names)
     for slot, values in part.values.items():
         if slot in meaning:
-            words[slot] = str(rng.choice(surfaces(slot, values[meaning[slot]])))
+            written = surfaces(slot, values[meaning[slot]])
+            words[slot] = written[contract.style % len(written)]
     chosen = _CHOICE.sub(lambda found: found[2].split("|")[meaning[found[1]]].strip(), template)
     sentence = _VALUE.sub(lambda found: words[found[1]], chosen)
     return re.sub(r"(^|\. )[a-z]", lambda found: found[0].upper(), sentence)

@@ -141,10 +141,10 @@ def test_settings_that_do_not_go_together(key):
 
 def test_krum_needs_enough_sites():
     """Catches: Krum run with so few sites that the honest have no neighbour to be compared with."""
-    assert set(problems({"strategy": {"name": "krum", "num_malicious_sites": 2, "min_clients": 4}})) == {
+    assert set(problems({"strategy": {"name": "krum", "num_malicious_sites": 2, "min_clients": 6}})) == {
         "strategy.min_clients"
     }
-    assert parse({"strategy": {"name": "krum", "num_malicious_sites": 2, "min_clients": 5}})
+    assert parse({"strategy": {"name": "krum", "num_malicious_sites": 2, "min_clients": 7}})
 
 
 def test_all_cross_checks_are_reported_together():

@@ -401,6 +401,17 @@ def test_bfloat16_checkpoints(bert, tmp_path):
     assert loaded(tmp_path).spec.base_fingerprint == found
 
 
+def test_equal_bytes_of_another_type_are_another_base(bert, tmp_path):
+    """Catches: a hash over bytes alone."""
+    found = set()
+    for dtype in (torch.float16, torch.bfloat16):
+        folder = copied(bert, tmp_path / str(dtype))
+        zeros = {name: torch.zeros_like(value, dtype=dtype) for name, value in load_file(folder / WEIGHTS).items()}
+        save_file(zeros, folder / WEIGHTS, {"format": "pt"})
+        found.add(identity(folder))
+    assert len(found) == 2
+
+
 def test_a_checkpoint_of_something_else(bert, tmp_path):
     """Catches: the hash of nothing, which all foreign checkpoints would share."""
     folder = copied(bert, tmp_path / "model")

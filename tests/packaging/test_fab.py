@@ -20,6 +20,8 @@ SECRETS = (
     "common/secrets.json",
     "common/data/train.csv",
     "client/site.toml",
+    "server/site.toml",
+    "common/data/notes.md",
     "client/key.pem",
     "server/.env",
     "server/token.txt",

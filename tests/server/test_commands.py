@@ -114,7 +114,9 @@ def test_the_schema_knows_every_setting_of_every_choice():
     assert set(schema["properties"]) == set(RunConfig.model_fields)
     for section, registry in (("task", TASKS), ("adapter", ADAPTERS), ("strategy", STRATEGY_SETTINGS)):
         choices = schema["properties"][section]["anyOf"]
-        classes = [entry.Settings if hasattr(entry, "Settings") else entry for entry in map(registry.get, registry.names())]
+        classes = [
+            entry.Settings if hasattr(entry, "Settings") else entry for entry in map(registry.get, registry.names())
+        ]
         assert len(choices) == len(classes) >= 2
         for choice, settings in zip(choices, classes, strict=True):
             assert set(choice["properties"]) == set(settings.model_fields)

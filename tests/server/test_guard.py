@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Error, Message, MetricRecord
 from common.messages import EvaluateReply, error_reply, to_record
 from common.wire import encode
 from server.guard import Accepted, Rejected, check, check_evaluation
-from tests.support.federation import ASKED, SPEC, train_reply
+from tests.support.toy import ASKED, SPEC, train_reply
 
 
 def verdict(reply, max_update_norm=100.0):

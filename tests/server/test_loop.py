@@ -9,7 +9,8 @@ from common.errors import ConfigError, Interrupted, NotEnoughSites, QuorumNotMet
 from common.wire import sha256
 from server import checkpoint
 from server.loop import run_rounds, sample
-from tests.support.federation import SPEC, forging, hurry, is_train, run_toy, toy_app, toy_config, toy_parts, toy_state
+from tests.support.federation import hurry
+from tests.support.toy import SPEC, forging, is_train, run_toy, toy_app, toy_config, toy_parts, toy_state
 
 SITES = ["a", "b", "c", "d"]
 
@@ -86,7 +87,9 @@ def test_the_cohort_is_a_function_of_seed_round_and_attempt(tmp_path):
     assert all(len(cohort) == 2 and cohort == sorted(cohort) for cohort in first)
     assert len({tuple(cohort) for cohort in first}) > 1
     assert {site for cohort in first for site in cohort} == set(SITES)
-    assert first != cohorts(tmp_path / "3", SITES, toy_config(tmp_path, run={"seed": 7}, strategy=vars(config.strategy)))
+    assert first != cohorts(
+        tmp_path / "3", SITES, toy_config(tmp_path, run={"seed": 7}, strategy=vars(config.strategy))
+    )
 
 
 @pytest.mark.parametrize(("fraction", "least", "size"), [(0.01, 2, 2), (0.5, 1, 2), (1.0, 2, 4), (0.5, 3, 3)])

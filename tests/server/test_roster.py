@@ -7,7 +7,8 @@ from common.errors import NotEnoughSites
 from common.messages import error_reply
 from server.audit import verify
 from server.engines.in_process import InProcessGrid
-from tests.support.federation import SPEC, hurry, rewritten, toy_app, toy_config, toy_parts
+from tests.support.federation import hurry
+from tests.support.toy import SPEC, rewritten, toy_app, toy_config, toy_parts
 
 
 @pytest.fixture(autouse=True)

@@ -46,13 +46,13 @@ def base(folder):
 
 def tiny_decoder(folder):
     """Write a GPT-2 whose tokenizer has no padding token, as GPT-2's own."""
-    words = ["<end>", "the", "a", "bad", "good", "clause", "party", "number", "nine"]
-    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
+    words = ["the", "a", "bad", "good", "clause", "party", "number", "nine", "<end>"]
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[-1]))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=words[0], model_max_length=32).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=words[-1], model_max_length=32).save_pretrained(folder)
     torch.manual_seed(5)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "initializer_range": 0.5}
-    GPT2Model(GPT2Config(vocab_size=len(words), eos_token_id=0, bos_token_id=0, **sizes)).save_pretrained(folder)
+    GPT2Model(GPT2Config(vocab_size=len(words), eos_token_id=8, bos_token_id=8, **sizes)).save_pretrained(folder)
     return folder
 
 

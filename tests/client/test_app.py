@@ -1,0 +1,221 @@
+import logging
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from client import app as module
+from client.app import simulated_app
+from client.site import simulated_sites
+from common import __version__
+from common.errors import DataError, SpecError
+from common.messages import (
+    EvaluateReply,
+    EvaluateRequest,
+    HelloReply,
+    HelloRequest,
+    TrainReply,
+    TrainRequest,
+    from_record,
+    to_record,
+)
+from common.model import load_graft
+from common.wire import decode, encode
+from server.engines.in_process import InProcessGrid
+from tests.support.federation import CANARIES, CANARY, app_of_sites, site_folder, tiny_config, write_rows
+
+NONCE = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A tiny run whose sites keep a quarter of their rows for evaluation."""
+    return tiny_config(tmp_path_factory.mktemp("run"), simulation={"evaluation_fraction": 0.25})
+
+
+@pytest.fixture
+def graft(config):
+    """The shared model, at its initial values."""
+    graft = load_graft(config, config.model.name, config.run.seed)
+    graft.write(graft.initial)
+    return graft
+
+
+def ask(config, kind, content, node=1, client=simulated_app):
+    """Send one message to a simulated site; return its reply."""
+    grid = InProcessGrid(*client(config))
+    ids = grid.push_messages([Message(content, node, kind)])
+    return grid.pull_messages(ids)[0]
+
+
+def train_request(config, graft, /, **fields):
+    """Return the content of a train request with the initial adapter."""
+    request = TrainRequest(config.for_sites(), 1, graft.spec.sha256, 0.0, 0.5, 600.0, NONCE)
+    return to_record(replace(request, **fields), encode(graft.initial, graft.spec))
+
+
+def evaluate_request(config, graft, /, **fields):
+    """Return the content of an evaluate request with the initial adapter."""
+    request = EvaluateRequest(config.for_sites(), 1, graft.spec.sha256, NONCE)
+    return to_record(replace(request, **fields), encode(graft.initial, graft.spec))
+
+
+def test_hello_says_who_is_there(config, graft):
+    """Catches: rows for evaluation counted as rows to train on, another site's name, a spec of something else."""
+    reply = ask(config, "query", to_record(HelloRequest(config.for_sites(), __version__)), node=2)
+    hello = from_record(HelloReply, reply.content)
+    assert (hello.site, hello.version, hello.rows, hello.evaluation_rows) == ("site-1", __version__, 9, 3)
+    assert (hello.spec_sha256, hello.base_fingerprint) == (graft.spec.sha256, graft.spec.base_fingerprint)
+    assert hello.notes == ""
+    for library in ("python", "flwr", "torch", "transformers", "peft"):
+        assert f"{library} " in hello.libraries
+
+
+def test_hello_notes_what_is_unusual_about_the_training_rows(tmp_path):
+    """Catches: notes of the evaluation rows in the place of those of the training rows."""
+    config = tiny_config(tmp_path)
+    file = site_folder(tmp_path / "acme", "acme")
+    write_rows(tmp_path / "acme" / "held.csv", 8)
+    (tmp_path / "acme" / "train.csv").write_text("text,label\n" + f"{CANARY},1\n" * 4)
+    file.write_text(file.read_text().replace("[models]", 'evaluation = "held.csv"\n[models]'))
+    request = to_record(HelloRequest(config.for_sites(), __version__))
+    reply = ask(config, "query", request, client=app_of_sites([file]))
+    hello = from_record(HelloReply, reply.content)
+    assert (hello.site, hello.rows, hello.evaluation_rows) == ("acme", 4, 8)
+    assert hello.notes == "shard-one-class"
+
+
+def test_training_answers_with_the_update_alone(config, graft):
+    """Catches: weights in the place of their change, another round's nonce, anything more in the reply."""
+    reply = ask(config, "train", train_request(config, graft, round=1))
+    answer = from_record(TrainReply, reply.content)
+    assert (answer.site, answer.round, answer.nonce, answer.rows, answer.steps) == ("site-0", 1, NONCE, 9, 2)
+    assert set(reply.content) == {"reply", "arrays"}
+    update = decode(reply.content.array_records["arrays"], graft.spec)
+    assert 0 < np.abs(update).max() < 0.1
+    assert np.allclose(graft.read(), graft.initial + update, atol=1e-7)
+
+
+def test_training_starts_from_what_was_received(config, graft):
+    """Catches: training that goes on from what another site left in the shared model."""
+    first = ask(config, "train", train_request(config, graft))
+    graft.write(graft.initial + 1)
+    second = ask(config, "train", train_request(config, graft))
+    one, other = (decode(reply.content.array_records["arrays"], graft.spec) for reply in (first, second))
+    assert np.array_equal(one, other)
+
+
+def test_evaluation_answers_with_metrics(config, graft):
+    """Catches: metrics of the training rows, or of what the shared model holds."""
+    graft.write(graft.initial + 1)
+    reply = ask(config, "evaluate", evaluate_request(config, graft))
+    assert from_record(EvaluateReply, reply.content) == EvaluateReply("site-0", 1, NONCE, 3)
+    metrics = dict(reply.content.metric_records["metrics"])
+    assert set(metrics) == {"accuracy", "macro_f1", "loss"}
+    site = simulated_sites(config)[0]
+    encoded = graft.task.encode(site.evaluation_shard(graft.task), graft.base)
+    with torch.no_grad():
+        assert metrics == pytest.approx(graft.task.evaluate(graft.base, encoded, 64))
+    assert np.array_equal(graft.read(), graft.initial)
+
+
+def code(reply):
+    """Return the code of an error reply, after checking that it is one."""
+    assert reply.has_error()
+    assert reply.error.code == 1000
+    return reply.error.reason
+
+
+def test_a_site_without_evaluation_rows_says_so(tmp_path, graft):
+    """Catches: an error of Python's for a site that keeps no rows."""
+    config = tiny_config(tmp_path)
+    assert code(ask(config, "evaluate", evaluate_request(config, graft))) == "shard-no-evaluation"
+
+
+def test_what_does_not_fit_is_answered_with_a_code(config, graft):
+    """Catches: training on something else than what was agreed, and an error's text in the reply."""
+    good = train_request(config, graft)
+    no_arrays = RecordDict({"request": good["request"]})
+    metrics = RecordDict({"request": good["request"], "arrays": ConfigRecord({"adapter": "x"})})
+    empty = RecordDict({"request": good["request"], "arrays": ArrayRecord()})
+    unknown = ConfigRecord({**good.config_records["request"], "more": 1})
+    wrong = ConfigRecord({**good.config_records["request"], "round": "1"})
+    foreign = asdict(from_record(TrainRequest, good)) | {"config": '{"task": {"name": "nonsense"}}'}
+    arrays = good["arrays"]
+    cases = {
+        "keys": [no_arrays, metrics, empty, RecordDict(), RecordDict({"request": unknown, "arrays": arrays})],
+        "type": [RecordDict({"request": wrong, "arrays": arrays})],
+        "config-invalid": [RecordDict({"request": ConfigRecord(foreign), "arrays": arrays})],
+        "spec-mismatch": [train_request(config, graft, spec_sha256="0" * 64)],
+    }
+    for expected, contents in cases.items():
+        for content in contents:
+            assert code(ask(config, "train", content)) == expected
+
+
+def test_a_config_that_is_no_json_is_answered_with_a_code(config, graft):
+    """Catches: an exception that leaves the app."""
+    assert code(ask(config, "train", train_request(config, graft, config="{"))) == "client-error:JSONDecodeError"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError(f"{CANARY} in row 3"), "client-error:ValueError"),
+        (DataError(f"{CANARY}", code="shard-empty"), "shard-empty"),
+        (SpecError(CANARY), "spec-mismatch"),
+        (MemoryError(CANARY), "out-of-memory"),
+        (type("OutOfMemoryError", (RuntimeError,), {})(CANARY), "out-of-memory"),
+        (KeyboardInterrupt(CANARY), "client-error:KeyboardInterrupt"),
+        (SystemExit(CANARY), "client-error:SystemExit"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else value,
+)
+def test_an_exception_leaves_as_a_code_and_stays_in_the_local_log(config, graft, monkeypatch, caplog, error, expected):
+    """Catches: an exception's text, which may hold a site's data, in the reply; and a reason that nobody can find."""
+
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(module, "train", fail)
+    with caplog.at_level(logging.WARNING):
+        reply = ask(config, "train", train_request(config, graft))
+    assert code(reply) == expected
+    assert not any(canary in repr(reply) for canary in CANARIES)
+    assert {record.name for record in caplog.records} == {"tsugiki.client"}
+    assert CANARY in caplog.text
+
+
+def test_a_divergent_run_is_answered_with_its_code(config, graft):
+    """Catches: NaN sent to the server."""
+    request = train_request(config, graft)
+    request["arrays"] = encode(np.full(graft.spec.size, 1e38, np.float32), graft.spec)
+    assert code(ask(config, "train", request)) == "diverged"
+
+
+def test_rows_are_tokenised_once(config, graft, monkeypatch):
+    """Catches: a shard read and tokenised in every round."""
+    monkeypatch.setattr(module, "_desk", module.Desk())
+    calls = []
+    encode_rows = type(graft.task).encode
+    monkeypatch.setattr(type(graft.task), "encode", lambda self, *rest: calls.append(1) or encode_rows(self, *rest))
+    for node in (1, 2, 1, 2):
+        assert not ask(config, "train", train_request(config, graft), node=node).has_error()
+    assert len(calls) == 2
+
+
+def test_one_site_can_be_alone(config):
+    """Catches: a baseline of one site that gets another site's rows, or all nodes."""
+    app, nodes = simulated_app(config, "site-1")
+    assert nodes == 1
+    reply = ask(config, "query", to_record(HelloRequest(config.for_sites(), __version__)), client=lambda _: (app, 1))
+    assert from_record(HelloReply, reply.content).site == "site-1"
+
+
+def test_the_number_of_nodes_is_the_number_of_sites(tmp_path):
+    """Catches: simulation.clients taken where the file decides."""
+    write_rows(tmp_path / "train.csv", 9, company=lambda row: "abc"[row % 3])
+    config = tiny_config(tmp_path, simulation={"partition": "by-column", "column": "company"}, evaluation={"data": ""})
+    assert simulated_app(config)[1] == 3

@@ -1,0 +1,114 @@
+import pytest
+from typer.testing import CliRunner
+
+import tsugiki
+from client.site import read_site
+from common.config_file import to_toml
+from common.errors import ConfigError, DataError, ModelError, UsageError
+from tests.support.federation import leaks, model_folder, site_folder, tiny_config, write_rows
+
+
+def invoke(*arguments):
+    """Run the command line in this process; an error of ours is raised."""
+    result = CliRunner().invoke(tsugiki.app, [str(argument) for argument in arguments])
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def test_init_writes_a_file_that_is_right(tmp_path):
+    """Catches: a template that the program itself refuses, and options that are not filled in."""
+    file = tmp_path / "site.toml"
+    assert invoke("site", "init", file, "--name", "acme", "--train", "data/contracts.csv") == f"{file}\n"
+    site = read_site(file)
+    assert (site.name, site.data.train, site.data.evaluation) == ("acme", "data/contracts.csv", "")
+    assert "sentence-transformers/all-MiniLM-L6-v2" in site.models
+
+
+def test_the_settings_that_the_file_comments_out_are_known(tmp_path):
+    """Catches: a comment that names a setting which does not exist, or another default."""
+    file = tmp_path / "site.toml"
+    invoke("site", "init", file)
+    lines = file.read_text().splitlines()
+    commented = [line.removeprefix("# ") for line in lines if line.startswith("# ") and " = " in line]
+    assert len(commented) == 5
+    changed = file.read_text()
+    for line in commented:
+        changed = changed.replace(f"# {line}", line)
+    file.write_text(changed)
+    site = read_site(file)
+    assert (site.data.min_rows, site.data.header, site.data.quoting) == (2, True, "standard")
+    assert (site.data.evaluation, site.data.columns) == ("held-out.csv", {"text": "sentence"})
+
+
+def test_init_does_not_write_over_a_file(tmp_path):
+    """Catches: an edited site.toml lost."""
+    file = tmp_path / "site.toml"
+    file.write_text("mine")
+    with pytest.raises(UsageError):
+        invoke("site", "init", file)
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--name", "Acme Corp"), ("--name", "../x"), ("--name", "a\nb"), ("--train", 'a"b'), ("--train", "a\nb")],
+)
+def test_init_refuses_what_the_file_could_not_hold(tmp_path, options):
+    """Catches: a file that is no TOML, or holds more than was meant."""
+    with pytest.raises(UsageError):
+        invoke("site", "init", tmp_path / "site.toml", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_init_in_a_folder_that_is_not_there_is_an_error_of_ours(tmp_path):
+    """Catches: a traceback."""
+    with pytest.raises(UsageError, match="cannot write"):
+        invoke("site", "init", tmp_path / "missing" / "site.toml")
+
+
+def test_check_without_a_run_looks_at_the_file_alone(tmp_path):
+    """Catches: a model loaded or a shard needed where only the file is to be checked."""
+    file = site_folder(tmp_path / "acme", "acme")
+    assert invoke("site", "check", file).splitlines() == [
+        f"{file}: site acme, 1 models",
+        "train.csv: there; --run FILE tries it against a run",
+    ]
+    (tmp_path / "acme" / "train.csv").unlink()
+    assert "train.csv: MISSING" in invoke("site", "check", file)
+
+
+def test_check_against_a_run_says_what_would_leave_the_site(tmp_path):
+    """Catches: a check that stops before the model, prints rows, or counts other bytes than are sent."""
+    file = site_folder(tmp_path / "acme", "acme")
+    write_rows(tmp_path / "acme" / "held.csv", 6)
+    file.write_text(file.read_text().replace("[models]", 'evaluation = "held.csv"\n[models]'))
+    run = tmp_path / "run.toml"
+    run.write_text(to_toml(tiny_config(tmp_path)))
+    shown = invoke("site", "check", file, "--run", run, "--set", "adapter.wire_dtype=float16")
+    lines = shown.splitlines()
+    assert lines[1:3] == ["train.csv: 8 rows for sequence-classification", "held.csv: 6 rows"]
+    assert f"{model_folder()}: {model_folder()}, fingerprint" in lines[3]
+    sizes = [int(word.replace(",", "")) for word in lines[4].split() if word.replace(",", "").isdigit()]
+    adapter, head, size_bytes = sizes
+    assert size_bytes == 2 * (adapter + head)
+    assert leaks(tmp_path / "nowhere", shown) == []
+
+
+def test_check_fails_with_the_step_that_fails(tmp_path):
+    """Catches: a check that ends well although training would not."""
+    run = tmp_path / "run.toml"
+    run.write_text(to_toml(tiny_config(tmp_path)))
+    with pytest.raises(ConfigError):
+        invoke("site", "check", tmp_path / "missing.toml")
+    file = site_folder(tmp_path / "acme", "acme")
+    text = file.read_text()
+    (tmp_path / "acme" / "train.csv").write_text("text,label\n")
+    with pytest.raises(DataError) as caught:
+        invoke("site", "check", file, "--run", run)
+    assert caught.value.code == "shard-empty"
+    write_rows(tmp_path / "acme" / "train.csv", 8)
+    file.write_text(text.replace(f'"{model_folder()}" =', '"another" ='))
+    with pytest.raises(ModelError) as caught:
+        invoke("site", "check", file, "--run", run)
+    assert caught.value.code == "model-unknown"
