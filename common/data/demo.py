@@ -117,8 +117,8 @@ def _company_rows(company: str, rows: int, seed: int) -> list[Triplet]:
 def _test_meanings(kind: str, rng: np.random.Generator) -> list[Meaning]:
     """Return meanings any two of which differ in at least two slots.
 
-    A near miss differs from its anchor in one slot, by an odd step, and all meanings here have an even sum of positions:
-    so each anchor has exactly one right answer among all positives and negatives.
+    A near miss differs from its anchor in one slot, by an odd step, and all meanings here have an even sum of
+    positions: so each anchor has exactly one right answer among all positives and negatives.
     """
     slots = TEST.slots(TEST.templates(kind)[0])
     even = [position for position in itertools.product(*map(range, slots.values())) if sum(position) % 2 == 0]

@@ -1,4 +1,4 @@
-"""The same file, as a Flower app over gRPC: stock SuperLink, stock SuperNodes, and the bytes of the in-process engine."""
+"""The same run as a Flower app over gRPC, with stock SuperNodes, ends with the bytes of the in-process engine."""
 
 from __future__ import annotations
 

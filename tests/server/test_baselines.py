@@ -63,7 +63,7 @@ def test_all_baselines_are_measured_and_written(federated):
 
 def test_baselines_do_not_depend_on_what_ran_before(federated, tmp_path):
     """Catches: sites alone that start from the weights of the federated run or of the site before them."""
-    config, outcome = federated
+    config, _ = federated
 
     def alone(folder, sites):
         folder.mkdir()

@@ -14,7 +14,7 @@ from client.app import simulated_app
 from common.adapters import ADAPTERS
 from common.config import STRATEGY_SETTINGS, RunConfig, parse
 from common.config_file import read, to_toml
-from common.errors import ConfigError, RegistryError, TsugikiError, UsageError
+from common.errors import ConfigError, ExportError, RegistryError, TsugikiError, UsageError
 from common.tasks import TASKS
 from server import commands, doctor
 from server.storage import read_lines
@@ -149,14 +149,24 @@ def test_simulate_prints_one_json_object(tmp_path, no_export):
 
 
 def test_simulate_shows_a_table(tmp_path, no_export):
-    """Catches: a summary that cannot be shown, here that of a run without evaluation too."""
+    """Catches: a result that the operator does not see."""
     shown = invoke("simulate", write_tiny(tmp_path), "--set", "run.rounds=1").stdout
-    assert "accuracy" in shown
-    assert "bytes up, all rounds" in shown
-    file = write_tiny(tmp_path, evaluation={"data": ""}, run={"name": "plain"}, model={"public_name": ""})
-    result = invoke("simulate", file, "--set", "run.rounds=1")
+    for words in ("accuracy", "bytes up, all rounds", "report.html"):
+        assert words in shown
+
+
+def test_a_run_without_evaluation_or_public_name_ends_well(tmp_path, no_export, monkeypatch):
+    """Catches: a summary that cannot be shown without metrics, and a run that fails because it cannot be exported."""
+
+    def refuse(folder):
+        raise ExportError("no public name", code="no-public-name")
+
+    monkeypatch.setattr("server.export.export", refuse)
+    file = write_tiny(tmp_path, evaluation={"data": ""}, run={"rounds": 1})
+    result = invoke("simulate", file)
     assert "accuracy" not in result.stdout
-    assert "not exported: set model.public_name" in result.stderr
+    assert "bytes up, all rounds" in result.stdout
+    assert "not exported" in result.stderr
 
 
 def test_simulate_resumes_a_run_wherever_it_was_moved(tmp_path, no_export, monkeypatch):

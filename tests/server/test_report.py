@@ -7,93 +7,11 @@ from html.parser import HTMLParser
 import pytest
 
 from common.errors import StorageError, UsageError
-from server.figures import inline, plot_comparison, small_curves
 from server.report import privacy, save_curve_png, write_report
-from server.results import baseline_metrics, read_run, replies_by_site, sum_sites, worst_site
-from server.tables import story
+from server.results import worst_site
+from tests.support.runs import BASELINES, accepted, line, run_folder, start, usual, voided
 
 HOSTILE = '<script>alert("x")</script>'
-BASELINES = {
-    "untouched": {"accuracy": 0.5},
-    "local": {"a": {"accuracy": 0.6}, "b": {"accuracy": 0.8}},
-    "centralised": {"accuracy": 0.95},
-}
-
-
-def accepted(loss=0.5, rows=10):
-    """Return what one accepted reply leaves in a line."""
-    return {"rows": rows, "loss": loss, "steps": 2, "seconds": 1.0, "update_norm": 0.1, "bytes_up": 1000}
-
-
-def line(number, good=("a", "b"), bad=None, **more):
-    """Return one attempt at a round: the sites with accepted replies, and the others with their reasons."""
-    bad = bad or {}
-    return {
-        "round": number,
-        "cohort": sorted([*good, *bad]),
-        "accepted": {site: accepted(0.7 - 0.1 * number) for site in good},
-        "rejected": {site: {"reason": reason, "detail": ""} for site, reason in bad.items()},
-        "train_loss": 0.7 - 0.1 * number if good else None,
-        "bytes_down": 1000 * (len(good) + len(bad)),
-        "bytes_up": 1000 * len(good),
-        "seconds": {"wait": 2.0, "aggregate": 0.1},
-        **more,
-    }
-
-
-def start(**metrics):
-    """Return round 0, evaluated."""
-    return {"round": 0, "seconds": {"evaluate": 1.0}, "eval": metrics}
-
-
-def voided(number, **more):
-    """Return an attempt that did not reach its quorum."""
-    return line(number, good=("a",), bad={"b": "norm"}, voided=True, attempt=0, **more)
-
-
-def run_folder(folder, lines, baselines=None, **summary):
-    """Write a run's files and return the folder."""
-    folder.mkdir(exist_ok=True)
-    done = [entry for entry in lines if not entry.get("voided")]
-    measured = [entry for entry in done if "eval" in entry]
-    best = max(measured, key=lambda entry: entry["eval"]["accuracy"], default=None)
-    body = {
-        "name": "small",
-        "rounds": max((entry["round"] for entry in done), default=0),
-        "stopped": "finished",
-        "task": "sequence-classification",
-        "method": "lora",
-        "strategy": "fedavg",
-        "monitor": "accuracy",
-        "before": measured[0]["eval"] if measured else None,
-        "after": best["eval"] if best else None,
-        "best_round": best["round"] if best else 1,
-        "adapter_sha256": "ab" * 32,
-        "adapter_parameters": 1234,
-        "head_parameters": 20,
-        **summary,
-    }
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
-    (folder / "summary.json").write_text(json.dumps(body))
-    (folder / "config.toml").write_text('[run]\nname = "small"\n\n[privacy]\nmode = "none"\n')
-    if baselines is not None:
-        (folder / "baselines.json").write_text(json.dumps(baselines))
-    return folder
-
-
-def usual(folder, baselines=None):
-    """Return a run of two rounds with everything in it."""
-    at_sites = {site: {"accuracy": value, "rows": 5} for site, value in (("a", 0.9), ("b", 0.6))}
-    return run_folder(
-        folder,
-        [
-            start(accuracy=0.5, loss=0.7),
-            line(1, eval={"accuracy": 0.8, "loss": 0.5}, sites_eval=at_sites),
-            voided(2),
-            line(2, bad={"c": "dropout"}, eval={"accuracy": 0.75, "loss": 0.4}, sites_eval=at_sites),
-        ],
-        baselines,
-    )
 
 
 class Page(HTMLParser):
@@ -148,16 +66,6 @@ def test_an_unfinished_run_is_refused(tmp_path, missing):
         write_report(folder)
     assert caught.value.code == "run-missing"
     assert not (folder / "report.html").exists()
-
-
-@pytest.mark.parametrize("content", ["{", "[]", "\udcff"])
-def test_a_corrupt_summary_is_an_error_with_a_code(tmp_path, content):
-    """Catches: a decoder's own exception instead of ours."""
-    folder = usual(tmp_path / "run")
-    (folder / "summary.json").write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(StorageError) as caught:
-        write_report(folder)
-    assert caught.value.code == "run-corrupt"
 
 
 def test_equal_runs_give_equal_bytes_whatever_matplotlib_is_set_to(tmp_path, whole):
@@ -256,12 +164,6 @@ def test_a_run_without_evaluation(tmp_path):
     assert not (tmp_path / "curve.png").exists()
 
 
-def test_training_that_made_it_worse_is_said(tmp_path):
-    """Catches: a report that praises a run whose best adapter is the one before training."""
-    run = read_run(run_folder(tmp_path / "run", [start(accuracy=0.5), line(1, eval={"accuracy": 0.4})]))
-    assert "No round was better than the start: accuracy 0.5" in " ".join(story(run))
-
-
 def test_a_hundred_sites(tmp_path):
     """Catches: a cell for every site, which nobody can read; an open table of a hundred lines; a site left out."""
     names = [f"site-{number:03d}" for number in range(100)]
@@ -278,38 +180,10 @@ def test_many_rounds_stay_small(tmp_path):
     assert write_report(folder).read_text("utf-8").count("<path") < 1000
 
 
-@pytest.mark.parametrize("kind", ["untouched", "local", "centralised"])
-def test_any_baseline_may_be_missing(tmp_path, kind):
-    """Catches: a report that needs all three baselines; the best or the last site shown for all of them."""
-    left = {name: value for name, value in BASELINES.items() if name != kind}
-    expected = {
-        "untouched": ("untouched base", 0.5),
-        "local": ("local-only, mean", 0.7),
-        "centralised": ("centralised", 0.95),
-    }
-    del expected[kind]
-    found = baseline_metrics(read_run(usual(tmp_path / "run", left)))
-    assert found == {label: {"accuracy": pytest.approx(value)} for label, value in expected.values()}
-
-
 def test_baselines_are_in_figures_and_tables(page):
     """Catches: baselines that are read and then not shown."""
     assert page.text.count("local-only, mean") == 3
     assert "local-only, mean: 0.7\n" in page.text
-
-
-def test_sites_are_summed_over_voided_attempts_too(tmp_path):
-    """Catches: rejections of a voided attempt lost, bytes counted once, means over rounds without an accepted reply."""
-    a, b, c = sum_sites(read_run(usual(tmp_path / "run")))
-    assert (a.name, a.asked, a.accepted, a.rejected, a.bytes_up) == ("a", 3, 3, {}, 3000)
-    assert (b.name, b.asked, b.accepted, b.rejected, b.mean_seconds) == ("b", 3, 2, {"norm": 1}, 1.0)
-    assert (c.name, c.accepted, c.rejected, c.mean_seconds, c.last_loss) == ("c", 0, {"dropout": 1}, None, None)
-
-
-def test_of_a_round_that_was_tried_again_the_last_attempt_is_shown(tmp_path):
-    """Catches: a voided attempt's rejection drawn over the accepted reply that followed; dropouts as rejected."""
-    replies = replies_by_site(read_run(usual(tmp_path / "run")))
-    assert replies == {"a": {1: "accepted", 2: "accepted"}, "b": {1: "accepted", 2: "accepted"}, "c": {2: "no reply"}}
 
 
 def test_the_worst_site_is_named(page):
@@ -328,22 +202,6 @@ def test_privacy_is_never_overstated():
     assert "not recorded" in privacy("")
     assert "not recorded" in privacy("= broken")
     assert privacy('[privacy]\nmode = "central"\n').startswith("Mode central: see [privacy]")
-
-
-def test_the_comparison_is_one_inline_figure():
-    """Catches: an XML prologue inside a page, and equal labels for different figures."""
-    svg = plot_comparison({"untouched base": 0.5, "federated": 0.8}, "accuracy")
-    assert svg.startswith("<svg")
-    assert svg.endswith("</svg>")
-    assert "<metadata" not in svg
-    assert all(text in svg for text in ("untouched base", "federated", "0.8", "accuracy"))
-
-
-def test_figures_with_the_same_shapes_have_different_ids():
-    """Catches: one prefix for all figures."""
-    one, other = (inline(small_curves({name: {0: 1.0, 1: 2.0}})) for name in ("recall", "loss"))
-    assert re.findall(r'id="([^"]+)"', one)
-    assert not set(re.findall(r'id="([^"]+)"', one)) & set(re.findall(r'id="([^"]+)"', other))
 
 
 def test_the_curve_as_png(tmp_path):

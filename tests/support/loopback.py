@@ -25,7 +25,7 @@ class Deployment:
         """Submit the app with a run config, wait for its end, and return what was printed."""
         overrides = self.folder / "run-config.toml"
         overrides.write_text(tomli_w.dumps(dict(run_config)))
-        done = subprocess.run(  # noqa: S603
+        done = subprocess.run(
             [BIN / "flwr", "run", app, "loopback", "--stream", "--run-config", overrides],
             env=quiet_environment(self.home),
             capture_output=True,

@@ -44,7 +44,7 @@ def running(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command inside a `with` block, in its own session; afterwards end its whole group."""
     with log.open("wb") as output:
-        process = subprocess.Popen(  # noqa: S603
+        process = subprocess.Popen(
             [str(part) for part in command],
             stdout=output,
             stderr=subprocess.STDOUT,
