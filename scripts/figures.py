@@ -24,7 +24,7 @@ class Figure:
 
     name: str
     value: float
-    unit: str
+    unit: str = ""
     target: str = ""
     note: str = ""
 

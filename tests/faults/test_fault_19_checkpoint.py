@@ -1,0 +1,127 @@
+"""Fault 19: a checkpoint that is truncated, has a flipped bit, belongs to another run, or is of a newer version."""
+
+import json
+
+import numpy as np
+import pytest
+
+from common.errors import StorageError
+from server import checkpoint
+from server.checkpoint import State
+from tests.support.toy import SPEC, federate, toy_app, toy_config
+
+CONFIG = "c" * 64
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The checkpoints of two rounds."""
+    for number in (1, 2):
+        vector = np.linspace(0, number, SPEC.size, dtype=np.float32)
+        state = State(vector, vector, number, number, 0.5, number, 0, {"m_t": np.ones(4)}, {"round": number})
+        checkpoint.save(tmp_path, state, CONFIG, SPEC.sha256)
+    return tmp_path
+
+
+def files(folder):
+    """Return the manifest and the tensors of the newest checkpoint."""
+    manifest = folder / "current.json"
+    return manifest, folder / json.loads(manifest.read_bytes())["tensors"]
+
+
+def refusal(folder):
+    """Return the error with which the newest checkpoint is refused."""
+    with pytest.raises(StorageError) as caught:
+        checkpoint.load(folder, CONFIG, SPEC.sha256)
+    assert caught.value.exit_status == 5
+    return caught.value
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["manifest", "tensors"])
+def test_no_truncation_goes_unnoticed(folder, which):
+    """Catches: a file that still parses without its end."""
+    path = files(folder)[which]
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        error = refusal(folder)
+        assert error.code == "checkpoint-corrupt"
+        assert str(path) in str(error)
+    path.write_bytes(whole)
+    assert checkpoint.load(folder, CONFIG, SPEC.sha256).round == 2
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["manifest", "tensors"])
+def test_no_flipped_bit_goes_unnoticed(folder, which):
+    """Catches: a field that the hash leaves out; only a flipped format may look like a newer one."""
+    path = files(folder)[which]
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        assert refusal(folder).code in ("checkpoint-corrupt", "checkpoint-newer"), place
+
+
+def test_a_damaged_checkpoint_names_file_and_field_and_what_to_do(folder):
+    """Catches: a message that leaves the operator alone."""
+    manifest, tensors = files(folder)
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"x")
+    assert f"{tensors} is damaged: its hash" in str(refusal(folder))
+    assert "--previous" in str(refusal(folder))
+    body = json.loads(manifest.read_bytes())
+    manifest.write_text(json.dumps(body | {"round": 7}))
+    assert f"{manifest} is damaged: sha256" in str(refusal(folder))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"format": "1"}', '{"format": 1}', "[" * 1000])
+def test_another_file_in_the_manifests_place_is_refused(folder, content):
+    """Catches: a KeyError or TypeError for a file that is JSON, but no manifest."""
+    (folder / "current.json").write_text(content)
+    assert refusal(folder).code == "checkpoint-corrupt"
+
+
+def test_a_newer_version_is_told_from_damage(folder):
+    """Catches: a newer format read as if it were ours, and an operator told to go back a round instead of updating."""
+    manifest = files(folder)[0]
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    error = refusal(folder)
+    assert error.code == "checkpoint-newer"
+    assert "update Tsugiki" in str(error)
+
+
+def test_another_runs_checkpoint_is_refused_with_both_values(folder):
+    """Catches: a run that goes on with other settings or another base."""
+    for hashes in (("e" * 64, SPEC.sha256), (CONFIG, "e" * 64)):
+        with pytest.raises(StorageError) as caught:
+            checkpoint.load(folder, *hashes)
+        assert caught.value.code == "checkpoint-foreign"
+        assert "eeeeeeeeeeee" in str(caught.value)
+
+
+def test_a_run_does_not_fall_back_unless_it_is_told_to(tmp_path, monkeypatch):
+    """Catches: a silent fall-back; and one that is asked for that does not end with the same bytes."""
+
+    def update(site, round_, received):
+        return np.full(SPEC.size, 0.25 * round_, np.float32)
+
+    def run(folder, **options):
+        return federate(monkeypatch, toy_app(["a", "b"], update), 2, toy_config(folder), **options)
+
+    whole, damaged = run(tmp_path / "whole"), run(tmp_path / "damaged")
+    files(damaged.folder / "checkpoint")[1].write_bytes(b"")
+    with pytest.raises(StorageError) as caught:
+        run(tmp_path / "damaged", resume=True)
+    assert caught.value.code == "checkpoint-corrupt"
+    checkpoint.promote_previous(damaged.folder / "checkpoint")
+    resumed = run(tmp_path / "damaged", resume=True)
+    assert resumed.summary["adapter_sha256"] == whole.summary["adapter_sha256"]
+
+
+def test_other_settings_do_not_resume_a_run(tmp_path, monkeypatch):
+    """Catches: a run whose second half has another learning rate."""
+    app = toy_app(["a", "b"])
+    federate(monkeypatch, app, 2, toy_config(tmp_path))
+    with pytest.raises(StorageError) as caught:
+        federate(monkeypatch, app, 2, toy_config(tmp_path, train={"learning_rate": 0.5}), resume=True)
+    assert caught.value.code == "checkpoint-foreign"
+    ours = (tmp_path / "toy" / "config.toml").read_text()
+    assert "learning_rate = 0.5" not in ours
