@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from common.config import RunConfig, parse
 from common.model import load_graft
 from server.app import run_federation
+from server.engines.grid import Stop
 from server.engines.in_process import InProcessGrid
 from server.evaluate import evaluate_untouched, make_evaluator
 from server.progress import Progress
@@ -49,7 +50,13 @@ def _alone(config: RunConfig, factor: int, **simulation: Any) -> RunConfig:
 
 
 def run_baselines(
-    config: RunConfig, folder: Path, client: SimulatedApp, sites: list[str], kinds: list[str], progress: Progress
+    config: RunConfig,
+    folder: Path,
+    client: SimulatedApp,
+    sites: list[str],
+    kinds: list[str],
+    progress: Progress,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Return, and write to baselines.json, the metrics of each baseline on the central evaluation data.
 
@@ -60,6 +67,10 @@ def run_baselines(
         sites: names of all sites.
         kinds: of "untouched", "local", "centralised".
         progress: shows what happens.
+        stop: set to end the baseline at work.
+
+    Raises:
+        Interrupted: it was set.
     """
     graft = load_graft(config, config.model.name, config.run.seed)
     evaluate = make_evaluator(graft, config)
@@ -74,7 +85,7 @@ def run_baselines(
         progress.note(f"baseline: {name}")
         raw = alone.model_dump(mode="json")
         raw["run"] |= {"output_dir": str(folder / "baselines"), "name": name}
-        outcome = run_federation(InProcessGrid(app, 1), parse(raw))
+        outcome = run_federation(InProcessGrid(app, 1), parse(raw), stop=stop)
         return evaluate(outcome.state.vector)
 
     if "local" in kinds:

@@ -130,7 +130,7 @@ def _read_manifest(manifest: Path) -> dict[str, Any]:
         raise StorageError(f"no {manifest}", "a run with a checkpoint", code="checkpoint-missing")
     try:
         body: dict[str, Any] = json.loads(manifest.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _corrupt(manifest, "JSON") from error
     if not isinstance(body, dict) or not isinstance(body.get("format"), int):
         raise _corrupt(manifest, "format")

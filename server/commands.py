@@ -129,7 +129,7 @@ def compare(file: Path, overrides: Sequence[str], as_json: bool, client: Simulat
         outcome = run(config, client, progress=progress.choose(), stop=stop)
         sites = site_names(outcome.folder)
         kinds = ["untouched", "local", "centralised"]
-        results = run_baselines(config, outcome.folder, client, sites, kinds, show)
+        results = run_baselines(config, outcome.folder, client, sites, kinds, show, stop)
     federated = last_evaluation(outcome.folder)
     write_report(outcome.folder)
     if as_json:
@@ -198,7 +198,8 @@ def demo(seed: int, output_dir: Path, baselines: bool, as_json: bool, client: Si
     with stop_on_signals() as stop:
         outcome = run(config, client, progress=progress.choose(), stop=stop)
         kinds = ["untouched", "local"] if baselines else ["untouched"]
-        results = run_baselines(config, outcome.folder, client, site_names(outcome.folder), kinds, progress.Lines())
+        sites, lines = site_names(outcome.folder), progress.Lines()
+        results = run_baselines(config, outcome.folder, client, sites, kinds, lines, stop)
     federated = last_evaluation(outcome.folder)
     pearson = parts.scored(config, files, outcome.state.vector)
     adapter, report_file = write_export(outcome.folder), write_report(outcome.folder)

@@ -15,6 +15,7 @@ import tsugiki
 from server.audit import verify
 from server.storage import read_lines
 from tests.support.federation import leaks, run_tiny, tiny_config
+from tests.support.tiny import tiny_bert
 
 ROUNDS, KILLED = 3, 2
 
@@ -93,13 +94,15 @@ CASES = [
 
 def config(folder, name, strategy):
     """Return the run that is killed, or the one that is not."""
-    return tiny_config(folder, run={"name": name, "rounds": ROUNDS}, strategy={"name": strategy})
+    model = {"name": str(folder / "model")}  # for both processes the same, or the configurations differ
+    return tiny_config(folder, run={"name": name, "rounds": ROUNDS}, model=model, strategy={"name": strategy})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the killed runs are, and one of each strategy that was not killed."""
     folder = tmp_path_factory.mktemp("runs")
+    tiny_bert(folder / "model")
     for strategy in ("fedavg", "fedadam"):
         run_tiny(config(folder, strategy, strategy))
     environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parent)}

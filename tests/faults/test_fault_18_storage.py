@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_a_full_disk_is_refused_at_the_start_with_what_is_free(tmp_path, monkeyp
     """Catches: hours of training that cannot be saved."""
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=3 * 2**20))
-    with pytest.raises(StorageError, match="3 MiB free. expected at least 64 MiB") as caught:
+    with pytest.raises(StorageError, match=r"3 MiB free\. expected at least 64 MiB") as caught:
         run(monkeypatch, adaptive(tmp_path))
     assert (caught.value.code, caught.value.exit_status) == ("disk-full", 5)
     assert str(tmp_path / "toy") in str(caught.value)
@@ -63,7 +64,7 @@ def fail_at(monkeypatch, number):
 
 
 def test_whenever_the_disk_is_full_the_run_stops_and_goes_on_with_the_same_bytes(tmp_path, monkeypatch):
-    """Catches: any write, of some fifty, after whose failure the last checkpoint is not whole or the run cannot go on."""
+    """Catches: any write, of some fifty, whose failure leaves a damaged checkpoint, or a run that cannot go on."""
     flushes = fail_at(monkeypatch, 0)
     whole = run(monkeypatch, adaptive(tmp_path / "whole"))
     manifest = checkpoint._read_manifest(whole.folder / "checkpoint" / "current.json")
@@ -147,8 +148,6 @@ def test_a_folder_that_becomes_read_only_stops_the_run(tmp_path, monkeypatch):
 
 def test_a_read_only_disk_stops_the_run(tmp_path, monkeypatch):
     """Catches: as above, also for root: every opening for writing fails as on a read-only disk."""
-    from pathlib import Path
-
     opened = Path.open
 
     def refuse(path, mode="r", *rest, **options):

@@ -3,7 +3,9 @@ import json
 import pytest
 
 from client.app import simulated_app
+from common.errors import Interrupted
 from server.baselines import average, centralised, local_only, run_baselines
+from server.engines.grid import Stop
 from server.progress import Progress
 from tests.support.federation import run_tiny, tiny_config
 
@@ -77,6 +79,16 @@ def test_without_evaluation_data_there_is_nothing_to_measure(tmp_path):
     """Catches: an error after the federated run, in a command that goes on to write its report."""
     config = tiny_config(tmp_path, evaluation={"data": ""})
     assert run_baselines(config, tmp_path, simulated_app, SITES, ["local"], Progress()) == {}
+
+
+def test_a_request_to_stop_ends_the_baselines(federated, tmp_path):
+    """Catches: a Ctrl-C that is taken note of and ignored until all baselines are done."""
+    config, _ = federated
+    stop = Stop()
+    stop.request()
+    with pytest.raises(Interrupted):
+        run_baselines(config, tmp_path, simulated_app, SITES, ["local"], Progress(), stop)
+    assert not (tmp_path / "baselines.json").exists()
 
 
 def test_the_average_is_over_sites():

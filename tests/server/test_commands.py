@@ -16,9 +16,10 @@ from common.config import STRATEGY_SETTINGS, RunConfig, parse
 from common.config_file import read, to_toml
 from common.errors import ConfigError, ExportError, RegistryError, TsugikiError, UsageError
 from common.tasks import TASKS
-from server import commands, doctor
+from server import commands, demo, doctor
 from server.storage import read_lines
 from tests.support.federation import run_tiny, tiny_config
+from tests.support.tiny import tiny_sentence_transformer
 
 
 def invoke(*arguments):
@@ -223,6 +224,39 @@ def test_compare_needs_something_to_compare_by(tmp_path):
     with pytest.raises(UsageError):
         invoke("compare", write_tiny(tmp_path, evaluation={"data": ""}))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def small_demo(tmp_path, monkeypatch):
+    """Let the demo run on a tiny model, for one round, and evaluate on twelve rows."""
+    make_data, demo_config = demo.make_data, demo.demo_config
+
+    def few(folder, seed):
+        files = make_data(folder, seed)
+        for file in (files.test_retrieval, files.test_scored):
+            file.write_text("".join(file.read_text().splitlines(keepends=True)[:13]))
+        return files
+
+    def tiny(*arguments):
+        raw = demo_config(*arguments).model_dump(mode="json")
+        raw["model"]["name"] = str(tmp_path / "model")
+        raw["run"]["rounds"] = raw["train"]["local_steps"] = raw["train"]["threads"] = 1
+        return parse(raw)
+
+    tiny_sentence_transformer(tmp_path / "model")
+    monkeypatch.setattr(demo, "make_data", few)
+    monkeypatch.setattr(demo, "demo_config", tiny)
+
+
+def test_demo_ends_with_what_was_gained(tmp_path, no_export, small_demo):
+    """Catches: a part of the demo that is not shown, and a second demo that stumbles over the first."""
+    summary = json.loads(invoke("demo", "--output-dir", tmp_path / "runs", "--json").stdout)
+    assert sorted(summary["local"]) == ["clinic", "logistics", "retail", "software"]
+    assert {"untouched", "federated", "pearson", "seconds", "adapter", "report"} <= set(summary)
+    shown = invoke("demo", "--output-dir", tmp_path / "runs", "--no-baselines").stdout
+    for words in ("none (base model)", "federated", "pearson on scored pairs", "demo-2"):
+        assert words in shown
+    assert "alone" not in shown
 
 
 def test_doctor_tells_and_fails_where_something_is_missing(monkeypatch):
