@@ -164,9 +164,8 @@ def _receive(site: Site, config: RunConfig, spec_sha256: str, content: RecordDic
     arrays = content.array_records.get("arrays")
     if not isinstance(arrays, ArrayRecord):
         raise WireError("no adapter in the message", "one array", code="keys")
-    received = decode(arrays, graft.spec)
-    graft.write(received)
-    return graft, received
+    graft.write(decode(arrays, graft.spec))
+    return graft, graft.read()  # as the parameters hold it: 16-bit ones have rounded it
 
 
 def _train_rows(site: Site, config: RunConfig) -> Encoded:

@@ -79,8 +79,11 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
     _say(f"{config.model.name}: {source}, fingerprint {graft.spec.base_fingerprint[:12]}, on {graft.device}")
     sizes = f"{graft.spec.parameters('adapter')} adapter and {graft.spec.parameters('head')} head parameters"
     _say(
-        f"would leave this site in each round: {sizes}, {graft.spec.size_bytes:,} bytes, and loss, rows, steps, seconds"
+        f"would leave this site in the hello: its name, its number of rows{notes}, fingerprints, versions of libraries"
     )
+    _say(f"would leave it in each round: {sizes}, {graft.spec.size_bytes:,} bytes, and loss, rows, steps, seconds")
+    if kept:
+        _say("would leave it where the run evaluates at sites: metrics on the evaluation rows, and their number")
 
 
 def _say(text: str) -> None:

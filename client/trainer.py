@@ -63,6 +63,7 @@ def train(graft: Graft, encoded: Encoded, settings: TrainSection, plan: Plan) ->
     seed_everything(derive_seed(plan.seed, "train", plan.site, plan.round))
     steps = steps_per_round(len(encoded), settings)
     optimizer = make_optimizer(graft, settings)
+    optimizer.zero_grad(set_to_none=True)  # the graft is shared: a site that failed in mid-step may have left gradients
     received = [value.detach().clone() for value in graft.parameters] if plan.proximal_mu else []
     stream = batches(len(encoded), settings, plan, steps)
     losses = torch.zeros(steps, device=graft.device)

@@ -65,9 +65,9 @@ class TrainSection(Section):
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1, description="share of the whole run spent warming up")
     per_device_train_batch_size: int = Field(default=16, ge=1, le=65_536, description="rows of a batch")
     gradient_accumulation_steps: int = Field(default=1, ge=1, le=1024, description="batches of an optimiser step")
-    local_steps: int = Field(default=50, ge=1, le=1_000_000, description="optimiser steps of a site in a round")
+    local_steps: int = Field(default=50, ge=1, le=10**9, description="optimiser steps of a site in a round")
     local_epochs: int = Field(
-        default=0, ge=0, le=1000, description="above 0: passes over the shard, and local_steps is ignored"
+        default=0, ge=0, le=10**6, description="above 0: passes over the shard, and local_steps is ignored"
     )
     max_grad_norm: float = Field(default=1.0, ge=0, description="gradients are clipped to this norm; 0: not at all")
     threads: int = Field(default=2, ge=1, le=256, description="CPU threads; equal threads give equal bytes")
@@ -137,14 +137,19 @@ class RunConfig(Section):
 
     @property
     def sha256(self) -> str:
-        """Hash over what shapes the result: not the run's folder, the base's public name, or which engine runs it."""
+        """Hash over what shapes the result: not the run's folder, the base's public name, engine or patience."""
         apart: Any = {"run": {"output_dir"}, "model": {"public_name"}, "simulation": {"engine"}}
+        apart["strategy"] = {"connect_timeout_s", "round_timeout_s"}
         body = self.model_dump(mode="json", exclude=apart)
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     def for_sites(self) -> str:
-        """Return, as JSON, what sites have to know: nothing of the operator's files and folders."""
+        """Return, as JSON, what sites have to know: none of the operator's data files or output folders.
+
+        `model.name` travels as it stands, because a site resolves it through its own [models].
+        """
         body = self.model_dump(mode="json", include={"model", "task", "adapter", "train", "privacy", "strategy"})
+        body["evaluation"] = {"batch_size": self.evaluation.batch_size}
         body["run"] = {"name": self.run.name, "rounds": self.run.rounds, "seed": self.run.seed}
         return json.dumps(body, sort_keys=True)
 
@@ -187,6 +192,7 @@ class KrumSettings(StrategySettings):
     """The one update that is closest to its neighbours."""
 
     name: Literal["krum"] = Field(default="krum", description="the strategy")
+    min_clients: int = Field(default=5, ge=1, le=100_000, description="quorum: at least 2 * num_malicious_sites + 3")
     num_malicious_sites: int = Field(default=1, ge=0, description="how many sites may lie")
 
 

@@ -97,6 +97,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         section, key = dotted.split(".")
         if raw[section][key]:
             raw[section][key] = str(Path(raw[section][key]).absolute())
+    if os.path.isdir(os.path.expanduser(config.model.name)):
+        raw["model"]["name"] = os.path.abspath(os.path.expanduser(config.model.name))
     return parse(raw)
 
 

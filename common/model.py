@@ -195,7 +195,8 @@ def find(source: str) -> Path:
         folder = Path(expanded).resolve()
     else:
         folder = _in_hub(source)
-    if not list(folder.glob("*.safetensors")):
+    pickled = [file for file in folder.rglob("pytorch_model.bin") if not file.with_name("model.safetensors").is_file()]
+    if pickled or not list(folder.glob("*.safetensors")):
         raise ModelError(
             f"the model {source!r} has no safetensors",
             "weights in model.safetensors; others can run code when they are loaded",

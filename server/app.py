@@ -40,6 +40,7 @@ def run_federation(
     config: RunConfig,
     *,
     resume: bool = False,
+    previous: bool = False,
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> Outcome:
@@ -49,6 +50,7 @@ def run_federation(
         grid: where the sites are.
         config: the run.
         resume: go on from the last checkpoint in the run's folder instead of starting a new one.
+        previous: with `resume`, from the one before it, when the last is damaged.
         progress: shows what happens.
         stop: set to end the run at the next chance.
 
@@ -60,8 +62,11 @@ def run_federation(
     with run_folder(Path(config.run.output_dir) / config.run.name, resume=resume) as folder:
         graft = load_graft(config, config.model.name, config.run.seed)
         evaluator = make_evaluator(graft, config)
+        if resume and previous:
+            checkpoint.promote_previous(folder / "checkpoint")
+        if not resume:  # before the first checkpoint: a folder with either can be resumed
+            write_atomically(folder / "config.toml", to_toml(config).encode())
         state = _first_state(folder / "checkpoint", config, graft, resume)
-        write_atomically(folder / "config.toml", to_toml(config).encode())
         write_atomically(folder / "spec.json", _describe_spec(graft.spec))
         _drop_unfinished(folder / "metrics.jsonl", state)
         audit = AuditLog(folder / "audit.jsonl")
@@ -88,7 +93,7 @@ def run_federation(
 
 def _first_state(folder: Path, config: RunConfig, graft: Graft, resume: bool) -> State:
     """Return the last checkpoint's state, or that before training: checkpointed too, so that every run can go on."""
-    if resume:
+    if resume and any(folder.glob("*.json")):
         return checkpoint.load(folder, config.sha256, graft.spec.sha256)
     state = initial_state(graft.initial)
     checkpoint.save(folder, state, config.sha256, graft.spec.sha256)
@@ -142,6 +147,7 @@ def summarise(config: RunConfig, graft: Graft, state: State, lines: list[dict[st
         "method": config.adapter.method,
         "strategy": config.strategy.name,
         "monitor": config.monitor,
+        "lower_is_better": sorted(graft.task.lower_is_better),
         "before": evaluated[0]["eval"] if evaluated else None,
         "after": best["eval"] if best else None,
         "best_round": state.best_round,

@@ -8,6 +8,7 @@ of all sites together.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def _alone(config: RunConfig, factor: int, **simulation: Any) -> RunConfig:
     raw["train"]["local_steps"] = config.train.local_steps * rounds * factor
     raw["train"]["local_epochs"] = config.train.local_epochs * rounds
     raw["strategy"] = {"name": "fedavg", "min_clients": 1, "round_timeout_s": 604_800.0}
+    raw["strategy"]["max_update_norm"] = sys.float_info.max  # one update is the whole training here
     raw["evaluation"] |= {"data": "", "at_sites": False, "early_stopping_patience": 0}
     if simulation:
         raw["simulation"] |= {"partition": "iid", "column": "", **simulation}

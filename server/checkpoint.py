@@ -77,7 +77,7 @@ def save(folder: Path, state: State, config_sha256: str, spec_sha256: str) -> No
     }
     body["sha256"] = _hash(body)
     current = folder / "current.json"
-    if current.exists() and json.loads(current.read_bytes())["round"] != state.round:
+    if current.exists() and _read_manifest(current)["round"] != state.round:
         write_atomically(folder / "previous.json", current.read_bytes())
     write_atomically(current, json.dumps(body, indent=1).encode())
     _remove_unnamed(folder)
@@ -167,9 +167,12 @@ def _corrupt(path: Path, part: str) -> StorageError:
 
 
 def _remove_unnamed(folder: Path) -> None:
-    """Delete tensors that no manifest names any more."""
-    named = {json.loads(file.read_bytes())["tensors"] for file in folder.glob("*.json")}
-    for path in folder.glob("*.safetensors"):
+    """Delete tensors that no manifest names any more, and what killed writes left."""
+    try:
+        named = {_read_manifest(file)["tensors"] for file in folder.glob("*.json")}
+    except StorageError:  # a damaged manifest may name any of them
+        return
+    for path in [*folder.glob("*.safetensors"), *folder.glob(".*.tmp")]:
         if path.name not in named:
             path.unlink()
 

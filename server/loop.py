@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.config import RunConfig
-from common.errors import ConfigError, NotEnoughSites, Problem, QuorumNotMet, TrainingError
+from common.errors import NotEnoughSites, QuorumNotMet, TrainingError
 from common.messages import EvaluateRequest, TrainRequest, to_record
 from common.rng import generator
 from common.wire import AdapterSpec, Vector, encode, l2_norm, sha256
@@ -266,8 +266,6 @@ def finish_round(parts: Parts, state: State) -> State:
 def _judge(parts: Parts, state: State, metrics: Mapping[str, float]) -> tuple[State, bool]:
     """Return the state with the best adapter kept, and whether this one is it."""
     monitor = parts.config.monitor
-    if monitor not in metrics:
-        raise ConfigError("run file", [Problem("evaluation.monitor", repr(monitor), f"one of {', '.join(metrics)}")])
     value, best = metrics[monitor], state.best_metric
     better = math.isfinite(value) and (best is None or (value < best if parts.lower_is_better else value > best))
     if not better:

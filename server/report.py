@@ -213,7 +213,7 @@ def _site_figures(run: Run) -> list[str]:
         svg = figures.stacked("sites", count_replies(replies), colours=figures.STATE_COLOURS)
         drawn.append(_figure("Replies by round", svg, caption))
     judged = judged_line(run)
-    worst = worst_site(judged["sites_eval"], run.monitor) if judged else None
+    worst = worst_site(judged["sites_eval"], run.monitor, run.lower_is_better) if judged else None
     if judged and worst:
         site, metric, value = worst
         mean = curve((line["round"], weighted_mean(line.get("sites_eval", {}), metric)) for line in run.completed)

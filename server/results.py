@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,11 @@ class Run:
     spec: dict[str, Any]
     config: str
     baselines: dict[str, Any]
+
+    @property
+    def lower_is_better(self) -> list[str]:
+        """Metrics of which smaller values are better, as the task says."""
+        return list(self.summary.get("lower_is_better", ["loss"]))
 
     @property
     def completed(self) -> list[Line]:
@@ -147,12 +152,15 @@ def judged_line(run: Run) -> Line | None:
     return next((line for line in judged if line["round"] == run.best_round), judged[-1]) if judged else None
 
 
-def worst_site(values: Mapping[str, Mapping[str, Any]], monitor: str) -> tuple[str, str, float] | None:
+def worst_site(
+    values: Mapping[str, Mapping[str, Any]], monitor: str, lower_is_better: Collection[str] = ("loss",)
+) -> tuple[str, str, float] | None:
     """Return (site, metric, value) of the site whose own evaluation is worst; None where there is nothing to compare.
 
     Args:
         values: metrics by site.
         monitor: the metric to compare, if the sites have it; else the first that they have.
+        lower_is_better: metrics of which the largest value is the worst.
     """
     names = sorted(
         {name for entry in values.values() for name in entry} - {"rows"}, key=lambda name: (name != monitor, name)
@@ -161,13 +169,8 @@ def worst_site(values: Mapping[str, Mapping[str, Any]], monitor: str) -> tuple[s
         return None
     metric = names[0]
     having = {site: values[site][metric] for site in sorted(values) if metric in values[site]}
-    site = (max if lower_is_better(metric) else min)(having, key=having.__getitem__)
+    site = (max if metric in lower_is_better else min)(having, key=having.__getitem__)
     return site, metric, having[site]
-
-
-def lower_is_better(metric: str) -> bool:
-    """Return whether smaller values of a metric are better; the run's files do not say, its name does."""
-    return metric == "loss"
 
 
 def bytes_by_round(run: Run) -> dict[str, Curve]:

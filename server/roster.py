@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
 
+HELLO_PATIENCE_S = 20.0
+"""How long a round waits for the hello of a node that is new to it."""
+
+
 @dataclass(frozen=True)
 class Member:
     """A site that passed the hello."""
@@ -51,6 +55,7 @@ class Roster:
         self._grid, self._config, self._spec, self._audit, self._stop = grid, config, spec, audit, stop
         self._known: dict[int, Member | str] = {}  # a refused node stands here with its code, and is not asked again
         self._present: set[int] = set()
+        self._silent: dict[int, float] = {}  # when a node that did not answer was greeted
 
     def members(self) -> dict[str, Member]:
         """Return the sites that are connected now, by name, sorted."""
@@ -75,7 +80,7 @@ class Roster:
         while True:
             left_s = max(0.0, ends - time.monotonic())
             wait_for_nodes(self._grid, wanted + len(self.refused()), left_s, self._stop, seen)
-            self.refresh()
+            self.refresh(max(left_s, HELLO_PATIENCE_S))
             if len(self.members()) >= wanted:
                 return
             if time.monotonic() >= ends:
@@ -88,8 +93,11 @@ class Roster:
             "look at the refused sites' own logs" if refusals else "start more sites, or raise connect_timeout_s",
         )
 
-    def refresh(self) -> None:
-        """Look who is connected, and greet the nodes that are new or have come back."""
+    def refresh(self, patience_s: float = HELLO_PATIENCE_S) -> None:
+        """Look who is connected, and greet the nodes that are new or have come back.
+
+        A node that does not answer in `patience_s` is left alone for `connect_timeout_s`, then greeted again.
+        """
         self._present = set(self._grid.get_node_ids())
         if self._known.keys() - self._present:  # who left says hello again, and their names can be taken
             self._known = {
@@ -97,20 +105,25 @@ class Roster:
                 for node, entry in self._known.items()
                 if node in self._present and entry != "site-name-taken"
             }
-        new = sorted(self._present - set(self._known))
+        now = time.monotonic()
+        due = now - self._config.strategy.connect_timeout_s
+        new = sorted(node for node in self._present - set(self._known) if self._silent.get(node, due) <= due)
         if new:
-            self._greet(new)
-        self._present &= set(self._known)  # a node that has not answered its hello is asked again next time
+            self._greet(new, patience_s)
+        self._silent |= {node: now for node in new if node not in self._known}
+        self._present &= set(self._known)
 
-    def _greet(self, nodes: list[int]) -> None:
+    def _greet(self, nodes: list[int], patience_s: float) -> None:
         from flwr.app import Message
 
         content = to_record(HelloRequest(self._config.for_sites(), __version__))
         messages = [Message(content, node, "query", ttl=self._config.strategy.round_timeout_s * 2) for node in nodes]
         replies: dict[int, Message] = {}
-        for reply in exchange(self._grid, messages, self._config.strategy.round_timeout_s, self._stop):
+        if getattr(self._grid, "sequential", False):
+            patience_s = self._config.strategy.round_timeout_s  # of each node: they answer one after the other
+        for reply in exchange(self._grid, messages, patience_s, self._stop):
             replies.setdefault(reply.metadata.src_node_id, reply)
-        for node in nodes:  # in the order of node ids, not of arrival: who of two namesakes wins is not left to chance
+        for node in nodes:  # not in the order of arrival, which a namesake could win by haste
             if node in replies:
                 self._known[node] = self._judge(node, replies[node])
 

@@ -25,6 +25,7 @@ def simulate(
     client: SimulatedApp,
     *,
     resume: bool = False,
+    previous: bool = False,
     progress: Progress | None = None,
     stop: Stop | None = None,
     fault: Fault | None = None,
@@ -35,6 +36,7 @@ def simulate(
         config: the run.
         client: makes the ClientApp of the simulated sites.
         resume: go on from the last checkpoint.
+        previous: with `resume`, from the one before it.
         progress: shows what happens.
         stop: set to end the run at the next chance.
         fault: tests interfere with replies here; in-process only.
@@ -45,7 +47,7 @@ def simulate(
     app, nodes = client(config)
     if config.simulation.engine == "in-process":
         grid = InProcessGrid(app, nodes, fault)
-        return run_federation(grid, config, resume=resume, progress=progress, stop=stop)
+        return run_federation(grid, config, resume=resume, previous=previous, progress=progress, stop=stop)
 
     from server.engines import ray
 
@@ -57,7 +59,9 @@ def simulate(
             nodes,
             config.train.threads,
             1.0 if config.train.device == "cuda" else 0.0,
-            lambda grid: outcomes.append(run_federation(grid, config, resume=resume, progress=progress, stop=stop)),
+            lambda grid: outcomes.append(
+                run_federation(grid, config, resume=resume, previous=previous, progress=progress, stop=stop)
+            ),
         )
     except BaseException:
         stop.request()  # else the thread that runs the federation goes on waiting for nodes that are gone

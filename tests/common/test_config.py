@@ -184,7 +184,8 @@ def test_sha256_leaves_out_where_and_how_only():
             hashed = config.model_copy(update={name: changed})
             with warnings.catch_warnings(action="ignore"):  # pydantic notes the type, which is wrong on purpose
                 (same if hashed.sha256 == config.sha256 else other).append(f"{name}.{key}")
-    assert same == ["run.output_dir", "model.public_name", "simulation.engine"]
+    patience = ["strategy.round_timeout_s", "strategy.connect_timeout_s"]
+    assert same == ["run.output_dir", "model.public_name", *patience, "simulation.engine"]
     assert len(other) > 40
 
 
@@ -212,7 +213,8 @@ def test_sites_get_what_they_need_and_nothing_of_the_operators_files():
     config = parse(raw)
     text = config.for_sites()
     assert "secret" not in text
-    assert set(json.loads(text)) == {"run", "model", "task", "adapter", "train", "strategy", "privacy"}
+    assert set(json.loads(text)) == {"run", "model", "task", "adapter", "train", "strategy", "privacy", "evaluation"}
+    assert json.loads(text)["evaluation"] == {"batch_size": 13}
     there = parse(json.loads(text))
     for section in ("model", "task", "adapter", "train", "strategy", "privacy"):
         assert getattr(there, section) == getattr(config, section), section

@@ -78,8 +78,10 @@ def test_whenever_the_disk_is_full_the_run_stops_and_goes_on_with_the_same_bytes
             run(monkeypatch, config)
         assert (caught.value.code, caught.value.exit_status) == ("disk-full", 5)
         fail_at(monkeypatch, 0)
-        body = checkpoint._read_manifest(folder / "toy" / "checkpoint" / "current.json")
-        checkpoint.load(folder / "toy" / "checkpoint", body["config_sha256"], SPEC.sha256)
+        current = folder / "toy" / "checkpoint" / "current.json"
+        if current.is_file():  # else nothing was trained yet, and the run begins anew
+            body = checkpoint._read_manifest(current)
+            checkpoint.load(current.parent, body["config_sha256"], SPEC.sha256)
         resumed = run(monkeypatch, config, resume=True)
         assert resumed.summary["adapter_sha256"] == whole.summary["adapter_sha256"], number
         assert [line["round"] for line in read_lines(resumed.folder / "metrics.jsonl")] == [0, 1, 2]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from common.errors import DataError
+from common.errors import ConfigError, DataError
 from common.model import load_graft
 from common.tasks.base import Column
 from server.evaluate import evaluate_untouched, make_evaluator, read_evaluation
@@ -38,6 +38,13 @@ def test_a_wrong_file_is_refused_before_training(tmp_path):
     with pytest.raises(DataError) as caught:
         make_evaluator(loaded(config), config)
     assert caught.value.code == "shard-missing"
+
+
+def test_a_monitor_that_the_file_does_not_give_is_refused_before_training(tmp_path):
+    """Catches: a KeyError after the first round, in a folder that can then neither start nor resume."""
+    config = tiny_config(tmp_path, evaluation={"monitor": "eval_speed"})
+    with pytest.raises(ConfigError, match=r"evaluation\.monitor = 'speed': expected one of accuracy, macro_f1, loss"):
+        make_evaluator(loaded(config), config)
 
 
 def test_the_untouched_base_does_not_depend_on_what_was_trained(tmp_path):
