@@ -271,3 +271,13 @@ def test_training_learns():
     train(model, ENCODED, settings(local_steps=400), plan())
     assert np.allclose(model.read(), [0.3, 1.0, -2.0, 0.5], atol=1e-2)
     assert Regression().loss(model.base.network, {"inputs": INPUTS, "targets": TARGETS}) < 1e-3
+
+
+def test_gradients_left_by_a_failed_site_do_not_reach_the_next():
+    """Catches: the shared model's leftover gradients, one site's data, added to another site's first step."""
+    clean, shared = graft(), graft()
+    for value in shared.parameters:
+        value.grad = torch.ones_like(value)
+    for one in (clean, shared):
+        train(one, ENCODED, settings(), plan())
+    assert np.array_equal(clean.read(), shared.read())
