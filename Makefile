@@ -29,7 +29,7 @@ $(VENV)/.demo: $(VENV)/.torch $(INPUTS)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(INPUTS)
-	$(PIP) --editable '.[demo,ray,dev]'
+	$(PIP) --editable '.[demo,ray,privacy,dev]'
 	@touch $@
 
 setup: $(VENV)/.dev  ## Make the environment for development

@@ -1,8 +1,8 @@
 """What federated training is compared with: no training, every site alone, all data in one place.
 
-Each is the same program with other settings: a federation of one. All of them take as many optimiser steps on as many
-rows as the federation does: a site alone takes those that it takes in the federation, and the central run takes those
-of all sites together.
+Each is the same program with other settings: a federation of one. A site alone does what it does in the federation,
+round by round with a fresh optimiser in each, so that only the averaging is missing. The central run takes the steps of
+all sites together in one stretch, as one would train without a federation.
 """
 
 from __future__ import annotations
@@ -29,26 +29,25 @@ Metrics = dict[str, float]
 
 def centralised(config: RunConfig, sites: int) -> RunConfig:
     """Return the run with all data at one site, at equal samples."""
-    return _alone(config, sites, clients=1)
+    raw = _alone(config)
+    raw["run"]["rounds"] = 1
+    raw["train"]["local_steps"] = config.train.local_steps * config.run.rounds * sites
+    raw["train"]["local_epochs"] = config.train.local_epochs * config.run.rounds
+    raw["simulation"] |= {"partition": "iid", "column": "", "clients": 1}
+    return parse(raw)
 
 
 def local_only(config: RunConfig) -> RunConfig:
     """Return the run as one site would do it by itself; the split of the data stays as it is."""
-    return _alone(config, 1)
+    return parse(_alone(config))
 
 
-def _alone(config: RunConfig, factor: int, **simulation: Any) -> RunConfig:
+def _alone(config: RunConfig) -> dict[str, Any]:
     raw = config.model_dump(mode="json")
-    rounds = config.run.rounds
-    raw["run"]["rounds"] = 1
-    raw["train"]["local_steps"] = config.train.local_steps * rounds * factor
-    raw["train"]["local_epochs"] = config.train.local_epochs * rounds
     raw["strategy"] = {"name": "fedavg", "min_clients": 1, "round_timeout_s": 604_800.0}
-    raw["strategy"]["max_update_norm"] = sys.float_info.max  # one update is the whole training here
+    raw["strategy"]["max_update_norm"] = sys.float_info.max  # an update may be the whole training here
     raw["evaluation"] |= {"data": "", "at_sites": False, "early_stopping_patience": 0}
-    if simulation:
-        raw["simulation"] |= {"partition": "iid", "column": "", **simulation}
-    return parse(raw)
+    return raw
 
 
 def run_baselines(

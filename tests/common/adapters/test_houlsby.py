@@ -383,7 +383,7 @@ def test_same_seed_same_start_and_copies_are_apart():
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_per_sample_gradients(model_type, train_layer_norm):
     """Catches: trainable layers that Opacus refuses (own buffers) or differentiates wrongly (in-place or shared)."""
-    from opacus import GradSampleModule
+    opacus = pytest.importorskip("opacus", reason="Opacus, of the extra [privacy], is not installed")
 
     dropouts = (
         "hidden_dropout_prob",
@@ -395,7 +395,7 @@ def test_per_sample_gradients(model_type, train_layer_norm):
     base = make(model_type, **dict.fromkeys(dropouts, 0.0)).train()
     _, model = attach(base, HEADS.get(model_type, ("classifier",)), train_layer_norm=train_layer_norm)
     stir(model)
-    wrapped = GradSampleModule(copy.deepcopy(model), loss_reduction="mean")
+    wrapped = opacus.GradSampleModule(copy.deepcopy(model), loss_reduction="mean")
     functional.cross_entropy(wrapped(**INPUTS).logits, torch.tensor([0, 1])).backward()
     for row in range(2):
         model.zero_grad()
