@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Maker = Any
 
-State = dict[str, npt.NDArray[np.float64]]
+Moments = dict[str, npt.NDArray[np.float64]]
 """What a strategy remembers between rounds (`m_t`, `v_t`), by attribute name."""
 
 STRATEGIES: Registry[Maker] = Registry("strategy")
@@ -77,7 +77,7 @@ def _krum(settings: Any) -> FedAvg:
 
 def aggregate(
     settings: StrategySettings, state: Mapping[str, npt.NDArray[Any]], round_: int, accepted: Sequence[Accepted]
-) -> tuple[Vector, State]:
+) -> tuple[Vector, Moments]:
     """Return the aggregated update, shape (size,), and what the strategy wants to remember.
 
     Nothing is kept on an object between rounds, so that a checkpoint holds everything.
