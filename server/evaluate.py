@@ -17,6 +17,7 @@ from common.wire import Vector
 Evaluator = Callable[[Vector], dict[str, float]]
 
 _FEW = 4
+"""Rows enough to learn which metrics a file gives; what their values are does not matter."""
 
 
 def make_evaluator(graft: Graft, config: RunConfig) -> Evaluator | None:
