@@ -213,6 +213,9 @@ def test_half_the_bytes(task, method, folder):
     half, whole = (Site(folder, task, method, wire_dtype=kind).graft.spec for kind in ("float16", "float32"))
     assert 2 * half.size_bytes == whole.size_bytes
     assert half.sha256 != whole.sha256
+    vector = np.ones(whole.size, np.float32)
+    sent = {spec.wire_dtype: len(encode(vector, spec)["adapter"].data) for spec in (half, whole)}
+    assert sent["float32"] - sent["float16"] == half.size_bytes  # the headers are equally long
 
 
 @each_pair

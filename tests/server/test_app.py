@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,7 +83,8 @@ def test_the_best_adapter_is_written_under_the_models_names(ran):
 def test_the_stored_config_gives_the_same_run(ran):
     """Catches: paths that mean something else in another folder, and settings lost on their way to the file."""
     stored = read_config(ran.folder / "config.toml")
-    assert stored.sha256 == read_config(ran.folder / "config.toml").sha256
+    assert Path(stored.run.output_dir) / stored.run.name == ran.folder
+    assert all(Path(path).is_absolute() for path in (stored.evaluation.data, stored.simulation.data, stored.model.name))
     assert verify(ran.folder / "audit.jsonl")[0]["config_sha256"] == stored.sha256
 
 
