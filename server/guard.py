@@ -62,13 +62,17 @@ class Rejected:
 
 
 DROPOUT = "dropout"
-"""The reason when no reply came before the deadline."""
+"""The reason when no reply came before the deadline, or none can come any more."""
+
+GONE = ("flower-error-3", "flower-error-4", "flower-error-5")
+"""What a SuperLink answers for a node that is gone: message, reply or node unavailable."""
 
 
 def check(reply: Message, asked: Asked, spec: AdapterSpec, max_update_norm: float) -> Accepted | Rejected:
     """Accept or reject a reply to a train request."""
     if reply.has_error():
-        return Rejected(asked.site, error_code(reply))
+        code = error_code(reply)
+        return Rejected(asked.site, DROPOUT, code) if code in GONE else Rejected(asked.site, code)
     size = array_bytes(reply.content)
     try:
         answer = from_record(TrainReply, reply.content)

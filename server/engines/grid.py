@@ -6,7 +6,6 @@ hands every reply over as it comes, and keeps the deadline.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -16,8 +15,6 @@ from common.errors import Interrupted
 if TYPE_CHECKING:
     from flwr.app import Message
     from flwr.serverapp import Grid
-
-log = logging.getLogger("tsugiki.server")
 
 FIRST_PAUSE_S = 0.005
 LONGEST_PAUSE_S = 0.5
@@ -63,31 +60,12 @@ def exchange(grid: Grid, messages: list[Message], timeout_s: float, stop: Stop) 
     pause = FIRST_PAUSE_S
     while pending and time.monotonic() < ends:
         stop.check()
-        replies, unreadable = _pull(grid, pending, sequential)
-        pending -= unreadable | {reply.metadata.reply_to_message_id for reply in replies}
+        replies = list(grid.pull_messages(pending))
+        pending -= {reply.metadata.reply_to_message_id for reply in replies}
         yield from replies
         if not replies and not sequential:
             time.sleep(min(pause, max(0.0, ends - time.monotonic())))
         pause = FIRST_PAUSE_S if replies else min(pause * 1.5, LONGEST_PAUSE_S)
-
-
-def _pull(grid: Grid, pending: set[str], sequential: bool) -> tuple[list[Message], set[str]]:
-    """Return the replies that are there, and the ids of those that cannot be read.
-
-    Over a network Flower inflates what a site uploaded before anyone can look at it, and raises whatever a malformed
-    object makes it raise. One at a time, such a reply costs its own site the round and takes no other with it.
-    """
-    if sequential:
-        return list(grid.pull_messages(pending)), set()
-    replies: list[Message] = []
-    unreadable: set[str] = set()
-    for message_id in sorted(pending):
-        try:
-            replies += grid.pull_messages([message_id])
-        except Exception as error:  # noqa: BLE001  # see above: there is no telling which
-            log.warning("a reply cannot be read: %s", type(error).__name__)
-            unreadable.add(message_id)
-    return replies, unreadable
 
 
 def wait_for_nodes(grid: Grid, count: int, timeout_s: float, stop: Stop, seen: Callable[[int], None]) -> list[int]:

@@ -74,20 +74,6 @@ def test_replies_come_as_they_arrive(clock):
     assert grid.pulled[-1] == {"a"}
 
 
-def test_a_reply_that_cannot_be_read_takes_no_other_with_it(clock):
-    """Catches: one malformed upload, at which Flower raises, that ends the round for everyone."""
-
-    class Malformed(Scripted):
-        def pull_messages(self, ids):
-            if "b" in ids:
-                raise ValueError("a body that is no JSON")
-            return [one for one in super().pull_messages(ids)]
-
-    grid = Malformed(clock, {"a": 1.0, "c": 2.0})
-    assert ids(exchange(grid, ["a", "b", "c"], 100.0, Stop())) == ["a", "c"]
-    assert clock.now < 10.0
-
-
 def test_the_deadline_holds(clock):
     """Catches: a wait without end for a site that is gone, and a last pause that goes past the deadline."""
     grid = Scripted(clock, {"a": 1.0})

@@ -1,0 +1,239 @@
+"""The deployed engine: Flower's grid over HTTP, with every reply pulled by itself and none pulled without bounds.
+
+Flower's own `pull_messages` waits for one reply after the other, because a reply becomes visible before its objects
+are uploaded: a site that stops in mid-upload holds up all others for minutes. Here each announced reply is a transfer,
+which small steps move on, with pauses of 0.02 s growing to 0.5 s; whoever asks gets the replies that are complete by
+then. What a reply announces is counted before anything of it is pulled, and bytes are counted while they come.
+
+Who sent a reply, and to which message, is taken from the SuperLink's envelope and from what was asked. The copy of the
+metadata inside an upload is written by the site, which could name another site there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import islice
+from math import ceil
+from typing import cast
+
+import httpx
+from flwr.app import Error, Message, Metadata
+from flwr.app.message import make_message
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    PullObjectRequest,
+    PullObjectResponse,
+)
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.protobuf.client import ProtobufRequestContext
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from flwr.superlink.grid import HttpGrid
+
+from common.messages import SITE_ERROR
+
+log = logging.getLogger("tsugiki.server")
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
+PATIENCE_S = 0.05
+"""How long one look waits for transfers that could be complete at once."""
+CHUNK_BYTES = 5 * 2**20
+"""Flower cuts arrays into objects of this size."""
+SPARE_BYTES, SPARE_OBJECTS = 256 * 2**10, 16
+"""For everything in a reply but its array: envelope, records, metrics."""
+
+
+class Unacceptable(Exception):
+    """A reply that is not worth another look; the code is what the guard will see."""
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+        super().__init__(code)
+
+
+@dataclass
+class Transfer:
+    """A reply on its way: what is still missing, what has come, when to look again."""
+
+    node_id: int
+    reply_to: str
+    object_id: str
+    missing: list[str]
+    contents: dict[str, bytes] = field(default_factory=dict)
+    pause_s: float = FIRST_PAUSE_S
+    due: float = 0.0
+    step: Future[Message | None] | None = None
+
+
+class SuperlinkGrid(HttpGrid):
+    """Flower's grid, made from the one that a ServerApp is given. Sites' uploads cannot block or flood it."""
+
+    @classmethod
+    def adopt(cls, grid: HttpGrid) -> SuperlinkGrid:
+        """Return a grid with the connection of another one, which Flower goes on to close."""
+        adopted = cls.__new__(cls)
+        vars(adopted).update(vars(grid))
+        adopted._asked = {}
+        adopted._transfers = {}
+        adopted._workers = ThreadPoolExecutor(4, "tsugiki-pull")
+        adopted.limit_replies(0)
+        return adopted
+
+    _asked: dict[str, int]
+    _transfers: dict[str, Transfer]
+    _workers: ThreadPoolExecutor
+    _most_bytes: int
+    _most_objects: int
+
+    def limit_replies(self, size_bytes: int) -> None:
+        """Refuse replies that hold more than an adapter of this size and its envelope."""
+        self._most_bytes = ceil(1.05 * size_bytes) + SPARE_BYTES
+        self._most_objects = ceil(size_bytes / CHUNK_BYTES) + SPARE_OBJECTS
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send messages; return the ids of those that the SuperLink took."""
+        messages = list(messages)
+        nodes = [message.metadata.dst_node_id for message in messages]
+        ids = cast("list[str | None]", list(super().push_messages(messages)))
+        taken = {message_id: node for message_id, node in zip(ids, nodes, strict=True) if message_id}
+        self._asked.update(taken)
+        return list(taken)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies that are complete; never waits for an upload.
+
+        Whoever leaves a message out of `message_ids` has given its reply up.
+        """
+        wanted = set(message_ids)
+        self._asked = {key: node for key, node in self._asked.items() if key in wanted}
+        self._transfers = {key: transfer for key, transfer in self._transfers.items() if key in wanted}
+        self._look_for_new(wanted - self._transfers.keys())
+        return self._move_on()
+
+    def _look_for_new(self, message_ids: set[str]) -> None:
+        """Begin a transfer for each reply that the SuperLink announces: it announces each once."""
+        if not message_ids:
+            return
+        answer = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=sorted(message_ids)))
+        for envelope, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
+            reply_to = envelope.metadata.reply_to_message_id
+            if reply_to in self._asked:
+                objects = [one.object_id for one in islice(iterate_object_tree(tree), self._most_objects + 1)]
+                message_id = envelope.metadata.message_id
+                self._transfers[reply_to] = Transfer(self._asked[reply_to], reply_to, message_id, objects)
+
+    def _move_on(self) -> list[Message]:
+        """Let every transfer that is due take a step, and return the replies that are complete."""
+        now = time.monotonic()
+        for transfer in self._transfers.values():
+            if transfer.step is None and transfer.due <= now:
+                transfer.step = self._workers.submit(self._step, transfer)
+        wait([transfer.step for transfer in self._transfers.values() if transfer.step], timeout=PATIENCE_S)
+        complete = []
+        for key, transfer in list(self._transfers.items()):
+            if transfer.step is not None and transfer.step.done():
+                reply, transfer.step = transfer.step.result(), None
+                if reply is not None:
+                    complete.append(reply)
+                    del self._transfers[key]
+        return complete
+
+    def _step(self, transfer: Transfer) -> Message | None:
+        """Pull what is there; return the reply, or the error that stands for it, when no more is to come."""
+        try:
+            if len(transfer.missing) > self._most_objects:
+                raise Unacceptable("size")
+            for object_id in list(transfer.missing):
+                left = self._most_bytes - sum(map(len, transfer.contents.values()))
+                content = self._pull_object(object_id, left)
+                if content is not None:
+                    transfer.contents[object_id] = content
+                    transfer.missing.remove(object_id)
+            if transfer.missing:
+                transfer.due = time.monotonic() + transfer.pause_s
+                transfer.pause_s = min(2 * transfer.pause_s, LONGEST_PAUSE_S)
+                return None
+            self._confirm(transfer)
+            return _readdressed(_inflate(transfer), transfer, self.run.run_id)
+        except Unacceptable as error:
+            log.warning("a reply is not acceptable: %s", error.code)
+            return _readdressed(Error(SITE_ERROR, error.code), transfer, self.run.run_id)
+        except httpx.HTTPError as error:  # the SuperLink did not answer; the deadline bounds how often this is tried
+            log.warning("the SuperLink did not answer: %s", type(error).__name__)
+            transfer.due = time.monotonic() + LONGEST_PAUSE_S
+            return None
+
+    def _pull_object(self, object_id: str, most_bytes: int) -> bytes | None:
+        """Return an object, or None while it is being uploaded. Reads no more than it may.
+
+        Raises:
+            Unacceptable: `size`; or `decode`, if the SuperLink does not have it any more.
+        """
+        client = self._runtime_client
+        request = PullObjectRequest(node=self.node, run_id=self.run.run_id, object_id=object_id)
+        http_request = client._client.build_request(
+            "POST",
+            f"{client._base_url}/v1/runtime/pull-object",
+            content=request.SerializeToString(deterministic=True),
+            headers={"content-type": PROTOBUF_MEDIA_TYPE, "accept": PROTOBUF_MEDIA_TYPE, "accept-encoding": "identity"},
+        )
+        call = ProtobufRequestContext("/flwr.proto.Runtime/PullObject", request, http_request)
+        response, body = client._send(call, stream=True), bytearray()
+        try:
+            response.raise_for_status()
+            for chunk in response.iter_raw():
+                body += chunk
+                if len(body) > most_bytes + 1024:  # what protobuf itself needs
+                    raise Unacceptable("size")
+        finally:
+            response.close()
+        answer = PullObjectResponse.FromString(bytes(body))
+        if not answer.object_found:
+            raise Unacceptable("decode")
+        return answer.object_content if answer.object_available else None
+
+    def _confirm(self, transfer: Transfer) -> None:
+        """Let the SuperLink forget the reply's objects."""
+        self._runtime_client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=self.node, run_id=self.run.run_id, message_object_id=transfer.object_id)
+        )
+
+
+def _inflate(transfer: Transfer) -> Message:
+    """Return the message that a site uploaded.
+
+    Raises:
+        Unacceptable: `decode`. Flower raises whatever a malformed object makes it raise.
+    """
+    try:
+        message = inflate_object_from_contents(transfer.object_id, transfer.contents)
+    except Exception as error:
+        raise Unacceptable("decode") from error
+    if not isinstance(message, Message):
+        raise Unacceptable("decode")
+    return message
+
+
+def _readdressed(reply: Message | Error, transfer: Transfer, run_id: int) -> Message:
+    """Return a reply as from the node that was asked and to the message that it was asked with."""
+    metadata = Metadata(
+        run_id=run_id,
+        message_id=transfer.object_id,
+        src_node_id=transfer.node_id,
+        dst_node_id=1,
+        message_type="query",  # nobody looks; Flower allows few
+        group_id="",
+        ttl=3600.0,
+        reply_to_message_id=transfer.reply_to,
+        created_at=time.time(),
+    )
+    if isinstance(reply, Error):
+        return make_message(metadata, error=reply)
+    if reply.has_error():
+        return make_message(metadata, error=reply.error)
+    return make_message(metadata, content=reply.content)
