@@ -11,19 +11,20 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common import __version__
+from common.audit import AuditLog
 from common.config import RunConfig
 from common.config_file import from_run_config, to_toml, with_absolute_paths
+from common.files import read_lines, write_atomically
 from common.model import Graft, load_graft
 from common.wire import AdapterSpec, sha256, unpack
 from server import checkpoint
-from server.audit import AuditLog
 from server.checkpoint import State
 from server.engines.grid import Stop
 from server.evaluate import make_evaluator
 from server.loop import Parts, initial_state, run_rounds
 from server.progress import Progress, choose
 from server.roster import Roster
-from server.storage import read_lines, run_folder, write_atomically
+from server.storage import run_folder
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def run_federation(
     with run_folder(Path(config.run.output_dir) / config.run.name, resume=resume) as folder:
         graft = load_graft(config, config.model.name, config.run.seed)
         evaluator = make_evaluator(graft, config)
+        if limit := getattr(grid, "limit_replies", None):
+            limit(graft.spec.size_bytes)
         if resume and previous:
             checkpoint.promote_previous(folder / "checkpoint")
         if not resume:  # before the first checkpoint: a folder with either can be resumed
@@ -170,4 +173,9 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run as a Flower app: the run config is the configuration."""
+    from flwr.superlink.grid import HttpGrid
+
+    from server.engines.superlink import SuperlinkGrid
+
+    grid = SuperlinkGrid.adopt(grid) if isinstance(grid, HttpGrid) else grid
     run_federation(grid, from_run_config(context.run_config), progress=choose())

@@ -15,6 +15,7 @@ from typing import Any
 from flwr.clientapp import ClientApp
 
 from common.config import RunConfig, parse
+from common.files import write_atomically
 from common.model import load_graft
 from server.app import run_federation
 from server.engines.grid import Stop
@@ -22,7 +23,6 @@ from server.engines.in_process import InProcessGrid
 from server.evaluate import evaluate_untouched, make_evaluator
 from server.progress import Progress
 from server.simulate import SimulatedApp
-from server.storage import write_atomically
 
 Metrics = dict[str, float]
 

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import StorageError
+from common.files import unwritable, write_atomically
 from common.wire import Vector
-from server.storage import unwritable, write_atomically
 
 FORMAT_VERSION = 1
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from common import config_file
 from common.config import RunConfig, parse
 from common.errors import ExportError, UsageError
+from common.files import unwritable
 from server.engines.grid import Stop
 from server.simulate import SimulatedApp
-from server.storage import unwritable
 
 
 def simulate(
@@ -146,14 +146,14 @@ def compare(file: Path, overrides: Sequence[str], as_json: bool, client: Simulat
 
 def site_names(folder: Path) -> list[str]:
     """Return the sites that passed the hello, from the audit log."""
-    from server.audit import verify
+    from common.audit import verify
 
     return sorted({event["site"] for event in verify(folder / "audit.jsonl") if event["event"] == "hello"})
 
 
 def last_evaluation(folder: Path) -> dict[str, float]:
     """Return the metrics of the last evaluated round."""
-    from server.storage import read_lines
+    from common.files import read_lines
 
     found: dict[str, float] = [line["eval"] for line in read_lines(folder / "metrics.jsonl") if "eval" in line][-1]
     return found

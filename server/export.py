@@ -13,12 +13,12 @@ from typing import Any, Literal
 from common import config_file
 from common.config import RunConfig
 from common.errors import ExportError, StorageError
+from common.files import read_lines, unwritable
 from common.model import Graft, find, load_graft
 from common.wire import Vector, pack, sha256
 from server import checkpoint
 from server.export_card import Export, Kind, card, is_sentence_transformer, loading_code
 from server.export_check import expect, prove
-from server.storage import read_lines, unwritable
 
 Which = Literal["best", "last"]
 

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.audit import AuditLog
 from common.config import RunConfig
 from common.errors import NotEnoughSites, QuorumNotMet, TrainingError
+from common.files import append_line
 from common.messages import EvaluateRequest, TrainRequest, to_record
 from common.rng import generator
 from common.wire import AdapterSpec, Vector, encode, l2_norm, sha256
 from server import checkpoint
-from server.audit import AuditLog
 from server.checkpoint import State
 from server.engines.grid import Stop, exchange
 from server.evaluate import Evaluator
 from server.guard import DROPOUT, Accepted, Asked, Rejected, check, check_evaluation
 from server.progress import Progress
 from server.roster import Member, Roster
-from server.storage import append_line
 from server.strategy import aggregate
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 
 from common.errors import UsageError
+from common.files import write_atomically
 from server import figures, tables
 from server.results import (
     Run,
@@ -28,7 +29,6 @@ from server.results import (
     weighted_mean,
     worst_site,
 )
-from server.storage import write_atomically
 
 MOST_MAPPED_SITES, MOST_MAPPED_ROUNDS = 30, 60
 """With more, replies are counted by round instead of shown one by one."""

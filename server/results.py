@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import StorageError
+from common.files import read_lines
 from server.guard import DROPOUT
-from server.storage import read_lines
 
 Line = dict[str, Any]
 """One line of metrics.jsonl."""

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from common import __version__
+from common.audit import AuditLog
 from common.config import RunConfig
 from common.errors import NotEnoughSites, WireError
 from common.messages import HelloReply, HelloRequest, error_code, from_record, to_record
 from common.settings import NAME_PATTERN
 from common.wire import AdapterSpec
-from server.audit import AuditLog
 from server.engines.grid import Stop, exchange, wait_for_nodes
+from server.guard import GONE
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -122,7 +123,8 @@ class Roster:
         if getattr(self._grid, "sequential", False):
             patience_s = self._config.strategy.round_timeout_s  # of each node: they answer one after the other
         for reply in exchange(self._grid, messages, patience_s, self._stop):
-            replies.setdefault(reply.metadata.src_node_id, reply)
+            if not (reply.has_error() and error_code(reply) in GONE):  # it left: as silent as if it were still there
+                replies.setdefault(reply.metadata.src_node_id, reply)
         for node in nodes:  # not in the order of arrival, which a namesake could win by haste
             if node in replies:
                 self._known[node] = self._judge(node, replies[node])

@@ -25,12 +25,12 @@ import common  # noqa: F401  (first: it switches off what would phone home)
 from client import trainer
 from client.app import simulated_app
 from common import __version__
+from common.audit import AuditLog
 from common.config import RunConfig, parse
 from common.messages import HelloReply, TrainReply, TrainRequest, from_record, to_record
 from common.model import load_graft
 from common.rng import generator
 from common.wire import AdapterSpec, TensorSpec, encode
-from server.audit import AuditLog
 from server.engines.grid import Stop
 from server.engines.in_process import InProcessGrid
 from server.loop import Parts, initial_state, run_rounds

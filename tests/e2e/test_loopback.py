@@ -10,9 +10,9 @@ import pytest
 
 from client.app import simulated_app
 from client.site import simulated_sites
+from common.audit import verify
 from common.config import RunConfig, parse
 from common.config_file import to_run_config
-from server.audit import verify
 from server.simulate import simulate
 from tests.support.loopback import deployment
 from tests.support.tiny import tiny_bert

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from common.audit import verify
 from common.errors import QuorumNotMet
+from common.files import read_lines
 from server import checkpoint
-from server.audit import verify
-from server.storage import read_lines
 from tests.support.toy import SPEC, federate, is_train, of_array, toy_app, toy_config, with_arrays
 
 

@@ -7,7 +7,7 @@ of at most 0.1 in each coordinate. The metric is the distance that is left after
 import numpy as np
 import pytest
 
-from server.audit import verify
+from common.audit import verify
 from tests.support.toy import SPEC, run_toy, toy_app, toy_config
 
 COLLUDERS = ("y", "z")

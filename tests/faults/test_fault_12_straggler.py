@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from client import trainer
+from common.audit import verify
 from common.errors import QuorumNotMet
-from server.audit import verify
 from tests.support.federation import hurry, leaks, run_tiny, tiny_config
 from tests.support.toy import SPEC, is_train, mostly_two, run_toy, toy_app, toy_config
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from common.errors import NotEnoughSites, QuorumNotMet
+from common.files import read_lines
 from server.engines.grid import Stop, wait_for_nodes
 from server.engines.in_process import InProcessGrid
-from server.storage import read_lines
 from tests.support.federation import hurry
 from tests.support.toy import SPEC, federate, is_train, toy_app, toy_config
 

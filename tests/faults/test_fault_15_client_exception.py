@@ -5,8 +5,8 @@ import logging
 import pytest
 
 from client import app as client_app
-from server.audit import verify
-from server.storage import read_lines
+from common.audit import verify
+from common.files import read_lines
 from tests.support.federation import CANARY, leaks, run_tiny, server_log, tiny_config
 
 RAISED = {

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import tsugiki
-from server.audit import verify
-from server.storage import read_lines
+from common.audit import verify
+from common.files import read_lines
 from tests.support.federation import leaks, run_tiny, tiny_config
 from tests.support.tiny import tiny_bert
 

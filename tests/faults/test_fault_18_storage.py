@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.audit import verify
 from common.errors import StorageError
+from common.files import read_lines
 from server import checkpoint, storage
-from server.audit import verify
-from server.storage import read_lines
 from tests.support.toy import SPEC, federate, toy_app, toy_config
 
 

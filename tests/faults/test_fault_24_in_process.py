@@ -4,9 +4,9 @@ import logging
 
 import pytest
 
-from server.audit import verify
+from common.audit import verify
+from common.files import read_lines
 from server.progress import Lines
-from server.storage import read_lines
 from tests.faults.test_fault_24_data_shard import FAULTS, one_class
 from tests.support.federation import app_of_sites, leaks, run_tiny, server_log, site_folder, tiny_config
 from tests.support.toy import is_train

@@ -4,12 +4,12 @@ import pytest
 import tomli_w
 
 from client.site import read_site
+from common.audit import verify
 from common.config import parse
 from common.data.partition import by_column
 from common.errors import ConfigError, DataError, ModelError
+from common.files import read_lines
 from common.model import find
-from server.audit import verify
-from server.storage import read_lines
 from tests.support.federation import app_of_sites, leaks, model_folder, run_tiny, site_folder, tiny_config, write_rows
 from tests.support.tiny import tiny_bert
 from tests.support.toy import federate, rewritten, toy_app, toy_config

@@ -8,15 +8,15 @@ from flwr.app import Context, RecordDict
 from safetensors.numpy import load_file
 
 from client.app import simulated_app
+from common.audit import verify
 from common.config_file import read as read_config
 from common.config_file import to_run_config
 from common.errors import ModelError, NotEnoughSites, StorageError
+from common.files import read_lines
 from common.wire import sha256
 from server.app import app
-from server.audit import verify
 from server.engines.in_process import InProcessGrid
 from server.progress import Progress
-from server.storage import read_lines
 from tests.support.federation import leaks, run_tiny, tiny_config
 
 AT_SITES = {"evaluation": {"at_sites": True}, "simulation": {"evaluation_fraction": 0.25}}

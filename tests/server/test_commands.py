@@ -15,9 +15,9 @@ from common.adapters import ADAPTERS
 from common.config import STRATEGY_SETTINGS, RunConfig, parse
 from common.config_file import read, to_toml
 from common.errors import ConfigError, ExportError, RegistryError, TsugikiError, UsageError
+from common.files import read_lines
 from common.tasks import TASKS
 from server import commands, demo, doctor
-from server.storage import read_lines
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import tiny_sentence_transformer
 

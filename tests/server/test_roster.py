@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 
 from common import __version__
+from common.audit import verify
 from common.errors import NotEnoughSites
 from common.messages import error_reply
-from server.audit import verify
 from server.engines.in_process import InProcessGrid
 from tests.support.federation import hurry
 from tests.support.toy import SPEC, rewritten, toy_app, toy_config, toy_parts

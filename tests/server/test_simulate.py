@@ -2,7 +2,7 @@ import pytest
 
 from client.app import simulated_app
 from common.errors import DataError
-from server.storage import read_lines
+from common.files import read_lines
 from tests.support.federation import run_tiny, tiny_config
 
 

@@ -1,23 +1,11 @@
-import errno
 import fcntl
-import json
-import os
 import shutil
 
 import pytest
 
 from common.errors import StorageError
 from server import storage
-from server.storage import append_line, read_lines, run_folder, write_atomically
-
-
-def failing(number):
-    """Return a function that fails as the system does."""
-
-    def fail(*args):
-        raise OSError(number, os.strerror(number))
-
-    return fail
+from server.storage import run_folder
 
 
 def code_of(action):
@@ -32,44 +20,6 @@ def enter(path, resume=False):
     """Open and close a run's folder."""
     with run_folder(path, resume=resume) as folder:
         return folder
-
-
-def test_a_file_is_written_and_replaced(tmp_path):
-    """Catches: content appended, or a temporary file left."""
-    for content in (b"one", b"two"):
-        write_atomically(tmp_path / "file", content)
-        assert (tmp_path / "file").read_bytes() == content
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        (errno.ENOSPC, "disk-full"),
-        (errno.EDQUOT, "disk-full"),
-        (errno.EFBIG, "disk-full"),
-        (errno.EROFS, "not-writable"),
-        (errno.EIO, "not-writable"),
-    ],
-)
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, number, code):
-    """Catches: a half-written file in the old one's place, and a temporary one that fills the full disk further."""
-    write_atomically(tmp_path / "file", b"old")
-    monkeypatch.setattr(storage.os, "fsync", failing(number))
-    assert code_of(lambda: write_atomically(tmp_path / "file", b"new")) == code
-    monkeypatch.undo()
-    assert (tmp_path / "file").read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_content_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
-    """Catches: a rename before the content was flushed, which a power cut turns into an empty file."""
-    happened = []
-    sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(storage.os, "fsync", lambda number: happened.append("sync") or sync(number))
-    monkeypatch.setattr("pathlib.os.replace", lambda *paths: happened.append("rename") or replace(*paths))
-    write_atomically(tmp_path / "file", b"x")
-    assert happened == ["sync", "rename", "sync"]
 
 
 def test_a_run_folder_is_made_and_locked(tmp_path):
@@ -112,35 +62,3 @@ def test_a_full_disk_is_noticed_before_the_start(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=storage.LEAST_FREE_BYTES - 1))
     assert code_of(lambda: enter(tmp_path / "run")) == "disk-full"
-
-
-def test_lines_are_appended_and_read(tmp_path):
-    """Catches: a line break inside a record that becomes two lines."""
-    records = [{"a": 1}, {"b": "two\nlines"}]
-    for record in records:
-        append_line(tmp_path / "lines", record)
-    assert read_lines(tmp_path / "lines") == records
-    assert read_lines(tmp_path / "missing") == []
-
-
-def test_a_cut_off_last_line_is_left_out_and_another_is_not(tmp_path):
-    """Catches: a crash in the middle of a line that makes the file unreadable, and damage taken for a crash."""
-    path = tmp_path / "lines"
-    path.write_text('{"a": 1}\n{"b": ')
-    assert read_lines(path) == [{"a": 1}]
-    path.write_text('{"a": 1}\n{"b": \n{"c": 3}\n')
-    assert code_of(lambda: read_lines(path)) == "run-corrupt"
-
-
-def test_a_line_that_cannot_be_appended_is_an_error(tmp_path, monkeypatch):
-    """Catches: a record that is lost without a word."""
-    monkeypatch.setattr(storage.os, "fsync", failing(errno.ENOSPC))
-    assert code_of(lambda: append_line(tmp_path / "lines", {})) == "disk-full"
-    assert code_of(lambda: append_line(tmp_path / "missing" / "lines", {})) == "not-writable"
-
-
-def test_lines_are_strict_json(tmp_path):
-    """Catches: an encoding that other readers do not take."""
-    append_line(tmp_path / "lines", {"name": "Übung", "value": 0.1})
-    assert (tmp_path / "lines").read_bytes().isascii()
-    assert json.loads((tmp_path / "lines").read_text()) == {"name": "Übung", "value": 0.1}

@@ -14,18 +14,18 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from common import __version__
+from common.audit import AuditLog, verify
 from common.config import RunConfig
+from common.files import read_lines
 from common.messages import EvaluateReply, HelloReply, HelloRequest, TrainReply, TrainRequest, from_record, to_record
 from common.wire import ARRAY_KEY, AdapterSpec, TensorSpec, Vector, decode, encode
 from server.app import Outcome, run_federation
-from server.audit import AuditLog, verify
 from server.checkpoint import State
 from server.engines.grid import Stop
 from server.engines.in_process import Fault, InProcessGrid, identify_process
 from server.guard import Asked
 from server.loop import Parts, initial_state, run_rounds
 from server.roster import Roster
-from server.storage import read_lines
 from tests.support.federation import leaks, merged
 
 SPEC = AdapterSpec(

@@ -1,7 +1,7 @@
 """The audit log: append-only JSON lines, each with the hash of the one before it.
 
-Whoever changes, drops or inserts a line breaks the chain from there on. It records what the operator's side did and
-saw: codes, counts and hashes, never a site's data.
+Whoever changes, drops or inserts a line breaks the chain from there on. The operator keeps one for each run, a
+site one of its own. They record codes, counts and hashes, never a site's data.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import StorageError
-from server.storage import append_line, read_lines, write_atomically
+from common.files import append_line, read_lines, write_atomically
 
 _START = "0" * 64
 

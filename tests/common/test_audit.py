@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from common.audit import AuditLog, verify
 from common.errors import StorageError
-from server.audit import AuditLog, verify
 
 
 @pytest.fixture

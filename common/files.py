@@ -1,0 +1,79 @@
+"""Files that are either whole or as before: written aside, flushed, renamed; and lines, appended and flushed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from common.errors import StorageError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file beside its place, flush it to the disk, and rename it into place.
+
+    Raises:
+        StorageError: `disk-full` or `not-writable`; what was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # else the rename itself may be lost
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # on a full disk, what was written of it is in the way
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> StorageError:
+    """Return the error for a file that could not be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return StorageError(
+        f"cannot write {path}: {os.strerror(error.errno or 0)}",
+        "a writable folder with free space",
+        "free some space" if full else "check the folder and its permissions",
+        code="disk-full" if full else "not-writable",
+    )
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line and flush it to the disk.
+
+    Raises:
+        StorageError: `disk-full` or `not-writable`.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSON-lines file; a last line that a crash cut off is left out.
+
+    Raises:
+        StorageError: a line before the last is no JSON.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text("utf-8").split("\n")
+    complete = [line for line in lines[:-1] if line]  # what follows the last newline was cut off
+    try:
+        return [json.loads(line) for line in complete]
+    except json.JSONDecodeError as error:
+        raise StorageError(f"{path}: a line is no JSON", "one record a line", code="run-corrupt") from error
