@@ -13,6 +13,9 @@ TsugikiError
 │   └── WireError           8  received bytes are not the array that was agreed
 ├── ExportError             9  an export does not reproduce the run's outputs
 ├── TrainingError          10  local training cannot go on: deadline, divergence
+├── LinkError              11  a client and its server cannot connect: network, TLS, key, clock
+├── PolicyError            12  a site's own policy forbids what a run asks for
+├── DeployError            13  the SuperLink does not start, ended, or does not do what it should
 └── Interrupted           130  stopped by the user; the checkpoint is kept
 
 Each carries a `code` (kebab-case; this, and only this, crosses the network) and three parts: what was wrong, what was
@@ -141,6 +144,24 @@ class TrainingError(TsugikiError):
     """Local training cannot go on."""
 
     code, exit_status = "training-failed", 10
+
+
+class LinkError(TsugikiError):
+    """A client and its server cannot connect, or cannot any more."""
+
+    code, exit_status = "server-unreachable", 11
+
+
+class PolicyError(TsugikiError):
+    """A site's own policy forbids what a run asks for. Codes start with `policy-`."""
+
+    code, exit_status = "policy-refused", 12
+
+
+class DeployError(TsugikiError):
+    """The SuperLink does not start, has ended, or does not do what it should."""
+
+    code, exit_status = "superlink", 13
 
 
 class Interrupted(TsugikiError):

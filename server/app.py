@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def run_federation(
     previous: bool = False,
     progress: Progress | None = None,
     stop: Stop | None = None,
+    names: Callable[[], Mapping[int, str]] = dict,
 ) -> Outcome:
     """Run a whole federation on a Grid, whichever engine lends it.
 
@@ -54,6 +56,7 @@ def run_federation(
         previous: with `resume`, from the one before it, when the last is damaged.
         progress: shows what happens.
         stop: set to end the run at the next chance.
+        names: returns the names under which nodes' keys are registered, by node id.
 
     Raises:
         TsugikiError: the run cannot start or go on; the class says why, and the last checkpoint is kept.
@@ -82,7 +85,7 @@ def run_federation(
             base_fingerprint=graft.spec.base_fingerprint,
         )
         with progress:
-            roster = Roster(grid, config, graft.spec, audit, stop)
+            roster = Roster(grid, config, graft.spec, audit, stop, names)
             roster.wait(lambda count: progress.note(f"{count} of {config.strategy.min_clients} nodes connected"))
             lower = config.monitor in graft.task.lower_is_better
             parts = Parts(config, graft.spec, grid, roster, evaluator, lower, folder, audit, progress, stop)

@@ -40,7 +40,7 @@ def simulate(
     engines = [f"simulation.engine={engine}"] if engine else []
     config = config_file.read(file or Path(str(resume)) / "config.toml", [*overrides, *engines])
     if resume is not None:
-        config = _at(config, resume)
+        config = at_folder(config, resume)
     with stop_on_signals() as stop:
         outcome = run(
             config, client, resume=resume is not None, previous=previous, progress=progress.choose(), stop=stop
@@ -48,7 +48,7 @@ def simulate(
     finish(outcome.folder, outcome.summary, with_export, as_json)
 
 
-def _at(config: RunConfig, folder: Path) -> RunConfig:
+def at_folder(config: RunConfig, folder: Path) -> RunConfig:
     """Return the configuration of a run whose folder may have been moved, but not renamed."""
     if folder.resolve().name != config.run.name:
         raise UsageError(

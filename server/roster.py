@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,10 +50,20 @@ class Roster:
         spec: what a site has to have loaded too.
         audit: every hello and refusal is written there.
         stop: set when the user wants to stop.
+        names: returns the names under which nodes' keys are registered, by node id: no node may use another's.
     """
 
-    def __init__(self, grid: Grid, config: RunConfig, spec: AdapterSpec, audit: AuditLog, stop: Stop) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        config: RunConfig,
+        spec: AdapterSpec,
+        audit: AuditLog,
+        stop: Stop,
+        names: Callable[[], Mapping[int, str]] = dict,
+    ) -> None:
         self._grid, self._config, self._spec, self._audit, self._stop = grid, config, spec, audit, stop
+        self._names = names
         self._known: dict[int, Member | str] = {}  # a refused node stands here with its code, and is not asked again
         self._present: set[int] = set()
         self._silent: dict[int, float] = {}  # when a node that did not answer was greeted
@@ -141,6 +151,7 @@ class Roster:
         checks = {
             "site-name": re.fullmatch(NAME_PATTERN, hello.site) is None,
             "site-name-taken": taken,
+            "site-name-key": self._names().get(node, hello.site) != hello.site,
             "version-mismatch": _minor(hello.version) != _minor(__version__),
             "base-mismatch": hello.base_fingerprint != self._spec.base_fingerprint,
             "spec-mismatch": hello.spec_sha256 != self._spec.sha256,

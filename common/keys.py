@@ -1,0 +1,141 @@
+"""A node's key pair, in Flower's format: ECDSA on P-384 in OpenSSH files, as `ssh-keygen -t ecdsa -b 384` makes them.
+
+The private part stays at the site, readable by its owner alone. The public part goes to the operator, who registers it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import LinkError, UsageError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+
+LONGEST_FILE_BYTES = 10_000
+
+
+def new_key_pair(path: Path) -> Path:
+    """Write a new private key to `path` and its public part to `path`.pub; return the latter.
+
+    Raises:
+        UsageError: either is there already, or cannot be written.
+    """
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption())
+    public = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH)
+    target = path.with_name(path.name + ".pub")
+    if target.exists():
+        raise UsageError(f"{target} is there already", "a new name", "choose another, or delete both files")
+    write_private(path, private)
+    target.write_bytes(public + b"\n")
+    return target
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a new file that only its owner can read; never over another.
+
+    Raises:
+        UsageError: it is there already, or cannot be written.
+    """
+    try:
+        number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise UsageError(f"{path} is there already", "a new name", "choose another, or delete the file") from None
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}", "a writable folder", "check the folder") from error
+    with os.fdopen(number, "wb") as file:
+        file.write(content)
+
+
+def read_private(path: Path) -> bytes:
+    """Return a secret file's content.
+
+    Raises:
+        LinkError: `key-missing`, or `key-permissions`: others on this machine can read it.
+    """
+    try:
+        mode = path.stat().st_mode
+        content = path.read_bytes()
+    except OSError as error:
+        raise LinkError(
+            f"cannot read {path}: {error.strerror}", "a private key file", "check the path", code="key-missing"
+        ) from error
+    if stat.S_IMODE(mode) & 0o077:
+        raise LinkError(
+            f"{path} can be read by others ({stat.S_IMODE(mode):04o})",
+            "mode 0600",
+            f"chmod 600 {path}",
+            code="key-permissions",
+        )
+    return content
+
+
+def read_private_key(path: Path) -> EllipticCurvePrivateKey:
+    """Return a node's private key.
+
+    Raises:
+        LinkError: `key-missing`, `key-permissions`, or `key-invalid`: encrypted, or no key of Flower's kind.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+    content = read_private(path)
+    try:
+        key = load_ssh_private_key(content, None)
+    except Exception as error:  # noqa: BLE001  # cryptography raises ValueError, TypeError and its own
+        locked = b"PRIVATE KEY" in content and ("encrypted" in str(error) or "password" in str(error).lower())
+        why = "it is encrypted, and nobody can be asked for a password" if locked else "it is no OpenSSH private key"
+        raise LinkError(
+            f"{path} cannot be used: {why}", "a key of `tsugiki keys new`", "make a new one", code="key-invalid"
+        ) from None
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise LinkError(
+            f"{path} holds another kind of key", "ECDSA on P-384", "`tsugiki keys new` makes one", code="key-invalid"
+        )
+    return key
+
+
+def read_public_key(path: Path) -> EllipticCurvePublicKey:
+    """Return a node's public key.
+
+    Raises:
+        UsageError: the file cannot be read, or holds another kind of key.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
+    try:
+        with path.open("rb") as file:
+            content = file.read(LONGEST_FILE_BYTES)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", "a public key file", "check the path") from error
+    if b"PRIVATE KEY" in content:
+        raise UsageError(
+            f"{path} is a PRIVATE key", "its public part, ending in .pub", "delete this copy: it belongs to the site"
+        )
+    wrong = UsageError(f"{path} is no public key of a node", "ECDSA on P-384, as `tsugiki keys new` makes it")
+    try:
+        key = load_ssh_public_key(content)
+    except Exception:  # noqa: BLE001  # cryptography raises ValueError and its own
+        raise wrong from None
+    if not isinstance(key, EllipticCurvePublicKey) or key.curve.name != "secp384r1":
+        raise wrong
+    return key
+
+
+def fingerprint(key: EllipticCurvePublicKey) -> str:
+    """Return the key's fingerprint as `ssh-keygen -l` shows it, to be compared over another channel."""
+    from cryptography.hazmat.primitives import serialization as form
+
+    line = key.public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH)
+    digest = hashlib.sha256(base64.b64decode(line.split()[1])).digest()
+    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")

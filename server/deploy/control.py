@@ -1,0 +1,201 @@
+"""A run on a SuperLink, executed in this process: submitted, claimed, kept alive, and its end reported.
+
+Flower would start a process for the ServerApp and let it install the bundle. Here the process that the operator started
+is the one that runs the federation: errors, signals and progress need no way round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+from flwr.common.constant import SubStatus
+from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullTaskInputRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.supercore.constant import TaskType
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from common.errors import DeployError
+from common.keys import read_public_key
+from server.deploy.keyring import registered
+from server.deploy.superlink import Endpoint
+from server.engines.superlink import SuperlinkGrid
+
+CLAIM_TIMEOUT_S = 20.0
+HEARTBEAT_S = 10.0
+RETRY_S = 10.0
+"""How long a call may fail before the SuperLink counts as gone."""
+
+T = TypeVar("T")
+
+
+class Control:
+    """The SuperLink's API for whoever operates it."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._client = ControlHttpClient.from_server_address(
+            endpoint.address,
+            endpoint.root_certificates is None,
+            endpoint.root_certificates,
+            [RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+        )
+        self._nodes: dict[str, tuple[bytes, int]] = {}
+
+    def submit(self, bundle: bytes, run_config: Mapping[str, Any]) -> int:
+        """Submit a run; return its id.
+
+        Raises:
+            DeployError: the SuperLink does not take it.
+        """
+        fab = fab_to_proto(Fab(hashlib.sha256(bundle).hexdigest(), bundle, {}))
+        request = StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(run_config)))
+        return _answer(lambda: self._client.StartRun(request)).run_id
+
+    def synchronise(self, keyring: Path) -> list[str]:
+        """Register and unregister nodes until the SuperLink knows the keys in the folder; return what was done."""
+        wanted = {}
+        for name, path in registered(keyring).items():
+            wanted[name] = public_key_to_bytes(read_public_key(path))
+        done = []
+        for name, (key, node_id) in list(self._nodes.items()):
+            if wanted.get(name) != key:
+                _answer(lambda node_id=node_id: self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id)))  # type: ignore[misc]  # bound at once
+                del self._nodes[name]
+                done.append(f"{name} revoked")
+        for name, key in wanted.items():
+            if name not in self._nodes:
+                request = RegisterNodeRequest(public_key=key, name=name)
+                self._nodes[name] = (key, _answer(lambda request=request: self._client.RegisterNode(request)).node_id)  # type: ignore[misc]  # bound at once
+                done.append(f"{name} registered")
+        return done
+
+    def node_names(self) -> dict[int, str]:
+        """Return the names of the registered nodes by node id."""
+        return {node_id: name for name, (_, node_id) in self._nodes.items()}
+
+    def online(self) -> int:
+        """Return how many nodes are connected."""
+        nodes = _answer(lambda: self._client.ListNodes(ListNodesRequest())).nodes_info
+        return sum(node.status == "online" for node in nodes)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._client.close()
+
+
+def _answer(call: Callable[[], T]) -> T:
+    """Return the SuperLink's answer.
+
+    Raises:
+        DeployError: it cannot be reached, or says no.
+    """
+    try:
+        return call()
+    except httpx.HTTPStatusError as error:
+        detail = error.response.text[:300]
+        raise DeployError(f"the SuperLink says {error.response.status_code}: {detail}", "a yes") from error
+    except httpx.HTTPError as error:
+        raise DeployError(f"the SuperLink does not answer ({type(error).__name__})", "a running one") from error
+
+
+@contextmanager
+def executed(endpoint: Endpoint, run_id: int) -> Iterator[SuperlinkGrid]:
+    """Claim a submitted run and give its Grid inside a `with` block; how the block ends is how the run ends.
+
+    Raises:
+        DeployError: somebody else claimed it.
+    """
+    grid = HttpGrid(
+        endpoint.address, endpoint.root_certificates is None, endpoint.root_certificates, token=_claim(endpoint, run_id)
+    )
+    grid._retry_invoker.max_time = RETRY_S
+    client = grid._runtime_client
+    given = _answer(lambda: client.PullTaskInput(PullTaskInputRequest()))
+    TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
+    TaskIdentity.node_id = given.context.node_id
+    grid.set_run(run_from_proto(given.run))
+    over = threading.Event()
+    threading.Thread(target=_beat, args=(client, over), name="heartbeat", daemon=True).start()
+    outcome, details = SubStatus.FAILED, "ended"
+    try:
+        yield SuperlinkGrid.adopt(grid)
+        outcome, details = SubStatus.COMPLETED, ""
+    except httpx.HTTPError as error:
+        raise DeployError(
+            f"the SuperLink does not answer any more ({type(error).__name__})",
+            "one that runs as long as the run",
+            "`tsugiki serve --resume RUN` goes on from the last checkpoint",
+            code="superlink-gone",
+        ) from error
+    except BaseException as error:
+        outcome, details = SubStatus.FAILED, str(getattr(error, "code", type(error).__name__))
+        raise
+    finally:
+        over.set()
+        grid._retry_invoker.max_tries = 1
+        with suppress(httpx.HTTPError):  # the SuperLink may be gone; whoever watches it says so
+            client.PushTaskOutput(PushTaskOutputRequest(sub_status=outcome, details=details))
+        grid.close()
+
+
+def _claim(endpoint: Endpoint, run_id: int) -> str:
+    """Return the token with which the run's ServerApp speaks.
+
+    Raises:
+        DeployError: somebody else claimed it.
+    """
+    interceptors: list[Any] = [RuntimeVersionHttpInterceptor(component_name="SuperExec")]
+    if endpoint.secret:
+        methods = ["/flwr.proto.Runtime/AcquireTask"]
+        interceptors.append(SuperExecAuthHttpInterceptor(master_secret=endpoint.secret, protected_methods=methods))
+    client = RuntimeHttpClient.from_server_address(
+        endpoint.address, endpoint.root_certificates is None, endpoint.root_certificates, interceptors
+    )
+    ends = time.monotonic() + CLAIM_TIMEOUT_S
+    request = AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
+    try:
+        while time.monotonic() < ends:
+            answer = _answer(lambda: client.AcquireTask(request))
+            if answer.token and answer.task.run_id == run_id:
+                return answer.token
+            time.sleep(0.1)
+    finally:
+        client.close()
+    raise DeployError(
+        f"run {run_id} was taken by another process",
+        "a SuperLink that leaves its runs to us",
+        "start it with --isolation process, or let `tsugiki serve` start its own",
+        code="run-taken",
+    )
+
+
+def _beat(client: RuntimeHttpClient, over: threading.Event) -> None:
+    """Say that the ServerApp is alive. Failures are left to the calls of the main thread."""
+    while not over.wait(HEARTBEAT_S):
+        try:
+            client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+        except httpx.HTTPError:
+            continue

@@ -1,0 +1,68 @@
+"""The keys of the nodes that may take part: a folder of public keys, one file a node, which the operator can read.
+
+Registering a node is putting its file there, revoking it is removing the file. A running server looks again and again
+and tells the SuperLink what has changed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from common.errors import UsageError
+from common.files import unwritable
+from common.keys import fingerprint, read_public_key
+from common.settings import NAME_PATTERN
+
+
+def register(folder: Path, public: Path, name: str = "") -> tuple[str, str]:
+    """Add a node; return its name and fingerprint.
+
+    Args:
+        folder: the keyring, made if need be.
+        public: the node's public key.
+        name: by default that of the file.
+
+    Raises:
+        UsageError: the name is taken or no name, or the file holds no public key of a node.
+        StorageError: the folder cannot be written.
+    """
+    name = name or public.name.removesuffix(".pub")
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UsageError(
+            f"{name!r:.80} as a node's name", "lower-case letters, digits, . _ -, at most 64", "use --name"
+        )
+    key = read_public_key(public)
+    known = {fingerprint(read_public_key(path)): path.stem for path in sorted(folder.glob("*.pub"))}
+    if fingerprint(key) in known:
+        raise UsageError(
+            f"this key is registered already, as {known[fingerprint(key)]}", "a key of its own for each node"
+        )
+    target = folder / f"{name}.pub"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as file:
+            file.write(public.read_bytes())
+    except FileExistsError:
+        raise UsageError(f"{name} has a key already", "a new name", f"`tsugiki keys revoke {name}` first") from None
+    except OSError as error:
+        raise unwritable(target, error) from error
+    return name, fingerprint(key)
+
+
+def revoke(folder: Path, name: str) -> None:
+    """Remove a node.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    target = folder / f"{name}.pub"
+    if not re.fullmatch(NAME_PATTERN, name) or not target.is_file():
+        known = ", ".join(registered(folder)) or "none"
+        raise UsageError(f"no node {name!r:.80} in {folder}", f"one of {known}")
+    target.unlink()
+
+
+def registered(folder: Path) -> dict[str, Path]:
+    """Return the files of the registered nodes by name, sorted."""
+    return {path.stem: path for path in sorted(folder.glob("*.pub"))}

@@ -1,0 +1,135 @@
+"""`tsugiki serve`: a SuperLink, a run on it, and everything that has to be watched until both are over."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import RunConfig
+from common.config_file import to_run_config, with_absolute_paths
+from common.errors import TsugikiError, UsageError
+from server.app import Outcome, run_federation
+from server.deploy import bundle
+from server.deploy.certs import CertificateFiles
+from server.deploy.control import Control, executed
+from server.deploy.superlink import Endpoint, Superlink, superlink
+from server.engines.grid import Stop
+from server.progress import Progress
+
+WATCH_S = 1.0
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How the operator wants to be reached.
+
+    Args:
+        listen: HOST:PORT for the sites.
+        certificates: the server's; None: no TLS and no node keys.
+        keyring: folder of registered nodes' public keys.
+        superlink: HOST:PORT of a SuperLink that runs already; empty: start one.
+        announce: told what the operator would want to see.
+    """
+
+    listen: str
+    certificates: CertificateFiles | None
+    keyring: Path
+    superlink: str
+    announce: Callable[[str], None]
+
+
+def serve(
+    config: RunConfig, deployment: Deployment, *, resume: bool, previous: bool, progress: Progress, stop: Stop
+) -> Outcome:
+    """Run a federation over a network.
+
+    Args:
+        config: the run.
+        deployment: where and how.
+        resume: go on from the last checkpoint.
+        previous: with `resume`, from the one before it.
+        progress: shows what happens.
+        stop: set to end the run at the next chance.
+
+    Raises:
+        TsugikiError: it cannot start or go on. What was finished is kept.
+    """
+    config = with_absolute_paths(config)
+    _check_certificates(deployment)
+    with _endpoint(config, deployment) as (endpoint, child):
+        control = Control(endpoint)
+        try:
+            with _watching(control, deployment, child, stop) as failure:
+                run_id = control.submit(bundle.build(), to_run_config(config))
+                with executed(endpoint, run_id) as grid:
+                    return run_federation(grid, config, resume=resume, previous=previous, progress=progress, stop=stop)
+        except TsugikiError:
+            if failure:
+                raise failure[0] from None
+            raise
+        finally:
+            control.close()
+
+
+def _check_certificates(deployment: Deployment) -> None:
+    """Raise UsageError if certificates are wanted and not there."""
+    files = deployment.certificates
+    if files is None:
+        return
+    missing = [path for path in (files.ca, files.server, files.server_key) if not path.is_file()]
+    if missing:
+        raise UsageError(
+            f"no {missing[0]}",
+            "a server certificate",
+            "`tsugiki certs --host NAME` makes one; --insecure is for trying things out on loopback",
+        )
+
+
+@contextmanager
+def _endpoint(config: RunConfig, deployment: Deployment) -> Iterator[tuple[Endpoint, Superlink | None]]:
+    """Give the SuperLink's address inside a `with` block, and the SuperLink itself if it is ours."""
+    files = deployment.certificates
+    if deployment.superlink:
+        yield Endpoint(deployment.superlink, files.ca.read_bytes() if files else None), None
+        return
+    folder = Path(config.run.output_dir) / ".superlink" / config.run.name
+    with superlink(deployment.listen, files, folder) as child:
+        deployment.announce(f"sites connect to {child.listen}" + ("" if files else " (insecure: loopback only)"))
+        yield child.endpoint, child
+
+
+@contextmanager
+def _watching(
+    control: Control, deployment: Deployment, child: Superlink | None, stop: Stop
+) -> Iterator[list[TsugikiError]]:
+    """Keep an eye on the SuperLink and on the keyring inside a `with` block; a failure stops the run and is listed."""
+    failure: list[TsugikiError] = []
+    over = threading.Event()
+
+    def look() -> None:
+        if child is not None:
+            child.check()
+        if deployment.certificates is not None and child is not None:
+            for done in control.synchronise(deployment.keyring):
+                deployment.announce(done)
+
+    def watch() -> None:
+        while not over.wait(WATCH_S):
+            try:
+                look()
+            except TsugikiError as error:
+                failure.append(error)
+                stop.request()
+                return
+
+    look()
+    thread = threading.Thread(target=watch, name="watch", daemon=True)
+    thread.start()
+    try:
+        yield failure
+    finally:
+        over.set()
+        thread.join(WATCH_S)

@@ -1,0 +1,212 @@
+"""The SuperLink as a child process: bound to given addresses only, watched, and never left behind."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import DeployError, UsageError
+from common.keys import write_private
+from server.deploy.certs import CertificateFiles
+
+START_TIMEOUT_S, STOP_TIMEOUT_S = 60.0, 8.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+_CHILD = """
+import sys
+from flwr.supercore.app_utils import start_parent_process_monitor
+start_parent_process_monitor(int(sys.argv.pop(1)))
+from flwr.superlink.cli import flower_superlink
+flower_superlink()
+"""
+"""Flower's own command, which in this way ends when we end, whatever ends us."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a SuperLink's HTTP API for runs and for control is, and how to talk to it.
+
+    Args:
+        address: HOST:PORT.
+        root_certificates: PEM of the CA; None: no TLS.
+        secret: shared with whoever may execute runs; empty: none needed.
+    """
+
+    address: str
+    root_certificates: bytes | None
+    secret: bytes = b""
+
+
+@dataclass(frozen=True)
+class Superlink:
+    """A running SuperLink of ours."""
+
+    endpoint: Endpoint
+    listen: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def check(self) -> None:
+        """Do nothing while it runs.
+
+        Raises:
+            DeployError: `superlink-gone`.
+        """
+        status = self.process.poll()
+        if status is not None:
+            raise DeployError(
+                f"the SuperLink ended with status {status}",
+                "a SuperLink that runs as long as the run",
+                f"see {self.log}; `tsugiki serve --resume RUN` goes on from the last checkpoint",
+                code="superlink-gone",
+            )
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return (host, port).
+
+    Raises:
+        UsageError: it is not HOST:PORT.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65_536:
+        raise UsageError(f"the address {address!r:.80}", "HOST:PORT, such as 0.0.0.0:9092")
+    return host.strip("[]"), int(port)
+
+
+@contextmanager
+def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) -> Iterator[Superlink]:
+    """Run a SuperLink inside a `with` block.
+
+    Args:
+        listen: HOST:PORT of the Fleet API, where sites connect. Everything else stays on loopback.
+        certificates: of the server; None: no TLS and no node keys, on loopback only.
+        folder: for its log and Flower's own files, made if need be.
+
+    Raises:
+        UsageError: an address that cannot be used.
+        DeployError: it does not start.
+    """
+    host, port = split_address(listen)
+    if certificates is None and host not in LOOPBACK:
+        raise UsageError(
+            f"--insecure with {listen}", "loopback", "`tsugiki certs` makes certificates; then leave --insecure out"
+        )
+    _check_free(host, port)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "secret").unlink(missing_ok=True)
+    secret = secrets.token_bytes(48)
+    write_private(folder / "secret", secret)
+    runtime, log = free_port(), folder / "superlink.log"
+    command = [sys.executable, "-c", _CHILD, str(os.getpid()), *_arguments(listen, runtime, certificates, folder)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(os.environ, folder),
+            cwd=folder,
+            start_new_session=True,
+        )
+    try:
+        authority = certificates.ca.read_bytes() if certificates is not None else None
+        running = Superlink(Endpoint(f"127.0.0.1:{runtime}", authority, secret), listen, log, process)
+        _wait_for(running, [("127.0.0.1", runtime), (_reachable(host), port)])
+        yield running
+    finally:
+        _end(process)
+        (folder / "secret").unlink(missing_ok=True)
+
+
+def _arguments(listen: str, runtime: int, certificates: CertificateFiles | None, folder: Path) -> list[str]:
+    """Return the SuperLink's arguments; the run's ServerApp is executed by us, not by it."""
+    arguments = ["--host", "127.0.0.1", "--port", str(runtime), "--fleet-api-address", listen]
+    arguments += ["--isolation", "process", "--superexec-auth-secret-file", str(folder / "secret")]
+    arguments += ["--disable-runtime-dependency-installation"]
+    if certificates is None:
+        return [*arguments, "--insecure"]
+    arguments += ["--ssl-ca-certfile", str(certificates.ca.absolute())]
+    arguments += ["--ssl-certfile", str(certificates.server.absolute())]
+    arguments += ["--ssl-keyfile", str(certificates.server_key.absolute())]
+    return [*arguments, "--enable-supernode-auth"]
+
+
+def _environment(base: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Return the environment of a SuperLink that phones nobody and keeps its files in `folder`."""
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_HOME": str(folder.absolute())}
+    return {**base, **quiet}
+
+
+def free_port() -> int:
+    """Return a loopback port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _check_free(host: str, port: int) -> None:
+    """Do nothing if one can listen there.
+
+    Raises:
+        UsageError: one cannot.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {error.strerror}",
+            "an address of this machine and a free port",
+            "choose another with --listen",
+        ) from error
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # where to look, not where to listen
+
+
+def _wait_for(running: Superlink, addresses: list[tuple[str, int]]) -> None:
+    """Wait until it listens everywhere.
+
+    Raises:
+        DeployError: it ended, or takes too long.
+    """
+    ends = time.monotonic() + START_TIMEOUT_S
+    for address in addresses:
+        while True:
+            running.check()
+            try:
+                socket.create_connection(address, 1.0).close()
+                break
+            except OSError as error:
+                if time.monotonic() > ends:
+                    raise DeployError(
+                        f"the SuperLink does not listen after {START_TIMEOUT_S:g} s", do=f"see {running.log}"
+                    ) from error
+                time.sleep(0.05)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask the whole process group to end, then make it."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(STOP_TIMEOUT_S)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()

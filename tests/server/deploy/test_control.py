@@ -1,0 +1,101 @@
+"""Runs and keys on a real SuperLink."""
+
+import httpx
+import pytest
+
+from common.config_file import run_config_defaults
+from common.errors import DeployError
+from common.keys import new_key_pair
+from server.deploy import bundle, control
+from server.deploy.certs import make_certificates
+from server.deploy.control import Control, executed
+from server.deploy.keyring import register, revoke
+from server.deploy.superlink import free_port, superlink
+from server.engines.superlink import SuperlinkGrid
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory):
+    """A SuperLink with TLS, for this module."""
+    folder = tmp_path_factory.mktemp("superlink")
+    files = make_certificates(folder / "tls", [])
+    with superlink(f"127.0.0.1:{free_port()}", files, folder / "state") as running:
+        yield running
+
+
+@pytest.fixture
+def operator(child):
+    """Its control."""
+    one = Control(child.endpoint)
+    yield one
+    one.close()
+
+
+def status_of(operator, run_id):
+    """Return what the SuperLink says of a run."""
+    from flwr.proto.control_pb2 import ListRunsRequest
+
+    return operator._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status
+
+
+def test_a_run_is_submitted_executed_and_over(operator, child):
+    """Catches: a run that the SuperLink believes to be going on for ever; settings that the bundle does not have."""
+    run_id = operator.submit(bundle.build(), run_config_defaults())
+    with executed(child.endpoint, run_id) as grid:
+        assert isinstance(grid, SuperlinkGrid)
+        assert list(grid.get_node_ids()) == []
+        assert grid.run.run_id == run_id
+        assert status_of(operator, run_id).status == "running"
+    over = status_of(operator, run_id)
+    assert (over.status, over.sub_status) == ("finished", "completed")
+
+
+def test_a_run_that_fails_is_reported_with_its_code_only(operator, child):
+    """Catches: an exception's text, which may hold paths or data, kept by the SuperLink."""
+    run_id = operator.submit(bundle.build(), {})
+    with pytest.raises(ValueError, match="secret"), executed(child.endpoint, run_id):
+        raise ValueError("secret text")
+    over = status_of(operator, run_id)
+    assert (over.sub_status, over.details) == ("failed", "ValueError")
+
+
+def test_a_run_that_is_taken_is_not_taken_again(operator, child, monkeypatch):
+    """Catches: two processes that run the same federation; a wait without end."""
+    monkeypatch.setattr(control, "CLAIM_TIMEOUT_S", 0.5)
+    run_id = operator.submit(bundle.build(), {})
+    with executed(child.endpoint, run_id), pytest.raises(DeployError) as caught, executed(child.endpoint, run_id):
+        pass
+    assert caught.value.code == "run-taken"
+
+
+def test_a_superlink_that_goes_away_is_an_error_of_ours(operator, child):
+    """Catches: httpx's traceback."""
+    run_id = operator.submit(bundle.build(), {})
+    with pytest.raises(DeployError) as caught, executed(child.endpoint, run_id):
+        raise httpx.ConnectError("refused")
+    assert caught.value.code == "superlink-gone"
+    assert "--resume" in str(caught.value)
+
+
+def test_the_keyring_is_what_the_superlink_knows(operator, tmp_path):
+    """Catches: a revoked key that still gets in; one that was replaced; a name without its node."""
+    keys = tmp_path / "keys"
+    for name in ("acme", "bolt"):
+        register(keys, new_key_pair(tmp_path / name))
+    assert sorted(operator.synchronise(keys)) == ["acme registered", "bolt registered"]
+    assert operator.synchronise(keys) == []
+    assert sorted(operator.node_names().values()) == ["acme", "bolt"]
+    revoke(keys, "bolt")
+    assert operator.synchronise(keys) == ["bolt revoked"]
+    revoke(keys, "acme")
+    register(keys, new_key_pair(tmp_path / "acme-2"), "acme")
+    assert operator.synchronise(keys) == ["acme revoked", "acme registered"]
+    assert list(operator.node_names().values()) == ["acme"]
+
+
+def test_what_the_superlink_refuses_is_an_error_of_ours(operator):
+    """Catches: a run id of nothing, and a wait for a run that never starts."""
+    with pytest.raises(DeployError, match="the SuperLink says"):
+        operator.submit(b"no bundle", {})
