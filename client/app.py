@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.site import SimulatedSite, Site, simulated_sites, site_of_node
-from client.trainer import Plan, train
+from client.trainer import Plan, Watch, train
 from client.update import make_update
 from common import __version__
 from common.config import RunConfig
@@ -44,6 +44,7 @@ class Desk:
 
     encoded: dict[tuple[str, str, str], Encoded | None] = field(default_factory=dict)
     notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    watch: Watch = lambda step, steps, losses: None
 
     def graft(self, site: Site, config: RunConfig) -> Graft:
         """Return the base with the run's adapter on it."""
@@ -63,6 +64,11 @@ class Desk:
 
 _desk = Desk()
 """One for each process. Ray pickles the app for every message, so it must not hang on the app."""
+
+
+def watch_training(watch: Watch) -> None:
+    """Let every training step of this process be seen."""
+    _desk.watch = watch
 
 
 def make_app(locate: Locate) -> ClientApp:
@@ -132,7 +138,7 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
         proximal_mu=config.strategy.proximal_mu,
         deadline_s=request.deadline_s,
     )
-    trained = train(graft, rows, config.train, plan)
+    trained = train(graft, rows, config.train, plan, _desk.watch)
     update = make_update(graft.read(), received)
     reply = TrainReply(site.name, request.round, request.nonce, len(rows), trained.steps, trained.loss, trained.seconds)
     return to_record(reply, encode(update, graft.spec))

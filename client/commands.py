@@ -24,6 +24,11 @@ train = "{train}"            # .csv, .tsv, .jsonl or .parquet; relative to this 
 # quoting = "standard"             # "none": quotation marks are ordinary characters
 # columns = {{ text = "sentence" }}  # what the task reads = what your file calls it, or a number counted from 0
 
+# [server]                         # so that `tsugiki client` needs no options
+# address = "fed.example.org:9092"
+# ca = "ca.crt"                    # the federation's CA certificate, from its operator
+# key = "{name}.key"                # of `tsugiki keys new`; readable by you alone
+
 [models]
 # What this site loads when a run asks for a model by name: a local folder, a hub id, or package:module/path for
 # weights that an installed package ships. A name that is not here is refused.
@@ -47,6 +52,66 @@ def site_init(file: Path, name: str, train: str) -> None:
         why = error.strerror or type(error).__name__
         raise UsageError(f"cannot write {file}: {why}", "a file in a writable folder", "check the folder") from error
     sys.stdout.write(f"{file}\n")
+
+
+def client(server: str, site_file: Path, ca: Path | None, key: Path | None, insecure: bool, retry_s: float) -> None:
+    """Answer a server until stopped.
+
+    Raises:
+        TsugikiError: the site's file is wrong, or the server cannot be reached or refuses this node.
+    """
+    from client import status
+    from client.app import app, watch_training
+    from client.connection import Connection, Link, Stopping
+    from client.node import Ending, Node
+    from client.site import read_site
+    from common.keys import read_private_key
+
+    site = read_site(site_file)
+    address = server or site.server.address
+    if not address:
+        raise UsageError("no server", "--server HOST:PORT, or [server] address in site.toml")
+    authority = None if insecure else ca or site.server.path(site.folder, "ca")
+    private = None if insecure else key or site.server.path(site.folder, "key")
+    _check_security(address, insecure, authority)
+    link = Link(
+        address,
+        None if authority is None else _read_certificate(authority),
+        None if private is None else read_private_key(private),
+        retry_s,
+    )
+    shown, ending = status.choose(), Ending()
+    watch_training(shown.step)
+    with ending.handling_signals():
+        connection = Connection(link, ending, shown.note)
+        try:
+            connection.connect()
+            shown.note(f"connected to {address} as {site.name}, node {connection.node_id}")
+            Node(app, connection, {"site": str(site_file.resolve())}, shown, ending).run()
+        except Stopping:
+            pass  # there is nobody to say goodbye to
+        finally:
+            connection.close()
+    shown.note("disconnected")
+
+
+def _check_security(address: str, insecure: bool, authority: Path | None) -> None:
+    """Raise UsageError where the link would be open to others."""
+    host = address.rpartition(":")[0].strip("[]")
+    if insecure and host not in ("127.0.0.1", "localhost", "::1"):
+        raise UsageError(f"--insecure to {address}", "loopback", "give --ca and --key, and leave --insecure out")
+    if not insecure and authority is None:
+        raise UsageError(
+            "no CA certificate", "--ca FILE, or [server] ca in site.toml", "ask the operator of the federation for it"
+        )
+
+
+def _read_certificate(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise UsageError(f"cannot read {path}: {why}", "the federation's CA certificate") from error
 
 
 def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -64,6 +64,19 @@ class SiteData(DataFormat):
     min_rows: int = Field(default=2, ge=1, description="refuse to train on fewer rows")
 
 
+class SiteServer(Section):
+    """The server to connect to; the command line has the last word."""
+
+    address: str = Field(default="", description="HOST:PORT")
+    ca: str = Field(default="", description="the federation's CA certificate; relative to this file")
+    key: str = Field(default="", description="this node's private key; relative to this file")
+
+    def path(self, folder: Path, name: Literal["ca", "key"]) -> Path | None:
+        """Return where a file is, if it is named."""
+        value: str = getattr(self, name)
+        return folder / value if value else None
+
+
 @dataclass(frozen=True)
 class FileSite:
     """A real site, as `site.toml` describes it."""
@@ -71,6 +84,7 @@ class FileSite:
     folder: Path
     site: SiteSection
     data: SiteData
+    server: SiteServer
     models: Mapping[str, str]
 
     @property
@@ -130,7 +144,7 @@ def read_site(path: Path) -> FileSite:
     raw = read_toml(path)
     problems: list[Problem] = []
     parts: dict[str, Any] = {}
-    for name, section in (("site", SiteSection), ("data", SiteData)):
+    for name, section in (("site", SiteSection), ("data", SiteData), ("server", SiteServer)):
         try:
             parts[name] = section.model_validate(raw.pop(name, {}))
         except ValidationError as error:
@@ -138,10 +152,10 @@ def read_site(path: Path) -> FileSite:
     models = raw.pop("models", {})
     if not isinstance(models, dict) or not all(isinstance(source, str) and source for source in models.values()):
         problems.append(Problem("models", repr(models)[:80], '"model name" = "folder, package:module/path or hub id"'))
-    problems += [Problem(name, "...", "one of site, data, models", "remove it") for name in raw]
+    problems += [Problem(name, "...", "one of site, data, server, models", "remove it") for name in raw]
     if problems:
         raise ConfigError(str(path), problems)
-    return FileSite(path.resolve().parent, parts["site"], parts["data"], models)
+    return FileSite(path.resolve().parent, parts["site"], parts["data"], parts["server"], models)
 
 
 @dataclass(frozen=True)

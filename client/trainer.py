@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +50,21 @@ class Trained:
     seconds: float
 
 
-def train(graft: Graft, encoded: Encoded, settings: TrainSection, plan: Plan) -> Trained:
+Watch = Callable[[int, int, Any], None]
+"""Told after each step: how many are done, of how many, and the losses so far as a tensor, shape (steps,)."""
+
+
+def train(
+    graft: Graft, encoded: Encoded, settings: TrainSection, plan: Plan, watch: Watch = lambda step, steps, losses: None
+) -> Trained:
     """Train the graft's parameters in place on one site's rows.
+
+    Args:
+        graft: whose parameters are trained.
+        encoded: the rows.
+        settings: of the loop.
+        plan: which part of the run this is.
+        watch: sees every step.
 
     Raises:
         TrainingError: `diverged`, the loss is not finite; `deadline`, the time is up.
@@ -89,6 +102,7 @@ def train(graft: Graft, encoded: Encoded, settings: TrainSection, plan: Plan) ->
                 torch.nn.utils.clip_grad_norm_(graft.parameters, settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            watch(step + 1, steps, losses)
             if time.perf_counter() - started > plan.deadline_s:
                 raise TrainingError(f"step {step + 1} of {steps} after {plan.deadline_s:g} s", code="deadline")
     finally:

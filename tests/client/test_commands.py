@@ -31,14 +31,16 @@ def test_the_settings_that_the_file_comments_out_are_known(tmp_path):
     invoke("site", "init", file)
     lines = file.read_text().splitlines()
     commented = [line.removeprefix("# ") for line in lines if line.startswith("# ") and " = " in line]
-    assert len(commented) == 5
-    changed = file.read_text()
+    assert len(commented) == 8
+    changed = file.read_text().replace("# [server]", "[server]")
     for line in commented:
         changed = changed.replace(f"# {line}", line)
     file.write_text(changed)
     site = read_site(file)
     assert (site.data.min_rows, site.data.header, site.data.quoting) == (2, True, "standard")
     assert (site.data.evaluation, site.data.columns) == ("held-out.csv", {"text": "sentence"})
+    assert (site.server.ca, site.server.key) == ("ca.crt", "my-site.key")
+    assert site.server.address.endswith(":9092")
 
 
 def test_init_does_not_write_over_a_file(tmp_path):

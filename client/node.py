@@ -1,0 +1,190 @@
+"""The resident node: one process that stays, keeps model and data loaded, and answers the server's messages.
+
+The stock SuperNode starts a process for every message, which imports torch and loads the model anew, and it runs the
+code that the server ships. This one answers with the ClientApp that is installed here and never fetches any.
+
+    connect -> look for a message (often while a round is on, seldom when idle) -> pull -> ClientApp -> send -> ...
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from common.errors import Interrupted
+
+if TYPE_CHECKING:
+    from flwr.app import Context, Message
+    from flwr.clientapp import ClientApp
+
+log = logging.getLogger("tsugiki.client")
+
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 3.0
+PAUSE_GROWTH = 1.1
+"""The pause is then a tenth of the time since the last message: what polling adds to a wait, and what it costs."""
+GRACE_S = 10.0
+"""How long the message at work may still take after the first signal."""
+
+
+class Status(Protocol):
+    """What the site's operator is shown."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+    def begins(self, kind: str, group: str) -> None:
+        """A message is being answered."""
+
+    def ends(self, kind: str, group: str, outcome: str, seconds: float, bytes_down: int, bytes_up: int) -> None:
+        """Its reply has been sent; the outcome is "done" or a code."""
+
+
+class Ending:
+    """Set by the first signal: finish what is at work within the grace period, then leave. The second: at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._interruptible = False
+
+    def __call__(self) -> bool:
+        """Return whether the node is to leave."""
+        return self.requested
+
+    @contextmanager
+    def handling_signals(self) -> Iterator[None]:
+        """Take over SIGINT, SIGTERM and SIGALRM inside a `with` block."""
+        handlers: dict[signal.Signals, Any] = {
+            signal.SIGINT: self._asked,
+            signal.SIGTERM: self._asked,
+            signal.SIGALRM: self._grace_is_over,
+        }
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let the end of the grace period raise `Interrupted` inside a `with` block, and nowhere else."""
+        self._interruptible = True
+        try:
+            yield
+        finally:
+            self._interruptible = False
+
+    def _asked(self, number: int, frame: Any) -> None:
+        if self.requested:
+            os._exit(130)  # at once: SystemExit could be caught by what is at work
+        self.requested = True
+        signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+
+    def _grace_is_over(self, number: int, frame: Any) -> None:
+        if self._interruptible:
+            raise Interrupted("this site is being stopped", code="site-stopping")
+
+
+class Link(Protocol):
+    """What the node asks of its connection; see `client.connection`."""
+
+    bytes_down: int
+    bytes_up: int
+
+    @property
+    def node_id(self) -> int:
+        """This node's id."""
+
+    def receive(self) -> tuple[Message, Any] | None:
+        """Return the next message's envelope and what it holds, if there is one."""
+
+    def pull(self, envelope: Message, tree: Any, timeout_s: float) -> Message:
+        """Return the whole message."""
+
+    def send(self, reply: Message, seconds: float) -> None:
+        """Upload a reply."""
+
+
+class Node:
+    """Answers messages until it is told to end.
+
+    Args:
+        app: the installed ClientApp.
+        link: connected.
+        node_config: for the app's Context; names site.toml as `site`.
+        status: shows what happens.
+        ending: when to stop.
+    """
+
+    def __init__(self, app: ClientApp, link: Link, node_config: dict[str, Any], status: Status, ending: Ending) -> None:
+        self._app, self._link, self._node_config = app, link, node_config
+        self._status, self._ending = status, ending
+        self._contexts: dict[int, Context] = {}
+
+    def run(self, sleep: Callable[[float], None] = time.sleep) -> None:
+        """Answer messages, one at a time.
+
+        Raises:
+            LinkError: the server cannot be reached any more, or refuses this node.
+        """
+        pause_s = SHORTEST_PAUSE_S
+        while not self._ending():
+            received = self._link.receive()
+            if received is None:
+                sleep(pause_s)
+                pause_s = min(pause_s * PAUSE_GROWTH, LONGEST_PAUSE_S)
+            else:
+                self._answer(*received)
+                pause_s = SHORTEST_PAUSE_S
+
+    def _answer(self, envelope: Message, tree: Any) -> None:
+        from client.connection import RunOver
+
+        kind, group = envelope.metadata.message_type.split(".")[0], envelope.metadata.group_id
+        down, up, started = self._link.bytes_down, self._link.bytes_up, time.perf_counter()
+        self._status.begins(kind, group)
+        try:
+            message = self._link.pull(envelope, tree, timeout_s=envelope.metadata.ttl)
+            with self._ending.interruptible():
+                reply = self._handle(message)
+            self._link.send(reply, time.perf_counter() - started)
+            outcome = str(reply.error.reason) if reply.has_error() else "done"
+        except RunOver as over:
+            outcome = f"not sent: {over}"
+        seconds = time.perf_counter() - started
+        self._status.ends(kind, group, outcome, seconds, self._link.bytes_down - down, self._link.bytes_up - up)
+
+    def _handle(self, message: Message) -> Message:
+        """Return the app's reply; whatever the app lets through becomes a code, and the node lives on."""
+        from common.messages import error_reply
+
+        try:
+            return self._app(message, self._context(message.metadata.run_id))
+        except Exception as error:
+            log.exception("the ClientApp failed")
+            return error_reply(getattr(error, "code", "") or f"client-error:{type(error).__name__}", message)
+
+    def _context(self, run_id: int) -> Context:
+        """Return the run's Context; the last one only is kept, as nothing lives in it."""
+        from flwr.app import Context, RecordDict
+        from flwr.supercore.task_identity import TaskIdentity
+
+        # Flower asks for these before it makes a Message outside its own processes.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, self._link.node_id, 1
+        if run_id not in self._contexts:
+            self._contexts = {
+                run_id: Context(
+                    run_id=run_id,
+                    node_id=self._link.node_id,
+                    node_config=dict(self._node_config),
+                    state=RecordDict(),
+                    run_config={},
+                )
+            }
+        return self._contexts[run_id]

@@ -1,0 +1,185 @@
+"""The resident node with a link that is a list, and an app that is a function."""
+
+import itertools
+import logging
+import os
+import signal
+import time
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from client.connection import RunOver
+from client.node import LONGEST_PAUSE_S, PAUSE_GROWTH, SHORTEST_PAUSE_S, Ending, Node
+from common.errors import Interrupted, LinkError
+from server.engines.in_process import identify_process
+
+
+class Link:
+    """Has messages; keeps what is sent."""
+
+    node_id = 5
+
+    def __init__(self, messages=(), before_end=0):
+        self.messages, self.sent, self.empty = list(messages), [], before_end
+        self.bytes_down = self.bytes_up = 0
+        self.ending = None
+
+    def receive(self):
+        """Return the next message; after the last, some empty looks, and then the node is told to end."""
+        if self.messages:
+            return self.messages.pop(0), None
+        self.empty -= 1
+        if self.empty < 0:
+            self.ending.requested = True
+        return None
+
+    def pull(self, envelope, tree, timeout_s):
+        """Return it."""
+        if isinstance(envelope, RunOver):
+            raise envelope
+        self.bytes_down += 100
+        return envelope
+
+    def send(self, reply, seconds):
+        """Keep it."""
+        self.bytes_up += 10
+        self.sent.append(reply)
+
+
+class Seen:
+    """Keeps what a status is told."""
+
+    def __init__(self):
+        self.events = []
+
+    def note(self, text):
+        """Keep it."""
+
+    def begins(self, kind, group):
+        """Keep it."""
+        self.events.append((kind, group))
+
+    def ends(self, kind, group, outcome, seconds, bytes_down, bytes_up):
+        """Keep it."""
+        self.events.append((kind, group, outcome, bytes_down, bytes_up))
+
+
+def message(run_id=1, kind="train", group="1"):
+    """Return a message as a SuperLink's."""
+    identify_process()
+    one = Message(RecordDict({"request": ConfigRecord({"x": 1})}), 5, kind, group_id=group)
+    one.metadata.__dict__.update(_run_id=run_id, _message_id=f"{run_id}-{group}")
+    return one
+
+
+def echo(message, context):
+    """Answer with what the context says."""
+    seen = {"run": str(context.run_id), "site": context.node_config["site"]}
+    return Message(RecordDict({"reply": ConfigRecord(seen)}), reply_to=message)
+
+
+def run(link, app=echo, ending=None):
+    """Run a node to its end; return (what the status saw, the pauses)."""
+    link.ending = ending or Ending()
+    seen, pauses = Seen(), []
+    Node(app, link, {"site": "/s/site.toml"}, seen, link.ending).run(pauses.append)
+    return seen.events, pauses
+
+
+def test_messages_are_answered_in_order():
+    """Catches: a context of another run; a reply that is not sent; bytes that are counted twice."""
+    link = Link([message(1, group="1"), message(2, group="1"), message(2, group="2")])
+    events, _ = run(link)
+    assert [reply.content["reply"]["run"] for reply in link.sent] == ["1", "2", "2"]
+    assert {reply.content["reply"]["site"] for reply in link.sent} == {"/s/site.toml"}
+    assert events[1::2] == [("train", group, "done", 100, 10) for group in ("1", "1", "2")]
+
+
+def test_looks_are_frequent_after_a_message_and_seldom_when_idle():
+    """Catches: a constant pause: either slow rounds, or a server that is asked 50 times a second for days."""
+    _, pauses = run(Link([message()], before_end=100))
+    assert pauses[0] == SHORTEST_PAUSE_S
+    assert pauses[-1] == LONGEST_PAUSE_S
+    assert all(later <= earlier * PAUSE_GROWTH + 1e-9 for earlier, later in itertools.pairwise(pauses))
+
+
+def test_an_app_that_fails_is_a_code_and_the_node_lives_on(caplog):
+    """Catches: a node that dies of one bad message; an exception's text, which may hold data, in the reply."""
+
+    def app(message, context):
+        if message.metadata.group_id == "1":
+            raise ValueError("patient Jane")
+        return echo(message, context)
+
+    link = Link([message(group="1"), message(group="2")])
+    with caplog.at_level(logging.ERROR):
+        events, _ = run(link, app)
+    assert link.sent[0].error.reason == "client-error:ValueError"
+    assert link.sent[1].has_content()
+    assert events[1][2] == "client-error:ValueError"
+
+
+def test_a_message_of_a_run_that_is_over_is_dropped():
+    """Catches: a node that dies, or sends to nobody for ever, because the operator stopped the run."""
+    over = RunOver("an object is gone")
+    over.metadata = message().metadata
+    link = Link([over, message(group="2")])
+    events, _ = run(link)
+    assert events[1][2] == "not sent: an object is gone"
+    assert len(link.sent) == 1
+
+
+def test_a_lost_server_ends_the_node():
+    """Catches: an error that is swallowed, and a node that looks alive."""
+    link = Link()
+    link.receive = lambda: (_ for _ in ()).throw(LinkError("gone"))
+    with pytest.raises(LinkError):
+        run(link)
+
+
+def test_a_signal_lets_the_message_at_work_finish():
+    """Catches: a round that is thrown away although it needed a moment only; a node that goes on after it."""
+
+    def app(message, context):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        return echo(message, context)
+
+    link, ending = Link([message(), message(group="2")]), Ending()
+    with ending.handling_signals():
+        run(link, app, ending)
+    assert len(link.sent) == 1
+    assert len(link.messages) == 1
+
+
+def test_the_grace_period_ends_what_takes_longer(monkeypatch):
+    """Catches: a service manager that has to kill; a site that leaves the server waiting for the deadline."""
+    monkeypatch.setattr("client.node.GRACE_S", 0.1)
+
+    def app(message, context):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    link, ending, started = Link([message()]), Ending(), time.monotonic()
+    with ending.handling_signals():
+        run(link, app, ending)
+    assert time.monotonic() - started < 5
+    assert link.sent[0].error.reason == "site-stopping"
+
+
+def test_the_end_of_the_grace_period_does_not_interrupt_the_upload(monkeypatch):
+    """Catches: a reply that is cut off in the middle by the site's own clock."""
+    ending = Ending()
+    with ending.handling_signals():
+        ending._grace_is_over(signal.SIGALRM, None)
+        with ending.interruptible(), pytest.raises(Interrupted):
+            ending._grace_is_over(signal.SIGALRM, None)
+
+
+def test_signals_are_given_back():
+    """Catches: a test process, or a caller, that cannot be interrupted any more."""
+    before = signal.getsignal(signal.SIGTERM)
+    with Ending().handling_signals():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
