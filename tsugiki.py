@@ -23,7 +23,9 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Write, show and describe run files.")
 site_app = typer.Typer(no_args_is_help=True, help="Write and check a site's own file.")
+keys_app = typer.Typer(no_args_is_help=True, help="Make, register, list and revoke the keys of nodes.")
 app.add_typer(config_app, name="config")
+app.add_typer(keys_app, name="keys")
 app.add_typer(site_app, name="site")
 
 Set = Annotated[
@@ -65,6 +67,95 @@ def simulate(
     from server import commands
 
     commands.simulate(file, resume, previous, engine, overrides or [], export, as_json, simulated_app)
+
+
+Keys = Annotated[Path, typer.Option("--keys", metavar="DIR", help="The registered nodes' public keys.")]
+
+
+@app.command(epilog="Examples: tsugiki serve federation.toml --listen 0.0.0.0:9092; tsugiki serve --resume runs/run")
+def serve(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The run's TOML file.")] = None,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where sites connect.")] = "127.0.0.1:9092",
+    tls: Annotated[Path, typer.Option("--tls", metavar="DIR", help="From `tsugiki certs`.")] = Path("tls"),
+    keys: Keys = Path("keys"),
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no keys; on loopback only.")] = False,
+    wait: Annotated[float, typer.Option(metavar="SECONDS", help="For sites; 0: strategy.connect_timeout_s.")] = 0,
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Use a SuperLink that runs already.")] = "",
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on from a run's last checkpoint.")] = None,
+    previous: Annotated[bool, typer.Option(help="With --resume: from the checkpoint before the last.")] = False,
+    export: Annotated[bool, typer.Option(help="Export the best adapter when the run has ended.")] = True,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Run a federation over a network: a SuperLink, and the run on it, until the run is over."""
+    from server.deploy import commands
+
+    commands.serve(
+        file, resume, previous, listen, tls, keys, insecure, superlink, wait, overrides or [], export, as_json
+    )
+
+
+@app.command(epilog="Example: tsugiki client --server fed.example.org:9092 --ca ca.crt --key acme")
+def client(
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server; default: site.toml's.")] = "",
+    site: Annotated[Path, typer.Option(help="The site's file.")] = Path("site.toml"),
+    ca: Annotated[Path | None, typer.Option("--ca", help="The federation's CA certificate.")] = None,
+    key: Annotated[Path | None, typer.Option("--key", help="This node's private key.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no key; on loopback only.")] = False,
+    retry: Annotated[float, typer.Option(metavar="SECONDS", help="Keep trying to connect for so long.")] = 600,
+) -> None:
+    """Take part with this site's data: connect to a server and answer it until stopped."""
+    from client import commands
+
+    commands.client(server, site, ca, key, insecure, retry)
+
+
+@app.command(epilog="Example: tsugiki certs --host fed.example.org --host 203.0.113.7")
+def certs(
+    host: Annotated[list[str] | None, typer.Option("--host", help="A name or address of the server; repeat.")] = None,
+    tls: Annotated[Path, typer.Option("--tls", metavar="DIR", help="Where the files go.")] = Path("tls"),
+    days: Annotated[int, typer.Option(min=1, max=3650, help="How long the certificate is good for.")] = 397,
+) -> None:
+    """Make the server's certificate, and the CA that signs it if there is none yet."""
+    from server.deploy import commands
+
+    commands.certs(tls, host or [], days)
+
+
+@keys_app.command("new", epilog="Example: tsugiki keys new acme")
+def keys_new(path: Annotated[Path, typer.Argument(help="The private key; PATH.pub is the public one.")]) -> None:
+    """Make a node's key pair, at the site."""
+    from server.deploy import commands
+
+    commands.keys_new(path)
+
+
+@keys_app.command("register", epilog="Example: tsugiki keys register acme.pub")
+def keys_register(
+    public: Annotated[Path, typer.Argument(help="The site's public key.")],
+    name: Annotated[str, typer.Option(help="The site's name; default: that of the file.")] = "",
+    keys: Keys = Path("keys"),
+) -> None:
+    """Let a node take part."""
+    from server.deploy import commands
+
+    commands.keys_register(public, name, keys)
+
+
+@keys_app.command("list", epilog="Example: tsugiki keys list")
+def keys_list(keys: Keys = Path("keys")) -> None:
+    """List the registered nodes and their keys' fingerprints."""
+    from server.deploy import commands
+
+    commands.keys_list(keys)
+
+
+@keys_app.command("revoke", epilog="Example: tsugiki keys revoke acme")
+def keys_revoke(name: Annotated[str, typer.Argument(help="The node's name.")], keys: Keys = Path("keys")) -> None:
+    """Shut a node out."""
+    from server.deploy import commands
+
+    commands.keys_revoke(name, keys)
 
 
 @app.command(epilog="Example: tsugiki compare examples/sst2.toml --set run.rounds=3")

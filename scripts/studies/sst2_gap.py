@@ -3,10 +3,10 @@
     TSUGIKI_DATA=... python scripts/studies/sst2_gap.py [--method houlsby] [--seeds 1 2 3]
 
 all-MiniLM-L6-v2, 4 IID sites, 16,000 training sentences in total, each seen once: 25 rounds of 40 steps of 4 rows at
-each site, against 1,000 steps of 16 rows in one place. Each kind of training has a batch size and a learning rate of its
-own, chosen with seed 7 on the 2,042 sentences of dev.tsv that have 12 words or more, as those of the test have. Accuracy
-of the last round on the 872 sentences of GLUE's dev split (test.tsv here). Nothing is chosen on those sentences: no early
-stopping, the last adapter counts.
+each site, against 1,000 steps of 16 rows in one place. Each kind of training has a batch size and a learning rate of
+its own, chosen with seed 7 on the 2,042 sentences of dev.tsv that have 12 words or more, as most of the test's have.
+Accuracy of the last round on the 872 sentences of GLUE's dev split (test.tsv here). Nothing is chosen on those: no
+early stopping, the last adapter counts.
 """
 
 from __future__ import annotations
