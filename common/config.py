@@ -169,6 +169,15 @@ class FedProxSettings(StrategySettings):
     proximal_mu: float = Field(default=0.01, ge=0, description="weight of (mu/2)*||local - global||^2")
 
 
+@STRATEGY_SETTINGS.register("fedavgm")
+class FedAvgMSettings(StrategySettings):
+    """FedAvg with momentum at the server."""
+
+    name: Literal["fedavgm"] = Field(default="fedavgm", description="the strategy")
+    server_learning_rate: float = Field(default=1.0, gt=0, description="factor on the server's step")
+    server_momentum: float = Field(default=0.5, gt=0, lt=1, description="share of the last step in the next")
+
+
 @STRATEGY_SETTINGS.register("fedadam")
 class FedAdamSettings(StrategySettings):
     """Adam at the server, on the mean update."""

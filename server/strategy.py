@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     Maker = Any
 
 Moments = dict[str, npt.NDArray[np.float64]]
-"""What a strategy remembers between rounds (`m_t`, `v_t`), by attribute name."""
+"""What a strategy remembers between rounds (`m_t`, `v_t`, `momentum_vector`), by attribute name."""
 
 STRATEGIES: Registry[Maker] = Registry("strategy")
 """Makers of Flower strategies, under the names of `common.config.STRATEGY_SETTINGS`."""
 
-_MOMENTS = ("m_t", "v_t")
+_MOMENTS = {"m_t": dict, "v_t": dict, "momentum_vector": list}
+"""In what Flower's strategies keep them: arrays by name, or in order. There is one array here."""
 
 
 @STRATEGIES.register("fedavg")
@@ -49,6 +50,14 @@ def _fedprox(settings: Any) -> FedAvg:
     from flwr.serverapp.strategy import FedProx
 
     return FedProx(proximal_mu=settings.proximal_mu)
+
+
+@STRATEGIES.register("fedavgm")
+def _fedavgm(settings: Any) -> FedAvg:
+    """Hsu et al. 2019, arXiv:1909.06335, section 4."""
+    from flwr.serverapp.strategy import FedAvgM
+
+    return FedAvgM(server_learning_rate=settings.server_learning_rate, server_momentum=settings.server_momentum)
 
 
 @STRATEGIES.register("fedadam")
@@ -93,14 +102,18 @@ def aggregate(
     logging.getLogger("flwr").setLevel(logging.ERROR)  # it would report counts that the guard has already recorded
     strategy: Any = STRATEGIES.get(settings.name)(settings)
     ordered = sorted(accepted, key=lambda reply: reply.site)
-    if hasattr(strategy, "current_arrays"):
-        strategy.current_arrays = {ARRAY_KEY: np.zeros_like(ordered[0].update)}
+    zero = np.zeros_like(ordered[0].update)
+    if hasattr(strategy, "momentum_vector"):
+        strategy.current_arrays = ArrayRecord({ARRAY_KEY: Array(zero)})
+    elif hasattr(strategy, "current_arrays"):
+        strategy.current_arrays = {ARRAY_KEY: zero}
     for name, moment in state.items():
-        setattr(strategy, name, {ARRAY_KEY: np.array(moment)})
+        kept = np.array(moment)
+        setattr(strategy, name, [kept] if _MOMENTS[name] is list else {ARRAY_KEY: kept})
     arrays, _ = strategy.aggregate_train(round_, [_as_reply(reply, ArrayRecord, Array) for reply in ordered])
     remembered = {
-        name: np.asarray(getattr(strategy, name)[ARRAY_KEY], np.float64)
-        for name in _MOMENTS
+        name: np.asarray(getattr(strategy, name)[0 if kind is list else ARRAY_KEY], np.float64)
+        for name, kind in _MOMENTS.items()
         if getattr(strategy, name, None) is not None
     }
     return arrays[ARRAY_KEY].numpy().astype(np.float32), remembered

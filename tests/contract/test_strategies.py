@@ -143,8 +143,11 @@ def test_state_passed_on_is_as_good_as_an_object_kept_alive(name):
     alive, state = STRATEGIES.get(name)(settings(name)), {}
     for number in (1, 2, 3):
         replies = updates(seed=number)
-        if hasattr(alive, "current_arrays"):
-            alive.current_arrays = {ARRAY_KEY: np.zeros(SIZE, np.float32)}
+        zero = np.zeros(SIZE, np.float32)
+        if hasattr(alive, "momentum_vector"):
+            alive.current_arrays = ArrayRecord({ARRAY_KEY: Array(zero)})
+        elif hasattr(alive, "current_arrays"):
+            alive.current_arrays = {ARRAY_KEY: zero}
         expected, _ = alive.aggregate_train(number, as_messages(replies))
         handed_in = {key: moment.copy() for key, moment in state.items()}
         result, new = aggregate(settings(name), state, number, replies)
@@ -153,11 +156,27 @@ def test_state_passed_on_is_as_good_as_an_object_kept_alive(name):
         state = new
 
 
-def test_fedadam_remembers_and_the_others_do_not_need_to():
+def test_who_remembers_what():
     """Catches: a state that is always empty, with which the test above would pass for strategies without one."""
     remembered = {name: set(aggregate(settings(name), {}, 1, updates())[1]) for name in STRATEGIES.names()}
     assert remembered.pop("fedadam") == {"m_t", "v_t"}
+    assert remembered.pop("fedavgm") == {"momentum_vector"}
     assert not any(remembered.values())
+
+
+def test_fedavgm_is_the_papers_step():
+    """Catches: a momentum that does not arrive, is counted twice in the first round, or has the wrong sign.
+
+    Hsu et al. 2019, section 4: v <- beta v + update, w <- w + eta v.
+    """
+    chosen = settings("fedavgm", server_learning_rate=0.5, server_momentum=0.8)
+    state, velocity = {}, np.zeros(SIZE)
+    for number in (1, 2, 3):
+        replies = updates(seed=number)
+        weights = np.array([r.weight for r in replies], np.float64)
+        velocity = 0.8 * velocity + np.average([r.update for r in replies], axis=0, weights=weights)
+        result, state = aggregate(chosen, state, number, replies)
+        assert np.allclose(result, 0.5 * velocity, rtol=1e-4, atol=1e-6)
 
 
 def test_fedadam_is_the_papers_step():
