@@ -7,14 +7,15 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from typing import Any
 
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.site import SimulatedSite, Site, simulated_sites, site_of_node
-from client.trainer import Plan, Watch, train
+from client.trainer import Plan, Watch, steps_per_round, train
 from client.update import make_update
-from common import __version__
+from common import __version__, minor
 from common.config import RunConfig
 from common.errors import DataError, SpecError, TsugikiError, WireError
 from common.messages import (
@@ -31,7 +32,7 @@ from common.messages import (
 )
 from common.model import Graft, load_graft
 from common.tasks.base import Encoded
-from common.wire import Vector, decode, encode
+from common.wire import Vector, decode, encode, sha256
 
 log = logging.getLogger("tsugiki.client")
 
@@ -77,23 +78,28 @@ def make_app(locate: Locate) -> ClientApp:
 
     @app.query()
     def hello(message: Message, context: Context) -> Message:
-        return _answer(message, lambda: _hello(locate(context), from_record(HelloRequest, message.content)))
+        return _answer(message, lambda: locate(context), _hello)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(message, lambda: _train(locate(context), message.content))
+        return _answer(message, lambda: locate(context), _train)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return _answer(message, lambda: _evaluate(locate(context), message.content))
+        return _answer(message, lambda: locate(context), _evaluate)
 
     return app
 
 
-def _answer(message: Message, handle: Callable[[], RecordDict]) -> Message:
+def _answer(message: Message, locate: Callable[[], Site], handle: Callable[[Site, RecordDict], RecordDict]) -> Message:
     """Return the handler's reply, or a code: an exception's text may hold a site's data and stays in the local log."""
     try:
-        return Message(handle(), reply_to=message)
+        site = locate()
+        try:
+            return Message(handle(site, message.content), reply_to=message)
+        except TsugikiError as error:
+            site.record("refused", kind=message.metadata.message_type, code=error.code)
+            raise
     except TsugikiError as error:
         log.warning("refused: %s", error)
         return error_reply(error.code, message)
@@ -106,9 +112,14 @@ def _answer(message: Message, handle: Callable[[], RecordDict]) -> Message:
 _MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")
 
 
-def _hello(site: Site, request: HelloRequest) -> RecordDict:
+def _hello(site: Site, content: RecordDict) -> RecordDict:
+    request = from_record(HelloRequest, content)
     config = site_config(request.config)
-    graft = _desk.graft(site, config)
+    if minor(request.version) != minor(__version__):
+        raise SpecError(
+            f"the server's version {request.version[:32]}", f"{__version__}, as here", code="version-mismatch"
+        )
+    graft = _load(site, config)
     rows, kept = _train_rows(site, config), _desk.rows(site, config, "evaluation")
     libraries = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft"))
     reply = HelloReply(
@@ -121,14 +132,24 @@ def _hello(site: Site, request: HelloRequest) -> RecordDict:
         libraries=f"python {platform.python_version()}, {libraries}",
         notes=",".join(_desk.notes.get(site.name, ())),
     )
+    site.record("hello", run=config.run.name, rows=reply.rows, spec_sha256=reply.spec_sha256)
     return to_record(reply)
+
+
+def _load(site: Site, config: RunConfig, round_: int = 0) -> Graft:
+    """Return the graft, if the site's policy allows the run and the base model."""
+    site.policy.check_run(config, round_)
+    graft = _desk.graft(site, config)
+    site.policy.check_base(graft.spec.base_fingerprint)
+    return graft
 
 
 def _train(site: Site, content: RecordDict) -> RecordDict:
     request = from_record(TrainRequest, content)
     config = site_config(request.config)
-    graft, received = _receive(site, config, request.spec_sha256, content)
+    graft, received = _receive(site, config, request, content)
     rows = _train_rows(site, config)
+    site.policy.check_steps(steps_per_round(len(rows), config.train))
     plan = Plan(
         seed=config.run.seed,
         site=site.name,
@@ -140,8 +161,21 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
     )
     trained = train(graft, rows, config.train, plan, _desk.watch)
     update = make_update(graft.read(), received)
-    reply = TrainReply(site.name, request.round, request.nonce, len(rows), trained.steps, trained.loss, trained.seconds)
-    return to_record(reply, encode(update, graft.spec))
+    shared = site.policy.may_leave({"loss": trained.loss})
+    reply = TrainReply(
+        site=site.name,
+        round=request.round,
+        nonce=request.nonce,
+        rows=len(rows),
+        steps=trained.steps,
+        loss=shared.get("loss", 0.0),
+        loss_shared="loss" in shared,
+        seconds=trained.seconds,
+    )
+    arrays = encode(update, graft.spec)
+    sent = {"bytes": sum(len(array.data) for array in arrays.values()), "update_sha256": sha256(update)}
+    site.record("trained", run=config.run.name, round=request.round, steps=trained.steps, **sent)
+    return to_record(reply, arrays)
 
 
 def _evaluate(site: Site, content: RecordDict) -> RecordDict:
@@ -149,7 +183,7 @@ def _evaluate(site: Site, content: RecordDict) -> RecordDict:
 
     request = from_record(EvaluateRequest, content)
     config = site_config(request.config)
-    graft, _ = _receive(site, config, request.spec_sha256, content)
+    graft, _ = _receive(site, config, request, content)
     rows = _desk.rows(site, config, "evaluation")
     if rows is None:
         raise DataError(
@@ -157,16 +191,20 @@ def _evaluate(site: Site, content: RecordDict) -> RecordDict:
         )
     with torch.no_grad():
         metrics = graft.task.evaluate(graft.base, rows, config.evaluation.batch_size)
+    shared: dict[str, Any] = {name: float(value) for name, value in site.policy.may_leave(metrics).items()}
     result = to_record(EvaluateReply(site.name, request.round, request.nonce, len(rows)))
-    result["metrics"] = MetricRecord({name: float(value) for name, value in metrics.items()})
+    result["metrics"] = MetricRecord(shared)
+    site.record("evaluated", run=config.run.name, round=request.round, metrics=sorted(shared))
     return result
 
 
-def _receive(site: Site, config: RunConfig, spec_sha256: str, content: RecordDict) -> tuple[Graft, Vector]:
+def _receive(
+    site: Site, config: RunConfig, request: TrainRequest | EvaluateRequest, content: RecordDict
+) -> tuple[Graft, Vector]:
     """Check that both sides mean the same adapter, and set it to the received values."""
-    graft = _desk.graft(site, config)
-    if graft.spec.sha256 != spec_sha256:
-        raise SpecError(f"the server's adapter spec {spec_sha256[:12]}", f"{graft.spec.sha256[:12]}, this site's")
+    graft, theirs = _load(site, config, request.round), request.spec_sha256
+    if graft.spec.sha256 != theirs:
+        raise SpecError(f"the server's adapter spec {theirs[:12]}", f"{graft.spec.sha256[:12]}, this site's")
     arrays = content.array_records.get("arrays")
     if not isinstance(arrays, ArrayRecord):
         raise WireError("no adapter in the message", "one array", code="keys")

@@ -15,6 +15,7 @@ _TEMPLATE = """\
 
 [site]
 name = "{name}"                    # stable, unique in the federation: letters, digits, . _ -
+# audit = "audit.jsonl"            # what this site was asked and answered; "" for none
 
 [data]
 train = "{train}"            # .csv, .tsv, .jsonl or .parquet; relative to this file
@@ -23,6 +24,14 @@ train = "{train}"            # .csv, .tsv, .jsonl or .parquet; relative to this 
 # header = true                    # CSV and TSV: the first line holds the column names
 # quoting = "standard"             # "none": quotation marks are ordinary characters
 # columns = {{ text = "sentence" }}  # what the task reads = what your file calls it, or a number counted from 0
+
+# [policy]                         # what this site takes part in; "*" is anything
+# tasks = ["*"]
+# adapters = ["*"]
+# base_fingerprints = ["*"]        # as `tsugiki site check` prints them
+# max_rounds = 0                   # of a run; 0: any number
+# max_local_steps = 0              # in a round; 0: any number
+# metrics = ["*"]                  # of loss, accuracy, ...: what may leave besides the update
 
 # [server]                         # so that `tsugiki client` needs no options
 # address = "fed.example.org:9092"

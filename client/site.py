@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from pydantic import Field, ValidationError
 
+from client.policy import SitePolicy
+from common.audit import AuditLog
 from common.config import RunConfig, explain, parse
 from common.config_file import read_toml
 from common.data import partition
@@ -40,6 +42,13 @@ class Site(Protocol):
     def identity(self) -> str:
         """Changes whenever the data that `train_shard` and `evaluation_shard` would return does."""
 
+    @property
+    def policy(self) -> SitePolicy:
+        """What this site allows."""
+
+    def record(self, event: str, **details: Any) -> None:
+        """Write to the site's own audit log, if it keeps one."""
+
     def model_source(self, model_name: str) -> str:
         """Return what stands behind a model name here."""
 
@@ -54,6 +63,7 @@ class SiteSection(Section):
     """Who this is."""
 
     name: Name = Field(description="the stable name of this site in the federation; letters, digits, . _ -")
+    audit: str = Field(default="audit.jsonl", description="this site's own log; relative to this file; empty: none")
 
 
 class SiteData(DataFormat):
@@ -85,12 +95,22 @@ class FileSite:
     site: SiteSection
     data: SiteData
     server: SiteServer
+    policy: SitePolicy
     models: Mapping[str, str]
 
     @property
     def name(self) -> str:
         """The name in `site.toml`."""
         return self.site.name
+
+    def record(self, event: str, **details: Any) -> None:
+        """Append to the audit log.
+
+        Raises:
+            StorageError: it cannot be written, or was tampered with.
+        """
+        if self.site.audit:
+            AuditLog(self.folder / self.site.audit).write(event, **details)
 
     def identity(self) -> str:
         """Path, size and time of the files."""
@@ -144,7 +164,7 @@ def read_site(path: Path) -> FileSite:
     raw = read_toml(path)
     problems: list[Problem] = []
     parts: dict[str, Any] = {}
-    for name, section in (("site", SiteSection), ("data", SiteData), ("server", SiteServer)):
+    for name, section in _SECTIONS.items():
         try:
             parts[name] = section.model_validate(raw.pop(name, {}))
         except ValidationError as error:
@@ -152,10 +172,18 @@ def read_site(path: Path) -> FileSite:
     models = raw.pop("models", {})
     if not isinstance(models, dict) or not all(isinstance(source, str) and source for source in models.values()):
         problems.append(Problem("models", repr(models)[:80], '"model name" = "folder, package:module/path or hub id"'))
-    problems += [Problem(name, "...", "one of site, data, server, models", "remove it") for name in raw]
+    problems += [Problem(name, "...", f"one of {', '.join(_SECTIONS)}, models", "remove it") for name in raw]
     if problems:
         raise ConfigError(str(path), problems)
-    return FileSite(path.resolve().parent, parts["site"], parts["data"], parts["server"], models)
+    return FileSite(path.resolve().parent, **parts, models=models)
+
+
+_SECTIONS: dict[str, type[Section]] = {
+    "site": SiteSection,
+    "data": SiteData,
+    "server": SiteServer,
+    "policy": SitePolicy,
+}
 
 
 @dataclass(frozen=True)
@@ -165,6 +193,11 @@ class SimulatedSite:
     name: str
     config: RunConfig
     rows: tuple[int, ...]
+
+    policy = SitePolicy()
+
+    def record(self, event: str, **details: Any) -> None:
+        """Keep no log: the operator's says it all."""
 
     def identity(self) -> str:
         """The split and the part."""

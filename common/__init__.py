@@ -19,3 +19,8 @@ if "flwr.supercore.telemetry" in sys.modules:  # it read its switch when Flower 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and our forks do not mix
 
 __version__ = "0.1.0"
+
+
+def minor(version: str) -> str:
+    """Return major and minor version: what two sides have to have in common."""
+    return ".".join(version.split(".")[:2])

@@ -71,7 +71,7 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class TrainReply:
-    """Beside it travels the update: local minus received adapter."""
+    """Beside it travels the update: local minus received adapter. `loss` means nothing unless `loss_shared`."""
 
     site: str
     round: int
@@ -79,6 +79,7 @@ class TrainReply:
     rows: int
     steps: int
     loss: float
+    loss_shared: bool
     seconds: float
 
 

@@ -39,12 +39,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Accepted:
-    """A reply that passed: the update, shape (size,), its weight in rows, and what the site measured."""
+    """A reply that passed: the update, shape (size,), its weight in rows, and what the site measured and shares."""
 
     site: str
     update: Vector
     weight: int
-    loss: float
+    loss: float | None
     steps: int
     seconds: float
     norm: float
@@ -89,7 +89,8 @@ def check(reply: Message, asked: Asked, spec: AdapterSpec, max_update_norm: floa
     norm = l2_norm(update)
     if norm > max_update_norm:
         return Rejected(asked.site, "norm", f"{norm:.4g}, allowed {max_update_norm:g}", size)
-    return Accepted(asked.site, update, weight, answer.loss, answer.steps, answer.seconds, norm, size)
+    loss = answer.loss if answer.loss_shared else None
+    return Accepted(asked.site, update, weight, loss, answer.steps, answer.seconds, norm, size)
 
 
 def check_evaluation(reply: Message, asked: Asked) -> tuple[dict[str, float], int] | Rejected:

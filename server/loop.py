@@ -219,7 +219,8 @@ def _complete(parts: Parts, state: State, number: int, cohort: list[Member], col
 def _record(number: int, cohort: list[Member], collected: Collected) -> dict[str, Any]:
     """Return what one attempt at a round adds to metrics.jsonl."""
     accepted = collected.accepted
-    weight = sum(reply.weight for reply in accepted)
+    losses = [(reply.loss, reply.weight) for reply in accepted if reply.loss is not None]
+    weight = sum(rows for _, rows in losses)
     return {
         "round": number,
         "cohort": [member.name for member in cohort],
@@ -236,7 +237,7 @@ def _record(number: int, cohort: list[Member], collected: Collected) -> dict[str
         },
         "rejected": {reply.site: {"reason": reply.reason, "detail": reply.detail} for reply in collected.rejected},
         "dropouts": sum(reply.reason == DROPOUT for reply in collected.rejected),
-        "train_loss": sum(reply.loss * reply.weight for reply in accepted) / weight if weight else None,
+        "train_loss": sum(loss * rows for loss, rows in losses) / weight if weight else None,
         "bytes_down": collected.bytes_down,
         "bytes_up": collected.bytes_up,
         "seconds": {"wait": collected.wait_s},

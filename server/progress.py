@@ -102,7 +102,8 @@ def describe(record: Record) -> str:
     if record.get("voided"):
         parts.append("voided")
     if record.get("accepted"):
-        parts.append(f"loss {record['train_loss']:.4f}, {len(record['accepted'])} sites")
+        loss = "" if record["train_loss"] is None else f"loss {record['train_loss']:.4f}, "
+        parts.append(f"{loss}{len(record['accepted'])} sites")
     rejected = record.get("rejected", {})
     if rejected:
         parts.append("without " + ", ".join(f"{site} ({why['reason']})" for site, why in rejected.items()))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common import __version__
+from common import __version__, minor
 from common.audit import AuditLog
 from common.config import RunConfig
 from common.errors import NotEnoughSites, WireError
@@ -152,7 +152,7 @@ class Roster:
             "site-name": re.fullmatch(NAME_PATTERN, hello.site) is None,
             "site-name-taken": taken,
             "site-name-key": self._names().get(node, hello.site) != hello.site,
-            "version-mismatch": _minor(hello.version) != _minor(__version__),
+            "version-mismatch": minor(hello.version) != minor(__version__),
             "base-mismatch": hello.base_fingerprint != self._spec.base_fingerprint,
             "spec-mismatch": hello.spec_sha256 != self._spec.sha256,
             "shard-empty": hello.rows < 1 or hello.evaluation_rows < 0,
@@ -179,7 +179,3 @@ class Roster:
     def _refuse(self, node: int, code: str, theirs: str = "", ours: str = "") -> str:
         self._audit.write("refused", node=str(node), code=code, theirs=theirs, ours=ours)
         return code
-
-
-def _minor(version: str) -> str:
-    return ".".join(version.split(".")[:2])

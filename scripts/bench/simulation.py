@@ -64,7 +64,7 @@ def trivial_app(spec: AdapterSpec) -> Any:
         request = from_record(TrainRequest, message.content)
         name = f"site-{int(context.node_config['partition-id']):03d}"
         return Message(
-            to_record(TrainReply(name, request.round, request.nonce, 10, 1, 0.0, 0.0), arrays), reply_to=message
+            to_record(TrainReply(name, request.round, request.nonce, 10, 1, 0.0, True, 0.0), arrays), reply_to=message
         )
 
     return app

@@ -10,6 +10,7 @@ from client import app as module
 from client.app import simulated_app
 from client.site import simulated_sites
 from common import __version__
+from common.audit import verify
 from common.errors import DataError, SpecError
 from common.messages import (
     EvaluateReply,
@@ -22,7 +23,7 @@ from common.messages import (
     to_record,
 )
 from common.model import load_graft
-from common.wire import decode, encode
+from common.wire import decode, encode, sha256
 from server.engines.in_process import InProcessGrid
 from tests.support.federation import CANARIES, CANARY, app_of_sites, site_folder, tiny_config, write_rows
 
@@ -219,3 +220,83 @@ def test_the_number_of_nodes_is_the_number_of_sites(tmp_path):
     write_rows(tmp_path / "train.csv", 9, company=lambda row: "abc"[row % 3])
     config = tiny_config(tmp_path, simulation={"partition": "by-column", "column": "company"}, evaluation={"data": ""})
     assert simulated_app(config)[1] == 3
+
+
+@pytest.fixture
+def acme(tmp_path):
+    """Makes the app of a real site, with a policy, and returns it with the site's folder."""
+
+    def make(policy=""):
+        file = site_folder(tmp_path / "acme", "acme")
+        write_rows(tmp_path / "acme" / "held.csv", 8)
+        text = file.read_text().replace("[models]", 'evaluation = "held.csv"\n[models]')
+        file.write_text(f"[policy]\n{policy}\n{text}")
+        return app_of_sites([file]), tmp_path / "acme"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind", "refused"),
+    [
+        ('tasks = ["sentence-embedding"]', "query", "policy-task"),
+        ('adapters = ["houlsby"]', "query", "policy-adapter"),
+        ('base_fingerprints = ["ffffffffffff"]', "query", "policy-base"),
+        ("max_rounds = 1", "query", "policy-rounds"),
+        ("max_local_steps = 1", "train", "policy-steps"),
+        ('tasks = ["sentence-embedding"]', "train", "policy-task"),
+        ('tasks = ["sentence-embedding"]', "evaluate", "policy-task"),
+    ],
+)
+def test_a_sites_policy_has_the_last_word(config, graft, acme, policy, kind, refused):
+    """Catches: a policy that is asked in the hello only, which a server can leave out."""
+    client, folder = acme(policy)
+    contents = {
+        "query": to_record(HelloRequest(config.for_sites(), __version__)),
+        "train": train_request(config, graft),
+        "evaluate": evaluate_request(config, graft),
+    }
+    assert code(ask(config, kind, contents[kind], client=client)) == refused
+    (event,) = verify(folder / "audit.jsonl")
+    assert (event["event"], event["kind"], event["code"]) == ("refused", kind, refused)
+
+
+def test_a_site_keeps_a_log_of_its_own(config, graft, acme):
+    """Catches: a site that cannot tell afterwards what left it; rows in its log."""
+    client, folder = acme()
+    ask(config, "query", to_record(HelloRequest(config.for_sites(), __version__)), client=client)
+    reply = ask(config, "train", train_request(config, graft), client=client)
+    ask(config, "evaluate", evaluate_request(config, graft), client=client)
+    hello, trained, evaluated = verify(folder / "audit.jsonl")
+    assert [event["event"] for event in (hello, trained, evaluated)] == ["hello", "trained", "evaluated"]
+    assert trained["update_sha256"] == sha256(decode(reply.content.array_records["arrays"], graft.spec))
+    assert trained["bytes"] == sum(len(array.data) for array in reply.content.array_records["arrays"].values())
+    assert evaluated["metrics"] == ["accuracy", "loss", "macro_f1"]
+    assert not [canary for canary in CANARIES if canary in (folder / "audit.jsonl").read_text()]
+
+
+def test_metrics_that_may_not_leave_stay(config, graft, acme):
+    """Catches: a loss that leaves in the reply although the policy names accuracy only."""
+    client, _ = acme('metrics = ["accuracy"]')
+    reply = ask(config, "train", train_request(config, graft), client=client)
+    answer = from_record(TrainReply, reply.content)
+    assert (answer.loss, answer.loss_shared) == (0.0, False)
+    reply = ask(config, "evaluate", evaluate_request(config, graft), client=client)
+    assert set(reply.content.metric_records["metrics"]) == {"accuracy"}
+
+
+def test_a_server_of_another_version_is_refused(config):
+    """Catches: two versions that misunderstand each other in silence."""
+    request = to_record(HelloRequest(config.for_sites(), "99.0.0"))
+    assert code(ask(config, "query", request)) == "version-mismatch"
+
+
+def test_training_can_be_watched(config, graft):
+    """Catches: a status line that knows nothing of the steps."""
+    seen = []
+    module.watch_training(lambda step, steps, losses: seen.append((step, steps)))
+    try:
+        ask(config, "train", train_request(config, graft))
+    finally:
+        module.watch_training(lambda step, steps, losses: None)
+    assert seen == [(1, 2), (2, 2)]

@@ -2,6 +2,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tsugiki
+from client.policy import SitePolicy
 from client.site import read_site
 from common.config_file import to_toml
 from common.errors import ConfigError, DataError, ModelError, UsageError
@@ -31,8 +32,8 @@ def test_the_settings_that_the_file_comments_out_are_known(tmp_path):
     invoke("site", "init", file)
     lines = file.read_text().splitlines()
     commented = [line.removeprefix("# ") for line in lines if line.startswith("# ") and " = " in line]
-    assert len(commented) == 8
-    changed = file.read_text().replace("# [server]", "[server]")
+    assert len(commented) == 15
+    changed = file.read_text().replace("# [server]", "[server]").replace("# [policy]", "[policy]")
     for line in commented:
         changed = changed.replace(f"# {line}", line)
     file.write_text(changed)
@@ -41,6 +42,7 @@ def test_the_settings_that_the_file_comments_out_are_known(tmp_path):
     assert (site.data.evaluation, site.data.columns) == ("held-out.csv", {"text": "sentence"})
     assert (site.server.ca, site.server.key) == ("ca.crt", "my-site.key")
     assert site.server.address.endswith(":9092")
+    assert (site.policy, site.site.audit) == (SitePolicy(), "audit.jsonl")
 
 
 def test_init_does_not_write_over_a_file(tmp_path):

@@ -37,11 +37,12 @@ def task(tmp_path):
 
 def test_all_problems_are_told_at_once(tmp_path):
     """Catches: a site's operator who corrects one line after the other."""
-    text = '[site]\nname = "../../etc/x"\n[data]\nmin_rows = 0\ntrian = "a"\n[models]\na = 3\n[policy]\nx = 1\n'
+    text = '[site]\nname = "../../etc/x"\n[data]\nmin_rows = 0\ntrian = "a"\n[models]\na = 3\n'
+    text += "[polcy]\nx = 1\n[server]\nport = 1\n"
     with pytest.raises(ConfigError) as caught:
         site(tmp_path, text)
     keys = {problem.key for problem in caught.value.problems}
-    assert keys == {"site.name", "data.train", "data.min_rows", "data.trian", "models", "policy"}
+    assert keys == {"site.name", "data.train", "data.min_rows", "data.trian", "models", "polcy", "server.port"}
     assert caught.value.exit_status == 2
 
 

@@ -23,7 +23,7 @@ from common.messages import (
 )
 
 KINDS = [HelloRequest, HelloReply, TrainRequest, TrainReply, EvaluateRequest, EvaluateReply]
-SAMPLES = {"str": "x", "int": 3, "float": 0.5}
+SAMPLES = {"str": "x", "int": 3, "float": 0.5, "bool": True}
 
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 
@@ -81,8 +81,13 @@ def test_another_record_is_refused(kind):
 
 @each_kind
 def test_types_are_exactly_those(kind):
-    """Catches: True for 1, 1 for 1.0, "10" for 10, and lists."""
-    wrong = {"str": [3, b"x", ["x"]], "int": [True, 3.0, "3", [3]], "float": [1, True, "0.5", [0.5]]}
+    """Catches: True for 1, 1 for True, 1 for 1.0, "10" for 10, and lists."""
+    wrong = {
+        "str": [3, b"x", ["x"]],
+        "int": [True, 3.0, "3", [3]],
+        "float": [1, True, "0.5", [0.5]],
+        "bool": [1, "true"],
+    }
     for field in dataclasses.fields(kind):
         for value in wrong[field.type]:
             with pytest.raises(WireError, match=f"^{field.name} in {kind.__name__} has another type") as caught:

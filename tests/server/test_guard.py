@@ -121,3 +121,10 @@ def test_a_good_evaluation_is_accepted():
 def test_an_evaluation_that_does_not_fit_is_rejected(metrics, fields, reason):
     """Catches: metrics that are no finite numbers, and another round's or site's metrics."""
     assert check_evaluation(evaluation(metrics, **fields), ASKED).reason == reason
+
+
+def test_a_loss_that_a_site_does_not_share_is_none():
+    """Catches: a placeholder taken for a measurement."""
+    accepted = verdict(train_reply(loss=0.0, loss_shared=False))
+    assert isinstance(accepted, Accepted)
+    assert accepted.loss is None

@@ -72,7 +72,7 @@ def toy_app(sites: list[str], update: Update = ones, rows: int = 10, **hello: An
         request = from_record(TrainRequest, message.content)
         received = decode(message.content.array_records["arrays"], SPEC)
         value = update(name(context), request.round, received)
-        reply = TrainReply(name(context), request.round, request.nonce, rows, 1, 0.5, 0.0)
+        reply = TrainReply(name(context), request.round, request.nonce, rows, 1, 0.5, True, 0.0)
         return Message(to_record(reply, encode(value, SPEC)), reply_to=message)
 
     @app.evaluate()
@@ -193,7 +193,7 @@ ASKED = Asked("site-0", 1, 3, "0123456789abcdef", 10)
 def train_reply(arrays: Any = None, **fields: Any) -> Message:
     """Return a good reply to `ASKED`, with other arrays or other fields of its `reply` record; None removes a field."""
     identify_process()
-    reply = TrainReply("site-0", 3, "0123456789abcdef", 10, 5, 0.5, 0.1)
+    reply = TrainReply("site-0", 3, "0123456789abcdef", 10, 5, 0.5, True, 0.1)
     arrays = encode(np.full(SPEC.size, 0.5, np.float32), SPEC) if arrays is None else arrays
     return rewritten(Message(to_record(reply, arrays), 1, "train"), **fields)
 
