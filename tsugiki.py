@@ -95,7 +95,10 @@ def serve(
     )
 
 
-@app.command(epilog="Example: tsugiki client --server fed.example.org:9092 --ca ca.crt --key acme")
+@app.command(
+    epilog="Examples: tsugiki client --server fed.example.org:9092 --ca ca.crt --key acme; "
+    "tsugiki client --dry-run federation.toml"
+)
 def client(
     server: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server; default: site.toml's.")] = "",
     site: Annotated[Path, typer.Option(help="The site's file.")] = Path("site.toml"),
@@ -103,11 +106,18 @@ def client(
     key: Annotated[Path | None, typer.Option("--key", help="This node's private key.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no key; on loopback only.")] = False,
     retry: Annotated[float, typer.Option(metavar="SECONDS", help="Keep trying to connect for so long.")] = 600,
+    dry_run: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Print what would be sent in this run; send nothing.")
+    ] = None,
+    overrides: Set = None,
 ) -> None:
     """Take part with this site's data: connect to a server and answer it until stopped."""
     from client import commands
 
-    commands.client(server, site, ca, key, insecure, retry)
+    if dry_run is not None:
+        commands.dry_run(site, dry_run, overrides or [])
+    else:
+        commands.client(server, site, ca, key, insecure, retry)
 
 
 @app.command(epilog="Example: tsugiki certs --host fed.example.org --host 203.0.113.7")

@@ -104,6 +104,29 @@ def client(server: str, site_file: Path, ca: Path | None, key: Path | None, inse
     shown.note("disconnected")
 
 
+def dry_run(site_file: Path, run: Path, overrides: Sequence[str]) -> None:
+    """Print exactly what this site would send in a run's hello and first round. Nothing is sent, or logged.
+
+    Raises:
+        TsugikiError: the site or the run is wrong, or the site would refuse.
+    """
+    from flwr.app import Array
+
+    from client.dry_run import replies
+    from client.site import read_site
+    from common import config_file
+
+    site, config = read_site(site_file), config_file.read(run, overrides)
+    for title, content in replies(site, config):
+        _say(f"{title}:")
+        for name, record in content.items():
+            for key, value in record.items():
+                shown = repr(value)
+                if isinstance(value, Array):
+                    shown = f"{value.dtype} {value.shape}, {len(value.data):,} bytes"
+                _say(f"  {name}.{key} = {shown}")
+
+
 def _check_security(address: str, insecure: bool, authority: Path | None) -> None:
     """Raise UsageError where the link would be open to others."""
     host = address.rpartition(":")[0].strip("[]")

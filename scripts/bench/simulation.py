@@ -16,21 +16,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import numpy as np
 from figures import Figure, median, show, spread
+from trivial import trivial_app, trivial_spec
 
 import common  # noqa: F401  (first: it switches off what would phone home)
 from client import trainer
 from client.app import simulated_app
-from common import __version__
 from common.audit import AuditLog
 from common.config import RunConfig, parse
-from common.messages import HelloReply, TrainReply, TrainRequest, from_record, to_record
 from common.model import load_graft
 from common.rng import generator
-from common.wire import AdapterSpec, TensorSpec, encode
 from server.engines.grid import Stop
 from server.engines.in_process import InProcessGrid
 from server.loop import Parts, initial_state, run_rounds
@@ -39,35 +37,6 @@ from server.simulate import simulate
 
 SITES, ROUNDS = 100, 10
 FLOWER_ROUNDS = 3
-
-
-def trivial_spec(size: int) -> AdapterSpec:
-    """Return a spec of one tensor."""
-    return AdapterSpec("trivial", "none", "{}", "0" * 64, "float32", (TensorSpec("w", (size,), "adapter"),))
-
-
-def trivial_app(spec: AdapterSpec) -> Any:
-    """Return a ClientApp that sends zeros, through the same messages as the real one."""
-    from flwr.app import Message
-    from flwr.clientapp import ClientApp
-
-    app = ClientApp()
-    arrays = encode(np.zeros(spec.size, np.float32), spec)
-
-    @app.query()
-    def hello(message: Any, context: Any) -> Any:
-        name = f"site-{int(context.node_config['partition-id']):03d}"
-        return Message(to_record(HelloReply(name, __version__, 10, 0, "0" * 64, spec.sha256, "", "")), reply_to=message)
-
-    @app.train()
-    def train(message: Any, context: Any) -> Any:
-        request = from_record(TrainRequest, message.content)
-        name = f"site-{int(context.node_config['partition-id']):03d}"
-        return Message(
-            to_record(TrainReply(name, request.round, request.nonce, 10, 1, 0.0, True, 0.0), arrays), reply_to=message
-        )
-
-    return app
 
 
 def our_messages_per_second(size: int, folder: Path) -> float:

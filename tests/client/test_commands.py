@@ -118,3 +118,18 @@ def test_check_fails_with_the_step_that_fails(tmp_path):
     with pytest.raises(ModelError) as caught:
         invoke("site", "check", file, "--run", run)
     assert caught.value.code == "model-unknown"
+
+
+def test_a_dry_run_prints_names_and_values_and_no_rows(tmp_path):
+    """Catches: an array printed in full; a field that is left out."""
+    from common.config_file import to_toml
+    from tests.support.federation import CANARIES, site_folder, tiny_config
+
+    config = tiny_config(tmp_path)
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    site = site_folder(tmp_path / "acme", "acme")
+    shown = invoke("client", "--site", site, "--dry-run", tmp_path / "run.toml", "--set", "train.local_steps=1")
+    for line in ("reply.site = 'acme'", "reply.rows = 8", "reply.steps = 1", "arrays.adapter = float32"):
+        assert line in shown
+    assert len(shown.splitlines()) < 30
+    assert not [canary for canary in CANARIES if canary in shown]

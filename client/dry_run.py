@@ -1,0 +1,65 @@
+"""What a site would send: its answers to a run's hello and first round, made by the same ClientApp and kept here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from client.app import make_app
+from client.site import FileSite
+from common import __version__
+from common.config import RunConfig
+from common.errors import UsageError
+from common.messages import HelloRequest, TrainRequest, error_code, to_record
+from common.model import load_graft
+from common.wire import encode
+
+if TYPE_CHECKING:
+    from flwr.app import RecordDict
+    from flwr.clientapp import ClientApp
+
+
+def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict]]:
+    """Yield a title and the content of each reply.
+
+    Args:
+        site: its audit log is left alone.
+        config: the run, as its operator would send it.
+
+    Raises:
+        TsugikiError: the site would refuse; the code is what the server would see.
+    """
+    quiet = replace(site, site=site.site.model_copy(update={"audit": ""}))
+    app = make_app(lambda context: quiet)
+    yield "hello", _ask(app, "query", to_record(HelloRequest(config.for_sites(), __version__)))
+    graft = load_graft(config, site.model_source(config.model.name), config.run.seed)
+    request = TrainRequest(
+        config=config.for_sites(),
+        round=1,
+        spec_sha256=graft.spec.sha256,
+        schedule_start=0.0,
+        schedule_stop=1.0 / config.run.rounds,
+        deadline_s=config.strategy.round_timeout_s,
+        nonce="0" * 16,
+    )
+    yield "round 1", _ask(app, "train", to_record(request, encode(graft.initial, graft.spec)))
+
+
+def _ask(app: ClientApp, kind: str, content: RecordDict) -> RecordDict:
+    """Return the app's answer to a message that nobody sent."""
+    from flwr.app import Context, Message, RecordDict
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+    message = Message(content, 1, kind)
+    message.metadata.__dict__["_message_id"] = kind
+    reply = app(message, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}))
+    if reply.has_error():
+        raise UsageError(
+            f"this site would refuse, with the code {error_code(reply)}",
+            "a run that fits the site",
+            "the line above says why",
+            code=error_code(reply),
+        )
+    return reply.content

@@ -1,0 +1,44 @@
+"""What `tsugiki client --dry-run` shows is what a real client sends."""
+
+import pytest
+
+from client.dry_run import replies
+from client.site import read_site
+from common.errors import UsageError
+from server.simulate import simulate
+from tests.support.federation import CANARIES, app_of_sites, site_folder, tiny_config
+
+
+def test_it_shows_what_is_sent(tmp_path):
+    """Catches: a dry run that is another program; one that writes the site's log; rows among what is shown."""
+    config = tiny_config(tmp_path, strategy={"min_clients": 1})
+    file = site_folder(tmp_path / "acme", "acme")
+    sent = {}
+
+    def keep(node, reply):
+        sent[len(sent)] = reply.content
+        return [reply]
+
+    simulate(config, app_of_sites([file]), fault=keep)
+    log = (tmp_path / "acme" / "audit.jsonl").read_bytes()
+    shown = dict(replies(read_site(file), config))
+    assert list(shown) == ["hello", "round 1"]
+    assert dict(shown["hello"]["reply"]) == dict(sent[0]["reply"])
+    for key in set(shown["round 1"]["reply"]) - {"nonce", "seconds"}:
+        assert shown["round 1"]["reply"][key] == sent[1]["reply"][key]
+    ours, theirs = (content.array_records["arrays"] for content in (shown["round 1"], sent[1]))
+    assert [(name, array.data) for name, array in ours.items()] == [
+        (name, array.data) for name, array in theirs.items()
+    ]
+    assert (tmp_path / "acme" / "audit.jsonl").read_bytes() == log
+    assert not [canary for canary in CANARIES if canary in str(shown)]
+
+
+def test_a_refusal_is_told_with_its_code(tmp_path):
+    """Catches: a dry run that passes where the real one is refused."""
+    config = tiny_config(tmp_path)
+    file = site_folder(tmp_path / "acme", "acme")
+    file.write_text('[policy]\ntasks = ["sentence-embedding"]\n' + file.read_text())
+    with pytest.raises(UsageError) as caught:
+        list(replies(read_site(file), config))
+    assert caught.value.code == "policy-task"
