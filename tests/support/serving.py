@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from client.site import simulated_sites
 from common.config import RunConfig, parse
 from common.config_file import to_toml
-from tests.support.processes import BIN, quiet_environment
+from tests.support.processes import BIN, end_group, free_port, group_alive, quiet_environment
 
 CANARY = "patient Jane hf_abc123"
 
@@ -103,3 +105,73 @@ def write_run(path: Path, config: RunConfig) -> Path:
     """Write the run's file."""
     path.write_text(to_toml(config))
     return path
+
+
+Start = Callable[..., Process]
+
+
+@contextmanager
+def started() -> Iterator[Start]:
+    """Give a function that starts commands; afterwards end them all and see that nothing is left."""
+    processes: list[Process] = []
+
+    def start(folder: Path, name: str, *arguments: str | Path) -> Process:
+        processes.append(Process(folder, name, *arguments))
+        return processes[-1]
+
+    try:
+        yield start
+    finally:
+        for one in processes:
+            end_group(one.process)
+        assert not [one.log.name for one in processes if group_alive(one.process.pid)]
+        assert not superlinks([one.process.pid for one in processes])
+
+
+def superlinks(parents: Sequence[int]) -> list[int]:
+    """Return the ids of SuperLinks of ours: each has its parent's id as an argument."""
+    words = {str(parent).encode() for parent in parents}
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):  # it ended while we looked
+            arguments = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+            if words & set(arguments) and b"--fleet-api-address" in arguments:
+                found.append(int(entry.name))
+    return found
+
+
+def serve_and_join(
+    start: Start,
+    folder: Path,
+    config: RunConfig,
+    extra: Sequence[str | Path] = (),
+    client_extra: Sequence[str] = (),
+    sites: Sequence[Path] | None = None,
+) -> tuple[Process, list[Process]]:
+    """Start a server and a client for each site; return (server, clients)."""
+    port = free_port()
+    file = write_run(folder / "run.toml", config)
+    server = start(folder / "server", "serve", "serve", file, "--listen", f"127.0.0.1:{port}", *extra)
+    clients = []
+    for number, site in enumerate(sites or site_files(folder, config)):
+        options = [part.format(number=number, name=site.parent.name) for part in client_extra]
+        arguments = ["client", "--server", f"127.0.0.1:{port}", "--site", site, *options]
+        clients.append(start(folder / "clients", site.parent.name, *arguments))
+    return server, clients
+
+
+def summary(config: RunConfig) -> dict[str, Any]:
+    """Return a run's summary.json."""
+    found: dict[str, Any] = json.loads((Path(config.run.output_dir) / config.run.name / "summary.json").read_text())
+    return found
+
+
+def make_identity(start: Start, folder: Path, names: Sequence[str]) -> tuple[Path, Path]:
+    """Make certificates and keys as the documents tell; return (tls, keyring)."""
+    place = folder / "identity"
+    assert start(place, "certs", "certs", "--tls", place / "tls").wait(60) == 0
+    for name in names:
+        assert start(place, "keys", "keys", "new", place / f"{name}.key").wait(60) == 0
+        arguments = ["keys", "register", place / f"{name}.key.pub", "--name", name, "--keys", place / "keys"]
+        assert start(place, "keys", *arguments).wait(60) == 0
+    return place / "tls", place / "keys"
