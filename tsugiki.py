@@ -72,7 +72,9 @@ def simulate(
 Keys = Annotated[Path, typer.Option("--keys", metavar="DIR", help="The registered nodes' public keys.")]
 
 
-@app.command(epilog="Examples: tsugiki serve federation.toml --listen 0.0.0.0:9092; tsugiki serve --resume runs/run")
+@app.command(
+    epilog="Examples: tsugiki serve run.toml --listen 0.0.0.0:9092; tsugiki serve --resume runs/a --listen 0.0.0.0:9092"
+)
 def serve(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The run's TOML file.")] = None,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where sites connect.")] = "127.0.0.1:9092",
@@ -116,6 +118,8 @@ def client(
 
     if dry_run is not None:
         commands.dry_run(site, dry_run, overrides or [])
+    elif overrides:
+        raise typer.BadParameter("--set goes with --dry-run: the server says how a run is")
     else:
         commands.client(server, site, ca, key, insecure, retry)
 
@@ -239,7 +243,7 @@ def site_init(
     commands.site_init(file, name, train)
 
 
-@site_app.command("check", epilog="Example: tsugiki site check site.toml --run examples/sst2.toml")
+@site_app.command("check", epilog="Example: tsugiki site check site.toml --run federation.toml")
 def site_check(
     file: Annotated[Path, typer.Argument(help="The site's file.")] = Path("site.toml"),
     run: Annotated[Path | None, typer.Option(metavar="FILE", help="Also try the site against this run.")] = None,

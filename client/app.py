@@ -93,20 +93,23 @@ def make_app(locate: Locate) -> ClientApp:
 
 def _answer(message: Message, locate: Callable[[], Site], handle: Callable[[Site, RecordDict], RecordDict]) -> Message:
     """Return the handler's reply, or a code: an exception's text may hold a site's data and stays in the local log."""
+    site: Site | None = None
     try:
         site = locate()
-        try:
-            return Message(handle(site, message.content), reply_to=message)
-        except TsugikiError as error:
-            site.record("refused", kind=message.metadata.message_type, code=error.code)
-            raise
+        return Message(handle(site, message.content), reply_to=message)
     except TsugikiError as error:
+        code = error.code
         log.warning("refused: %s", error)
-        return error_reply(error.code, message)
     except BaseException as error:  # also SystemExit and KeyboardInterrupt raised inside training code
         name = type(error).__name__
+        code = "out-of-memory" if name in _MEMORY_ERRORS else f"client-error:{name}"
         log.exception("failed: %s", name)
-        return error_reply("out-of-memory" if name in _MEMORY_ERRORS else f"client-error:{name}", message)
+    try:
+        if site is not None:
+            site.record("refused", kind=message.metadata.message_type, code=code)
+    except TsugikiError as error:
+        log.warning("not logged: %s", error)
+    return error_reply(code, message)
 
 
 _MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")

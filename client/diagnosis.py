@@ -88,7 +88,7 @@ def _certificate_problem(link: Link, host: str, error: ssl.SSLCertVerificationEr
         return LinkError(
             f"the certificate of {link.address} {word}",
             "a valid one, and the right time on both machines",
-            "have the operator run `tsugiki certs` again",
+            "have the operator run `tsugiki certs` again and restart the server",
             code="tls-expired",
         )
     if error.verify_code in _WRONG_NAMES:
@@ -126,7 +126,7 @@ def refused(link: Link, details: str) -> LinkError:
     if "timestamp" in details:
         return LinkError(
             "the clocks of this machine and the server differ too much",
-            "less than 5 minutes",
+            "at most 5 s ahead of the server, or 5 minutes behind",
             "set the time, best with NTP",
             code="clock-skew",
         )

@@ -1,4 +1,4 @@
-"""What a site would send: its answers to a run's hello and first round, made by the same ClientApp and kept here."""
+"""What a site would send: its answers to hello, first round and evaluation, by the same ClientApp, and kept here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from client.site import FileSite
 from common import __version__
 from common.config import RunConfig
 from common.errors import UsageError
-from common.messages import HelloRequest, TrainRequest, error_code, to_record
+from common.messages import EvaluateRequest, HelloRequest, TrainRequest, error_code, to_record
 from common.model import load_graft
 from common.wire import encode
 
@@ -43,7 +43,11 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
         deadline_s=config.strategy.round_timeout_s,
         nonce="0" * 16,
     )
-    yield "round 1", _ask(app, "train", to_record(request, encode(graft.initial, graft.spec)))
+    arrays = encode(graft.initial, graft.spec)
+    yield "round 1", _ask(app, "train", to_record(request, arrays))
+    if config.evaluation.at_sites and site.data.evaluation:
+        evaluation = EvaluateRequest(config.for_sites(), 1, graft.spec.sha256, "0" * 16)
+        yield "evaluation at the site", _ask(app, "evaluate", to_record(evaluation, arrays))
 
 
 def _ask(app: ClientApp, kind: str, content: RecordDict) -> RecordDict:

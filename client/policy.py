@@ -1,4 +1,4 @@
-"""What a site allows, whatever a run asks for: `[policy]` of site.toml, enforced before anything is loaded or trained.
+"""What a site allows, whatever a run asks for: `[policy]` of site.toml, enforced before anything is trained.
 
 A refusal is a code to the server and a line in the site's own audit log. Every limit is off by default but one: a model
 is only loaded under a name that [models] has, which `client.site` sees to.

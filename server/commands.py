@@ -63,14 +63,14 @@ def at_folder(config: RunConfig, folder: Path) -> RunConfig:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Let the first Ctrl-C or SIGTERM end the run after the site at work, the second at once."""
+    """Let the first Ctrl-C or SIGTERM end the run at the next chance, the second at once."""
     stop = Stop()
 
     def handle(number: int, frame: Any) -> None:
         if stop.requested:
             sys.exit(130)
         stop.request()
-        sys.stderr.write("\nstopping after the site that is at work; again to stop at once\n")
+        sys.stderr.write("\nstopping; again to stop at once\n")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

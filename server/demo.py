@@ -17,7 +17,8 @@ DEMO_TOML = """\
 #
 #   tsugiki demo                 makes the data, runs this, compares, and exports the adapter
 #
-# To run the file by itself, make the data first: `tsugiki demo` writes it to runs/demo-data.
+# To run the file by itself, make the data first: `tsugiki demo` writes it to runs/demo-data. Then give the run
+# a name of its own: tsugiki simulate examples/demo.toml --set run.name=again
 
 [run]
 name = "demo"

@@ -147,11 +147,11 @@ class Roster:
             hello = from_record(HelloReply, reply.content)
         except WireError as error:
             return self._refuse(node, error.code)
-        taken = hello.site in self.members()
+        taken, names = hello.site in self.members(), self._names()
         checks = {
             "site-name": re.fullmatch(NAME_PATTERN, hello.site) is None,
             "site-name-taken": taken,
-            "site-name-key": self._names().get(node, hello.site) != hello.site,
+            "site-name-key": bool(names) and names.get(node) != hello.site,
             "version-mismatch": minor(hello.version) != minor(__version__),
             "base-mismatch": hello.base_fingerprint != self._spec.base_fingerprint,
             "spec-mismatch": hello.spec_sha256 != self._spec.sha256,
@@ -177,5 +177,6 @@ class Roster:
         return Member(hello.site, node, hello.rows, hello.evaluation_rows)
 
     def _refuse(self, node: int, code: str, theirs: str = "", ours: str = "") -> str:
-        self._audit.write("refused", node=str(node), code=code, theirs=theirs, ours=ours)
+        key = self._names().get(node, "")
+        self._audit.write("refused", node=str(node), key=key, code=code, theirs=theirs, ours=ours)
         return code

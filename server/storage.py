@@ -29,7 +29,7 @@ def run_folder(path: Path, *, resume: bool) -> Iterator[Path]:
             raise StorageError(
                 f"{path} is there already",
                 "a new folder for a new run",
-                f"`tsugiki simulate --resume {path}` goes on with it; --set run.name=... starts another",
+                f"--resume {path} in place of the file goes on with it; --set run.name=... starts another",
                 code="run-exists",
             )
         path.mkdir(parents=True, exist_ok=True)

@@ -13,10 +13,19 @@ def codes():
     """Return every code in the program: of classes, and given to an error, a rejection or a check."""
     found = {kind.code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "code")}
     for path in [p for side in ("common", "client", "server") for p in (ROOT / side).rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        tree = ast.parse(path.read_text("utf-8"))
+        constants = {
+            target.id: statement.value
+            for statement in tree.body
+            if isinstance(statement, ast.Assign)
+            for target in statement.targets
+            if isinstance(target, ast.Name)
+        }
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 name = getattr(node.func, "id", getattr(node.func, "attr", ""))
                 given = [part for word in node.keywords if word.arg == "code" for part in ast.walk(word.value)]
+                given += [constants[one.id] for one in given if isinstance(one, ast.Name) and one.id in constants]
                 if name in ("Rejected", "Unacceptable", "_refusal", "_allow"):
                     given += node.args[-1:] if name != "Rejected" else node.args[1:2]
                 found |= {one.value for one in given if isinstance(one, ast.Constant) and isinstance(one.value, str)}
@@ -55,12 +64,19 @@ def test_commands_in_the_documents_exist():
     from tsugiki import app
 
     commands = get_command(app).commands
-    used = set()
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        used |= set(re.findall(r"tsugiki ([a-z]+)(?: ([a-z]+))?", page.read_text("utf-8")))
-    groups = {name for name, command in commands.items() if hasattr(command, "commands")}
-    called = {first for first, _ in used if first in commands}
-    assert {"serve", "client", "certs", "keys", "site", "config", "simulate"} <= called
-    for first, second in used:
-        if first in groups and second:
-            assert second in commands[first].commands, f"tsugiki {first} {second}"
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.toml")]
+    used = []
+    for page in pages:
+        for line in re.findall(r"(?:^|`|#|=/srv/\S*/)\s*tsugiki ([a-z][^`#\n]*)", page.read_text("utf-8"), re.M):
+            used.append((page.name, line.split()))
+    assert len(used) > 25
+    for page, words in used:
+        assert words[0] in commands, f"{page}: tsugiki {' '.join(words)}"
+        command = commands[words[0]]
+        if hasattr(command, "commands") and len(words) > 1:
+            assert words[1] in command.commands, f"{page}: tsugiki {' '.join(words)}"
+            command = command.commands[words[1]]
+        known = {option for parameter in getattr(command, "params", []) for option in parameter.opts}
+        for word in words:
+            if word.startswith("--"):
+                assert word.strip(";,.)") in known | {"--help"}, f"{page}: tsugiki {' '.join(words)}"

@@ -60,15 +60,16 @@ def make_certificates(
 
     Args:
         folder: made if need be. A server certificate that is there is replaced: its names or its time were wrong.
-        hosts: names and addresses by which sites reach the server; loopback's are added.
+        hosts: names and addresses by which sites reach the server; loopback's are added. None given: those of the
+            certificate that is there.
         days: how long the server's certificate is good for.
         start: from when on; by default from now.
 
     Raises:
         UsageError: a name is no host name or address, or the folder cannot be written.
     """
-    names = [_name(host) for host in dict.fromkeys([*hosts, *ALWAYS])]
     files = CertificateFiles(folder)
+    names = [_name(host) for host in dict.fromkeys([*(hosts or names_in(files)), *ALWAYS])]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not files.ca.exists():
@@ -77,6 +78,17 @@ def make_certificates(
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}", "a writable folder") from error
     return files
+
+
+def names_in(files: CertificateFiles) -> list[str]:
+    """Return the names and addresses in the server's certificate, if there is one."""
+    from cryptography import x509
+
+    if not files.server.is_file():
+        return []
+    certificate = x509.load_pem_x509_certificate(files.server.read_bytes())
+    found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [*found.get_values_for_type(x509.DNSName), *map(str, found.get_values_for_type(x509.IPAddress))]
 
 
 def _name(host: str) -> x509.GeneralName:

@@ -49,14 +49,14 @@ def serve(
 
 def certs(folder: Path, hosts: Sequence[str], days: int) -> None:
     """Make the server's certificate."""
-    from server.deploy.certs import make_certificates
+    from server.deploy.certs import make_certificates, names_in
 
     fresh = not (folder / "ca.crt").exists()
     files = make_certificates(folder, list(hosts), days)
     if fresh:
         _say(f"{files.ca}: the CA's certificate; give it to every site")
         _say(f"{files.ca_key}: the CA's key; keep it safe, the running server does not need it")
-    _say(f"{files.server}, {files.server_key}: the server's, for {', '.join([*hosts, 'localhost', '127.0.0.1'])}")
+    _say(f"{files.server}, {files.server_key}: the server's, for {', '.join(names_in(files))}")
 
 
 def keys_new(path: Path) -> None:

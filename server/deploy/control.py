@@ -18,7 +18,6 @@ import httpx
 from flwr.common.constant import SubStatus
 from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
-    ListNodesRequest,
     RegisterNodeRequest,
     StartRunRequest,
     UnregisterNodeRequest,
@@ -38,7 +37,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from common.errors import DeployError
+from common.errors import DeployError, UsageError
 from common.keys import read_public_key
 from server.deploy.keyring import registered
 from server.deploy.superlink import Endpoint
@@ -75,31 +74,41 @@ class Control:
         return _answer(lambda: self._client.StartRun(request)).run_id
 
     def synchronise(self, keyring: Path) -> list[str]:
-        """Register and unregister nodes until the SuperLink knows the keys in the folder; return what was done."""
-        wanted = {}
+        """Register and unregister nodes until the SuperLink knows the keys in the folder; return what was done.
+
+        What cannot be done with a key is told as "key NAME: ..." and keeps nobody else out.
+
+        Raises:
+            DeployError: the SuperLink cannot be reached, or does not let a node be unregistered.
+        """
+        done: list[str] = []
+        wanted: dict[str, bytes] = {}
         for name, path in registered(keyring).items():
-            wanted[name] = public_key_to_bytes(read_public_key(path))
-        done = []
-        for name, (key, node_id) in list(self._nodes.items()):
-            if wanted.get(name) != key:
-                _answer(lambda node_id=node_id: self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id)))  # type: ignore[misc]  # bound at once
-                del self._nodes[name]
-                done.append(f"{name} revoked")
+            try:
+                wanted[name] = public_key_to_bytes(read_public_key(path))
+            except UsageError as error:
+                done.append(f"key {name}: {error}")
+        for name in [name for name, (key, _) in self._nodes.items() if wanted.get(name) != key]:
+            leaving = UnregisterNodeRequest(node_id=self._nodes[name][1])
+            _answer(lambda leaving=leaving: self._client.UnregisterNode(leaving))  # type: ignore[misc]  # bound at once
+            self._nodes = {other: node for other, node in self._nodes.items() if other != name}
+            done.append(f"{name} revoked")
         for name, key in wanted.items():
-            if name not in self._nodes:
-                request = RegisterNodeRequest(public_key=key, name=name)
-                self._nodes[name] = (key, _answer(lambda request=request: self._client.RegisterNode(request)).node_id)  # type: ignore[misc]  # bound at once
-                done.append(f"{name} registered")
+            if name in self._nodes:
+                continue
+            request = RegisterNodeRequest(public_key=key, name=name)
+            try:
+                node_id = _answer(lambda request=request: self._client.RegisterNode(request)).node_id  # type: ignore[misc]  # bound at once
+            except DeployError:
+                done.append(f"key {name}: not taken; a key that was revoked, or is used twice, needs to be a new one")
+                continue
+            self._nodes = {**self._nodes, name: (key, node_id)}
+            done.append(f"{name} registered")
         return done
 
     def node_names(self) -> dict[int, str]:
-        """Return the names of the registered nodes by node id."""
+        """Return the names of the registered nodes by node id. May be called by any thread."""
         return {node_id: name for name, (_, node_id) in self._nodes.items()}
-
-    def online(self) -> int:
-        """Return how many nodes are connected."""
-        nodes = _answer(lambda: self._client.ListNodes(ListNodesRequest())).nodes_info
-        return sum(node.status == "online" for node in nodes)
 
     def close(self) -> None:
         """Hang up."""
@@ -147,7 +156,7 @@ def executed(endpoint: Endpoint, run_id: int) -> Iterator[SuperlinkGrid]:
         raise DeployError(
             f"the SuperLink does not answer any more ({type(error).__name__})",
             "one that runs as long as the run",
-            "`tsugiki serve --resume RUN` goes on from the last checkpoint",
+            "`tsugiki serve --resume RUN`, with the same options, goes on from the last checkpoint",
             code="superlink-gone",
         ) from error
     except BaseException as error:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from common.errors import UsageError
-from common.files import unwritable
+from common.files import unwritable, write_atomically
 from common.keys import fingerprint, read_public_key
 from common.settings import NAME_PATTERN
 
@@ -41,12 +41,11 @@ def register(folder: Path, public: Path, name: str = "") -> tuple[str, str]:
     target = folder / f"{name}.pub"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with target.open("xb") as file:
-            file.write(public.read_bytes())
-    except FileExistsError:
-        raise UsageError(f"{name} has a key already", "a new name", f"`tsugiki keys revoke {name}` first") from None
     except OSError as error:
-        raise unwritable(target, error) from error
+        raise unwritable(folder, error) from error
+    if target.exists():
+        raise UsageError(f"{name} has a key already", "a new name", f"`tsugiki keys revoke {name}` first")
+    write_atomically(target, public.read_bytes())  # a running server reads the folder all the time
     return name, fingerprint(key)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +16,11 @@ from server.app import Outcome, run_federation
 from server.deploy import bundle
 from server.deploy.certs import CertificateFiles
 from server.deploy.control import Control, executed
-from server.deploy.superlink import Endpoint, Superlink, superlink
+from server.deploy.superlink import LOOPBACK, Endpoint, Superlink, split_address, superlink
 from server.engines.grid import Stop
 from server.progress import Progress
+
+log = logging.getLogger("tsugiki.server")
 
 WATCH_S = 1.0
 
@@ -65,7 +68,15 @@ def serve(
             with _watching(control, deployment, child, stop) as failure:
                 run_id = control.submit(bundle.build(), to_run_config(config))
                 with executed(endpoint, run_id) as grid:
-                    return run_federation(grid, config, resume=resume, previous=previous, progress=progress, stop=stop)
+                    return run_federation(
+                        grid,
+                        config,
+                        resume=resume,
+                        previous=previous,
+                        progress=progress,
+                        stop=stop,
+                        names=control.node_names,
+                    )
         except TsugikiError:
             if failure:
                 raise failure[0] from None
@@ -79,7 +90,8 @@ def _check_certificates(deployment: Deployment) -> None:
     files = deployment.certificates
     if files is None:
         return
-    missing = [path for path in (files.ca, files.server, files.server_key) if not path.is_file()]
+    needed = [files.ca] if deployment.superlink else [files.ca, files.server, files.server_key]
+    missing = [path for path in needed if not path.is_file()]
     if missing:
         raise UsageError(
             f"no {missing[0]}",
@@ -93,6 +105,8 @@ def _endpoint(config: RunConfig, deployment: Deployment) -> Iterator[tuple[Endpo
     """Give the SuperLink's address inside a `with` block, and the SuperLink itself if it is ours."""
     files = deployment.certificates
     if deployment.superlink:
+        if files is None and split_address(deployment.superlink)[0] not in LOOPBACK:
+            raise UsageError(f"--insecure with --superlink {deployment.superlink}", "loopback", "leave --insecure out")
         yield Endpoint(deployment.superlink, files.ca.read_bytes() if files else None), None
         return
     folder = Path(config.run.output_dir) / ".superlink" / config.run.name
@@ -105,27 +119,38 @@ def _endpoint(config: RunConfig, deployment: Deployment) -> Iterator[tuple[Endpo
 def _watching(
     control: Control, deployment: Deployment, child: Superlink | None, stop: Stop
 ) -> Iterator[list[TsugikiError]]:
-    """Keep an eye on the SuperLink and on the keyring inside a `with` block; a failure stops the run and is listed."""
+    """Keep an eye on the SuperLink and on the keyring inside a `with` block.
+
+    A SuperLink that ends stops the run and is listed; a key that cannot be registered is told, and the run goes on.
+    """
     failure: list[TsugikiError] = []
     over = threading.Event()
 
-    def look() -> None:
-        if child is not None:
-            child.check()
-        if deployment.certificates is not None and child is not None:
-            for done in control.synchronise(deployment.keyring):
+    told: set[str] = set()
+
+    def look_at_keys() -> None:
+        if deployment.certificates is None or child is None:  # another SuperLink has a keyring of its own
+            return
+        for done in control.synchronise(deployment.keyring):
+            if done not in told or not done.startswith("key "):
                 deployment.announce(done)
+            told.add(done)
 
     def watch() -> None:
         while not over.wait(WATCH_S):
             try:
-                look()
+                if child is not None:
+                    child.check()
+                look_at_keys()
             except TsugikiError as error:
+                if child is None or child.process.poll() is None:
+                    log.warning("the keyring cannot be looked at now: %s", error)
+                    continue
                 failure.append(error)
                 stop.request()
                 return
 
-    look()
+    look_at_keys()
     thread = threading.Thread(target=watch, name="watch", daemon=True)
     thread.start()
     try:

@@ -66,7 +66,7 @@ class Superlink:
             raise DeployError(
                 f"the SuperLink ended with status {status}",
                 "a SuperLink that runs as long as the run",
-                f"see {self.log}; `tsugiki serve --resume RUN` goes on from the last checkpoint",
+                f"see {self.log}; `tsugiki serve --resume RUN`, with the same options, goes on",
                 code="superlink-gone",
             )
 

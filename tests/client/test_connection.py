@@ -87,7 +87,7 @@ def test_a_node_keeps_saying_that_it_lives(fleet, connect, monkeypatch):
 
 
 def test_with_tls_and_a_key(fleet, connect, tmp_path):
-    """Catches: a key that is not the one shown to the server; a node that registers itself although it has a key."""
+    """Catches: another key than the given one; a node that registers itself although it has a key."""
     files, key = make_certificates(tmp_path, []), ec.generate_private_key(ec.SECP384R1())
     fleet.known[public_key_to_bytes(key.public_key())] = 77
     with listening(fleet, files) as port:

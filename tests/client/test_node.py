@@ -4,7 +4,10 @@ import itertools
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -13,6 +16,8 @@ from client.connection import RunOver
 from client.node import LONGEST_PAUSE_S, PAUSE_GROWTH, SHORTEST_PAUSE_S, Ending, Node
 from common.errors import Interrupted, LinkError
 from server.engines.in_process import identify_process
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Link:
@@ -98,9 +103,18 @@ def test_messages_are_answered_in_order():
 
 def test_looks_are_frequent_after_a_message_and_seldom_when_idle():
     """Catches: a constant pause: either slow rounds, or a server that is asked 50 times a second for days."""
-    _, pauses = run(Link([message()], before_end=100))
+    link = Link(before_end=100)
+    late = message()
+    look = link.receive
+    link.receive = lambda: (late, None) if len(waited) == 60 and not link.sent else look()
+    waited = []
+    link.ending = Ending()
+    Node(echo, link, {"site": "x"}, Seen(), link.ending).run(waited.append)
+    before, pauses = waited[:60], waited[60:]
+    assert before[-1] > 10 * SHORTEST_PAUSE_S
     assert pauses[0] == SHORTEST_PAUSE_S
-    assert pauses[-1] == LONGEST_PAUSE_S
+    assert waited[-1] <= LONGEST_PAUSE_S
+    assert max(run(Link(before_end=100))[1]) == LONGEST_PAUSE_S
     assert all(later <= earlier * PAUSE_GROWTH + 1e-9 for earlier, later in itertools.pairwise(pauses))
 
 
@@ -171,10 +185,37 @@ def test_the_grace_period_ends_what_takes_longer(monkeypatch):
 def test_the_end_of_the_grace_period_does_not_interrupt_the_upload(monkeypatch):
     """Catches: a reply that is cut off in the middle by the site's own clock."""
     ending = Ending()
+
+    class Slow(Link):
+        def send(self, reply, seconds):
+            os.kill(os.getpid(), signal.SIGALRM)
+            time.sleep(0.05)
+            super().send(reply, seconds)
+
+    link = Slow([message()])
     with ending.handling_signals():
-        ending._grace_is_over(signal.SIGALRM, None)
+        run(link, echo, ending)
+        assert len(link.sent) == 1
         with ending.interruptible(), pytest.raises(Interrupted):
             ending._grace_is_over(signal.SIGALRM, None)
+
+
+def test_a_second_signal_ends_at_once():
+    """Catches: a node that cannot be stopped while its app swallows every exception."""
+    script = """
+import os, signal, time
+from client.node import Ending
+ending = Ending()
+with ending.handling_signals(), ending.interruptible():
+    os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+    except BaseException:
+        time.sleep(30)
+"""
+    done = subprocess.run([sys.executable, "-c", script], timeout=20, check=False, cwd=ROOT)
+    assert done.returncode == 130
 
 
 def test_signals_are_given_back():

@@ -57,7 +57,7 @@ def test_the_live_line_shows_step_loss_and_bytes(capsys):
 
 
 def test_few_refreshes(capsys):
-    """Catches: a terminal that is written to, and a tensor read from the device, at every step."""
+    """Catches: a terminal that is written to at every step."""
     live = Live()
     live.begins("train", "1")
     for step in range(1, 500):

@@ -35,7 +35,7 @@ def test_a_pair_is_written_and_read(tmp_path):
 
 
 def test_the_private_part_is_its_owners_alone(tmp_path):
-    """Catches: a key written with the usual permissions, or opened to others for a moment."""
+    """Catches: a key written with the usual permissions; a public part that holds the private one."""
     public = new_key_pair(tmp_path / "acme")
     assert (tmp_path / "acme").stat().st_mode & 0o777 == 0o600
     assert b"PRIVATE" not in public.read_bytes()

@@ -1,6 +1,5 @@
 """Certificates that TLS itself accepts, for the right names only."""
 
-import ipaddress
 import socket
 import ssl
 import threading
@@ -97,6 +96,12 @@ def test_what_is_no_name_is_refused(tmp_path, name):
     assert not (tmp_path / "new").exists()
 
 
-def test_addresses_are_addresses():
-    """Catches: an IP address written as a DNS name, which clients do not match."""
-    assert all(ipaddress.ip_address(name) for name in ALWAYS if name[0].isdigit())
+def test_without_names_the_old_ones_are_kept(tmp_path):
+    """Catches: a renewed certificate that is for loopback only, and locks every site out."""
+    files = make_certificates(tmp_path, ["fed.example.org", "203.0.113.7"])
+    before = names(files)
+    make_certificates(tmp_path, [])
+    assert names(files) == before
+    certificate = x509.load_pem_x509_certificate(files.server.read_bytes())
+    found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert "203.0.113.7" not in found.get_values_for_type(x509.DNSName)  # clients match addresses as addresses only

@@ -2,6 +2,7 @@
 
 import httpx
 import pytest
+from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest
 
 from common.config_file import run_config_defaults
 from common.errors import DeployError
@@ -35,8 +36,6 @@ def operator(child):
 
 def status_of(operator, run_id):
     """Return what the SuperLink says of a run."""
-    from flwr.proto.control_pb2 import ListRunsRequest
-
     return operator._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status
 
 
@@ -93,6 +92,26 @@ def test_the_keyring_is_what_the_superlink_knows(operator, tmp_path):
     register(keys, new_key_pair(tmp_path / "acme-2"), "acme")
     assert operator.synchronise(keys) == ["acme revoked", "acme registered"]
     assert list(operator.node_names().values()) == ["acme"]
+    known = operator._client.ListNodes(ListNodesRequest()).nodes_info
+    here = set(operator.node_names())
+    assert here <= {node.node_id for node in known if node.status != "unregistered"}
+
+
+def test_a_bad_key_keeps_nobody_else_out(operator, tmp_path):
+    """Catches: a run that stops because somebody put a text, or a revoked key, into the keyring."""
+    keys = tmp_path / "keys"
+    old = new_key_pair(tmp_path / "old")
+    register(keys, old)
+    operator.synchronise(keys)
+    revoke(keys, "old")
+    operator.synchronise(keys)
+    register(keys, old, "again")
+    (keys / "text.pub").write_text("hello")
+    register(keys, new_key_pair(tmp_path / "new"))
+    done = operator.synchronise(keys)
+    assert "new registered" in done
+    assert sorted(one.split(":")[0] for one in done if one.startswith("key ")) == ["key again", "key text"]
+    assert list(operator.node_names().values()) == ["new"]
 
 
 def test_what_the_superlink_refuses_is_an_error_of_ours(operator):

@@ -32,7 +32,7 @@ from flwr.superlink.grid import HttpGrid
 from common.messages import SITE_ERROR
 from server.engines.grid import Stop, exchange
 from server.engines.in_process import identify_process
-from server.engines.superlink import SPARE_BYTES, SuperlinkGrid
+from server.engines.superlink import SPARE_BYTES, SuperlinkGrid, Unacceptable
 
 
 class Superlink:
@@ -167,13 +167,14 @@ def test_a_slow_upload_is_waited_for(grid, superlink):
     """Catches: a reply given up because it was announced before it was there; objects pulled twice."""
     messages, ids = ask(grid, 11)
     contents = superlink.offer(ids[0], answer(messages[0]), upload=False)
+    first = dict(list(contents.items())[:2])
+    superlink.objects |= first
     assert grid.pull_messages(ids) == []
     assert pull(grid, ids, 0.3) == {}
     superlink.objects |= contents
-    superlink.pulled.clear()
     assert list(pull(grid, ids)) == [11]
-    assert len(superlink.pulled) == len(set(superlink.pulled)) == len(contents)
-    assert superlink.looks >= 1
+    assert [superlink.pulled.count(one) for one in first] == [1, 1]
+    assert superlink.looks == 1  # it is announced once, and then only its objects are asked for
 
 
 @pytest.mark.parametrize("nodes", [1, 3])
@@ -201,8 +202,8 @@ def test_more_objects_than_an_adapter_has_are_not_pulled(grid, superlink):
     assert superlink.pulled == []
 
 
-def test_more_bytes_than_an_adapter_has_are_not_read(grid, superlink):
-    """Catches: a body that is read to its end before it is measured; a limit that refuses a whole adapter."""
+def test_more_bytes_than_an_adapter_has_are_not_accepted(grid, superlink):
+    """Catches: no limit; a limit that refuses a whole adapter."""
     floats = 1_000_000
     messages, ids = ask(grid, 11, 12)
     for message, message_id in zip(messages, ids, strict=True):
@@ -242,10 +243,30 @@ def test_a_reply_nobody_waits_for_is_forgotten(grid, superlink):
     grid.pull_messages(ids)
     later, later_ids = ask(grid, 11)
     superlink.objects |= contents
+    time.sleep(0.1)  # now it would be due
     assert grid.pull_messages(later_ids) == []
     superlink.offer(later_ids[0], answer(later[0], late=1))
-    (reply,) = pull(grid, later_ids).values()
-    assert reply.content["reply"]["late"] == 1
+    ends, came = time.monotonic() + 1.0, []
+    while time.monotonic() < ends:
+        came += grid.pull_messages(later_ids)
+    assert [reply.content["reply"]["late"] for reply in came] == [1]
+
+
+def test_a_body_is_not_read_past_the_limit(grid):
+    """Catches: a body that is read to its end before it is measured."""
+    taken = []
+
+    def chunks():
+        for number in range(1000):
+            taken.append(number)
+            yield b"x" * 100_000
+
+    grid._client._client = httpx.Client(
+        transport=httpx.MockTransport(lambda request: httpx.Response(200, content=chunks()))
+    )
+    with pytest.raises(Unacceptable, match="size"):
+        grid._pull_object("a" * 64, 1_000_000)
+    assert len(taken) < 20
 
 
 def test_a_message_that_the_superlink_did_not_take_is_not_awaited(grid, superlink, monkeypatch):
