@@ -106,8 +106,8 @@ def test_a_bad_key_keeps_nobody_else_out(operator, tmp_path):
     revoke(keys, "old")
     operator.synchronise(keys)
     register(keys, old, "again")
-    (keys / "text.pub").write_text("hello")
     register(keys, new_key_pair(tmp_path / "new"))
+    (keys / "text.pub").write_text("hello")
     done = operator.synchronise(keys)
     assert "new registered" in done
     assert sorted(one.split(":")[0] for one in done if one.startswith("key ")) == ["key again", "key text"]
