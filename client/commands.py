@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.address import LOOPBACK, split_address
 from common.errors import UsageError
 from common.settings import NAME_PATTERN
 
@@ -71,7 +72,8 @@ def client(server: str, site_file: Path, ca: Path | None, key: Path | None, inse
     """
     from client import status
     from client.app import app, watch_training
-    from client.connection import Connection, Link, Stopping
+    from client.channel import Link, Stopping
+    from client.connection import Connection
     from client.node import Ending, Node
     from client.site import read_site
     from common.keys import read_private_key
@@ -80,6 +82,7 @@ def client(server: str, site_file: Path, ca: Path | None, key: Path | None, inse
     address = server or site.server.address
     if not address:
         raise UsageError("no server", "--server HOST:PORT, or [server] address in site.toml")
+    split_address(address)
     authority = None if insecure else ca or site.server.path(site.folder, "ca")
     private = None if insecure else key or site.server.path(site.folder, "key")
     _check_security(address, insecure, authority)
@@ -129,8 +132,7 @@ def dry_run(site_file: Path, run: Path, overrides: Sequence[str]) -> None:
 
 def _check_security(address: str, insecure: bool, authority: Path | None) -> None:
     """Raise UsageError where the link would be open to others."""
-    host = address.rpartition(":")[0].strip("[]")
-    if insecure and host not in ("127.0.0.1", "localhost", "::1"):
+    if insecure and split_address(address)[0] not in LOOPBACK:
         raise UsageError(f"--insecure to {address}", "loopback", "give --ca and --key, and leave --insecure out")
     if not insecure and authority is None:
         raise UsageError(

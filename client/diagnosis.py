@@ -14,7 +14,7 @@ from flwr.supercore.error import ApiErrorCode, FlowerError
 from common.errors import LinkError
 
 if TYPE_CHECKING:
-    from client.connection import Link
+    from client.channel import Link
 
 PROBE_TIMEOUT_S = 4.0
 

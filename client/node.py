@@ -27,8 +27,8 @@ log = logging.getLogger("tsugiki.client")
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 3.0
 PAUSE_GROWTH = 1.1
 """The pause is then a tenth of the time since the last message: what polling adds to a wait, and what it costs."""
-GRACE_S = 10.0
-"""How long the message at work may still take after the first signal."""
+GRACE_S = 5.0
+"""How long the message at work may still take after the first signal, and then how long sending may take."""
 
 
 class Status(Protocol):
@@ -73,8 +73,10 @@ class Ending:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Let the end of the grace period raise `Interrupted` inside a `with` block, and nowhere else."""
+        """Let the end of the grace period raise `Interrupted` inside a `with` block; each block has a period."""
         self._interruptible = True
+        if self.requested:
+            signal.setitimer(signal.ITIMER_REAL, GRACE_S)
         try:
             yield
         finally:
@@ -144,17 +146,20 @@ class Node:
                 pause_s = SHORTEST_PAUSE_S
 
     def _answer(self, envelope: Message, tree: Any) -> None:
-        from client.connection import RunOver
+        from client.channel import RunOver
 
         kind, group = envelope.metadata.message_type.split(".")[0], envelope.metadata.group_id
         down, up, started = self._link.bytes_down, self._link.bytes_up, time.perf_counter()
         self._status.begins(kind, group)
         try:
-            message = self._link.pull(envelope, tree, timeout_s=envelope.metadata.ttl)
             with self._ending.interruptible():
+                message = self._link.pull(envelope, tree, timeout_s=envelope.metadata.ttl)
                 reply = self._handle(message)
-            self._link.send(reply, time.perf_counter() - started)
+            with self._ending.interruptible():
+                self._link.send(reply, time.perf_counter() - started)
             outcome = str(reply.error.reason) if reply.has_error() else "done"
+        except Interrupted:
+            outcome = "not sent: stopping"
         except RunOver as over:
             outcome = f"not sent: {over}"
         seconds = time.perf_counter() - started

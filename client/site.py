@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from client.policy import SitePolicy
-from common.audit import AuditLog
+from common.audit import AuditLog, locked
 from common.config import RunConfig, explain, parse
 from common.config_file import read_toml
 from common.data import partition
@@ -110,7 +110,8 @@ class FileSite:
             StorageError: it cannot be written, or was tampered with.
         """
         if self.site.audit:
-            AuditLog(self.folder / self.site.audit).write(event, **details)
+            with locked(self.folder / f".{Path(self.site.audit).name}.lock"):  # processes of one folder share a log
+                AuditLog(self.folder / self.site.audit).write(event, **details)
 
     def identity(self) -> str:
         """Path, size and time of the files."""

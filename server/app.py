@@ -45,7 +45,7 @@ def run_federation(
     previous: bool = False,
     progress: Progress | None = None,
     stop: Stop | None = None,
-    names: Callable[[], Mapping[int, str]] = dict,
+    names: Callable[[], Mapping[int, str]] | None = None,
 ) -> Outcome:
     """Run a whole federation on a Grid, whichever engine lends it.
 
@@ -56,7 +56,7 @@ def run_federation(
         previous: with `resume`, from the one before it, when the last is damaged.
         progress: shows what happens.
         stop: set to end the run at the next chance.
-        names: returns the names under which nodes' keys are registered, by node id.
+        names: returns the names under which nodes' keys are registered, by node id; None: nodes have no keys.
 
     Raises:
         TsugikiError: the run cannot start or go on; the class says why, and the last checkpoint is kept.

@@ -51,6 +51,7 @@ class Roster:
         audit: every hello and refusal is written there.
         stop: set when the user wants to stop.
         names: returns the names under which nodes' keys are registered, by node id: no node may use another's.
+            None: nodes have no keys.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Roster:
         spec: AdapterSpec,
         audit: AuditLog,
         stop: Stop,
-        names: Callable[[], Mapping[int, str]] = dict,
+        names: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
         self._grid, self._config, self._spec, self._audit, self._stop = grid, config, spec, audit, stop
         self._names = names
@@ -147,11 +148,11 @@ class Roster:
             hello = from_record(HelloReply, reply.content)
         except WireError as error:
             return self._refuse(node, error.code)
-        taken, names = hello.site in self.members(), self._names()
+        taken, wrong_key = hello.site in self.members(), self._names is not None and self._key(node) != hello.site
         checks = {
             "site-name": re.fullmatch(NAME_PATTERN, hello.site) is None,
             "site-name-taken": taken,
-            "site-name-key": bool(names) and names.get(node) != hello.site,
+            "site-name-key": wrong_key,
             "version-mismatch": minor(hello.version) != minor(__version__),
             "base-mismatch": hello.base_fingerprint != self._spec.base_fingerprint,
             "spec-mismatch": hello.spec_sha256 != self._spec.sha256,
@@ -177,6 +178,9 @@ class Roster:
         return Member(hello.site, node, hello.rows, hello.evaluation_rows)
 
     def _refuse(self, node: int, code: str, theirs: str = "", ours: str = "") -> str:
-        key = self._names().get(node, "")
-        self._audit.write("refused", node=str(node), key=key, code=code, theirs=theirs, ours=ours)
+        self._audit.write("refused", node=str(node), key=self._key(node), code=code, theirs=theirs, ours=ours)
         return code
+
+    def _key(self, node: int) -> str:
+        """Return the name under which a node's key is registered, if it has one."""
+        return self._names().get(node, "") if self._names is not None else ""

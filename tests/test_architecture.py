@@ -30,6 +30,7 @@ FORBIDDEN = {
 }
 
 WITHOUT_A_TEST_FILE = {
+    "client/channel.py": "tests/client/test_connection.py calls it over real gRPC, as a node does",
     "common/adapters/base.py": "abstract; tests/contract/test_adapters.py tests every class behind it",
     "common/data/demo_test_clauses.py": "prose; tests/common/data/test_demo.py reads it",
     "common/data/demo_training_clauses.py": "prose; tests/common/data/test_demo.py reads it",

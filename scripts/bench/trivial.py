@@ -53,7 +53,8 @@ app = trivial_app(trivial_spec(FLOATS))
 
 def main() -> None:
     """Run a resident node until it is ended."""
-    from client.connection import Connection, Link, Stopping
+    from client.channel import Link, Stopping
+    from client.connection import Connection
     from client.node import Ending, Node
     from client.status import Lines
 

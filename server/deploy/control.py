@@ -23,7 +23,8 @@ from flwr.proto.control_pb2 import (
     UnregisterNodeRequest,
 )
 from flwr.proto.runtime_pb2 import (
-    AcquireTaskRequest,
+    ClaimTaskRequest,
+    PullPendingTasksRequest,
     PullTaskInputRequest,
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
@@ -31,6 +32,7 @@ from flwr.proto.runtime_pb2 import (
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -83,12 +85,15 @@ class Control:
         """
         done: list[str] = []
         wanted: dict[str, bytes] = {}
+        unreadable = set()  # perhaps only now: nobody is shut out for that
         for name, path in registered(keyring).items():
             try:
                 wanted[name] = public_key_to_bytes(read_public_key(path))
             except UsageError as error:
+                unreadable.add(name)
                 done.append(f"key {name}: {error}")
-        for name in [name for name, (key, _) in self._nodes.items() if wanted.get(name) != key]:
+        changed = [name for name, (key, _) in self._nodes.items() if wanted.get(name) != key]
+        for name in [name for name in changed if name not in unreadable]:
             leaving = UnregisterNodeRequest(node_id=self._nodes[name][1])
             _answer(lambda leaving=leaving: self._client.UnregisterNode(leaving))  # type: ignore[misc]  # bound at once
             self._nodes = {other: node for other, node in self._nodes.items() if other != name}
@@ -99,7 +104,10 @@ class Control:
             request = RegisterNodeRequest(public_key=key, name=name)
             try:
                 node_id = _answer(lambda request=request: self._client.RegisterNode(request)).node_id  # type: ignore[misc]  # bound at once
-            except DeployError:
+            except DeployError as error:
+                cause = error.__cause__
+                if not isinstance(cause, httpx.HTTPStatusError) or cause.response.status_code >= 500:
+                    raise
                 done.append(f"key {name}: not taken; a key that was revoked, or is used twice, needs to be a new one")
                 continue
             self._nodes = {**self._nodes, name: (key, node_id)}
@@ -127,7 +135,8 @@ def _answer(call: Callable[[], T]) -> T:
         detail = error.response.text[:300]
         raise DeployError(f"the SuperLink says {error.response.status_code}: {detail}", "a yes") from error
     except httpx.HTTPError as error:
-        raise DeployError(f"the SuperLink does not answer ({type(error).__name__})", "a running one") from error
+        why = f"{type(error).__name__}: {error}"[:200]
+        raise DeployError(f"the SuperLink does not answer ({why})", "a running one") from error
 
 
 @contextmanager
@@ -141,6 +150,7 @@ def executed(endpoint: Endpoint, run_id: int) -> Iterator[SuperlinkGrid]:
         endpoint.address, endpoint.root_certificates is None, endpoint.root_certificates, token=_claim(endpoint, run_id)
     )
     grid._retry_invoker.max_time = RETRY_S
+    grid._retry_invoker.should_giveup = _is_final
     client = grid._runtime_client
     given = _answer(lambda: client.PullTaskInput(PullTaskInputRequest()))
     TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
@@ -149,12 +159,14 @@ def executed(endpoint: Endpoint, run_id: int) -> Iterator[SuperlinkGrid]:
     over = threading.Event()
     threading.Thread(target=_beat, args=(client, over), name="heartbeat", daemon=True).start()
     outcome, details = SubStatus.FAILED, "ended"
+    adopted = SuperlinkGrid.adopt(grid)
     try:
-        yield SuperlinkGrid.adopt(grid)
+        yield adopted
         outcome, details = SubStatus.COMPLETED, ""
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, ObjectPushError) as error:
+        status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
         raise DeployError(
-            f"the SuperLink does not answer any more ({type(error).__name__})",
+            f"the SuperLink ended this run, or does not answer any more ({status})",
             "one that runs as long as the run",
             "`tsugiki serve --resume RUN`, with the same options, goes on from the last checkpoint",
             code="superlink-gone",
@@ -167,7 +179,13 @@ def executed(endpoint: Endpoint, run_id: int) -> Iterator[SuperlinkGrid]:
         grid._retry_invoker.max_tries = 1
         with suppress(httpx.HTTPError):  # the SuperLink may be gone; whoever watches it says so
             client.PushTaskOutput(PushTaskOutputRequest(sub_status=outcome, details=details))
+        adopted.close()
         grid.close()
+
+
+def _is_final(error: Exception) -> bool:
+    """Return whether an answer is final. Flower's own judgement would signal this process, which has other duties."""
+    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code not in (503, 504)
 
 
 def _claim(endpoint: Endpoint, run_id: int) -> str:
@@ -178,18 +196,20 @@ def _claim(endpoint: Endpoint, run_id: int) -> str:
     """
     interceptors: list[Any] = [RuntimeVersionHttpInterceptor(component_name="SuperExec")]
     if endpoint.secret:
-        methods = ["/flwr.proto.Runtime/AcquireTask"]
+        methods = ["/flwr.proto.Runtime/PullPendingTasks", "/flwr.proto.Runtime/ClaimTask"]
         interceptors.append(SuperExecAuthHttpInterceptor(master_secret=endpoint.secret, protected_methods=methods))
     client = RuntimeHttpClient.from_server_address(
         endpoint.address, endpoint.root_certificates is None, endpoint.root_certificates, interceptors
     )
     ends = time.monotonic() + CLAIM_TIMEOUT_S
-    request = AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
     try:
         while time.monotonic() < ends:
-            answer = _answer(lambda: client.AcquireTask(request))
-            if answer.token and answer.task.run_id == run_id:
-                return answer.token
+            for task in _answer(lambda: client.PullPendingTasks(PullPendingTasksRequest())).tasks:
+                if task.run_id == run_id and task.type == TaskType.SERVER_APP:
+                    request = ClaimTaskRequest(task_id=task.task_id)
+                    token = _answer(lambda request=request: client.ClaimTask(request)).token  # type: ignore[misc]  # bound at once
+                    if token:
+                        return str(token)
             time.sleep(0.1)
     finally:
         client.close()

@@ -63,5 +63,13 @@ def revoke(folder: Path, name: str) -> None:
 
 
 def registered(folder: Path) -> dict[str, Path]:
-    """Return the files of the registered nodes by name, sorted."""
-    return {path.stem: path for path in sorted(folder.glob("*.pub"))}
+    """Return the files of the registered nodes by name, sorted; none where there is no folder.
+
+    Raises:
+        StorageError: the folder is there and cannot be read: that is not to be taken for an empty one.
+    """
+    try:
+        files = sorted(folder.iterdir()) if folder.exists() else []
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    return {path.stem: path for path in files if path.suffix == ".pub"}

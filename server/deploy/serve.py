@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.address import LOOPBACK, split_address
 from common.config import RunConfig
 from common.config_file import to_run_config, with_absolute_paths
 from common.errors import TsugikiError, UsageError
@@ -16,7 +17,7 @@ from server.app import Outcome, run_federation
 from server.deploy import bundle
 from server.deploy.certs import CertificateFiles
 from server.deploy.control import Control, executed
-from server.deploy.superlink import LOOPBACK, Endpoint, Superlink, split_address, superlink
+from server.deploy.superlink import Endpoint, Superlink, superlink
 from server.engines.grid import Stop
 from server.progress import Progress
 
@@ -75,7 +76,7 @@ def serve(
                         previous=previous,
                         progress=progress,
                         stop=stop,
-                        names=control.node_names,
+                        names=control.node_names if deployment.certificates and child else None,
                     )
         except TsugikiError:
             if failure:
@@ -142,13 +143,13 @@ def _watching(
                 if child is not None:
                     child.check()
                 look_at_keys()
-            except TsugikiError as error:
-                if child is None or child.process.poll() is None:
-                    log.warning("the keyring cannot be looked at now: %s", error)
-                    continue
-                failure.append(error)
-                stop.request()
-                return
+            except Exception as error:  # noqa: BLE001  # whatever it is, revoking keys and watching must go on
+                gone = child is not None and child.process.poll() is not None
+                if gone and isinstance(error, TsugikiError):
+                    failure.append(error)
+                    stop.request()
+                    return
+                log.warning("the keyring cannot be looked at now: %s: %s", type(error).__name__, error)
 
     look_at_keys()
     thread = threading.Thread(target=watch, name="watch", daemon=True)

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.address import LOOPBACK, split_address
 from common.errors import DeployError, UsageError
 from common.keys import write_private
 from server.deploy.certs import CertificateFiles
 
 START_TIMEOUT_S, STOP_TIMEOUT_S = 60.0, 8.0
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _CHILD = """
 import sys
@@ -71,18 +71,6 @@ class Superlink:
             )
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """Return (host, port).
-
-    Raises:
-        UsageError: it is not HOST:PORT.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65_536:
-        raise UsageError(f"the address {address!r:.80}", "HOST:PORT, such as 0.0.0.0:9092")
-    return host.strip("[]"), int(port)
-
-
 @contextmanager
 def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) -> Iterator[Superlink]:
     """Run a SuperLink inside a `with` block.
@@ -108,7 +96,7 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
     write_private(folder / "secret", secret)
     runtime, log = free_port(), folder / "superlink.log"
     command = [sys.executable, "-c", _CHILD, str(os.getpid()), *_arguments(listen, runtime, certificates, folder)]
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

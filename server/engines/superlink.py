@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from math import ceil
@@ -30,11 +31,12 @@ from flwr.proto.message_pb2 import (
 )
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.superlink.grid import HttpGrid
 
+from common.errors import WireError
+from common.inflate import inflate
 from common.messages import SITE_ERROR
 
 log = logging.getLogger("tsugiki.server")
@@ -46,14 +48,6 @@ CHUNK_BYTES = 5 * 2**20
 """Flower cuts arrays into objects of this size."""
 SPARE_BYTES, SPARE_OBJECTS = 256 * 2**10, 16
 """For everything in a reply but its array: envelope, records, metrics."""
-
-
-class Unacceptable(Exception):
-    """A reply that is not worth another look; the code is what the guard will see."""
-
-    def __init__(self, code: str) -> None:
-        self.code = code
-        super().__init__(code)
 
 
 @dataclass
@@ -89,6 +83,10 @@ class SuperlinkGrid(HttpGrid):
     _workers: ThreadPoolExecutor
     _most_bytes: int
     _most_objects: int
+
+    def close(self) -> None:
+        """Let go of the workers; the connection is closed by whoever opened it."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
     def limit_replies(self, size_bytes: int) -> None:
         """Refuse replies that hold more than an adapter of this size and its envelope."""
@@ -147,7 +145,7 @@ class SuperlinkGrid(HttpGrid):
         """Pull what is there; return the reply, or the error that stands for it, when no more is to come."""
         try:
             if len(transfer.missing) > self._most_objects:
-                raise Unacceptable("size")
+                raise WireError("a reply", "no more than an adapter and its envelope", code="size")
             for object_id in list(transfer.missing):
                 left = self._most_bytes - sum(map(len, transfer.contents.values()))
                 content = self._pull_object(object_id, left)
@@ -159,9 +157,12 @@ class SuperlinkGrid(HttpGrid):
                 transfer.pause_s = min(2 * transfer.pause_s, LONGEST_PAUSE_S)
                 return None
             self._confirm(transfer)
-            return _readdressed(_inflate(transfer), transfer, self.run.run_id)
-        except Unacceptable as error:
+            message = inflate(transfer.object_id, transfer.contents, self._most_bytes)
+            return _readdressed(message, transfer, self.run.run_id)
+        except WireError as error:
             log.warning("a reply is not acceptable: %s", error.code)
+            with suppress(httpx.HTTPError):
+                self._confirm(transfer)  # else the SuperLink keeps it until the run ends
             return _readdressed(Error(SITE_ERROR, error.code), transfer, self.run.run_id)
         except httpx.HTTPError as error:  # the SuperLink did not answer; the deadline bounds how often this is tried
             log.warning("the SuperLink did not answer: %s", type(error).__name__)
@@ -172,7 +173,7 @@ class SuperlinkGrid(HttpGrid):
         """Return an object, or None while it is being uploaded. Reads no more than it may.
 
         Raises:
-            Unacceptable: `size`; or `decode`, if the SuperLink does not have it any more.
+            WireError: `size`; or `decode`, if the SuperLink does not have it any more.
         """
         client = self._runtime_client
         request = PullObjectRequest(node=self.node, run_id=self.run.run_id, object_id=object_id)
@@ -189,12 +190,12 @@ class SuperlinkGrid(HttpGrid):
             for chunk in response.iter_raw():
                 body += chunk
                 if len(body) > most_bytes + 1024:  # what protobuf itself needs
-                    raise Unacceptable("size")
+                    raise WireError("a reply", "no more than an adapter and its envelope", code="size")
         finally:
             response.close()
         answer = PullObjectResponse.FromString(bytes(body))
         if not answer.object_found:
-            raise Unacceptable("decode")
+            raise WireError("an object that is gone", "all objects of a reply", code="decode")
         return answer.object_content if answer.object_available else None
 
     def _confirm(self, transfer: Transfer) -> None:
@@ -202,21 +203,6 @@ class SuperlinkGrid(HttpGrid):
         self._runtime_client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self.node, run_id=self.run.run_id, message_object_id=transfer.object_id)
         )
-
-
-def _inflate(transfer: Transfer) -> Message:
-    """Return the message that a site uploaded.
-
-    Raises:
-        Unacceptable: `decode`. Flower raises whatever a malformed object makes it raise.
-    """
-    try:
-        message = inflate_object_from_contents(transfer.object_id, transfer.contents)
-    except Exception as error:
-        raise Unacceptable("decode") from error
-    if not isinstance(message, Message):
-        raise Unacceptable("decode")
-    return message
 
 
 def _readdressed(reply: Message | Error, transfer: Transfer, run_id: int) -> Message:

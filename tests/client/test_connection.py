@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.proto import fleet_pb2
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+from client import channel
 from client import connection as module
-from client.connection import Connection, Link, RunOver, Stopping
+from client.channel import Link, RunOver, Stopping
+from client.connection import Connection
 from common.errors import LinkError
 from server.deploy.certs import make_certificates
 from server.engines.in_process import identify_process
@@ -99,10 +102,10 @@ def test_with_tls_and_a_key(fleet, connect, tmp_path):
     assert "UnregisterNode" not in fleet.calls
 
 
-@pytest.mark.parametrize("status", module.TEMPORARY)
+@pytest.mark.parametrize("status", channel.TEMPORARY)
 def test_what_the_network_does_is_tried_again(fleet, connect, status, monkeypatch):
     """Catches: a node that ends because one call failed; one that does not say that it is connected again."""
-    monkeypatch.setattr(module, "FIRST_RETRY_S", 0.02)
+    monkeypatch.setattr(channel, "FIRST_RETRY_S", 0.02)
     notes = []
     with listening(fleet) as port:
         link = connect(port, notes=notes)
@@ -117,7 +120,7 @@ def test_what_the_network_does_is_tried_again(fleet, connect, status, monkeypatc
 
 def test_a_server_that_starts_later_is_waited_for(fleet, connect, monkeypatch):
     """Catches: sites that have to be started after the server."""
-    monkeypatch.setattr(module, "FIRST_RETRY_S", 0.05)
+    monkeypatch.setattr(channel, "FIRST_RETRY_S", 0.05)
     with listening(Fleet()) as port:
         pass
     link = connect(port, retry_s=20.0)
@@ -191,9 +194,10 @@ def test_an_upload_of_the_server_is_waited_for_and_not_for_ever(fleet, connect):
         assert time.monotonic() - started < 0.9
 
 
-def test_refusals_name_the_cause(fleet, connect, tmp_path):
+def test_refusals_name_the_cause(fleet, connect, tmp_path, monkeypatch):
     """Catches: a registered-keys-only server that looks like a network problem, or is asked again and again."""
     fleet.keys_only = True
+    monkeypatch.setattr(module, "EARLY_S", 0.6)
     files = make_certificates(tmp_path, [])
     authority, key = files.ca.read_bytes(), ec.generate_private_key(ec.SECP384R1())
     with listening(fleet, files) as port:
@@ -206,3 +210,56 @@ def test_refusals_name_the_cause(fleet, connect, tmp_path):
             connect(port, key=key, authority=authority).connect()
         assert caught.value.code == "clock-skew"
     assert fleet.calls.count("RegisterNode") == 1
+
+
+@pytest.mark.parametrize("method", ["PullObject", "PushMessages"])
+def test_a_server_that_was_restarted_forgot_the_run_too(fleet, connect, method):
+    """Catches: a node that repeats a call of a run which the new server does not know, and ends of the answer."""
+    fleet.offer(message())
+    with listening(fleet) as port:
+        link = connect(port)
+        link.connect()
+        envelope, tree = link.receive()
+        received = link.pull(envelope, tree, 5.0) if method == "PushMessages" else None
+        fleet.fail[method] = [(grpc.StatusCode.UNAUTHENTICATED, "Invalid node ID")]
+        before = fleet.calls.count(method)
+        reply = received and Message(RecordDict({"reply": ConfigRecord({"b": 2})}), reply_to=received)
+        with pytest.raises(RunOver, match="restarted"):
+            link.send(reply, 0.1) if reply else link.pull(envelope, tree, 5.0)
+        assert fleet.calls.count(method) == before + 1
+        assert link.receive() is None  # and the node goes on
+
+
+def test_a_reply_that_the_server_does_not_want_is_told(fleet, connect, monkeypatch):
+    """Catches: "done, 0 B sent" for an update that was dropped."""
+    fleet.offer(message())
+    monkeypatch.setattr(Fleet, "PushMessages", lambda self, request, context: fleet_pb2.PushMessagesResponse())
+    with listening(fleet) as port:
+        link = connect(port)
+        link.connect()
+        received = link.pull(*link.receive(), 5.0)
+        with pytest.raises(RunOver, match="does not take this reply"):
+            link.send(Message(RecordDict({"reply": ConfigRecord({"b": 2})}), reply_to=received), 0.1)
+
+
+def test_a_malformed_message_is_dropped(fleet, connect):
+    """Catches: a node that ends of what a server sent."""
+    contents = fleet.offer(message())
+    fleet.objects |= dict.fromkeys(contents, b"ConfigRecord  3\x00{{{")
+    with listening(fleet) as port:
+        link = connect(port)
+        link.connect()
+        with pytest.raises(RunOver, match="decode"):
+            link.pull(*link.receive(), 5.0)
+
+
+def test_a_connection_that_leads_nowhere_is_opened_anew(fleet, connect, monkeypatch):
+    """Catches: a node behind a changed network that waits on a dead connection until it gives up."""
+    monkeypatch.setattr(channel, "FIRST_RETRY_S", 0.02)
+    with listening(fleet) as port:
+        link = connect(port)
+        link.connect()
+        before = link._channel._channel
+        fleet.fail["PullMessages"] = [(grpc.StatusCode.DEADLINE_EXCEEDED, "")]
+        assert link.receive() is None
+        assert link._channel._channel is not before

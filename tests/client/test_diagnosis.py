@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from client.connection import Link
+from client.channel import Link
 from client.diagnosis import PROBE_TIMEOUT_S, refused, why_not
 from server.deploy.certs import make_certificates
 from tests.support.fleet import Fleet, listening

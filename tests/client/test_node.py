@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from client.connection import RunOver
+from client.channel import RunOver
 from client.node import LONGEST_PAUSE_S, PAUSE_GROWTH, SHORTEST_PAUSE_S, Ending, Node
 from common.errors import Interrupted, LinkError
 from server.engines.in_process import identify_process
@@ -182,20 +182,34 @@ def test_the_grace_period_ends_what_takes_longer(monkeypatch):
     assert link.sent[0].error.reason == "site-stopping"
 
 
-def test_the_end_of_the_grace_period_does_not_interrupt_the_upload(monkeypatch):
-    """Catches: a reply that is cut off in the middle by the site's own clock."""
-    ending = Ending()
+@pytest.mark.parametrize(("upload_s", "sent"), [(0.3, 1), (30.0, 0)])
+def test_sending_has_a_grace_period_of_its_own(monkeypatch, upload_s, sent):
+    """Catches: a reply cut off by a clock that ran for the work; a stalled upload that nothing ends."""
+    monkeypatch.setattr("client.node.GRACE_S", 0.5)
+
+    def app(message, context):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.4)
+        return echo(message, context)
 
     class Slow(Link):
         def send(self, reply, seconds):
-            os.kill(os.getpid(), signal.SIGALRM)
-            time.sleep(0.05)
+            time.sleep(upload_s)
             super().send(reply, seconds)
 
-    link = Slow([message()])
+    link, ending, started = Slow([message()]), Ending(), time.monotonic()
     with ending.handling_signals():
-        run(link, echo, ending)
-        assert len(link.sent) == 1
+        events, _ = run(link, app, ending)
+    assert len(link.sent) == sent
+    assert events[1][2] == ("done" if sent else "not sent: stopping")
+    assert time.monotonic() - started < 5
+
+
+def test_the_clock_ends_nothing_but_what_may_be_ended():
+    """Catches: an alarm that hits the node between two messages, and ends it with a traceback."""
+    ending = Ending()
+    with ending.handling_signals():
+        os.kill(os.getpid(), signal.SIGALRM)
         with ending.interruptible(), pytest.raises(Interrupted):
             ending._grace_is_over(signal.SIGALRM, None)
 

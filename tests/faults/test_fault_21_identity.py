@@ -6,7 +6,8 @@ import pytest
 from flwr.client.grpc_rere_client import node_auth_client_interceptor as signing
 from flwr.proto.node_pb2 import Node
 
-from client.connection import Connection, Link
+from client.channel import Link
+from client.connection import Connection
 from common.errors import LinkError
 from common.keys import new_key_pair, read_private_key
 from server.deploy.certs import make_certificates

@@ -220,7 +220,8 @@ def test_an_error_at_hello_refuses_with_its_code(tmp_path):
 @pytest.mark.parametrize(
     ("names", "refused"),
     [
-        ({}, {}),
+        (None, {}),
+        ({}, {1: "site-name-key", 2: "site-name-key"}),
         ({1: "a", 2: "b"}, {}),
         ({1: "b", 2: "a"}, {1: "site-name-key", 2: "site-name-key"}),
         ({1: "a"}, {2: "site-name-key"}),
@@ -229,9 +230,9 @@ def test_an_error_at_hello_refuses_with_its_code(tmp_path):
 def test_with_keys_a_site_has_its_keys_name(tmp_path, names, refused):
     """Catches: a registered key that speaks for another site; a node without a key among those that have one."""
     parts = toy_parts(tmp_path, toy_app(["a", "b"]), 2, toy_config(tmp_path))
-    parts.roster._names = lambda: names
+    parts.roster._names = None if names is None else lambda: names
     parts.roster.refresh()
     assert parts.roster.refused() == refused
     events = [event for event in verify(tmp_path / "audit.jsonl") if event["event"] == "refused"]
     assert {int(event["node"]): event["code"] for event in events} == refused
-    assert all(event["key"] == names.get(int(event["node"]), "") for event in events)
+    assert all(event["key"] == (names or {}).get(int(event["node"]), "") for event in events)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import DeployError, UsageError
-from server.deploy.superlink import free_port, split_address, superlink
+from server.deploy.superlink import free_port, superlink
 from tests.support.processes import ROOT, group_alive
 
 START = """
@@ -22,21 +22,6 @@ with superlink(sys.argv[1], None, Path(sys.argv[2])) as child:
     print(child.process.pid, flush=True)
     time.sleep(600)
 """
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"), [("0.0.0.0:9092", ("0.0.0.0", 9092)), ("[::1]:1", ("::1", 1)), ("a.b:65535", ("a.b", 65535))]
-)
-def test_addresses(text, parts):
-    """Catches: an IPv6 address cut at the wrong colon."""
-    assert split_address(text) == parts
-
-
-@pytest.mark.parametrize("text", ["", "9092", "host", "host:", "host:0", "host:65536", "host:x", ":1"])
-def test_what_is_no_address(text):
-    """Catches: a traceback, or a server on a port that nobody chose."""
-    with pytest.raises(UsageError, match="HOST:PORT"):
-        split_address(text)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "fed.example.org"])

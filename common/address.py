@@ -1,0 +1,19 @@
+"""HOST:PORT."""
+
+from __future__ import annotations
+
+from common.errors import UsageError
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return (host, port).
+
+    Raises:
+        UsageError: it is not HOST:PORT.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65_536:
+        raise UsageError(f"the address {address!r:.80}", "HOST:PORT, such as 0.0.0.0:9092")
+    return host.strip("[]"), int(port)
