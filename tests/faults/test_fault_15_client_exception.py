@@ -26,10 +26,10 @@ def test_a_code_and_nothing_else_reaches_the_server(tmp_path, monkeypatch, caplo
     """Catches: an exception's text in any file, log or line of the server, and a run that ends with the site."""
     train = client_app.train
 
-    def fail_at_one(graft, rows, settings, plan):
+    def fail_at_one(graft, rows, settings, plan, *watching):
         if plan.site == "site-1":
             raise RAISED[reason]
-        return train(graft, rows, settings, plan)
+        return train(graft, rows, settings, plan, *watching)
 
     monkeypatch.setattr(client_app, "train", fail_at_one)
     from server.progress import Lines
