@@ -14,13 +14,16 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from common.errors import Interrupted
 
 if TYPE_CHECKING:
     from flwr.app import Context, Message
     from flwr.clientapp import ClientApp
+
+    from client.connection import Connection
+    from client.status import Lines
 
 log = logging.getLogger("tsugiki.client")
 
@@ -29,19 +32,6 @@ PAUSE_GROWTH = 1.1
 """The pause is then a tenth of the time since the last message: what polling adds to a wait, and what it costs."""
 GRACE_S = 5.0
 """How long the message at work may still take after the first signal, and then how long sending may take."""
-
-
-class Status(Protocol):
-    """What the site's operator is shown."""
-
-    def note(self, text: str) -> None:
-        """Something worth a line."""
-
-    def begins(self, kind: str, group: str) -> None:
-        """A message is being answered."""
-
-    def ends(self, kind: str, group: str, outcome: str, seconds: float, bytes_down: int, bytes_up: int) -> None:
-        """Its reply has been sent; the outcome is "done" or a code."""
 
 
 class Ending:
@@ -93,39 +83,21 @@ class Ending:
             raise Interrupted("this site is being stopped", code="site-stopping")
 
 
-class Link(Protocol):
-    """What the node asks of its connection; see `client.connection`."""
-
-    bytes_down: int
-    bytes_up: int
-
-    @property
-    def node_id(self) -> int:
-        """This node's id."""
-
-    def receive(self) -> tuple[Message, Any] | None:
-        """Return the next message's envelope and what it holds, if there is one."""
-
-    def pull(self, envelope: Message, tree: Any, timeout_s: float) -> Message:
-        """Return the whole message."""
-
-    def send(self, reply: Message, seconds: float) -> None:
-        """Upload a reply."""
-
-
 class Node:
     """Answers messages until it is told to end.
 
     Args:
         app: the installed ClientApp.
-        link: connected.
+        connection: connected.
         node_config: for the app's Context; names site.toml as `site`.
         status: shows what happens.
         ending: when to stop.
     """
 
-    def __init__(self, app: ClientApp, link: Link, node_config: dict[str, Any], status: Status, ending: Ending) -> None:
-        self._app, self._link, self._node_config = app, link, node_config
+    def __init__(
+        self, app: ClientApp, connection: Connection, node_config: dict[str, Any], status: Lines, ending: Ending
+    ) -> None:
+        self._app, self._connection, self._node_config = app, connection, node_config
         self._status, self._ending = status, ending
         self._contexts: dict[int, Context] = {}
 
@@ -137,7 +109,7 @@ class Node:
         """
         pause_s = SHORTEST_PAUSE_S
         while not self._ending():
-            received = self._link.receive()
+            received = self._connection.receive()
             if received is None:
                 sleep(pause_s)
                 pause_s = min(pause_s * PAUSE_GROWTH, LONGEST_PAUSE_S)
@@ -149,21 +121,23 @@ class Node:
         from client.channel import RunOver
 
         kind, group = envelope.metadata.message_type.split(".")[0], envelope.metadata.group_id
-        down, up, started = self._link.bytes_down, self._link.bytes_up, time.perf_counter()
+        down, up, started = self._connection.bytes_down, self._connection.bytes_up, time.perf_counter()
         self._status.begins(kind, group)
         try:
             with self._ending.interruptible():
-                message = self._link.pull(envelope, tree, timeout_s=envelope.metadata.ttl)
+                message = self._connection.pull(envelope, tree, timeout_s=envelope.metadata.ttl)
                 reply = self._handle(message)
             with self._ending.interruptible():
-                self._link.send(reply, time.perf_counter() - started)
+                self._connection.send(reply, time.perf_counter() - started)
             outcome = str(reply.error.reason) if reply.has_error() else "done"
         except Interrupted:
             outcome = "not sent: stopping"
         except RunOver as over:
             outcome = f"not sent: {over}"
         seconds = time.perf_counter() - started
-        self._status.ends(kind, group, outcome, seconds, self._link.bytes_down - down, self._link.bytes_up - up)
+        self._status.ends(
+            kind, group, outcome, seconds, self._connection.bytes_down - down, self._connection.bytes_up - up
+        )
 
     def _handle(self, message: Message) -> Message:
         """Return the app's reply; whatever the app lets through becomes a code, and the node lives on."""
@@ -181,12 +155,12 @@ class Node:
         from flwr.supercore.task_identity import TaskIdentity
 
         # Flower asks for these before it makes a Message outside its own processes.
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, self._link.node_id, 1
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, self._connection.node_id, 1
         if run_id not in self._contexts:
             self._contexts = {
                 run_id: Context(
                     run_id=run_id,
-                    node_id=self._link.node_id,
+                    node_id=self._connection.node_id,
                     node_config=dict(self._node_config),
                     state=RecordDict(),
                     run_config={},
