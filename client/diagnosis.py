@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from flwr.supercore.error import ApiErrorCode, FlowerError
 
+from common.address import split_address
 from common.errors import LinkError
 
 if TYPE_CHECKING:
@@ -23,10 +24,9 @@ _EXPIRED, _NOT_YET, _WRONG_NAMES = 10, 9, (62, 64)  # X509_V_ERR_* of OpenSSL's 
 
 def why_not(link: Link) -> LinkError:
     """Return what stands between this node and the server; `server-unreachable` if nothing but the network."""
-    host, _, port = link.address.rpartition(":")
-    host = host.strip("[]")
+    host, port = split_address(link.address)
     try:
-        with socket.create_connection((host, int(port)), PROBE_TIMEOUT_S) as raw:
+        with socket.create_connection((host, port), PROBE_TIMEOUT_S) as raw:
             return _without_tls(link, raw) if link.root_certificates is None else _with_tls(link, raw, host)
     except socket.gaierror:
         return LinkError(

@@ -33,7 +33,7 @@ def register(folder: Path, public: Path, name: str = "") -> tuple[str, str]:
             f"{name!r:.80} as a node's name", "lower-case letters, digits, . _ -, at most 64", "use --name"
         )
     key = read_public_key(public)
-    known = {fingerprint(read_public_key(path)): path.stem for path in sorted(folder.glob("*.pub"))}
+    known = {fingerprint(read_public_key(path)): other for other, path in registered(folder).items()}
     if fingerprint(key) in known:
         raise UsageError(
             f"this key is registered already, as {known[fingerprint(key)]}", "a key of its own for each node"
