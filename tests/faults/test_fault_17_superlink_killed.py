@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tests.support.processes import free_port
+from server.deploy.superlink import free_port
 from tests.support.serving import started, superlinks, tiny_run, write_run
 from tests.support.tiny import tiny_bert
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import tomli_w
 
-from tests.support.processes import BIN, ROOT, free_port, quiet_environment, running, wait_for_port
+from server.deploy.superlink import free_port
+from tests.support.processes import BIN, ROOT, quiet_environment, running, wait_for_port
 
 
 @dataclass(frozen=True)

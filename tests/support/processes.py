@@ -30,14 +30,6 @@ def quiet_environment(home: Path, **extra: str) -> dict[str, str]:
     }
 
 
-def free_port() -> int:
-    """Return a loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextmanager
 def running(
     command: Sequence[str | Path], log: Path, environment: Mapping[str, str]

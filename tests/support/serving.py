@@ -15,7 +15,8 @@ from typing import Any
 from client.site import simulated_sites
 from common.config import RunConfig, parse
 from common.config_file import to_toml
-from tests.support.processes import BIN, end_group, free_port, group_alive, quiet_environment
+from server.deploy.superlink import free_port
+from tests.support.processes import BIN, end_group, group_alive, quiet_environment
 
 CANARY = "patient Jane hf_abc123"
 
