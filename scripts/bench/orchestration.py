@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--stock-rounds", type=int, default=4, help="of stock SuperNodes with the trivial app")
     parser.add_argument("--model-rounds", type=int, default=4, help="of both with a model")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # else the clients would outlive us
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     figures = []
     with tempfile.TemporaryDirectory() as name:
