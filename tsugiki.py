@@ -41,11 +41,18 @@ def demo(
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 42,
     output_dir: Annotated[Path, typer.Option(help="Where the run's folder is made.")] = Path("runs"),
     baselines: Annotated[bool, typer.Option(help="Also train each company alone, to compare.")] = True,
+    data_only: Annotated[
+        bool, typer.Option("--data-only", help="Write the data and the run file; run nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run the whole thing on generated contract clauses: four companies, one search for similar clauses."""
-    from client.app import simulated_app
     from server import commands
+
+    if data_only:
+        commands.demo_data(seed, output_dir)
+        return
+    from client.app import simulated_app
 
     commands.demo(seed, output_dir, baselines, as_json, simulated_app)
 
@@ -253,6 +260,18 @@ def site_check(
     from client import commands
 
     commands.site_check(file, run, overrides or [])
+
+
+@site_app.command("split", epilog="Example: tsugiki site split examples/sst2.toml sites")
+def site_split(
+    file: RunFile,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where a folder for each site is made.")],
+    overrides: Set = None,
+) -> None:
+    """Write a simulation's sites as folders with rows and a site.toml: to try a deployment out."""
+    from client import commands
+
+    commands.site_split(file, folder, overrides or [])
 
 
 @app.command(epilog="Example: tsugiki doctor --json")

@@ -64,6 +64,19 @@ def site_init(file: Path, name: str, train: str) -> None:
     sys.stdout.write(f"{file}\n")
 
 
+def site_split(file: Path, folder: Path, overrides: Sequence[str]) -> None:
+    """Write the simulated sites of a run as folders.
+
+    Raises:
+        TsugikiError: the run cannot be split, or a folder cannot be written.
+    """
+    from client.split import split
+    from common import config_file
+
+    for path in split(config_file.read(file, overrides), folder):
+        _say(str(path))
+
+
 def client(server: str, site_file: Path, ca: Path | None, key: Path | None, insecure: bool, retry_s: float) -> None:
     """Answer a server until stopped.
 

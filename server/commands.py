@@ -222,6 +222,15 @@ def demo(seed: int, output_dir: Path, baselines: bool, as_json: bool, client: Si
     console.print(f"{seconds:.0f} s")
 
 
+def demo_data(seed: int, output_dir: Path) -> None:
+    """Write the demo's data and run file."""
+    from server.demo import write_files
+
+    file, files = write_files(output_dir, seed)
+    for path in (file, files.train, files.test_retrieval, files.test_scored):
+        sys.stdout.write(f"{path}\n")
+
+
 def export(run: Path, target: Path | None, which: Literal["best", "last"], merged: bool) -> None:
     """Export a run's adapter."""
     from server.export import export as write_export

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from common.config import RunConfig, parse
-from common.config_file import override
+from common.config_file import override, to_toml
 from common.data.demo import DemoFiles, generate, write
+from common.files import write_atomically
 from common.model import load_graft
 from common.wire import Vector
 from server.evaluate import evaluate_untouched, make_evaluator
@@ -91,6 +92,23 @@ def free_name(output_dir: Path) -> str:
 def make_data(folder: Path, seed: int) -> DemoFiles:
     """Generate the clauses and write them."""
     return write(folder, generate(seed, ROWS_PER_COMPANY))
+
+
+def write_files(output_dir: Path, seed: int) -> tuple[Path, DemoFiles]:
+    """Write the data and the run file and run nothing; return the run file's path and the data's.
+
+    Args:
+        output_dir: as it stands it is in the run file: a relative one may be moved with everything in it.
+        seed: everything random follows from it.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    name = free_name(output_dir)
+    folder = output_dir / f"{name}-data"
+    files = make_data(folder, seed)
+    write_atomically(folder / "demo.toml", to_toml(demo_config(seed, output_dir, name, files)).encode())
+    return folder / "demo.toml", files
 
 
 def scored(config: RunConfig, files: DemoFiles, vector: Vector) -> dict[str, Any]:

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from client.split import split
 from common.audit import verify
-from tests.support.serving import serve_and_join, site_files, started, tiny_run
+from tests.support.serving import serve_and_join, started, tiny_run
 from tests.support.tiny import tiny_bert
 
 pytestmark = pytest.mark.e2e
@@ -27,7 +28,7 @@ def test_a_client_that_dies_is_a_dropout_and_comes_back(tmp_path, model):
         train={"learning_rate": 1e-2, "local_steps": 400, "per_device_train_batch_size": 4, "threads": 1},
     )
     with started() as start:
-        sites = site_files(tmp_path, config)
+        sites = split(config, tmp_path / "sites")
         server, clients = serve_and_join(start, tmp_path, config, ["--insecure", "--no-export"], ["--insecure"], sites)
         clients[0].wait_for("round 1: training: done", 120)
         clients[1].wait_for("hello: done", 60)

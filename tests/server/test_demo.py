@@ -5,7 +5,7 @@ from common.config import parse
 from common.config_file import read
 from common.data.demo import COMPANIES
 from common.model import load_graft
-from server.demo import DEMO_TOML, demo_config, free_name, make_data, scored
+from server.demo import DEMO_TOML, demo_config, free_name, make_data, scored, write_files
 from tests.support.tiny import tiny_sentence_transformer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "demo.toml"
@@ -33,6 +33,15 @@ def test_the_demos_run_is_on_its_own_files(tmp_path):
     assert Path(config.simulation.data) == files.train
     assert Path(config.evaluation.data) == files.test_retrieval
     assert config.strategy.min_clients == len(COMPANIES)
+
+
+def test_the_files_alone_can_be_moved(tmp_path, monkeypatch):
+    """Catches: absolute paths in a run file that is to be used elsewhere; another run than the demo's."""
+    monkeypatch.chdir(tmp_path)
+    file, files = write_files(Path("runs"), 7)
+    assert read(file) == demo_config(7, Path("runs"), "demo", files)
+    assert str(tmp_path) not in file.read_text()
+    assert files.train.is_file()
 
 
 def test_scores_before_and_after_are_of_the_given_adapter(tmp_path):

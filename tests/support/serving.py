@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from client.site import simulated_sites
+from client.split import split
 from common.config import RunConfig, parse
 from common.config_file import to_toml
 from server.deploy.superlink import free_port
@@ -44,22 +44,6 @@ def _write_rows(path: Path, texts: Sequence[str], labels: Sequence[int]) -> None
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
         writer.writerows(zip(texts, labels, strict=True))
-
-
-def site_files(folder: Path, config: RunConfig, extra: str = "") -> list[Path]:
-    """Write for each simulated site of a run a folder as a real one has it; return the paths of site.toml."""
-    with (folder / "train.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    model, files = config.model.name, []
-    for site in simulated_sites(config):
-        place = folder / "sites" / site.name
-        place.mkdir(parents=True, exist_ok=True)
-        mine = [rows[row] for row in site.rows]
-        _write_rows(place / "train.csv", [row["text"] for row in mine], [int(row["label"]) for row in mine])
-        body = f'[site]\nname = "{site.name}"\n[data]\ntrain = "train.csv"\n[models]\n"{model}" = "{model}"\n{extra}'
-        (place / "site.toml").write_text(body)
-        files.append(place / "site.toml")
-    return files
 
 
 class Process:
@@ -154,7 +138,7 @@ def serve_and_join(
     file = write_run(folder / "run.toml", config)
     server = start(folder / "server", "serve", "serve", file, "--listen", f"127.0.0.1:{port}", *extra)
     clients = []
-    for number, site in enumerate(sites or site_files(folder, config)):
+    for number, site in enumerate(sites or split(config, folder / "sites")):
         options = [part.format(number=number, name=site.parent.name) for part in client_extra]
         arguments = ["client", "--server", f"127.0.0.1:{port}", "--site", site, *options]
         clients.append(start(folder / "clients", site.parent.name, *arguments))

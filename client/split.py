@@ -1,0 +1,70 @@
+"""The simulated sites of a run as folders, each as a real site has it: the way from a simulation to a deployment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from client.site import simulated_sites
+from common.config import RunConfig
+from common.data.shard import Shard
+from common.errors import UsageError
+from common.files import unwritable
+from common.tasks import TASKS
+from common.tasks.base import Task
+
+
+def split(config: RunConfig, folder: Path) -> list[Path]:
+    """Write for each simulated site its rows and a site.toml into `folder`/NAME; return the paths of the site.toml.
+
+    A deployment of these sites trains as the simulation does: the rows are the same, in the same order.
+
+    Args:
+        config: a run with [simulation] data.
+        folder: made if need be.
+
+    Raises:
+        ConfigError, DataError: the file cannot be split as asked.
+        UsageError: a site's folder is there already.
+        StorageError: a folder cannot be written.
+    """
+    task = TASKS.get(config.task.name)(config.task)
+    sites = simulated_sites(config)
+    taken = [site.name for site in sites if (folder / site.name).exists()]
+    if taken:
+        raise UsageError(f"{folder / taken[0]} is there already", "a new folder for each site", "choose another one")
+    model = config.model.name
+    written = []
+    for site in sites:
+        place = folder / site.name
+        data = {"train": _rows(task, site.train_shard(task))}
+        if kept := site.evaluation_shard(task):
+            data["evaluation"] = _rows(task, kept)
+        body: dict[str, Any] = {
+            "site": {"name": site.name},
+            "data": {name: f"{name}.jsonl" for name in data},
+            "models": {model: str(Path(model).resolve()) if Path(model).is_dir() else model},
+        }
+        try:
+            place.mkdir(parents=True)
+            for name, rows in data.items():
+                lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+                (place / f"{name}.jsonl").write_text(lines, "utf-8")
+            (place / "site.toml").write_text(tomli_w.dumps(body), "utf-8")
+        except OSError as error:
+            raise unwritable(place, error) from error
+        written.append(place / "site.toml")
+    return written
+
+
+def _rows(task: Task, shard: Shard) -> Sequence[dict[str, Any]]:
+    """Return a shard's rows as a file has them: classes by name."""
+    columns = dict(shard.columns)
+    for column in task.columns:
+        if column.kind == "label" and column.name in columns:
+            columns[column.name] = [task.labels[index] for index in columns[column.name]]
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
