@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 INPUTS := pyproject.toml constraints.txt Makefile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test e2e lint format types bench clean
+.PHONY: help setup demo test e2e federation lint format types bench clean
 
 help:  ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ demo: $(VENV)/.demo  ## Install, and run the demo: four companies, one search fo
 
 test: $(VENV)/.dev  ## Install, and run all tests
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+federation:  ## Run the demo as a server and three sites in containers; needs Docker and Compose
+	docker/federation.sh
 
 e2e: $(VENV)/.dev  ## Only the tests that start real servers and clients
 	$(BIN)/python -m pytest -m e2e

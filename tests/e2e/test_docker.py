@@ -1,0 +1,78 @@
+"""The demo as containers: `make federation`'s script with a real engine."""
+
+import csv
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from client.app import simulated_app
+from common.config_file import read
+from server.demo import write_files
+from server.simulate import simulate
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPANIES = ("clinic", "logistics", "software")
+
+
+def done(*command: str) -> subprocess.CompletedProcess[str]:
+    """Return what a command said."""
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _engine():
+    """Skip where there is no engine."""
+    if not shutil.which("docker") or done("docker", "info").returncode:
+        pytest.skip("no Docker engine answers: the federation in containers was not run")
+    if done("docker", "compose", "version").returncode and not shutil.which("docker-compose"):
+        pytest.skip("no Docker Compose: the federation in containers was not run")
+
+
+def in_process(folder: Path) -> list[dict[str, object]]:
+    """Return the metrics of the same federation in this process."""
+    file, files = write_files(folder, 42)
+    with files.train.open(newline="", encoding="utf-8") as stream:
+        names, *rows = list(csv.reader(stream))
+    with files.train.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([names, *(row for row in rows if row[-1] in COMPANIES)])
+    config = read(file, ["strategy.min_clients=3", "train.threads=1"])
+    return lines(simulate(config, simulated_app).folder)
+
+
+def lines(folder: Path) -> list[dict[str, object]]:
+    """Return a run's metrics."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_demo_in_containers_gives_what_one_process_gives(tmp_path):
+    """Catches: an image without a module, a volume that a container cannot write, sites mixed up, orphans."""
+    target = tmp_path / "federation"
+    ran = done("docker/federation.sh", str(target))
+    assert ran.returncode == 0, (ran.stdout + ran.stderr)[-4000:]
+    assert (target / "adapter" / "modules.json").is_file()
+    assert (target / "report.html").stat().st_size > 10_000
+    there, here = lines(target), in_process(tmp_path / "here")
+    assert len(there) == len(here) == 5
+    for mine, theirs in zip(here, there, strict=True):
+        assert mine.get("eval", {}) == pytest.approx(theirs.get("eval", {}), abs=1e-3)
+        assert mine.get("train_loss", 0.0) == pytest.approx(theirs.get("train_loss", 0.0), abs=1e-3)
+        assert set(mine.get("accepted", COMPANIES)) == set(theirs.get("accepted", COMPANIES)) == set(COMPANIES)
+    for what in ("ps --all", "volume ls", "network ls"):
+        left = done("docker", *what.split(), "--format", "{{json .}}").stdout
+        assert "tsugiki_" not in left, left
+
+
+def test_the_image_holds_no_secret_and_runs_as_nobody_special():
+    """Catches: a build folder copied whole; a container that is root; a root file system that has to be writable."""
+    image = ("docker", "run", "--rm", "--read-only", "--network", "none", "--entrypoint", "sh")
+    found = done(*image, "tsugiki", "-c", "id -u; ls -A /work; find / -xdev -name '*.key' -not -path '/proc/*' | wc -l")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == ["10001", "0"]
+    layers = done("docker", "history", "--no-trunc", "--format", "{{.CreatedBy}}", "tsugiki").stdout
+    assert "tsugiki" in layers
+    assert not [word for word in ("PRIVATE KEY", "TOKEN", "PASSWORD") if word in layers.upper()]
