@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from flwr.common.constant import HEARTBEAT_MIN_INTERVAL
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -56,8 +55,9 @@ MOST_BYTES = 2**30
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
 """Between looks at an object that the server is still uploading."""
 HEARTBEAT_TIMEOUT_S = 5.0
-HEARTBEAT_S = 0.7 * HEARTBEAT_MIN_INTERVAL
-"""A node that is silent for twice the interval, 20 s, is gone for the server."""
+HEARTBEAT_S, HEARTBEAT_INTERVAL_S = 5.0, 20.0
+"""How often, and what the server is told. It gives a node up after twice the interval: 40 s, so that a line may be dead
+for 20 s and TCP may take its time to notice that it is not any more."""
 
 EARLY_S = 5.0
 """A server that has just started may not have registered its keys yet."""
@@ -99,7 +99,7 @@ class Connection:
     def _activate(self) -> None:
         if self.link.private_key is None:
             self._channel.call("RegisterNode", RegisterNodeFleetRequest(public_key=self._public_key))
-        request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
+        request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_INTERVAL_S)
         ends = time.monotonic() + EARLY_S
         while True:
             try:
@@ -230,7 +230,7 @@ class Connection:
     def _beat(self) -> None:
         """Say that this node is alive; a failure is left to the calls of the main thread, which retry and report."""
         while not self._over.wait(HEARTBEAT_S):
-            request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
+            request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_INTERVAL_S)
             try:
                 self._channel.once("SendNodeHeartbeat", request, HEARTBEAT_TIMEOUT_S)
             except (grpc.RpcError, ValueError) as error:  # ValueError: the channel was replaced meanwhile
