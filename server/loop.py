@@ -102,7 +102,8 @@ def train_round(parts: Parts, state: State) -> State:
     raise QuorumNotMet(
         f"round {number}: {len(collected.accepted)} accepted replies, twice",
         f"strategy.min_clients = {parts.config.strategy.min_clients}",
-        f"see audit.jsonl; the model of round {state.round} is kept in {parts.folder / 'checkpoint'}",
+        f"see audit.jsonl; the model of round {state.round} is kept in {parts.folder / 'checkpoint'}, "
+        f"and --resume {parts.folder} goes on from it",
     )
 
 

@@ -6,8 +6,9 @@ import csv
 import json
 import re
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from typing import Any
 from client.split import split
 from common.config import RunConfig, parse
 from common.config_file import to_toml
+from common.files import read_lines
 from server.deploy.superlink import free_port
-from tests.support.processes import BIN, end_group, group_alive, quiet_environment
+from tests.support.processes import BIN, ROOT, end_group, group_alive, quiet_environment
+from tests.support.proxy import Proxy
 
 CANARY = "patient Jane hf_abc123"
+HOSTILE = ROOT / "tests" / "support" / "hostile.py"
 
 
 def tiny_run(folder: Path, model: str, name: str = "run", sites: int = 2, **sections: dict[str, Any]) -> RunConfig:
@@ -49,12 +53,14 @@ def _write_rows(path: Path, texts: Sequence[str], labels: Sequence[int]) -> None
 class Process:
     """A command of ours in a session of its own, with its output in a file."""
 
-    def __init__(self, folder: Path, name: str, *arguments: str | Path) -> None:
+    def __init__(
+        self, folder: Path, name: str, *arguments: str | Path, program: Sequence[str | Path] = (BIN / "tsugiki",)
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"{name}.log"
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                [BIN / "tsugiki", *map(str, arguments)],
+                [*map(str, program), *map(str, arguments)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -100,8 +106,8 @@ def started() -> Iterator[Start]:
     """Give a function that starts commands; afterwards end them all and see that nothing is left."""
     processes: list[Process] = []
 
-    def start(folder: Path, name: str, *arguments: str | Path) -> Process:
-        processes.append(Process(folder, name, *arguments))
+    def start(folder: Path, name: str, *arguments: str | Path, **options: Any) -> Process:
+        processes.append(Process(folder, name, *arguments, **options))
         return processes[-1]
 
     try:
@@ -132,17 +138,41 @@ def serve_and_join(
     extra: Sequence[str | Path] = (),
     client_extra: Sequence[str] = (),
     sites: Sequence[Path] | None = None,
+    proxies: Mapping[str, Proxy] | None = None,
+    tricks: Mapping[str, str] | None = None,
 ) -> tuple[Process, list[Process]]:
-    """Start a server and a client for each site; return (server, clients)."""
+    """Start a server and a client for each site; return (server, clients).
+
+    Args:
+        start: of `started`.
+        folder: where everything goes.
+        config: the run.
+        extra: of `tsugiki serve`.
+        client_extra: of `tsugiki client`; {name} is the site's.
+        sites: their site.toml; None: those of the simulation.
+        proxies: site -> what it connects through.
+        tricks: site -> what it does wrong (`tests.support.hostile`).
+    """
     port = free_port()
     file = write_run(folder / "run.toml", config)
     server = start(folder / "server", "serve", "serve", file, "--listen", f"127.0.0.1:{port}", *extra)
     clients = []
-    for number, site in enumerate(sites or split(config, folder / "sites")):
-        options = [part.format(number=number, name=site.parent.name) for part in client_extra]
-        arguments = ["client", "--server", f"127.0.0.1:{port}", "--site", site, *options]
-        clients.append(start(folder / "clients", site.parent.name, *arguments))
+    for site in sites or split(config, folder / "sites"):
+        name = site.parent.name
+        here = port
+        if proxies and name in proxies:
+            proxies[name].target, here = port, proxies[name].port
+        arguments = ["client", "--server", f"127.0.0.1:{here}", "--site", site]
+        arguments += [part.format(name=name) for part in client_extra]
+        program = (sys.executable, HOSTILE, tricks[name]) if tricks and name in tricks else (BIN / "tsugiki",)
+        clients.append(start(folder / "clients", name, *arguments, program=program))
     return server, clients
+
+
+def metrics(config: RunConfig) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl that are of rounds."""
+    lines = read_lines(Path(config.run.output_dir) / config.run.name / "metrics.jsonl")
+    return [line for line in lines if line["round"]]
 
 
 def summary(config: RunConfig) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""`tsugiki client` at a site that means harm or is broken: `hostile.py TRICK client ...`, as a process of its own."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import tsugiki
+from client import app
+from client.channel import RunOver
+from client.connection import Connection
+
+PRIVATE = "patient Jane hf_abc123"
+
+
+def replay() -> None:
+    """Answer every round with the first round's reply."""
+    first, honest = [], app._train
+
+    def train(site: Any, content: Any) -> Any:
+        first.append(honest(site, content))
+        return first[0]
+
+    app._train = train
+
+
+def twice() -> None:
+    """Send every reply twice."""
+    once = Connection.send
+
+    def send(self: Connection, reply: Any, seconds: float) -> None:
+        once(self, reply, seconds)
+        try:
+            once(self, reply, seconds)
+        except RunOver as error:
+            print(f"the second was not taken: {error}")
+
+    Connection.send = send  # type: ignore[method-assign]
+
+
+def fail() -> None:
+    """Raise something private in training."""
+
+    def train(*arguments: Any) -> Any:
+        raise ValueError(PRIVATE)
+
+    app.train = train
+
+
+if __name__ == "__main__":
+    {"replay": replay, "twice": twice, "fail": fail}[sys.argv.pop(1)]()
+    tsugiki.main()
