@@ -39,7 +39,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 
-from client.channel import CALL_TIMEOUT_S, Channel, Forgotten, Link, RunOver, Stopping
+from client.channel import CALL_TIMEOUT_S, TEMPORARY, Channel, Forgotten, Link, RunOver, Stopping
 from common.errors import LinkError, WireError
 from common.inflate import inflate
 
@@ -55,9 +55,11 @@ MOST_BYTES = 2**30
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
 """Between looks at an object that the server is still uploading."""
 HEARTBEAT_TIMEOUT_S = 5.0
-HEARTBEAT_S, HEARTBEAT_INTERVAL_S = 5.0, 20.0
-"""How often, and what the server is told. It gives a node up after twice the interval: 40 s, so that a line may be dead
-for 20 s and TCP may take its time to notice that it is not any more."""
+HEARTBEAT_S, HEARTBEAT_INTERVAL_S = 5.0, 10.0
+"""How often, and what the server is told: Flower's shortest. After twice the interval, 20 s, a node is away for it."""
+
+AWAY_S = 2.0
+"""Long enough for the server to see that a node is away: it looks every 0.5 s."""
 
 EARLY_S = 5.0
 """A server that has just started may not have registered its keys yet."""
@@ -80,7 +82,8 @@ class Connection:
         self._public_key = public_key_to_bytes(public)
         self._channel = Channel(link, (private, public), stopped, note)
         self._node: Node | None = None
-        self._over = threading.Event()
+        self._over, self._beating = threading.Event(), threading.Lock()
+        self._lost = False  # whether a message may have been
 
     @property
     def node_id(self) -> int:
@@ -113,14 +116,22 @@ class Connection:
                 time.sleep(0.5)
 
     def receive(self) -> tuple[Message, ObjectTree] | None:
-        """Return the envelope of the oldest message for this node and what it holds, if there is one."""
+        """Return the envelope of the oldest message for this node and what it holds, if there is one.
+
+        The server hands each message out once. If its answer was lost, and a message perhaps with it, the node leaves
+        and comes back, so that the server asks it again.
+        """
         try:
             answer = self._channel.call("PullMessages", PullMessagesRequest(node=self._node))
         except Forgotten:
             self._activate_anew()
             return None
+        self._lost |= self._channel.repeated
         if not answer.messages_list:
+            if self._lost:
+                self._leave_and_come_back()
             return None
+        self._lost = False
         return message_from_proto(answer.messages_list[0]), answer.message_object_trees[0]
 
     def pull(self, envelope: Message, tree: ObjectTree, timeout_s: float) -> Message:
@@ -223,15 +234,32 @@ class Connection:
             self._activate_anew()
             raise RunOver("the server was restarted") from error
 
+    def _leave_and_come_back(self) -> None:
+        with self._beating:
+            try:
+                self._channel.once("DeactivateNode", DeactivateNodeRequest(node_id=self.node_id), CALL_TIMEOUT_S)
+            except grpc.RpcError as error:
+                if error.code() in TEMPORARY:
+                    return  # the next look tries again
+                log.info("could not leave: %s", error.code())  # it was taken for gone already, which does as well
+            self._lost = False
+            ends = time.monotonic() + AWAY_S
+            while time.monotonic() < ends and not self._stopped():
+                time.sleep(0.1)
+            self._channel.call("SendNodeHeartbeat", self._heartbeat())
+
     def _activate_anew(self) -> None:
         self._note("the server does not know this node any more: connecting anew")
         self._activate()
 
+    def _heartbeat(self) -> SendNodeHeartbeatRequest:
+        return SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_INTERVAL_S)
+
     def _beat(self) -> None:
         """Say that this node is alive; a failure is left to the calls of the main thread, which retry and report."""
         while not self._over.wait(HEARTBEAT_S):
-            request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_INTERVAL_S)
             try:
-                self._channel.once("SendNodeHeartbeat", request, HEARTBEAT_TIMEOUT_S)
+                with self._beating:
+                    self._channel.once("SendNodeHeartbeat", self._heartbeat(), HEARTBEAT_TIMEOUT_S)
             except (grpc.RpcError, ValueError) as error:  # ValueError: the channel was replaced meanwhile
                 log.info("heartbeat failed: %s", error)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 FIRST_PAUSE_S = 0.005
 LONGEST_PAUSE_S = 0.5
+RETURN_S = 15.0
+"""How long a node that left may take to come back and be asked again. A dead line makes a node leave after 20 s."""
+NODE_UNAVAILABLE = 5
+"""Of Flower's error codes (`flwr.common.constant.ErrorCode`, slow to import)."""
 
 
 class Stop:
@@ -45,6 +49,9 @@ class Stop:
 def exchange(grid: Grid, messages: list[Message], timeout_s: float, stop: Stop) -> Iterator[Message]:
     """Yield the replies to `messages` as they come, until all are there or the time is up.
 
+    A SuperLink hands a message out once: if a node loses it, with its connection or its process, nobody tells. Such a
+    node leaves and comes back (`client.connection`), and is asked again.
+
     Args:
         grid: an in-process grid answers one message each time it is polled, and counts each site's time by itself.
         messages: one for each node.
@@ -57,15 +64,58 @@ def exchange(grid: Grid, messages: list[Message], timeout_s: float, stop: Stop) 
     pending = set(grid.push_messages(messages))
     sequential = getattr(grid, "sequential", False)
     ends = time.monotonic() + timeout_s * (len(messages) if sequential else 1)
-    pause = FIRST_PAUSE_S
-    while pending and time.monotonic() < ends:
+    pause, away = FIRST_PAUSE_S, _Away(grid, messages)
+    while (pending or away.nodes) and time.monotonic() < ends:
         stop.check()
-        replies = list(grid.pull_messages(pending))
+        replies = list(grid.pull_messages(pending)) if pending else []
         pending -= {reply.metadata.reply_to_message_id for reply in replies}
-        yield from replies
+        yield from (reply for reply in replies if not away.note(reply))
+        pending |= away.ask_again()
+        yield from away.given_up()
         if not replies and not sequential:
             time.sleep(min(pause, max(0.0, ends - time.monotonic())))
         pause = FIRST_PAUSE_S if replies else min(pause * 1.5, LONGEST_PAUSE_S)
+    yield from (error for error, _ in away.nodes.values())
+
+
+class _Away:
+    """The nodes that left while they were asked: node -> the SuperLink's error, and when it left."""
+
+    def __init__(self, grid: Grid, messages: list[Message]) -> None:
+        self._grid, self._messages = grid, messages
+        self.nodes: dict[int, tuple[Message, float]] = {}
+
+    def note(self, reply: Message) -> bool:
+        """Return whether the reply says that its node left, and remember it."""
+        left = reply.has_error() and reply.error.code == NODE_UNAVAILABLE
+        if left:
+            self.nodes[reply.metadata.src_node_id] = (reply, time.monotonic())
+        return left
+
+    def ask_again(self) -> set[str]:
+        """Send the nodes that are back their message once more; return its ids."""
+        from flwr.app import Message
+
+        back = self.nodes.keys() & set(self._grid.get_node_ids()) if self.nodes else set()
+        again = [
+            Message(
+                message.content,
+                message.metadata.dst_node_id,
+                message.metadata.message_type,
+                ttl=message.metadata.ttl,
+                group_id=message.metadata.group_id,
+            )
+            for message in self._messages
+            if back and message.metadata.dst_node_id in back
+        ]
+        for node in back:
+            del self.nodes[node]
+        return set(self._grid.push_messages(again)) if again else set()
+
+    def given_up(self) -> list[Message]:
+        """Return the errors of the nodes that have been away for too long."""
+        late = [node for node, (_, since) in self.nodes.items() if time.monotonic() - since >= RETURN_S]
+        return [self.nodes.pop(node)[0] for node in late]
 
 
 def wait_for_nodes(grid: Grid, count: int, timeout_s: float, stop: Stop, seen: Callable[[int], None]) -> list[int]:

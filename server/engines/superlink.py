@@ -38,6 +38,7 @@ from flwr.superlink.grid import HttpGrid
 from common.errors import WireError
 from common.inflate import inflate
 from common.messages import SITE_ERROR
+from server.engines.grid import NODE_UNAVAILABLE
 
 log = logging.getLogger("tsugiki.server")
 
@@ -153,6 +154,9 @@ class SuperlinkGrid(HttpGrid):
                     transfer.contents[object_id] = content
                     transfer.missing.remove(object_id)
             if transfer.missing:
+                if transfer.pause_s >= LONGEST_PAUSE_S and transfer.node_id not in self.get_node_ids():
+                    gone = Error(NODE_UNAVAILABLE, "left in mid-upload")
+                    return _readdressed(gone, transfer, self.run.run_id)
                 transfer.due = time.monotonic() + transfer.pause_s
                 transfer.pause_s = min(2 * transfer.pause_s, LONGEST_PAUSE_S)
                 return None

@@ -253,6 +253,41 @@ def test_a_malformed_message_is_dropped(fleet, connect):
             link.pull(*link.receive(), 5.0)
 
 
+def test_a_message_that_may_be_lost_is_asked_for_again(fleet, connect, monkeypatch):
+    """Catches: a round that waits for its deadline because the answer that held its message was lost on the way."""
+    monkeypatch.setattr(channel, "FIRST_RETRY_S", 0.02)
+    monkeypatch.setattr(module, "AWAY_S", 0.02)
+    with listening(fleet) as port:
+        link = connect(port)
+        link.connect()
+        assert link.receive() is None
+        assert "DeactivateNode" not in fleet.calls
+        fleet.fail["PullMessages"] = [(grpc.StatusCode.UNAVAILABLE, "")]
+        fleet.fail["DeactivateNode"] = [(grpc.StatusCode.UNAVAILABLE, "")]
+        fleet.calls.clear()
+        assert link.receive() is None
+        assert fleet.calls == ["PullMessages", "PullMessages", "DeactivateNode"]
+        fleet.calls.clear()
+        assert link.receive() is None
+        assert fleet.calls == ["PullMessages", "DeactivateNode", "SendNodeHeartbeat"]
+        fleet.calls.clear()
+        assert link.receive() is None
+        assert fleet.calls == ["PullMessages"]
+
+
+def test_a_message_that_came_after_all_was_not_lost(fleet, connect, monkeypatch):
+    """Catches: a node that leaves, and is asked twice, although it has its message."""
+    monkeypatch.setattr(channel, "FIRST_RETRY_S", 0.02)
+    with listening(fleet) as port:
+        link = connect(port)
+        link.connect()
+        fleet.fail["PullMessages"] = [(grpc.StatusCode.UNAVAILABLE, "")]
+        fleet.offer(message())
+        assert link.receive() is not None
+        assert link.receive() is None
+    assert "DeactivateNode" not in fleet.calls
+
+
 def test_a_connection_that_leads_nowhere_is_opened_anew(fleet, connect, monkeypatch):
     """Catches: a node behind a changed network that waits on a dead connection until it gives up."""
     monkeypatch.setattr(channel, "FIRST_RETRY_S", 0.02)

@@ -1,10 +1,12 @@
 from types import SimpleNamespace
 
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from common.errors import Interrupted
 from server.engines import grid as module
-from server.engines.grid import FIRST_PAUSE_S, LONGEST_PAUSE_S, Stop, exchange, wait_for_nodes
+from server.engines.grid import FIRST_PAUSE_S, LONGEST_PAUSE_S, RETURN_S, Stop, exchange, wait_for_nodes
+from server.engines.in_process import identify_process
 
 
 class Clock:
@@ -31,9 +33,10 @@ def clock(monkeypatch):
     return clock
 
 
-def reply(to):
+def reply(to, node=0, left=False):
     """Return what `exchange` reads of a reply."""
-    return SimpleNamespace(metadata=SimpleNamespace(reply_to_message_id=to))
+    metadata = SimpleNamespace(reply_to_message_id=to, src_node_id=node)
+    return SimpleNamespace(metadata=metadata, has_error=lambda: left, error=SimpleNamespace(code=5))
 
 
 class Scripted:
@@ -87,6 +90,50 @@ def test_looks_are_frequent_first_and_seldom_later(clock):
     assert clock.pauses[0] == FIRST_PAUSE_S
     assert max(clock.pauses) == LONGEST_PAUSE_S
     assert clock.pauses.count(FIRST_PAUSE_S) == 2
+
+
+class Leaving(Scripted):
+    """Node 7 leaves at once and is back at a given time; then it answers."""
+
+    def __init__(self, clock, back_at):
+        super().__init__(clock, {}, [(7, back_at)])
+        self.sent = []
+
+    def push_messages(self, messages):
+        """Number them."""
+        self.sent += messages
+        return [str(len(self.sent))] * len(messages)
+
+    def pull_messages(self, ids):
+        """Say that the node left, and answer the second message."""
+        return [reply(one, 7, left=one == "1") for one in ids]
+
+
+def train_message():
+    """Return a message to node 7."""
+    identify_process()
+    return Message(RecordDict({"request": ConfigRecord({"n": 1})}), 7, "train", ttl=60.0, group_id="3")
+
+
+def test_a_node_that_comes_back_is_asked_again(clock):
+    """Catches: a site that is missed because its connection broke; another message than the first one."""
+    grid = Leaving(clock, RETURN_S / 2)
+    (answer,) = exchange(grid, [train_message()], 100.0, Stop())
+    assert answer.metadata.reply_to_message_id == "2"
+    assert not answer.has_error()
+    first, second = grid.sent
+    assert second.content == first.content
+    for name in ("dst_node_id", "message_type", "ttl", "group_id"):
+        assert getattr(second.metadata, name) == getattr(first.metadata, name)
+    assert clock.now == pytest.approx(RETURN_S / 2, abs=2 * LONGEST_PAUSE_S)
+
+
+@pytest.mark.parametrize(("timeout_s", "until"), [(100.0, RETURN_S), (3.0, 3.0)])
+def test_a_node_that_stays_away_is_given_up(clock, timeout_s, until):
+    """Catches: a wait for the dead that lasts for the whole round; an error that is swallowed at the deadline."""
+    (answer,) = exchange(Leaving(clock, 1e6), [train_message()], timeout_s, Stop())
+    assert answer.has_error()
+    assert clock.now == pytest.approx(until, abs=2 * LONGEST_PAUSE_S)
 
 
 def test_nothing_sent_is_nothing_awaited(clock):

@@ -18,7 +18,9 @@ from flwr.proto.message_pb2 import (
     PushObjectRequest,
     PushObjectResponse,
 )
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.runtime_pb2 import (
+    GetNodesResponse,
     PullAppMessagesRequest,
     PullAppMessagesResponse,
     PushAppMessagesRequest,
@@ -31,6 +33,7 @@ from flwr.superlink.grid import HttpGrid
 
 from common.errors import WireError
 from common.messages import SITE_ERROR
+from server.engines import superlink as module
 from server.engines.grid import Stop, exchange
 from server.engines.in_process import identify_process
 from server.engines.superlink import SPARE_BYTES, SuperlinkGrid
@@ -41,6 +44,7 @@ class Superlink:
 
     def __init__(self):
         self.messages, self.objects, self.replies, self.confirmed, self.looks, self.pulled = {}, {}, {}, [], 0, []
+        self.nodes = [11, 12]
 
     def __call__(self, request):
         """Answer one HTTP request."""
@@ -70,6 +74,10 @@ class Superlink:
         return PullAppMessagesResponse(
             messages_list=[envelope for envelope, _ in found], message_object_trees=[tree for _, tree in found]
         )
+
+    def get_nodes(self, body):
+        """Tell who is there."""
+        return GetNodesResponse(nodes=[NodeInfo(node_id=node) for node in self.nodes])
 
     def pull_object(self, body):
         """Give an object, if it has come; a known object that has not is None."""
@@ -162,6 +170,18 @@ class Resent:
 
     def __init__(self, grid, ids):
         self.push_messages, self.pull_messages = lambda messages: ids, grid.pull_messages
+
+
+def test_an_upload_of_a_node_that_left_is_given_up(grid, superlink, monkeypatch):
+    """Catches: a round that waits for its deadline for a site that died in mid-upload."""
+    monkeypatch.setattr(module, "LONGEST_PAUSE_S", 0.04)
+    messages, ids = ask(grid, 11, 12)
+    for message, message_id in zip(messages, ids, strict=True):
+        superlink.offer(message_id, answer(message), upload=False)
+    superlink.nodes = [12]
+    found = pull(grid, ids, 1.0)
+    assert list(found) == [11]
+    assert found[11].error.code == 5
 
 
 def test_a_slow_upload_is_waited_for(grid, superlink):
