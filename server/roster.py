@@ -129,10 +129,10 @@ class Roster:
         from flwr.app import Message
 
         content = to_record(HelloRequest(self._config.for_sites(), __version__))
-        messages = [Message(content, node, "query", ttl=self._config.strategy.round_timeout_s * 2) for node in nodes]
-        replies: dict[int, Message] = {}
         if getattr(self._grid, "sequential", False):
             patience_s = self._config.strategy.round_timeout_s  # of each node: they answer one after the other
+        messages = [Message(content, node, "query", ttl=patience_s * 2) for node in nodes]
+        replies: dict[int, Message] = {}
         for reply in exchange(self._grid, messages, patience_s, self._stop):
             if not (reply.has_error() and error_code(reply) in GONE):  # it left: as silent as if it were still there
                 replies.setdefault(reply.metadata.src_node_id, reply)

@@ -43,6 +43,16 @@ def test_sites_are_known_by_name_whatever_node_they_are(tmp_path):
     assert list(members) == ["bank", "clinic", "retail"]
 
 
+def test_a_hello_lives_as_long_as_it_is_waited_for(tmp_path, monkeypatch):
+    """Catches: a site that takes longer to load its model than a round may last, and is never let in."""
+    parts = toy_parts(tmp_path, toy_app(["bank"]), 1, toy_config(tmp_path, strategy={"round_timeout_s": 2.0}))
+    sent, push = [], parts.grid.push_messages
+    monkeypatch.setattr(parts.grid, "sequential", False)
+    monkeypatch.setattr(parts.grid, "push_messages", lambda messages: push(sent.extend(messages) or messages))
+    parts.roster.refresh(50.0)
+    assert [message.metadata.ttl >= 50.0 for message in sent] == [True]
+
+
 @pytest.mark.parametrize(
     ("fields", "code"),
     [
