@@ -38,13 +38,13 @@ demo: $(VENV)/.demo  ## Install, and run the demo: four companies, one search fo
 	$(BIN)/tsugiki demo
 
 test: $(VENV)/.dev  ## Install, and run all tests
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_OPTIONS)
 
 federation:  ## Run the demo as a server and three sites in containers; needs Docker and Compose
 	docker/federation.sh
 
-e2e: $(VENV)/.dev  ## Only the tests that start real servers and clients
-	$(BIN)/python -m pytest -m e2e
+e2e: $(VENV)/.dev  ## Only the tests with real servers and clients; all of them need root, iproute2, iptables, Docker
+	$(BIN)/python -m pytest -m e2e --numprocesses 3 --dist loadfile --durations 10
 
 lint: $(VENV)/.dev  ## Check style
 	$(BIN)/ruff check .
