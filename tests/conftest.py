@@ -21,3 +21,11 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("TSUGIKI_DATA is not set: this test reads real data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def model() -> str:
+    """The folder of a tiny model."""
+    from tests.support.federation import model_folder
+
+    return model_folder()

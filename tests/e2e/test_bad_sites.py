@@ -8,19 +8,13 @@ import tomli_w
 from client.split import split
 from common.audit import verify
 from tests.support.federation import leaks
-from tests.support.serving import CANARY, metrics, serve_and_join, started, tiny_run
+from tests.support.serving import CANARY, hostile, metrics, serve_and_join, started, tiny_run
 from tests.support.tiny import tiny_bert
 
 pytestmark = pytest.mark.e2e
 
-ROUNDS = 8
-TRICKS = {"site-2": "replay", "site-3": "fail", "site-4": "twice"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The tiny model's folder."""
-    return str(tiny_bert(tmp_path_factory.mktemp("model")))
+ROUNDS = 6
+PLACES = {"site-2": hostile("replay"), "site-3": hostile("fail"), "site-4": hostile("twice")}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +27,7 @@ def ran(tmp_path_factory, model):
         sites=7,
         run={"rounds": ROUNDS, "output_dir": str(folder / "runs")},
         strategy={"min_clients": 2},
-        train={"local_steps": 150},
+        train={"local_steps": 80},
     )
     files = split(config, folder / "sites")
     assert len(files) == 7
@@ -43,7 +37,7 @@ def ran(tmp_path_factory, model):
     files[6].write_text(tomli_w.dumps({**body, "models": {model: other}}), "utf-8")
     insecure = ["--insecure", "--no-export"]
     with started() as start:
-        server, clients = serve_and_join(start, folder, config, insecure, insecure[:1], files, tricks=TRICKS)
+        server, clients = serve_and_join(start, folder, config, insecure, insecure[:1], files, places=PLACES)
         assert server.wait(240) == 0, server.text()[-3000:]
         said = {client.log.stem: client.text() for client in clients}
     run = folder / "runs" / "run"

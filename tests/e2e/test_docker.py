@@ -1,6 +1,5 @@
 """The demo as containers: `make federation`'s script with a real engine."""
 
-import csv
 import json
 import shutil
 import subprocess
@@ -9,14 +8,12 @@ from pathlib import Path
 import pytest
 
 from client.app import simulated_app
-from common.config_file import read
-from server.demo import write_files
 from server.simulate import simulate
+from tests.support.three import COMPANIES, demo_of_three
 
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).resolve().parents[2]
-COMPANIES = ("clinic", "logistics", "software")
 
 
 def done(*command: str) -> subprocess.CompletedProcess[str]:
@@ -33,17 +30,6 @@ def _engine():
         pytest.skip("no Docker Compose: the federation in containers was not run")
 
 
-def in_process(folder: Path) -> list[dict[str, object]]:
-    """Return the metrics of the same federation in this process."""
-    file, files = write_files(folder, 42)
-    with files.train.open(newline="", encoding="utf-8") as stream:
-        names, *rows = list(csv.reader(stream))
-    with files.train.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([names, *(row for row in rows if row[-1] in COMPANIES)])
-    config = read(file, ["strategy.min_clients=3", "train.threads=1"])
-    return lines(simulate(config, simulated_app).folder)
-
-
 def lines(folder: Path) -> list[dict[str, object]]:
     """Return a run's metrics."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -56,7 +42,7 @@ def test_the_demo_in_containers_gives_what_one_process_gives(tmp_path):
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-4000:]
     assert (target / "adapter" / "modules.json").is_file()
     assert (target / "report.html").stat().st_size > 10_000
-    there, here = lines(target), in_process(tmp_path / "here")
+    there, here = lines(target), lines(simulate(demo_of_three(tmp_path / "here"), simulated_app).folder)
     assert len(there) == len(here) == 5
     for mine, theirs in zip(here, there, strict=True):
         assert mine.get("eval", {}) == pytest.approx(theirs.get("eval", {}), abs=1e-3)

@@ -8,15 +8,8 @@ from client.app import simulated_app
 from common.audit import verify
 from server.simulate import simulate
 from tests.support.serving import CANARY, make_identity, serve_and_join, started, summary, tiny_run
-from tests.support.tiny import tiny_bert
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The tiny model's folder."""
-    return str(tiny_bert(tmp_path_factory.mktemp("model")))
 
 
 def test_with_tls_and_keys_the_adapter_is_that_of_the_in_process_engine(tmp_path, model):

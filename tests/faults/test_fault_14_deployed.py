@@ -6,15 +6,8 @@ import pytest
 
 from server.deploy.superlink import free_port
 from tests.support.serving import serve_and_join, started, tiny_run, write_run
-from tests.support.tiny import tiny_bert
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The tiny model's folder."""
-    return str(tiny_bert(tmp_path_factory.mktemp("model")))
 
 
 def test_sites_that_never_come_are_waited_for_as_long_as_asked(tmp_path, model):

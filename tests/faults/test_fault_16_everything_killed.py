@@ -7,15 +7,8 @@ import pytest
 from client.app import simulated_app
 from server.simulate import simulate
 from tests.support.serving import serve_and_join, started, summary, superlinks, tiny_run
-from tests.support.tiny import tiny_bert
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The tiny model's folder."""
-    return str(tiny_bert(tmp_path_factory.mktemp("model")))
 
 
 def test_everything_killed_and_resumed_ends_with_the_same_bytes(tmp_path, model):

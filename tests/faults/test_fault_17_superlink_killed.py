@@ -7,15 +7,8 @@ import pytest
 
 from server.deploy.superlink import free_port
 from tests.support.serving import started, superlinks, tiny_run, write_run
-from tests.support.tiny import tiny_bert
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The tiny model's folder."""
-    return str(tiny_bert(tmp_path_factory.mktemp("model")))
 
 
 def test_a_superlink_that_dies_is_noticed(tmp_path, model):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from common.config_file import to_toml
 from common.files import read_lines
 from server.deploy.superlink import free_port
 from tests.support.processes import BIN, ROOT, end_group, group_alive, quiet_environment
-from tests.support.proxy import Proxy
 
 CANARY = "patient Jane hf_abc123"
 HOSTILE = ROOT / "tests" / "support" / "hostile.py"
@@ -58,6 +59,7 @@ class Process:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"{name}.log"
+        self._listen = str(arguments[arguments.index("--listen") + 1]) if "--listen" in arguments else ""
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 [*map(str, program), *map(str, arguments)],
@@ -79,6 +81,12 @@ class Process:
     def text(self) -> str:
         """Return what it has written."""
         return self.log.read_text("utf-8", errors="replace")
+
+    def listens(self) -> bool:
+        """Return whether the loopback port that it was to listen on is open."""
+        host, _, port = self._listen.rpartition(":")
+        with socket.socket() as probe:
+            return host == "127.0.0.1" and probe.connect_ex((host, int(port))) == 0
 
     def wait_for(self, pattern: str, timeout_s: float) -> re.Match[str]:
         """Wait until its output matches."""
@@ -117,6 +125,7 @@ def started() -> Iterator[Start]:
             end_group(one.process)
         assert not [one.log.name for one in processes if group_alive(one.process.pid)]
         assert not superlinks([one.process.pid for one in processes])
+        assert not [one.log.name for one in processes if one.listens()]
 
 
 def superlinks(parents: Sequence[int]) -> list[int]:
@@ -131,6 +140,19 @@ def superlinks(parents: Sequence[int]) -> list[int]:
     return found
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a process runs: how it is started there, and where it finds the server (empty: where it listens)."""
+
+    program: Sequence[str | Path] = (BIN / "tsugiki",)
+    server: str = ""
+
+
+def hostile(trick: str) -> Place:
+    """Return the place of a site that does something wrong (`tests.support.hostile`)."""
+    return Place((sys.executable, HOSTILE, trick))
+
+
 def serve_and_join(
     start: Start,
     folder: Path,
@@ -138,8 +160,8 @@ def serve_and_join(
     extra: Sequence[str | Path] = (),
     client_extra: Sequence[str] = (),
     sites: Sequence[Path] | None = None,
-    proxies: Mapping[str, Proxy] | None = None,
-    tricks: Mapping[str, str] | None = None,
+    listen: str = "",
+    places: Mapping[str, Place] | None = None,
 ) -> tuple[Process, list[Process]]:
     """Start a server and a client for each site; return (server, clients).
 
@@ -150,22 +172,19 @@ def serve_and_join(
         extra: of `tsugiki serve`.
         client_extra: of `tsugiki client`; {name} is the site's.
         sites: their site.toml; None: those of the simulation.
-        proxies: site -> what it connects through.
-        tricks: site -> what it does wrong (`tests.support.hostile`).
+        listen: where the server listens; empty: a free loopback port.
+        places: site, or "server" -> where it runs.
     """
-    port = free_port()
+    listen, places = listen or f"127.0.0.1:{free_port()}", places or {}
     file = write_run(folder / "run.toml", config)
-    server = start(folder / "server", "serve", "serve", file, "--listen", f"127.0.0.1:{port}", *extra)
+    arguments = ["serve", file, "--listen", listen, *extra]
+    server = start(folder / "server", "serve", *arguments, program=places.get("server", Place()).program)
     clients = []
     for site in sites or split(config, folder / "sites"):
-        name = site.parent.name
-        here = port
-        if proxies and name in proxies:
-            proxies[name].target, here = port, proxies[name].port
-        arguments = ["client", "--server", f"127.0.0.1:{here}", "--site", site]
-        arguments += [part.format(name=name) for part in client_extra]
-        program = (sys.executable, HOSTILE, tricks[name]) if tricks and name in tricks else (BIN / "tsugiki",)
-        clients.append(start(folder / "clients", name, *arguments, program=program))
+        place = places.get(site.parent.name, Place())
+        arguments = ["client", "--server", place.server or listen, "--site", site]
+        arguments += [part.format(name=site.parent.name) for part in client_extra]
+        clients.append(start(folder / "clients", site.parent.name, *arguments, program=place.program))
     return server, clients
 
 
@@ -181,10 +200,11 @@ def summary(config: RunConfig) -> dict[str, Any]:
     return found
 
 
-def make_identity(start: Start, folder: Path, names: Sequence[str]) -> tuple[Path, Path]:
+def make_identity(start: Start, folder: Path, names: Sequence[str], hosts: Sequence[str] = ()) -> tuple[Path, Path]:
     """Make certificates and keys as the documents tell; return (tls, keyring)."""
     place = folder / "identity"
-    assert start(place, "certs", "certs", "--tls", place / "tls").wait(60) == 0
+    options = [part for host in hosts for part in ("--host", host)]
+    assert start(place, "certs", "certs", "--tls", place / "tls", *options).wait(60) == 0
     for name in names:
         assert start(place, "keys", "keys", "new", place / f"{name}.key").wait(60) == 0
         arguments = ["keys", "register", place / f"{name}.key.pub", "--name", name, "--keys", place / "keys"]
