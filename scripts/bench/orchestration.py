@@ -75,10 +75,10 @@ def processes(commands: list[list[str]], folder: Path) -> Iterator[None]:
         yield
 
 
-def resident_trivial(address: str) -> list[list[str]]:
+def resident_trivial(address: str, clients: int = CLIENTS) -> list[list[str]]:
     """Return the commands of our nodes with the trivial app."""
     script = str(ROOT / "scripts" / "bench" / "trivial.py")
-    return [[sys.executable, script, address, str(number)] for number in range(CLIENTS)]
+    return [[sys.executable, script, address, str(number)] for number in range(clients)]
 
 
 def stock(address: str, configs: list[str]) -> list[list[str]]:
@@ -116,11 +116,12 @@ def trivial_rounds(rounds: int, ours: bool, folder: Path) -> list[float]:
         commands = resident_trivial(address) if ours else stock(address, [f"partition-id={n}" for n in range(CLIENTS)])
         with executed(child.endpoint, run_id) as grid, processes(commands, folder):
             grid.limit_replies(spec.size_bytes)
-            _run(grid, config, spec, clock, folder)
+            run_trivial(grid, config, spec, clock, folder)
     return clock.seconds()
 
 
-def _run(grid: SuperlinkGrid, config: RunConfig, spec: AdapterSpec, clock: Clock, folder: Path) -> None:
+def run_trivial(grid: SuperlinkGrid, config: RunConfig, spec: AdapterSpec, clock: Progress, folder: Path) -> None:
+    """Run the rounds with the trivial app, from the hello on."""
     audit, stop = AuditLog(folder / "audit.jsonl"), Stop()
     roster = Roster(grid, config, spec, audit, stop)
     roster.wait(lambda count: None)
