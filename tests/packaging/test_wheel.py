@@ -1,17 +1,13 @@
 """What `pip install` brings."""
 
-import shutil
-import subprocess
-import sys
 import tomllib
 import zipfile
 from email.parser import Parser
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("common", "client", "server")
+from tests.support.processes import ROOT
+from tests.support.wheel import PACKAGES, build_wheel
 
 
 def sources():
@@ -24,17 +20,8 @@ def sources():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Build the wheel from a copy of the tree, without the network, and open it."""
-    tree = tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "tsugiki.py"):
-        shutil.copy(ROOT / name, tree / name)
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run([*command, "--wheel-dir", "out", "."], cwd=tree, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (built,) = (tree / "out").glob("*.whl")
-    with zipfile.ZipFile(built) as archive:
+    """The wheel, opened."""
+    with zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("wheel"))) as archive:
         yield archive
 
 

@@ -1,0 +1,43 @@
+"""The wheel of this tree, and an environment in which it alone is installed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+from tests.support.processes import ROOT
+
+PACKAGES = ("common", "client", "server")
+
+
+def build_wheel(folder: Path) -> Path:
+    """Build the wheel from a copy of the tree, without the network; return its path."""
+    tree = folder / "tree"
+    tree.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "tsugiki.py"):
+        shutil.copy(ROOT / name, tree / name)
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    _pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder / "out", tree)
+    (built,) = (folder / "out").glob("*.whl")
+    return built
+
+
+def installed(wheel: Path, folder: Path) -> Path:
+    """Install a wheel into a new environment that borrows what it needs from this one; return its bin folder."""
+    venv.create(folder, with_pip=False)
+    _pip("--python", folder / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
+    (packages,) = (folder / "lib").glob("python*/site-packages")
+    # A path from a .pth file brings its packages but not its own .pth files, which would lead to this tree.
+    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    return folder / "bin"
+
+
+def _pip(*arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
