@@ -36,6 +36,21 @@ RunFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run's TOML fi
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, such as runs/demo.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from common import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
 @app.command(epilog="Example: tsugiki demo --seed 1 --output-dir /tmp/runs")
 def demo(
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 42,

@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 import tsugiki
+from common import __version__
 
 
 def commands():
@@ -39,6 +40,11 @@ def test_the_commands_are_there():
     names = {" ".join(words) for words in commands()}
     expected = "demo simulate compare export report doctor config|init config|show config|schema site|init site|check"
     assert {name.replace("|", " ") for name in expected.split()} <= names
+
+
+def test_the_version_is_the_packages():
+    """Catches: a version of the command line's own."""
+    assert CliRunner().invoke(tsugiki.app, ["--version"]).stdout == f"{__version__}\n"
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
