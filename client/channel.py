@@ -24,7 +24,12 @@ FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 10.0
 MOST_MESSAGE_BYTES = 2**26
 """Of one call; Flower cuts what is larger than 5 MB."""
 
-TEMPORARY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+TEMPORARY = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.CANCELLED,  # by a server that is shutting down
+)
 
 
 class Stopping(Exception):
