@@ -22,7 +22,7 @@ app = typer.Typer(
     "updates travel.\n\nStart with [bold]tsugiki demo[/bold], then [bold]tsugiki config init[/bold].",
 )
 config_app = typer.Typer(no_args_is_help=True, help="Write, show and describe run files.")
-site_app = typer.Typer(no_args_is_help=True, help="Write and check a site's own file.")
+site_app = typer.Typer(no_args_is_help=True, help="Write and check a site's own file; split a simulation into sites.")
 keys_app = typer.Typer(no_args_is_help=True, help="Make, register, list and revoke the keys of nodes.")
 app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
@@ -44,9 +44,14 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
+
+
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -65,6 +70,8 @@ def demo(
     from server import commands
 
     if data_only:
+        if as_json or not baselines:
+            raise typer.BadParameter("--data-only goes with --seed and --output-dir only")
         commands.demo_data(seed, output_dir)
         return
     from client.app import simulated_app

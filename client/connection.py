@@ -123,16 +123,15 @@ class Connection:
         """
         try:
             answer = self._channel.call("PullMessages", PullMessagesRequest(node=self._node))
-        except Forgotten:
-            self._activate_anew()
-            return None
-        self._lost |= self._channel.repeated
-        if not answer.messages_list:
+            self._lost |= self._channel.repeated
+            if answer.messages_list:
+                self._lost = False
+                return message_from_proto(answer.messages_list[0]), answer.message_object_trees[0]
             if self._lost:
                 self._leave_and_come_back()
-            return None
-        self._lost = False
-        return message_from_proto(answer.messages_list[0]), answer.message_object_trees[0]
+        except Forgotten:
+            self._activate_anew()
+        return None
 
     def pull(self, envelope: Message, tree: ObjectTree, timeout_s: float) -> Message:
         """Return the whole message.
@@ -250,6 +249,7 @@ class Connection:
 
     def _activate_anew(self) -> None:
         self._note("the server does not know this node any more: connecting anew")
+        self._lost = False
         self._activate()
 
     def _heartbeat(self) -> SendNodeHeartbeatRequest:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from common.errors import Interrupted
 
 if TYPE_CHECKING:
-    from flwr.app import Context, Message
+    from flwr.app import Context, Message, RecordDict
     from flwr.clientapp import ClientApp
 
     from client.connection import Connection
@@ -100,6 +100,7 @@ class Node:
         self._app, self._connection, self._node_config = app, connection, node_config
         self._status, self._ending = status, ending
         self._contexts: dict[int, Context] = {}
+        self._trained: tuple[tuple[int, str, str], RecordDict] | None = None
 
     def run(self, sleep: Callable[[float], None] = time.sleep) -> None:
         """Answer messages, one at a time.
@@ -140,11 +141,24 @@ class Node:
         )
 
     def _handle(self, message: Message) -> Message:
-        """Return the app's reply; whatever the app lets through becomes a code, and the node lives on."""
+        """Return the app's reply; whatever the app lets through becomes a code, and the node lives on.
+
+        A round that is asked for twice, because a server could not know that its message had arrived, is answered with
+        the same update: nothing is trained, nor drawn, twice. Its nonce makes a request unique.
+        """
+        from flwr.app import Message
+
         from common.messages import error_reply
 
         try:
-            return self._app(message, self._context(message.metadata.run_id))
+            run_id, kind = message.metadata.run_id, message.metadata.message_type
+            context, asked = self._context(run_id), (run_id, kind, message.content.object_id)
+            if self._trained is not None and self._trained[0] == asked:
+                return Message(self._trained[1], reply_to=message)
+            reply = self._app(message, context)
+            if kind == "train" and reply.has_content():
+                self._trained = (asked, reply.content)
+            return reply
         except Exception as error:
             log.exception("the ClientApp failed")
             return error_reply(getattr(error, "code", "") or f"client-error:{type(error).__name__}", message)

@@ -11,6 +11,7 @@ import tomli_w
 
 from client.site import simulated_sites
 from common.config import RunConfig
+from common.config_file import with_absolute_paths
 from common.data.shard import Shard
 from common.errors import UsageError
 from common.files import unwritable
@@ -32,12 +33,12 @@ def split(config: RunConfig, folder: Path) -> list[Path]:
         UsageError: a site's folder is there already.
         StorageError: a folder cannot be written.
     """
+    config = with_absolute_paths(config)  # as a server sends it
     task = TASKS.get(config.task.name)(config.task)
     sites = simulated_sites(config)
     taken = [site.name for site in sites if (folder / site.name).exists()]
     if taken:
         raise UsageError(f"{folder / taken[0]} is there already", "a new folder for each site", "choose another one")
-    model = config.model.name
     written = []
     for site in sites:
         place = folder / site.name
@@ -47,7 +48,7 @@ def split(config: RunConfig, folder: Path) -> list[Path]:
         body: dict[str, Any] = {
             "site": {"name": site.name},
             "data": {name: f"{name}.jsonl" for name in data},
-            "models": {model: str(Path(model).resolve()) if Path(model).is_dir() else model},
+            "models": {config.model.name: config.model.name},
         }
         try:
             place.mkdir(parents=True)

@@ -5,12 +5,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=${1:-runs/federation}
+project=tsugiki-$$ # another federation may be running
 
 docker info >/dev/null 2>&1 || { echo "no Docker engine answers: start one, or see \`docker info\`" >&2; exit 1; }
 if docker compose version >/dev/null 2>&1; then
-    compose() { docker compose --project-name tsugiki --file docker/compose.yaml "$@"; }
+    compose() { docker compose --project-name "$project" --file docker/compose.yaml "$@"; }
 elif command -v docker-compose >/dev/null; then
-    compose() { docker-compose --project-name tsugiki --file docker/compose.yaml "$@"; }
+    compose() { docker-compose --project-name "$project" --file docker/compose.yaml "$@"; }
 else
     echo "no Docker Compose: install the compose plugin, or docker-compose 1.29" >&2
     exit 1
@@ -20,7 +21,7 @@ mkdir -p "$(dirname "$target")"
 
 trap 'compose down --volumes --timeout 20 >/dev/null 2>&1' EXIT
 compose build
-compose up --detach
+compose up --detach || { compose logs --tail 30 >&2; exit 1; }
 server=$(compose ps --quiet --all server)
 docker logs --follow "$server" &
 status=$(docker wait "$server")

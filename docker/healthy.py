@@ -11,7 +11,8 @@ ESTABLISHED, LISTEN = "01", "0A"
 
 def sockets() -> list[tuple[int, int, str]]:
     """Return the ports, here and there, and the state of every TCP socket of this container."""
-    lines = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    tables = [path for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if path.exists()]
+    lines = [line.split() for path in tables for line in path.read_text().splitlines()[1:]]
     return [
         (int(here.rpartition(":")[2], 16), int(there.rpartition(":")[2], 16), state)
         for _, here, there, state, *_ in lines

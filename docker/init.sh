@@ -1,10 +1,18 @@
 #!/bin/sh
-# Makes what a federation needs, once: the demo's data for three companies, certificates, and a key for each site.
+# Makes what a federation needs: the demo's data for three companies, certificates, and a key for each site.
 # Each file goes into the volume of whoever needs it; a site's volume is mounted by no other site, nor by the server.
+# Volumes that hold files already are left as they are, unless this script was cut off while it filled them.
 set -eu
 
 server=/init/server
-[ -e "$server/.ready" ] && exit 0
+unfinished=$server/.unfinished
+if [ -e "$unfinished" ]; then
+    find /init -mindepth 2 ! -path "$unfinished" -delete
+elif [ -n "$(find /init -mindepth 2 | head -n 1)" ]; then
+    echo "there are files in the volumes already: nothing is made"
+    exit 0
+fi
+touch "$unfinished"
 
 cd "$server"
 tsugiki demo --data-only --output-dir runs
@@ -19,4 +27,4 @@ for site in logistics software clinic; do
 done
 # What the server does not need does not stay there: the CA signs nothing else, and the rows are the sites'.
 rm -r tls/ca.key runs/demo-data/train.csv runs/demo-data/sites
-touch .ready
+rm .unfinished

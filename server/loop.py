@@ -113,7 +113,7 @@ def sample(parts: Parts, number: int, attempt: int) -> list[Member]:
     Raises:
         NotEnoughSites: fewer than the quorum are.
     """
-    parts.roster.refresh()
+    parts.roster.gather()
     members = list(parts.roster.members().values())
     strategy = parts.config.strategy
     if len(members) < strategy.min_clients:
@@ -155,6 +155,8 @@ def collect(parts: Parts, state: State, number: int, cohort: list[Member]) -> Co
             parts.progress.reply(one.site, "accepted" if isinstance(verdict, Accepted) else verdict.reason)
     for member in cohort:
         verdicts.setdefault(member.name, Rejected(member.name, DROPOUT))
+    gone = {site for site, verdict in verdicts.items() if isinstance(verdict, Rejected) and verdict.reason == DROPOUT}
+    parts.roster.drop(member.node_id for member in cohort if member.name in gone)
     return Collected(
         [verdict for _, verdict in sorted(verdicts.items()) if isinstance(verdict, Accepted)],
         [verdict for _, verdict in sorted(verdicts.items()) if isinstance(verdict, Rejected)] + late,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from common.errors import NotEnoughSites, WireError
 from common.messages import HelloReply, HelloRequest, error_code, from_record, to_record
 from common.settings import NAME_PATTERN
 from common.wire import AdapterSpec
-from server.engines.grid import Stop, exchange, wait_for_nodes
+from server.engines.grid import LONGEST_PAUSE_S, RETURN_S, Stop, exchange, wait_for_nodes
 from server.guard import GONE
 
 if TYPE_CHECKING:
@@ -104,6 +104,18 @@ class Roster:
             f"strategy.min_clients = {wanted}",
             "look at the refused sites' own logs" if refusals else "start more sites, or raise connect_timeout_s",
         )
+
+    def gather(self) -> None:
+        """Refresh; before, give nodes that were there the time to come back: they may only have lost their line."""
+        ends = time.monotonic() + RETURN_S
+        while self._present - set(self._grid.get_node_ids()) and time.monotonic() < ends:
+            self._stop.check()
+            time.sleep(LONGEST_PAUSE_S)
+        self.refresh()
+
+    def drop(self, nodes: Iterable[int]) -> None:
+        """Take nodes that did not answer for absent until the next look."""
+        self._present -= set(nodes)
 
     def refresh(self, patience_s: float = HELLO_PATIENCE_S) -> None:
         """Look who is connected, and greet the nodes that are new or have come back.

@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
+    if options.rounds <= FROM_ROUND:
+        parser.error(f"--rounds: more than {FROM_ROUND}, the round that memory is compared with")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # else the clients would outlive us
     with tempfile.TemporaryDirectory() as name:
         figures = measure(options.clients, options.rounds, Path(name))

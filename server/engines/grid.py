@@ -69,7 +69,9 @@ def exchange(grid: Grid, messages: list[Message], timeout_s: float, stop: Stop) 
         stop.check()
         replies = list(grid.pull_messages(pending)) if pending else []
         pending -= {reply.metadata.reply_to_message_id for reply in replies}
-        yield from (reply for reply in replies if not away.note(reply))
+        for reply in replies:
+            if not away.note(reply):
+                yield reply
         pending |= away.ask_again()
         yield from away.given_up()
         if not replies and not sequential:
@@ -83,17 +85,19 @@ class _Away:
 
     def __init__(self, grid: Grid, messages: list[Message]) -> None:
         self._grid, self._messages = grid, messages
+        self._asked_again: set[int] = set()
         self.nodes: dict[int, tuple[Message, float]] = {}
 
     def note(self, reply: Message) -> bool:
-        """Return whether the reply says that its node left, and remember it."""
-        left = reply.has_error() and reply.error.code == NODE_UNAVAILABLE
+        """Return whether the reply says that its node left, which may be asked again; and remember it."""
+        node = reply.metadata.src_node_id
+        left = reply.has_error() and reply.error.code == NODE_UNAVAILABLE and node not in self._asked_again
         if left:
-            self.nodes[reply.metadata.src_node_id] = (reply, time.monotonic())
+            self.nodes[node] = (reply, time.monotonic())
         return left
 
     def ask_again(self) -> set[str]:
-        """Send the nodes that are back their message once more; return its ids."""
+        """Send the nodes that are back their message once more, and only once; return its ids."""
         from flwr.app import Message
 
         back = self.nodes.keys() & set(self._grid.get_node_ids()) if self.nodes else set()
@@ -108,6 +112,7 @@ class _Away:
             for message in self._messages
             if back and message.metadata.dst_node_id in back
         ]
+        self._asked_again |= back
         for node in back:
             del self.nodes[node]
         return set(self._grid.push_messages(again)) if again else set()

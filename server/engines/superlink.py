@@ -38,7 +38,7 @@ from flwr.superlink.grid import HttpGrid
 from common.errors import WireError
 from common.inflate import inflate
 from common.messages import SITE_ERROR
-from server.engines.grid import NODE_UNAVAILABLE
+from server.engines.grid import NODE_UNAVAILABLE, RETURN_S
 
 log = logging.getLogger("tsugiki.server")
 
@@ -47,13 +47,18 @@ PATIENCE_S = 0.05
 """How long one look waits for transfers that could be complete at once."""
 CHUNK_BYTES = 5 * 2**20
 """Flower cuts arrays into objects of this size."""
+SUPERLINK_NODE = 1
+"""The node that a SuperLink's own errors come from; no site can have this id."""
+REPLY_UNAVAILABLE = 4
+UNAVAILABLE = (3, REPLY_UNAVAILABLE, NODE_UNAVAILABLE)
+"""Of Flower's error codes (`flwr.common.constant.ErrorCode`): message, reply or node unavailable."""
 SPARE_BYTES, SPARE_OBJECTS = 256 * 2**10, 16
 """For everything in a reply but its array: envelope, records, metrics."""
 
 
 @dataclass
 class Transfer:
-    """A reply on its way: what is still missing, what has come, when to look again."""
+    """A reply on its way: what is still missing, what has come, when to look again, since when its node is away."""
 
     node_id: int
     reply_to: str
@@ -62,6 +67,8 @@ class Transfer:
     contents: dict[str, bytes] = field(default_factory=dict)
     pause_s: float = FIRST_PAUSE_S
     due: float = 0.0
+    away_since: float | None = None
+    from_superlink: bool = False
     step: Future[Message | None] | None = None
 
 
@@ -124,7 +131,9 @@ class SuperlinkGrid(HttpGrid):
             if reply_to in self._asked:
                 objects = [one.object_id for one in islice(iterate_object_tree(tree), self._most_objects + 1)]
                 message_id = envelope.metadata.message_id
-                self._transfers[reply_to] = Transfer(self._asked[reply_to], reply_to, message_id, objects)
+                transfer = Transfer(self._asked[reply_to], reply_to, message_id, objects)
+                transfer.from_superlink = envelope.metadata.src_node_id == SUPERLINK_NODE
+                self._transfers[reply_to] = transfer
 
     def _move_on(self) -> list[Message]:
         """Let every transfer that is due take a step, and return the replies that are complete."""
@@ -154,9 +163,8 @@ class SuperlinkGrid(HttpGrid):
                     transfer.contents[object_id] = content
                     transfer.missing.remove(object_id)
             if transfer.missing:
-                if transfer.pause_s >= LONGEST_PAUSE_S and transfer.node_id not in self.get_node_ids():
-                    gone = Error(NODE_UNAVAILABLE, "left in mid-upload")
-                    return _readdressed(gone, transfer, self.run.run_id)
+                if self._has_left(transfer):
+                    return _readdressed(Error(REPLY_UNAVAILABLE, "left"), transfer, self.run.run_id)
                 transfer.due = time.monotonic() + transfer.pause_s
                 transfer.pause_s = min(2 * transfer.pause_s, LONGEST_PAUSE_S)
                 return None
@@ -172,6 +180,14 @@ class SuperlinkGrid(HttpGrid):
             log.warning("the SuperLink did not answer: %s", type(error).__name__)
             transfer.due = time.monotonic() + LONGEST_PAUSE_S
             return None
+
+    def _has_left(self, transfer: Transfer) -> bool:
+        """Return whether the node in mid-upload is away for good. Who comes back in time goes on where it was."""
+        if transfer.pause_s < LONGEST_PAUSE_S or transfer.node_id in self.get_node_ids():
+            transfer.away_since = None
+            return False
+        transfer.away_since = transfer.away_since or time.monotonic()
+        return time.monotonic() - transfer.away_since >= RETURN_S
 
     def _pull_object(self, object_id: str, most_bytes: int) -> bytes | None:
         """Return an object, or None while it is being uploaded. Reads no more than it may.
@@ -224,6 +240,8 @@ def _readdressed(reply: Message | Error, transfer: Transfer, run_id: int) -> Mes
     )
     if isinstance(reply, Error):
         return make_message(metadata, error=reply)
+    if reply.has_error() and reply.error.code in UNAVAILABLE and not transfer.from_superlink:
+        return make_message(metadata, error=Error(SITE_ERROR, "unexpected-reply"))  # a site that says it is gone
     if reply.has_error():
         return make_message(metadata, error=reply.error)
     return make_message(metadata, content=reply.content)

@@ -257,6 +257,7 @@ def test_a_message_that_may_be_lost_is_asked_for_again(fleet, connect, monkeypat
     """Catches: a round that waits for its deadline because the answer that held its message was lost on the way."""
     monkeypatch.setattr(channel, "FIRST_RETRY_S", 0.02)
     monkeypatch.setattr(module, "AWAY_S", 0.02)
+    monkeypatch.setattr(module, "HEARTBEAT_S", 600.0)  # else one could come in between
     with listening(fleet) as port:
         link = connect(port)
         link.connect()
@@ -273,6 +274,24 @@ def test_a_message_that_may_be_lost_is_asked_for_again(fleet, connect, monkeypat
         fleet.calls.clear()
         assert link.receive() is None
         assert fleet.calls == ["PullMessages"]
+
+
+def test_a_server_that_forgets_the_node_while_it_is_away_gets_it_back(fleet, connect, monkeypatch):
+    """Catches: a client that ends because the server was restarted in these two seconds."""
+    monkeypatch.setattr(channel, "FIRST_RETRY_S", 0.02)
+    monkeypatch.setattr(module, "AWAY_S", 0.02)
+    monkeypatch.setattr(module, "HEARTBEAT_S", 600.0)
+    with listening(fleet) as port:
+        link = connect(port)
+        link.connect()
+        before = link.node_id
+        fleet.fail["PullMessages"] = [(grpc.StatusCode.UNAVAILABLE, "")]
+        fleet.fail["SendNodeHeartbeat"] = [(grpc.StatusCode.UNAUTHENTICATED, "Invalid node ID")]
+        assert link.receive() is None
+        assert link.node_id != before
+        fleet.calls.clear()
+        assert link.receive() is None
+    assert fleet.calls == ["PullMessages"]
 
 
 def test_a_message_that_came_after_all_was_not_lost(fleet, connect, monkeypatch):

@@ -101,6 +101,22 @@ def test_messages_are_answered_in_order():
     assert events[1::2] == [("train", group, "done", 100, 10) for group in ("1", "1", "2")]
 
 
+def test_a_round_that_is_asked_for_twice_is_trained_once():
+    """Catches: a site that trains twice, and draws its noise twice, because its connection broke; old hellos."""
+    calls = []
+
+    def app(message, context):
+        calls.append(message.metadata.message_type)
+        return Message(RecordDict({"reply": ConfigRecord({"n": len(calls)})}), reply_to=message)
+
+    again, other = message(), message()
+    other.content["request"]["x"] = 2
+    link = Link([message(), again, other, message(2), message(2, "query"), message(2, "query")])
+    run(link, app)
+    assert [reply.content["reply"]["n"] for reply in link.sent] == [1, 1, 2, 3, 4, 5]
+    assert [reply.metadata.reply_to_message_id for reply in link.sent[:2]] == ["1-1", "1-1"]
+
+
 def test_looks_are_frequent_after_a_message_and_seldom_when_idle():
     """Catches: a constant pause: either slow rounds, or a server that is asked 50 times a second for days."""
     link = Link(before_end=100)

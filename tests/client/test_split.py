@@ -1,12 +1,15 @@
 import json
+import shutil
 
 import pytest
 
 from client.app import simulated_app
+from client.site import read_site
 from client.split import split
+from common.config_file import with_absolute_paths
 from common.errors import UsageError
 from server.simulate import simulate
-from tests.support.federation import app_of_sites, leaks, tiny_config, write_rows
+from tests.support.federation import app_of_sites, leaks, model_folder, tiny_config, write_rows
 
 
 def test_the_folders_train_as_the_simulation_does(tmp_path):
@@ -27,6 +30,15 @@ def test_the_folders_train_as_the_simulation_does(tmp_path):
     row = json.loads((files[0].parent / "train.jsonl").read_text().splitlines()[0])
     assert row["label"] in ("bad", "good")
     assert (files[0].parent / "evaluation.jsonl").is_file()
+
+
+def test_a_model_in_a_relative_folder_is_named_as_the_server_names_it(tmp_path, monkeypatch):
+    """Catches: sites that refuse the run because they know its model by another path."""
+    shutil.copytree(model_folder(), tmp_path / "models" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(tmp_path, model={"name": "models/tiny"})
+    (first, _) = split(config, tmp_path / "sites")
+    assert read_site(first).model_source(with_absolute_paths(config).model.name) == str(tmp_path / "models" / "tiny")
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path):

@@ -1,6 +1,5 @@
 """The demo as containers: `make federation`'s script with a real engine."""
 
-import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from client.app import simulated_app
+from common.files import read_lines
 from server.simulate import simulate
 from tests.support.three import COMPANIES, demo_of_three
 
@@ -30,11 +30,6 @@ def _engine():
         pytest.skip("no Docker Compose: the federation in containers was not run")
 
 
-def lines(folder: Path) -> list[dict[str, object]]:
-    """Return a run's metrics."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_the_demo_in_containers_gives_what_one_process_gives(tmp_path):
     """Catches: an image without a module, a volume that a container cannot write, sites mixed up, orphans."""
     target = tmp_path / "federation"
@@ -42,7 +37,8 @@ def test_the_demo_in_containers_gives_what_one_process_gives(tmp_path):
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-4000:]
     assert (target / "adapter" / "modules.json").is_file()
     assert (target / "report.html").stat().st_size > 10_000
-    there, here = lines(target), lines(simulate(demo_of_three(tmp_path / "here"), simulated_app).folder)
+    here = read_lines(simulate(demo_of_three(tmp_path / "here"), simulated_app).folder / "metrics.jsonl")
+    there = read_lines(target / "metrics.jsonl")
     assert len(there) == len(here) == 5
     for mine, theirs in zip(here, there, strict=True):
         assert mine.get("eval", {}) == pytest.approx(theirs.get("eval", {}), abs=1e-3)
@@ -50,11 +46,14 @@ def test_the_demo_in_containers_gives_what_one_process_gives(tmp_path):
         assert set(mine.get("accepted", COMPANIES)) == set(theirs.get("accepted", COMPANIES)) == set(COMPANIES)
     for what in ("ps --all", "volume ls", "network ls"):
         left = done("docker", *what.split(), "--format", "{{json .}}").stdout
-        assert "tsugiki_" not in left, left
+        assert "tsugiki-" not in left, left
 
 
 def test_the_image_holds_no_secret_and_runs_as_nobody_special():
-    """Catches: a build folder copied whole; a container that is root; a root file system that has to be writable."""
+    """Catches: a build folder copied whole; a container that is root; a root file system that has to be writable.
+
+    The image is the one that the test before has built.
+    """
     image = ("docker", "run", "--rm", "--read-only", "--network", "none", "--entrypoint", "sh")
     found = done(*image, "tsugiki", "-c", "id -u; ls -A /work; find / -xdev -name '*.key' -not -path '/proc/*' | wc -l")
     assert found.returncode == 0, found.stderr

@@ -1,12 +1,10 @@
 """Fault 13: a client killed in the middle of a run is a dropout, not asked again until it is back, and can rejoin."""
 
-import json
-
 import pytest
 
 from client.split import split
 from common.audit import verify
-from tests.support.serving import serve_and_join, started, tiny_run
+from tests.support.serving import metrics, serve_and_join, started, tiny_run
 
 pytestmark = pytest.mark.e2e
 
@@ -33,11 +31,11 @@ def test_a_client_that_dies_is_a_dropout_and_comes_back(tmp_path, model):
         assert server.wait(240) == 0, server.text()[-3000:]
         assert "connected to" in again.text()
     folder = tmp_path / "runs" / "run"
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(config)
     assert 1 <= sum(line.get("dropouts", 0) for line in lines) <= 2
     assert lines[-1]["round"] == 4
     assert set(lines[-1]["accepted"]) == {"site-0", "site-1"}
-    assert max(line["seconds"].get("wait", 0.0) for line in lines) < 45  # not until the round's deadline
+    assert max(line["seconds"].get("wait", 0.0) for line in lines) < 55  # not until the round's deadline
     greeted = [event["site"] for event in verify(folder / "audit.jsonl") if event["event"] == "hello"]
     assert greeted.count("site-1") == 2
     assert greeted.count("site-0") == 1

@@ -246,3 +246,26 @@ def test_with_keys_a_site_has_its_keys_name(tmp_path, names, refused):
     events = [event for event in verify(tmp_path / "audit.jsonl") if event["event"] == "refused"]
     assert {int(event["node"]): event["code"] for event in events} == refused
     assert all(event["key"] == (names or {}).get(int(event["node"]), "") for event in events)
+
+
+def test_who_left_between_rounds_is_given_time_to_come_back(tmp_path, monkeypatch):
+    """Catches: a run that ends, or a round without most sites, because a line was dead for a moment."""
+    parts = greeted(tmp_path, ["bank", "clinic"])
+    looks = [[1], [1], [1, 2]]
+    monkeypatch.setattr(parts.grid, "get_node_ids", lambda: looks.pop(0) if len(looks) > 1 else looks[0])
+    parts.roster.gather()
+    assert list(parts.roster.members()) == ["bank", "clinic"]
+
+
+def test_who_does_not_come_back_or_dropped_out_is_not_waited_for(tmp_path, monkeypatch):
+    """Catches: a wait without end; a second wait for a site for which the round has already waited."""
+    parts = greeted(tmp_path, ["bank", "clinic", "retail"])
+    looks = []
+    monkeypatch.setattr(parts.grid, "get_node_ids", lambda: looks.append(1) or [1])
+    parts.roster.drop([2])
+    parts.roster.gather()
+    assert list(parts.roster.members()) == ["bank"]
+    assert len(looks) > 3
+    looks.clear()
+    parts.roster.gather()
+    assert len(looks) <= 3

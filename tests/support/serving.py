@@ -20,9 +20,9 @@ from common.config import RunConfig, parse
 from common.config_file import to_toml
 from common.files import read_lines
 from server.deploy.superlink import free_port
+from tests.support.federation import CANARY
 from tests.support.processes import BIN, ROOT, end_group, group_alive, quiet_environment
 
-CANARY = "patient Jane hf_abc123"
 HOSTILE = ROOT / "tests" / "support" / "hostile.py"
 
 

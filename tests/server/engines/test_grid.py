@@ -95,9 +95,9 @@ def test_looks_are_frequent_first_and_seldom_later(clock):
 class Leaving(Scripted):
     """Node 7 leaves at once and is back at a given time; then it answers."""
 
-    def __init__(self, clock, back_at):
+    def __init__(self, clock, back_at, lost=("1",)):
         super().__init__(clock, {}, [(7, back_at)])
-        self.sent = []
+        self.sent, self.lost = [], lost
 
     def push_messages(self, messages):
         """Number them."""
@@ -105,8 +105,8 @@ class Leaving(Scripted):
         return [str(len(self.sent))] * len(messages)
 
     def pull_messages(self, ids):
-        """Say that the node left, and answer the second message."""
-        return [reply(one, 7, left=one == "1") for one in ids]
+        """Say that the node left, for the messages that are lost, and answer the others."""
+        return [reply(one, 7, left=one in self.lost) for one in ids]
 
 
 def train_message():
@@ -126,6 +126,15 @@ def test_a_node_that_comes_back_is_asked_again(clock):
     for name in ("dst_node_id", "message_type", "ttl", "group_id"):
         assert getattr(second.metadata, name) == getattr(first.metadata, name)
     assert clock.now == pytest.approx(RETURN_S / 2, abs=2 * LONGEST_PAUSE_S)
+
+
+def test_a_node_that_leaves_again_is_not_asked_again(clock):
+    """Catches: a site that is killed by its message and fed it until the deadline."""
+    grid = Leaving(clock, 0.0, lost=("1", "2"))
+    (answer,) = exchange(grid, [train_message()], 100.0, Stop())
+    assert answer.has_error()
+    assert len(grid.sent) == 2
+    assert clock.now < 1.0
 
 
 @pytest.mark.parametrize(("timeout_s", "until"), [(100.0, RETURN_S), (3.0, 3.0)])

@@ -93,11 +93,12 @@ class Superlink:
         self.confirmed.append(ConfirmMessageReceivedRequest.FromString(body).message_object_id)
         return ConfirmMessageReceivedResponse()
 
-    def offer(self, message_id, reply, upload=True):
-        """Let a site offer a reply; return its objects, uploaded or still to come."""
+    def offer(self, message_id, reply, upload=True, sender=0):
+        """Let a site, or the SuperLink itself as node 1, offer a reply; return its objects, there or still to come."""
         reply.metadata.__dict__["_message_id"] = reply.object_id
         envelope = message_to_proto(remove_content_from_message(reply))
         envelope.metadata.reply_to_message_id = message_id
+        envelope.metadata.src_node_id = sender or envelope.metadata.src_node_id
         contents = {key: one.deflate() for key, one in get_all_nested_objects(reply).items()}
         self.objects |= contents if upload else dict.fromkeys(contents)
         self.replies[message_id] = (envelope, get_object_tree(reply))
@@ -172,16 +173,21 @@ class Resent:
         self.push_messages, self.pull_messages = lambda messages: ids, grid.pull_messages
 
 
-def test_an_upload_of_a_node_that_left_is_given_up(grid, superlink, monkeypatch):
-    """Catches: a round that waits for its deadline for a site that died in mid-upload."""
+def test_an_upload_of_a_node_that_left_is_given_up_in_time(grid, superlink, monkeypatch):
+    """Catches: a round that waits for its deadline for a site that died in mid-upload; one that is back, given up."""
     monkeypatch.setattr(module, "LONGEST_PAUSE_S", 0.04)
-    messages, ids = ask(grid, 11, 12)
+    monkeypatch.setattr(module, "RETURN_S", 0.6)
+    messages, ids = ask(grid, 11, 12, 13)
     for message, message_id in zip(messages, ids, strict=True):
         superlink.offer(message_id, answer(message), upload=False)
     superlink.nodes = [12]
+    begun = time.monotonic()
+    assert pull(grid, ids, 0.4) == {}
+    superlink.nodes = [12, 13]
     found = pull(grid, ids, 1.0)
     assert list(found) == [11]
-    assert found[11].error.code == 5
+    assert found[11].error.code == 4
+    assert time.monotonic() - begun >= 0.6
 
 
 def test_a_slow_upload_is_waited_for(grid, superlink):
@@ -252,9 +258,17 @@ def test_the_sender_is_who_was_asked(grid, superlink):
 def test_an_error_of_the_superlink_is_the_asked_nodes(grid, superlink):
     """Catches: a node that is gone, reported by node 1, that nobody can tell from a straggler."""
     messages, ids = ask(grid, 11)
-    superlink.offer(ids[0], Message(Error(5, "Node unavailable"), reply_to=messages[0]))
+    superlink.offer(ids[0], Message(Error(5, "Node unavailable"), reply_to=messages[0]), sender=1)
     reply = pull(grid, ids)[11]
     assert reply.error.code == 5
+
+
+@pytest.mark.parametrize("code", [3, 4, 5])
+def test_a_site_cannot_say_that_it_is_gone(grid, superlink, code):
+    """Catches: a site that has itself asked again and again, by an error that is the SuperLink's to make."""
+    messages, ids = ask(grid, 11)
+    superlink.offer(ids[0], Message(Error(code, "Node unavailable"), reply_to=messages[0]))
+    assert pull(grid, ids)[11].error == Error(SITE_ERROR, "unexpected-reply")
 
 
 def test_a_reply_nobody_waits_for_is_forgotten(grid, superlink):
