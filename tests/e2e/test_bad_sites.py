@@ -13,7 +13,7 @@ from tests.support.tiny import tiny_bert
 
 pytestmark = pytest.mark.e2e
 
-ROUNDS = 6
+ROUNDS = 5
 PLACES = {"site-2": hostile("replay"), "site-3": hostile("fail"), "site-4": hostile("twice")}
 
 
@@ -27,7 +27,7 @@ def ran(tmp_path_factory, model):
         sites=7,
         run={"rounds": ROUNDS, "output_dir": str(folder / "runs")},
         strategy={"min_clients": 2},
-        train={"local_steps": 80},
+        train={"local_steps": 50},
     )
     files = split(config, folder / "sites")
     assert len(files) == 7

@@ -16,7 +16,7 @@ def test_a_client_that_dies_is_a_dropout_and_comes_back(tmp_path, model):
         model,
         strategy={"name": "fedavg", "min_clients": 1, "round_timeout_s": 60.0, "connect_timeout_s": 60.0},
         run={"name": "run", "rounds": 4, "output_dir": str(tmp_path / "runs")},
-        train={"learning_rate": 1e-2, "local_steps": 400, "per_device_train_batch_size": 4, "threads": 1},
+        train={"learning_rate": 1e-2, "local_steps": 200, "per_device_train_batch_size": 4, "threads": 1},
     )
     with started() as start:
         sites = split(config, tmp_path / "sites")

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.e2e
 
 def test_everything_killed_and_resumed_ends_with_the_same_bytes(tmp_path, model):
     """Catches: a checkpoint that is not whole; a SuperLink that outlives its server; a port that stays taken."""
-    long = {"learning_rate": 1e-2, "local_steps": 60, "per_device_train_batch_size": 4, "threads": 1}
-    rounds = {"rounds": 6, "output_dir": str(tmp_path / "runs")}
+    long = {"learning_rate": 1e-2, "local_steps": 40, "per_device_train_batch_size": 4, "threads": 1}
+    rounds = {"rounds": 4, "output_dir": str(tmp_path / "runs")}
     here = simulate(tiny_run(tmp_path, model, run={"name": "here", **rounds}, train=long), simulated_app)
     config = tiny_run(tmp_path, model, run={"name": "there", **rounds}, train=long)
     with started() as start:

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.e2e
 
 def test_a_superlink_that_dies_is_noticed_and_the_run_goes_on_with_another(tmp_path, model):
     """Catches: a server that waits for ever, silent, for a SuperLink that is gone; a resumed run with other bytes."""
-    sections = {"train": {"local_steps": 60}}
-    rounds = {"rounds": 5, "output_dir": str(tmp_path / "runs")}
+    sections = {"train": {"local_steps": 40}}
+    rounds = {"rounds": 4, "output_dir": str(tmp_path / "runs")}
     here = simulate(tiny_run(tmp_path, model, run={"name": "here", **rounds}, **sections), simulated_app)
     config = tiny_run(tmp_path, model, run={"name": "there", **rounds}, **sections)
     with started() as start:
