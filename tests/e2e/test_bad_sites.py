@@ -1,4 +1,7 @@
-"""A deployed federation in which most sites are broken or mean harm: faults 11, 15, 24 and 25 with real processes."""
+"""A deployed federation in which most sites are broken or mean harm: faults 11, 15, 24 and 25 with real processes.
+
+Its SuperLink runs already, as an operator may have one: `tsugiki serve --superlink`.
+"""
 
 import tomllib
 
@@ -7,7 +10,9 @@ import tomli_w
 
 from client.split import split
 from common.audit import verify
+from server.deploy.superlink import free_port
 from tests.support.federation import leaks
+from tests.support.processes import BIN, quiet_environment, running, wait_for_port
 from tests.support.serving import CANARY, hostile, metrics, serve_and_join, started, tiny_run
 from tests.support.tiny import tiny_bert
 
@@ -35,9 +40,15 @@ def ran(tmp_path_factory, model):
     other = str(tiny_bert(folder / "other", seed=1))
     body = tomllib.loads(files[6].read_text("utf-8"))
     files[6].write_text(tomli_w.dumps({**body, "models": {model: other}}), "utf-8")
-    insecure = ["--insecure", "--no-export"]
-    with started() as start:
-        server, clients = serve_and_join(start, folder, config, insecure, insecure[:1], files, places=PLACES)
+    runtime, fleet = free_port(), free_port()
+    options = ["--host", "127.0.0.1", "--port", str(runtime), "--fleet-api-address", f"127.0.0.1:{fleet}"]
+    options += ["--insecure", "--isolation", "process", "--disable-runtime-dependency-installation"]
+    stock, log, environment = BIN / "flower-superlink", folder / "superlink.log", quiet_environment(folder / "home")
+    with started() as start, running([stock, *options], log, environment) as superlink:
+        wait_for_port(runtime, superlink, 60, log)
+        extra = ["--insecure", "--no-export", "--superlink", f"127.0.0.1:{runtime}"]
+        listen = f"127.0.0.1:{fleet}"
+        server, clients = serve_and_join(start, folder, config, extra, extra[:1], files, listen, PLACES)
         assert server.wait(240) == 0, server.text()[-3000:]
         said = {client.log.stem: client.text() for client in clients}
     run = folder / "runs" / "run"
