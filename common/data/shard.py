@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.data.table import MAX_LINE_BYTES, Request, Table, listed, load
+import numpy as np
+
+from common.data import images
+from common.data.table import MAX_LINE_BYTES, Request, Table, class_numbers, load
 from common.errors import DataError
 from common.settings import DataFormat
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
     from common.tasks.base import Column
@@ -28,12 +30,14 @@ class Shard:
     """The rows of a data file, column by column.
 
     Args:
-        columns: the task's name of a column -> one value a row: text as str, label as int, score as float.
+        columns: the task's name of a column -> one value a row: text as str, label as int, score as float, an image as
+            uint8 of shape (height, width) or (height, width, 3); all images in one array where they are alike.
         extra: columns that no task reads, as text: what a simulation splits by.
-        notes: what is unusual but no error: `shard-one-class`.
+        notes: what is unusual but no error: `shard-one-class`; `shard-images-mixed:COUNT`, so many images differ from
+            most in size, or in being grey or coloured, and are brought to one size like all.
     """
 
-    columns: dict[str, list[Any]] = field(repr=False)
+    columns: dict[str, Any] = field(repr=False)
     extra: dict[str, list[str]] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
 
@@ -43,9 +47,15 @@ class Shard:
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Shard:
         """Return the given rows, in the given order, with the notes that hold for them."""
-        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        columns = {name: _taken(values, rows) for name, values in self.columns.items()}
         extra = {name: [values[row] for row in rows] for name, values in self.extra.items()}
         return Shard(columns, extra, _notes(columns))
+
+
+def _taken(values: Any, rows: Sequence[int] | npt.NDArray[np.int64]) -> Any:
+    if isinstance(values, np.ndarray):
+        return values[np.asarray(rows, np.int64)]
+    return [values[row] for row in rows]
 
 
 def read(
@@ -58,7 +68,7 @@ def read(
     min_rows: int = 1,
     inside: Path | None = None,
 ) -> Shard:
-    """Read a CSV, TSV, JSONL or Parquet file, by its ending, in UTF-8.
+    """Read a CSV, TSV, JSONL, Parquet or text file, by its ending, in UTF-8; images: see `images.read`.
 
     Args:
         path: the file.
@@ -73,31 +83,62 @@ def read(
     Raises:
         DataError: with the code `shard-outside`, `shard-missing`, `shard-format`, `shard-encoding`,
             `shard-line-too-long`, `shard-columns`, `shard-empty`, `shard-too-small`, `shard-empty-text`,
-            `shard-label-range` or `shard-score`.
+            `shard-label-range` or `shard-score`; for images, those of `images.read`.
     """
+    if any(column.kind == "image" for column in columns):
+        return _read_images(path, columns, data_format, labels, extra_columns, min_rows, inside)
     sources = {name: data_format.columns.get(name, name) for name in (*(c.name for c in columns), *extra_columns)}
     optional = {c.name for c in columns if not c.required} - set(extra_columns) - set(data_format.columns)
     table = load(_located(path, inside), Request(path, sources, frozenset(optional), data_format))
-    least, rows = max(min_rows, 1), len(table.lines)
-    if rows < least:
-        code = "shard-too-small" if rows else "shard-empty"
-        raise DataError(f"{path} has {rows} rows", f"at least {least}", "add rows", code=code)
+    _refuse_few(path, len(table.lines), min_rows)
     values = {c.name: _values(c, table, labels) for c in columns if c.name in table.cells}
     return Shard(values, {name: _extra(name, table) for name in extra_columns}, _notes(values))
 
 
-def _located(path: Path, inside: Path | None) -> Path:
-    """Return the file behind `path`. Of a path that leads outside it is not told whether there is one."""
+def _read_images(
+    path: Path,
+    columns: Sequence[Column],
+    data_format: DataFormat,
+    labels: Sequence[str],
+    extra_columns: Sequence[str],
+    min_rows: int,
+    inside: Path | None,
+) -> Shard:
+    kinds = {column.kind: column.name for column in columns}
+    if data_format.columns or extra_columns:
+        raise DataError(
+            f"{path} has no columns to map or to split by",
+            "images and their classes",
+            "remove data.columns, and split by iid or dirichlet",
+            code="shard-columns",
+        )
+    known, expected = class_numbers(labels)
+    root = inside or path.parent
+    pictures, classes = images.read(path, lambda one: _located(one, root, folders=True), known, expected)
+    _refuse_few(path, len(classes), min_rows)
+    values = {kinds["image"]: pictures, kinds["label"]: classes}
+    return Shard(values, {}, _notes(values))
+
+
+def _refuse_few(path: Path, rows: int, min_rows: int) -> None:
+    least = max(min_rows, 1)
+    if rows < least:
+        code = "shard-too-small" if rows else "shard-empty"
+        raise DataError(f"{path} has {rows} rows", f"at least {least}", "add rows", code=code)
+
+
+def _located(path: Path, inside: Path | None, folders: bool = False) -> Path:
+    """Return what is behind `path`. Of a path that leads outside it is not told whether there is anything."""
     try:
         target, folder = path.resolve(), (inside or path.parent).resolve()
-        is_file = target.is_file()
+        there = target.is_file() or (folders and target.is_dir())
     except (OSError, RuntimeError, ValueError) as error:  # no right to look, a loop of symlinks, a NUL in the name
         raise DataError(f"{path} cannot be followed", "a file", "correct the path", code="shard-missing") from error
     if not target.is_relative_to(folder):
         raise DataError(
             f"{path} leads out of {folder}", "a file in that folder", "copy the file there", code="shard-outside"
         )
-    if not is_file:
+    if not there:
         raise DataError(f"{path} does not exist or is not a file", "a file", "correct the path", code="shard-missing")
     return target
 
@@ -125,11 +166,7 @@ def _has_surrogates(text: str) -> bool:
 
 
 def _classes(name: str, table: Table, labels: Sequence[str]) -> list[int]:
-    known = {label: index for index, label in enumerate(labels)}
-    expected = f"one of the classes {listed(labels)}"
-    if not any(label.removeprefix("-").isdecimal() for label in labels):  # else "1" might mean two classes
-        known |= {str(index): index for index in range(len(labels))}
-        expected += f", or a number from 0 to {len(labels) - 1}"
+    known, expected = class_numbers(labels)
     found = [known.get(str(cell).strip()) for cell in table.cells[name]]
     do = "correct these rows, or list the classes under [task] labels"
     table.refuse(name, [index is None for index in found], "an unknown label", expected, "shard-label-range", do)
@@ -158,7 +195,9 @@ def _extra(name: str, table: Table) -> list[str]:
     return texts
 
 
-def _notes(columns: dict[str, list[Any]]) -> tuple[str, ...]:
-    """Return `shard-one-class` if a column of labels, which are the only ints, has a single value."""
-    single = any(values and isinstance(values[0], int) and len(set(values)) == 1 for values in columns.values())
-    return ("shard-one-class",) if single else ()
+def _notes(columns: dict[str, Any]) -> tuple[str, ...]:
+    """Return what is unusual: a column of labels, which are the only ints, with one value; images of mixed shapes."""
+    single = any(len(cells) and isinstance(cells[0], int) and len(set(cells)) == 1 for cells in columns.values())
+    pictures = [cells for cells in columns.values() if len(cells) and isinstance(cells[0], np.ndarray)]
+    mixed = sum(map(images.odd, pictures))
+    return ("shard-one-class",) * single + ((f"shard-images-mixed:{mixed}",) if mixed else ())

@@ -1,4 +1,4 @@
-"""The cells of a data file, before they mean anything: CSV, TSV, JSONL and Parquet.
+"""The cells of a data file, before they mean anything: CSV, TSV, JSONL, Parquet, and plain text.
 
 An error holds counts, line numbers and names of columns, never the content of a cell, because errors are logged. None
 is chained to an exception of a decoder, which would carry along the bytes that it could not decode.
@@ -77,6 +77,16 @@ def load(target: Path, request: Request) -> Table:
 def listed(names: Sequence[str]) -> str:
     """Return the names for a message, the first 20 of them."""
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def class_numbers(labels: Sequence[str]) -> tuple[dict[str, int], str]:
+    """Return the number of each class by all labels that mean it, and these labels in words."""
+    known = {label: index for index, label in enumerate(labels)}
+    expected = f"one of the classes {listed(labels)}"
+    if not any(label.removeprefix("-").isdecimal() for label in labels):  # else "1" might mean two classes
+        known |= {str(index): index for index in range(len(labels))}
+        expected += f", or a number from 0 to {len(labels) - 1}"
+    return known, expected
 
 
 def _positions(names: Sequence[str], request: Request) -> dict[str, int]:
@@ -209,6 +219,13 @@ def _read_jsonl(file: BinaryIO, request: Request) -> Table:
     return Table(request, lines, {name: cells[name] for name in present})
 
 
+def _read_text(file: BinaryIO, request: Request) -> Table:
+    """Return a text for each line that is not blank, in the one column `text`."""
+    positions = _positions(["text"], request)
+    texts = {line: text.rstrip("\r\n") for line, text in enumerate(_lines(file, request.path), 1) if text.strip()}
+    return Table(request, list(texts), {name: list(texts.values()) for name in positions})
+
+
 def _read_parquet(file: BinaryIO, request: Request) -> Table:
     try:
         import pyarrow
@@ -243,4 +260,5 @@ _READERS: dict[str, Callable[[BinaryIO, Request], Table]] = {
     ".tsv": _read_delimited,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
+    ".txt": _read_text,
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.data.table import Request, load
+from common.data.table import Request, class_numbers, load
 from common.errors import DataError
 from common.settings import DataFormat
 
@@ -93,6 +93,25 @@ def test_a_number_is_a_key_in_jsonl(tmp_path):
     }
 
 
+@pytest.mark.parametrize("source", ["text", 0])
+@pytest.mark.parametrize("name", ["shard.txt", "SHARD.TXT"])
+def test_plain_text_is_a_text_a_line(tmp_path, name, source):
+    """Catches: separators and quotation marks that mean something; U+2028 as an end; blanks inside a text lost."""
+    content = '\ufeffa,\t"b\r\n\n \u2028\n  so #1\u2028so \nlast 😀'
+    table = load_file(tmp_path / name, content, {"text": source})
+    assert table.cells == {"text": ['a,\t"b', "  so #1\u2028so ", "last 😀"]}
+    assert table.lines == [1, 4, 5]
+
+
+def test_plain_text_has_no_other_column(tmp_path):
+    """Catches: a label invented for every line, or a text handed out as one; private text in the error."""
+    error = refusal(tmp_path / "shard.txt", f"{PRIVATE}\n")
+    assert error.code == "shard-columns"
+    assert "'label'" in error.what
+    optional = load_file(tmp_path / "shard.txt", "one\n", {"text": "text", "optional": "more"})
+    assert optional.cells == {"text": ["one"]}
+
+
 @pytest.mark.parametrize("name", ["shard.csv", "shard.jsonl"])
 def test_an_optional_column_may_be_absent(tmp_path, name):
     """Catches: an absent column as one of empty cells."""
@@ -121,7 +140,7 @@ def test_broken_rows_name_their_line(tmp_path, name, content, line):
     assert f"line {line} " in error.what
 
 
-@pytest.mark.parametrize("name", ["shard.txt", "shard", "shard.parquet"])
+@pytest.mark.parametrize("name", ["shard.text", "shard", "shard.parquet"])
 def test_a_file_of_another_form(tmp_path, name):
     """Catches: an unknown ending read as CSV, and pyarrow's own error."""
     assert refusal(tmp_path / name, f"text,label\n{PRIVATE},no\n").code == "shard-format"
@@ -140,11 +159,13 @@ def test_a_damaged_parquet_file(tmp_path):
         ("shard.csv", b"text,label\na,no\n" + PRIVATE.encode() + b"\xff,no\n", 3),
         ("shard.csv", "text,label\na,no\n".encode("utf-16"), 1),
         ("shard.jsonl", b'{"text": "\xed\xa0\x80"}\n', 1),
+        ("shard.txt", b"a\n" + PRIVATE.encode() + b"\xff\n", 2),
+        ("shard.txt", "one\n".encode("utf-16"), 1),
     ],
 )
 def test_bytes_that_are_not_utf_8(tmp_path, name, content, line):
     """Catches: errors="replace", and UnicodeDecodeError in the chain, which holds all the bytes."""
-    error = refusal(tmp_path / name, content)
+    error = refusal(tmp_path / name, content, {"text": "text"} if name == "shard.txt" else NAMES)
     assert error.code == "shard-encoding"
     assert f"line {line} " in error.what
 
@@ -160,11 +181,12 @@ def test_parquet_text_that_is_not_utf_8(tmp_path):
     assert "row 2 " in error.what
 
 
-def test_a_long_line_is_refused_before_it_is_read(tmp_path):
+@pytest.mark.parametrize("name", ["shard.jsonl", "shard.txt"])
+def test_a_long_line_is_refused_before_it_is_read(tmp_path, name):
     """Catches: the whole line, or the whole file, in memory before the check."""
-    (tmp_path / "shard.jsonl").write_bytes(b'{"text": "a"}\n' + b"x" * 10_000_000)
+    (tmp_path / name).write_bytes(b'{"text": "a"}\n' + b"x" * 10_000_000)
     tracemalloc.start()
-    error = refusal(tmp_path / "shard.jsonl", None)
+    error = refusal(tmp_path / name, None, {"text": "text"})
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert error.code == "shard-line-too-long"
@@ -211,13 +233,28 @@ def test_columns_that_cannot_be_told(tmp_path, content, sources, header):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.csv", ""), ("a.csv", "\ufeff"), ("a.csv", "text,label\n\n"), ("a.tsv", "\n"), ("a.jsonl", "\n \n")],
+    [
+        ("a.csv", ""),
+        ("a.csv", "\ufeff"),
+        ("a.csv", "text,label\n\n"),
+        ("a.tsv", "\n"),
+        ("a.jsonl", "\n \n"),
+        ("a.txt", "\ufeff\n \r\n"),
+    ],
 )
 def test_a_file_without_rows(tmp_path, name, content):
     """Catches: a header or a blank line counted as a row, and columns missed where there are no rows."""
-    assert len(load_file(tmp_path / name, content).lines) == 0
+    assert len(load_file(tmp_path / name, content, {"text": "text"} if name == "a.txt" else NAMES).lines) == 0
 
 
 def test_a_file_that_vanished(tmp_path):
     """Catches: FileNotFoundError in the place of a code."""
     assert refusal(Path(tmp_path / "gone.csv"), None).code == "shard-missing"
+
+
+def test_a_number_means_a_class_unless_it_is_the_name_of_one():
+    """Catches: "1" for the second class where a class is called 1."""
+    assert class_numbers(("no", "yes"))[0] == {"no": 0, "yes": 1, "0": 0, "1": 1}
+    assert class_numbers(("1", "0"))[0] == {"1": 0, "0": 1}
+    assert class_numbers(("-1", "cat"))[0] == {"-1": 0, "cat": 1}
+    assert class_numbers(("no", "yes"))[1] == "one of the classes no, yes, or a number from 0 to 1"

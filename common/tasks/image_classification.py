@@ -1,0 +1,241 @@
+"""Classification of images, by a small convolutional network of our own or by any checkpoint of `transformers`."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from common.data.pixels import Pixels, fit, read_pixels
+from common.errors import ModelError
+from common.settings import Names, TaskSettings
+from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Tail, Task, TinyCase, class_metrics
+
+if TYPE_CHECKING:
+    import torch
+
+    from common.data.shard import Shard
+
+MODEL_TYPE = "tsugiki-cnn"
+"""`config.model_type` of our own network."""
+
+
+class ImageClassificationSettings(TaskSettings):
+    """Any number of classes; accuracy, macro-F1 and loss."""
+
+    name: Literal["image-classification"] = Field(default="image-classification", description="the task")
+    num_labels: int = Field(default=10, ge=2, le=10_000, description="number of classes, where they are plain numbers")
+    labels: Names = Field(default=(), description="names of the classes, in order; empty: 0 to num_labels - 1")
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> ImageClassificationSettings:
+        if self.labels and (len(set(self.labels)) != len(self.labels) or len(self.labels) < 2):
+            raise ValueError("at least two class names, all different")
+        return self
+
+
+@TASKS.register("image-classification")
+class ImageClassification(Task):
+    """`AutoModelForImageClassification`, of which `SmallCnn` is one, with cross-entropy.
+
+    A checkpoint of `transformers` gets a new `classifier`, which is trained and exchanged. `SmallCnn` has no head
+    apart: its last layer is a part of the base, and the adapter goes on it.
+    """
+
+    name = "image-classification"
+    Settings = ImageClassificationSettings
+    row_losses = True
+
+    @property
+    def monitor(self) -> str:
+        """Accuracy."""
+        return "accuracy"
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The image, and its class."""
+        return (Column("image", "image"), Column("label", "label"))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes by name, in order."""
+        return self.settings.labels or tuple(str(label) for label in range(self.settings.num_labels))
+
+    def load(self, folder: Path, dtype: torch.dtype) -> Base:
+        """Load the base; the head of a foreign one is new unless the checkpoint has one of the same shape.
+
+        Raises:
+            ModelError: `model-classes`, our own network tells another number of classes apart; `head-missing`;
+                `model-load`, nothing says how the model wants its images.
+        """
+        from transformers import AutoConfig, AutoModelForImageClassification
+
+        small_cnn()
+        safe: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if config.model_type == MODEL_TYPE:
+            if config.num_labels != len(self.labels):
+                raise ModelError(
+                    f"the model tells {config.num_labels} classes apart",
+                    f"{len(self.labels)}, as the run's task.labels or task.num_labels",
+                    "set task.num_labels, or train the base on as many classes",
+                    code="model-classes",
+                )
+            network = AutoModelForImageClassification.from_pretrained(folder, **safe)
+            return Base(network, network, None, pixels=read_pixels(folder, config.channels, config.image_size))
+        pixels = read_pixels(folder, getattr(config, "num_channels", 3))
+        network = AutoModelForImageClassification.from_pretrained(
+            folder,
+            num_labels=len(self.labels),
+            id2label=dict(enumerate(self.labels)),
+            label2id={label: index for index, label in enumerate(self.labels)},
+            ignore_mismatched_sizes=True,
+            **safe,
+        )
+        if not hasattr(network, "classifier"):
+            raise ModelError(
+                f"{type(network).__name__} has no module 'classifier'", "one with this head", code="head-missing"
+            )
+        _keep_statistics(network)
+        return Base(network, network, None, ("classifier",), pixels)
+
+    def encode(self, shard: Shard, base: Base) -> Encoded:
+        """Bring all images to the model's size and channels; they stay bytes."""
+        want: Pixels = base.pixels
+        return Encoded({}, np.asarray(shard.columns["label"], np.int64), fit(shard.columns["image"], want))
+
+    def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
+        """Return `pixel_values` of shape (rows, channels, height, width), normalised, and `labels` of (rows,)."""
+        import torch
+
+        if encoded.images is None:
+            raise TypeError("rows of another task")
+        want: Pixels = base.pixels
+        numbers = torch.from_numpy(encoded.images[list(rows)]).permute(0, 3, 1, 2).contiguous().float()
+        mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (want.mean, want.std))
+        batch = {"pixel_values": ((numbers * want.scale - mean) / std).to(base.transformer.dtype)}
+        if encoded.targets is not None:
+            batch["labels"] = torch.from_numpy(encoded.targets[list(rows)])
+        return batch
+
+    def loss(self, network: Any, batch: Batch) -> torch.Tensor:
+        """Return the mean cross-entropy, computed in float32."""
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(network(pixel_values=batch["pixel_values"]).logits.float(), batch["labels"])
+
+    def tail(self, base: Base, encoded: Encoded) -> Tail | None:
+        """Return the last layer of our own network, if all that is trained is in it."""
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        inner = getattr(base.network, "base_model", base.network)
+        cnn = getattr(inner, "model", inner)
+        trained = [name for name, value in cnn.named_parameters() if value.requires_grad]
+        if not isinstance(cnn, small_cnn()[1]) or not all(name.startswith("fc.") for name in trained):
+            return None
+        device = next(cnn.parameters()).device
+        with torch.no_grad():
+            parts = [
+                cnn.features(self.batch(encoded, rows, base)["pixel_values"].to(device))
+                for rows in (range(at, min(at + 1024, len(encoded))) for at in range(0, len(encoded), 1024))
+            ]
+        return Tail(cnn.fc, torch.cat(parts), lambda logits, labels: cross_entropy(logits, labels, reduction="none"))
+
+    def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
+        """Return accuracy, macro_f1 (over the classes that occur or are predicted) and loss."""
+        import torch
+
+        device = next(base.network.parameters()).device
+        logits = torch.empty(len(encoded), len(self.labels))
+        for start in range(0, len(encoded), batch_size):
+            rows = range(start, min(start + batch_size, len(encoded)))
+            pixels = self.batch(encoded, rows, base)["pixel_values"].to(device)
+            logits[start : rows.stop] = base.network(pixel_values=pixels).logits.float().cpu()
+        return class_metrics(logits, encoded.targets)
+
+    @classmethod
+    def tiny(cls) -> TinyCase:
+        """Two classes told apart by the bright half."""
+        images = np.random.default_rng(0).integers(0, 100, (24, 12, 12)).astype(np.uint8)
+        images[::2, :, :6] += 150
+        images[1::2, :, 6:] += 150
+        return TinyCase({"num_labels": 2}, {"image": images, "label": [1, 0] * 12}, MODEL_TYPE)
+
+
+@cache
+def small_cnn() -> tuple[Any, Any]:
+    """Return the classes `SmallCnnConfig` and `SmallCnn`, and let the Auto classes of `transformers` know them.
+
+    They are made by the first call, because importing this module must not import `transformers`.
+    """
+    from torch import nn
+    from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+
+    class SmallCnnConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is not typed
+        """Channels and side of the images; `num_labels` is a setting of every configuration."""
+
+        model_type = MODEL_TYPE
+
+        def __init__(self, channels: int = 1, image_size: int = 28, **settings: Any) -> None:
+            self.channels, self.image_size = channels, image_size
+            super().__init__(**settings)
+
+    class SmallCnn(PreTrainedModel):  # type: ignore[misc]
+        """Two convolutions, and a fully connected layer on their 1,600 features (of images of 28 x 28)."""
+
+        config_class = SmallCnnConfig
+        main_input_name = "pixel_values"
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            side = ((config.image_size - 2) // 2 - 2) // 2
+            self.conv1 = nn.Conv2d(config.channels, 32, 3)
+            self.conv2 = nn.Conv2d(32, 64, 3)
+            self.fc = nn.Linear(64 * side * side, config.num_labels)
+            self.post_init()
+
+        def _init_weights(self, module: Any) -> None:
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.reset_parameters()
+
+        def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            """Return what the last layer reads.
+
+            Args:
+                pixel_values: of shape (rows, channels, image_size, image_size).
+
+            Returns:
+                Shape (rows, 1600) for images of 28 x 28.
+            """
+            hidden = nn.functional.max_pool2d(nn.functional.relu(self.conv1(pixel_values)), 2)
+            hidden = nn.functional.max_pool2d(nn.functional.relu(self.conv2(hidden)), 2)
+            return hidden.flatten(1)
+
+        def forward(self, pixel_values: torch.Tensor, **_: Any) -> Any:
+            """Return the `logits`, shape (rows, num_labels)."""
+            return ImageClassifierOutputWithNoAttention(logits=self.fc(self.features(pixel_values)))
+
+    AutoConfig.register(MODEL_TYPE, SmallCnnConfig)
+    AutoModelForImageClassification.register(SmallCnnConfig, SmallCnn)
+    return SmallCnnConfig, SmallCnn
+
+
+def _keep_statistics(network: Any) -> None:
+    """Leave batch norms in eval mode for good: their running statistics are the base's, and are not exchanged."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+            module.train = types.MethodType(_stay, module)  # type: ignore[method-assign]
+
+
+def _stay(module: Any, mode: bool = True) -> Any:
+    return module
