@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -32,12 +32,12 @@ class Column:
 
     Args:
         name: the task's own name for it, to which a file's column is mapped.
-        kind: `text`; `label`, a class by name or number; `score`, a float.
+        kind: `text`; `label`, a class by name or number; `score`, a float; `image`, a picture.
         required: whether every file must have it.
     """
 
     name: str
-    kind: Literal["text", "label", "score"]
+    kind: Literal["text", "label", "score", "image"]
     required: bool = True
 
 
@@ -48,14 +48,28 @@ class Encoded:
     Args:
         texts: for each text column, the token ids of each row, special tokens included.
         targets: classes as int64 or scores as float32, shape (rows,); None where the task has none.
+        images: pixels as uint8, shape (rows, height, width, channels); None where the task reads none.
+        notes: what is unusual but no error, as in a `Shard`: `shard-texts-cut:COUNT`, so many texts were too long.
     """
 
     texts: dict[str, list[Tokens]]
     targets: npt.NDArray[Any] | None = None
+    images: npt.NDArray[np.uint8] | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of rows."""
-        return len(next(iter(self.texts.values())))
+        return len(next(iter(self.texts.values())) if self.images is None else self.images)
+
+    def first(self, count: int) -> Encoded:
+        """Return the first rows."""
+        return self.take(range(min(count, len(self))))
+
+    def take(self, rows: Sequence[int]) -> Encoded:
+        """Return the given rows, in the given order."""
+        texts = {name: [values[row] for row in rows] for name, values in self.texts.items()}
+        targets, images = (None if array is None else array[list(rows)] for array in (self.targets, self.images))
+        return Encoded(texts, targets, images)
 
 
 @dataclass
@@ -65,14 +79,31 @@ class Base:
     Args:
         network: what the task calls; for most tasks the transformer itself.
         transformer: the `PreTrainedModel` (later: with the adapter on it) inside `network`.
-        tokenizer: a `PreTrainedTokenizerBase`.
+        tokenizer: a `PreTrainedTokenizerBase`; None where the task reads no text.
         heads: names of modules of `transformer` that are trained and exchanged in full.
+        pixels: how images become what the model reads; None where the task reads none.
     """
 
     network: Any
     transformer: Any
     tokenizer: Any
     heads: tuple[str, ...] = ()
+    pixels: Any = None
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The end of a network, where everything that is trained is in it: many clients train it together.
+
+    Args:
+        module: maps features of shape (rows, width) to logits; its parameters are the transformer's own.
+        features: of all rows, shape (rows, width), without gradient: what the frozen trunk makes of them.
+        losses: returns a loss for each row, shape (rows,), from logits and targets; their mean is the task's loss.
+    """
+
+    module: Any
+    features: torch.Tensor
+    losses: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,7 +111,7 @@ class TinyCase:
     """A model and data small enough for the contract tests that run over every task."""
 
     settings: dict[str, Any]
-    rows: dict[str, list[Any]]
+    rows: dict[str, Any]
     model_type: str = "bert"
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -91,6 +122,8 @@ class Task(ABC):
     name: ClassVar[str]
     Settings: ClassVar[type[TaskSettings]]
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss"})
+    row_losses: ClassVar[bool] = False
+    """Whether `loss` is the mean of a loss of each row that no other row of the batch enters: DP-SGD needs that."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -135,6 +168,10 @@ class Task(ABC):
     def loss(self, network: Any, batch: Batch) -> torch.Tensor:
         """Return the mean loss over the batch, a scalar."""
 
+    def tail(self, base: Base, encoded: Encoded) -> Tail | None:
+        """Return what comes after the frozen trunk, where all trainable parameters are there; None elsewhere."""
+        return None
+
     @abstractmethod
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
         """Return the metrics over all rows; higher is better but for those in `lower_is_better`."""
@@ -162,3 +199,22 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Return batches of row numbers, longest rows first, so that evaluation pads little."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def class_metrics(logits: torch.Tensor, targets: npt.NDArray[Any] | None) -> dict[str, float]:
+    """Return accuracy, macro_f1 (over the classes that occur or are predicted) and loss (cross-entropy).
+
+    Args:
+        logits: of shape (rows, classes).
+        targets: of shape (rows,).
+    """
+    import torch
+    from sklearn.metrics import f1_score
+    from torch.nn.functional import cross_entropy
+
+    classes, predicted = torch.from_numpy(targets), logits.argmax(dim=1)
+    return {
+        "accuracy": float((predicted == classes).float().mean()),
+        "macro_f1": float(f1_score(classes.numpy(), predicted.numpy(), average="macro")),
+        "loss": float(cross_entropy(logits, classes)),
+    }

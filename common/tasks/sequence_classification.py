@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from common.settings import Names, TaskSettings
-from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, by_length, pad
+from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, by_length, class_metrics, pad
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,7 @@ class SequenceClassification(Task):
 
     name = "sequence-classification"
     Settings = SequenceClassificationSettings
+    row_losses = True
 
     @property
     def monitor(self) -> str:
@@ -108,8 +109,6 @@ class SequenceClassification(Task):
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
         """Return accuracy, macro_f1 (over the classes that occur or are predicted) and loss."""
         import torch
-        from sklearn.metrics import f1_score
-        from torch.nn.functional import cross_entropy
 
         device = next(base.network.parameters()).device
         logits = torch.empty(len(encoded), len(self.labels))
@@ -118,13 +117,7 @@ class SequenceClassification(Task):
             batch.pop("labels", None)
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             logits[rows] = base.network(**inputs).logits.float().cpu()
-        targets = torch.from_numpy(encoded.targets)
-        predicted = logits.argmax(dim=1)
-        return {
-            "accuracy": float((predicted == targets).float().mean()),
-            "macro_f1": float(f1_score(targets.numpy(), predicted.numpy(), average="macro")),
-            "loss": float(cross_entropy(logits, targets)),
-        }
+        return class_metrics(logits, encoded.targets)
 
     @classmethod
     def tiny(cls) -> TinyCase:

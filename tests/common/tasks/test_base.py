@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.tasks import TASKS
-from common.tasks.base import Encoded, Task, by_length, pad
+from common.tasks.base import Encoded, Task, by_length, class_metrics, pad
 
 ROWS = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=6)
 
@@ -45,6 +45,30 @@ def test_length_of_encoded_rows(texts):
     """Catches: columns counted for rows."""
     assert len(Encoded(texts)) == 2
     assert len(Encoded(texts, np.zeros(2))) == 2
+
+
+def test_images_count_as_rows():
+    """Catches: no rows where there is no text, and the first rows of a part only."""
+    images, targets = np.arange(24, dtype=np.uint8).reshape(3, 2, 4, 1), np.arange(3)
+    encoded = Encoded({}, targets, images)
+    assert len(encoded) == 3
+    first = encoded.first(2)
+    assert (len(first), first.targets.tolist()) == (2, [0, 1])
+    assert np.array_equal(first.images, images[:2])
+    texts = Encoded({"text": [[1], [2, 3], [4]]}).first(2)
+    assert (texts.texts, texts.targets, texts.images) == ({"text": [[1], [2, 3]]}, None, None)
+
+
+def test_metrics_of_classes():
+    """Catches: F1 weighted by class size, classes that neither occur nor are predicted, accuracy of the loss."""
+    logits = torch.tensor([[4.0, 0.0, 0.0], [4.0, 0.0, 0.0], [4.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+    metrics = class_metrics(logits, np.array([0, 0, 1, 1]))
+    assert metrics["accuracy"] == 0.75
+    assert metrics["macro_f1"] == pytest.approx((0.8 + 2 / 3) / 2)
+    assert metrics["loss"] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 0, 1, 1])))
+    )
+    assert {type(value) for value in metrics.values()} == {float}
 
 
 def test_importing_the_folder_registers_every_file():
