@@ -162,6 +162,11 @@ def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> Ad
         for name in sorted(trainable)
     )
     settings = method.settings.model_dump(mode="json", exclude={"method", "wire_dtype"})
+    if constants := method.constants(base.transformer):
+        digest = hashlib.sha256()
+        for name in sorted(constants):
+            digest.update(name.encode() + constants[name].detach().float().cpu().numpy().tobytes())
+        settings["constants_sha256"] = digest.hexdigest()
     return AdapterSpec(
         task.name, method.name, json.dumps(settings, sort_keys=True), identity, method.settings.wire_dtype, tensors
     )
@@ -256,16 +261,18 @@ def fingerprint(folder: Path, base: Base) -> str:
     backbone = getattr(base.transformer, "base_model", base.transformer)
     wanted = set(backbone.state_dict())
     prefix = f"{getattr(base.transformer, 'base_model_prefix', '')}."
-    found: dict[str, tuple[Path, str]] = {}
+    stored_as: dict[str, tuple[Path, str]] = {}
     whole = folder / "model.safetensors"  # where it is there, nothing else is loaded
     for file in [whole] if whole.is_file() else sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as tensors:
             for stored in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
-                name = stored.removeprefix(prefix)
-                if name in wanted:
-                    found[name] = (file, stored)
+                stored_as[stored.removeprefix(prefix)] = (file, stored)
+    found = {name: place for name, place in stored_as.items() if name in wanted}
     if not found:
         raise ModelError(f"{folder.name}: no tensor belongs to the backbone", "a checkpoint of this architecture")
+    if wanted - found.keys():  # transformers knows older names (ViT's); under whatever name, a tensor of a base counts
+        prefixed = any(stored.startswith(prefix) for _, stored in stored_as.values())
+        found |= {name: place for name, place in stored_as.items() if not prefixed or place[1].startswith(prefix)}
     digest = hashlib.sha256()
     for name in sorted(found):
         file, stored = found[name]

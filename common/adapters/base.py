@@ -49,6 +49,10 @@ class AdapterMethod(ABC):
             ModelError: the transformer has nothing that this method could be attached to.
         """
 
+    def constants(self, transformer: Any) -> dict[str, Any]:
+        """Return the parameters that this method drew and does not train, by name: both sides compare their hash."""
+        return {}
+
     @abstractmethod
     def disabled(self, transformer: Any) -> AbstractContextManager[None]:
         """Switch the adapter off inside a `with` block: the base's own outputs come back. Heads stay."""

@@ -24,8 +24,13 @@ _DEFAULT_TARGETS = {
     "mistral": ("q_proj", "v_proj"),
     "qwen2": ("q_proj", "v_proj"),
     "gpt2": ("c_attn",),
+    "vit": ("q_proj", "v_proj"),
+    "tsugiki-cnn": ("fc",),
 }
-"""Query and value projections, as in Hu et al. 2021, section 4.2, under the names of each architecture."""
+"""Query and value projections, as in Hu et al. 2021, section 4.2, under the names of each architecture.
+
+A network without attention has its last layer here.
+"""
 
 
 class LoraSettings(AdapterSettings):
@@ -38,6 +43,18 @@ class LoraSettings(AdapterSettings):
     target_modules: Names = Field(
         default=(), description="names of the linear layers; empty: query and value projections"
     )
+    freeze_a: Literal["auto", "yes", "no"] = Field(
+        default="auto", description="keep A at its initial values and exchange B only; auto: under privacy (FFA-LoRA)"
+    )
+
+
+def _task_type(transformer: Any, heads: tuple[str, ...]) -> str | None:
+    """Return peft's name for the kind of model; None for those that read images: its named ones all read tokens."""
+    if transformer.main_input_name == "pixel_values":
+        return None
+    if heads:
+        return "SEQ_CLS"
+    return "CAUSAL_LM" if transformer.can_generate() else "FEATURE_EXTRACTION"
 
 
 @ADAPTERS.register("lora")
@@ -60,9 +77,22 @@ class Lora(AdapterMethod):
             target_modules=list(targets),
             modules_to_save=list(heads) or None,
             fan_in_fan_out=transformer.config.model_type == "gpt2",
-            task_type="SEQ_CLS" if heads else "FEATURE_EXTRACTION",
+            task_type=_task_type(transformer, heads),
         )
-        return get_peft_model(transformer, config)
+        model = get_peft_model(transformer, config)
+        if self.settings.freeze_a == "yes":
+            for value in self.constants(model).values():
+                value.requires_grad_(False)
+        return model
+
+    def constants(self, transformer: Any) -> dict[str, Any]:
+        """Return A of every layer if it is frozen: then B A is linear in what is trained, noised and averaged.
+
+        Source: Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning" (ICLR), section 4.
+        """
+        if self.settings.freeze_a != "yes":
+            return {}
+        return {name: value for name, value in transformer.named_parameters() if ".lora_A." in name}
 
     def _targets(self, transformer: Any, heads: tuple[str, ...]) -> tuple[str, ...]:
         """Return the modules to adapt, after checking that they are there and not narrower than the rank."""

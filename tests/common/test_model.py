@@ -16,7 +16,7 @@ from common.config import parse
 from common.errors import ModelError
 from common.model import choose_device, find, fingerprint, load_graft
 from common.tasks import TASKS
-from tests.support.tiny import tiny_bert, tiny_sentence_transformer
+from tests.support.tiny import tiny_bert, tiny_sentence_transformer, tiny_vit
 
 WEIGHTS = "model.safetensors"
 
@@ -363,6 +363,21 @@ def test_one_bit_changes_the_fingerprint(bert, tmp_path, name):
     tensors[name].view(torch.int32).view(-1)[-1] ^= 1
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     assert identity(folder) != identity(bert)
+
+
+def test_tensors_under_older_names_belong_to_the_fingerprint(tmp_path):
+    """Catches: a ViT of whose blocks nothing is hashed, because transformers renames them while it loads them."""
+    folder = tiny_vit(tmp_path / "vit")
+    tensors = load_file(folder / WEIGHTS)
+    name = "encoder.layer.1.attention.attention.value.weight"
+    other = copied(folder, tmp_path / "other")
+    save_file({**tensors, name: tensors[name] + 1}, other / WEIGHTS, {"format": "pt"})
+    with_head = copied(folder, tmp_path / "with-head")
+    prefixed = {f"vit.{name}": value for name, value in tensors.items()}
+    save_file({**prefixed, "classifier.weight": torch.ones(2, 16)}, with_head / WEIGHTS, {"format": "pt"})
+    found = [identity(each, "image-classification") for each in (folder, other, with_head)]
+    assert found[0] != found[1]
+    assert found[0] == found[2]
 
 
 def test_swapped_tensors_change_the_fingerprint(bert, tmp_path):

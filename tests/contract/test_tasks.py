@@ -1,5 +1,7 @@
 """What every task promises."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from common.data.shard import Shard, read
 from common.registry import Registry
 from common.settings import DataFormat
 from common.tasks import TASKS, Task
-from tests.support.tiny import tiny_sentence_transformer
+from tests.support.tiny import tiny_base, write_case
 
 each_task = pytest.mark.parametrize("name", TASKS.names())
 
@@ -20,15 +22,37 @@ def names_to_test(registry):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A base that every task can load. Read only."""
-    return tiny_sentence_transformer(tmp_path_factory.mktemp("base"))
+def bases(tmp_path_factory):
+    """Bases by the kind of model, each written once."""
+    return cache(lambda model_type: tiny_base(tmp_path_factory.mktemp("base"), model_type))
+
+
+@pytest.fixture
+def folder(bases, name):
+    """A base that the task can load. Read only."""
+    return bases(TASKS.get(name).tiny().model_type)
+
+
+def same(first, second):
+    """Return whether columns, or encoded rows, are equal: lists, or arrays, which have no truth of their own."""
+    pairs = [(first[key], second[key]) for key in first] if first.keys() == second.keys() else [(0, 1)]
+    return all(np.array_equal(*pair) if isinstance(pair[0], np.ndarray) else pair[0] == pair[1] for pair in pairs)
+
+
+def inputs(encoded):
+    """Return all that a model reads of encoded rows, column by column."""
+    return {**encoded.texts, **({} if encoded.images is None else {"image": encoded.images})}
 
 
 def tiny(name):
     """Return the task of its tiny case, and the rows."""
     case = TASKS.get(name).tiny()
     return TASKS.get(name)(TASKS.get(name).Settings(**case.settings)), Shard(case.rows)
+
+
+def readers():
+    """Return the names of the tasks that read text."""
+    return [name for name in TASKS.names() if "text" in {column.kind for column in tiny(name)[0].columns}]
 
 
 def loaded(name, folder):
@@ -65,10 +89,8 @@ def test_the_tiny_case_fits_the_columns(name, tmp_path):
     assert {column.name for column in task.columns if column.required} <= set(shard.columns) <= names
     assert len({len(values) for values in shard.columns.values()}) == 1
     assert len(shard) >= 16
-    rows = zip(*([str(value) for value in values] for values in shard.columns.values()), strict=True)
-    file = tmp_path / "train.tsv"
-    file.write_text("\n".join("\t".join(row) for row in [tuple(shard.columns), *rows]), "utf-8")
-    assert read(file, task.columns, DataFormat(), labels=task.labels).columns == shard.columns
+    file = write_case(tmp_path, shard.columns)
+    assert same(read(file, task.columns, DataFormat(), labels=task.labels).columns, shard.columns)
     assert task.evaluation_columns[0] == task.columns
     assert all(form for form in task.evaluation_columns)
 
@@ -100,12 +122,16 @@ def test_encoding_is_repeatable_and_whole(name, folder):
     _, base, encoded = loaded(name, folder)
     again = task.encode(shard, base)
     assert len(encoded) == len(shard)
-    assert again.texts == encoded.texts
+    assert same(inputs(again), inputs(encoded))
     assert all(len(tokens) <= task.settings.max_length for rows in encoded.texts.values() for tokens in rows)
     if encoded.targets is not None:
         assert encoded.targets.shape == (len(shard),)
     part = task.encode(shard.take([3, 1]), base)
     assert part.texts == {column: [rows[3], rows[1]] for column, rows in encoded.texts.items()}
+    assert encoded.images is None or np.array_equal(part.images, encoded.images[[3, 1]])
+    few = encoded.first(3)
+    assert same(inputs(few), {column: rows[:3] for column, rows in inputs(encoded).items()})
+    assert len(few) == 3
 
 
 @each_task
@@ -134,7 +160,7 @@ def test_loss_is_a_finite_scalar_with_a_gradient(name, folder):
     assert batch.keys() == kept.keys()
 
 
-@each_task
+@pytest.mark.parametrize("name", readers())
 def test_padding_changes_nothing(name, folder):
     """Catches: padding that is attended to, or pooled: a row's loss would depend on its neighbours' lengths."""
     task, base, encoded = loaded(name, folder)
