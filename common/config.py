@@ -15,6 +15,8 @@ from pydantic import Field, SerializeAsAny, ValidationError
 
 from common.adapters import ADAPTERS
 from common.errors import ConfigError, Problem
+from common.privacy.checks import privacy_problems
+from common.privacy.settings import PrivacySection
 from common.registry import Registry
 from common.settings import AdapterSettings, DataFormat, Name, Section, StrategySettings, TaskSettings
 from common.tasks import TASKS
@@ -75,12 +77,6 @@ class TrainSection(Section):
     bf16: bool = Field(default=False, description="bfloat16 autocast; on CUDA only")
 
 
-class PrivacySection(Section):
-    """What is done to updates before they leave a site."""
-
-    mode: Literal["none"] = Field(default="none", description="none: the updates are averaged as they are")
-
-
 class EvaluationSection(Section):
     """What the server measures, on data that the operator holds."""
 
@@ -99,7 +95,10 @@ class EvaluationSection(Section):
 class SimulationSection(Section):
     """Many sites in one process or on one machine. Ignored outside simulation."""
 
-    clients: int = Field(default=4, ge=1, le=100_000, description="number of sites")
+    clients: int = Field(default=4, ge=1, le=100_000, description="number of clients")
+    clients_per_site: int = Field(
+        default=1, ge=1, le=100_000, description="clients that share a site, as phones behind a gateway"
+    )
     data: str = Field(default="", description="the file that is split over the sites")
     partition: Literal["iid", "dirichlet", "by-column"] = Field(
         default="iid", description="iid; dirichlet: skewed classes; by-column: a site for each value of a column"
@@ -140,6 +139,7 @@ class RunConfig(Section):
         """Hash over what shapes the result: not the run's folder, the base's public name, engine or patience."""
         apart: Any = {"run": {"output_dir"}, "model": {"public_name"}, "simulation": {"engine"}}
         apart["strategy"] = {"connect_timeout_s", "round_timeout_s"}
+        apart["privacy"] = set(PrivacySection.model_fields) - {"mode", "examples"}  # the privacy plan says the rest
         body = self.model_dump(mode="json", exclude=apart)
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
@@ -149,6 +149,7 @@ class RunConfig(Section):
         `model.name` travels as it stands, because a site resolves it through its own [models].
         """
         body = self.model_dump(mode="json", include={"model", "task", "adapter", "train", "privacy", "strategy"})
+        body["privacy"].pop("ledger")
         body["evaluation"] = {"batch_size": self.evaluation.batch_size}
         body["run"] = {"name": self.run.name, "rounds": self.run.rounds, "seed": self.run.seed}
         return json.dumps(body, sort_keys=True)
@@ -256,10 +257,18 @@ def parse(raw: Mapping[str, Any], source: str = "run file", found: Sequence[Prob
         except ValidationError as error:
             problems += [explain(name, section, detail) for detail in error.errors()]
     if not problems:
-        config = RunConfig(**sections)
-        problems = cross_checks(config)
+        config = _with_frozen_factor(RunConfig(**sections))
+        problems = cross_checks(config) + privacy_problems(config)
     if problems:
         raise ConfigError(source, problems)
+    return config
+
+
+def _with_frozen_factor(config: RunConfig) -> RunConfig:
+    """Freeze LoRA's A under privacy unless told otherwise: noise on both factors multiplies in their product."""
+    private = config.privacy.mode != "none" or config.privacy.examples.enabled
+    if private and getattr(config.adapter, "freeze_a", "") == "auto":
+        return config.model_copy(update={"adapter": config.adapter.model_copy(update={"freeze_a": "yes"})})
     return config
 
 

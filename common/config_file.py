@@ -19,7 +19,7 @@ from common.errors import ConfigError, Problem
 from common.settings import Section
 from common.tasks import TASKS
 
-PATH_KEYS = ("run.output_dir", "evaluation.data", "simulation.data")
+PATH_KEYS = ("run.output_dir", "privacy.ledger", "evaluation.data", "simulation.data")
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -60,9 +60,17 @@ def override(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
             problems.append(Problem("--set", assignment[:80], "section.key=value", "for example --set run.rounds=3"))
             continue
         section, key, text = matched.groups()
-        table = result.setdefault(section, {})
-        if isinstance(table, dict):  # `parse` reports what is no section
-            table[key] = _value(text)
+        names = [section, *key.split(".")]
+        table: Any = result
+        for name in names[:-1]:  # copied on the way down: `raw` stays as it is
+            inner = table.get(name, {}) if isinstance(table, dict) else None
+            if not isinstance(inner, Mapping):  # `parse` reports what is no section
+                table = None
+                break
+            table[name] = dict(inner)
+            table = table[name]
+        if table is not None:
+            table[names[-1]] = _value(text)
     if problems:
         raise ConfigError("command line", problems)
     return result
@@ -151,6 +159,8 @@ def _default_name(section: str) -> str:
 
 
 def _jsonable(value: Any) -> bool | float | int | str:
+    if isinstance(value, Section):
+        return ""  # a table of its own; as text where it is given
     return _flat(list(value) if isinstance(value, tuple) else value)
 
 
@@ -177,12 +187,18 @@ def commented(task: str, method: str, strategy: str) -> str:
         if isinstance(section, Problem):
             raise ConfigError("command line", [section])
         lines += [f"[{name}]", *_commented_section(section), ""]
+        for key, field in section.model_fields.items():
+            if isinstance(field.default, Section):
+                table = _commented_section(type(field.default))
+                lines += [f"[{name}.{key}]", f"# {field.description}", *table, ""]
     return "\n".join(lines)
 
 
 def _commented_section(section: type[Section]) -> list[str]:
     lines = []
     for key, field in section.model_fields.items():
+        if isinstance(field.default, Section):
+            continue  # after the section's own settings, as a table
         default = "" if field.default is PydanticUndefined else field.default
         value = tomli_w.dumps({key: list(default) if isinstance(default, tuple) else default})
         value = f"{key} = {{}}" if default == {} else value.strip()

@@ -16,6 +16,8 @@ TsugikiError
 ├── LinkError              11  a client and its server cannot connect: network, TLS, key, clock
 ├── PolicyError            12  a site's own policy forbids what a run asks for
 ├── DeployError            13  the SuperLink does not start, ended, or does not do what it should
+├── SecureAggregationError 14  a step of secure aggregation was refused, and nothing was opened
+├── BudgetError            15  a privacy budget does not allow one more round
 └── Interrupted           130  stopped by the user; the checkpoint is kept
 
 Each carries a `code` (kebab-case; this, and only this, crosses the network) and three parts: what was wrong, what was
@@ -162,6 +164,18 @@ class DeployError(TsugikiError):
     """The SuperLink does not start, has ended, or does not do what it should."""
 
     code, exit_status = "superlink", 13
+
+
+class SecureAggregationError(TsugikiError):
+    """A step of secure aggregation was refused, and nothing was opened. Codes start with `secagg-`."""
+
+    code, exit_status = "secagg-refused", 14
+
+
+class BudgetError(TsugikiError):
+    """A privacy budget does not allow one more round. Nothing was asked of the clients for it."""
+
+    code, exit_status = "budget-exhausted", 15
 
 
 class Interrupted(TsugikiError):

@@ -47,7 +47,10 @@ Columns = Annotated[dict[str, str | int], BeforeValidator(_split_pairs)]
 
 
 class DataFormat(Section):
-    """How data files are read. The ending decides the rest: .csv, .tsv, .jsonl or .parquet."""
+    """How tables are read; the ending decides the rest: .csv, .tsv, .jsonl, .parquet, or .txt with a text a line.
+
+    Images need nothing of it.
+    """
 
     columns: Columns = Field(
         default={},

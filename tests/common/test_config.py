@@ -8,6 +8,7 @@ import pytest
 
 from common.config import RunConfig, cross_checks, parse, section_classes
 from common.errors import ConfigError, Problem
+from common.privacy.settings import PrivacySection
 
 EMBEDDING = {"name": "sentence-embedding", "loss": "cosine-similarity"}
 
@@ -90,7 +91,7 @@ def test_every_problem_at_once():
         ("adapter", {"alpha": 0.0, "dropout": 1.0, "rank": 257}),
         ("train", {"learning_rate": math.nan, "max_grad_norm": math.inf, "warmup_ratio": 1.0, "momentum": -0.1}),
         ("strategy", {"fraction_train": 0.0, "round_timeout_s": 0, "max_update_norm": math.nan, "min_clients": 0}),
-        ("privacy", {"mode": "central"}),
+        ("privacy", {"mode": "federal", "clip_norm": 0.0, "delta": 1.0, "honest_fraction": 0.0, "sampling": "wor"}),
         ("simulation", {"clients": 0, "partition": "random", "engine": "dask", "evaluation_fraction": 1.0}),
         ("data", {"columns": {"text": 1.5}, "quoting": "all", "header": 1}),
     ],
@@ -185,7 +186,8 @@ def test_sha256_leaves_out_where_and_how_only():
             with warnings.catch_warnings(action="ignore"):  # pydantic notes the type, which is wrong on purpose
                 (same if hashed.sha256 == config.sha256 else other).append(f"{name}.{key}")
     patience = ["strategy.round_timeout_s", "strategy.connect_timeout_s"]
-    assert same == ["run.output_dir", "model.public_name", *patience, "simulation.engine"]
+    planned = [f"privacy.{name}" for name in PrivacySection.model_fields if name not in ("mode", "examples")]
+    assert same == ["run.output_dir", "model.public_name", *patience, *planned, "simulation.engine"]
     assert len(other) > 40
 
 

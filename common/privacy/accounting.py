@@ -1,0 +1,154 @@
+"""What was spent: epsilon of all releases together, by Google's `dp-accounting`.
+
+A release is one noisy value that an adversary saw. Gaussian releases are accounted exactly, sampled Gaussian ones by
+privacy loss distributions, Skellam ones (and mixtures) by Renyi differential privacy; all under zero-out adjacency
+(`REPLACE_SPECIAL`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from common.privacy.clipping import LEVELS
+
+RELATION = "zero-out (REPLACE_SPECIAL)"
+_DISCRETIZATION = 1e-3
+_MOST_NOISE = 10_000.0  # what [privacy] takes
+_PLD_MOST_EPSILON = 100.0
+"""Above, a privacy loss distribution takes gigabytes: the bound by RDP is told. No such figure promises anything."""
+_ORDERS = (*range(2, 64), 72, 96, 128, 192, 256, 384, 512, 1024, 2048)
+"""Renyi orders; integers, because the Skellam bound is proved for these."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """One noisy value that somebody saw.
+
+    Args:
+        noise: its distribution.
+        noise_multiplier: the standard deviation of the noise over the sensitivity; 0: no noise, no privacy.
+        sampling_probability: of each client to be in it at all, if whoever sees it does not know who is; else 1.
+        dimension: number of coordinates; Skellam only.
+    """
+
+    noise: Literal["gaussian", "skellam"]
+    noise_multiplier: float
+    sampling_probability: float = 1.0
+    dimension: int = 1
+
+    def event(self) -> Any:
+        """Return it as a `dp_accounting.DpEvent`."""
+        import dp_accounting
+
+        if self.noise_multiplier <= 0:
+            return dp_accounting.NonPrivateDpEvent()
+        if self.noise == "skellam":
+            return dp_accounting.ZCDpEvent(*skellam_zcdp(self.noise_multiplier, self.dimension))
+        gaussian = dp_accounting.GaussianDpEvent(self.noise_multiplier)
+        if self.sampling_probability < 1:
+            return dp_accounting.PoissonSampledDpEvent(self.sampling_probability, gaussian)
+        return gaussian
+
+
+def skellam_zcdp(noise_multiplier: float, dimension: int, levels: int = LEVELS) -> tuple[float, float]:
+    """Return (rho, xi) so that a Skellam release has a Renyi divergence of at most xi + rho * a for integers a > 1.
+
+    The bound's two branches are both linear in a; the smaller one at a = 2 is taken. A negative xi is taken as 0.
+
+    Args:
+        noise_multiplier: standard deviation of the noise over the L2 sensitivity.
+        dimension: number of coordinates.
+        levels: the L2 sensitivity as an integer.
+
+    Source: Agarwal et al. 2021, arXiv:2110.04995, theorem 3.5; with D2 = levels and D1 = min(sqrt(d) D2, D2^2).
+    """
+    square, variance = float(levels) ** 2, (levels * noise_multiplier) ** 2
+    taxicab = min(math.sqrt(dimension) * levels, square)
+    first = (square / (2 * variance) + square / (2 * variance**2), (6 * taxicab - square) / (4 * variance**2))
+    second = (square / (2 * variance), 3 * taxicab / (2 * variance))
+    rho, xi = min(first, second, key=lambda branch: 2 * branch[0] + branch[1])
+    return rho, max(xi, 0.0)
+
+
+def epsilon(releases: Iterable[Release] | Mapping[Release, int], delta: float) -> float:
+    """Return the epsilon of all releases together; infinite if one of them had no noise.
+
+    Args:
+        releases: in any order, or how often each was made.
+        delta: in (0, 1).
+    """
+    counts = Counter(releases)  # takes counts as well
+    return _epsilon(tuple(sorted(counts.items(), key=repr)), delta)
+
+
+@lru_cache(maxsize=256)
+def _epsilon(counts: tuple[tuple[Release, int], ...], delta: float) -> float:
+    if not counts:
+        return 0.0
+    if any(release.noise_multiplier <= 0 for release, _ in counts):
+        return math.inf
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    merged = _merge_gaussians(counts)
+    if len(merged) == 1 and merged[0][0].noise == "gaussian" and merged[0][0].sampling_probability >= 1:
+        return float(dp_accounting.get_epsilon_gaussian(merged[0][0].noise_multiplier, delta))
+    relation = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
+    renyi = RdpAccountant(_ORDERS, relation)
+    for release, count in merged:
+        renyi.compose(release.event(), count)
+    bound = float(renyi.get_epsilon(delta))
+    if bound > _PLD_MOST_EPSILON or any(release.noise == "skellam" for release, _ in merged):
+        return bound
+    distribution = PLDAccountant(relation, _DISCRETIZATION)
+    for release, count in merged:
+        distribution.compose(release.event(), count)
+    return min(bound, float(distribution.get_epsilon(delta)))
+
+
+def _merge_gaussians(counts: tuple[tuple[Release, int], ...]) -> list[tuple[Release, int]]:
+    """Return the same releases with all Gaussian ones that are not sampled as the single one that equals them.
+
+    Gaussians of z_1, z_2, ... are together as revealing as one of (1 / z_1^2 + 1 / z_2^2 + ...)^(-1/2).
+    Source: Dong, Roth and Su 2022, arXiv:1905.02383, corollary 3.3.
+    """
+    plain = [(r, count) for r, count in counts if r.noise == "gaussian" and r.sampling_probability >= 1]
+    others = [(r, count) for r, count in counts if (r, count) not in plain]
+    precision = sum(count / release.noise_multiplier**2 for release, count in plain)
+    return ([(Release("gaussian", precision**-0.5), 1)] if plain else []) + others
+
+
+def calibrate(
+    make: Callable[[float], Iterable[Release] | Mapping[Release, int]], target_epsilon: float, delta: float
+) -> float:
+    """Return the least noise multiplier, to 4 digits and rounded up, with which the releases keep the target.
+
+    Args:
+        make: returns all releases of a run, given the noise multiplier.
+        target_epsilon: above 0.
+        delta: in (0, 1).
+
+    Raises:
+        ValueError: no noise multiplier up to 10,000 is enough.
+    """
+
+    def spent(noise_multiplier: float) -> float:
+        return epsilon(make(noise_multiplier), delta)
+
+    low, high = 1e-2, 1.0
+    while spent(high) > target_epsilon:
+        if high >= _MOST_NOISE:
+            raise ValueError(f"no noise up to {_MOST_NOISE:,.0f} times the clip norm is enough")
+        low, high = high, min(high * 2, _MOST_NOISE)
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if spent(middle) <= target_epsilon else (middle, high)
+    digits = 4 - math.ceil(math.log10(high))
+    rounded = math.ceil(high * 10**digits) / 10**digits
+    return min(float(rounded), _MOST_NOISE)

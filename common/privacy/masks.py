@@ -1,0 +1,258 @@
+"""What secure aggregation is made of: keys, shared secrets, sealed messages, mask streams. `secagg.py` has the rest.
+
+Nothing here is invented: X25519, HKDF-SHA256, AES-256-GCM and AES-256-CTR come from `cryptography`, the splitting of
+secrets from pycryptodome. Every secret is 32 bytes, and every key is derived for one session, one purpose and the
+names that it concerns, so that no stream is ever used twice. Vectors live in the ring of integers modulo 2^bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import SecureAggregationError
+
+Ring = npt.NDArray[np.uint64]
+"""Integers modulo 2^bits; shape (size,)."""
+
+SECRET_BYTES = 32
+"""Length of a private key, a public key, a seed, and of one share of any of these."""
+
+SEALED_EXTRA_BYTES = 12 + 16
+"""What sealing adds: the nonce and the tag of AES-GCM."""
+
+_DOMAIN = b"tsugiki-secagg-1"
+_BLOCK_BYTES = 16  # Shamir's field in pycryptodome is GF(2^128)
+_POLYNOMIAL = 2**128 + 0b10000111
+
+
+def new_private_key() -> bytes:
+    """Return a fresh X25519 private key, 32 raw bytes."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    return X25519PrivateKey.generate().private_bytes_raw()
+
+
+def public_key(private: bytes) -> bytes:
+    """Return the public key of an X25519 private key, 32 raw bytes."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    return X25519PrivateKey.from_private_bytes(_secret(private)).public_key().public_bytes_raw()
+
+
+def derive(secret: bytes, session: bytes, purpose: str, *names: str) -> bytes:
+    """Return a 32-byte key for one purpose of one session, by HKDF-SHA256.
+
+    Args:
+        secret: 32 bytes.
+        session: 16 bytes.
+        purpose: what the key is for.
+        names: whom it concerns, in any order.
+
+    Raises:
+        SecureAggregationError: `secagg-message`, if the secret has another length: a seed of 28 or 32 bits can be tried
+            out.
+
+    Source: Krawczyk and Eronen 2010, RFC 5869.
+    """
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+    # The first two parts have a fixed length and a name holds no NUL, so that different parts give different bytes.
+    info = b"\0".join([_DOMAIN, session, purpose.encode(), *(name.encode() for name in sorted(names))])
+    return HKDF(SHA256(), SECRET_BYTES, salt=None, info=info).derive(_secret(secret))
+
+
+def agree(private: bytes, public: bytes, session: bytes, purpose: str, names: tuple[str, str]) -> bytes:
+    """Return the key that two clients have in common, from one's private and the other's public key; 32 bytes.
+
+    Raises:
+        SecureAggregationError: `secagg-message`, if a key has another length or is one of the few points that would
+            give every client the same key.
+
+    Source: Langley, Hamburg and Turner 2016, RFC 7748, section 6.1.
+    """
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
+    own = X25519PrivateKey.from_private_bytes(_secret(private))
+    try:
+        shared = own.exchange(X25519PublicKey.from_public_bytes(_secret(public)))
+    except ValueError:
+        raise SecureAggregationError("a public key of low order", "an X25519 key", code="secagg-message") from None
+    return derive(shared, session, purpose, *names)
+
+
+def seal(key: bytes, content: bytes, session: bytes, sender: str, receiver: str) -> bytes:
+    """Return `content` encrypted by AES-256-GCM: the nonce, the ciphertext, the tag.
+
+    Session, sender and receiver are authenticated, so that what is replayed, redirected or sent back does not open.
+    """
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    nonce = os.urandom(12)
+    return nonce + AESGCM(key).encrypt(nonce, content, _addressed(session, sender, receiver))
+
+
+def unseal(key: bytes, sealed: bytes, session: bytes, sender: str, receiver: str) -> bytes:
+    """Return what `seal` was given.
+
+    Raises:
+        SecureAggregationError: `secagg-message`, if it was changed, or made for another session, sender or receiver.
+    """
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    try:
+        return AESGCM(key).decrypt(sealed[:12], sealed[12:], _addressed(session, sender, receiver))
+    except (InvalidTag, ValueError):
+        raise SecureAggregationError(
+            f"the sealed shares that came as those of {sender!r} do not open",
+            f"shares of {sender!r} for {receiver!r} in this session",
+            code="secagg-message",
+        ) from None
+
+
+def split(secret: bytes, threshold: int, shares: int) -> list[bytes]:
+    """Return shares of a 32-byte secret, 32 bytes each; the first belongs to index 1.
+
+    Any `threshold` of them give the secret back, fewer say nothing about it.
+
+    Source: Shamir 1979, "How to share a secret".
+    """
+    from Crypto.Protocol.SecretSharing import Shamir
+
+    halves = (_secret(secret)[:_BLOCK_BYTES], secret[_BLOCK_BYTES:])
+    low, high = (Shamir.split(threshold, shares, half, ssss=False) for half in halves)
+    return [one + other for (_, one), (_, other) in zip(low, high, strict=True)]
+
+
+def combine(shares: Mapping[int, bytes]) -> bytes:
+    """Return the 32-byte secret behind exactly as many shares as its threshold, keyed by their indices from 1.
+
+    pycryptodome's `Shamir.combine` gives the same, but finds the interpolation's weights anew for each secret: 14 s
+    for the 100 secrets of a round of 100 clients, against less than 1 s here. It is the receiver who combines, and may
+    know all of it, so that constant time does not matter.
+    """
+    indices = tuple(sorted(shares))
+    weights = _weights(indices)
+    secret = b""
+    for start in (0, _BLOCK_BYTES):
+        total = 0
+        for index, weight in zip(indices, weights, strict=True):
+            total ^= _multiply(weight, int.from_bytes(_secret(shares[index])[start : start + _BLOCK_BYTES], "big"))
+        secret += total.to_bytes(_BLOCK_BYTES, "big")
+    return secret
+
+
+def stream(key: bytes, size: int, bits: int) -> Ring:
+    """Return `size` uniform integers in [0, 2^bits), shape (size,): the AES-256-CTR stream of a key.
+
+    The counter starts at zero: a key from `derive` is used for one stream only.
+
+    Raises:
+        SecureAggregationError: `secagg-message`, if the key has not 32 bytes.
+    """
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    encryptor = Cipher(algorithms.AES256(_secret(key)), modes.CTR(bytes(16))).encryptor()
+    return ring_from_bytes(encryptor.update(bytes(size * width(bits))), size, bits)
+
+
+def width(bits: int) -> int:
+    """Return the bytes of a ring element.
+
+    Raises:
+        ValueError: `bits` is not 8, 16, ... or 64. Other moduli would need rejection to be uniform.
+    """
+    if bits not in range(8, 65, 8):
+        raise ValueError(f"a modulus of 2^{bits}, expected 8, 16, ... or 64 bits")
+    return bits // 8
+
+
+def reduce(vector: npt.NDArray[np.int64] | Ring, bits: int) -> Ring:
+    """Return integers modulo 2^bits, shape (size,), as a copy; negative ones from the top.
+
+    Raises:
+        ValueError: the vector has another shape or type.
+    """
+    if vector.ndim != 1 or vector.dtype not in (np.int64, np.uint64):
+        raise ValueError(f"a vector of {vector.dtype} with shape {vector.shape}, expected int64 or uint64, (size,)")
+    return np.bitwise_and(vector.view(np.uint64), _top(bits))
+
+
+def ring_to_bytes(vector: Ring, bits: int) -> bytes:
+    """Return ring elements as they travel: bits / 8 bytes each, little endian."""
+    octets = np.ascontiguousarray(vector, "<u8").view(np.uint8).reshape(-1, 8)
+    return octets[:, : width(bits)].tobytes()
+
+
+def ring_from_bytes(data: bytes, size: int, bits: int) -> Ring:
+    """Return `size` ring elements, shape (size,), from bits / 8 bytes each, little endian.
+
+    Raises:
+        SecureAggregationError: `secagg-message`, if there are more or fewer bytes.
+    """
+    if len(data) != size * width(bits):
+        raise SecureAggregationError(
+            f"a masked vector of {len(data)} bytes", f"{size * width(bits)}", code="secagg-message"
+        )
+    # Each element is read as 8 bytes from where it starts, then cut: four times as fast as to copy byte by byte.
+    unaligned: Ring = np.ndarray((size,), "<u8", data + bytes(8 - width(bits)), strides=(width(bits),))
+    return np.bitwise_and(unaligned, _top(bits))
+
+
+def _top(bits: int) -> np.uint64:
+    """Return the largest ring element."""
+    return np.uint64(256 ** width(bits) - 1)
+
+
+def _secret(value: bytes) -> bytes:
+    """Return 32 bytes, and nothing shorter or longer."""
+    if len(value) != SECRET_BYTES:
+        raise SecureAggregationError(f"a key or share of {len(value)} bytes", f"{SECRET_BYTES}", code="secagg-message")
+    return value
+
+
+def _addressed(session: bytes, sender: str, receiver: str) -> bytes:
+    """Return what a sealed message is bound to; here the order of the names counts."""
+    return b"\0".join([_DOMAIN, session, sender.encode(), receiver.encode()])
+
+
+@lru_cache(maxsize=8)
+def _weights(indices: tuple[int, ...]) -> tuple[int, ...]:
+    """Return Lagrange's weights for the value at 0; nearly always one set of indices serves a whole round."""
+    weights = []
+    for index in indices:
+        above = below = 1
+        for other in indices:
+            if other != index:
+                above, below = _multiply(above, other), _multiply(below, other ^ index)
+        weights.append(_multiply(above, _inverse(below)))
+    return tuple(weights)
+
+
+def _multiply(one: int, other: int) -> int:
+    """Return the product of two elements of GF(2^128), in pycryptodome's representation."""
+    one, other = max(one, other), min(one, other)
+    product = 0
+    while other:
+        if other & 1:
+            product ^= one
+        one <<= 1
+        if one >> 128:
+            one ^= _POLYNOMIAL
+        other >>= 1
+    return product
+
+
+def _inverse(element: int) -> int:
+    """Return 1 / element in GF(2^128): the element to the power of 2^128 - 2."""
+    result = 1
+    for _ in range(127):
+        element = _multiply(element, element)
+        result = _multiply(result, element)
+    return result

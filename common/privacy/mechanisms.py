@@ -1,0 +1,170 @@
+"""Who adds which noise, and what each adversary sees of it: one class a mode.
+
+Each step of a mechanism says how much noise it adds; the plan (`common.privacy.plan`) holds the numbers. There are
+three adversaries, each with a ledger of its own:
+
+- `release`: whoever sees the models that the run releases; also every other site.
+- `sums`: a curious server under secure aggregation; it sees the sums that were opened, and who is in them.
+- `uploads`: a curious server without secure aggregation; it sees what each site sends.
+
+A fourth ledger, `rows`, belongs to another promise: DP-SGD at a site protects one row of it (`client.dp_sgd`). It is
+kept by the site alone and never added to the others, which protect a whole client.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+
+from common.privacy.accounting import Release
+from common.privacy.clipping import LEVELS, Levels
+from common.privacy.noise import gaussian, skellam
+from common.registry import Registry
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from common.privacy.plan import Plan
+
+Adversary = Literal["release", "sums", "uploads", "rows"]
+ADVERSARIES: dict[Adversary, str] = {
+    "release": "whoever sees the models, other sites included",
+    "sums": "the server, which sees only opened sums",
+    "uploads": "the server, which sees each upload",
+    "rows": "whoever sees this site's uploads, about one of its rows",
+}
+
+MECHANISMS: Registry[type[Mechanism]] = Registry("privacy mode")
+
+
+class Mechanism(ABC):
+    """A mode of `[privacy]`. No state: everything is in the plan."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    budgeted: ClassVar[tuple[Adversary, ...]]
+    """The ledgers that `target_epsilon` bounds: of the adversaries that the mode is there against."""
+
+    @classmethod
+    @abstractmethod
+    def seen(cls, plan: Plan) -> dict[Adversary, Release]:
+        """Return what a round shows to each adversary who sees anything of it."""
+
+    @classmethod
+    def client_noise(cls, plan: Plan, draw: np.random.Generator, clients: int = 1) -> Levels:
+        """Return the sum of what so many clients add to their clipped updates, in levels, shape (dimension,).
+
+        Behind a gateway only the sum leaves. It is drawn as one: a sum of k independent shares has the distribution of
+        a single one of k times the variance.
+        """
+        return np.zeros(plan.dimension, np.int64)
+
+    @classmethod
+    def server_noise(cls, plan: Plan, draw: np.random.Generator) -> npt.NDArray[np.float64]:
+        """Return what the server adds to the sum, in levels, shape (dimension,)."""
+        return np.zeros(plan.dimension)
+
+    @classmethod
+    def client_variance(cls, plan: Plan) -> float:
+        """Return the variance of a client's noise on each coordinate, in levels^2."""
+        return 0.0
+
+    @classmethod
+    def server_variance(cls, plan: Plan) -> float:
+        """Return the variance of the server's noise on each coordinate, in levels^2."""
+        return 0.0
+
+
+@MECHANISMS.register("central")
+class Central(Mechanism):
+    """The server sees every clipped update, adds the noise to their sum, and is trusted with both.
+
+    Source: McMahan et al. 2018, arXiv:1710.06963, algorithm 1.
+    """
+
+    name = "central"
+    title = "the server adds the noise and is trusted"
+    budgeted = ("release",)
+
+    @classmethod
+    def seen(cls, plan: Plan) -> dict[Adversary, Release]:
+        """The models, with the noise; the server sees the updates as they are."""
+        noisy = Release("gaussian", plan.noise_multiplier, plan.sampling_probability)
+        return {"release": noisy, "uploads": Release("gaussian", 0.0)}
+
+    @classmethod
+    def server_noise(cls, plan: Plan, draw: np.random.Generator) -> npt.NDArray[np.float64]:
+        """Gaussian noise of standard deviation z on the sum."""
+        return gaussian(draw, math.sqrt(cls.server_variance(plan)), (plan.dimension,))
+
+    @classmethod
+    def server_variance(cls, plan: Plan) -> float:
+        """(z * LEVELS)^2."""
+        return (plan.noise_multiplier * LEVELS) ** 2
+
+
+@MECHANISMS.register("local")
+class Local(Mechanism):
+    """Each client adds all of the noise to its own update: every upload is private by itself.
+
+    Zero-out adjacency asks whether a client took part with its data or with none; between any two updates that a
+    client might have, the sensitivity is twice as large and z counts half.
+    """
+
+    name = "local"
+    title = "each client adds all of the noise to its own update"
+    budgeted = ("uploads",)
+
+    @classmethod
+    def seen(cls, plan: Plan) -> dict[Adversary, Release]:
+        """The upload; the models follow from uploads, and cost at most as much."""
+        noisy = Release("gaussian", plan.noise_multiplier)
+        return {"release": noisy, "uploads": noisy}
+
+    @classmethod
+    def client_noise(cls, plan: Plan, draw: np.random.Generator, clients: int = 1) -> Levels:
+        """Gaussian noise of standard deviation z; rounding what is private already costs nothing."""
+        deviation = math.sqrt(clients * cls.client_variance(plan))
+        return np.rint(gaussian(draw, deviation, (plan.dimension,))).astype(np.int64)
+
+    @classmethod
+    def client_variance(cls, plan: Plan) -> float:
+        """(z * LEVELS)^2."""
+        return (plan.noise_multiplier * LEVELS) ** 2
+
+
+@MECHANISMS.register("distributed")
+class Distributed(Mechanism):
+    """Each client adds a share of the noise; the sum of any `n_min` clients carries at least all of it.
+
+    Shares are Skellam noise of variance (z * LEVELS)^2 / (h * n_min). A sum over n' >= n_min clients, of which at
+    least h * n_min are honest, carries a variance of at least (z * LEVELS)^2 that nobody knows.
+
+    Source: Kairouz, Liu and Steinke 2021, arXiv:2102.06387; Agarwal et al. 2021, arXiv:2110.04995.
+    """
+
+    name = "distributed"
+    title = "each client adds a share of the noise"
+    budgeted = ("release", "sums")
+
+    @classmethod
+    def seen(cls, plan: Plan) -> dict[Adversary, Release]:
+        """The sum, with the noise of all; without secure aggregation each upload, with its share only."""
+        total = Release("skellam", plan.noise_multiplier, dimension=plan.dimension)
+        if plan.secure_aggregation:
+            return {"release": total, "sums": total}
+        share = plan.noise_multiplier / math.sqrt(plan.honest_fraction * plan.min_clients)
+        return {"release": total, "uploads": Release("skellam", share, dimension=plan.dimension)}
+
+    @classmethod
+    def client_noise(cls, plan: Plan, draw: np.random.Generator, clients: int = 1) -> Levels:
+        """Skellam shares."""
+        return skellam(draw, clients * cls.client_variance(plan), (plan.dimension,))
+
+    @classmethod
+    def client_variance(cls, plan: Plan) -> float:
+        """(z * LEVELS)^2 / (h * n_min)."""
+        return (plan.noise_multiplier * LEVELS) ** 2 / (plan.honest_fraction * plan.min_clients)
