@@ -8,6 +8,7 @@ else.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 SITE_ERROR = 1000
 """The number of a Flower error that carries one of our codes; Flower's own are below 10."""
+
+BESIDE = "secagg"
+"""The record that holds the fields of a step of secure aggregation."""
 
 _CODE = re.compile(r"[a-z][a-z0-9-]{0,63}(:[A-Za-z_][A-Za-z0-9_]{0,63})?")
 
@@ -34,10 +38,15 @@ class HelloRequest:
 
 @dataclass(frozen=True)
 class HelloReply:
-    """What a site says of itself. `notes` are codes, separated by commas."""
+    """What a site says of itself. `notes` are codes, separated by commas.
+
+    `clients` is how many clients train at this site: 1, or those behind a gateway. In a private run, `rows`,
+    `evaluation_rows` and `notes` are withheld: 0, 0 and empty.
+    """
 
     site: str
     version: str
+    clients: int
     rows: int
     evaluation_rows: int
     base_fingerprint: str
@@ -58,6 +67,7 @@ class TrainRequest:
         schedule_stop: the same after it.
         deadline_s: a reply after so many seconds is not used any more.
         nonce: to be repeated in the reply.
+        clients: which of the site's clients are to train, as numbers from 0 separated by commas; empty: all.
     """
 
     config: str
@@ -66,6 +76,36 @@ class TrainRequest:
     schedule_start: float
     schedule_stop: float
     deadline_s: float
+    nonce: str
+    clients: str
+
+
+@dataclass(frozen=True)
+class StageRequest:
+    """Do one of the steps of secure aggregation; its flat fields travel beside it (`common.privacy.secagg_messages`).
+
+    Args:
+        config: the run as sites see it, JSON.
+        round: counted from 1.
+        session: 16 random bytes; one for each attempt at a round.
+        nonce: to be repeated in the reply.
+    """
+
+    config: str
+    round: int
+    session: bytes
+    nonce: str
+
+
+@dataclass(frozen=True)
+class PrivateReply:
+    """In a private run, beside it travels the protected sum of the site's updates, and nothing else is said.
+
+    In secure aggregation, the same beside the fields of a step.
+    """
+
+    site: str
+    round: int
     nonce: str
 
 
@@ -103,18 +143,44 @@ class EvaluateReply:
     rows: int
 
 
-R = TypeVar("R", HelloRequest, HelloReply, TrainRequest, TrainReply, EvaluateRequest, EvaluateReply)
+R = TypeVar(
+    "R",
+    HelloRequest,
+    HelloReply,
+    TrainRequest,
+    TrainReply,
+    StageRequest,
+    PrivateReply,
+    EvaluateRequest,
+    EvaluateReply,
+)
 
 
-def to_record(message: Any, arrays: ArrayRecord | None = None) -> RecordDict:
-    """Return the content of a Flower message."""
+def to_record(
+    message: Any, arrays: ArrayRecord | None = None, fields_beside: Mapping[str, Any] | None = None
+) -> RecordDict:
+    """Return the content of a Flower message, with an array or the fields of a step of secure aggregation beside it."""
     from flwr.app import ConfigRecord, RecordDict
 
     name = "request" if type(message).__name__.endswith("Request") else "reply"
     content = RecordDict({name: ConfigRecord(asdict(message))})
     if arrays is not None:
         content["arrays"] = arrays
+    if fields_beside is not None:
+        content[BESIDE] = ConfigRecord(dict(fields_beside))
     return content
+
+
+def beside(content: RecordDict) -> dict[str, Any]:
+    """Return the fields that travel beside a message.
+
+    Raises:
+        WireError: `keys`, there are none.
+    """
+    record = content.config_records.get(BESIDE)
+    if record is None:
+        raise WireError(f"no {BESIDE} record", "one", code="keys")
+    return dict(record)
 
 
 def from_record(kind: type[R], content: RecordDict) -> R:
@@ -134,10 +200,7 @@ def from_record(kind: type[R], content: RecordDict) -> R:
     return kind(**record)  # type: ignore[arg-type]  # checked just above
 
 
-_TYPES: dict[type[Any], dict[str, type[Any]]] = {
-    kind: get_type_hints(kind)
-    for kind in (HelloRequest, HelloReply, TrainRequest, TrainReply, EvaluateRequest, EvaluateReply)
-}
+_TYPES: dict[type[Any], dict[str, type[Any]]] = {kind: get_type_hints(kind) for kind in R.__constraints__}
 
 
 @lru_cache(maxsize=4)

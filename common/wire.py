@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -147,27 +147,56 @@ def decode(record: ArrayRecord, spec: AdapterSpec) -> Vector:
     Raises:
         WireError: with the code `keys`, `dtype`, `shape`, `size`, `decode` or `non-finite`.
     """
-    if list(record) != [ARRAY_KEY]:
-        raise WireError(f"{len(record)} arrays", f"one, named {ARRAY_KEY!r}", code="keys")
-    array = record[ARRAY_KEY]
-    dtype = np.dtype(spec.wire_dtype)
-    if array.stype != "numpy.ndarray" or array.dtype != spec.wire_dtype:
-        raise WireError("the declared type differs", spec.wire_dtype, code="dtype")
-    if tuple(array.shape) != (spec.size,):
-        raise WireError(f"shape {tuple(array.shape)!r:.60}", f"({spec.size},)", code="shape")
-    payload = spec.size * dtype.itemsize
-    if not payload < len(array.data) <= payload + _MAX_HEADER_BYTES:
-        raise WireError(f"{len(array.data)} bytes", f"{payload} and a header", code="size")
-    start = _check_header(array.data, dtype, spec.size)
-    if len(array.data) - start != payload:
-        raise WireError(f"{len(array.data) - start} bytes after the header", f"{payload}", code="size")
-    vector = np.frombuffer(array.data, dtype, spec.size, start).astype(np.float32)
+    vector = _payload(record, np.dtype(spec.wire_dtype), spec.size).astype(np.float32)
     if not np.isfinite(vector).all():
         raise WireError("a value is NaN or infinite", "finite values", code="non-finite")
     return vector
 
 
-def _check_header(data: bytes, dtype: np.dtype[np.floating], size: int) -> int:
+def encode_levels(levels: npt.NDArray[np.int64], bits: int) -> ArrayRecord:
+    """Return integers modulo 2^bits as Flower's record, bits / 8 bytes each, little endian.
+
+    Args:
+        levels: shape (size,); also unsigned integers below 2^bits, reinterpreted.
+        bits: a multiple of 8, at most 64.
+    """
+    from flwr.app import Array, ArrayRecord
+
+    wide = np.ascontiguousarray(levels, "<i8").view(np.uint8).reshape(-1, 8)
+    return ArrayRecord({ARRAY_KEY: Array(np.ascontiguousarray(wide[:, : bits // 8]).reshape(-1))})
+
+
+def decode_levels(record: ArrayRecord, size: int, bits: int) -> npt.NDArray[np.int64]:
+    """Return received integers, shape (size,), each as the one of its class modulo 2^bits that is nearest to zero.
+
+    Raises:
+        WireError: as `decode`; every value that fits is allowed.
+    """
+    width = bits // 8
+    wide = np.zeros((size, 8), np.uint8)
+    wide[:, 8 - width :] = _payload(record, np.dtype(np.uint8), size * width).reshape(size, width)
+    return wide.view("<i8").reshape(size).astype(np.int64) >> (64 - bits)  # shifts the sign down with it
+
+
+def _payload(record: ArrayRecord, dtype: np.dtype[Any], size: int) -> npt.NDArray[Any]:
+    """Return the one array of a record, shape (size,), after comparing everything about it with what was agreed."""
+    if list(record) != [ARRAY_KEY]:
+        raise WireError(f"{len(record)} arrays", f"one, named {ARRAY_KEY!r}", code="keys")
+    array = record[ARRAY_KEY]
+    if array.stype != "numpy.ndarray" or array.dtype != str(dtype):
+        raise WireError("the declared type differs", str(dtype), code="dtype")
+    if tuple(array.shape) != (size,):
+        raise WireError(f"shape {tuple(array.shape)!r:.60}", f"({size},)", code="shape")
+    payload = size * dtype.itemsize
+    if not payload < len(array.data) <= payload + _MAX_HEADER_BYTES:
+        raise WireError(f"{len(array.data)} bytes", f"{payload} and a header", code="size")
+    start = _check_header(array.data, dtype, size)
+    if len(array.data) - start != payload:
+        raise WireError(f"{len(array.data) - start} bytes after the header", f"{payload}", code="size")
+    return np.frombuffer(array.data, dtype, size, start)
+
+
+def _check_header(data: bytes, dtype: np.dtype[Any], size: int) -> int:
     """Compare NumPy's header with what was agreed; return where the numbers start."""
     stream = io.BytesIO(data[: _MAX_HEADER_BYTES + 16])
     try:
@@ -183,7 +212,7 @@ def _check_header(data: bytes, dtype: np.dtype[np.floating], size: int) -> int:
     return stream.tell()
 
 
-def l2_norm(vector: Vector) -> float:
+def l2_norm(vector: npt.NDArray[Any]) -> float:
     """Return the Euclidean norm, summed in float64 and without BLAS, whose threads cost more than they save here."""
     return float(np.sqrt(np.square(vector, dtype=np.float64).sum()))
 
