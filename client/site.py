@@ -1,7 +1,4 @@
-"""A site: its name, its data, and which models it is willing to load.
-
-`site.toml` describes a real one and never leaves it; in simulation the sites are parts of one file.
-"""
+"""A site: its name, its data, and which models it is willing to load, as its `site.toml` says; it stays there."""
 
 from __future__ import annotations
 
@@ -9,24 +6,21 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
 from pydantic import Field, ValidationError
 
 from client.policy import SitePolicy
 from common.audit import AuditLog, locked
-from common.config import RunConfig, explain, parse
+from common.config import explain
 from common.config_file import read_toml
-from common.data import partition
+from common.data import images
 from common.data.shard import Shard
 from common.data.shard import read as read_shard
-from common.errors import ConfigError, DataError, ModelError, Problem
-from common.rng import generator
+from common.errors import ConfigError, ModelError, Problem
 from common.settings import DataFormat, Name, Section
-from common.tasks import TASKS, Task
+from common.tasks import Task
 
 if TYPE_CHECKING:
     from flwr.app import Context
@@ -58,20 +52,35 @@ class Site(Protocol):
     def evaluation_shard(self, task: Task) -> Shard | None:
         """Return the rows to evaluate on, if the site keeps any."""
 
+    def clients(self, shard: Shard) -> list[list[int]]:
+        """Return which rows of the training shard belong to each client of this site, in a fixed order."""
+
+    def ledger_path(self) -> Path | None:
+        """Return the file of this site's own privacy account; None: it keeps none."""
+
 
 class SiteSection(Section):
     """Who this is."""
 
     name: Name = Field(description="the stable name of this site in the federation; letters, digits, . _ -")
     audit: str = Field(default="audit.jsonl", description="this site's own log; relative to this file; empty: none")
+    ledger: str = Field(
+        default="privacy-ledger.jsonl",
+        description="this site's own privacy account; relative to this file; empty: none",
+    )
 
 
 class SiteData(DataFormat):
     """The private data; it never leaves the site."""
 
-    train: str = Field(min_length=1, description="rows to train on: .csv, .tsv, .jsonl or .parquet")
+    train: str = Field(
+        min_length=1, description="rows to train on: .csv, .tsv, .jsonl, .parquet or .txt; images: idx or a folder"
+    )
     evaluation: str = Field(default="", description="rows to evaluate on; empty: none")
     min_rows: int = Field(default=2, ge=1, description="refuse to train on fewer rows")
+    client_column: str = Field(
+        default="", description="a gateway's: the column that says whose a row is; each is a client; empty: one client"
+    )
 
 
 class SiteServer(Section):
@@ -114,13 +123,10 @@ class FileSite:
                 AuditLog(self.folder / self.site.audit).write(event, **details)
 
     def identity(self) -> str:
-        """Path, size and time of the files."""
-        stats = [
-            (path, (self.folder / path).stat().st_size, (self.folder / path).stat().st_mtime_ns)
-            for path in (self.data.train, self.data.evaluation)
-            if path and (self.folder / path).is_file()
-        ]
-        return json.dumps([self.name, str(self.folder), stats])
+        """Path, size and time of the files, also of those in a folder of images."""
+        named = [self.folder / path for path in (self.data.train, self.data.evaluation) if path]
+        body = json.dumps([images.stamp(file) for path in named for file in images.files(path)])
+        return json.dumps([self.name, str(self.folder), hashlib.sha256(body.encode()).hexdigest()])
 
     def model_source(self, model_name: str) -> str:
         """Resolve a model name through [models]; a name that is not there is refused.
@@ -145,12 +151,26 @@ class FileSite:
         """Read the evaluation rows."""
         return self._read(self.data.evaluation, task) if self.data.evaluation else None
 
+    def clients(self, shard: Shard) -> list[list[int]]:
+        """Return the rows of each value of `data.client_column`, in the order of the values."""
+        if not self.data.client_column:
+            return [list(range(len(shard)))]
+        owners: dict[str, list[int]] = {}
+        for row, owner in enumerate(shard.extra[self.data.client_column]):
+            owners.setdefault(owner, []).append(row)
+        return [owners[owner] for owner in sorted(owners)]
+
+    def ledger_path(self) -> Path | None:
+        """Return where `site.ledger` is."""
+        return self.folder / self.site.ledger if self.site.ledger else None
+
     def _read(self, path: str, task: Task) -> Shard:
         return read_shard(
             self.folder / path,
             task.columns,
             self.data,
             labels=task.labels,
+            extra_columns=(self.data.client_column,) if self.data.client_column and path == self.data.train else (),
             min_rows=self.data.min_rows,
             inside=None if Path(path).is_absolute() else self.folder,
         )
@@ -185,110 +205,6 @@ _SECTIONS: dict[str, type[Section]] = {
     "server": SiteServer,
     "policy": SitePolicy,
 }
-
-
-@dataclass(frozen=True)
-class SimulatedSite:
-    """One part of the file that a simulation splits."""
-
-    name: str
-    config: RunConfig
-    rows: tuple[int, ...]
-
-    policy = SitePolicy()
-
-    def record(self, event: str, **details: Any) -> None:
-        """Keep no log: the operator's says it all."""
-
-    def identity(self) -> str:
-        """The split and the part."""
-        return self._identity
-
-    @cached_property
-    def _identity(self) -> str:
-        body = self.config.model_dump_json(include={"simulation", "data", "task", "run"})
-        return f"{self.name}:{hashlib.sha256(body.encode()).hexdigest()}"
-
-    def model_source(self, model_name: str) -> str:
-        """Everything is on one machine here: the operator's model is the site's."""
-        return model_name
-
-    def train_shard(self, task: Task) -> Shard:
-        """Return this site's rows but for those kept for evaluation."""
-        return _whole(self.config).take(self._parts()[0])
-
-    def evaluation_shard(self, task: Task) -> Shard | None:
-        """Return the share `simulation.evaluation_fraction` of this site's rows."""
-        kept = self._parts()[1]
-        return _whole(self.config).take(kept) if kept else None
-
-    def _parts(self) -> tuple[list[int], list[int]]:
-        kept = int(len(self.rows) * self.config.simulation.evaluation_fraction)
-        order = generator(self.config.run.seed, "evaluation-rows", self.name).permutation(len(self.rows))
-        chosen = {self.rows[index] for index in order[:kept]}
-        return [row for row in self.rows if row not in chosen], [row for row in self.rows if row in chosen]
-
-
-def _whole(config: RunConfig) -> Shard:
-    """Return the file that a simulation splits, read once per process."""
-    return _read_whole(config.model_dump_json())
-
-
-@lru_cache(maxsize=2)
-def _read_whole(text: str) -> Shard:
-    config = parse(json.loads(text))
-    task = TASKS.get(config.task.name)(config.task)
-    column = config.simulation.column
-    shard = read_shard(
-        Path(config.simulation.data),
-        task.columns,
-        config.data,
-        labels=task.labels,
-        extra_columns=(column,) if config.simulation.partition == "by-column" else (),
-    )
-    wanted = config.simulation.rows
-    if wanted > len(shard):
-        raise DataError(
-            f"simulation.rows = {wanted}", f"at most the {len(shard)} rows of the file", code="shard-too-small"
-        )
-    if wanted:
-        drawn = generator(config.run.seed, "rows").choice(len(shard), wanted, replace=False)
-        return shard.take(sorted(int(row) for row in drawn))
-    return shard
-
-
-def simulated_sites(config: RunConfig) -> tuple[SimulatedSite, ...]:
-    """Split the simulation's file over its sites, by name; the same split in every process of a run.
-
-    Raises:
-        ConfigError, DataError: the file cannot be split as asked.
-    """
-    return _split(config.model_dump_json())
-
-
-@lru_cache(maxsize=2)
-def _split(text: str) -> tuple[SimulatedSite, ...]:
-    config = parse(json.loads(text))
-    if not config.simulation.data:
-        problem = Problem("simulation.data", "''", "the file to split over the sites", "name it")
-        raise ConfigError("run file", [problem])
-    shard, simulation, seed = _whole(config), config.simulation, config.run.seed
-    parts: dict[str, Any]
-    if simulation.partition == "by-column":
-        parts = dict(partition.by_column(shard.extra[simulation.column]))
-    elif simulation.partition == "dirichlet":
-        labels = shard.columns.get("label")
-        if labels is None:
-            problem = Problem("simulation.partition", "'dirichlet'", "a task with a label column", 'use "iid"')
-            raise ConfigError("run file", [problem])
-        split = partition.dirichlet(
-            np.asarray(labels), simulation.clients, simulation.dirichlet_alpha, simulation.min_rows, seed
-        )
-        parts = dict(zip(partition.site_names(simulation.clients), split, strict=True))
-    else:
-        split = partition.iid(len(shard), simulation.clients, seed)
-        parts = dict(zip(partition.site_names(simulation.clients), split, strict=True))
-    return tuple(SimulatedSite(name, config, tuple(int(row) for row in parts[name])) for name in sorted(parts))
 
 
 def site_of_node(context: Context) -> Site:

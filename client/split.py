@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
 
-from client.site import simulated_sites
+from client.simulated import simulated_sites
 from common.config import RunConfig
 from common.config_file import with_absolute_paths
+from common.data import images
 from common.data.shard import Shard
+from common.data.table import class_numbers
 from common.errors import UsageError
 from common.files import unwritable
 from common.tasks import TASKS
@@ -42,24 +45,44 @@ def split(config: RunConfig, folder: Path) -> list[Path]:
     written = []
     for site in sites:
         place = folder / site.name
-        data = {"train": _rows(task, site.train_shard(task))}
+        data = {"train": site.train_shard(task)}
         if kept := site.evaluation_shard(task):
-            data["evaluation"] = _rows(task, kept)
-        body: dict[str, Any] = {
-            "site": {"name": site.name},
-            "data": {name: f"{name}.jsonl" for name in data},
-            "models": {config.model.name: config.model.name},
-        }
+            data["evaluation"] = kept
         try:
             place.mkdir(parents=True)
-            for name, rows in data.items():
-                lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-                (place / f"{name}.jsonl").write_text(lines, "utf-8")
+            body: dict[str, Any] = {
+                "site": {"name": site.name},
+                "data": {name: _write(place, name, task, shard) for name, shard in data.items()},
+                "models": {config.model.name: config.model.name},
+            }
             (place / "site.toml").write_text(tomli_w.dumps(body), "utf-8")
         except OSError as error:
             raise unwritable(place, error) from error
         written.append(place / "site.toml")
     return written
+
+
+def _write(place: Path, name: str, task: Task, shard: Shard) -> str:
+    """Write a shard into a site's folder; return the name of the file to read."""
+    if any(column.kind == "image" for column in task.columns):
+        return _write_images(place, name, task, shard)
+    lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in _rows(task, shard))
+    (place / f"{name}.jsonl").write_text(lines, "utf-8")
+    return f"{name}.jsonl"
+
+
+def _write_images(place: Path, name: str, task: Task, shard: Shard) -> str:
+    """Write idx files, in which the order of rows stays. They know classes by number only."""
+    pictures, classes = shard.columns["image"], shard.columns["label"]
+    known, _ = class_numbers(task.labels)
+    numbers = {known[str(number)]: number for number in range(256) if str(number) in known}
+    if not isinstance(pictures, np.ndarray) or not numbers.keys() >= set(classes):
+        raise UsageError(
+            f"the images of {place.name} do not fit into an idx file",
+            "images of one size, all grey or all coloured, of classes that have numbers up to 255",
+            "bring them to one size, or copy each site's files by hand",
+        )
+    return images.write_idx(place, name, pictures, [numbers[index] for index in classes])
 
 
 def _rows(task: Task, shard: Shard) -> Sequence[dict[str, Any]]:

@@ -1,15 +1,12 @@
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
+from PIL import Image
 
-import tsugiki
-from client.site import read_site, simulated_sites, site_of_node
-from common.config_file import to_toml
+from client.site import read_site, site_of_node
+from common.data.images import write_idx
 from common.errors import ConfigError, DataError, ModelError
 from common.tasks import TASKS
 from tests.support.federation import CANARY, tiny_config, write_rows
@@ -108,6 +105,46 @@ def test_the_identity_changes_with_the_data(tmp_path):
     assert len({missing, there, touched, here.identity()}) == 4
 
 
+def test_the_identity_changes_with_every_image(tmp_path):
+    """Catches: a folder taken for one thing: rows kept after a picture in it was replaced, added or removed."""
+    here, folder = site(tmp_path, train="pictures"), tmp_path / "pictures" / "0"
+    folder.mkdir(parents=True)
+    seen = [here.identity()]
+    for change in (
+        lambda: (folder / "a.png").write_bytes(b"1"),
+        lambda: (folder / "a.png").write_bytes(b"12"),
+        lambda: os.utime(folder / "a.png", ns=(1, 1)),
+        lambda: (folder / "b.png").write_bytes(b"1"),
+        lambda: (folder / "b.png").rename(folder / "c.png"),
+        lambda: (folder / "c.png").unlink(),
+    ):
+        change()
+        seen.append(here.identity())
+        assert here.identity() == seen[-1]
+    assert len(set(seen)) == len(seen)
+    assert len(seen[0]) < 500
+
+
+def test_the_identity_changes_with_the_labels(tmp_path):
+    """Catches: labels in a file of their own overlooked."""
+    here = site(tmp_path, train=write_idx(tmp_path, "train", np.zeros((2, 4, 4), np.uint8), [0, 1]))
+    before = here.identity()
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(b"other")
+    assert here.identity() != before
+
+
+def test_a_folder_of_images_is_read(tmp_path):
+    """Catches: a site's own folder refused because it is no file, or its bounds not kept."""
+    task = TASKS.get("image-classification")(TASKS.get("image-classification").Settings(labels=("cat", "dog")))
+    for kind in ("cat", "dog"):
+        (tmp_path / "site" / "pictures" / kind).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "site" / "pictures" / kind / "1.png")
+    assert site(tmp_path / "site", train="pictures").train_shard(task).columns["label"] == [0, 1]
+    with pytest.raises(DataError) as caught:
+        site(tmp_path / "site", train="../site/../pictures").train_shard(task)
+    assert caught.value.code == "shard-outside"
+
+
 def node(**config):
     """Return the context of a node."""
     return Context(run_id=1, node_id=1, node_config=config, state=RecordDict(), run_config={})
@@ -120,121 +157,3 @@ def test_a_deployed_nodes_site_is_named_by_its_node_config(tmp_path):
     for config in ({}, {"site": 3}, {"site": str(tmp_path / "missing.toml")}):
         with pytest.raises(ConfigError):
             site_of_node(node(**config))
-
-
-# Simulated sites
-
-
-def parts(config):
-    """Return the rows of each site of a simulation, by name."""
-    return {site.name: site.rows for site in simulated_sites(config)}
-
-
-def check_partition(rows, count):
-    """Check that every row is at exactly one site."""
-    assert sorted(row for part in rows.values() for row in part) == list(range(count))
-
-
-def test_an_even_split(tmp_path):
-    """Catches: rows at no site or at two, uneven parts, names that do not sort."""
-    rows = parts(tiny_config(tmp_path, simulation={"clients": 5}))
-    check_partition(rows, 24)
-    assert sorted(len(part) for part in rows.values()) == [4, 5, 5, 5, 5]
-    assert list(rows) == [f"site-{n}" for n in range(5)]
-
-
-def test_a_skewed_split(tmp_path):
-    """Catches: labels not looked at, and the least number of rows not kept."""
-    simulation = {"clients": 3, "partition": "dirichlet", "dirichlet_alpha": 0.1, "min_rows": 3}
-    rows = parts(tiny_config(tmp_path, simulation=simulation))
-    check_partition(rows, 24)
-    assert min(len(part) for part in rows.values()) >= 3
-    ones = [sum(row % 2 for row in part) / len(part) for part in rows.values()]
-    assert max(ones) - min(ones) > 0.3
-
-
-def test_a_split_by_column(tmp_path):
-    """Catches: rows of one company at another's site."""
-    write_rows(tmp_path / "train.csv", 9, company=lambda row: ("Bank AG", "clinic", "Retail")[row % 3])
-    rows = parts(tiny_config(tmp_path, simulation={"partition": "by-column", "column": "company"}))
-    assert rows == {"bank-ag": (0, 3, 6), "clinic": (1, 4, 7), "retail": (2, 5, 8)}
-
-
-def test_a_skewed_split_needs_labels(tmp_path):
-    """Catches: a KeyError for a task without a label column."""
-    (tmp_path / "pairs.csv").write_text("anchor,positive\n" + "a,b\n" * 20)
-    simulation = {"partition": "dirichlet", "data": str(tmp_path / "pairs.csv")}
-    sections = {"task": {"name": "sentence-embedding", "loss": "multiple-negatives"}, "evaluation": {"data": ""}}
-    with pytest.raises(ConfigError, match="a task with a label column"):
-        parts(tiny_config(tmp_path, simulation=simulation, **sections))
-
-
-def test_a_simulation_needs_a_file(tmp_path):
-    """Catches: the current folder opened as a file."""
-    with pytest.raises(ConfigError, match=r"simulation\.data"):
-        parts(tiny_config(tmp_path, simulation={"data": ""}))
-
-
-def test_the_split_is_the_same_in_every_process(tmp_path):
-    """Catches: a split that depends on hash randomisation or global generators: Ray's workers would mix rows up."""
-    simulation = {"clients": 3, "partition": "dirichlet", "rows": 20, "min_rows": 2, "evaluation_fraction": 0.2}
-    config = tiny_config(tmp_path, simulation=simulation)
-    (tmp_path / "run.toml").write_text(to_toml(config))
-    script = (
-        "import sys, json; from pathlib import Path\n"
-        "from common.config_file import read; from client.site import simulated_sites\n"
-        "sites = simulated_sites(read(Path(sys.argv[1])))\n"
-        "print(json.dumps([[site.name, *map(list, (site.rows, *site._parts()))] for site in sites]))\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parent), "PYTHONHASHSEED": "77"}
-    command = [sys.executable, "-c", script, str(tmp_path / "run.toml")]
-    there = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
-    here = [[site.name, list(site.rows), *site._parts()] for site in simulated_sites(config)]
-    assert there == here
-
-
-def test_evaluation_rows_are_kept_out_of_training(tmp_path, task):
-    """Catches: a site that evaluates on what it trained on, and rows in neither."""
-    for one in simulated_sites(tiny_config(tmp_path, simulation={"evaluation_fraction": 0.25})):
-        train, kept = one._parts()
-        assert sorted(train + kept) == list(one.rows)
-        assert len(kept) == 3
-        shards = one.train_shard(task), one.evaluation_shard(task)
-        assert [len(shard) for shard in shards] == [9, 3]
-        assert set(shards[0].columns["text"]).isdisjoint(shards[1].columns["text"])
-
-
-def test_without_a_fraction_there_are_no_evaluation_rows(tmp_path, task):
-    """Catches: an empty shard in the place of none."""
-    one = simulated_sites(tiny_config(tmp_path))[0]
-    assert one.evaluation_shard(task) is None
-    assert len(one.train_shard(task)) == 12
-
-
-def test_only_so_many_rows_are_used(tmp_path, task):
-    """Catches: the first rows in the place of drawn ones, other rows at each look, and more than there are."""
-    config = tiny_config(tmp_path, simulation={"rows": 10})
-    check_partition(parts(config), 10)
-
-    def texts(config):
-        return {text for one in simulated_sites(config) for text in one.train_shard(task).columns["text"]}
-
-    drawn = texts(config)
-    assert len(drawn) == 10
-    assert drawn != texts(tiny_config(tmp_path, simulation={"rows": 10}, run={"seed": 7}))
-    with pytest.raises(DataError) as caught:
-        parts(tiny_config(tmp_path, simulation={"rows": 25}))
-    assert caught.value.code == "shard-too-small"
-
-
-def test_the_identity_of_a_simulated_site_is_its_part_of_the_split(tmp_path):
-    """Catches: tokenised rows of one run served in another with another split."""
-    one = [site.identity() for site in simulated_sites(tiny_config(tmp_path))]
-    assert len(set(one)) == 2
-    assert one == [site.identity() for site in simulated_sites(tiny_config(tmp_path, train={"local_steps": 9}))]
-    assert set(one).isdisjoint(site.identity() for site in simulated_sites(tiny_config(tmp_path, run={"seed": 7})))
-
-
-def test_in_a_simulation_the_operators_model_is_the_sites(tmp_path):
-    """Catches: a simulation that asks for a site.toml."""
-    assert simulated_sites(tiny_config(tmp_path))[0].model_source("any/name") == "any/name"

@@ -2,14 +2,17 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from client.app import simulated_app
 from client.site import read_site
 from client.split import split
 from common.config_file import with_absolute_paths
 from common.errors import UsageError
+from common.tasks import TASKS
 from server.simulate import simulate
 from tests.support.federation import app_of_sites, leaks, model_folder, tiny_config, write_rows
+from tests.support.tiny import tiny_cnn, write_case
 
 
 def test_the_folders_train_as_the_simulation_does(tmp_path):
@@ -39,6 +42,56 @@ def test_a_model_in_a_relative_folder_is_named_as_the_server_names_it(tmp_path, 
     config = tiny_config(tmp_path, model={"name": "models/tiny"})
     (first, _) = split(config, tmp_path / "sites")
     assert read_site(first).model_source(with_absolute_paths(config).model.name) == str(tmp_path / "models" / "tiny")
+
+
+def image_config(folder, **simulation):
+    """Return a run on the tiny case of images, which is written into `folder`."""
+    case = TASKS.get("image-classification").tiny()
+    folder.mkdir(exist_ok=True)
+    data = str(write_case(folder, case.rows))
+    return tiny_config(
+        folder,
+        task={"name": "image-classification", **case.settings},
+        model={"name": str(tiny_cnn(folder / "model"))},
+        evaluation={"data": data, "at_sites": True},
+        simulation={"clients": 3, "data": data, "evaluation_fraction": 0.25, **simulation},
+    )
+
+
+def test_sites_with_images_train_as_the_simulation_does(tmp_path):
+    """Catches: images written as text, in the order of their classes, or without the evaluation rows."""
+    config = image_config(tmp_path / "data")
+    here = simulate(config, simulated_app)
+    files = split(config, tmp_path / "sites")
+    there = simulate(
+        config.model_copy(update={"run": config.run.model_copy(update={"name": "there"})}), app_of_sites(files)
+    )
+    assert there.summary["adapter_sha256"] == here.summary["adapter_sha256"]
+    assert read_site(files[0]).data.evaluation == "evaluation-images-idx3-ubyte"
+
+
+def test_labels_of_images_are_those_of_the_run(tmp_path):
+    """Catches: the number of a class written where the class is called by another number."""
+    config = image_config(tmp_path / "data")
+    task = config.task.model_copy(update={"labels": ("1", "0")})
+    (first, *_) = split(config.model_copy(update={"task": task}), tmp_path / "sites")
+    chosen = TASKS.get("image-classification")(task)
+    written = read_site(first).train_shard(chosen)
+    bright = [bool(image[:, :6].mean() > image[:, 6:].mean()) for image in written.columns["image"]]
+    assert [label == 0 for label in written.columns["label"]] == bright
+
+
+def test_images_that_do_not_fit_into_a_file_are_refused(tmp_path):
+    """Catches: an array of objects written as its addresses."""
+    config = image_config(tmp_path / "data")
+    for name, side in (("a", 8), ("b", 12)):
+        for row in range(12):
+            place = tmp_path / "data" / "pictures" / str(row % 2) / f"{name}{row}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (side, side)).save(place)
+    mixed = config.simulation.model_copy(update={"data": str(tmp_path / "data" / "pictures")})
+    with pytest.raises(UsageError, match="do not fit"):
+        split(config.model_copy(update={"simulation": mixed}), tmp_path / "sites")
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path):

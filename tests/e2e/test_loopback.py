@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from client.app import simulated_app
-from client.site import simulated_sites
+from client.simulated import simulated_sites
 from common.audit import verify
 from common.config import RunConfig, parse
 from common.config_file import to_run_config
