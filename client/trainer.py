@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,10 +85,7 @@ def train(
     graft.base.network.train()
     try:
         for step in range(steps):
-            position = plan.schedule_start + (plan.schedule_stop - plan.schedule_start) * step / steps
-            width = (plan.schedule_stop - plan.schedule_start) / steps
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * schedule(position, width, settings)
+            set_learning_rate(optimizer, settings, plan, step, steps)
             for _ in range(settings.gradient_accumulation_steps):
                 batch = graft.task.batch(encoded, next(stream), graft.base)
                 batch = {name: tensor.to(graft.device) for name, tensor in batch.items()}
@@ -96,21 +93,43 @@ def train(
                     loss = graft.task.loss(graft.base.network, batch) / settings.gradient_accumulation_steps
                 loss.backward()  # type: ignore[no-untyped-call]  # torch's own
                 losses[step] += loss.detach()
-            for value, start in zip(graft.parameters, received, strict=False):
-                value.grad.add_(value.detach() - start, alpha=plan.proximal_mu)  # gradient of (mu/2)*||w - start||^2
+            add_proximal_term(graft, received, plan.proximal_mu)
             if settings.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(graft.parameters, settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             watch(step + 1, steps, losses)
-            if time.perf_counter() - started > plan.deadline_s:
-                raise TrainingError(f"step {step + 1} of {steps} after {plan.deadline_s:g} s", code="deadline")
+            check_deadline(plan, step + 1, steps, started)
     finally:
         graft.base.network.eval()
-    mean = float(losses.mean())
-    if not math.isfinite(mean):
+    return Trained(steps, finite(float(losses.mean())), time.perf_counter() - started)
+
+
+def set_learning_rate(optimizer: Any, settings: TrainSection, plan: Plan, step: int, steps: int) -> None:
+    """Set the learning rate of a step, counted from 0, of so many in the round."""
+    position = plan.schedule_start + (plan.schedule_stop - plan.schedule_start) * step / steps
+    width = (plan.schedule_stop - plan.schedule_start) / steps
+    for group in optimizer.param_groups:
+        group["lr"] = settings.learning_rate * schedule(position, width, settings)
+
+
+def add_proximal_term(graft: Graft, received: Sequence[Any], mu: float) -> None:
+    """Add the gradient of (mu / 2) * ||w - received||^2; nothing where no values are given."""
+    for value, start in zip(graft.parameters, received, strict=False):
+        value.grad.add_(value.detach() - start, alpha=mu)
+
+
+def check_deadline(plan: Plan, done: int, steps: int, started: float) -> None:
+    """Raise a TrainingError, `deadline`, if the time since `time.perf_counter()` was `started` is up."""
+    if time.perf_counter() - started > plan.deadline_s:
+        raise TrainingError(f"step {done} of {steps} after {plan.deadline_s:g} s", code="deadline")
+
+
+def finite(loss: float) -> float:
+    """Return the loss, or raise a TrainingError, `diverged`."""
+    if not math.isfinite(loss):
         raise TrainingError("the loss is not finite", do="lower train.learning_rate", code="diverged")
-    return Trained(steps, mean, time.perf_counter() - started)
+    return loss
 
 
 def steps_per_round(rows: int, settings: TrainSection) -> int:
