@@ -1,0 +1,70 @@
+"""What a site is to do in one round, and what some of its clients have learned in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from client.trainer import Plan, Watch
+from common.config import RunConfig
+from common.messages import TrainRequest
+from common.model import Graft
+from common.tasks.base import Encoded, Tail
+from common.wire import Vector
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a site does in one round.
+
+    Args:
+        graft: the model, shared by all clients in turn.
+        encoded: the site's rows.
+        clients: the rows of each client that is asked, by its name.
+        config: the run.
+        request: the round.
+        received: the adapter to start from, shape (size,).
+        watch: sees every step.
+        tail: returns the end of the network with the features of all rows, where there is one that is trained alone.
+    """
+
+    graft: Graft
+    encoded: Encoded
+    clients: Mapping[str, Sequence[int]]
+    config: RunConfig
+    request: TrainRequest
+    received: Vector
+    watch: Watch
+    tail: Callable[[], Tail | None] = lambda: None
+
+    def plan(self, client: str, deadline_s: float) -> Plan:
+        """Return what one client does."""
+        return Plan(
+            seed=self.config.run.seed,
+            site=client,
+            round=self.request.round,
+            schedule_start=self.request.schedule_start,
+            schedule_stop=self.request.schedule_stop,
+            proximal_mu=self.config.strategy.proximal_mu,
+            deadline_s=deadline_s,
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """What clients that were trained together have learned.
+
+    Args:
+        names: of the clients.
+        updates: local minus received adapters, shape (clients, size); not finite where training diverged.
+        losses: each one's mean loss, shape (clients,); not finite likewise, 0 without rows.
+        steps: optimiser steps of all of them.
+    """
+
+    names: list[str]
+    updates: npt.NDArray[np.float64]
+    losses: npt.NDArray[np.float64]
+    steps: int
