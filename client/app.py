@@ -4,63 +4,52 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.site import SimulatedSite, Site, simulated_sites, site_of_node
-from client.trainer import Plan, Watch, steps_per_round, train
-from client.update import make_update
+from client import dp_sgd, secagg
+from client.budget import site_ledger, spend
+from client.cohort import asked_clients, row_releases, train_openly, train_privately
+from client.desk import Desk
+from client.job import Job
+from client.simulated import SimulatedSite, simulated_sites
+from client.site import Site, site_of_node
+from client.trainer import Watch, steps_per_round
 from common import __version__, minor
 from common.config import RunConfig
-from common.errors import DataError, SpecError, TsugikiError, WireError
+from common.errors import DataError, SecureAggregationError, SpecError, TsugikiError, WireError
 from common.messages import (
     EvaluateReply,
     EvaluateRequest,
     HelloReply,
     HelloRequest,
+    PrivateReply,
+    StageRequest,
     TrainReply,
     TrainRequest,
+    beside,
     error_reply,
     from_record,
     site_config,
     to_record,
 )
-from common.model import Graft, load_graft
+from common.model import Graft
+from common.privacy.accounting import Release
+from common.privacy.clipping import Levels
+from common.privacy.mechanisms import Adversary
+from common.privacy.plan import Plan, make_plan
 from common.tasks.base import Encoded
-from common.wire import Vector, decode, encode, sha256
+from common.wire import Vector, decode, encode, encode_levels, sha256
 
 log = logging.getLogger("tsugiki.client")
 
 Locate = Callable[[Context], Site]
-
-
-@dataclass
-class Desk:
-    """What a client process keeps between messages: tokenised shards, one base model (in `common.model`)."""
-
-    encoded: dict[tuple[str, str, str], Encoded | None] = field(default_factory=dict)
-    notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    watch: Watch = lambda step, steps, losses: None
-
-    def graft(self, site: Site, config: RunConfig) -> Graft:
-        """Return the base with the run's adapter on it."""
-        return load_graft(config, site.model_source(config.model.name), config.run.seed)
-
-    def rows(self, site: Site, config: RunConfig, part: str) -> Encoded | None:
-        """Return the site's tokenised rows for "train" or "evaluation"."""
-        graft = self.graft(site, config)
-        key = (site.identity(), part, f"{graft.spec.base_fingerprint}{config.task.model_dump_json()}")
-        if key not in self.encoded:
-            shard = site.train_shard(graft.task) if part == "train" else site.evaluation_shard(graft.task)
-            self.encoded[key] = None if shard is None else graft.task.encode(shard, graft.base)
-            if shard is not None and part == "train":
-                self.notes[site.name] = shard.notes
-        return self.encoded[key]
 
 
 _desk = Desk()
@@ -87,6 +76,22 @@ def make_app(locate: Locate) -> ClientApp:
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         return _answer(message, lambda: locate(context), _evaluate)
+
+    @app.query("keys")
+    def keys(message: Message, context: Context) -> Message:
+        return _answer(message, lambda: locate(context), partial(_step, "keys", context.state))
+
+    @app.query("shares")
+    def shares(message: Message, context: Context) -> Message:
+        return _answer(message, lambda: locate(context), partial(_step, "shares", context.state))
+
+    @app.train("masked")
+    def masked(message: Message, context: Context) -> Message:
+        return _answer(message, lambda: locate(context), partial(_masked, context.state))
+
+    @app.query("unmask")
+    def unmask(message: Message, context: Context) -> Message:
+        return _answer(message, lambda: locate(context), partial(_step, "unmask", context.state))
 
     return app
 
@@ -122,63 +127,134 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
         raise SpecError(
             f"the server's version {request.version[:32]}", f"{__version__}, as here", code="version-mismatch"
         )
-    graft = _load(site, config)
+    graft, plan = _load(site, config)
     rows, kept = _train_rows(site, config), _desk.rows(site, config, "evaluation")
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft"))
     reply = HelloReply(
         site=site.name,
         version=__version__,
-        rows=len(rows),
-        evaluation_rows=0 if kept is None else len(kept),
+        clients=len(_desk.rows_of_clients(site, config)),
+        rows=0 if plan else len(rows),
+        evaluation_rows=0 if kept is None or plan else len(kept),
         base_fingerprint=graft.spec.base_fingerprint,
         spec_sha256=graft.spec.sha256,
-        libraries=f"python {platform.python_version()}, {libraries}",
-        notes=",".join(_desk.notes.get(site.name, ())),
+        libraries=", ".join([f"python {platform.python_version()}", *_libraries()]),
+        notes="" if plan else ",".join(_desk.notes.get(site.name, ())),
     )
-    site.record("hello", run=config.run.name, rows=reply.rows, spec_sha256=reply.spec_sha256)
+    site.record("hello", run=config.run.name, rows=len(rows), spec_sha256=reply.spec_sha256)
     return to_record(reply)
 
 
-def _load(site: Site, config: RunConfig, round_: int = 0) -> Graft:
-    """Return the graft, if the site's policy allows the run and the base model."""
+def _libraries() -> list[str]:
+    return [f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft")]
+
+
+def _load(site: Site, config: RunConfig, round_: int = 0) -> tuple[Graft, Plan | None]:
+    """Return the graft and the privacy plan, if the site's policy allows the run, the base model and the plan."""
     site.policy.check_run(config, round_)
     graft = _desk.graft(site, config)
     site.policy.check_base(graft.spec.base_fingerprint)
-    return graft
+    plan = make_plan(config, graft.spec.size)
+    site.policy.check_privacy(plan, config.privacy)
+    if config.privacy.examples.enabled:
+        dp_sgd.check_supported(graft)
+    return graft, plan
 
 
 def _train(site: Site, content: RecordDict) -> RecordDict:
     request = from_record(TrainRequest, content)
-    config = site_config(request.config)
-    graft, received = _receive(site, config, request, content)
-    rows = _train_rows(site, config)
-    site.policy.check_steps(steps_per_round(len(rows), config.train))
-    plan = Plan(
-        seed=config.run.seed,
-        site=site.name,
-        round=request.round,
-        schedule_start=request.schedule_start,
-        schedule_stop=request.schedule_stop,
-        proximal_mu=config.strategy.proximal_mu,
-        deadline_s=request.deadline_s,
-    )
-    trained = train(graft, rows, config.train, plan, _desk.watch)
-    update = make_update(graft.read(), received)
-    shared = site.policy.may_leave({"loss": trained.loss})
+    job, plan = _job(site, request, content)
+    if plan is not None:
+        _only_masked(plan, False)
+        levels = protected_sum(site, job, plan)
+        return to_record(
+            PrivateReply(site.name, request.round, request.nonce), encode_levels(levels, plan.modulus_bits)
+        )
+    update, trained, rows = train_openly(job)
+    _spend(site, job, None, {})
+    hidden = job.config.privacy.examples.enabled  # the loss is a function of the rows, and no noise is on it
+    shared = {} if hidden else site.policy.may_leave({"loss": trained.loss})
     reply = TrainReply(
         site=site.name,
         round=request.round,
         nonce=request.nonce,
-        rows=len(rows),
+        rows=rows,
         steps=trained.steps,
         loss=shared.get("loss", 0.0),
         loss_shared="loss" in shared,
         seconds=trained.seconds,
     )
-    arrays = encode(update, graft.spec)
+    arrays = encode(update, job.graft.spec)
     sent = {"bytes": sum(len(array.data) for array in arrays.values()), "update_sha256": sha256(update)}
-    site.record("trained", run=config.run.name, round=request.round, steps=trained.steps, **sent)
+    site.record("trained", run=job.config.run.name, round=request.round, steps=trained.steps, **sent)
     return to_record(reply, arrays)
+
+
+def _job(site: Site, request: TrainRequest, content: RecordDict) -> tuple[Job, Plan | None]:
+    """Return what the site is to do, and the privacy plan, once everything about the request was checked."""
+    config = site_config(request.config)
+    graft, received, plan = _receive(site, config, request, content)
+    encoded = _train_rows(site, config)
+    clients = asked_clients(site.name, _desk.rows_of_clients(site, config), request.clients)
+    site.policy.check_steps(max(steps_per_round(len(rows), config.train) for rows in clients.values()))
+    tail = partial(_desk.tail, site, config)
+    return Job(graft, encoded, clients, config, request, received, _desk.watch, tail), plan
+
+
+def protected_sum(site: Site, job: Job, plan: Plan) -> Levels:
+    """Return the protected sum of the site's updates; it is in the site's own ledger before it is returned.
+
+    Raises:
+        PolicyError: the site's budget does not allow it.
+    """
+    levels = train_privately(job, plan)
+    # A site that is asked knows that it is in the round: nothing is amplified for it.
+    seen = {who: (replace(release, sampling_probability=1.0), 1) for who, release in plan.seen().items()}
+    _spend(site, job, plan, seen)
+    told = {"clients": len(job.clients), "private": plan.private, "mode": plan.mode}
+    site.record("trained", run=job.config.run.name, round=job.request.round, **told)
+    return levels
+
+
+def _spend(site: Site, job: Job, plan: Plan | None, seen: Mapping[Adversary, tuple[Release, int]]) -> None:
+    """Write into the site's own ledger, before it leaves, what an upload shows of its clients and of their rows."""
+    path, releases = site.ledger_path(), {**seen, **row_releases(job)}
+    if path is not None and releases:
+        spend(site_ledger(path, site.policy, plan), releases, job.config.run.name, job.request.round)
+
+
+def _only_masked(plan: Plan | None, masked: bool) -> Plan:
+    """Refuse a step that the run's settings do not have: an unmasked upload under secure aggregation, above all."""
+    if plan is None or plan.secure_aggregation != masked:
+        raise SecureAggregationError("a step that does not belong to the run", "what its settings say")
+    return plan
+
+
+def _step(step: str, state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
+    """Do one of the steps of secure aggregation in which nothing is trained."""
+    request, fields = from_record(StageRequest, content), beside(content)
+    config = site_config(request.config)
+    plan = _only_masked(_load(site, config, request.round)[1], True)
+    if step == "keys":
+        sent = secagg.answer_keys(state, request.session, site.name)
+    elif step == "shares":
+        own = len(_desk.rows_of_clients(site, config))
+        sent = secagg.answer_shares(state, request.session, fields, plan, own)
+    else:
+        sent = secagg.answer_unmask(state, request.session, fields, plan)
+        site.record("unmasked", run=config.run.name, round=request.round, survivors=len(fields["survivors"]))
+    return to_record(PrivateReply(site.name, request.round, request.nonce), None, sent)
+
+
+def _masked(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
+    """Train, and send the protected sum under its masks."""
+    request, fields = from_record(TrainRequest, content), beside(content)
+    job, plan = _job(site, request, content)
+    plan = _only_masked(plan, True)
+    if request.clients:
+        raise SecureAggregationError("some of this site's clients", "all of them: the others' noise belongs to the sum")
+    secagg.open_shares(state, fields)
+    levels = secagg.mask(state, fields["session"], protected_sum(site, job, plan), plan.modulus_bits)
+    return to_record(PrivateReply(site.name, request.round, request.nonce), encode_levels(levels, plan.modulus_bits))
 
 
 def _evaluate(site: Site, content: RecordDict) -> RecordDict:
@@ -186,7 +262,7 @@ def _evaluate(site: Site, content: RecordDict) -> RecordDict:
 
     request = from_record(EvaluateRequest, content)
     config = site_config(request.config)
-    graft, _ = _receive(site, config, request, content)
+    graft, _, _ = _receive(site, config, request, content)
     rows = _desk.rows(site, config, "evaluation")
     if rows is None:
         raise DataError(
@@ -203,16 +279,16 @@ def _evaluate(site: Site, content: RecordDict) -> RecordDict:
 
 def _receive(
     site: Site, config: RunConfig, request: TrainRequest | EvaluateRequest, content: RecordDict
-) -> tuple[Graft, Vector]:
+) -> tuple[Graft, Vector, Plan | None]:
     """Check that both sides mean the same adapter, and set it to the received values."""
-    graft, theirs = _load(site, config, request.round), request.spec_sha256
+    (graft, plan), theirs = _load(site, config, request.round), request.spec_sha256
     if graft.spec.sha256 != theirs:
         raise SpecError(f"the server's adapter spec {theirs[:12]}", f"{graft.spec.sha256[:12]}, this site's")
     arrays = content.array_records.get("arrays")
     if not isinstance(arrays, ArrayRecord):
         raise WireError("no adapter in the message", "one array", code="keys")
     graft.write(decode(arrays, graft.spec))
-    return graft, graft.read()  # as the parameters hold it: 16-bit ones have rounded it
+    return graft, graft.read(), plan  # as the parameters hold it: 16-bit ones have rounded it
 
 
 def _train_rows(site: Site, config: RunConfig) -> Encoded:

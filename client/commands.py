@@ -19,7 +19,7 @@ name = "{name}"                    # stable, unique in the federation: letters, 
 # audit = "audit.jsonl"            # what this site was asked and answered; "" for none
 
 [data]
-train = "{train}"            # .csv, .tsv, .jsonl or .parquet; relative to this file
+train = "{train}"            # .csv, .tsv, .jsonl, .parquet or .txt; images: idx or a folder; relative to this file
 # evaluation = "held-out.csv"      # rows for evaluating at the site; leave out for none
 # min_rows = 2                     # refuse to train on fewer rows
 # header = true                    # CSV and TSV: the first line holds the column names
@@ -175,13 +175,12 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
     _say(f"{file}: site {site.name}, {len(site.models)} models")
     if run is None:
         path = site.folder / site.data.train
-        _say(f"{site.data.train}: {'there' if path.is_file() else 'MISSING'}; --run FILE tries it against a run")
+        _say(f"{site.data.train}: {'there' if path.exists() else 'MISSING'}; --run FILE tries it against a run")
         return
     config = config_file.read(run, overrides)
     task = TASKS.get(config.task.name)(config.task)
     shard = site.train_shard(task)
-    notes = f" ({', '.join(shard.notes)})" if shard.notes else ""
-    _say(f"{site.data.train}: {len(shard)} rows for {config.task.name}{notes}")
+    _say(f"{site.data.train}: {len(shard)} rows for {config.task.name}{_noted(shard.notes)}")
     kept = site.evaluation_shard(task)
     _say(f"{site.data.evaluation}: {len(kept)} rows" if kept else "no evaluation rows")
     source = site.model_source(config.model.name)
@@ -190,12 +189,15 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
     graft = load_graft(config, source, config.run.seed)
     _say(f"{config.model.name}: {source}, fingerprint {graft.spec.base_fingerprint[:12]}, on {graft.device}")
     sizes = f"{graft.spec.parameters('adapter')} adapter and {graft.spec.parameters('head')} head parameters"
-    _say(
-        f"would leave this site in the hello: its name, its number of rows{notes}, fingerprints, versions of libraries"
-    )
+    rows = f"its number of rows{_noted(shard.notes + graft.task.encode(shard, graft.base).notes)}"
+    _say(f"would leave this site in the hello: its name, {rows}, fingerprints, versions of libraries")
     _say(f"would leave it in each round: {sizes}, {graft.spec.size_bytes:,} bytes, and loss, rows, steps, seconds")
     if kept:
         _say("would leave it where the run evaluates at sites: metrics on the evaluation rows, and their number")
+
+
+def _noted(notes: Sequence[str]) -> str:
+    return f" ({', '.join(notes)})" if notes else ""
 
 
 def _say(text: str) -> None:

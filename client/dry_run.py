@@ -24,13 +24,13 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
     """Yield a title and the content of each reply.
 
     Args:
-        site: its audit log is left alone.
+        site: its audit log and its privacy account are left alone.
         config: the run, as its operator would send it.
 
     Raises:
         TsugikiError: the site would refuse; the code is what the server would see.
     """
-    quiet = replace(site, site=site.site.model_copy(update={"audit": ""}))
+    quiet = replace(site, site=site.site.model_copy(update={"audit": "", "ledger": ""}))
     app = make_app(lambda context: quiet)
     yield "hello", _ask(app, "query", to_record(HelloRequest(config.for_sites(), __version__)))
     graft = load_graft(config, site.model_source(config.model.name), config.run.seed)
@@ -42,6 +42,7 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
         schedule_stop=1.0 / config.run.rounds,
         deadline_s=config.strategy.round_timeout_s,
         nonce="0" * 16,
+        clients="",
     )
     arrays = encode(graft.initial, graft.spec)
     yield "round 1", _ask(app, "train", to_record(request, arrays))

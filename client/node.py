@@ -30,6 +30,8 @@ log = logging.getLogger("tsugiki.client")
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 3.0
 PAUSE_GROWTH = 1.1
 """The pause is then a tenth of the time since the last message: what polling adds to a wait, and what it costs."""
+_ASKED_ANEW = ("query", "evaluate")
+"""A hello is a question about now, and an evaluation can be repeated."""
 GRACE_S = 5.0
 """How long the message at work may still take after the first signal, and then how long sending may take."""
 
@@ -100,7 +102,7 @@ class Node:
         self._app, self._connection, self._node_config = app, connection, node_config
         self._status, self._ending = status, ending
         self._contexts: dict[int, Context] = {}
-        self._trained: tuple[tuple[int, str, str], RecordDict] | None = None
+        self._answers: dict[str, tuple[tuple[int, str], RecordDict]] = {}
 
     def run(self, sleep: Callable[[float], None] = time.sleep) -> None:
         """Answer messages, one at a time.
@@ -121,7 +123,7 @@ class Node:
     def _answer(self, envelope: Message, tree: Any) -> None:
         from client.channel import RunOver
 
-        kind, group = envelope.metadata.message_type.split(".")[0], envelope.metadata.group_id
+        kind, group = envelope.metadata.message_type, envelope.metadata.group_id
         down, up, started = self._connection.bytes_down, self._connection.bytes_up, time.perf_counter()
         self._status.begins(kind, group)
         try:
@@ -143,8 +145,8 @@ class Node:
     def _handle(self, message: Message) -> Message:
         """Return the app's reply; whatever the app lets through becomes a code, and the node lives on.
 
-        A round that is asked for twice, because a server could not know that its message had arrived, is answered with
-        the same update: nothing is trained, nor drawn, twice. Its nonce makes a request unique.
+        What is asked for twice, because a server could not know that its message had arrived, is answered as before:
+        nothing is trained, drawn, masked or opened twice. A nonce makes each request unique.
         """
         from flwr.app import Message
 
@@ -152,19 +154,19 @@ class Node:
 
         try:
             run_id, kind = message.metadata.run_id, message.metadata.message_type
-            context, asked = self._context(run_id), (run_id, kind, message.content.object_id)
-            if self._trained is not None and self._trained[0] == asked:
-                return Message(self._trained[1], reply_to=message)
+            context, asked = self._context(run_id), (run_id, message.content.object_id)
+            if kind in self._answers and self._answers[kind][0] == asked:
+                return Message(self._answers[kind][1], reply_to=message)
             reply = self._app(message, context)
-            if kind == "train" and reply.has_content():
-                self._trained = (asked, reply.content)
+            if kind not in _ASKED_ANEW and reply.has_content():
+                self._answers[kind] = (asked, reply.content)
             return reply
         except Exception as error:
             log.exception("the ClientApp failed")
             return error_reply(getattr(error, "code", "") or f"client-error:{type(error).__name__}", message)
 
     def _context(self, run_id: int) -> Context:
-        """Return the run's Context; the last one only is kept, as nothing lives in it."""
+        """Return the run's Context; the last one only is kept: a session of secure aggregation does not outlive it."""
         from flwr.app import Context, RecordDict
         from flwr.supercore.task_identity import TaskIdentity
 

@@ -7,6 +7,15 @@ import time
 from typing import Any
 
 REFRESH_S = 0.25
+_WORDS = {
+    "query": "hello",
+    "query.keys": "exchanging keys",
+    "query.shares": "exchanging shares",
+    "query.unmask": "opening the sum",
+    "train": "training",
+    "train.masked": "training, masked",
+    "evaluate": "evaluating",
+}
 
 
 class Lines:
@@ -76,9 +85,9 @@ def choose() -> Lines:
 
 def describe(kind: str, group: str) -> str:
     """Return what a message asks for, in words. `group` is the server's, so that only digits of it are shown."""
-    words = {"query": "hello", "train": "training", "evaluate": "evaluating"}
+    words = _WORDS.get(kind) or _WORDS.get(kind.split(".")[0], "unknown")
     number = group if group.isdigit() and len(group) < 7 else ""
-    return f"round {number}: {words.get(kind, 'unknown')}" if number else words.get(kind, "unknown")
+    return f"round {number}: {words}" if number else words
 
 
 def size(count: int) -> str:

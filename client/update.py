@@ -1,9 +1,16 @@
-"""From trained parameters to what leaves the site: local minus received adapter."""
+"""From trained parameters to what leaves the site: local minus received adapter; under privacy, clipped and noised."""
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from common.privacy.clipping import Levels, clip
+from common.privacy.noise import noise_generator
+from common.privacy.plan import Plan
 from common.wire import Vector
 
 
@@ -13,3 +20,41 @@ def make_update(local: Vector, received: Vector) -> Vector:
     A site that has not trained sends exact zeros. Clipping and noise, where a run asks for them, come after this step.
     """
     return (local.astype(np.float64) - received).astype(np.float32)
+
+
+@dataclass
+class ProtectedSum:
+    """The sum of clients' updates, each clipped and noised by itself; only the sum leaves.
+
+    Args:
+        plan: the privacy plan.
+        insecure_noise_seed: tests only; see `common.privacy.noise`.
+        levels: the sum so far, shape (size,).
+        clients: in it.
+        clipped: of them, how many were longer than the clip norm or not finite. Stays at the site.
+    """
+
+    plan: Plan
+    insecure_noise_seed: int
+    levels: Levels
+    clients: int = 0
+    clipped: int = 0
+
+    @classmethod
+    def empty(cls, plan: Plan, insecure_noise_seed: int = 0) -> ProtectedSum:
+        """Return the sum over no client."""
+        return cls(plan, insecure_noise_seed, np.zeros(plan.dimension, np.int64))
+
+    def add(self, updates: npt.NDArray[Any], *purpose: str | int) -> None:
+        """Clip and noise each update, and add it.
+
+        Args:
+            updates: local minus received adapters, in float64, shape (clients, size).
+            purpose: whose, for seeded noise.
+        """
+        clipped = clip(updates, self.plan.clip_norm)
+        draw = noise_generator(self.insecure_noise_seed, *purpose)
+        noise = self.plan.mechanism.client_noise(self.plan, draw, len(updates))
+        self.levels = self.levels + clipped.levels.sum(axis=0) + noise
+        self.clients += len(updates)
+        self.clipped += int(np.sum((clipped.norm > self.plan.clip_norm) | clipped.null))

@@ -7,8 +7,9 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from client import app as module
+from client import cohort
 from client.app import simulated_app
-from client.site import simulated_sites
+from client.simulated import simulated_sites
 from common import __version__
 from common.audit import verify
 from common.errors import DataError, SpecError
@@ -26,6 +27,7 @@ from common.model import load_graft
 from common.wire import decode, encode, sha256
 from server.engines.in_process import InProcessGrid
 from tests.support.federation import CANARIES, CANARY, app_of_sites, site_folder, tiny_config, write_rows
+from tests.support.tiny import tiny_llama
 
 NONCE = "0123456789abcdef"
 
@@ -53,7 +55,7 @@ def ask(config, kind, content, node=1, client=simulated_app):
 
 def train_request(config, graft, /, **fields):
     """Return the content of a train request with the initial adapter."""
-    request = TrainRequest(config.for_sites(), 1, graft.spec.sha256, 0.0, 0.5, 600.0, NONCE)
+    request = TrainRequest(config.for_sites(), 1, graft.spec.sha256, 0.0, 0.5, 600.0, NONCE, "")
     return to_record(replace(request, **fields), encode(graft.initial, graft.spec))
 
 
@@ -86,6 +88,18 @@ def test_hello_notes_what_is_unusual_about_the_training_rows(tmp_path):
     hello = from_record(HelloReply, reply.content)
     assert (hello.site, hello.rows, hello.evaluation_rows) == ("acme", 4, 8)
     assert hello.notes == "shard-one-class"
+
+
+def test_hello_notes_what_was_cut(tmp_path):
+    """Catches: notes of the file alone; a count that the tokeniser made and nobody hears of."""
+    base = tiny_llama(tmp_path / "base")
+    (tmp_path / "titles.txt").write_text("good clause\n\n" + "the bad clause number nine of a party\n" * 2)
+    site = tmp_path / "site.toml"
+    site.write_text(f'[site]\nname = "acme"\n[data]\ntrain = "titles.txt"\n[models]\nbase = "{base}"\n')
+    config = tiny_config(tmp_path, model={"name": "base"}, task={"name": "causal-lm", "max_length": 8})
+    request = to_record(HelloRequest(config.for_sites(), __version__))
+    hello = from_record(HelloReply, ask(config, "query", request, client=app_of_sites([site])).content)
+    assert (hello.rows, hello.notes) == (3, "shard-texts-cut:2")
 
 
 def test_training_answers_with_the_update_alone(config, graft):
@@ -180,7 +194,7 @@ def test_an_exception_leaves_as_a_code_and_stays_in_the_local_log(config, graft,
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(module, "train", fail)
+    monkeypatch.setattr(cohort, "train", fail)
     with caplog.at_level(logging.WARNING):
         reply = ask(config, "train", train_request(config, graft))
     assert code(reply) == expected

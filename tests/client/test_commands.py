@@ -7,6 +7,7 @@ from client.site import read_site
 from common.config_file import to_toml
 from common.errors import ConfigError, DataError, ModelError, UsageError
 from tests.support.federation import leaks, model_folder, site_folder, tiny_config, write_rows
+from tests.support.tiny import tiny_llama
 
 
 def invoke(*arguments):
@@ -99,6 +100,18 @@ def test_check_against_a_run_says_what_would_leave_the_site(tmp_path):
     assert size_bytes == 2 * (adapter + head)
     assert "metrics on the evaluation rows" in lines[6]
     assert leaks(tmp_path / "nowhere", shown) == []
+
+
+def test_check_says_what_the_hello_notes(tmp_path):
+    """Catches: a count that leaves the site although the check does not tell."""
+    base = tiny_llama(tmp_path / "base")
+    (tmp_path / "titles.txt").write_text("good clause\nthe bad clause number nine of a party\n")
+    file, run = tmp_path / "site.toml", tmp_path / "run.toml"
+    file.write_text(f'[site]\nname = "acme"\n[data]\ntrain = "titles.txt"\n[models]\nbase = "{base}"\n')
+    run.write_text(to_toml(tiny_config(tmp_path, model={"name": "base"}, task={"name": "causal-lm", "max_length": 8})))
+    shown = invoke("site", "check", file, "--run", run)
+    assert "titles.txt: 2 rows for causal-lm\n" in shown
+    assert "its number of rows (shard-texts-cut:1), " in shown
 
 
 def test_check_fails_with_the_step_that_fails(tmp_path):

@@ -22,6 +22,9 @@ def test_sizes_are_for_people(count, shown):
         ("evaluate", "12", "round 12: evaluating"),
         ("train", "3\x1b[2J\nroot", "training"),
         ("train", "9" * 400, "training"),
+        ("train.masked", "2", "round 2: training, masked"),
+        ("query.unmask", "2", "round 2: opening the sum"),
+        ("train.default", "2", "round 2: training"),
         ("agent", "1", "round 1: unknown"),
     ],
 )

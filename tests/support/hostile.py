@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import tsugiki
-from client import app
+from client import app, cohort
 from client.channel import RunOver
 from client.connection import Connection
 
@@ -44,7 +44,7 @@ def fail() -> None:
     def train(*arguments: Any) -> Any:
         raise ValueError(PRIVATE)
 
-    app.train = train
+    cohort.train = train
 
 
 if __name__ == "__main__":

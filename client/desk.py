@@ -1,0 +1,54 @@
+"""What a client process keeps between messages: tokenised shards; the base model itself is kept in `common.model`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from client.site import Site
+from client.trainer import Watch
+from common.config import RunConfig
+from common.model import Graft, load_graft
+from common.tasks.base import Encoded, Tail
+
+
+@dataclass
+class Desk:
+    """One for each process."""
+
+    encoded: dict[tuple[str, str, str], Encoded | None] = field(default_factory=dict)
+    clients: dict[tuple[str, str, str], list[list[int]]] = field(default_factory=dict)
+    notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    tails: dict[tuple[str, str, str], tuple[Graft, Tail | None]] = field(default_factory=dict)
+    watch: Watch = lambda step, steps, losses: None
+
+    def graft(self, site: Site, config: RunConfig) -> Graft:
+        """Return the base with the run's adapter on it."""
+        return load_graft(config, site.model_source(config.model.name), config.run.seed)
+
+    def rows(self, site: Site, config: RunConfig, part: str) -> Encoded | None:
+        """Return the site's tokenised rows for "train" or "evaluation"."""
+        graft, key = self.graft(site, config), self._key(site, config, part)
+        if key not in self.encoded:
+            shard = site.train_shard(graft.task) if part == "train" else site.evaluation_shard(graft.task)
+            rows = self.encoded[key] = None if shard is None else graft.task.encode(shard, graft.base)
+            if shard is not None and rows is not None and part == "train":
+                self.notes[site.name] = shard.notes + rows.notes
+                self.clients[key] = site.clients(shard)
+        return self.encoded[key]
+
+    def rows_of_clients(self, site: Site, config: RunConfig) -> list[list[int]]:
+        """Return which of the site's training rows belong to each of its clients."""
+        self.rows(site, config, "train")
+        return self.clients[self._key(site, config, "train")]
+
+    def tail(self, site: Site, config: RunConfig) -> Tail | None:
+        """Return the end of the network with the features of the site's training rows, computed once for a base."""
+        graft, key, rows = self.graft(site, config), self._key(site, config, "train"), self.rows(site, config, "train")
+        if key not in self.tails or self.tails[key][0] is not graft:
+            self.tails = {known: kept for known, kept in self.tails.items() if kept[0] is graft}
+            self.tails[key] = (graft, None if rows is None else graft.task.tail(graft.base, rows))
+        return self.tails[key][1]
+
+    def _key(self, site: Site, config: RunConfig, part: str) -> tuple[str, str, str]:
+        fingerprint = self.graft(site, config).spec.base_fingerprint
+        return site.identity(), part, f"{fingerprint}{config.task.model_dump_json()}"

@@ -1,0 +1,122 @@
+"""A site's part of secure aggregation: the four steps, and what it refuses.
+
+Between the steps a session lives in Flower's `Context.state`. It holds secrets, never leaves the process that keeps the
+context, and loses each secret as soon as it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from common.errors import SecureAggregationError
+from common.privacy import secagg
+from common.privacy.clipping import Levels
+from common.privacy.plan import Plan
+from common.privacy.secagg_clients import check_sum, fewest_sites
+from common.privacy.secagg_messages import (
+    KEYS_BYTES,
+    SEALED_BYTES,
+    SESSION_BYTES,
+    ClientState,
+    check_names,
+    exactly,
+    from_fields,
+    to_fields,
+)
+
+if TYPE_CHECKING:
+    from flwr.app import RecordDict
+
+STATE, COUNTS = "secagg", "secagg-clients"
+"""Records of the context: the session, and how many clients each of its sites has."""
+
+
+def answer_keys(state: RecordDict, session: bytes, site: str) -> dict[str, Any]:
+    """Begin a session, forgetting any before it; return the public keys."""
+    begun = secagg.start(session, site)
+    _keep(state, begun)
+    return {"public_keys": begun.public_keys}
+
+
+def answer_shares(
+    state: RecordDict, session: bytes, fields: Mapping[str, Any], plan: Plan, own_clients: int
+) -> dict[str, Any]:
+    """Share this site's secrets among all sites of the session; return the sealed shares.
+
+    Args:
+        state: of the context.
+        session: its id.
+        fields: everyone's public keys, and how many clients each site has.
+        plan: says how many clients a sum takes.
+        own_clients: how many this site has.
+
+    Raises:
+        SecureAggregationError: another session, too few clients, or a list that cannot be.
+    """
+    kept, keys = _kept(state, session), from_fields("keys", fields, KEYS_BYTES)
+    counts = dict(zip(sorted(keys), _counts(fields.get("clients"), len(keys)), strict=True))
+    if counts.get(kept.name) != own_clients:
+        raise SecureAggregationError("another number of clients for this site", str(own_clients), code="secagg-message")
+    kept, sealed = secagg.make_shares(kept, keys, fewest_sites(counts, plan.min_clients))
+    _keep(state, kept, counts)
+    return to_fields("sealed", sealed)
+
+
+def open_shares(state: RecordDict, fields: Mapping[str, Any]) -> None:
+    """Take in what the others have sealed for this site; to be done before training, which costs more.
+
+    Raises:
+        SecureAggregationError: another session, or shares that do not open.
+    """
+    kept = _kept(state, fields.get("session"))
+    _keep(state, secagg.receive_shares(kept, from_fields("sealed", fields, SEALED_BYTES)))
+
+
+def mask(state: RecordDict, session: Any, levels: Levels, bits: int) -> Levels:
+    """Return this site's protected sum under all its masks: integers that say nothing, shape (size,)."""
+    kept, masked = secagg.mask_vector(_kept(state, session), levels, bits)
+    _keep(state, kept)
+    return masked.view("int64")
+
+
+def answer_unmask(state: RecordDict, session: bytes, fields: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return this site's shares of what opens the sum, once, if it is over enough clients.
+
+    Raises:
+        SecureAggregationError: fewer clients than the plan's, lists that overlap or are not the session's, a second
+            time, or another session. Nothing is given away.
+    """
+    kept = _kept(state, session)
+    survivors, dropped = check_names(fields.get("survivors", [])), check_names(fields.get("dropped", []))
+    record = state.config_records[COUNTS]
+    counts = {name: int(record[name]) for name in survivors if name in record}  # type: ignore[arg-type]  # ours
+    check_sum(counts, plan.min_clients)
+    fewest = fewest_sites({name: int(record[name]) for name in record}, plan.min_clients)  # type: ignore[arg-type]  # ours
+    kept, answer = secagg.answer_unmask(kept, survivors, dropped, fewest)
+    _keep(state, kept)
+    return answer.to_dict()
+
+
+def _counts(value: Any, wanted: int) -> list[int]:
+    if not isinstance(value, list) or len(value) != wanted or not all(type(one) is int and one > 0 for one in value):
+        raise SecureAggregationError("no list of numbers of clients", "one for each site", code="secagg-message")
+    return value
+
+
+def _keep(state: RecordDict, session: ClientState, counts: Mapping[str, int] | None = None) -> None:
+    """Store a session before anything that follows from it is sent."""
+    from flwr.app import ConfigRecord
+
+    state[STATE] = ConfigRecord(session.to_dict())
+    if counts is not None:
+        state[COUNTS] = ConfigRecord(dict(counts))
+
+
+def _kept(state: RecordDict, session: Any) -> ClientState:
+    """Return the stored session, if it is the one that is asked about."""
+    record = state.config_records.get(STATE)
+    kept = None if record is None else ClientState.from_dict(dict(record))
+    if kept is None or kept.session != exactly(session, SESSION_BYTES):
+        raise SecureAggregationError("a session that this site is not in", "the one that it began last")
+    return kept

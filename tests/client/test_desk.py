@@ -1,0 +1,60 @@
+"""What a client process keeps between messages."""
+
+import pytest
+
+from client.desk import Desk
+from client.simulated import simulated_sites
+from common.config import parse
+from common.tasks import TASKS
+from tests.support.federation import tiny_config
+
+
+@pytest.fixture
+def desk():
+    """An empty one."""
+    return Desk()
+
+
+def test_rows_are_encoded_once(desk, tmp_path, monkeypatch):
+    """Catches: a shard that is tokenised anew in every round."""
+    config = tiny_config(tmp_path)
+    task, calls = TASKS.get(config.task.name), []
+    encode = task.encode
+    monkeypatch.setattr(task, "encode", lambda *arguments: calls.append(1) or encode(*arguments))
+    site = simulated_sites(config)[0]
+    first = desk.rows(site, config, "train")
+    assert desk.rows(site, config, "train") is first
+    assert len(calls) == 1
+
+
+def test_other_rows_or_another_cut_are_other_entries(desk, tmp_path):
+    """Catches: one site trained on another's rows; texts cut as in an earlier run."""
+    config = tiny_config(tmp_path)
+    one, other = simulated_sites(config)
+    shorter = parse({**config.model_dump(mode="json"), "task": {**config.task.model_dump(), "max_length": 8}})
+    found = [desk.rows(one, config, "train"), desk.rows(other, config, "train"), desk.rows(one, shorter, "train")]
+    assert len({id(rows) for rows in found}) == 3
+    assert (
+        max(len(row) for row in found[2].texts["input_ids"]) <= 8 < max(len(row) for row in found[0].texts["input_ids"])
+    )
+
+
+def test_a_site_without_evaluation_rows(desk, tmp_path):
+    """Catches: a missing file read again at every evaluation, or as an error."""
+    config = tiny_config(tmp_path)
+    assert desk.rows(simulated_sites(config)[0], config, "evaluation") is None
+
+
+def test_clients_of_a_gateway(desk, tmp_path):
+    """Catches: clients' rows looked up in the file instead of in what was encoded."""
+    config = tiny_config(tmp_path, simulation={"clients": 6, "clients_per_site": 3})
+    site = simulated_sites(config)[0]
+    clients = desk.rows_of_clients(site, config)
+    assert [len(rows) for rows in clients] == [4, 4, 4]
+    assert sorted(row for rows in clients for row in rows) == list(range(len(desk.rows(site, config, "train"))))
+
+
+def test_a_task_without_a_tail_has_none(desk, tmp_path):
+    """Catches: text classifiers trained together, whose adapters are inside the network."""
+    config = tiny_config(tmp_path)
+    assert desk.tail(simulated_sites(config)[0], config) is None
