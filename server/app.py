@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,18 @@ from common import __version__
 from common.audit import AuditLog
 from common.config import RunConfig
 from common.config_file import from_run_config, to_toml, with_absolute_paths
+from common.errors import StorageError
 from common.files import read_lines, write_atomically
 from common.model import Graft, load_graft
+from common.privacy.plan import make_plan, resolve
 from common.wire import AdapterSpec, sha256, unpack
 from server import checkpoint
 from server.checkpoint import State
 from server.engines.grid import Stop
 from server.evaluate import make_evaluator
-from server.loop import Parts, initial_state, run_rounds
+from server.loop import initial_state, run_rounds
+from server.parts import Parts
+from server.privacy import Privacy, open_privacy, rows_summary
 from server.progress import Progress, choose
 from server.roster import Roster
 from server.storage import run_folder
@@ -46,6 +50,7 @@ def run_federation(
     progress: Progress | None = None,
     stop: Stop | None = None,
     names: Callable[[], Mapping[int, str]] | None = None,
+    simulated: bool = False,
 ) -> Outcome:
     """Run a whole federation on a Grid, whichever engine lends it.
 
@@ -57,6 +62,7 @@ def run_federation(
         progress: shows what happens.
         stop: set to end the run at the next chance.
         names: returns the names under which nodes' keys are registered, by node id; None: nodes have no keys.
+        simulated: the clients exist in this run only, and so does their privacy ledger.
 
     Raises:
         TsugikiError: the run cannot start or go on; the class says why, and the last checkpoint is kept.
@@ -65,9 +71,10 @@ def run_federation(
     progress, stop = progress or Progress(), stop or Stop()
     with run_folder(Path(config.run.output_dir) / config.run.name, resume=resume) as folder:
         graft = load_graft(config, config.model.name, config.run.seed)
+        config = resolve(config, graft.spec.size)
         evaluator = make_evaluator(graft, config)
         if limit := getattr(grid, "limit_replies", None):
-            limit(graft.spec.size_bytes)
+            limit(graft.spec.size * 8)  # whatever is exchanged, a number takes at most eight bytes
         if resume and previous:
             checkpoint.promote_previous(folder / "checkpoint")
         if not resume:  # before the first checkpoint: a folder with either can be resumed
@@ -84,13 +91,16 @@ def run_federation(
             spec_sha256=graft.spec.sha256,
             base_fingerprint=graft.spec.base_fingerprint,
         )
+        ledger = _ledger_path(config, folder, simulated)
+        privacy = open_privacy(config, graft.spec.size, ledger, audit, state.round)
         with progress:
             roster = Roster(grid, config, graft.spec, audit, stop, names)
             roster.wait(lambda count: progress.note(f"{count} of {config.strategy.min_clients} nodes connected"))
             lower = config.monitor in graft.task.lower_is_better
-            parts = Parts(config, graft.spec, grid, roster, evaluator, lower, folder, audit, progress, stop)
+            parts = Parts(config, graft.spec, grid, roster, evaluator, lower, folder, audit, progress, stop, privacy)
             state = run_rounds(parts, state)
-        summary = summarise(config, graft, state, read_lines(folder / "metrics.jsonl"))
+        summary = summarise(config, graft, state, read_lines(folder / "metrics.jsonl"), privacy)
+        summary["rows_privacy"] = rows_summary(folder, config.privacy.examples.delta)
         write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
         _save_best(folder / "best", graft.spec, state)
         audit.write("finished", round=state.round, adapter_sha256=sha256(state.vector), best_round=state.best_round)
@@ -99,11 +109,39 @@ def run_federation(
 
 def _first_state(folder: Path, config: RunConfig, graft: Graft, resume: bool) -> State:
     """Return the last checkpoint's state, or that before training: checkpointed too, so that every run can go on."""
+    plan = make_plan(config, graft.spec.size)
+    frozen = None if plan is None else asdict(plan)
     if resume and any(folder.glob("*.json")):
-        return checkpoint.load(folder, config.sha256, graft.spec.sha256)
-    state = initial_state(graft.initial)
+        state = checkpoint.load(folder, config.sha256, graft.spec.sha256)
+        _check_plan(state.plan or {}, frozen or {})
+        return state
+    state = initial_state(graft.initial, frozen)
     checkpoint.save(folder, state, config.sha256, graft.spec.sha256)
     return state
+
+
+def _check_plan(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Do nothing if a run goes on under the privacy plan that it was started with.
+
+    Raises:
+        StorageError: `plan-changed`, with what differs.
+    """
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if names:
+        raise StorageError(
+            "the privacy plan has changed: "
+            + ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in names),
+            "the plan that the run was started with: its account holds for no other",
+            "resume with the same [privacy] settings and versions, or start a new run on the same ledger",
+            code="plan-changed",
+        )
+
+
+def _ledger_path(config: RunConfig, folder: Path, simulated: bool) -> Path:
+    """Return where the clients' privacy ledger is."""
+    if config.privacy.ledger:
+        return Path(config.privacy.ledger)
+    return (folder if simulated else folder.parent) / "privacy-ledger.jsonl"
 
 
 def _describe_spec(spec: AdapterSpec) -> bytes:
@@ -140,15 +178,19 @@ def _save_best(folder: Path, spec: AdapterSpec, state: State) -> None:
     write_atomically(folder / "adapter.safetensors", save(unpack(state.best_vector, spec)))
 
 
-def summarise(config: RunConfig, graft: Graft, state: State, lines: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(
+    config: RunConfig, graft: Graft, state: State, lines: list[dict[str, Any]], privacy: Privacy | None = None
+) -> dict[str, Any]:
     """Return summary.json: the run in one look."""
     rounds = [line for line in lines if not line.get("voided")]
     evaluated = [line for line in rounds if "eval" in line]
     best = next((line for line in evaluated if line["round"] == state.best_round), None)
+    out_of_budget = privacy is not None and privacy.exhausted()
+    unfinished = "budget-exhausted" if out_of_budget else "early"
     return {
         "name": config.run.name,
         "rounds": state.round,
-        "stopped": "finished" if state.round == config.run.rounds else "early",
+        "stopped": "finished" if state.round == config.run.rounds else unfinished,
         "task": config.task.name,
         "method": config.adapter.method,
         "strategy": config.strategy.name,
@@ -167,6 +209,7 @@ def summarise(config: RunConfig, graft: Graft, state: State, lines: list[dict[st
         "bytes_down": sum(line.get("bytes_down", 0) for line in lines),
         "bytes_up": sum(line.get("bytes_up", 0) for line in lines),
         "seconds": sum(sum(line["seconds"].values()) for line in lines),
+        "privacy": privacy.summary() if privacy else {"mode": "none"},
     }
 
 

@@ -33,7 +33,7 @@ def centralised(config: RunConfig, sites: int) -> RunConfig:
     raw["run"]["rounds"] = 1
     raw["train"]["local_steps"] = config.train.local_steps * config.run.rounds * sites
     raw["train"]["local_epochs"] = config.train.local_epochs * config.run.rounds
-    raw["simulation"] |= {"partition": "iid", "column": "", "clients": 1}
+    raw["simulation"] |= {"partition": "iid", "column": "", "clients": 1, "clients_per_site": 1}
     return parse(raw)
 
 
@@ -45,6 +45,7 @@ def local_only(config: RunConfig) -> RunConfig:
 def _alone(config: RunConfig) -> dict[str, Any]:
     raw = config.model_dump(mode="json")
     raw["strategy"] = {"name": "fedavg", "min_clients": 1, "round_timeout_s": 604_800.0}
+    raw["privacy"] = {"mode": "none"}  # what is compared with keeps nothing back from itself
     raw["strategy"]["max_update_norm"] = sys.float_info.max  # an update may be the whole training here
     raw["evaluation"] |= {"data": "", "at_sites": False, "early_stopping_patience": 0}
     return raw

@@ -20,7 +20,7 @@ from common.errors import StorageError
 from common.files import unwritable, write_atomically
 from common.wire import Vector
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class State:
         evaluations_since_best: counts towards early stopping.
         strategy: what the strategy remembers.
         record: the last round's line for metrics.jsonl, until its evaluation is in it and it is written.
+        plan: the privacy plan that the run is bound to; None for a run without privacy.
     """
 
     vector: Vector
@@ -48,6 +49,7 @@ class State:
     evaluations_since_best: int = 0
     strategy: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] | None = None
 
 
 def save(folder: Path, state: State, config_sha256: str, spec_sha256: str) -> None:
@@ -83,7 +85,7 @@ def save(folder: Path, state: State, config_sha256: str, spec_sha256: str) -> No
     _remove_unnamed(folder)
 
 
-_PLAIN = ("round", "evaluated_round", "best_metric", "best_round", "evaluations_since_best", "record")
+_PLAIN = ("round", "evaluated_round", "best_metric", "best_round", "evaluations_since_best", "record", "plan")
 
 
 def load(folder: Path, config_sha256: str, spec_sha256: str) -> State:
@@ -95,8 +97,8 @@ def load(folder: Path, config_sha256: str, spec_sha256: str) -> State:
         spec_sha256: of the adapter that it loaded.
 
     Raises:
-        StorageError: `checkpoint-missing`, `checkpoint-corrupt`, `checkpoint-foreign` or `checkpoint-newer`, with the
-            file and the field.
+        StorageError: `checkpoint-missing`, `checkpoint-corrupt`, `checkpoint-foreign`, `checkpoint-newer` or
+            `checkpoint-older`, with the file and the field.
     """
     manifest = folder / "current.json"
     body = _read_manifest(manifest)
@@ -110,7 +112,8 @@ def load(folder: Path, config_sha256: str, spec_sha256: str) -> State:
             )
     tensors = _read_tensors(folder / body["tensors"], body["tensors_sha256"], manifest)
     strategy = {name.removeprefix("strategy."): tensors[name] for name in tensors if name.startswith("strategy.")}
-    return State(tensors["vector"], tensors["best_vector"], **{name: body[name] for name in _PLAIN}, strategy=strategy)
+    plain = {name: body[name] for name in _PLAIN}
+    return State(tensors["vector"], tensors["best_vector"], **plain, strategy=strategy)
 
 
 def promote_previous(folder: Path) -> None:
@@ -134,12 +137,13 @@ def _read_manifest(manifest: Path) -> dict[str, Any]:
         raise _corrupt(manifest, "JSON") from error
     if not isinstance(body, dict) or not isinstance(body.get("format"), int):
         raise _corrupt(manifest, "format")
-    if body["format"] > FORMAT_VERSION:
+    if body["format"] != FORMAT_VERSION:
+        newer = body["format"] > FORMAT_VERSION
         raise StorageError(
             f"{manifest}: format {body['format']}",
-            f"at most {FORMAT_VERSION}",
-            "update Tsugiki",
-            code="checkpoint-newer",
+            f"{FORMAT_VERSION}",
+            "update Tsugiki" if newer else "resume with the version of Tsugiki that started the run",
+            code="checkpoint-newer" if newer else "checkpoint-older",
         )
     if body.get("sha256") != _hash({key: value for key, value in body.items() if key != "sha256"}):
         raise _corrupt(manifest, "sha256")

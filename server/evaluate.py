@@ -48,13 +48,9 @@ def _check_monitor(graft: Graft, config: RunConfig, encoded: Encoded) -> None:
     """Refuse a metric that these rows do not give, before any site is contacted: the name of one is found by trying."""
     import torch
 
-    few = Encoded(
-        {name: rows[:_FEW] for name, rows in encoded.texts.items()},
-        None if encoded.targets is None else encoded.targets[:_FEW],
-    )
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so few rows may have no correlation
-        names = graft.task.evaluate(graft.base, few, _FEW)
+        names = graft.task.evaluate(graft.base, encoded.first(_FEW), _FEW)
     if config.monitor not in names:
         problem = Problem(
             "evaluation.monitor", repr(config.monitor), f"one of {', '.join(names)}", "choose one of these"

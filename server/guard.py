@@ -7,12 +7,15 @@ compared with what was asked of that site in that round, and with what the site 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from common.errors import WireError
-from common.messages import EvaluateReply, TrainReply, error_code, from_record
-from common.wire import AdapterSpec, Vector, decode, l2_norm
+from common.errors import SecureAggregationError, WireError
+from common.messages import BESIDE, EvaluateReply, PrivateReply, TrainReply, beside, error_code, from_record
+from common.privacy.clipping import LEVELS, Levels
+from common.privacy.plan import Plan
+from common.wire import AdapterSpec, Vector, decode, decode_levels, l2_norm
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
@@ -28,6 +31,7 @@ class Asked:
         round: counted from 1.
         nonce: what the reply has to repeat.
         rows: from the hello; no reply weighs more.
+        clients: how many of the site's clients were asked.
     """
 
     site: str
@@ -35,6 +39,7 @@ class Asked:
     round: int
     nonce: str
     rows: int
+    clients: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,30 @@ class Accepted:
     steps: int
     seconds: float
     norm: float
+    size_bytes: int
+    clients: int = 1
+
+
+@dataclass(frozen=True)
+class AcceptedSum:
+    """A private reply that passed: the protected sum over a site's clients, in levels, shape (size,), and no more.
+
+    Under secure aggregation it is masked: what it holds are integers modulo 2^bits without any meaning.
+    """
+
+    site: str
+    levels: Levels
+    clients: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class AcceptedStep:
+    """A site's answer to a step of secure aggregation that passed, read."""
+
+    site: str
+    read: Any
+    clients: int
     size_bytes: int
 
 
@@ -90,7 +119,55 @@ def check(reply: Message, asked: Asked, spec: AdapterSpec, max_update_norm: floa
     if norm > max_update_norm:
         return Rejected(asked.site, "norm", f"{norm:.4g}, allowed {max_update_norm:g}", size)
     loss = answer.loss if answer.loss_shared else None
-    return Accepted(asked.site, update, weight, loss, answer.steps, answer.seconds, norm, size)
+    return Accepted(asked.site, update, weight, loss, answer.steps, answer.seconds, norm, size, asked.clients)
+
+
+def check_private(reply: Message, asked: Asked, plan: Plan, masked: bool = False) -> AcceptedSum | Rejected:
+    """Accept or reject a reply of a private run.
+
+    What was not noised at the site has to be within the clip norm, exactly. With noise on it, the bound leaves eight
+    standard deviations. A masked upload is uniform whatever is in it: nothing can be said about it.
+    """
+    if reply.has_error():
+        code = error_code(reply)
+        return Rejected(asked.site, DROPOUT, code) if code in GONE else Rejected(asked.site, code)
+    size = array_bytes(reply.content)
+    try:
+        answer = from_record(PrivateReply, reply.content)
+        _check_origin(answer, asked)
+        arrays = reply.content.array_records.get("arrays")
+        if arrays is None or set(reply.content) != {"reply", "arrays"}:
+            raise WireError("other records than reply and arrays", code="keys")
+        levels = decode_levels(arrays, plan.dimension, plan.modulus_bits)
+    except WireError as error:
+        return Rejected(asked.site, error.code, str(error), size)
+    norm = l2_norm(levels)
+    noise = math.sqrt(plan.mechanism.client_variance(plan) * asked.clients)
+    most = asked.clients * LEVELS + noise * (math.sqrt(plan.dimension) + 8)
+    if not masked and norm > most * (1 + 1e-12):
+        return Rejected(asked.site, "norm", f"{norm / LEVELS:.4g} clip norms, allowed {most / LEVELS:.4g}", size)
+    return AcceptedSum(asked.site, levels, asked.clients, size)
+
+
+def check_step(reply: Message, asked: Asked, read: Callable[[dict[str, Any]], Any]) -> AcceptedStep | Rejected:
+    """Accept or reject an answer to a step of secure aggregation.
+
+    Args:
+        reply: of the site.
+        asked: what it was asked.
+        read: turns the fields into what they mean; raises SecureAggregationError for what is malformed.
+    """
+    if reply.has_error():
+        code = error_code(reply)
+        return Rejected(asked.site, DROPOUT, code) if code in GONE else Rejected(asked.site, code)
+    try:
+        _check_origin(from_record(PrivateReply, reply.content), asked)
+        if set(reply.content) != {"reply", BESIDE}:
+            raise WireError(f"other records than reply and {BESIDE}", code="keys")
+        value = read(beside(reply.content))
+    except (WireError, SecureAggregationError) as error:
+        return Rejected(asked.site, error.code, str(error))
+    return AcceptedStep(asked.site, value, asked.clients, reply.content.config_records[BESIDE].count_bytes())
 
 
 def check_evaluation(reply: Message, asked: Asked) -> tuple[dict[str, float], int] | Rejected:
@@ -108,7 +185,7 @@ def check_evaluation(reply: Message, asked: Asked) -> tuple[dict[str, float], in
         return Rejected(asked.site, error.code, str(error))
 
 
-def _check_origin(answer: TrainReply | EvaluateReply, asked: Asked) -> None:
+def _check_origin(answer: TrainReply | PrivateReply | EvaluateReply, asked: Asked) -> None:
     if answer.site != asked.site:
         raise WireError("another site's name", code="site")
     if answer.round != asked.round or answer.nonce != asked.nonce:

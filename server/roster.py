@@ -27,18 +27,23 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
 
+MOST_CLIENTS = 10**6
+"""Of one site: a gateway that says more is not believed."""
+GREETING_S = 5.0
+"""How long nodes wait for others before they are greeted: as gateways, a few may bring clients enough."""
 HELLO_PATIENCE_S = 20.0
 """How long a round waits for the hello of a node that is new to it."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A site that passed the hello."""
+    """A site that passed the hello. In a private run its numbers of rows are withheld, and 0."""
 
     name: str
     node_id: int
     rows: int
     evaluation_rows: int
+    clients: int = 1
 
 
 class Roster:
@@ -75,6 +80,10 @@ class Roster:
         members = sorted((entry for entry in found if isinstance(entry, Member)), key=lambda member: member.name)
         return {member.name: member for member in members}
 
+    def clients(self) -> int:
+        """Return how many clients the connected sites have."""
+        return sum(member.clients for member in self.members().values())
+
     def refused(self) -> dict[int, str]:
         """Return the nodes that failed the hello, with their codes."""
         return {node: entry for node, entry in self._known.items() if isinstance(entry, str)}
@@ -91,15 +100,16 @@ class Roster:
         ends = time.monotonic() + timeout_s
         while True:
             left_s = max(0.0, ends - time.monotonic())
-            wait_for_nodes(self._grid, wanted + len(self.refused()), left_s, self._stop, seen)
+            nodes = wanted + len(self.refused())
+            wait_for_nodes(self._grid, nodes, min(left_s, GREETING_S), self._stop, seen)
             self.refresh(max(left_s, HELLO_PATIENCE_S))
-            if len(self.members()) >= wanted:
+            if self.clients() >= wanted:
                 return
             if time.monotonic() >= ends:
                 break
         refusals = ", ".join(sorted(set(self.refused().values())))
         raise NotEnoughSites(
-            f"{len(self.members())} of {wanted} sites after {timeout_s:g} s"
+            f"{self.clients()} of {wanted} clients after {timeout_s:g} s"
             + (f"; {len(self.refused())} refused: {refusals}" if refusals else ""),
             f"strategy.min_clients = {wanted}",
             "look at the refused sites' own logs" if refusals else "start more sites, or raise connect_timeout_s",
@@ -168,7 +178,8 @@ class Roster:
             "version-mismatch": minor(hello.version) != minor(__version__),
             "base-mismatch": hello.base_fingerprint != self._spec.base_fingerprint,
             "spec-mismatch": hello.spec_sha256 != self._spec.sha256,
-            "shard-empty": hello.rows < 1 or hello.evaluation_rows < 0,
+            "shard-empty": hello.rows < (self._config.privacy.mode == "none") or hello.evaluation_rows < 0,
+            "clients": not 1 <= hello.clients <= MOST_CLIENTS,
         }
         failed = next((code for code, wrong in checks.items() if wrong), None)
         if failed:
@@ -181,13 +192,14 @@ class Roster:
         self._audit.write(
             "hello",
             site=hello.site,
+            clients=hello.clients,
             rows=hello.rows,
             evaluation_rows=hello.evaluation_rows,
             version=hello.version[:32],
             libraries=hello.libraries[:200],
             notes=hello.notes[:200],
         )
-        return Member(hello.site, node, hello.rows, hello.evaluation_rows)
+        return Member(hello.site, node, hello.rows, hello.evaluation_rows, hello.clients)
 
     def _refuse(self, node: int, code: str, theirs: str = "", ours: str = "") -> str:
         self._audit.write("refused", node=str(node), key=self._key(node), code=code, theirs=theirs, ours=ours)

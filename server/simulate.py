@@ -47,7 +47,9 @@ def simulate(
     app, nodes = client(config)
     if config.simulation.engine == "in-process":
         grid = InProcessGrid(app, nodes, fault)
-        return run_federation(grid, config, resume=resume, previous=previous, progress=progress, stop=stop)
+        return run_federation(
+            grid, config, resume=resume, previous=previous, progress=progress, stop=stop, simulated=True
+        )
 
     from server.engines import ray
 
@@ -60,7 +62,9 @@ def simulate(
             config.train.threads,
             1.0 if config.train.device == "cuda" else 0.0,
             lambda grid: outcomes.append(
-                run_federation(grid, config, resume=resume, previous=previous, progress=progress, stop=stop)
+                run_federation(
+                    grid, config, resume=resume, previous=previous, progress=progress, stop=stop, simulated=True
+                )
             ),
         )
     except BaseException:

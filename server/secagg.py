@@ -1,0 +1,200 @@
+"""The server's part of secure aggregation: four steps, and the sum of the updates at their end, nothing else of them.
+
+    step       each site sends                  dropping out here
+    keys       two public keys                  is not in the session
+    shares     sealed shares for every other    is not in the session
+    masked     its masked, noised sum           is not in the sum; the others' shares take its masks out
+    unmask     shares of the lists' secrets     is in the sum, as long as enough others answer
+
+Opening the sum is the release, and costs privacy: it is written down before the last step is asked. An attempt that
+ends before has shown the server nothing, and costs nothing. The protocol: `common.privacy.secagg`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.errors import SecureAggregationError
+from common.messages import StageRequest, to_record
+from common.privacy import secagg
+from common.privacy.masks import Ring
+from common.privacy.plan import Plan
+from common.privacy.secagg_clients import check_sum, fewest_sites
+from common.privacy.secagg_messages import KEYS_BYTES, SEALED_BYTES, Answer, exactly, from_fields, to_fields
+from common.wire import encode
+from server.checkpoint import State
+from server.collect import address, receive, train_request
+from server.guard import AcceptedStep, AcceptedSum, Asked, Rejected, check_private, check_step
+from server.parts import Collected, Parts
+from server.privacy import Privacy
+from server.roster import Member
+
+if TYPE_CHECKING:
+    from flwr.app import Message, RecordDict
+
+STEP_TIMEOUT_S = 60.0
+"""For the steps in which sites do not train; at most the round's."""
+
+
+@dataclass
+class Attempt:
+    """One attempt at a round: who is still in it, and what it has cost.
+
+    Args:
+        parts: of the run.
+        number: of the round.
+        session: names the attempt.
+        members: who is asked in the next step, by name.
+    """
+
+    parts: Parts
+    number: int
+    session: bytes
+    members: dict[str, Member]
+    rejected: list[Rejected] = field(default_factory=list)
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+    @property
+    def plan(self) -> Plan:
+        """The privacy plan."""
+        return _privacy(self.parts).plan
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many clients each site has."""
+        return {name: member.clients for name, member in self.members.items()}
+
+    def ask(
+        self, step: str, fields: Callable[[str], Mapping[str, Any]], read: Callable[[str, dict[str, Any]], Any]
+    ) -> dict[str, Any]:
+        """Ask all members to do a step; return what they sent, by name. Who fails is a member no longer.
+
+        Args:
+            step: keys, shares or unmask.
+            fields: beside the request, by site.
+            read: turns a site's fields into what they mean.
+        """
+        config, names = self.parts.config.for_sites(), self._names()
+
+        def request(nonce: str, node: int) -> RecordDict:
+            body = fields(names[node])
+            content = to_record(StageRequest(config, self.number, self.session, nonce), None, body or {"step": step})
+            self.bytes_down += content.config_records["secagg"].count_bytes()
+            return content
+
+        def judge(reply: Message, one: Asked) -> AcceptedStep | Rejected:
+            return check_step(reply, one, lambda received: read(one.site, received))
+
+        timeout_s = min(self.parts.config.strategy.round_timeout_s, STEP_TIMEOUT_S)
+        asked, messages = address(list(self.members.values()), self.number, f"query.{step}", request, timeout_s)
+        passed, rejected = receive(self.parts, self.number, asked, messages, judge, timeout_s)
+        self._keep([one.site for one in passed], [replace(one, detail=one.detail or step) for one in rejected])
+        self.bytes_up += sum(one.size_bytes for one in passed)
+        return {one.site: one.read for one in passed}
+
+    def train(self, state: State, sealed: Mapping[str, Mapping[str, bytes]]) -> dict[str, AcceptedSum]:
+        """Let all members train and send their masked sums; return these by name."""
+        arrays, names = encode(state.vector, self.parts.spec), self._names()
+
+        def request(nonce: str, node: int) -> RecordDict:
+            body = {"session": self.session, **to_fields("sealed", sealed[names[node]])}
+            content = to_record(train_request(self.parts, self.number, nonce), arrays, body)
+            self.bytes_down += content.config_records["secagg"].count_bytes()
+            self.bytes_down += sum(len(array.data) for array in arrays.values())
+            return content
+
+        def judge(reply: Message, one: Asked) -> AcceptedSum | Rejected:
+            return check_private(reply, one, self.plan, masked=True)
+
+        timeout_s = self.parts.config.strategy.round_timeout_s
+        asked, messages = address(list(self.members.values()), self.number, "train.masked", request, timeout_s)
+        passed, rejected = receive(self.parts, self.number, asked, messages, judge)
+        self._keep([one.site for one in passed], rejected)
+        self.bytes_up += sum(one.size_bytes for one in passed) + sum(one.size_bytes for one in rejected)
+        return {one.site: one for one in passed}
+
+    def _names(self) -> dict[int, str]:
+        return {member.node_id: name for name, member in self.members.items()}
+
+    def _keep(self, names: list[str], rejected: list[Rejected]) -> None:
+        self.members = {name: self.members[name] for name in names}
+        self.rejected += rejected
+
+
+def collect_sum(parts: Parts, state: State, number: int, cohort: list[Member], attempt: int = 0) -> Collected:
+    """Return the sum of a round, opened, and who is in it; with fewer clients than the plan's nothing is opened.
+
+    Args:
+        parts: of a run with secure aggregation.
+        state: before the round.
+        number: of the round.
+        cohort: who is asked.
+        attempt: at this round, from 0.
+
+    Raises:
+        BudgetError: another run on the same clients has used the budget up.
+    """
+    started = time.perf_counter()
+    now = Attempt(parts, number, secagg.new_session(), {member.name: member for member in cohort})
+    accepted: list[AcceptedSum] = []
+    total: Ring | None = None
+    try:
+        accepted, total = _run(now, state, attempt)
+    except SecureAggregationError as error:
+        parts.audit.write("secagg-ended", round=number, attempt=attempt, code=error.code)
+        parts.progress.note(f"round {number}: {error}")
+    levels = None if total is None else from_ring(total, now.plan.modulus_bits)
+    wait_s = time.perf_counter() - started
+    return Collected(accepted, now.rejected, now.bytes_down, now.bytes_up, wait_s, levels)
+
+
+def _run(now: Attempt, state: State, attempt: int) -> tuple[list[AcceptedSum], Ring]:
+    """Do the four steps; return what is in the sum, and the sum modulo 2^bits.
+
+    Raises:
+        SecureAggregationError: too few sites are left, or the sum cannot be opened.
+    """
+    plan = now.plan
+    keys = now.ask("keys", lambda name: {}, lambda name, fields: exactly(fields.get("public_keys"), KEYS_BYTES))
+    check_sum(now.counts, plan.min_clients)
+    listed = {**to_fields("keys", keys), "clients": [now.counts[name] for name in sorted(keys)]}
+    counts = now.counts
+
+    def read_sealed(name: str, fields: dict[str, Any]) -> dict[str, bytes]:
+        sealed = from_fields("sealed", fields, SEALED_BYTES)
+        if set(sealed) != keys.keys() - {name}:
+            raise SecureAggregationError("sealed shares for others than asked", "one for each", code="secagg-message")
+        return sealed
+
+    sealed = now.ask("shares", lambda name: listed, read_sealed)
+    check_sum(now.counts, plan.min_clients)
+    needed = secagg.threshold(len(keys), fewest_sites(counts, plan.min_clients))
+    received = {to: {sender: sealed[sender][to] for sender in sealed if sender != to} for to in sealed}
+    masked = now.train(state, received)
+    check_sum(now.counts, plan.min_clients)
+    survivors = sorted(masked)
+    dropped = sorted(sealed.keys() - masked.keys())
+    _privacy(now.parts).charge("sums", now.number, attempt)
+    lists = {"survivors": survivors, **({"dropped": dropped} if dropped else {})}
+    answers = now.ask("unmask", lambda name: lists, lambda name, fields: Answer.from_dict(fields, survivors, dropped))
+    stacked = np.stack([one.levels for one in masked.values()]).view(np.uint64)
+    total = stacked.sum(axis=0, dtype=np.uint64)
+    opened = secagg.unmask(total, survivors, dropped, keys, answers, needed, now.session, plan.modulus_bits)
+    return list(masked.values()), opened
+
+
+def from_ring(total: Ring, bits: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return integers modulo 2^bits as those of their classes that are nearest to zero, shape (size,)."""
+    return (total.astype(np.uint64) << np.uint64(64 - bits)).view(np.int64) >> (64 - bits)
+
+
+def _privacy(parts: Parts) -> Privacy:
+    if parts.privacy is None:
+        raise ValueError("secure aggregation without a privacy plan")
+    return parts.privacy
