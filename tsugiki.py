@@ -34,6 +34,7 @@ Set = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 RunFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run's TOML file.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, such as runs/demo.")]
+Keys = Annotated[Path, typer.Option("--keys", metavar="DIR", help="The registered nodes' public keys.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -48,11 +49,7 @@ Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_e
 
 
 @app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
+def _options(version: Version = False) -> None:
     pass
 
 
@@ -61,9 +58,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 42,
     output_dir: Annotated[Path, typer.Option(help="Where the run's folder is made.")] = Path("runs"),
     baselines: Annotated[bool, typer.Option(help="Also train each company alone, to compare.")] = True,
-    data_only: Annotated[
-        bool, typer.Option("--data-only", help="Write the data and the run file; run nothing.")
-    ] = False,
+    data_only: Annotated[bool, typer.Option("--data-only", help="Write the data and run file; run nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run the whole thing on generated contract clauses: four companies, one search for similar clauses."""
@@ -79,9 +74,7 @@ def demo(
     commands.demo(seed, output_dir, baselines, as_json, simulated_app)
 
 
-@app.command(
-    epilog="Examples: tsugiki simulate examples/sst2.toml --set run.rounds=3; tsugiki simulate --resume runs/sst2"
-)
+@app.command(epilog="Examples: tsugiki simulate examples/sst2.toml; tsugiki simulate --resume runs/sst2")
 def simulate(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The run's TOML file.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on from a run's last checkpoint.")] = None,
@@ -98,12 +91,7 @@ def simulate(
     commands.simulate(file, resume, previous, engine, overrides or [], export, as_json, simulated_app)
 
 
-Keys = Annotated[Path, typer.Option("--keys", metavar="DIR", help="The registered nodes' public keys.")]
-
-
-@app.command(
-    epilog="Examples: tsugiki serve run.toml --listen 0.0.0.0:9092; tsugiki serve --resume runs/a --listen 0.0.0.0:9092"
-)
+@app.command(epilog="Examples: tsugiki serve run.toml --listen 0.0.0.0:9092; tsugiki serve --resume runs/a")
 def serve(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The run's TOML file.")] = None,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where sites connect.")] = "127.0.0.1:9092",
@@ -137,9 +125,7 @@ def client(
     key: Annotated[Path | None, typer.Option("--key", help="This node's private key.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no key; on loopback only.")] = False,
     retry: Annotated[float, typer.Option(metavar="SECONDS", help="Keep trying to connect for so long.")] = 600,
-    dry_run: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Print what would be sent in this run; send nothing.")
-    ] = None,
+    dry_run: Annotated[Path | None, typer.Option(metavar="FILE", help="Show what would be sent; send nothing.")] = None,
     overrides: Set = None,
 ) -> None:
     """Take part with this site's data: connect to a server and answer it until stopped."""
@@ -208,6 +194,20 @@ def compare(file: RunFile, overrides: Set = None, as_json: Json = False) -> None
     from server import commands
 
     commands.compare(file, overrides or [], as_json, simulated_app)
+
+
+@app.command(epilog="Example: tsugiki budget federation.toml --set privacy.mode=distributed --plot budget.svg")
+def budget(
+    file: RunFile,
+    dimension: Annotated[int, typer.Option(metavar="D", min=0, help="Parameters of an update; 0: the model says.")] = 0,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: a .svg or .png to write.")] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Plan privacy, and train nothing: the noise for a budget, what each adversary sees, what is left to learn."""
+    from server.budget import budget as plan
+
+    plan(file, overrides or [], dimension, plot, as_json)
 
 
 @app.command(epilog="Example: tsugiki export runs/sst2 --merged")
