@@ -16,6 +16,7 @@ from common.config import RunConfig, parse
 from common.errors import ExportError, UsageError
 from common.files import unwritable
 from server.engines.grid import Stop
+from server.privacy_words import headline
 from server.simulate import SimulatedApp
 
 
@@ -92,7 +93,7 @@ def finish(folder: Path, summary: dict[str, Any], with_export: bool, as_json: bo
             # A resumed run that had ended before has been exported; it ends with the same adapter.
             summary["adapter"] = str(adapter if adapter.exists() else write_export(folder))
         except ExportError as error:
-            if error.code != "no-public-name":
+            if error.code not in ("no-public-name", "export-unsupported"):
                 raise
             sys.stderr.write(f"not exported: {error}\n")
     if as_json:
@@ -113,8 +114,9 @@ def show_summary(summary: dict[str, Any]) -> None:
         table.add_row(name, f"{summary['before'][name]:.4f}", f"{value:.4f}")
     table.add_row("adapter + head parameters", "", f"{summary['adapter_parameters']} + {summary['head_parameters']}")
     table.add_row("bytes up, all rounds", "", f"{summary['bytes_up']:,}")
-    console = Console()
-    console.print(table)
+    (console := Console()).print(table)
+    if line := headline(summary.get("privacy", {})):
+        console.print(line, highlight=False, markup=False)
     for name in ("adapter", "report"):
         if name in summary:
             console.print(f"{name}: {summary[name]}", highlight=False, soft_wrap=True)

@@ -44,8 +44,8 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
         merged: add the adapter to the base's weights and write a whole model.
 
     Raises:
-        ExportError: `no-public-name`, `merge-unsupported`, `spec-mismatch`, or the proof failed: see
-            `server.export_check.prove`. Nothing is left behind.
+        ExportError: `no-public-name`, `export-unsupported`, `merge-unsupported`, `spec-mismatch`, or the proof failed:
+            see `server.export_check.prove`. Nothing is left behind.
         StorageError: the run's files or the target cannot be used.
         ModelError: the base model cannot be loaded.
     """
@@ -53,6 +53,13 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
     base_name = _public_name(config, merged)
     target = _empty(target or folder / ("merged" if merged else "adapter"))
     graft = _load(folder, config)
+    if graft.base.tokenizer is None:
+        raise ExportError(
+            f"{graft.task.name} cannot be exported yet: an export is proved on sentences",
+            "a task that reads text",
+            "read the adapter from best/adapter.safetensors in the run's folder",
+            code="export-unsupported",
+        )
     chosen = _best(folder, graft) if which == "best" else _last(folder, config, graft)
     graft.write(chosen.vector)
     kind: Kind = "merged" if merged else graft.method.export_format

@@ -111,6 +111,8 @@ def _auto_class(transformer: Any) -> str:
     """Return the name of the Auto class that loads models like this one."""
     plain = getattr(transformer, "get_base_model", lambda: transformer)()
     matched = re.search(r"For[A-Z]\w+$", type(plain).__name__)
+    if matched is None and plain.can_generate():  # GPT2LMHeadModel
+        return "AutoModelForCausalLM"
     return f"AutoModel{matched.group()}" if matched else "AutoModel"
 
 

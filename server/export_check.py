@@ -27,7 +27,10 @@ from server.export_card import Export, Kind, is_sentence_transformer, reads_pair
 log = logging.getLogger("tsugiki.server")
 
 TOLERANCE = 1e-5
-"""The largest difference between two outputs that count as equal."""
+"""The largest difference between two outputs that count as equal, as a share of the largest output if that exceeds 1.
+
+Rounding grows with what is rounded: the logits of a language model go beyond 10, where a vector of length 1 does not.
+"""
 
 TIMEOUT_S = 600
 
@@ -54,8 +57,9 @@ class Expected:
 
     @property
     def tolerance(self) -> float:
-        """`TOLERANCE`, or a tenth of a smaller effect: the base without the adapter must not pass for an export."""
-        return min(TOLERANCE, self.effect / 10) if self.effect else TOLERANCE
+        """By `TOLERANCE`, or a tenth of a smaller effect: the base without the adapter must not pass for an export."""
+        rounding = TOLERANCE * max(1.0, float(np.abs(self.outputs).max()))
+        return min(rounding, self.effect / 10) if self.effect else rounding
 
 
 def expect(graft: Graft) -> Expected:

@@ -6,6 +6,8 @@ import sys
 from types import TracebackType
 from typing import Any
 
+from server.privacy_words import NOT_PRIVATE
+
 Record = dict[str, Any]
 
 
@@ -96,6 +98,14 @@ def choose() -> Progress:
     return Bars() if sys.stderr.isatty() else Lines()
 
 
+def _privacy(told: Record | None) -> list[str]:
+    """Return what a private round has cost so far, against whoever sees the models."""
+    if told is None:
+        return []
+    epsilon = told["epsilon"].get("release")
+    return [f"epsilon {epsilon:.3g}" if told["private"] and epsilon is not None else NOT_PRIVATE]
+
+
 def describe(record: Record) -> str:
     """Return one line about a round."""
     parts = [f"round {record['round']}"]
@@ -108,5 +118,6 @@ def describe(record: Record) -> str:
     if rejected:
         parts.append("without " + ", ".join(f"{site} ({why['reason']})" for site, why in rejected.items()))
     parts += [f"{name} {value:.4f}" for name, value in record.get("eval", {}).items()]
+    parts += _privacy(record.get("privacy"))
     parts.append(f"{sum(record['seconds'].values()):.1f} s")
     return ", ".join(parts) + (" (best)" if record.get("best") else "")

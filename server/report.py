@@ -6,13 +6,13 @@ Names, reasons and details come from other machines, so every piece of text is e
 from __future__ import annotations
 
 import math
-import tomllib
 from html import escape
 from pathlib import Path
 
 from common.errors import UsageError
 from common.files import write_atomically
 from server import figures, tables
+from server.privacy_words import rows_statement, statement
 from server.results import (
     Run,
     baseline_metrics,
@@ -34,12 +34,6 @@ MOST_MAPPED_SITES, MOST_MAPPED_ROUNDS = 30, 60
 """With more, replies are counted by round instead of shown one by one."""
 
 MOST_SMALL_CURVES = 8
-
-PRIVACY = {
-    "none": "none: updates were averaged as they are; nothing in this report limits what an update reveals. Whoever "
-    "receives a site's update can learn something about the rows that it was trained on."
-}
-"""What a privacy mode means, in words."""
 
 _STYLE = """
 :root{color-scheme:light dark;--page:#fbfbfa;--ink:#1c1f23;--soft:#5b636d;--rule:#dadde1;--card:#fff}
@@ -103,7 +97,7 @@ def save_curve_png(folder: Path, target: Path) -> None:
 
 def page(run: Run) -> str:
     """Return the page."""
-    drawn = [*_metric_figures(run), *_round_figures(run), *_site_figures(run)]
+    drawn = [*_metric_figures(run), *_privacy_figures(run), *_round_figures(run), *_site_figures(run)]
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -112,23 +106,13 @@ def page(run: Run) -> str:
             f"<title>{escape(run.name)}: federated run</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>",
             f"<h1>{escape(run.name)}</h1>",
             *(f'<p class="lede">{escape(sentence)}</p>' for sentence in tables.story(run)),
-            f"<h2>Privacy</h2>\n<p>{escape(privacy(run.config))}</p>",
+            "<h2>Privacy</h2>",
+            *(f"<p>{escape(paragraph)}</p>" for paragraph in _privacy_words(run)),
             *([f'<h2>Figures</h2>\n<div class="figures">\n{"".join(drawn)}</div>'] if drawn else []),
             *tables.sections(run),
             "</main>\n</body>\n</html>\n",
         ]
     )
-
-
-def privacy(config: str) -> str:
-    """Return what the run's privacy mode means, from config.toml."""
-    try:
-        mode = tomllib.loads(config).get("privacy", {}).get("mode")
-    except tomllib.TOMLDecodeError:
-        mode = None
-    if mode is None:
-        return "The privacy mode is not recorded: config.toml is missing or cannot be read."
-    return f"Mode {PRIVACY.get(mode, f'{mode}: see [privacy] in the configuration below.')}"
 
 
 def _figure(title: str, svg: bytes | str, caption: str) -> str:
@@ -169,6 +153,29 @@ def _metric_figures(run: Run) -> list[str]:
         )
         drawn.append(_figure("Other metrics", figures.small_curves(shown), caption))
     return drawn
+
+
+def _privacy_words(run: Run) -> list[str]:
+    return statement(run.summary.get("privacy", {})) + rows_statement(run.summary.get("rows_privacy", {}))
+
+
+def _privacy_figures(run: Run) -> list[str]:
+    """Return what privacy has cost so far, and how much of each step was noise."""
+    lines = [(line["round"], line["privacy"]) for line in run.completed if line.get("privacy")]
+    curves = {
+        f"epsilon, {who}": curve((number, entry["epsilon"].get(who)) for number, entry in lines)
+        for who in ("release", "sums", "uploads")
+    }
+    curves["norm of the mean"] = curve((number, entry["mean_norm"]) for number, entry in lines)
+    curves["norm of its noise"] = curve((number, entry["noise_norm"]) for number, entry in lines)
+    drawn = {name: values for name, values in curves.items() if values}
+    if not drawn:
+        return []
+    caption = (
+        "Epsilon of each ledger after each round, by whom it is against, and the length of the noisy mean update "
+        "beside that of the noise alone: where the two are alike, a round was mostly noise."
+    )
+    return [_figure("What privacy cost", figures.small_curves(drawn), caption)]
 
 
 def _round_figures(run: Run) -> list[str]:

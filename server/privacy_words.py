@@ -1,0 +1,121 @@
+"""What a run's privacy figures mean, in words: what they cover, against whom, under which assumptions, and what not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from common.privacy.mechanisms import ADVERSARIES, MECHANISMS, Adversary
+
+NOT_PRIVATE = "NOT PRIVATE"
+"""Stands in every output of a run whose noise hides nothing."""
+
+OPEN = (
+    "Mode none: updates were averaged as they are; nothing in this report limits what an update reveals. Whoever "
+    "receives a site's update can learn something about the rows that it was trained on."
+)
+UNIT = (
+    "The unit is one client with all its rows over all runs on this ledger: the figures bound how much better anybody "
+    "can tell whether a client took part with its data or with none (zero-out adjacency). They hold for the clients "
+    "that ran this program unchanged. A person who is behind several clients is protected less, and rows that several "
+    "clients share are not hidden."
+)
+_ASSUMES = {
+    "central": "The server is trusted: it sees every clipped update as it is, adds the noise, and forgets.",
+    "local": "Nobody is trusted. Between any two updates that a client might send (in place of one against none) the "
+    "noise counts half.",
+    "distributed": "Of the clients in a sum, at least the planned honest share add their noise and keep it to "
+    "themselves.",
+}
+
+
+def told(epsilon: float | None) -> str:
+    """Return an epsilon for people; None is no protection."""
+    return "none at all" if epsilon is None else f"epsilon {epsilon:.3g}"
+
+
+def headline(privacy: Mapping[str, Any]) -> str:
+    """Return one line for a terminal or a log; empty for a run without privacy.
+
+    Args:
+        privacy: `summary.json`'s entry.
+    """
+    if privacy.get("mode", "none") == "none":
+        return ""
+    if not privacy["private"]:
+        return f"{NOT_PRIVATE}: {_why_not(privacy)}"
+    parts = [f"{told(value)} against {ADVERSARIES[who]}" for who, value in _epsilons(privacy).items()]
+    return f"{privacy['mode']} privacy, delta {privacy['delta']:g}: " + "; ".join(parts)
+
+
+def statement(privacy: Mapping[str, Any]) -> list[str]:
+    """Return paragraphs: the figures, and everything that has to be known to read them.
+
+    Args:
+        privacy: `summary.json`'s entry.
+    """
+    mode = privacy.get("mode", "none")
+    if mode == "none":
+        return [OPEN]
+    title = MECHANISMS.get(mode).title if mode in MECHANISMS.names() else "unknown here"
+    first = f"Mode {mode}: {title}. Updates were clipped to an L2 norm of {privacy['clip_norm']:g}."
+    if not privacy["private"]:
+        return [first, f"{NOT_PRIVATE}: {_why_not(privacy)}", *_server_view(privacy)]
+    figures = [
+        f"Against {ADVERSARIES[who]}: {told(value)} at delta {privacy['delta']:g}, by the ledger so far."
+        for who, value in _epsilons(privacy).items()
+    ]
+    return [first, " ".join(figures), UNIT, _ASSUMES.get(mode, ""), *_server_view(privacy), _caveat()]
+
+
+def rows_statement(rows: Mapping[str, Any]) -> list[str]:
+    """Return what DP-SGD at the sites promises, apart from the client's figures; nothing where it was not used.
+
+    Args:
+        rows: `summary.json`'s entry `rows_privacy`.
+    """
+    if not rows:
+        return []
+    return [
+        f"Another promise, apart from the figures above: by DP-SGD, one row of a site is protected from whoever sees "
+        f"the site's uploads: epsilon {rows['largest']:.3g} at the site with the most, {rows['median']:.3g} at the "
+        f"median of {rows['sites']}, delta {rows['delta']:g}. It does not cover a client, whose rows are many, and "
+        "takes the number of a site's rows as known."
+    ]
+
+
+def _epsilons(privacy: Mapping[str, Any]) -> dict[Adversary, float | None]:
+    found: dict[Adversary, float | None] = {
+        who: privacy["epsilon"][who] for who in ADVERSARIES if who in privacy["epsilon"]
+    }
+    return found
+
+
+def _why_not(privacy: Mapping[str, Any]) -> str:
+    if privacy["noise_multiplier"] > 0:
+        return "the noise came from a known seed, so anybody can draw it again; this is for tests only."
+    return "no noise was added, so the models limit nothing of what they reveal."
+
+
+def _server_view(privacy: Mapping[str, Any]) -> list[str]:
+    """Return what the server could see."""
+    if privacy["secure_aggregation"]:
+        return [
+            "By secure aggregation the server saw sums of at least the planned number of clients, and no single "
+            "update. That holds against a server that follows the protocol and passes keys on as they are; it is not "
+            "authenticated against one that invents clients."
+        ]
+    if privacy["mode"] == "distributed":
+        return [
+            "Without secure aggregation a share of the noise protects little from the server itself, which sees each "
+            "upload: read its own figure, not that of the models."
+        ]
+    return []
+
+
+def _caveat() -> str:
+    return (
+        "No amplification by sampling is claimed unless the plan says poisson. Rounds are synchronous; what sites "
+        "reveal by being there, dropping out, taking long, or by settings that were chosen on the same data is not "
+        "counted. The implementation is tested, not audited."
+    )
