@@ -31,9 +31,11 @@ FORBIDDEN = {
 
 WITHOUT_A_TEST_FILE = {
     "client/channel.py": "tests/client/test_connection.py calls it over real gRPC, as a node does",
+    "client/job.py": "data alone; tests/client/test_cohort.py and test_vectorised.py build and read it",
     "common/adapters/base.py": "abstract; tests/contract/test_adapters.py tests every class behind it",
     "common/data/demo_test_clauses.py": "prose; tests/common/data/test_demo.py reads it",
     "common/data/demo_training_clauses.py": "prose; tests/common/data/test_demo.py reads it",
+    "server/parts.py": "data alone; tests/server/test_collect.py and test_loop.py build and read it",
 }
 
 MOST_LINES = 320

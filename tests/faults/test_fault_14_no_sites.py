@@ -22,7 +22,7 @@ def test_a_run_that_never_finds_enough_sites_ends_and_can_go_on_later(tmp_path, 
     """Catches: an endless wait, a message without numbers, a run that then can neither be started nor resumed."""
     before = threading.active_count()
     config = toy_config(tmp_path)
-    with pytest.raises(NotEnoughSites, match="1 of 2 sites") as caught:
+    with pytest.raises(NotEnoughSites, match="1 of 2 clients") as caught:
         federate(monkeypatch, toy_app(["a"]), 1, config)
     assert (caught.value.code, caught.value.exit_status) == ("not-enough-sites", 4)
     assert threading.active_count() == before
@@ -45,7 +45,7 @@ def test_sites_that_leave_in_the_middle_stop_the_run_with_its_checkpoint(tmp_pat
             monkeypatch.setattr(InProcessGrid, "get_node_ids", lambda self: [1])
         return np.full(SPEC.size, 0.25, np.float32)
 
-    with pytest.raises(NotEnoughSites, match="round 3: 1 sites are connected") as caught:
+    with pytest.raises(NotEnoughSites, match="round 3: 1 clients are connected") as caught:
         federate(monkeypatch, toy_app(["a", "b"], update), 2, config)
     assert caught.value.exit_status == 4
     monkeypatch.undo()

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from client import app as client_app
+from client import app, cohort
 from common.audit import verify
 from common.files import read_lines
 from tests.support.federation import CANARY, leaks, run_tiny, server_log, tiny_config
@@ -24,14 +24,14 @@ RAISED = {
 @pytest.mark.parametrize("reason", RAISED)
 def test_a_code_and_nothing_else_reaches_the_server(tmp_path, monkeypatch, caplog, capfd, reason):
     """Catches: an exception's text in any file, log or line of the server, and a run that ends with the site."""
-    train = client_app.train
+    train = cohort.train
 
     def fail_at_one(graft, rows, settings, plan, *watching):
         if plan.site == "site-1":
             raise RAISED[reason]
         return train(graft, rows, settings, plan, *watching)
 
-    monkeypatch.setattr(client_app, "train", fail_at_one)
+    monkeypatch.setattr(cohort, "train", fail_at_one)
     from server.progress import Lines
 
     with caplog.at_level(logging.DEBUG):
@@ -49,14 +49,14 @@ def test_a_code_and_nothing_else_reaches_the_server(tmp_path, monkeypatch, caplo
 
 def test_a_failure_at_the_hello_is_a_code_too(tmp_path, monkeypatch, capfd):
     """Catches: a boundary around training only."""
-    tokenise = client_app.Desk.rows
+    tokenise = app.Desk.rows
 
     def fail_at_one(self, site, config, part):
         if site.name == "site-1":
             raise ValueError(CANARY)
         return tokenise(self, site, config, part)
 
-    monkeypatch.setattr(client_app.Desk, "rows", fail_at_one)
+    monkeypatch.setattr(app.Desk, "rows", fail_at_one)
     done = run_tiny(tiny_config(tmp_path, run={"rounds": 1}, strategy={"min_clients": 1}))
     refused = [event for event in verify(done.folder / "audit.jsonl") if event["event"] == "refused"]
     assert [event["code"] for event in refused] == ["client-error:ValueError"]
@@ -68,14 +68,14 @@ def test_a_failure_at_the_evaluation_is_a_code_too(tmp_path, monkeypatch, capfd)
     config = tiny_config(
         tmp_path, run={"rounds": 1}, evaluation={"at_sites": True}, simulation={"evaluation_fraction": 0.25}
     )
-    evaluate = client_app._evaluate
+    evaluate = app._evaluate
 
     def fail_at_one(site, content):
         if site.name == "site-1":
             raise ValueError(CANARY)
         return evaluate(site, content)
 
-    monkeypatch.setattr(client_app, "_evaluate", fail_at_one)
+    monkeypatch.setattr(app, "_evaluate", fail_at_one)
     done = run_tiny(config)
     assert [list(line["sites_eval"]) for line in read_lines(done.folder / "metrics.jsonl")] == [["site-0"]] * 2
     events = [event for event in verify(done.folder / "audit.jsonl") if event["event"] == "evaluation-rejected"]

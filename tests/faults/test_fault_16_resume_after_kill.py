@@ -41,7 +41,7 @@ def wrap(module, name, dies):
         return result
     setattr(module, name, wrapped)
 
-def collected(parts, state, number, cohort):
+def collected(parts, state, number, cohort, attempt):
     rounds[0] = number
     return "after" if point == "after collect" and number == KILLED else ""
 

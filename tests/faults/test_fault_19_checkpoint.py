@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_names_file_and_field_and_what_to_do(folder):
     assert f"{manifest} is damaged: sha256" in str(refusal(folder))
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"format": "1"}', '{"format": 1}', "[" * 1000])
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"format": "1"}', '{"format": 2}', "[" * 1000])
 def test_another_file_in_the_manifests_place_is_refused(folder, content):
     """Catches: a KeyError or TypeError for a file that is JSON, but no manifest."""
     (folder / "current.json").write_text(content)
@@ -82,10 +82,15 @@ def test_another_file_in_the_manifests_place_is_refused(folder, content):
 def test_a_newer_version_is_told_from_damage(folder):
     """Catches: a newer format read as if it were ours, and an operator told to go back a round instead of updating."""
     manifest = files(folder)[0]
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"format": 2', '"format": 3'))
     error = refusal(folder)
     assert error.code == "checkpoint-newer"
     assert "update Tsugiki" in str(error)
+    manifest.write_text(text.replace('"format": 2', '"format": 1'))
+    error = refusal(folder)
+    assert error.code == "checkpoint-older"
+    assert "the version of Tsugiki that started the run" in str(error)
 
 
 def test_another_runs_checkpoint_is_refused_with_both_values(folder):

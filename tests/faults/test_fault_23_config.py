@@ -24,7 +24,7 @@ WRONG = [
     ({"strategy": {"name": "fedmagic"}}, "strategy.name", "'fedmagic'", "one of"),
     ({"strategy": {"name": "fedavg", "beta_1": 0.9}}, "strategy.beta_1", "0.9", "a known key"),
     ({"strategy": {"min_clients": 9}, "simulation": {"data": "x.csv"}}, "strategy.min_clients", "9", "at most"),
-    ({"privacy": {"mode": "none", "target_epsilon": 0}}, "privacy.target_epsilon", "0", "a known key"),
+    ({"privacy": {"mode": "none", "target_epsilon": 8.0}}, "privacy.target_epsilon", "8.0", "a mode other than none"),
     ({"privacy": {"mode": "wishful"}}, "privacy.mode", "'wishful'", "none"),
     ({"run": {"name": "../../etc/x"}}, "run.name", "'../../etc/x'", "pattern"),
     ({"run": {"rounds": 0}}, "run.rounds", "0", "greater than or equal to 1"),

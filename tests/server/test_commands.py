@@ -44,7 +44,7 @@ def test_init_writes_every_setting_at_its_default(tmp_path):
             file = tmp_path / f"{task}-{method}.toml"
             assert invoke("config", "init", file, "--task", task, "--method", method).stdout == f"{file}\n"
             assert read(file) == parse({"task": {"name": task}, "adapter": {"method": method}})
-            assert set(RunConfig.model_fields) == {
+            assert {*RunConfig.model_fields, "privacy.examples"} == {
                 line.strip("[]") for line in file.read_text().splitlines() if line.startswith("[")
             }
 
@@ -156,11 +156,12 @@ def test_simulate_shows_a_table(tmp_path, no_export):
         assert words in shown
 
 
-def test_a_run_without_evaluation_or_public_name_ends_well(tmp_path, no_export, monkeypatch):
+@pytest.mark.parametrize("code", ["no-public-name", "export-unsupported"])
+def test_a_run_without_evaluation_or_public_name_ends_well(tmp_path, no_export, monkeypatch, code):
     """Catches: a summary that cannot be shown without metrics, and a run that fails because it cannot be exported."""
 
     def refuse(folder):
-        raise ExportError("no public name", code="no-public-name")
+        raise ExportError("it cannot be", code=code)
 
     monkeypatch.setattr("server.export.export", refuse)
     file = write_tiny(tmp_path, evaluation={"data": ""}, run={"rounds": 1})

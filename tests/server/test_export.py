@@ -1,5 +1,7 @@
 """Exports: what is written, what is refused, and that only what works gets its place."""
 
+import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +20,7 @@ from common.wire import sha256, unpack
 from server import export_check, export_probe
 from server.export import export
 from tests.support.federation import run_tiny, tiny_config
-from tests.support.tiny import PUBLIC_NAME, tiny_sentence_transformer
+from tests.support.tiny import PUBLIC_NAME, tiny_llama, tiny_sentence_transformer
 
 WORDS = ("alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta")
 
@@ -45,11 +47,20 @@ def runs(tmp_path_factory):
         "evaluation": {"data": ""},
         "simulation": {"data": str(pairs)},
     }
+    titles = folder / "titles.txt"
+    titles.write_text("".join(f"the {word} clause\n" for word in WORDS * 2))
+    causal = {
+        "model": {"name": str(tiny_llama(folder / "llama"))},
+        "task": {"name": "causal-lm"},
+        "evaluation": {"data": ""},
+        "simulation": {"data": str(titles)},
+    }
     by_loss = {"monitor": "eval_loss"}  # moves in every round, so that the best adapter is not the first one
     kinds = {
         "lora": {"adapter": {"target_modules": ["value", "query", "key", "dense"]}, "evaluation": by_loss},
         "houlsby": {"evaluation": by_loss},
         "embedding": embedding,
+        "causal": causal,
     }
     done = {}
 
@@ -126,6 +137,7 @@ MODULES = {"modules.json", "sentence_bert_config.json", "config_sentence_transfo
     [
         ("lora", PEFT | TOKENIZER),
         ("embedding", PEFT | TOKENIZER | MODULES | {"2_Normalize/config.json"}),
+        ("causal", PEFT | TOKENIZER),
         ("houlsby", {"README.md", "tsugiki_adapter.safetensors", "tsugiki_adapter.json"} | TOKENIZER),
     ],
 )
@@ -162,7 +174,7 @@ def test_an_export_without_one_tensor_leaves_nothing(runs, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["lora", "embedding"])
+@pytest.mark.parametrize("kind", ["lora", "embedding", "causal"])
 def test_a_merged_model_needs_no_adapter_and_spares_the_graft(runs, tmp_path, proved_here, kind):
     """Catches: a model that still wants peft or its base, and a graft that was merged itself."""
     graft = graft_of(runs(kind))
@@ -201,6 +213,22 @@ def test_a_base_without_a_public_name_is_refused(copied, tmp_path, monkeypatch, 
     with pytest.raises(ExportError, match=r"model\.public_name") as caught:
         export(run)
     assert caught.value.code == "no-public-name"
+    assert not (run / "adapter").exists()
+
+
+def test_a_task_without_texts_is_not_exported_yet(copied, monkeypatch):
+    """Catches: an AttributeError of the tokenizer that images do not have, after half of the export was written."""
+    run = copied("lora")
+
+    def without_tokenizer(*arguments):
+        graft = copy.copy(load_graft(*arguments))
+        graft.base = dataclasses.replace(graft.base, tokenizer=None)
+        return graft
+
+    monkeypatch.setattr("server.export.load_graft", without_tokenizer)
+    with pytest.raises(ExportError) as caught:
+        export(run)
+    assert caught.value.code == "export-unsupported"
     assert not (run / "adapter").exists()
 
 

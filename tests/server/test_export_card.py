@@ -8,13 +8,14 @@ import tomllib
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from common.config import parse
 from common.model import load_graft
 from server import export_check, export_probe
 from server.export import _write
-from server.export_card import Export, card, loading_code
-from tests.support.tiny import PUBLIC_NAME, tiny_bert
+from server.export_card import Export, _auto_class, card, loading_code
+from tests.support.tiny import PUBLIC_NAME, tiny_bert, tiny_llama
 
 LINES = (
     {"round": 0, "eval": {"accuracy": 0.5, "loss": 0.7}},
@@ -142,3 +143,20 @@ def test_the_code_gives_decoders_their_pad_token(base, tmp_path):
     _, _, export = made(folder)
     assert "    pad_token_id=0,\n" in export.code
     assert "pad_token_id" not in made(base)[2].code
+
+
+@pytest.mark.parametrize("method", ["lora", "houlsby"])
+def test_the_code_loads_a_language_model_with_its_output_layer(tmp_path, method):
+    """Catches: `AutoModel`, which has no logits; a pad token or labels that the base does not have."""
+    folder = tiny_llama(tmp_path / "base")
+    kind = "peft" if method == "lora" else "tsugiki"
+    graft, config, export = made(folder, kind, task={"name": "causal-lm"}, adapter={"method": method})
+    assert f'AutoModelForCausalLM.from_pretrained(\n    "{PUBLIC_NAME}",\n    dtype="float32",\n)' in export.code
+    assert parts(card(graft, config, export))[0]["pipeline_tag"] == "text-generation"
+
+
+def test_language_models_under_older_names_have_an_auto_class_too():
+    """Catches: GPT2LMHeadModel loaded as `AutoModel`."""
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1))
+    assert _auto_class(gpt2) == "AutoModelForCausalLM"
+    assert _auto_class(gpt2.transformer) == "AutoModel"

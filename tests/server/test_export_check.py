@@ -58,6 +58,19 @@ def test_other_outputs_are_no_proof(monkeypatch, tmp_path, found):
     assert caught.value.code == "proof-failed"
 
 
+@pytest.mark.parametrize(("off", "same"), [(4e-4, True), (6e-4, False)])
+def test_rounding_grows_with_the_outputs(monkeypatch, tmp_path, off, same):
+    """Catches: a whole language model that is never proved, because its logits are large; a share of nothing."""
+    logits = 50 * BASE.astype(np.float32)
+    expected, found = Expected(logits, logits[::-1].copy()), logits + np.float32(off)
+    if same:
+        prove_with(monkeypatch, tmp_path, found, expected)
+        return
+    with pytest.raises(ExportError) as caught:
+        prove_with(monkeypatch, tmp_path, found, expected)
+    assert caught.value.code == "proof-failed"
+
+
 def failing(monkeypatch, run):
     """Return the error of a proof whose process runs like this."""
     monkeypatch.setattr(subprocess, "run", run)

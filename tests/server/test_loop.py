@@ -8,7 +8,8 @@ import pytest
 from common.errors import Interrupted, NotEnoughSites, QuorumNotMet, TrainingError
 from common.wire import sha256
 from server import checkpoint
-from server.loop import run_rounds, sample
+from server.collect import sample
+from server.loop import run_rounds
 from tests.support.federation import hurry
 from tests.support.toy import SPEC, forging, is_train, run_toy, toy_app, toy_config, toy_parts, toy_state
 

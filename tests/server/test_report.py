@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from common.errors import StorageError, UsageError
-from server.report import privacy, save_curve_png, write_report
+from server.report import save_curve_png, write_report
 from server.results import worst_site
 from tests.support.runs import BASELINES, accepted, line, run_folder, start, usual, voided
 
@@ -194,14 +194,6 @@ def test_the_worst_site_is_named(page):
     assert worst_site(values, "other") == ("b", "accuracy", 0.2)
     assert worst_site({"a": {"rows": 1}}, "accuracy") is None
     assert "Worst after round 1: b, accuracy 0.6" in page.text
-
-
-def test_privacy_is_never_overstated():
-    """Catches: a mode that is guessed where the configuration cannot be read."""
-    assert "nothing in this report limits what an update reveals" in privacy('[privacy]\nmode = "none"\n')
-    assert "not recorded" in privacy("")
-    assert "not recorded" in privacy("= broken")
-    assert privacy('[privacy]\nmode = "central"\n').startswith("Mode central: see [privacy]")
 
 
 def test_the_curve_as_png(tmp_path):

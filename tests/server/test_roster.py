@@ -155,7 +155,7 @@ def test_waiting_ends_with_the_counts_and_the_codes(tmp_path):
     """Catches: an endless wait, and an error that does not tell how many are missing or why."""
     config = toy_config(tmp_path, strategy={"min_clients": 3})
     parts = toy_parts(tmp_path, toy_app(["a", "b", "c"]), 3, config, forging_hello(2, rows=0))
-    with pytest.raises(NotEnoughSites, match=r"2 of 3 sites .*1 refused: shard-empty") as caught:
+    with pytest.raises(NotEnoughSites, match=r"2 of 3 clients .*1 refused: shard-empty") as caught:
         parts.roster.wait(lambda count: None)
     assert caught.value.exit_status == 4
 
@@ -211,7 +211,7 @@ def test_waiting_where_no_more_can_come_ends_at_once(tmp_path):
 def test_waiting_for_sites_that_never_come_ends_in_time(tmp_path):
     """Catches: a wait without end on a grid that could grow."""
     parts = growing(tmp_path, ["a"], strategy={"min_clients": 2})
-    with pytest.raises(NotEnoughSites, match="1 of 2 sites after 30 s"):
+    with pytest.raises(NotEnoughSites, match="1 of 2 clients after 30 s"):
         parts.roster.wait(lambda count: None)
 
 

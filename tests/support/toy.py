@@ -24,7 +24,8 @@ from server.checkpoint import State
 from server.engines.grid import Stop
 from server.engines.in_process import Fault, InProcessGrid, identify_process
 from server.guard import Asked
-from server.loop import Parts, initial_state, run_rounds
+from server.loop import initial_state, run_rounds
+from server.parts import Parts
 from server.roster import Roster
 from tests.support.federation import leaks, merged
 
@@ -58,6 +59,7 @@ def toy_app(sites: list[str], update: Update = ones, rows: int = 10, **hello: An
         fields: dict[str, Any] = {
             "site": name(context),
             "version": __version__,
+            "clients": 1,
             "rows": rows,
             "evaluation_rows": rows,
             "base_fingerprint": SPEC.base_fingerprint,

@@ -1,0 +1,67 @@
+"""What a run may say of its privacy."""
+
+import pytest
+
+from server.privacy_words import NOT_PRIVATE, OPEN, headline, statement, told
+
+
+def summary(mode="distributed", private=True, **changes):
+    """Return summary.json's entry of a private run."""
+    known = {
+        "mode": mode,
+        "private": private,
+        "secure_aggregation": False,
+        "delta": 1e-5,
+        "noise_multiplier": 6.0,
+        "clip_norm": 1.0,
+        "target_epsilon": 8.0,
+        "epsilon": {"release": 7.99, "uploads": 209.0},
+    }
+    return {**known, **changes}
+
+
+def text(**changes):
+    """Return the whole statement."""
+    return " ".join(statement(summary(**changes)))
+
+
+def test_a_run_without_privacy_claims_none():
+    """Catches: silence, which reads as safety; a missing entry read as a private run."""
+    assert statement({}) == statement({"mode": "none"}) == [OPEN]
+    assert "nothing in this report limits what an update reveals" in OPEN
+    assert headline({"mode": "none"}) == headline({}) == ""
+
+
+@pytest.mark.parametrize("mode", ["central", "local", "distributed"])
+def test_each_figure_names_its_adversary_and_delta(mode):
+    """Catches: an epsilon without whom it is against, or without delta, unit and adjacency."""
+    found = text(mode=mode)
+    assert "epsilon 7.99 at delta 1e-05" in found
+    assert "whoever sees the models" in found
+    assert "epsilon 209 at delta 1e-05" in found
+    for word in ("one client with all its rows", "zero-out", "not audited", "No amplification"):
+        assert word in found, word
+    assert "epsilon 7.99 against whoever sees the models" in headline(summary(mode=mode))
+
+
+def test_seeded_or_missing_noise_is_marked():
+    """Catches: a figure printed for noise that anybody can draw, or for none."""
+    for changes, why in (({}, "known seed"), ({"noise_multiplier": 0.0}, "no noise")):
+        assert f"{NOT_PRIVATE}: " in text(private=False, **changes)
+        assert why in text(private=False, **changes)
+        assert "7.99" not in text(private=False, **changes)
+        assert headline(summary(private=False, **changes)).startswith(NOT_PRIVATE)
+
+
+def test_what_the_server_sees_is_said():
+    """Catches: distributed noise without secure aggregation sold as protection from the server."""
+    assert "protects little from the server itself" in text()
+    assert "no single update" in text(secure_aggregation=True)
+    assert "invents clients" in text(secure_aggregation=True)
+    assert "The server is trusted" in text(mode="central")
+
+
+def test_no_protection_is_not_a_number():
+    """Catches: an infinite epsilon printed as 0, inf or None."""
+    assert told(None) == "none at all"
+    assert "the server, which sees each upload: none at all" in text(epsilon={"release": 1.0, "uploads": None})

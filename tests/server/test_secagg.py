@@ -1,0 +1,164 @@
+"""Secure aggregation end to end: real sites, real training, and a server that records all it gets."""
+
+import numpy as np
+import pytest
+from flwr.app import Error
+from flwr.app.message import make_message
+from scipy import stats
+
+from common.audit import verify
+from common.errors import QuorumNotMet
+from common.files import read_lines
+from common.messages import SITE_ERROR
+from common.privacy.ledger import Ledger
+from common.wire import decode_levels
+from server import secagg
+from tests.support.federation import hurry, run_tiny, tiny_config, write_rows
+
+BITS = 32
+STEPS = ("query.keys", "query.shares", "train.masked", "query.unmask")
+
+
+def config(folder, clients=5, least=3, secure=True, seed=0, **privacy):
+    """Return a run under distributed noise; a seed makes the noise the same in two runs."""
+    folder.mkdir(exist_ok=True)
+    write_rows(folder / "train.csv", clients * 4)
+    write_rows(folder / "dev.csv", 8)
+    settings = {"mode": "distributed", "secure_aggregation": secure, "noise_multiplier": 0.5, "delta": 1e-3}
+    return tiny_config(
+        folder,
+        run={"rounds": 1},
+        privacy={**settings, "insecure_noise_seed": seed, **privacy},
+        strategy={"min_clients": least, "round_timeout_s": 60.0},
+        simulation={"clients": clients},
+    )
+
+
+def refuse_with(step, nodes):
+    """Return a fault: these nodes answer one step with an error."""
+
+    def fault(node, reply):
+        failed = reply.metadata.message_type == step and node in nodes
+        return [make_message(reply.metadata, error=Error(SITE_ERROR, "site-stopping")) if failed else reply]
+
+    return fault
+
+
+def lost(step, nodes):
+    """Return a fault: the replies of these nodes to one step never arrive."""
+    return lambda node, reply: [] if reply.metadata.message_type == step and node in nodes else [reply]
+
+
+def ledger(folder):
+    """Return the epsilons of a run's ledger."""
+    return Ledger(folder / "privacy-ledger.jsonl", 1e-3, {}).epsilons()
+
+
+def test_the_opened_sum_is_the_sum(tmp_path):
+    """Catches: masks that do not cancel exactly, or a sum opened with another sign, width or order of names."""
+    masked = run_tiny(config(tmp_path / "masked", seed=7))
+    plain = run_tiny(config(tmp_path / "plain", secure=False, seed=7))
+    assert masked.summary["adapter_sha256"] == plain.summary["adapter_sha256"]
+    other = run_tiny(config(tmp_path / "other", seed=8))
+    assert other.summary["adapter_sha256"] != plain.summary["adapter_sha256"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("how", [refuse_with, lost])
+def test_dropouts_at_each_step_are_survived(tmp_path, monkeypatch, step, how):
+    """Catches: a sum lost with one site; a dropped site's masks left in the sum; a site in it that dropped before."""
+    if how is lost:
+        hurry(monkeypatch)
+    masked = run_tiny(config(tmp_path / "masked", seed=7), fault=how(step, (2, 4)))
+    if step == "query.unmask":  # they are in the sum already
+        expected = run_tiny(config(tmp_path / "plain", secure=False, seed=7))
+    else:
+        expected = run_tiny(config(tmp_path / "plain", secure=False, seed=7), fault=how("train", (2, 4)))
+    assert masked.summary["adapter_sha256"] == expected.summary["adapter_sha256"]
+    line = read_lines(masked.folder / "metrics.jsonl")[-1]
+    assert len(line["accepted"]) == (5 if step == "query.unmask" else 3)
+    assert sorted(line["rejected"]) == ["site-1", "site-3"]
+
+
+@pytest.mark.parametrize("step", STEPS[:3])
+def test_below_the_least_number_nothing_is_opened_and_nothing_charged(tmp_path, step):
+    """Catches: a sum over too few clients opened all the same; a charge for masked vectors that say nothing."""
+    run = config(tmp_path, least=4)
+    with pytest.raises(QuorumNotMet):
+        run_tiny(run, fault=refuse_with(step, (2, 4)))
+    folder = tmp_path / "runs" / "tiny"
+    assert not (folder / "privacy-ledger.jsonl").exists()
+    ended = [event for event in verify(folder / "audit.jsonl") if event["event"] == "secagg-ended"]
+    assert [event["code"] for event in ended] == ["secagg-too-few"] * 2
+    assert "privacy" not in read_lines(folder / "metrics.jsonl")[-1]
+
+
+def test_a_sum_that_may_have_been_opened_stays_charged(tmp_path):
+    """Catches: a server that asks for the shares, fails, and forgets that it could have opened the sum."""
+    run = config(tmp_path, least=4)
+    with pytest.raises(QuorumNotMet):
+        run_tiny(run, fault=refuse_with("query.unmask", (1, 2)))
+    epsilons = ledger(tmp_path / "runs" / "tiny")
+    assert set(epsilons) == {"sums"}
+    lines = verify(tmp_path / "runs" / "tiny" / "privacy-ledger.jsonl")
+    assert [(line["round"], line["attempt"]) for line in lines] == [(1, 0), (1, 1)]
+
+
+def test_the_charge_is_written_before_the_shares_are_asked_for(tmp_path, monkeypatch):
+    """Catches: a sum opened first and accounted later, which a crash between them would forget."""
+    seen = []
+    ask = secagg.Attempt.ask
+
+    def watching(self, step, fields, read):
+        path = self.parts.folder / "privacy-ledger.jsonl"
+        seen.append((step, path.exists()))
+        return ask(self, step, fields, read)
+
+    monkeypatch.setattr(secagg.Attempt, "ask", watching)
+    run_tiny(config(tmp_path))
+    assert seen == [("keys", False), ("shares", False), ("unmask", True)]
+
+
+class Server:
+    """Records every reply that reaches the server."""
+
+    def __init__(self):
+        self.replies = []
+
+    def __call__(self, node, reply):
+        """Note a reply and let it pass."""
+        self.replies.append((reply.metadata.message_type, reply.content))
+        return [reply]
+
+    def uploads(self, kind, size):
+        """Return the integers of all uploads."""
+        found = [content.array_records["arrays"] for seen, content in self.replies if seen == kind]
+        assert found
+        return [decode_levels(record, size, BITS).view(np.uint64) & np.uint64(2**BITS - 1) for record in found]
+
+
+def uniform(values):
+    """Return the least p-value of a chi-square test of each byte."""
+    octets = [((values >> np.uint64(8 * n)) & np.uint64(255)).astype(int) for n in range(BITS // 8)]
+    return min(stats.chisquare(np.bincount(one, minlength=256)).pvalue for one in octets)
+
+
+def test_the_server_sees_uniform_integers_and_nothing_else(tmp_path):
+    """Catches: an upload without masks, which fails the same test; a loss, a count or a norm beside it."""
+    views = {}
+    for secure in (True, False):
+        run, server = config(tmp_path / str(secure), secure=secure), Server()
+        size = run_tiny(run, fault=server).state.vector.size
+        uploads = server.uploads("train.masked" if secure else "train", size)
+        views[secure] = uniform(np.concatenate(uploads))
+        for kind, content in server.replies:
+            extra = {"arrays"} if kind.startswith("train") else {"secagg"}
+            if kind == "query":
+                assert content.config_records["reply"]["rows"] == 0
+                assert content.config_records["reply"]["evaluation_rows"] == 0
+                assert content.config_records["reply"]["notes"] == ""
+            else:
+                assert set(content) == {"reply", *extra}
+                assert set(content.config_records["reply"]) == {"site", "round", "nonce"}
+    assert views[True] > 1e-6
+    assert views[False] < 1e-6

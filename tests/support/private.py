@@ -1,0 +1,115 @@
+"""Private runs for tests: their plans, and a toy federation whose sites protect what they send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from client.update import ProtectedSum
+from common.audit import AuditLog
+from common.config import RunConfig, parse
+from common.messages import PrivateReply, TrainRequest, from_record, site_config, to_record
+from common.privacy.ledger import Ledger
+from common.privacy.plan import Plan, make_plan, resolve
+from common.wire import decode, encode_levels
+from server.engines.in_process import Fault
+from server.loop import initial_state, run_rounds
+from server.parts import Parts
+from server.privacy import Privacy, open_privacy
+from tests.support.toy import SPEC, Ran, Update, ones, toy_app, toy_parts
+
+LEDGER = "privacy-ledger.jsonl"
+
+
+def private_config(
+    mode: str,
+    *,
+    folder: Path | str = "runs",
+    clients: int = 4,
+    rounds: int = 3,
+    strategy: Mapping[str, Any] | None = None,
+    **privacy: Any,
+) -> RunConfig:
+    """Return a run in a privacy mode, not resolved yet; a sum takes all of its clients unless `strategy` differs."""
+    return parse(
+        {
+            "run": {"name": "toy", "rounds": rounds, "output_dir": str(folder)},
+            "strategy": {
+                "min_clients": clients,
+                "round_timeout_s": 30.0,
+                "connect_timeout_s": 30.0,
+                **(strategy or {}),
+            },
+            "privacy": {"mode": mode, "enrolled_clients": clients, **privacy},
+        }
+    )
+
+
+def plan_of(mode: str, dimension: int = SPEC.size, **options: Any) -> Plan:
+    """Return the plan of `private_config(mode, **options)`."""
+    plan = make_plan(resolve(private_config(mode, **options), dimension), dimension)
+    assert plan is not None
+    return plan
+
+
+def privacy_of(plan: Plan, folder: Path, seed: int = 0) -> Privacy:
+    """Return the server's part of a plan, with a ledger of its own and no budget."""
+    return Privacy(plan, Ledger(folder / LEDGER, plan.delta, {}), "toy", seed)
+
+
+def private_app(
+    sites: list[str], update: Update = ones, clients: int = 1, asked: list[tuple[str, int, str]] | None = None
+) -> ClientApp:
+    """Return a ClientApp whose node n is `sites[n - 1]`, each with so many clients; `asked` is told every request."""
+    app, base = ClientApp(), toy_app(sites, update, rows=0, clients=clients)
+
+    @app.query()
+    def hello(message: Message, context: Context) -> Message:
+        return base(message, context)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        request = from_record(TrainRequest, message.content)
+        config, site = site_config(request.config), sites[int(context.node_config["partition-id"])]
+        if asked is not None:
+            asked.append((site, request.round, request.clients))
+        plan = make_plan(config, SPEC.size)
+        assert plan is not None
+        total = ProtectedSum.empty(plan, config.privacy.insecure_noise_seed)
+        received = decode(message.content.array_records["arrays"], SPEC)
+        for client in request.clients.split(",") if request.clients else range(clients):
+            total.add(update(site, request.round, received)[np.newaxis], f"{site}/{client}", request.round)
+        reply = PrivateReply(site, request.round, request.nonce)
+        return Message(to_record(reply, encode_levels(total.levels, plan.modulus_bits)), reply_to=message)
+
+    return app
+
+
+def private_parts(folder: Path, app: ClientApp, nodes: int, config: RunConfig, fault: Fault | None = None) -> Parts:
+    """Return the parts of a private toy run in `folder`, with its ledger there."""
+    config = resolve(config, SPEC.size)
+    privacy = open_privacy(config, SPEC.size, folder / LEDGER, AuditLog(folder / "audit.jsonl"))
+    return toy_parts(folder, app, nodes, config, fault, privacy=privacy)
+
+
+def run_private(folder: Path, app: ClientApp, nodes: int, config: RunConfig, fault: Fault | None = None) -> Ran:
+    """Run a private toy federation to its end."""
+    parts = private_parts(folder, app, nodes, config, fault)
+    parts.roster.wait(lambda count: None)
+    assert parts.privacy is not None
+    return Ran(folder, run_rounds(parts, initial_state(np.zeros(SPEC.size, np.float32), asdict(parts.privacy.plan))))
+
+
+@contextmanager
+def unchanged(path: Path) -> Iterator[None]:
+    """Check that a file is the same after a `with` block as before it, or not there both times."""
+    before = path.read_bytes() if path.exists() else None
+    yield
+    assert (path.read_bytes() if path.exists() else None) == before
