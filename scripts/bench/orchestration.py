@@ -38,7 +38,8 @@ from server.deploy.control import Control, executed
 from server.deploy.superlink import free_port, superlink
 from server.engines.grid import Stop
 from server.engines.superlink import SuperlinkGrid
-from server.loop import Parts, initial_state, run_rounds
+from server.loop import initial_state, run_rounds
+from server.parts import Parts
 from server.progress import Progress
 from server.roster import Roster
 from tests.support.processes import BIN, end_group, quiet_environment

@@ -31,7 +31,8 @@ from common.model import load_graft
 from common.rng import generator
 from server.engines.grid import Stop
 from server.engines.in_process import InProcessGrid
-from server.loop import Parts, initial_state, run_rounds
+from server.loop import initial_state, run_rounds
+from server.parts import Parts
 from server.roster import Roster
 from server.simulate import simulate
 
@@ -143,7 +144,7 @@ def bare_steps(graft: Any, batches: list[Any], settings: Any) -> float:
 
 def site_batches(config: RunConfig, graft: Any) -> dict[str, list[Any]]:
     """Return, for each site, the batches of all rounds as the client draws them."""
-    from client.site import simulated_sites
+    from client.simulated import simulated_sites
 
     batches: dict[str, list[Any]] = {}
     for site in simulated_sites(config):
@@ -164,7 +165,7 @@ def local_loop_ratios(folder: Path, pairs: int) -> list[float]:
     config = text_config(folder)
     torch.set_num_threads(config.train.threads)
     graft = load_graft(config, config.model.name, config.run.seed)
-    from client.site import simulated_sites
+    from client.simulated import simulated_sites
 
     site = simulated_sites(config)[0]
     encoded = graft.task.encode(site.train_shard(graft.task), graft.base)

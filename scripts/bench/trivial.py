@@ -31,7 +31,7 @@ def trivial_app(spec: AdapterSpec) -> ClientApp:
 
     @app.query()
     def hello(message: Any, context: Any) -> Any:
-        reply = HelloReply(_name(context), __version__, 10, 0, "0" * 64, spec.sha256, "", "")
+        reply = HelloReply(_name(context), __version__, 1, 10, 0, "0" * 64, spec.sha256, "", "")
         return Message(to_record(reply), reply_to=message)
 
     @app.train()
