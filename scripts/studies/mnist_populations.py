@@ -42,7 +42,7 @@ from server.simulate import simulate
 CLIENTS = (100, 1_000, 10_000)
 EPSILONS = (2.0, 8.0)
 MODES = ("central", "distributed", "local")
-SETTINGS = ("rounds", "optimizer", "learning_rate", "local_steps", "batch_size", "clip_norm")
+SETTINGS = ("rounds", "optimizer", "learning_rate", "local_steps", "batch_size", "clip_norm", "server_momentum")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,12 @@ def config(case: Case, seed: int, base: Path, folder: Path, options: argparse.Na
                 "local_steps": options.local_steps,
                 "threads": 1,
             },
-            "strategy": {"min_clients": case.clients, "round_timeout_s": 3600.0},
+            "strategy": {
+                "name": "fedavgm",
+                "server_momentum": options.server_momentum,
+                "min_clients": case.clients,
+                "round_timeout_s": 3600.0,
+            },
             "privacy": {"mode": "none"} if case.mode == "none" else private,
             "evaluation": {
                 "data": str(data / "t10k-images-idx3-ubyte.gz"),
@@ -251,12 +256,13 @@ def main() -> None:
     """Run the grid and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--clip-norm", type=float, default=0.5)
     parser.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd")
-    parser.add_argument("--local-steps", type=int, default=10)
+    parser.add_argument("--local-steps", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=20)
+    parser.add_argument("--server-momentum", type=float, default=0.8)
     parser.add_argument("--processes", type=int, default=2, help="populations at a time, each on one thread")
     parser.add_argument("--base", type=Path, help="a folder from scripts/studies/pretrain_cnn.py; default: make one")
     parser.add_argument("--write", default="", metavar="DIR", help="write the page and the figure there")
