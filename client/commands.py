@@ -17,11 +17,13 @@ _TEMPLATE = """\
 [site]
 name = "{name}"                    # stable, unique in the federation: letters, digits, . _ -
 # audit = "audit.jsonl"            # what this site was asked and answered; "" for none
+# ledger = "privacy-ledger.jsonl"  # what its updates have cost in private runs; keep it; "" for none
 
 [data]
 train = "{train}"            # .csv, .tsv, .jsonl, .parquet or .txt; images: idx or a folder; relative to this file
 # evaluation = "held-out.csv"      # rows for evaluating at the site; leave out for none
 # min_rows = 2                     # refuse to train on fewer rows
+# client_column = ""               # a gateway's: the column that says whose a row is; each is a client
 # header = true                    # CSV and TSV: the first line holds the column names
 # quoting = "standard"             # "none": quotation marks are ordinary characters
 # columns = {{ text = "sentence" }}  # what the task reads = what your file calls it, or a number counted from 0
@@ -33,6 +35,11 @@ train = "{train}"            # .csv, .tsv, .jsonl, .parquet or .txt; images: idx
 # max_rounds = 0                   # of a run; 0: any number
 # max_local_steps = 0              # in a round; 0: any number
 # metrics = ["*"]                  # of loss, accuracy, ...: what may leave besides the update
+# privacy_modes = ["*"]            # of none, central, local, distributed (docs/privacy.md)
+# secure_aggregation = false       # true: only if the server sees no single update
+# min_noise_multiplier = 0.0       # least noise over the clip norm
+# max_epsilon = 0.0                # over this site's whole life, by its own ledger; 0: any
+# max_row_epsilon = 0.0            # of one row, by DP-SGD; 0: any
 
 # [server]                         # so that `tsugiki client` needs no options
 # address = "fed.example.org:9092"

@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from client.app import make_app
+from client.policy import SitePolicy
 from client.site import FileSite
 from common import __version__
 from common.config import RunConfig
 from common.errors import UsageError
 from common.messages import EvaluateRequest, HelloRequest, TrainRequest, error_code, to_record
 from common.model import load_graft
+from common.privacy.plan import resolve
 from common.wire import encode
 
 if TYPE_CHECKING:
@@ -34,6 +36,14 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
     app = make_app(lambda context: quiet)
     yield "hello", _ask(app, "query", to_record(HelloRequest(config.for_sites(), __version__)))
     graft = load_graft(config, site.model_source(config.model.name), config.run.seed)
+    config, title = resolve(config, graft.spec.size), "round 1"
+    if config.privacy.secure_aggregation:  # masks take other sites; without them the site's policy would refuse
+        if config.privacy.noise_multiplier == 0:
+            return  # bare updates, which no run sends unmasked
+        title = "round 1, before it is masked"
+        unmasked = config.privacy.model_copy(update={"secure_aggregation": False, "target_epsilon": 0.0})
+        config = config.model_copy(update={"privacy": unmasked})
+        app = make_app(lambda context: replace(quiet, policy=SitePolicy(seeded_noise=quiet.policy.seeded_noise)))
     request = TrainRequest(
         config=config.for_sites(),
         round=1,
@@ -45,7 +55,7 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
         clients="",
     )
     arrays = encode(graft.initial, graft.spec)
-    yield "round 1", _ask(app, "train", to_record(request, arrays))
+    yield title, _ask(app, "train", to_record(request, arrays))
     if config.evaluation.at_sites and site.data.evaluation:
         evaluation = EvaluateRequest(config.for_sites(), 1, graft.spec.sha256, "0" * 16)
         yield "evaluation at the site", _ask(app, "evaluate", to_record(evaluation, arrays))

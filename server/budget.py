@@ -138,8 +138,10 @@ def read(file: Path, overrides: Sequence[str]) -> tuple[RunConfig, str, bool]:
     mode = given.get("mode", "none")
     assumed = [f"privacy.target_epsilon={ASSUMED_EPSILON}"]
     if mode == "none":
-        config_file.read(file, overrides)
+        config = config_file.read(file, overrides)
         assumed += ["privacy.mode=central", "privacy.sampling=fixed", "privacy.honest_fraction=1.0"]
+        if config.simulation.partition == "by-column" and not config.privacy.enrolled_clients:
+            assumed.append(f"privacy.enrolled_clients={config.strategy.min_clients}")  # the column is not read here
     elif any(given.get(name) for name in ("target_epsilon", "noise_multiplier", "secure_aggregation")):
         return config_file.read(file, overrides), mode, False
     try:

@@ -139,10 +139,10 @@ def _calibrated(config: RunConfig, dimension: int) -> float:
 
 
 def make_plan(config: RunConfig, dimension: int) -> Plan | None:
-    """Return the plan of a run whose settings were resolved; None for a run without privacy.
+    """Return the plan of a run; None for a run without privacy.
 
     Args:
-        config: from `resolve`.
+        config: from `resolve`, or not resolved yet.
         dimension: coordinates of an update.
 
     Raises:
@@ -150,7 +150,7 @@ def make_plan(config: RunConfig, dimension: int) -> Plan | None:
     """
     if config.privacy.mode == "none":
         return None
-    return _plan(config, dimension)
+    return _plan(resolve(config, dimension), dimension)  # settings with a budget and no noise must not mean no noise
 
 
 def _plan(config: RunConfig, dimension: int) -> Plan:

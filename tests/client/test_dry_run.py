@@ -42,3 +42,18 @@ def test_a_refusal_is_told_with_its_code(tmp_path):
     with pytest.raises(UsageError) as caught:
         list(replies(read_site(file), config))
     assert caught.value.code == "policy-task"
+
+
+@pytest.mark.parametrize(("secure", "title"), [(False, "round 1"), (True, "round 1, before it is masked")])
+def test_a_private_run_shows_what_is_left_of_an_update(tmp_path, secure, title):
+    """Catches: noise left out of what is shown; the site's own account charged for looking; steps asked for in vain."""
+    privacy = {"mode": "distributed", "target_epsilon": 50.0, "delta": 1e-3, "secure_aggregation": secure}
+    config = tiny_config(tmp_path, privacy=privacy)
+    site = read_site(site_folder(tmp_path / "acme", "acme"))
+    first, second = (dict(replies(site, config)) for _ in range(2))
+    assert list(first) == ["hello", title]
+    assert first["hello"].config_records["reply"]["rows"] == 0
+    assert set(first[title].config_records["reply"]) == {"site", "round", "nonce"}
+    uploads = [shown[title].array_records["arrays"]["adapter"].data for shown in (first, second)]
+    assert uploads[0] != uploads[1]
+    assert not (tmp_path / "acme" / "privacy-ledger.jsonl").exists()

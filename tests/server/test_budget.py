@@ -195,3 +195,13 @@ def test_errors_of_the_real_program_are_one_message(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[0] == "tsugiki: config-invalid: missing.toml: 1 problem"
+
+
+def test_a_split_by_column_is_planned_too(tmp_path):
+    """Catches: the demo's own run file refused, because its number of clients is not told beforehand."""
+    file = tmp_path / "run.toml"
+    file.write_text(
+        '[strategy]\nmin_clients = 4\n[simulation]\ndata = "a.csv"\npartition = "by-column"\ncolumn = "c"\n'
+    )
+    config, mode, assumed = budget.read(file, [])
+    assert (mode, assumed, config.privacy.enrolled_clients) == ("none", True, 4)

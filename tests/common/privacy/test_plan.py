@@ -215,3 +215,11 @@ def test_a_budget_that_cannot_be_kept_is_refused(mode):
     """Catches: a traceback out of the calibration."""
     found = problem(private_config(mode, rounds=100_000, target_epsilon=1e-4))
     assert found.key in ("privacy.target_epsilon", "privacy.noise_multiplier")
+
+
+def test_a_budget_without_noise_is_calibrated_wherever_it_is_read():
+    """Catches: a site that is sent a budget and no noise multiplier, and takes it for a run without noise."""
+    raw = {"privacy": {"mode": "local", "target_epsilon": 8.0}, "strategy": {"min_clients": 4}}
+    plan = make_plan(parse(raw), 10)
+    assert plan.private
+    assert plan.noise_multiplier == make_plan(resolve(parse(raw), 10), 10).noise_multiplier > 1
