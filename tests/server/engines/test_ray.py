@@ -19,19 +19,22 @@ import sys
 from pathlib import Path
 from tests.support.federation import run_tiny, tiny_config
 
+seeded = {"mode": "distributed", "noise_multiplier": 0.5, "delta": 1e-3, "insecure_noise_seed": 7}
+privacy = {**seeded, "secure_aggregation": True} if sys.argv[2] == "secure" else {}
 for engine in ("in-process", "ray"):
     sections = {"run": {"name": engine, "rounds": 1}, "train": {"threads": 2}, "simulation": {"engine": engine}}
-    summary = run_tiny(tiny_config(Path(sys.argv[1]), **sections)).summary
+    summary = run_tiny(tiny_config(Path(sys.argv[1]), privacy=privacy, **sections)).summary
     print("RESULT", summary["adapter_sha256"], summary["after"])
 """
 """Two threads make one worker of Ray's on a machine of two cores: one import of torch less."""
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'tsugiki[ray]'")
-def test_ray_ends_with_the_same_bytes(tmp_path):
-    """Catches: an engine that seeds, orders or splits in its own way, or loses what the ServerApp returns."""
+@pytest.mark.parametrize("privacy", ["open", "secure"])
+def test_ray_ends_with_the_same_bytes(tmp_path, privacy):
+    """Catches: an engine that seeds, orders or splits in its own way, or loses a session of secure aggregation."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # in a process of its own: Ray leaves things behind
-    command = [sys.executable, "-c", BOTH, str(tmp_path)]
+    command = [sys.executable, "-c", BOTH, str(tmp_path), privacy]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     here, there = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
