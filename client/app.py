@@ -128,6 +128,7 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
             f"the server's version {request.version[:32]}", f"{__version__}, as here", code="version-mismatch"
         )
     graft, plan = _load(site, config)
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft"))
     rows, kept = _train_rows(site, config), _desk.rows(site, config, "evaluation")
     reply = HelloReply(
         site=site.name,
@@ -137,15 +138,11 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
         evaluation_rows=0 if kept is None or plan else len(kept),
         base_fingerprint=graft.spec.base_fingerprint,
         spec_sha256=graft.spec.sha256,
-        libraries=", ".join([f"python {platform.python_version()}", *_libraries()]),
-        notes="" if plan else ",".join(_desk.notes.get(site.name, ())),
+        libraries=f"python {platform.python_version()}, {libraries}",
+        notes="" if plan or config.privacy.examples.enabled else ",".join(_desk.notes.get(site.name, ())),
     )
     site.record("hello", run=config.run.name, rows=len(rows), spec_sha256=reply.spec_sha256)
     return to_record(reply)
-
-
-def _libraries() -> list[str]:
-    return [f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft")]
 
 
 def _load(site: Site, config: RunConfig, round_: int = 0) -> tuple[Graft, Plan | None]:
@@ -181,7 +178,7 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
         steps=trained.steps,
         loss=shared.get("loss", 0.0),
         loss_shared="loss" in shared,
-        seconds=trained.seconds,
+        seconds=0.0 if hidden else trained.seconds,
     )
     arrays = encode(update, job.graft.spec)
     sent = {"bytes": sum(len(array.data) for array in arrays.values()), "update_sha256": sha256(update)}
@@ -234,6 +231,7 @@ def _step(step: str, state: RecordDict, site: Site, content: RecordDict) -> Reco
     request, fields = from_record(StageRequest, content), beside(content)
     config = site_config(request.config)
     plan = _only_masked(_load(site, config, request.round)[1], True)
+    (secagg.bind if step == "keys" else secagg.check_bound)(state, plan, request.round)
     if step == "keys":
         sent = secagg.answer_keys(state, request.session, site.name)
     elif step == "shares":
@@ -250,6 +248,7 @@ def _masked(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
     request, fields = from_record(TrainRequest, content), beside(content)
     job, plan = _job(site, request, content)
     plan = _only_masked(plan, True)
+    secagg.check_bound(state, plan, request.round)
     if request.clients:
         raise SecureAggregationError("some of this site's clients", "all of them: the others' noise belongs to the sum")
     secagg.open_shares(state, fields)
@@ -263,6 +262,7 @@ def _evaluate(site: Site, content: RecordDict) -> RecordDict:
     request = from_record(EvaluateRequest, content)
     config = site_config(request.config)
     graft, _, _ = _receive(site, config, request, content)
+    site.policy.check_evaluation(config.privacy)
     rows = _desk.rows(site, config, "evaluation")
     if rows is None:
         raise DataError(

@@ -10,7 +10,7 @@ import numpy as np
 
 from client import dp_sgd
 from client.job import Group, Job
-from client.trainer import Trained, train
+from client.trainer import Trained, steps_per_round, train
 from client.update import ProtectedSum, make_update
 from client.vectorised import can_train_together, train_together
 from common.config import RunConfig
@@ -122,7 +122,8 @@ def _train_one(job: Job, name: str, rows: Sequence[int], deadline_s: float) -> T
     except TrainingError as error:
         if error.code != "diverged":
             raise
-        return Trained(0, 0.0, 0.0)  # the parameters are private and finite; that the loss is not would tell something
+        steps = steps_per_round(len(rows), job.config.train)
+        return Trained(steps, 0.0, 0.0)  # private and finite parameters; that the loss is not is not told
 
 
 def examples_of(config: RunConfig, rows: int) -> ExamplePrivacySection:

@@ -118,6 +118,15 @@ class SitePolicy(Section):
         if self.max_row_epsilon and not settings.examples.enabled:
             raise _refusal("no DP-SGD", "[privacy.examples], for policy.max_row_epsilon", "policy-row-epsilon")
 
+    def check_evaluation(self, settings: PrivacySection) -> None:
+        """Do nothing if metrics of this site's rows may be asked for.
+
+        Raises:
+            PolicyError: `policy-evaluation`, the run is private: no noise is on metrics, and no account of them.
+        """
+        if settings.mode != "none" or settings.examples.enabled:
+            raise _refusal("metrics of private rows", "none in a private run", "policy-evaluation")
+
     def may_leave(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Return the metrics that this site shares."""
         return {name: value for name, value in metrics.items() if ALL in self.metrics or name in self.metrics}

@@ -28,8 +28,26 @@ from common.privacy.secagg_messages import (
 if TYPE_CHECKING:
     from flwr.app import RecordDict
 
-STATE, COUNTS = "secagg", "secagg-clients"
-"""Records of the context: the session, and how many clients each of its sites has."""
+STATE, COUNTS, BOUND = "secagg", "secagg-clients", "secagg-plan"
+"""Records of the context: the session, how many clients each of its sites has, and its plan and round."""
+
+
+def bind(state: RecordDict, plan: Plan, round_: int) -> None:
+    """Bind the session that begins to a plan and a round: shares of noise and the least sum belong together."""
+    from flwr.app import ConfigRecord
+
+    state[BOUND] = ConfigRecord({"plan": plan.sha256, "round": round_})
+
+
+def check_bound(state: RecordDict, plan: Plan, round_: int) -> None:
+    """Do nothing if a step is asked for under the plan and the round that its session began with.
+
+    Raises:
+        SecureAggregationError: it is not; a server could else let sites add noise for many clients and open few.
+    """
+    record = state.config_records.get(BOUND)
+    if record is None or dict(record) != {"plan": plan.sha256, "round": round_}:
+        raise SecureAggregationError("another plan or round than the session's", "those that it began with")
 
 
 def answer_keys(state: RecordDict, session: bytes, site: str) -> dict[str, Any]:

@@ -122,6 +122,7 @@ class _Stack:
         weights = np.zeros((steps, len(names), width), np.float32)
         for client, name in enumerate(names):
             own = np.asarray(self.job.clients[name])
+            rows[:, client, :] = own[0]  # what fills a short batch up is the client's own: 0 times infinity is no 0
             stream = batches(len(own), settings, self.job.plan(name, 0.0), steps)
             for step, batch in enumerate(islice(stream, steps)):
                 rows[step, client, : len(batch)] = own[batch]

@@ -88,9 +88,10 @@ class Privacy:
     def _report(self, mean: Vector, clients: int, denominator: float) -> dict[str, Any]:
         """Return the round's figures: the noise that was there (`z_eff`), and how much of the mean it is."""
         plan, kind = self.plan, self.plan.mechanism
+        withheld = plan.sampling_probability < 1  # how many there were would tell something about who was there
+        clients = clients or 1  # of a sampled cohort there may be none; nothing of it is told
         variance = plan.honest_fraction * clients * kind.client_variance(plan) + kind.server_variance(plan)
         noise_norm = plan.mean_noise(clients) * clients / denominator * math.sqrt(plan.dimension)
-        withheld = plan.sampling_probability < 1  # how many there were would tell something about who was there
         return {
             "private": plan.private,
             "clients": None if withheld else clients,
@@ -111,6 +112,8 @@ class Privacy:
             "delta": self.plan.delta,
             "noise_multiplier": self.plan.noise_multiplier,
             "clip_norm": self.plan.clip_norm,
+            "sampling_probability": self.plan.sampling_probability,
+            "honest_fraction": self.plan.honest_fraction,
             "target_epsilon": self.plan.target_epsilon,
             "epsilon": {who: _finite(value) for who, value in self.ledger.epsilons().items()},
             "plan_sha256": self.plan.sha256,

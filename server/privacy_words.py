@@ -29,6 +29,12 @@ _ASSUMES = {
 }
 
 
+_SAMPLED = (
+    "Clients were sampled by secret coins (poisson), and the figures count on it: they hold only against whoever does "
+    "not know who was asked in which round."
+)
+
+
 def told(epsilon: float | None) -> str:
     """Return an epsilon for people; None is no protection."""
     return "none at all" if epsilon is None else f"epsilon {epsilon:.3g}"
@@ -65,7 +71,16 @@ def statement(privacy: Mapping[str, Any]) -> list[str]:
         f"Against {ADVERSARIES[who]}: {told(value)} at delta {privacy['delta']:g}, by the ledger so far."
         for who, value in _epsilons(privacy).items()
     ]
-    return [first, " ".join(figures), UNIT, _ASSUMES.get(mode, ""), *_server_view(privacy), _caveat()]
+    sampled = privacy.get("sampling_probability", 1.0) < 1
+    return [
+        first,
+        " ".join(figures),
+        UNIT,
+        _ASSUMES.get(mode, ""),
+        *([_SAMPLED] * sampled),
+        *_server_view(privacy),
+        _caveat(),
+    ]
 
 
 def rows_statement(rows: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ ends before has shown the server nothing, and costs nothing. The protocol: `comm
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,11 +23,12 @@ import numpy as np
 from common.errors import SecureAggregationError
 from common.messages import StageRequest, to_record
 from common.privacy import secagg
+from common.privacy.clipping import LEVELS
 from common.privacy.masks import Ring
 from common.privacy.plan import Plan
 from common.privacy.secagg_clients import check_sum, fewest_sites
 from common.privacy.secagg_messages import KEYS_BYTES, SEALED_BYTES, Answer, exactly, from_fields, to_fields
-from common.wire import encode
+from common.wire import encode, l2_norm
 from server.checkpoint import State
 from server.collect import address, receive, train_request
 from server.guard import AcceptedStep, AcceptedSum, Asked, Rejected, check_private, check_step
@@ -150,6 +152,9 @@ def collect_sum(parts: Parts, state: State, number: int, cohort: list[Member], a
         parts.audit.write("secagg-ended", round=number, attempt=attempt, code=error.code)
         parts.progress.note(f"round {number}: {error}")
     levels = None if total is None else from_ring(total, now.plan.modulus_bits)
+    if levels is not None and l2_norm(levels) > _longest(now.plan, sum(one.clients for one in accepted)):
+        parts.audit.write("secagg-ended", round=number, attempt=attempt, code="norm")
+        accepted, levels = [], None  # a wrong share or a site that does not clip; the round is tried again
     wait_s = time.perf_counter() - started
     return Collected(accepted, now.rejected, now.bytes_down, now.bytes_up, wait_s, levels)
 
@@ -187,6 +192,12 @@ def _run(now: Attempt, state: State, attempt: int) -> tuple[list[AcceptedSum], R
     total = stacked.sum(axis=0, dtype=np.uint64)
     opened = secagg.unmask(total, survivors, dropped, keys, answers, needed, now.session, plan.modulus_bits)
     return list(masked.values()), opened
+
+
+def _longest(plan: Plan, clients: int) -> float:
+    """Return how long a sum over so many clients can be, in levels, but for noise beyond eight standard deviations."""
+    noise = math.sqrt(plan.mechanism.client_variance(plan) * clients)
+    return clients * LEVELS + noise * (math.sqrt(plan.dimension) + 8)
 
 
 def from_ring(total: Ring, bits: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -314,3 +314,13 @@ def test_training_can_be_watched(config, graft):
     finally:
         module.watch_training(lambda step, steps, losses: None)
     assert seen == [(1, 2), (2, 2)]
+
+
+def test_no_metrics_leave_a_private_run(tmp_path):
+    """Catches: exact metrics and a number of rows for whoever asks, beside updates with noise on them."""
+    privacy = {"mode": "central", "noise_multiplier": 1.0, "delta": 1e-3}
+    private = tiny_config(tmp_path, privacy=privacy, simulation={"evaluation_fraction": 0.25})
+    loaded = load_graft(private, private.model.name, private.run.seed)
+    request = EvaluateRequest(private.for_sites(), 1, loaded.spec.sha256, NONCE)
+    reply = ask(private, "evaluate", to_record(request, encode(loaded.initial, loaded.spec)))
+    assert code(reply) == "policy-evaluation"

@@ -167,3 +167,13 @@ def test_a_stored_session_is_checked(plan):
     sites = Sites(plan)
     sites.states["a"][secagg.STATE] = ConfigRecord({"step": "masked", "threshold": 3})
     refused("secagg-message", sites.unmask)
+
+
+def test_a_session_keeps_its_plan(plan):
+    """Catches: shares of noise for a thousand clients, in a sum that is opened for three."""
+    state = RecordDict()
+    refused("secagg-refused", secagg.check_bound, state, plan, 1)
+    secagg.bind(state, plan, 1)
+    secagg.check_bound(state, plan, 1)
+    refused("secagg-refused", secagg.check_bound, state, replace(plan, min_clients=1000), 1)
+    refused("secagg-refused", secagg.check_bound, state, plan, 2)

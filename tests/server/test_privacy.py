@@ -269,3 +269,11 @@ def test_a_ledger_that_was_tampered_with_stops_a_run_at_its_start(tmp_path, monk
     with pytest.raises(StorageError) as caught:
         federate(monkeypatch, private_app(SITES), 4, other)
     assert caught.value.code == "audit-broken"
+
+
+def test_a_sampled_round_may_be_empty(tmp_path):
+    """Catches: a crash in the round in which nobody was drawn, after it was charged; a resume would draw again."""
+    privacy = privacy_of(plan_of("central", noise_multiplier=Z, **POISSON), tmp_path)
+    mean, told = privacy.mean(np.zeros(SPEC.size, np.int64), 0, 1)
+    assert mean.any()
+    assert (told["clients"], told["noise_norm"]) == (None, None)

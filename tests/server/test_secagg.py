@@ -162,3 +162,17 @@ def test_the_server_sees_uniform_integers_and_nothing_else(tmp_path):
                 assert set(content.config_records["reply"]) == {"site", "round", "nonce"}
     assert views[True] > 1e-6
     assert views[False] < 1e-6
+
+
+def test_a_sum_that_cannot_be_is_not_added(tmp_path, monkeypatch):
+    """Catches: one wrong share of a seed, which opens a random sum, taken for an update."""
+    opened = secagg.secagg.unmask
+
+    def wrong(total, *arguments):
+        return opened(total + np.uint64(2**30), *arguments)
+
+    monkeypatch.setattr(secagg.secagg, "unmask", wrong)
+    with pytest.raises(QuorumNotMet):
+        run_tiny(config(tmp_path))
+    ended = [event for event in verify(tmp_path / "runs" / "tiny" / "audit.jsonl") if event["event"] == "secagg-ended"]
+    assert [event["code"] for event in ended] == ["norm"] * 2
