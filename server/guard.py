@@ -100,8 +100,7 @@ GONE = ("flower-error-3", "flower-error-4", "flower-error-5")
 def check(reply: Message, asked: Asked, spec: AdapterSpec, max_update_norm: float) -> Accepted | Rejected:
     """Accept or reject a reply to a train request."""
     if reply.has_error():
-        code = error_code(reply)
-        return Rejected(asked.site, DROPOUT, code) if code in GONE else Rejected(asked.site, code)
+        return _refusal(reply, asked)
     size = array_bytes(reply.content)
     try:
         answer = from_record(TrainReply, reply.content)
@@ -129,8 +128,7 @@ def check_private(reply: Message, asked: Asked, plan: Plan, masked: bool = False
     standard deviations. A masked upload is uniform whatever is in it: nothing can be said about it.
     """
     if reply.has_error():
-        code = error_code(reply)
-        return Rejected(asked.site, DROPOUT, code) if code in GONE else Rejected(asked.site, code)
+        return _refusal(reply, asked)
     size = array_bytes(reply.content)
     try:
         answer = from_record(PrivateReply, reply.content)
@@ -158,8 +156,7 @@ def check_step(reply: Message, asked: Asked, read: Callable[[dict[str, Any]], An
         read: turns the fields into what they mean; raises SecureAggregationError for what is malformed.
     """
     if reply.has_error():
-        code = error_code(reply)
-        return Rejected(asked.site, DROPOUT, code) if code in GONE else Rejected(asked.site, code)
+        return _refusal(reply, asked)
     try:
         _check_origin(from_record(PrivateReply, reply.content), asked)
         if set(reply.content) != {"reply", BESIDE}:
@@ -183,6 +180,12 @@ def check_evaluation(reply: Message, asked: Asked) -> tuple[dict[str, float], in
         return {str(name)[:64]: float(value) for name, value in record.items()}, _weight(answer.rows, asked.rows)  # type: ignore[arg-type]  # floats, checked just above
     except WireError as error:
         return Rejected(asked.site, error.code, str(error))
+
+
+def _refusal(reply: Message, asked: Asked) -> Rejected:
+    """Return the rejection of an error reply: a dropout, if the SuperLink says that the node is gone."""
+    code = error_code(reply)
+    return Rejected(asked.site, DROPOUT, code) if code in GONE else Rejected(asked.site, code)
 
 
 def _check_origin(answer: TrainReply | PrivateReply | EvaluateReply, asked: Asked) -> None:
