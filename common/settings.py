@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 """What becomes part of a path or a log line: run, site and file names."""
@@ -68,6 +68,19 @@ class TaskSettings(Section):
 
     name: str = Field(description="the task")
     max_length: int = Field(default=128, ge=8, le=8192, description="tokens; longer texts are cut")
+
+
+class ClassesSettings(TaskSettings):
+    """What every task with classes has."""
+
+    num_labels: int = Field(default=2, ge=2, le=10_000, description="number of classes, where they are plain numbers")
+    labels: Names = Field(default=(), description="names of the classes, in order; empty: 0 to num_labels - 1")
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> ClassesSettings:
+        if self.labels and (len(set(self.labels)) != len(self.labels) or len(self.labels) < 2):
+            raise ValueError("at least two class names, all different")
+        return self
 
 
 class AdapterSettings(Section):

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from common.data.pixels import Pixels, fit, read_pixels
 from common.errors import ModelError
-from common.settings import Names, TaskSettings
+from common.settings import ClassesSettings
 from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Tail, Task, TinyCase, class_metrics
 
 if TYPE_CHECKING:
@@ -25,18 +25,11 @@ MODEL_TYPE = "tsugiki-cnn"
 """`config.model_type` of our own network."""
 
 
-class ImageClassificationSettings(TaskSettings):
+class ImageClassificationSettings(ClassesSettings):
     """Any number of classes; accuracy, macro-F1 and loss."""
 
     name: Literal["image-classification"] = Field(default="image-classification", description="the task")
     num_labels: int = Field(default=10, ge=2, le=10_000, description="number of classes, where they are plain numbers")
-    labels: Names = Field(default=(), description="names of the classes, in order; empty: 0 to num_labels - 1")
-
-    @model_validator(mode="after")
-    def _labels_differ(self) -> ImageClassificationSettings:
-        if self.labels and (len(set(self.labels)) != len(self.labels) or len(self.labels) < 2):
-            raise ValueError("at least two class names, all different")
-        return self
 
 
 @TASKS.register("image-classification")

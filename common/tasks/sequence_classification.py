@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from common.settings import Names, TaskSettings
+from common.settings import ClassesSettings
 from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, by_length, class_metrics, pad
 
 if TYPE_CHECKING:
@@ -18,19 +18,11 @@ if TYPE_CHECKING:
     from common.data.shard import Shard
 
 
-class SequenceClassificationSettings(TaskSettings):
+class SequenceClassificationSettings(ClassesSettings):
     """Any number of classes; accuracy, macro-F1 and loss."""
 
     name: Literal["sequence-classification"] = Field(default="sequence-classification", description="the task")
-    num_labels: int = Field(default=2, ge=2, le=10_000, description="number of classes, where they are plain numbers")
-    labels: Names = Field(default=(), description="names of the classes, in order; empty: 0 to num_labels - 1")
     pair: bool = Field(default=False, description="classify pairs, from the columns text and text_pair")
-
-    @model_validator(mode="after")
-    def _labels_differ(self) -> SequenceClassificationSettings:
-        if self.labels and (len(set(self.labels)) != len(self.labels) or len(self.labels) < 2):
-            raise ValueError("at least two class names, all different")
-        return self
 
 
 @TASKS.register("sequence-classification")
