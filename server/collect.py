@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from common.errors import NotEnoughSites, UsageError
+from common.errors import NotEnoughSites
 from common.messages import EvaluateRequest, TrainRequest, to_record
-from common.privacy.plan import Plan
 from common.rng import generator
 from common.wire import encode
 from server.checkpoint import State
@@ -52,8 +51,6 @@ def sample(parts: Parts, number: int, attempt: int) -> list[Member]:
             f"strategy.min_clients = {strategy.min_clients}",
             "bring the sites back and resume the run",
         )
-    if parts.privacy:
-        _check_enrolled(parts.privacy.plan, parts.roster.clients())
     if parts.withholds:
         return members
     size = max(1, round(strategy.fraction_train * len(members)))
@@ -63,21 +60,6 @@ def sample(parts: Parts, number: int, attempt: int) -> list[Member]:
         if sum(member.clients for member in chosen) >= strategy.min_clients:
             return chosen
         size += 1
-
-
-def _check_enrolled(plan: Plan, clients: int) -> None:
-    """Do nothing if no more clients are connected than the plan is made for.
-
-    Raises:
-        UsageError: `too-many-clients`; delta, the width of the integers and a fixed denominator rest on the number.
-    """
-    if clients > plan.enrolled_clients:
-        raise UsageError(
-            f"{clients} clients are connected",
-            f"at most privacy.enrolled_clients = {plan.enrolled_clients}",
-            "start a run with the number of clients that may ever take part",
-            code="too-many-clients",
-        )
 
 
 def collect(parts: Parts, state: State, number: int, cohort: list[Member], attempt: int = 0) -> Collected:

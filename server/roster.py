@@ -17,6 +17,7 @@ from common.audit import AuditLog
 from common.config import RunConfig
 from common.errors import NotEnoughSites, WireError
 from common.messages import HelloReply, HelloRequest, error_code, from_record, to_record
+from common.privacy.plan import enrolled
 from common.settings import NAME_PATTERN
 from common.wire import AdapterSpec
 from server.engines.grid import LONGEST_PAUSE_S, RETURN_S, Stop, exchange, wait_for_nodes
@@ -70,6 +71,8 @@ class Roster:
     ) -> None:
         self._grid, self._config, self._spec, self._audit, self._stop = grid, config, spec, audit, stop
         self._names = names
+        private = config.privacy.mode != "none"
+        self._most_clients = enrolled(config) if private else None  # the plan rests on it: delta, and a sum's width
         self._known: dict[int, Member | str] = {}  # a refused node stands here with its code, and is not asked again
         self._present: set[int] = set()
         self._silent: dict[int, float] = {}  # when a node that did not answer was greeted
@@ -137,7 +140,7 @@ class Roster:
             self._known = {
                 node: entry
                 for node, entry in self._known.items()
-                if node in self._present and entry != "site-name-taken"
+                if node in self._present and entry not in ("site-name-taken", "too-many-clients")
             }
         now = time.monotonic()
         due = now - self._config.strategy.connect_timeout_s
@@ -180,6 +183,7 @@ class Roster:
             "spec-mismatch": hello.spec_sha256 != self._spec.sha256,
             "shard-empty": hello.rows < (self._config.privacy.mode == "none") or hello.evaluation_rows < 0,
             "clients": not 1 <= hello.clients <= MOST_CLIENTS,
+            "too-many-clients": self._most_clients is not None and self.clients() + hello.clients > self._most_clients,
         }
         failed = next((code for code, wrong in checks.items() if wrong), None)
         if failed:

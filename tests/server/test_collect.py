@@ -213,3 +213,12 @@ def test_the_first_reply_that_passes_counts_and_who_is_silent_is_a_dropout(tmp_p
     assert [reply.site for reply in passed] == ["a", "d"]
     assert [(reply.site, reply.reason) for reply in failed] == [("b", "dropout"), ("c", "norm"), ("a", "duplicate")]
     assert list(parts.roster.members()) == ["a", "c", "d"]
+
+
+def test_clients_beyond_the_enrolled_are_refused_and_the_others_go_on(tmp_path):
+    """Catches: more clients in a sum than delta and its width allow for; a run that one site too many can end."""
+    config = private_config("local", noise_multiplier=1.0, clients=5, strategy={"min_clients": 4})
+    parts = greeted(private_parts(tmp_path, private_app(["a", "b", "c"], clients=2), 3, config))
+    assert list(parts.roster.members()) == ["a", "b"]
+    assert list(parts.roster.refused().values()) == ["too-many-clients"]
+    assert [member.name for member in sample(parts, 1, 0)] == ["a", "b"]
