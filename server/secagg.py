@@ -22,7 +22,7 @@ import numpy as np
 
 from common.errors import SecureAggregationError
 from common.messages import StageRequest, to_record
-from common.privacy import secagg
+from common.privacy import masks, secagg
 from common.privacy.clipping import LEVELS
 from common.privacy.masks import Ring
 from common.privacy.plan import Plan
@@ -166,7 +166,7 @@ def _run(now: Attempt, state: State, attempt: int) -> tuple[list[AcceptedSum], R
         SecureAggregationError: too few sites are left, or the sum cannot be opened.
     """
     plan = now.plan
-    keys = now.ask("keys", lambda name: {}, lambda name, fields: exactly(fields.get("public_keys"), KEYS_BYTES))
+    keys = now.ask("keys", lambda name: {}, _key_reader())
     check_sum(now.counts, plan.min_clients)
     listed = {**to_fields("keys", keys), "clients": [now.counts[name] for name in sorted(keys)]}
     counts = now.counts
@@ -192,6 +192,23 @@ def _run(now: Attempt, state: State, attempt: int) -> tuple[list[AcceptedSum], R
     total = stacked.sum(axis=0, dtype=np.uint64)
     opened = secagg.unmask(total, survivors, dropped, keys, answers, needed, now.session, plan.modulus_bits)
     return list(masked.values()), opened
+
+
+def _key_reader() -> Callable[[str, dict[str, Any]], bytes]:
+    """Return what reads public keys, and refuses those that would make every other site refuse the whole list."""
+    seen: set[bytes] = set()
+
+    def read(name: str, fields: dict[str, Any]) -> bytes:
+        keys = exactly(fields.get("public_keys"), KEYS_BYTES)
+        halves = {keys[: masks.SECRET_BYTES], keys[masks.SECRET_BYTES :]}
+        if len(halves) < 2 or halves & seen:
+            raise SecureAggregationError("a public key sent twice", "fresh keys", code="secagg-message")
+        for half in halves:  # raises for the points that agree on the same key with everybody
+            masks.agree(masks.new_private_key(), half, secagg.new_session(), "trial", (name, name))
+        seen.update(halves)
+        return keys
+
+    return read
 
 
 def _longest(plan: Plan, clients: int) -> float:

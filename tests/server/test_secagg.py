@@ -176,3 +176,19 @@ def test_a_sum_that_cannot_be_is_not_added(tmp_path, monkeypatch):
         run_tiny(config(tmp_path))
     ended = [event for event in verify(tmp_path / "runs" / "tiny" / "audit.jsonl") if event["event"] == "secagg-ended"]
     assert [event["code"] for event in ended] == ["norm"] * 2
+
+
+@pytest.mark.parametrize(
+    "keys", [bytes(64), b"\1" + bytes(63), b"\7" * 64], ids=["zero", "low order", "twice the same"]
+)
+def test_keys_that_the_others_would_refuse_cost_their_site_the_round(tmp_path, keys):
+    """Catches: one site's bad keys in everybody's list, which then nobody takes: the run ends."""
+
+    def fault(node, reply):
+        if node == 2 and reply.metadata.message_type == "query.keys":
+            reply.content.config_records["secagg"]["public_keys"] = keys
+        return [reply]
+
+    line = read_lines(run_tiny(config(tmp_path), fault=fault).folder / "metrics.jsonl")[-1]
+    assert (len(line["accepted"]), list(line["rejected"])) == (4, ["site-1"])
+    assert line["rejected"]["site-1"]["reason"] == "secagg-message"
