@@ -15,7 +15,7 @@ from client.update import ProtectedSum, make_update
 from client.vectorised import can_train_together, train_together
 from common.config import RunConfig
 from common.errors import TrainingError, WireError
-from common.privacy.accounting import Release
+from common.privacy.accounting import Release, epsilon
 from common.privacy.clipping import Levels
 from common.privacy.mechanisms import Adversary
 from common.privacy.plan import Plan as PrivacyPlan
@@ -137,7 +137,9 @@ def examples_of(config: RunConfig, rows: int) -> ExamplePrivacySection:
 
 def row_releases(job: Job) -> dict[Adversary, tuple[Release, int]]:
     """Return what the round shows of a row of this site: of the client that shows most; nothing without DP-SGD."""
-    fewest = min((len(rows) for rows in job.clients.values() if rows), default=0)
-    if not fewest or not job.config.privacy.examples.enabled:
+    counts = {len(rows) for rows in job.clients.values() if rows}
+    if not counts or not job.config.privacy.examples.enabled:
         return {}
-    return {"rows": dp_sgd.release_of_round(fewest, job.config.train, examples_of(job.config, fewest))}
+    shown = [dp_sgd.release_of_round(rows, job.config.train, examples_of(job.config, rows)) for rows in sorted(counts)]
+    delta = job.config.privacy.examples.delta
+    return {"rows": max(shown, key=lambda one: epsilon({one[0]: one[1]}, delta))}

@@ -6,14 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from client import cohort
+from client import cohort, dp_sgd
 from client.app import simulated_app
-from client.cohort import asked_clients, train_openly, train_privately
+from client.cohort import asked_clients, row_releases, train_openly, train_privately
 from client.job import Job
 from client.simulated import simulated_sites
 from common.errors import TrainingError, WireError
 from common.messages import TrainRequest
 from common.model import load_graft
+from common.privacy.accounting import epsilon
 from common.privacy.clipping import LEVELS, clip
 from common.wire import decode_levels
 from tests.support.federation import leaks, run_tiny, tiny_config
@@ -245,3 +246,16 @@ def test_the_same_look_at_an_open_run_finds_more(tmp_path):
     assert all(set(reply.content.config_records["reply"]) == PRIVATE | OPEN for reply in trained)
     (array,) = trained[0].content.array_records["arrays"].values()
     assert array.dtype == "float32"
+
+
+def test_a_gateways_rows_are_charged_as_the_client_that_shows_most(tmp_path):
+    """Catches: the client with the fewest rows taken for it: with whole passes, more rows may mean more steps."""
+    train = {"local_epochs": 1, "per_device_train_batch_size": 16}
+    config = tiny_config(tmp_path, train=train, privacy={"examples": {"noise_multiplier": 1.0}})
+    few, more = list(range(8)), list(range(8, 25))
+    request = TrainRequest("", 1, "", 0.0, 0.5, 60.0, "", "")
+    job = Job(None, None, {"a": few, "b": more}, config, request, None, lambda *_: None)
+    seen = {rows: dp_sgd.release_of_round(rows, config.train, config.privacy.examples) for rows in (8, 17)}
+    spent = {rows: epsilon({release: count}, 1e-5) for rows, (release, count) in seen.items()}
+    assert spent[17] > spent[8]
+    assert row_releases(job) == {"rows": seen[17]}
