@@ -23,11 +23,14 @@ def site_ledger(path: Path, policy: SitePolicy, plan: Plan | None) -> Ledger:
     Args:
         path: the file.
         policy: its `delta` counts, not that of a run.
-        plan: `max_epsilon` bounds what those adversaries see against whom the plan's mode is meant.
+        plan: `max_epsilon` bounds what those adversaries see against whom the plan's mode is meant; without secure
+            aggregation also what the server sees of a distributed share.
     """
     budgets: dict[Adversary, float] = {}
     if policy.max_epsilon and plan is not None:
         budgets |= dict.fromkeys(plan.mechanism.budgeted, policy.max_epsilon)
+        if plan.mode == "distributed" and not plan.secure_aggregation:
+            budgets["uploads"] = policy.max_epsilon  # the noise of the others is beyond what this site can see to
     if policy.max_row_epsilon:
         budgets["rows"] = policy.max_row_epsilon
     return Ledger(path, policy.delta, budgets)

@@ -273,3 +273,14 @@ def test_the_plan_of_a_site_is_its_own(acme):
     assert release["uploads"].noise_multiplier == pytest.approx(release["release"].noise_multiplier / math.sqrt(2))
     assert release["release"].noise == "skellam"
     assert replace(release["release"], dimension=1) == Release("skellam", release["release"].noise_multiplier)
+
+
+def test_without_secure_aggregation_the_bare_share_counts(tmp_path):
+    """Catches: a server that announces a thousand clients, so that a site adds next to no noise, within its budget."""
+    plan = plan_of("distributed", clients=1000, noise_multiplier=10.0, strategy={"min_clients": 1000}, delta=1e-4)
+    seen = {who: (release, 1) for who, release in plan.seen().items()}
+    policy = SitePolicy(max_epsilon=5.0)
+    assert epsilon([plan.seen()["release"]], policy.delta) < 5.0
+    with unchanged(tmp_path / LEDGER), pytest.raises(PolicyError) as caught:
+        spend(site_ledger(tmp_path / LEDGER, policy, plan), seen, "one", 1)
+    assert caught.value.code == "policy-epsilon"
