@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from common.errors import Problem
+from common.privacy.secagg_messages import MOST_CLIENTS
 
 if TYPE_CHECKING:
     from common.config import RunConfig
@@ -80,6 +81,10 @@ def _count_problems(config: RunConfig) -> list[Problem]:
     if privacy.honest_fraction * config.strategy.min_clients < 1:
         expected = f"at least 1 / min_clients, which is {1 / config.strategy.min_clients:.3g}"
         found.append(Problem("privacy.honest_fraction", str(privacy.honest_fraction), expected, "raise either"))
+    sites = -(-config.simulation.clients // config.simulation.clients_per_site)
+    if privacy.secure_aggregation and config.simulation.data and sites > MOST_CLIENTS:
+        expected = f"at most {MOST_CLIENTS} sites in a sum, not {sites}"
+        found.append(Problem("privacy.secure_aggregation", "true", expected, "raise simulation.clients_per_site"))
     by_column = config.simulation.data and config.simulation.partition == "by-column"
     if by_column and not privacy.enrolled_clients:
         expected = "the number of clients, which a split by column does not tell beforehand"
@@ -92,6 +97,8 @@ def _count_problems(config: RunConfig) -> list[Problem]:
 
 def _example_problems(config: RunConfig) -> list[Problem]:
     examples, found = config.privacy.examples, []
+    if examples.enabled and config.evaluation.at_sites:
+        found.append(Problem("evaluation.at_sites", "true", "false with DP-SGD: no noise is on metrics", "remove it"))
     if examples.enabled and config.train.gradient_accumulation_steps > 1:
         found.append(
             Problem(

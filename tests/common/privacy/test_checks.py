@@ -121,3 +121,24 @@ def test_all_problems_at_once():
 def test_a_right_run_has_no_problems():
     """Catches: a list that is never empty, or a function that wants more than the configuration."""
     assert privacy_problems(parse({})) == []
+
+
+def test_metrics_of_rows_under_dp_sgd_are_refused():
+    """Catches: exact metrics of rows that DP-SGD is to protect, because no client-level mode is on."""
+    raw = {"privacy": {"examples": {"noise_multiplier": 1.0}}, "evaluation": {"at_sites": True}}
+    with pytest.raises(ConfigError, match=r"evaluation\.at_sites = true: expected false with DP-SGD"):
+        parse(raw)
+
+
+@pytest.mark.parametrize(("each", "fits"), [(1, False), (2, True)])
+def test_more_sites_than_a_sum_holds_are_refused(each, fits):
+    """Catches: a run that every site refuses in its first round; clients behind gateways counted as sites."""
+    raw = {
+        "privacy": {"mode": "distributed", "secure_aggregation": True},
+        "simulation": {"clients": 300, "clients_per_site": each, "data": "a.csv"},
+    }
+    if fits:
+        assert parse(raw).privacy.secure_aggregation
+        return
+    with pytest.raises(ConfigError, match="at most 255 sites in a sum, not 300"):
+        parse(raw)
