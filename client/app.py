@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client import dp_sgd, secagg
-from client.budget import site_ledger, spend
-from client.cohort import asked_clients, row_releases, train_openly, train_privately
-from client.desk import Desk
+from client import prepare, secagg
+from client.cohort import train_openly, train_privately
 from client.job import Job
 from client.simulated import SimulatedSite, simulated_sites
 from client.site import Site, site_of_node
-from client.trainer import Watch, steps_per_round
 from common import __version__, minor
 from common.config import RunConfig
-from common.errors import DataError, SecureAggregationError, SpecError, TsugikiError, WireError
+from common.errors import DataError, SecureAggregationError, SpecError, TsugikiError
 from common.messages import (
     EvaluateReply,
     EvaluateRequest,
@@ -39,26 +36,13 @@ from common.messages import (
     site_config,
     to_record,
 )
-from common.model import Graft
-from common.privacy.accounting import Release
 from common.privacy.clipping import Levels
-from common.privacy.mechanisms import Adversary
-from common.privacy.plan import Plan, make_plan
-from common.tasks.base import Encoded
-from common.wire import Vector, decode, encode, encode_levels, sha256
+from common.privacy.plan import Plan
+from common.wire import encode, encode_levels, sha256
 
 log = logging.getLogger("tsugiki.client")
 
 Locate = Callable[[Context], Site]
-
-
-_desk = Desk()
-"""One for each process. Ray pickles the app for every message, so it must not hang on the app."""
-
-
-def watch_training(watch: Watch) -> None:
-    """Let every training step of this process be seen."""
-    _desk.watch = watch
 
 
 def make_app(locate: Locate) -> ClientApp:
@@ -127,39 +111,27 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
         raise SpecError(
             f"the server's version {request.version[:32]}", f"{__version__}, as here", code="version-mismatch"
         )
-    graft, plan = _load(site, config)
+    graft, plan = prepare.load(site, config)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft"))
-    rows, kept = _train_rows(site, config), _desk.rows(site, config, "evaluation")
+    rows, kept = prepare.train_rows(site, config), prepare.desk.rows(site, config, "evaluation")
     reply = HelloReply(
         site=site.name,
         version=__version__,
-        clients=len(_desk.rows_of_clients(site, config)),
+        clients=len(prepare.desk.rows_of_clients(site, config)),
         rows=0 if plan else len(rows),
         evaluation_rows=0 if kept is None or plan else len(kept),
         base_fingerprint=graft.spec.base_fingerprint,
         spec_sha256=graft.spec.sha256,
         libraries=f"python {platform.python_version()}, {libraries}",
-        notes="" if plan or config.privacy.examples.enabled else ",".join(_desk.notes.get(site.name, ())),
+        notes="" if plan or config.privacy.examples.enabled else ",".join(prepare.desk.notes.get(site.name, ())),
     )
     site.record("hello", run=config.run.name, rows=len(rows), spec_sha256=reply.spec_sha256)
     return to_record(reply)
 
 
-def _load(site: Site, config: RunConfig, round_: int = 0) -> tuple[Graft, Plan | None]:
-    """Return the graft and the privacy plan, if the site's policy allows the run, the base model and the plan."""
-    site.policy.check_run(config, round_)
-    graft = _desk.graft(site, config)
-    site.policy.check_base(graft.spec.base_fingerprint)
-    plan = make_plan(config, graft.spec.size)
-    site.policy.check_privacy(plan, config.privacy)
-    if config.privacy.examples.enabled:
-        dp_sgd.check_supported(graft)
-    return graft, plan
-
-
 def _train(site: Site, content: RecordDict) -> RecordDict:
     request = from_record(TrainRequest, content)
-    job, plan = _job(site, request, content)
+    job, plan = prepare.make_job(site, request, content)
     if plan is not None:
         _only_masked(plan, False)
         levels = protected_sum(site, job, plan)
@@ -167,7 +139,7 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
             PrivateReply(site.name, request.round, request.nonce), encode_levels(levels, plan.modulus_bits)
         )
     update, trained, rows = train_openly(job)
-    _spend(site, job, None, {})
+    prepare.charge(site, job, None, {})
     hidden = job.config.privacy.examples.enabled  # the loss is a function of the rows, and no noise is on it
     shared = {} if hidden else site.policy.may_leave({"loss": trained.loss})
     reply = TrainReply(
@@ -186,17 +158,6 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
     return to_record(reply, arrays)
 
 
-def _job(site: Site, request: TrainRequest, content: RecordDict) -> tuple[Job, Plan | None]:
-    """Return what the site is to do, and the privacy plan, once everything about the request was checked."""
-    config = site_config(request.config)
-    graft, received, plan = _receive(site, config, request, content)
-    encoded = _train_rows(site, config)
-    clients = asked_clients(site.name, _desk.rows_of_clients(site, config), request.clients)
-    site.policy.check_steps(max(steps_per_round(len(rows), config.train) for rows in clients.values()))
-    tail = partial(_desk.tail, site, config)
-    return Job(graft, encoded, clients, config, request, received, _desk.watch, tail), plan
-
-
 def protected_sum(site: Site, job: Job, plan: Plan) -> Levels:
     """Return the protected sum of the site's updates; it is in the site's own ledger before it is returned.
 
@@ -206,17 +167,10 @@ def protected_sum(site: Site, job: Job, plan: Plan) -> Levels:
     levels = train_privately(job, plan)
     # A site that is asked knows that it is in the round: nothing is amplified for it.
     seen = {who: (replace(release, sampling_probability=1.0), 1) for who, release in plan.seen().items()}
-    _spend(site, job, plan, seen)
+    prepare.charge(site, job, plan, seen)
     told = {"clients": len(job.clients), "private": plan.private, "mode": plan.mode}
     site.record("trained", run=job.config.run.name, round=job.request.round, **told)
     return levels
-
-
-def _spend(site: Site, job: Job, plan: Plan | None, seen: Mapping[Adversary, tuple[Release, int]]) -> None:
-    """Write into the site's own ledger, before it leaves, what an upload shows of its clients and of their rows."""
-    path, releases = site.ledger_path(), {**seen, **row_releases(job)}
-    if path is not None and releases:
-        spend(site_ledger(path, site.policy, plan), releases, job.config.run.name, job.request.round)
 
 
 def _only_masked(plan: Plan | None, masked: bool) -> Plan:
@@ -230,12 +184,12 @@ def _step(step: str, state: RecordDict, site: Site, content: RecordDict) -> Reco
     """Do one of the steps of secure aggregation in which nothing is trained."""
     request, fields = from_record(StageRequest, content), beside(content)
     config = site_config(request.config)
-    plan = _only_masked(_load(site, config, request.round)[1], True)
+    plan = _only_masked(prepare.load(site, config, request.round)[1], True)
     (secagg.bind if step == "keys" else secagg.check_bound)(state, plan, request.round)
     if step == "keys":
         sent = secagg.answer_keys(state, request.session, site.name)
     elif step == "shares":
-        own = len(_desk.rows_of_clients(site, config))
+        own = len(prepare.desk.rows_of_clients(site, config))
         sent = secagg.answer_shares(state, request.session, fields, plan, own)
     else:
         sent = secagg.answer_unmask(state, request.session, fields, plan)
@@ -246,7 +200,7 @@ def _step(step: str, state: RecordDict, site: Site, content: RecordDict) -> Reco
 def _masked(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
     """Train, and send the protected sum under its masks."""
     request, fields = from_record(TrainRequest, content), beside(content)
-    job, plan = _job(site, request, content)
+    job, plan = prepare.make_job(site, request, content)
     plan = _only_masked(plan, True)
     secagg.check_bound(state, plan, request.round)
     if request.clients:
@@ -261,9 +215,9 @@ def _evaluate(site: Site, content: RecordDict) -> RecordDict:
 
     request = from_record(EvaluateRequest, content)
     config = site_config(request.config)
-    graft, _, _ = _receive(site, config, request, content)
+    graft, _, _ = prepare.receive(site, config, request, content)
     site.policy.check_evaluation(config.privacy)
-    rows = _desk.rows(site, config, "evaluation")
+    rows = prepare.desk.rows(site, config, "evaluation")
     if rows is None:
         raise DataError(
             "this site keeps no evaluation rows", "data.evaluation in site.toml", code="shard-no-evaluation"
@@ -275,27 +229,6 @@ def _evaluate(site: Site, content: RecordDict) -> RecordDict:
     result["metrics"] = MetricRecord(shared)
     site.record("evaluated", run=config.run.name, round=request.round, metrics=sorted(shared))
     return result
-
-
-def _receive(
-    site: Site, config: RunConfig, request: TrainRequest | EvaluateRequest, content: RecordDict
-) -> tuple[Graft, Vector, Plan | None]:
-    """Check that both sides mean the same adapter, and set it to the received values."""
-    (graft, plan), theirs = _load(site, config, request.round), request.spec_sha256
-    if graft.spec.sha256 != theirs:
-        raise SpecError(f"the server's adapter spec {theirs[:12]}", f"{graft.spec.sha256[:12]}, this site's")
-    arrays = content.array_records.get("arrays")
-    if not isinstance(arrays, ArrayRecord):
-        raise WireError("no adapter in the message", "one array", code="keys")
-    graft.write(decode(arrays, graft.spec))
-    return graft, graft.read(), plan  # as the parameters hold it: 16-bit ones have rounded it
-
-
-def _train_rows(site: Site, config: RunConfig) -> Encoded:
-    rows = _desk.rows(site, config, "train")
-    if rows is None or not len(rows):
-        raise DataError("no rows to train on", "at least one", code="shard-empty")
-    return rows
 
 
 def simulated_app(config: RunConfig, only: str = "") -> tuple[ClientApp, int]:

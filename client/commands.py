@@ -91,10 +91,11 @@ def client(server: str, site_file: Path, ca: Path | None, key: Path | None, inse
         TsugikiError: the site's file is wrong, or the server cannot be reached or refuses this node.
     """
     from client import status
-    from client.app import app, watch_training
+    from client.app import app
     from client.channel import Link, Stopping
     from client.connection import Connection
     from client.node import Ending, Node
+    from client.prepare import watch_training
     from client.site import read_site
     from common.keys import read_private_key
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from client import app as module
 from client import cohort
 from client.app import simulated_app
 from client.simulated import simulated_sites
@@ -210,17 +209,6 @@ def test_a_divergent_run_is_answered_with_its_code(config, graft):
     assert code(ask(config, "train", request)) == "diverged"
 
 
-def test_rows_are_tokenised_once(config, graft, monkeypatch):
-    """Catches: a shard read and tokenised in every round."""
-    monkeypatch.setattr(module, "_desk", module.Desk())
-    calls = []
-    encode_rows = type(graft.task).encode
-    monkeypatch.setattr(type(graft.task), "encode", lambda self, *rest: calls.append(1) or encode_rows(self, *rest))
-    for node in (1, 2, 1, 2):
-        assert not ask(config, "train", train_request(config, graft), node=node).has_error()
-    assert len(calls) == 2
-
-
 def test_one_site_can_be_alone(config):
     """Catches: a baseline of one site that gets another site's rows, or all nodes."""
     app, nodes = simulated_app(config, "site-1")
@@ -303,17 +291,6 @@ def test_a_server_of_another_version_is_refused(config):
     """Catches: two versions that misunderstand each other in silence."""
     request = to_record(HelloRequest(config.for_sites(), "99.0.0"))
     assert code(ask(config, "query", request)) == "version-mismatch"
-
-
-def test_training_can_be_watched(config, graft):
-    """Catches: a status line that knows nothing of the steps."""
-    seen = []
-    module.watch_training(lambda step, steps, losses: seen.append((step, steps)))
-    try:
-        ask(config, "train", train_request(config, graft))
-    finally:
-        module.watch_training(lambda step, steps, losses: None)
-    assert seen == [(1, 2), (2, 2)]
 
 
 def test_no_metrics_leave_a_private_run(tmp_path):

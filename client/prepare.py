@@ -1,0 +1,99 @@
+"""From a request to work that a site is willing to do: policy, spec and rows checked, the adapter set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from flwr.app import ArrayRecord, RecordDict
+
+from client import dp_sgd
+from client.budget import site_ledger, spend
+from client.cohort import asked_clients, row_releases
+from client.desk import Desk
+from client.job import Job
+from client.site import Site
+from client.trainer import Watch, steps_per_round
+from common.config import RunConfig
+from common.errors import DataError, SpecError, WireError
+from common.messages import EvaluateRequest, TrainRequest, site_config
+from common.model import Graft
+from common.privacy.accounting import Release
+from common.privacy.mechanisms import Adversary
+from common.privacy.plan import Plan, make_plan
+from common.tasks.base import Encoded
+from common.wire import Vector, decode
+
+desk = Desk()
+"""One for each process. Ray pickles the app for every message, so it must not hang on the app."""
+
+
+def watch_training(watch: Watch) -> None:
+    """Let every training step of this process be seen."""
+    desk.watch = watch
+
+
+def load(site: Site, config: RunConfig, round_: int = 0) -> tuple[Graft, Plan | None]:
+    """Return the graft and the privacy plan, if the site's policy allows the run, the base model and the plan.
+
+    Raises:
+        PolicyError: it does not.
+    """
+    site.policy.check_run(config, round_)
+    graft = desk.graft(site, config)
+    site.policy.check_base(graft.spec.base_fingerprint)
+    plan = make_plan(config, graft.spec.size)
+    site.policy.check_privacy(plan, config.privacy)
+    if config.privacy.examples.enabled:
+        dp_sgd.check_supported(graft)
+    return graft, plan
+
+
+def make_job(site: Site, request: TrainRequest, content: RecordDict) -> tuple[Job, Plan | None]:
+    """Return what the site is to do, and the privacy plan, once everything about the request was checked."""
+    config = site_config(request.config)
+    graft, received, plan = receive(site, config, request, content)
+    encoded = train_rows(site, config)
+    clients = asked_clients(site.name, desk.rows_of_clients(site, config), request.clients)
+    site.policy.check_steps(max(steps_per_round(len(rows), config.train) for rows in clients.values()))
+    tail = partial(desk.tail, site, config)
+    return Job(graft, encoded, clients, config, request, received, desk.watch, tail), plan
+
+
+def charge(site: Site, job: Job, plan: Plan | None, seen: Mapping[Adversary, tuple[Release, int]]) -> None:
+    """Write into the site's own ledger, before it leaves, what an upload shows of its clients and of their rows."""
+    path, releases = site.ledger_path(), {**seen, **row_releases(job)}
+    if path is not None and releases:
+        spend(site_ledger(path, site.policy, plan), releases, job.config.run.name, job.request.round)
+
+
+def receive(
+    site: Site, config: RunConfig, request: TrainRequest | EvaluateRequest, content: RecordDict
+) -> tuple[Graft, Vector, Plan | None]:
+    """Return the graft, set to the adapter that the server sent, these values, and the privacy plan.
+
+    Raises:
+        SpecError: the two sides do not mean the same adapter.
+        WireError: there is none in the message, or it is malformed.
+        PolicyError: see `load`.
+    """
+    (graft, plan), theirs = load(site, config, request.round), request.spec_sha256
+    if graft.spec.sha256 != theirs:
+        raise SpecError(f"the server's adapter spec {theirs[:12]}", f"{graft.spec.sha256[:12]}, this site's")
+    arrays = content.array_records.get("arrays")
+    if not isinstance(arrays, ArrayRecord):
+        raise WireError("no adapter in the message", "one array", code="keys")
+    graft.write(decode(arrays, graft.spec))
+    return graft, graft.read(), plan  # as the parameters hold it: 16-bit ones have rounded it
+
+
+def train_rows(site: Site, config: RunConfig) -> Encoded:
+    """Return the site's tokenised training rows.
+
+    Raises:
+        DataError: `shard-empty`, or what is wrong with the shard.
+    """
+    rows = desk.rows(site, config, "train")
+    if rows is None or not len(rows):
+        raise DataError("no rows to train on", "at least one", code="shard-empty")
+    return rows

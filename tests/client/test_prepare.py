@@ -1,0 +1,111 @@
+"""What a request is checked for before a site works on it; test_app.py sends the same through the ClientApp."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from flwr.app import RecordDict
+
+from client import prepare
+from client.desk import Desk
+from client.policy import SitePolicy
+from client.simulated import simulated_sites
+from common.errors import PolicyError, SpecError, WireError
+from common.messages import TrainRequest, to_record
+from common.model import load_graft
+from common.wire import encode
+from tests.support.federation import tiny_config
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A tiny run of four sites."""
+    return tiny_config(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def graft(config):
+    """The shared model, at its initial values."""
+    graft = load_graft(config, config.model.name, config.run.seed)
+    graft.write(graft.initial)
+    return graft
+
+
+def asked(config, graft, /, values=None, **fields):
+    """Return a train request and its message."""
+    request = replace(TrainRequest(config.for_sites(), 1, graft.spec.sha256, 0.0, 0.5, 600.0, "0" * 16, ""), **fields)
+    arrays = encode(graft.initial if values is None else values, graft.spec)
+    return request, to_record(request, arrays)
+
+
+def test_a_job_starts_from_what_was_received(config, graft):
+    """Catches: a site that goes on from its own last parameters; another site's rows."""
+    site = simulated_sites(config)[1]
+    values = graft.initial + np.float32(0.5)
+    job, plan = prepare.make_job(site, *asked(config, graft, values))
+    assert plan is None
+    assert np.array_equal(job.received, values)
+    assert np.array_equal(graft.read(), values)
+    assert list(job.clients) == [site.name]
+    assert len(job.encoded) == len(site.rows) == len(job.clients[site.name])
+
+
+def test_rows_are_tokenised_once(config, graft, monkeypatch):
+    """Catches: a shard read and tokenised in every round."""
+    monkeypatch.setattr(prepare, "desk", Desk())
+    calls = []
+    encode_rows = type(graft.task).encode
+    monkeypatch.setattr(type(graft.task), "encode", lambda self, *rest: calls.append(1) or encode_rows(self, *rest))
+    for site in simulated_sites(config)[:2] * 2:
+        prepare.make_job(site, *asked(config, graft))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "round_", "refused"),
+    [
+        ({"tasks": ("causal-lm",)}, 0, "policy-task"),
+        ({"base_fingerprints": ("f" * 12,)}, 0, "policy-base"),
+        ({"privacy_modes": ("central",)}, 0, "policy-privacy-mode"),
+        ({"max_rounds": 5}, 6, "policy-rounds"),
+    ],
+)
+def test_the_policy_is_asked_about_run_base_and_plan(config, policy, round_, refused, monkeypatch):
+    """Catches: one of the three forgotten; a round beyond what was announced."""
+    site = simulated_sites(config)[0]
+    monkeypatch.setattr(type(site), "policy", SitePolicy(**policy))
+    with pytest.raises(PolicyError) as error:
+        prepare.load(site, config, round_)
+    assert error.value.code == refused
+
+
+def test_the_policy_is_asked_about_steps(config, graft, monkeypatch):
+    """Catches: a limit that is looked at after training."""
+    site = simulated_sites(config)[0]
+    monkeypatch.setattr(type(site), "policy", SitePolicy(max_local_steps=1))
+    with pytest.raises(PolicyError) as error:
+        prepare.make_job(site, *asked(config, graft))
+    assert error.value.code == "policy-steps"
+
+
+def test_another_adapter_or_none_is_refused(config, graft):
+    """Catches: values written into an adapter that they do not belong to."""
+    site = simulated_sites(config)[0]
+    with pytest.raises(SpecError):
+        prepare.make_job(site, *asked(config, graft, spec_sha256="0" * 64))
+    request, _ = asked(config, graft)
+    with pytest.raises(WireError) as error:
+        prepare.make_job(site, request, RecordDict())
+    assert error.value.code == "keys"
+
+
+def test_training_can_be_watched(config, graft):
+    """Catches: a status line that knows nothing of the steps."""
+    seen = []
+    prepare.watch_training(lambda step, steps, losses: seen.append((step, steps)))
+    try:
+        job, _ = prepare.make_job(simulated_sites(config)[0], *asked(config, graft))
+        job.watch(1, 2, [])
+    finally:
+        prepare.watch_training(lambda step, steps, losses: None)
+    assert seen == [(1, 2)]
