@@ -167,12 +167,11 @@ class Connection:
         message.metadata.__dict__["_message_id"] = object_id
         return message
 
-    def send(self, reply: Message, seconds: float) -> None:
-        """Upload a reply.
+    def send(self, reply: Message) -> None:
+        """Upload a reply. How long the handler took is not told: it would say something about the rows.
 
         Args:
             reply: the whole message.
-            seconds: what the handler took.
 
         Raises:
             RunOver: its run has ended.
@@ -188,7 +187,7 @@ class Connection:
                 node=self._node,
                 messages_list=[envelope],
                 message_object_trees=[tree],
-                clientapp_runtime_list=[seconds],
+                clientapp_runtime_list=[0.0],
             )
             answer = self._call_of_run("PushMessages", announced)
             if not answer.objects_to_push:  # a new reply always lacks its own object at least

@@ -32,6 +32,8 @@ PAUSE_GROWTH = 1.1
 """The pause is then a tenth of the time since the last message: what polling adds to a wait, and what it costs."""
 _ASKED_ANEW = ("query", "evaluate")
 """A hello is a question about now, and an evaluation can be repeated."""
+CONTEXTS = 4
+"""Of how many runs at once a node remembers what it does for them."""
 GRACE_S = 5.0
 """How long the message at work may still take after the first signal, and then how long sending may take."""
 
@@ -102,7 +104,7 @@ class Node:
         self._app, self._connection, self._node_config = app, connection, node_config
         self._status, self._ending = status, ending
         self._contexts: dict[int, Context] = {}
-        self._answers: dict[str, tuple[tuple[int, str], RecordDict]] = {}
+        self._answers: dict[tuple[int, str], tuple[str, RecordDict]] = {}  # the last of each run and kind
 
     def run(self, sleep: Callable[[float], None] = time.sleep) -> None:
         """Answer messages, one at a time.
@@ -131,7 +133,7 @@ class Node:
                 message = self._connection.pull(envelope, tree, timeout_s=envelope.metadata.ttl)
                 reply = self._handle(message)
             with self._ending.interruptible():
-                self._connection.send(reply, time.perf_counter() - started)
+                self._connection.send(reply)
             outcome = str(reply.error.reason) if reply.has_error() else "done"
         except Interrupted:
             outcome = "not sent: stopping"
@@ -148,38 +150,41 @@ class Node:
         What is asked for twice, because a server could not know that its message had arrived, is answered as before:
         nothing is trained, drawn, masked or opened twice. A nonce makes each request unique.
         """
-        from flwr.app import Message
+        from flwr.app import Message, RecordDict
 
         from common.messages import error_reply
 
         try:
             run_id, kind = message.metadata.run_id, message.metadata.message_type
-            context, asked = self._context(run_id), (run_id, message.content.object_id)
-            if kind in self._answers and self._answers[kind][0] == asked:
-                return Message(self._answers[kind][1], reply_to=message)
+            context, asked = self._context(run_id), message.content.object_id
+            before, answer = self._answers.get((run_id, kind), ("", RecordDict()))
+            if before == asked:
+                return Message(answer, reply_to=message)
             reply = self._app(message, context)
             if kind not in _ASKED_ANEW and reply.has_content():
-                self._answers[kind] = (asked, reply.content)
+                self._answers[run_id, kind] = (asked, reply.content)
             return reply
         except Exception as error:
             log.exception("the ClientApp failed")
             return error_reply(getattr(error, "code", "") or f"client-error:{type(error).__name__}", message)
 
     def _context(self, run_id: int) -> Context:
-        """Return the run's Context; the last one only is kept: a session of secure aggregation does not outlive it."""
+        """Return the run's Context; those of the last runs are kept, each with its session of secure aggregation."""
         from flwr.app import Context, RecordDict
         from flwr.supercore.task_identity import TaskIdentity
 
         # Flower asks for these before it makes a Message outside its own processes.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, self._connection.node_id, 1
         if run_id not in self._contexts:
-            self._contexts = {
-                run_id: Context(
-                    run_id=run_id,
-                    node_id=self._connection.node_id,
-                    node_config=dict(self._node_config),
-                    state=RecordDict(),
-                    run_config={},
-                )
-            }
+            self._contexts[run_id] = Context(
+                run_id=run_id,
+                node_id=self._connection.node_id,
+                node_config=dict(self._node_config),
+                state=RecordDict(),
+                run_config={},
+            )
+        self._contexts[run_id] = self._contexts.pop(run_id)  # the last to be used stands last
+        for other in list(self._contexts)[:-CONTEXTS]:
+            del self._contexts[other]
+            self._answers = {key: answer for key, answer in self._answers.items() if key[0] != other}
         return self._contexts[run_id]

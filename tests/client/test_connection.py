@@ -60,7 +60,7 @@ def test_a_message_comes_and_a_reply_goes(fleet, connect):
         received = link.pull(envelope, tree, 5.0)
         assert received.content["arrays"]["x"].numpy().tolist() == list(range(10))
         reply = Message(RecordDict({"reply": ConfigRecord({"b": 2})}), reply_to=received)
-        link.send(reply, 0.5)
+        link.send(reply)
         assert link.receive() is None
     assert "ConfirmMessageReceived" in fleet.calls
     (envelope,) = fleet.replies
@@ -225,7 +225,7 @@ def test_a_server_that_was_restarted_forgot_the_run_too(fleet, connect, method):
         before = fleet.calls.count(method)
         reply = received and Message(RecordDict({"reply": ConfigRecord({"b": 2})}), reply_to=received)
         with pytest.raises(RunOver, match="restarted"):
-            link.send(reply, 0.1) if reply else link.pull(envelope, tree, 5.0)
+            link.send(reply) if reply else link.pull(envelope, tree, 5.0)
         assert fleet.calls.count(method) == before + 1
         assert link.receive() is None  # and the node goes on
 
@@ -239,7 +239,7 @@ def test_a_reply_that_the_server_does_not_want_is_told(fleet, connect, monkeypat
         link.connect()
         received = link.pull(*link.receive(), 5.0)
         with pytest.raises(RunOver, match="does not take this reply"):
-            link.send(Message(RecordDict({"reply": ConfigRecord({"b": 2})}), reply_to=received), 0.1)
+            link.send(Message(RecordDict({"reply": ConfigRecord({"b": 2})}), reply_to=received))
 
 
 def test_a_malformed_message_is_dropped(fleet, connect):

@@ -46,7 +46,7 @@ class Link:
         self.bytes_down += 100
         return envelope
 
-    def send(self, reply, seconds):
+    def send(self, reply):
         """Keep it."""
         self.bytes_up += 10
         self.sent.append(reply)
@@ -115,6 +115,28 @@ def test_a_round_that_is_asked_for_twice_is_trained_once():
     run(link, app)
     assert [reply.content["reply"]["n"] for reply in link.sent] == [1, 1, 2, 3, 4, 5]
     assert [reply.metadata.reply_to_message_id for reply in link.sent[:2]] == ["1-1", "1-1"]
+
+
+def test_runs_at_the_same_time_keep_what_they_remember():
+    """Catches: a session of secure aggregation lost, or a round trained twice, because another run asked between."""
+    calls = []
+
+    def app(message, context):
+        calls.append(message.metadata.run_id)
+        context.state[f"call-{len(calls)}"] = ConfigRecord({"n": len(calls)})
+        return Message(RecordDict({"reply": ConfigRecord({"kept": len(context.state)})}), reply_to=message)
+
+    def asked(run_id, x):
+        one = message(run_id)
+        one.content["request"]["x"] = x
+        return one
+
+    link = Link(
+        [asked(1, 1), asked(2, 1), asked(1, 1), asked(1, 2), *[asked(run, 1) for run in (3, 4, 5, 6)], asked(2, 1)]
+    )
+    run(link, app)
+    assert calls == [1, 2, 1, 3, 4, 5, 6, 2]
+    assert [reply.content["reply"]["kept"] for reply in link.sent] == [1, 1, 1, 2, 1, 1, 1, 1, 1]  # run 2 was forgotten
 
 
 def test_looks_are_frequent_after_a_message_and_seldom_when_idle():
@@ -209,9 +231,9 @@ def test_sending_has_a_grace_period_of_its_own(monkeypatch, upload_s, sent):
         return echo(message, context)
 
     class Slow(Link):
-        def send(self, reply, seconds):
+        def send(self, reply):
             time.sleep(upload_s)
-            super().send(reply, seconds)
+            super().send(reply)
 
     link, ending, started = Slow([message()]), Ending(), time.monotonic()
     with ending.handling_signals():

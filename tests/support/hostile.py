@@ -28,10 +28,10 @@ def twice() -> None:
     """Send every reply twice."""
     once = Connection.send
 
-    def send(self: Connection, reply: Any, seconds: float) -> None:
-        once(self, reply, seconds)
+    def send(self: Connection, reply: Any) -> None:
+        once(self, reply)
         try:
-            once(self, reply, seconds)
+            once(self, reply)
         except RunOver as error:
             print(f"the second was not taken: {error}")
 
