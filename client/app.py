@@ -112,12 +112,13 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
             f"the server's version {request.version[:32]}", f"{__version__}, as here", code="version-mismatch"
         )
     graft, plan = prepare.load(site, config)
+    clients = prepare.clients(site, config, plan)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft"))
     rows, kept = prepare.train_rows(site, config), prepare.desk.rows(site, config, "evaluation")
     reply = HelloReply(
         site=site.name,
         version=__version__,
-        clients=len(prepare.desk.rows_of_clients(site, config)),
+        clients=clients,
         rows=0 if plan else len(rows),
         evaluation_rows=0 if kept is None or plan else len(kept),
         base_fingerprint=graft.spec.base_fingerprint,
@@ -189,8 +190,7 @@ def _step(step: str, state: RecordDict, site: Site, content: RecordDict) -> Reco
     if step == "keys":
         sent = secagg.answer_keys(state, request.session, site.name)
     elif step == "shares":
-        own = len(prepare.desk.rows_of_clients(site, config))
-        sent = secagg.answer_shares(state, request.session, fields, plan, own)
+        sent = secagg.answer_shares(state, request.session, fields, plan, prepare.clients(site, config, plan))
     else:
         sent = secagg.answer_unmask(state, request.session, fields, plan)
         site.record("unmasked", run=config.run.name, round=request.round, survivors=len(fields["survivors"]))

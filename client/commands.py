@@ -37,6 +37,7 @@ train = "{train}"            # .csv, .tsv, .jsonl, .parquet or .txt; images: idx
 # metrics = ["*"]                  # of loss, accuracy, ...: what may leave besides the update
 # privacy_modes = ["*"]            # of none, central, local, distributed (docs/privacy.md)
 # secure_aggregation = false       # true: only if the server sees no single update
+# min_sites = 2                    # least number of sites in a sum that is opened, under secure aggregation
 # min_noise_multiplier = 0.0       # least noise over the clip norm
 # max_epsilon = 0.0                # over this site's whole life, by its own ledger; 0: any
 # max_row_epsilon = 0.0            # of one row, by DP-SGD; 0: any

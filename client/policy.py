@@ -39,6 +39,9 @@ class SitePolicy(Section):
         default=(ALL,), description='of "none", "central", "local", "distributed"; "*": any, also none'
     )
     secure_aggregation: bool = Field(default=False, description="take part only if the server sees no single update")
+    min_sites: int = Field(
+        default=2, ge=2, le=255, description="least number of sites in a sum that is opened, under secure aggregation"
+    )
     min_noise_multiplier: float = Field(
         default=0.0,
         ge=0,
@@ -100,8 +103,8 @@ class SitePolicy(Section):
             settings: of the run.
 
         Raises:
-            PolicyError: `policy-seeded-noise`, `policy-privacy-mode`, `policy-secure-aggregation`, `policy-noise`,
-                `policy-epsilon`, or `policy-row-epsilon`.
+            PolicyError: `policy-seeded-noise`, `policy-privacy-mode`, `policy-secure-aggregation`, `policy-sites`,
+                `policy-noise`, `policy-epsilon`, or `policy-row-epsilon`.
         """
         if settings.insecure_noise_seed and not self.seeded_noise:
             raise _refusal("noise from a seed", "noise that nobody can foretell", "policy-seeded-noise")
@@ -109,6 +112,9 @@ class SitePolicy(Section):
         _allow(mode, self.privacy_modes, "privacy_modes", "policy-privacy-mode")
         if self.secure_aggregation and not (plan and plan.secure_aggregation):
             raise _refusal("no secure aggregation", "it", "policy-secure-aggregation")
+        if plan and plan.secure_aggregation and plan.min_sites < self.min_sites:
+            least = f"at least policy.min_sites = {self.min_sites}"
+            raise _refusal(f"sums of {plan.min_sites} sites", least, "policy-sites")
         noise = guaranteed_noise(plan) if plan else 0.0
         if noise < self.min_noise_multiplier:
             least = f"at least policy.min_noise_multiplier = {self.min_noise_multiplier:g}"

@@ -60,11 +60,29 @@ def make_job(site: Site, request: TrainRequest, content: RecordDict) -> tuple[Jo
     return Job(graft, encoded, clients, config, request, received, desk.watch, tail), plan
 
 
+def clients(site: Site, config: RunConfig, plan: Plan | None) -> int:
+    """Return how many clients the site stands for.
+
+    Raises:
+        DataError: `clients`, more than the run's plan believes of a site.
+    """
+    number = len(desk.rows_of_clients(site, config))
+    if plan is not None and number > plan.max_clients_per_site:
+        raise DataError(
+            f"this site stands for {number} clients",
+            f"at most privacy.max_clients_per_site = {plan.max_clients_per_site} of the run",
+            "ask the operator to raise it",
+            code="clients",
+        )
+    return number
+
+
 def charge(site: Site, job: Job, plan: Plan | None, seen: Mapping[Adversary, tuple[Release, int]]) -> None:
     """Write into the site's own ledger, before it leaves, what an upload shows of its clients and of their rows."""
     path, releases = site.ledger_path(), {**seen, **row_releases(job)}
     if path is not None and releases:
-        spend(site_ledger(path, site.policy, plan), releases, job.config.run.name, job.request.round)
+        ledger = site_ledger(path, site.policy, plan, job.config.run.name)
+        spend(ledger, releases, job.request.round, seeded=job.config.privacy.insecure_noise_seed > 0)
 
 
 def receive(

@@ -66,7 +66,7 @@ def answer_shares(
         state: of the context.
         session: its id.
         fields: everyone's public keys, and how many clients each site has.
-        plan: says how many clients a sum takes.
+        plan: says how many clients and sites a sum takes, and how many clients a site may stand for.
         own_clients: how many this site has.
 
     Raises:
@@ -76,7 +76,10 @@ def answer_shares(
     counts = dict(zip(sorted(keys), _counts(fields.get("clients"), len(keys)), strict=True))
     if counts.get(kept.name) != own_clients:
         raise SecureAggregationError("another number of clients for this site", str(own_clients), code="secagg-message")
-    kept, sealed = secagg.make_shares(kept, keys, fewest_sites(counts, plan.min_clients))
+    if max(counts.values()) > plan.max_clients_per_site:
+        most = f"at most privacy.max_clients_per_site = {plan.max_clients_per_site}"
+        raise SecureAggregationError(f"a site that stands for {max(counts.values())} clients", most)
+    kept, sealed = secagg.make_shares(kept, keys, fewest_sites(counts, plan.min_clients, plan.min_sites))
     _keep(state, kept, counts)
     return to_fields("sealed", sealed)
 
@@ -99,7 +102,7 @@ def mask(state: RecordDict, session: Any, levels: Levels, bits: int) -> Levels:
 
 
 def answer_unmask(state: RecordDict, session: bytes, fields: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """Return this site's shares of what opens the sum, once, if it is over enough clients.
+    """Return this site's shares of what opens the sum, once, if it is over enough clients and sites.
 
     Raises:
         SecureAggregationError: fewer clients than the plan's, lists that overlap or are not the session's, a second
@@ -109,8 +112,9 @@ def answer_unmask(state: RecordDict, session: bytes, fields: Mapping[str, Any], 
     survivors, dropped = check_names(fields.get("survivors", [])), check_names(fields.get("dropped", []))
     record = state.config_records[COUNTS]
     counts = {name: int(record[name]) for name in survivors if name in record}  # type: ignore[arg-type]  # ours
-    check_sum(counts, plan.min_clients)
-    fewest = fewest_sites({name: int(record[name]) for name in record}, plan.min_clients)  # type: ignore[arg-type]  # ours
+    check_sum(counts, plan.min_clients, plan.min_sites)
+    listed = {name: int(record[name]) for name in record}  # type: ignore[arg-type]  # ours
+    fewest = fewest_sites(listed, plan.min_clients, plan.min_sites)
     kept, answer = secagg.answer_unmask(kept, survivors, dropped, fewest)
     _keep(state, kept)
     return answer.to_dict()

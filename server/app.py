@@ -67,7 +67,7 @@ def run_federation(
     Raises:
         TsugikiError: the run cannot start or go on; the class says why, and the last checkpoint is kept.
     """
-    config = with_absolute_paths(config)
+    config = with_absolute_paths(config if simulated else deployed(config))
     progress, stop = progress or Progress(), stop or Stop()
     with run_folder(Path(config.run.output_dir) / config.run.name, resume=resume) as folder:
         graft = load_graft(config, config.model.name, config.run.seed)
@@ -105,6 +105,11 @@ def run_federation(
         _save_best(folder / "best", graft.spec, state)
         audit.write("finished", round=state.round, adapter_sha256=sha256(state.vector), best_round=state.best_round)
     return Outcome(folder, state, summary)
+
+
+def deployed(config: RunConfig) -> RunConfig:
+    """Return the run without its simulation: real sites are as many as they are, and no plan may rest on the others."""
+    return config.model_copy(update={"simulation": config.simulation.model_copy(update={"data": ""})})
 
 
 def _first_state(folder: Path, config: RunConfig, graft: Graft, resume: bool) -> State:

@@ -40,20 +40,21 @@ def sample(parts: Parts, number: int, attempt: int) -> list[Member]:
     Under Poisson sampling all sites are in it, and `_asked_clients` draws clients.
 
     Raises:
-        NotEnoughSites: fewer clients than the quorum are.
+        NotEnoughSites: too few clients, or sites, for a round are.
     """
     parts.roster.gather()
     members = list(parts.roster.members().values())
     strategy = parts.config.strategy
-    if parts.roster.clients() < strategy.min_clients:
+    if not parts.roster.enough():
+        sites = f", privacy.min_sites = {parts.roster.fewest_sites}" if parts.roster.fewest_sites else ""
         raise NotEnoughSites(
-            f"round {number}: {parts.roster.clients()} clients are connected",
-            f"strategy.min_clients = {strategy.min_clients}",
+            f"round {number}: {parts.roster.clients()} clients at {len(members)} sites are connected",
+            f"strategy.min_clients = {strategy.min_clients}{sites}",
             "bring the sites back and resume the run",
         )
     if parts.withholds:
         return members
-    size = max(1, round(strategy.fraction_train * len(members)))
+    size = max(1, parts.roster.fewest_sites, round(strategy.fraction_train * len(members)))
     while True:
         draw = generator(parts.config.run.seed, "cohort", number, attempt)
         chosen = [members[index] for index in sorted(draw.choice(len(members), size, replace=False))]

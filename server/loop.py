@@ -138,7 +138,7 @@ def _private_mean(privacy: Privacy, number: int, collected: Collected) -> tuple[
 def _record(parts: Parts, number: int, cohort: list[Member], collected: Collected) -> dict[str, Any]:
     """Return what one attempt at a round adds to metrics.jsonl.
 
-    Under Poisson sampling it does not say who was asked, nor how many, nor their bytes: the account counts on it.
+    Under Poisson sampling it does not say who was asked, nor how many, their bytes or time: the account counts on it.
     """
     if parts.withholds:
         cohort, collected = [], replace(collected, accepted=[], rejected=[], bytes_down=0, bytes_up=0)
@@ -154,7 +154,7 @@ def _record(parts: Parts, number: int, cohort: list[Member], collected: Collecte
         "train_loss": sum(loss * rows for loss, rows in losses) / weight if weight else None,
         "bytes_down": collected.bytes_down,
         "bytes_up": collected.bytes_up,
-        "seconds": {"wait": collected.wait_s},
+        "seconds": {} if parts.withholds else {"wait": collected.wait_s},
         "train_seconds": max((reply.seconds for reply in accepted), default=0.0),
     }
 

@@ -157,7 +157,7 @@ def open_privacy(config: RunConfig, dimension: int, path: Path, audit: AuditLog,
     if plan is None:
         return None
     budgets = dict.fromkeys(plan.mechanism.budgeted, plan.target_epsilon) if plan.target_epsilon else {}
-    ledger = Ledger(path, plan.delta, budgets)
+    ledger = Ledger(path, plan.delta, budgets, config.run.name)
     if ledger.rounds(config.run.name) < rounds:
         raise StorageError(
             f"{path} has {ledger.rounds(config.run.name)} rounds of {config.run.name!r}",

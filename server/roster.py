@@ -17,7 +17,7 @@ from common.audit import AuditLog
 from common.config import RunConfig
 from common.errors import NotEnoughSites, WireError
 from common.messages import HelloReply, HelloRequest, error_code, from_record, to_record
-from common.privacy.plan import enrolled
+from common.privacy.plan import enrolled, most_clients_of_a_site
 from common.settings import NAME_PATTERN
 from common.wire import AdapterSpec
 from server.engines.grid import LONGEST_PAUSE_S, RETURN_S, Stop, exchange, wait_for_nodes
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 MOST_CLIENTS = 10**6
-"""Of one site: a gateway that says more is not believed."""
+"""Of one site in a run without privacy: a gateway that says more is not believed."""
 GREETING_S = 5.0
 """How long nodes wait for others before they are greeted: as gateways, a few may bring clients enough."""
 HELLO_PATIENCE_S = 20.0
@@ -52,7 +52,7 @@ class Roster:
 
     Args:
         grid: to ask through.
-        config: the run.
+        config: the run; under secure aggregation it says how many sites a sum takes (`fewest_sites`).
         spec: what a site has to have loaded too.
         audit: every hello and refusal is written there.
         stop: set when the user wants to stop.
@@ -73,6 +73,8 @@ class Roster:
         self._names = names
         private = config.privacy.mode != "none"
         self._most_clients = enrolled(config) if private else None  # the plan rests on it: delta, and a sum's width
+        self._most_of_a_site = most_clients_of_a_site(config) if private else MOST_CLIENTS
+        self.fewest_sites = config.privacy.min_sites if config.privacy.secure_aggregation else 0
         self._known: dict[int, Member | str] = {}  # a refused node stands here with its code, and is not asked again
         self._present: set[int] = set()
         self._silent: dict[int, float] = {}  # when a node that did not answer was greeted
@@ -91,6 +93,10 @@ class Roster:
         """Return the nodes that failed the hello, with their codes."""
         return {node: entry for node, entry in self._known.items() if isinstance(entry, str)}
 
+    def enough(self) -> bool:
+        """Return whether the connected sites can make up a round."""
+        return self.clients() >= self._config.strategy.min_clients and len(self.members()) >= self.fewest_sites
+
     def wait(self, seen: Callable[[int], None]) -> None:
         """Wait until enough sites have connected and passed the hello.
 
@@ -106,13 +112,14 @@ class Roster:
             nodes = wanted + len(self.refused())
             wait_for_nodes(self._grid, nodes, min(left_s, GREETING_S), self._stop, seen)
             self.refresh(max(left_s, HELLO_PATIENCE_S))
-            if self.clients() >= wanted:
+            if self.enough():
                 return
             if time.monotonic() >= ends:
                 break
         refusals = ", ".join(sorted(set(self.refused().values())))
+        sites = f" at {len(self.members())} of {self.fewest_sites} sites" if self.fewest_sites else ""
         raise NotEnoughSites(
-            f"{self.clients()} of {wanted} clients after {timeout_s:g} s"
+            f"{self.clients()} of {wanted} clients{sites} after {timeout_s:g} s"
             + (f"; {len(self.refused())} refused: {refusals}" if refusals else ""),
             f"strategy.min_clients = {wanted}",
             "look at the refused sites' own logs" if refusals else "start more sites, or raise connect_timeout_s",
@@ -182,7 +189,7 @@ class Roster:
             "base-mismatch": hello.base_fingerprint != self._spec.base_fingerprint,
             "spec-mismatch": hello.spec_sha256 != self._spec.sha256,
             "shard-empty": hello.rows < (self._config.privacy.mode == "none") or hello.evaluation_rows < 0,
-            "clients": not 1 <= hello.clients <= MOST_CLIENTS,
+            "clients": not 1 <= hello.clients <= self._most_of_a_site,
             "too-many-clients": self._most_clients is not None and self.clients() + hello.clients > self._most_clients,
         }
         failed = next((code for code, wrong in checks.items() if wrong), None)

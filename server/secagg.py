@@ -167,7 +167,7 @@ def _run(now: Attempt, state: State, attempt: int) -> tuple[list[AcceptedSum], R
     """
     plan = now.plan
     keys = now.ask("keys", lambda name: {}, _key_reader())
-    check_sum(now.counts, plan.min_clients)
+    check_sum(now.counts, plan.min_clients, plan.min_sites)
     listed = {**to_fields("keys", keys), "clients": [now.counts[name] for name in sorted(keys)]}
     counts = now.counts
 
@@ -178,11 +178,11 @@ def _run(now: Attempt, state: State, attempt: int) -> tuple[list[AcceptedSum], R
         return sealed
 
     sealed = now.ask("shares", lambda name: listed, read_sealed)
-    check_sum(now.counts, plan.min_clients)
-    needed = secagg.threshold(len(keys), fewest_sites(counts, plan.min_clients))
+    check_sum(now.counts, plan.min_clients, plan.min_sites)
+    needed = secagg.threshold(len(keys), fewest_sites(counts, plan.min_clients, plan.min_sites))
     received = {to: {sender: sealed[sender][to] for sender in sealed if sender != to} for to in sealed}
     masked = now.train(state, received)
-    check_sum(now.counts, plan.min_clients)
+    check_sum(now.counts, plan.min_clients, plan.min_sites)
     survivors = sorted(masked)
     dropped = sorted(sealed.keys() - masked.keys())
     _privacy(now.parts).charge("sums", now.number, attempt)

@@ -85,6 +85,9 @@ def _count_problems(config: RunConfig) -> list[Problem]:
     if privacy.secure_aggregation and config.simulation.data and sites > MOST_CLIENTS:
         expected = f"at most {MOST_CLIENTS} sites in a sum, not {sites}"
         found.append(Problem("privacy.secure_aggregation", "true", expected, "raise simulation.clients_per_site"))
+    if privacy.secure_aggregation and config.simulation.data and sites < privacy.min_sites:
+        expected = f"at most the number of sites, {sites}"
+        found.append(Problem("privacy.min_sites", str(privacy.min_sites), expected, "lower clients_per_site"))
     by_column = config.simulation.data and config.simulation.partition == "by-column"
     if by_column and not privacy.enrolled_clients:
         expected = "the number of clients, which a split by column does not tell beforehand"

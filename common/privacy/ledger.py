@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ class Ledger:
         path: the file; its folder exists.
         delta: of every epsilon.
         budgets: the most epsilon of some adversaries.
+        run: whose own rounds count as they were planned, also with seeded noise; with it all other runs' rounds
+            have shown everything.
     """
 
-    def __init__(self, path: Path, delta: float, budgets: Mapping[Adversary, float]) -> None:
-        self.path, self.delta, self.budgets = path, delta, dict(budgets)
+    def __init__(self, path: Path, delta: float, budgets: Mapping[Adversary, float], run: str = "") -> None:
+        self.path, self.delta, self.budgets, self.run = path, delta, dict(budgets), run
 
     def spent(self) -> dict[Adversary, Counter[Release]]:
         """Return all releases so far and how often, by adversary.
@@ -44,7 +46,10 @@ class Ledger:
         found: dict[Adversary, Counter[Release]] = {who: Counter() for who in ADVERSARIES}
         for line in verify(self.path):
             if line["event"] == EVENT:
-                found[line["adversary"]][Release(**line["release"])] += line["count"]
+                release = Release(**line["release"])
+                if line.get("private") is False and line.get("run") != self.run:
+                    release = replace(release, noise_multiplier=0.0)  # anybody can draw its noise too
+                found[line["adversary"]][release] += line["count"]
         return found
 
     def rounds(self, run: str) -> int:
@@ -77,7 +82,7 @@ class Ledger:
             who: sees it.
             release: what is seen.
             count: how many of them.
-            details: run, round and attempt, for the reader.
+            details: run, round and attempt, for the reader; private, False where the noise is seeded.
 
         Raises:
             BudgetError: it would exceed the budget; nothing was written, and nothing may leave.

@@ -33,7 +33,9 @@ class Plan:
         secure_aggregation: whether the server sees sums only.
         rounds: planned (T).
         enrolled_clients: who may ever take part (N).
+        max_clients_per_site: that one site may stand for: what a site says of its clients is believed up to this.
         min_clients: the least number of clients in a sum (n_min).
+        min_sites: under secure aggregation, the least number of sites that these clients are at.
         honest_fraction: of those, who add their noise and keep it to themselves (h).
         clip_norm: L2 bound of an update (C).
         noise_multiplier: standard deviation of the noise on the sum, over clip_norm (z); 0: none.
@@ -52,7 +54,9 @@ class Plan:
     secure_aggregation: bool
     rounds: int
     enrolled_clients: int
+    max_clients_per_site: int
     min_clients: int
+    min_sites: int
     honest_fraction: float
     clip_norm: float
     noise_multiplier: float
@@ -109,7 +113,10 @@ def resolve(config: RunConfig, dimension: int) -> RunConfig:
     """
     if config.privacy.mode == "none":
         return config
-    changes: dict[str, Any] = {"enrolled_clients": enrolled(config)}
+    changes: dict[str, Any] = {
+        "enrolled_clients": enrolled(config),
+        "max_clients_per_site": most_clients_of_a_site(config),
+    }
     if config.privacy.noise_multiplier == 0 and config.privacy.target_epsilon > 0:
         changes["noise_multiplier"] = _calibrated(config, dimension)
     return config.model_copy(update={"privacy": config.privacy.model_copy(update=changes)})
@@ -119,6 +126,12 @@ def enrolled(config: RunConfig) -> int:
     """Return how many clients may ever take part."""
     simulated = config.simulation.clients if config.simulation.data else 0
     return config.privacy.enrolled_clients or simulated or config.strategy.min_clients
+
+
+def most_clients_of_a_site(config: RunConfig) -> int:
+    """Return how many clients one site may stand for."""
+    simulated = config.simulation.clients_per_site if config.simulation.data else 1
+    return config.privacy.max_clients_per_site or simulated
 
 
 def _calibrated(config: RunConfig, dimension: int) -> float:
@@ -163,7 +176,9 @@ def _plan(config: RunConfig, dimension: int) -> Plan:
         secure_aggregation=privacy.secure_aggregation,
         rounds=config.run.rounds,
         enrolled_clients=enrolled(config),
+        max_clients_per_site=most_clients_of_a_site(config),
         min_clients=config.strategy.min_clients,
+        min_sites=privacy.min_sites,
         honest_fraction=privacy.honest_fraction,
         clip_norm=privacy.clip_norm,
         noise_multiplier=privacy.noise_multiplier,

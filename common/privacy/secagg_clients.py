@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from common.errors import SecureAggregationError
 
 
-def fewest_sites(counts: Mapping[str, int], min_clients: int) -> int:
-    """Return the fewest sites that have `min_clients` clients together, and at least 2: a sum of one hides nothing.
+def fewest_sites(counts: Mapping[str, int], min_clients: int, min_sites: int = 2) -> int:
+    """Return the fewest sites that have `min_clients` clients together, and at least `min_sites`.
 
     With one client a site it is `min_clients`. It goes into the threshold of the shares, so that no smaller sum can
     be opened at all.
@@ -16,6 +16,7 @@ def fewest_sites(counts: Mapping[str, int], min_clients: int) -> int:
     Args:
         counts: how many clients each site has.
         min_clients: that a sum takes.
+        min_sites: that a sum takes, 2 or more: a sum of one hides nothing.
 
     Raises:
         SecureAggregationError: `secagg-too-few`, all of them have not as many.
@@ -25,19 +26,19 @@ def fewest_sites(counts: Mapping[str, int], min_clients: int) -> int:
         if left <= 0:
             break
         left, sites = left - count, sites + 1
-    if left > 0 or len(counts) < 2:
+    if left > 0 or len(counts) < min_sites:
         raise SecureAggregationError(
             f"{sum(counts.values())} clients at {len(counts)} sites",
-            f"{min_clients} clients at 2 sites or more",
+            f"{min_clients} clients at {min_sites} sites or more",
             code="secagg-too-few",
         )
-    return max(sites, 2)
+    return max(sites, min_sites)
 
 
-def check_sum(counts: Mapping[str, int], min_clients: int) -> None:
+def check_sum(counts: Mapping[str, int], min_clients: int, min_sites: int = 2) -> None:
     """Do nothing if these sites may make a sum.
 
     Raises:
         SecureAggregationError: `secagg-too-few`.
     """
-    fewest_sites(counts, min_clients)
+    fewest_sites(counts, min_clients, min_sites)

@@ -70,6 +70,18 @@ class PrivacySection(Section):
     enrolled_clients: int = Field(
         default=0, ge=0, le=10**7, description="clients that may ever take part; 0: simulation.clients, or min_clients"
     )
+    min_sites: int = Field(
+        default=2,
+        ge=2,
+        le=255,
+        description="secure aggregation: the least number of sites in a sum that is opened, beside min_clients",
+    )
+    max_clients_per_site: int = Field(
+        default=0,
+        ge=0,
+        le=10**6,
+        description="clients that one site may stand for, as a gateway; 0: simulation.clients_per_site, or 1",
+    )
     ledger: str = Field(
         default="",
         description="file with what was spent on these clients, continued by later runs; empty: privacy-ledger.jsonl "

@@ -143,11 +143,12 @@ def test_another_session_is_refused_and_a_new_one_forgets_the_old(plan):
         ("secagg-message", {"clients": [1, 1, 1]}),
         ("secagg-message", {"clients": [0, 1, 1, 1]}),
         ("secagg-message", {"clients": [2, 1, 1, 1]}),
+        ("secagg-refused", {"clients": [1, 2, 1, 1]}),
         ("secagg-message", {"clients": [True, 1, 1, 1]}),
         ("secagg-message", {"keys_values": [b"x"] * 4}),
         ("secagg-message", {"keys_names": ["../a", "b", "c", "d"]}),
     ],
-    ids=["too short", "none", "not ours", "no number", "no keys", "no name"],
+    ids=["too short", "none", "not ours", "too many", "no number", "no keys", "no name"],
 )
 def test_a_list_of_keys_that_cannot_be_is_refused(plan, code, changes):
     """Catches: counts that make a small sum look large enough; names and sizes taken as they come."""
@@ -160,6 +161,18 @@ def test_too_few_sites_are_refused_before_anything_is_shared(plan):
     sites = Sites(plan)
     many = replace(plan, min_clients=5)
     refused("secagg-too-few", secagg.answer_shares, sites.states["a"], sites.session, sites.listed(), many, 1)
+
+
+def test_too_few_sites_make_no_sum_however_many_clients_they_claim(plan):
+    """Catches: two gateways, or one and a server that invents clients, where the plan wants three sites."""
+    claimed = replace(plan, max_clients_per_site=50, min_sites=5)
+    sites = Sites(plan)
+    listed = sites.listed(clients=[1, 50, 50, 50])
+    refused("secagg-too-few", secagg.answer_shares, sites.states["a"], sites.session, listed, claimed, 1)
+    sites.plan = replace(plan, min_clients=2, min_sites=4)
+    sites.mask()
+    refused("secagg-too-few", sites.unmask, survivors=["a", "b", "c"], dropped=["d"])
+    assert "seeds_names" in sites.unmask()
 
 
 def test_a_stored_session_is_checked(plan):

@@ -13,8 +13,9 @@ from common.config_file import read as read_config
 from common.config_file import to_run_config
 from common.errors import ModelError, NotEnoughSites, StorageError
 from common.files import read_lines
+from common.privacy.plan import resolve
 from common.wire import sha256
-from server.app import app
+from server.app import app, deployed
 from server.engines.in_process import InProcessGrid
 from server.progress import Progress
 from tests.support.federation import leaks, run_tiny, tiny_config
@@ -149,6 +150,16 @@ def test_lines_of_rounds_that_a_crash_undid_are_dropped_and_voided_ones_kept(ran
     assert read_lines(path) == lines[:3]
     _drop_unfinished(path, replace(ran.state, evaluated_round=-1))
     assert read_lines(path) == lines[2:3]
+
+
+def test_a_deployed_run_counts_on_no_simulated_clients(tmp_path):
+    """Catches: a plan over the clients of a simulation that real sites do not have."""
+    privacy = {"mode": "central", "noise_multiplier": 1.0, "delta": 1e-3}
+    config = tiny_config(tmp_path, privacy=privacy, simulation={"clients": 40, "clients_per_site": 10})
+    found = resolve(deployed(config), 10).privacy
+    assert (found.enrolled_clients, found.max_clients_per_site) == (config.strategy.min_clients, 1)
+    found = resolve(config, 10).privacy
+    assert (found.enrolled_clients, found.max_clients_per_site) == (40, 10)
 
 
 def test_the_flower_app_reads_its_run_config(tmp_path, capsys):

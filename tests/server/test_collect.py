@@ -215,6 +215,28 @@ def test_the_first_reply_that_passes_counts_and_who_is_silent_is_a_dropout(tmp_p
     assert list(parts.roster.members()) == ["a", "c", "d"]
 
 
+def test_a_gateway_that_stands_for_too_many_clients_is_refused(tmp_path):
+    """Catches: a number of clients that is believed, whatever a site says: its noise would count for all of them."""
+    app = private_app(SITES, clients=2)
+    options = {"noise_multiplier": 1.0, "clients": 8, "max_clients_per_site": 1, "strategy": {"connect_timeout_s": 1.0}}
+    parts = private_parts(tmp_path, app, 4, private_config("distributed", **options))
+    with pytest.raises(NotEnoughSites, match="4 refused: clients"):
+        parts.roster.wait(lambda count: None)
+
+
+def test_a_sum_waits_for_enough_sites(tmp_path):
+    """Catches: two gateways that start a round alone where the plan wants three sites: it can only be voided."""
+    strategy = {"min_clients": 2, "fraction_train": 0.1, "connect_timeout_s": 1.0}
+    options = {"secure_aggregation": True, "noise_multiplier": 1.0, "clients": 40, "min_sites": 3, "strategy": strategy}
+    (tmp_path / "two").mkdir()
+    config = private_config("distributed", **options)
+    two = private_parts(tmp_path / "two", private_app(["a", "b"], clients=10), 2, config)
+    with pytest.raises(NotEnoughSites, match="at 2 of 3 sites"):
+        two.roster.wait(lambda count: None)
+    four = greeted(private_parts(tmp_path, private_app(SITES, clients=10), 4, config))
+    assert len(sample(four, 1, 0)) == 3
+
+
 def test_clients_beyond_the_enrolled_are_refused_and_the_others_go_on(tmp_path):
     """Catches: more clients in a sum than delta and its width allow for; a run that one site too many can end."""
     config = private_config("local", noise_multiplier=1.0, clients=5, strategy={"min_clients": 4})

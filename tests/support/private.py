@@ -47,7 +47,7 @@ def private_config(
                 "connect_timeout_s": 30.0,
                 **(strategy or {}),
             },
-            "privacy": {"mode": mode, "enrolled_clients": clients, **privacy},
+            "privacy": {"mode": mode, "enrolled_clients": clients, "max_clients_per_site": 100, **privacy},
         }
     )
 

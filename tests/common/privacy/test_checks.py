@@ -38,6 +38,12 @@ CASES = {
         "1e-03",
     ),
     "a sum of one": (HIDDEN, {"strategy": {"min_clients": 1}}, "strategy.min_clients", "hides nothing"),
+    "too few sites": (
+        {**HIDDEN, "min_sites": 4},
+        {"simulation": {"data": "x.csv", "clients": 30, "clients_per_site": 10}, "strategy": {"min_clients": 30}},
+        "privacy.min_sites",
+        "clients_per_site",
+    ),
     "a quorum above all": (
         {**NOISY, "enrolled_clients": 5},
         {"strategy": {"min_clients": 6}},

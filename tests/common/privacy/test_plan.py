@@ -99,6 +99,23 @@ def test_how_many_clients_are_enrolled(raw, clients):
     assert resolve(parse(raw), SIZE).privacy.enrolled_clients == clients
 
 
+@pytest.mark.parametrize(
+    ("raw", "most"),
+    [
+        ({}, 1),
+        ({"simulation": {"data": "a.csv", "clients": 60, "clients_per_site": 20}}, 20),
+        ({"simulation": {"clients": 60, "clients_per_site": 20}}, 1),
+        ({"privacy": {"max_clients_per_site": 5}, "simulation": {"data": "a.csv", "clients_per_site": 2}}, 5),
+    ],
+)
+def test_how_many_clients_a_site_may_stand_for(raw, most):
+    """Catches: a deployed gateway that is believed whatever it says; a simulation refused by default."""
+    raw["privacy"] = {"mode": "central", "noise_multiplier": 1.0, **raw.get("privacy", {})}
+    config = resolve(parse(raw), SIZE)
+    assert config.privacy.max_clients_per_site == most
+    assert make_plan(config, SIZE).max_clients_per_site == most
+
+
 @each_mode
 def test_a_site_makes_the_same_plan_from_what_it_is_sent(mode):
     """Catches: a number of the plan that does not travel, and a site that adds other noise than the account says."""

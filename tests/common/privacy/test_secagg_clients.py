@@ -25,6 +25,14 @@ def test_the_fewest_sites(counts, least, sites):
     assert fewest_sites({f"site-{n}": count for n, count in enumerate(counts)}, least) == sites
 
 
+def test_a_sum_takes_enough_sites_too():
+    """Catches: the number of sites left to the clients that they claim."""
+    counts = {"a": 1000, "b": 1, "c": 1}
+    assert fewest_sites(counts, 90, min_sites=3) == 3
+    with pytest.raises(SecureAggregationError):
+        check_sum(counts, 90, min_sites=4)
+
+
 @pytest.mark.parametrize(("counts", "least"), [([1, 1], 3), ([1000], 90), ([], 1), ([49, 50], 100)])
 def test_too_few_clients_or_a_single_site_make_no_sum(counts, least):
     """Catches: a sum over fewer clients than the plan's, whose noise would be too little; a sum of one."""
