@@ -20,7 +20,7 @@ from client.simulated import SimulatedSite, simulated_sites
 from client.site import Site, site_of_node
 from common import __version__, minor
 from common.config import RunConfig
-from common.errors import DataError, SecureAggregationError, SpecError, TsugikiError
+from common.errors import DataError, SecureAggregationError, SpecError, TrainingError, TsugikiError
 from common.messages import (
     EvaluateReply,
     EvaluateRequest,
@@ -164,14 +164,21 @@ def protected_sum(site: Site, job: Job, plan: Plan) -> Levels:
 
     Raises:
         PolicyError: the site's budget does not allow it.
+        TrainingError: `deadline`, or one code for whatever else ends training: a class of exceptions tells of rows.
     """
-    levels = train_privately(job, plan)
+    try:
+        total = train_privately(job, plan)
+    except Exception as error:
+        if isinstance(error, TsugikiError):
+            raise
+        log.exception("failed")
+        raise TrainingError("training has failed", do="see the traceback above") from error
     # A site that is asked knows that it is in the round: nothing is amplified for it.
     seen = {who: (replace(release, sampling_probability=1.0), 1) for who, release in plan.seen().items()}
     prepare.charge(site, job, plan, seen)
-    told = {"clients": len(job.clients), "private": plan.private, "mode": plan.mode}
+    told = {"clients": total.clients, "clipped": total.clipped, "private": plan.private, "mode": plan.mode}
     site.record("trained", run=job.config.run.name, round=job.request.round, **told)
-    return levels
+    return total.levels
 
 
 def _only_masked(plan: Plan | None, masked: bool) -> Plan:

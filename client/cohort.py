@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,14 @@ from client.trainer import Trained, steps_per_round, train
 from client.update import ProtectedSum, make_update
 from client.vectorised import can_train_together, train_together
 from common.config import RunConfig
-from common.errors import TrainingError, WireError
+from common.errors import TrainingError, TsugikiError, WireError
 from common.privacy.accounting import Release, epsilon
-from common.privacy.clipping import Levels
 from common.privacy.mechanisms import Adversary
 from common.privacy.plan import Plan as PrivacyPlan
 from common.privacy.settings import ExamplePrivacySection
 from common.wire import Vector
+
+log = logging.getLogger("tsugiki.client")
 
 
 def asked_clients(site: str, clients: Sequence[Sequence[int]], wanted: str) -> dict[str, Sequence[int]]:
@@ -66,21 +68,22 @@ def train_openly(job: Job) -> tuple[Vector, Trained, int]:
     return (total / rows).astype(np.float32), Trained(steps, loss / rows, time.perf_counter() - started), rows
 
 
-def train_privately(job: Job, plan: PrivacyPlan) -> Levels:
-    """Return the sum of the clients' updates, each clipped and noised by itself, shape (size,).
+def train_privately(job: Job, plan: PrivacyPlan) -> ProtectedSum:
+    """Return the sum of the clients' updates, each clipped and noised by itself.
 
-    A client whose training diverges contributes nothing but its noise: an error would tell something about its data.
+    A client whose training diverges or fails contributes nothing but its noise: an error would tell something about
+    its data. The site's own log has it.
 
     Raises:
         TrainingError: `deadline`, the time is up.
     """
     total = ProtectedSum.empty(plan, job.config.privacy.insecure_noise_seed)
-    for group in _train_all(job):
+    for group in _train_all(job, private=True):
         total.add(group.updates, group.names[0], job.request.round)
-    return total.levels
+    return total
 
 
-def _train_all(job: Job) -> Iterator[Group]:
+def _train_all(job: Job, private: bool = False) -> Iterator[Group]:
     """Yield what the clients have learned: together where that is possible, else one after the other.
 
     Raises:
@@ -88,14 +91,14 @@ def _train_all(job: Job) -> Iterator[Group]:
     """
     ends = time.monotonic() + job.request.deadline_s
     tail = job.tail() if can_train_together(job) else None
-    groups = train_together(job, tail) if tail else (_alone(job, name, ends) for name in job.clients)
+    groups = train_together(job, tail) if tail else (_alone(job, name, ends, private) for name in job.clients)
     for group in groups:
         if time.monotonic() > ends:
             raise TrainingError(f"the clients up to {group.names[-1]} took too long", code="deadline")
         yield group
 
 
-def _alone(job: Job, name: str, ends: float) -> Group:
+def _alone(job: Job, name: str, ends: float, private: bool) -> Group:
     """Return what one client has learned; not a number where training diverged, zero where it has no rows."""
     rows, size = job.clients[name], job.graft.spec.size
     if not rows:
@@ -105,6 +108,11 @@ def _alone(job: Job, name: str, ends: float) -> Group:
     except TrainingError as error:
         if error.code != "diverged":
             raise
+        return Group([name], np.full((1, size), math.nan), np.full(1, math.nan), 0)
+    except Exception as error:
+        if not private or isinstance(error, TsugikiError):
+            raise
+        log.exception("a client failed: it adds noise only")
         return Group([name], np.full((1, size), math.nan), np.full(1, math.nan), 0)
     update = job.graft.read().astype(np.float64) - job.received
     return Group([name], update[np.newaxis], np.array([trained.loss]), trained.steps)

@@ -71,6 +71,7 @@ def run_federation(
     progress, stop = progress or Progress(), stop or Stop()
     with run_folder(Path(config.run.output_dir) / config.run.name, resume=resume) as folder:
         graft = load_graft(config, config.model.name, config.run.seed)
+        given = config.privacy.enrolled_clients or config.simulation.data
         config = resolve(config, graft.spec.size)
         evaluator = make_evaluator(graft, config)
         if limit := getattr(grid, "limit_replies", None):
@@ -94,6 +95,9 @@ def run_federation(
         ledger = _ledger_path(config, folder, simulated)
         privacy = open_privacy(config, graft.spec.size, ledger, audit, state.round)
         with progress:
+            if privacy and not given:
+                most = config.strategy.min_clients
+                progress.note(f"privacy.enrolled_clients is not set: no more than min_clients = {most} may join")
             roster = Roster(grid, config, graft.spec, audit, stop, names)
             roster.wait(lambda count: progress.note(f"{count} of {config.strategy.min_clients} nodes connected"))
             lower = config.monitor in graft.task.lower_is_better

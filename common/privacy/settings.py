@@ -68,7 +68,10 @@ class PrivacySection(Section):
         "is to be kept secret, and the account counts on it",
     )
     enrolled_clients: int = Field(
-        default=0, ge=0, le=10**7, description="clients that may ever take part; 0: simulation.clients, or min_clients"
+        default=0,
+        ge=0,
+        le=10**7,
+        description="clients that may ever take part, further ones are refused; 0: simulation.clients, or min_clients",
     )
     min_sites: int = Field(
         default=2,

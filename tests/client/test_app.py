@@ -293,6 +293,19 @@ def test_a_server_of_another_version_is_refused(config):
     assert code(ask(config, "query", request)) == "version-mismatch"
 
 
+def test_a_failure_in_a_private_run_has_one_code_for_all(tmp_path, monkeypatch, caplog):
+    """Catches: a class of exceptions, which rows may have raised, told to the server; a failure nobody can find."""
+
+    def fail(job, plan):
+        raise UnicodeDecodeError("utf-8", CANARY.encode(), 0, 1, CANARY)
+
+    monkeypatch.setattr("client.app.train_privately", fail)
+    private = tiny_config(tmp_path, privacy={"mode": "central", "noise_multiplier": 1.0, "delta": 1e-3})
+    loaded = load_graft(private, private.model.name, private.run.seed)
+    assert code(ask(private, "train", train_request(private, loaded))) == "training-failed"
+    assert CANARY in caplog.text
+
+
 def test_no_metrics_leave_a_private_run(tmp_path):
     """Catches: exact metrics and a number of rows for whoever asks, beside updates with noise on them."""
     privacy = {"mode": "central", "noise_multiplier": 1.0, "delta": 1e-3}

@@ -9,6 +9,7 @@ from flwr.app import Message
 
 from client.budget import site_ledger, spend
 from client.policy import SitePolicy
+from client.update import ProtectedSum
 from common.audit import verify
 from common.errors import PolicyError, StorageError
 from common.messages import TrainRequest, to_record
@@ -262,7 +263,7 @@ def test_a_site_that_was_asked_knows_it(tmp_path):
         record = staticmethod(lambda *arguments, **details: None)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "train_privately", lambda job, plan: np.zeros(1, np.int64))
+        patch.setattr(app, "train_privately", lambda job, plan: ProtectedSum.empty(plan))
         for number in range(asked):
             request = TrainRequest("", number + 1, "", 0.0, 0.5, 600.0, "", "0")
             app.protected_sum(Site, _job(config, request), plan)

@@ -118,7 +118,7 @@ def test_a_gateways_open_update_is_the_mean_of_its_clients_by_rows(job):
 def test_a_private_sum_is_that_of_its_clients_each_clipped(job):
     """Catches: the sum or the mean clipped in the place of each client; an update that went through float32."""
     plan = quiet(job().graft.spec.size, clip_norm=0.05)
-    levels = train_privately(job(), plan)
+    levels = train_privately(job(), plan).levels
     updates = [alone(job, name, chosen)[0] for name, chosen in ROWS.items()]
     wanted = sum(clip(update, 0.05).levels for update in updates)
     assert all(np.linalg.norm(update) > 0.05 for update in updates)
@@ -135,21 +135,42 @@ def test_a_diverged_client_is_null_in_a_private_run_and_an_error_in_an_open_one(
     """Catches: an error that tells the server something about a client's data; NaN in everybody's sum."""
     plan = quiet(job().graft.spec.size)
     others = {name: rows for name, rows in ROWS.items() if name != "site-0/1"}
-    wanted = train_privately(job(others), plan)
+    wanted = train_privately(job(others), plan).levels
     monkeypatch.setattr(cohort, "train", diverging("site-0/1"))
-    assert np.array_equal(train_privately(job(), plan), wanted)
+    assert np.array_equal(train_privately(job(), plan).levels, wanted)
     with pytest.raises(TrainingError) as caught:
         train_openly(job())
     assert caught.value.code == "diverged"
+
+
+@pytest.mark.parametrize("error", [ValueError("row 7"), MemoryError(), RuntimeError("row 7")])
+def test_a_client_whose_training_fails_is_null_in_a_private_run(job, monkeypatch, caplog, error):
+    """Catches: the class of an exception, which a client's data has raised, told to the server; a failure unseen."""
+    plan, train = quiet(job().graft.spec.size), cohort.train
+    others = {name: rows for name, rows in ROWS.items() if name != "site-0/1"}
+    wanted = train_privately(job(others), plan).levels
+
+    def fail(graft, encoded, settings, plan, watch):
+        if plan.site == "site-0/1":
+            raise error
+        return train(graft, encoded, settings, plan, watch)
+
+    monkeypatch.setattr(cohort, "train", fail)
+    total = train_privately(job(), plan)
+    assert np.array_equal(total.levels, wanted)
+    assert (total.clients, total.clipped) == (3, 1)
+    assert "a client failed" in caplog.text
+    with pytest.raises(type(error)):
+        train_openly(job())
 
 
 def test_a_model_that_makes_all_diverge_gives_noise_and_nothing_else(job):
     """Catches: a server that learns by its own poisoned adapter which sites it breaks."""
     one, size = job(), job().graft.spec.size
     broken = np.full(size, 1e38, np.float32)
-    assert not train_privately(job(received=broken), quiet(size)).any()
+    assert not train_privately(job(received=broken), quiet(size)).levels.any()
     noisy = plan_of("local", size, clients=3, noise_multiplier=2.0)
-    levels = train_privately(job(received=broken), noisy)
+    levels = train_privately(job(received=broken), noisy).levels
     ratio = float(np.mean(levels.astype(float) ** 2)) / (3 * 4.0 * LEVELS**2)
     assert abs(ratio - 1) < 5.4 * math.sqrt(2 / size)
     assert one.graft.spec.size > 100
@@ -158,10 +179,10 @@ def test_a_model_that_makes_all_diverge_gives_noise_and_nothing_else(job):
 def test_a_client_without_rows_adds_noise_only(job):
     """Catches: a division by no rows; a client that is left out, and its noise with it."""
     size = job().graft.spec.size
-    assert not train_privately(job({"site-0/0": []}), quiet(size)).any()
-    assert train_privately(job({"site-0/0": []}), plan_of("local", size, noise_multiplier=1.0)).any()
-    both = train_privately(job({**ROWS, "site-0/3": []}), quiet(size))
-    assert np.array_equal(both, train_privately(job(), quiet(size)))
+    assert not train_privately(job({"site-0/0": []}), quiet(size)).levels.any()
+    assert train_privately(job({"site-0/0": []}), plan_of("local", size, noise_multiplier=1.0)).levels.any()
+    both = train_privately(job({**ROWS, "site-0/3": []}), quiet(size)).levels
+    assert np.array_equal(both, train_privately(job(), quiet(size)).levels)
 
 
 def test_a_deadline_ends_a_private_site_too(job):
@@ -176,9 +197,9 @@ def test_noise_is_new_in_every_round_and_seeded_noise_follows_from_it(job, confi
     """Catches: a round repeated with the same noise: the difference of two replies would be without any."""
     size = job().graft.spec.size
     plan = plan_of("local", size, noise_multiplier=1.0)
-    assert not np.array_equal(train_privately(job(), plan), train_privately(job(), plan))
+    assert not np.array_equal(train_privately(job(), plan).levels, train_privately(job(), plan).levels)
     seeded = config.model_copy(update={"privacy": config.privacy.model_copy(update={"insecure_noise_seed": 7})})
-    first, again, later = (train_privately(job({"a": []}, round_=n, run=seeded), plan) for n in (1, 1, 2))
+    first, again, later = (train_privately(job({"a": []}, round_=n, run=seeded), plan).levels for n in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, later)
 

@@ -14,7 +14,13 @@ from tests.support.serving import metrics, serve_and_join, started, summary, tin
 
 pytestmark = pytest.mark.e2e
 
-PRIVACY = {"mode": "distributed", "secure_aggregation": True, "noise_multiplier": 0.5, "delta": 1e-3}
+PRIVACY = {
+    "mode": "distributed",
+    "secure_aggregation": True,
+    "noise_multiplier": 0.5,
+    "delta": 1e-3,
+    "enrolled_clients": 5,
+}
 
 
 def private_run(folder, model, name, seed=0, **sections):

@@ -15,7 +15,7 @@ from common.errors import ModelError, NotEnoughSites, StorageError
 from common.files import read_lines
 from common.privacy.plan import resolve
 from common.wire import sha256
-from server.app import app, deployed
+from server.app import app, deployed, run_federation
 from server.engines.in_process import InProcessGrid
 from server.progress import Progress
 from tests.support.federation import leaks, run_tiny, tiny_config
@@ -186,3 +186,25 @@ def test_progress_is_told(tmp_path):
 
     run_tiny(tiny_config(tmp_path, run={"rounds": 1}), progress=Recorder())
     assert told == ["2 of 2 nodes connected", ("site-0", "accepted"), ("site-1", "accepted")]
+
+
+def test_a_deployed_private_run_says_whom_it_will_refuse(tmp_path):
+    """Catches: a third site refused by a default that nobody set; the same said of a simulation, which has all."""
+    told = []
+
+    class Recorder(Progress):
+        def note(self, text):
+            told.append(text)
+
+    for enrolled in (0, 2):
+        privacy = {"mode": "central", "noise_multiplier": 1.0, "delta": 1e-3, "enrolled_clients": enrolled}
+        folder = tmp_path / str(enrolled)
+        folder.mkdir()
+        config = tiny_config(folder, run={"rounds": 1}, privacy=privacy)
+        run_federation(InProcessGrid(*simulated_app(config)), config, progress=Recorder())
+        assert ("privacy.enrolled_clients is not set: no more than min_clients = 2 may join" in told) == (not enrolled)
+        told.clear()
+    run_tiny(
+        config.model_copy(update={"run": config.run.model_copy(update={"name": "simulated"})}), progress=Recorder()
+    )
+    assert not [text for text in told if "enrolled_clients" in text]
