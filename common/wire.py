@@ -172,10 +172,10 @@ def decode_levels(record: ArrayRecord, size: int, bits: int) -> npt.NDArray[np.i
     Raises:
         WireError: as `decode`; every value that fits is allowed.
     """
-    width = bits // 8
-    wide = np.zeros((size, 8), np.uint8)
-    wide[:, 8 - width :] = _payload(record, np.dtype(np.uint8), size * width).reshape(size, width)
-    return wide.view("<i8").reshape(size).astype(np.int64) >> (64 - bits)  # shifts the sign down with it
+    from common.privacy.masks import ring_from_bytes, signed
+
+    octets = _payload(record, np.dtype(np.uint8), size * (bits // 8))
+    return signed(ring_from_bytes(octets.tobytes(), size, bits), bits)
 
 
 def _payload(record: ArrayRecord, dtype: np.dtype[Any], size: int) -> npt.NDArray[Any]:

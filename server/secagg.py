@@ -151,7 +151,7 @@ def collect_sum(parts: Parts, state: State, number: int, cohort: list[Member], a
     except SecureAggregationError as error:
         parts.audit.write("secagg-ended", round=number, attempt=attempt, code=error.code)
         parts.progress.note(f"round {number}: {error}")
-    levels = None if total is None else from_ring(total, now.plan.modulus_bits)
+    levels = None if total is None else masks.signed(total, now.plan.modulus_bits)
     if levels is not None and l2_norm(levels) > _longest(now.plan, sum(one.clients for one in accepted)):
         parts.audit.write("secagg-ended", round=number, attempt=attempt, code="norm")
         accepted, levels = [], None  # a wrong share or a site that does not clip; the round is tried again
@@ -215,11 +215,6 @@ def _longest(plan: Plan, clients: int) -> float:
     """Return how long a sum over so many clients can be, in levels, but for noise beyond eight standard deviations."""
     noise = math.sqrt(plan.mechanism.client_variance(plan) * clients)
     return clients * LEVELS + noise * (math.sqrt(plan.dimension) + 8)
-
-
-def from_ring(total: Ring, bits: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return integers modulo 2^bits as those of their classes that are nearest to zero, shape (size,)."""
-    return (total.astype(np.uint64) << np.uint64(64 - bits)).view(np.int64) >> (64 - bits)
 
 
 def _privacy(parts: Parts) -> Privacy:

@@ -37,10 +37,6 @@ class Clipped:
     norm: npt.NDArray[np.float64]
     null: npt.NDArray[np.bool_]
 
-    def clipped_fraction(self, clip_norm: float) -> float:
-        """Return the share of updates that were longer than the clip norm."""
-        return float(np.mean(self.norm > clip_norm))
-
 
 def clip(update: npt.NDArray[Any], clip_norm: float) -> Clipped:
     """Scale each update to an L2 norm of at most `clip_norm` and round it toward zero.

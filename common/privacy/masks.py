@@ -184,10 +184,9 @@ def reduce(vector: npt.NDArray[np.int64] | Ring, bits: int) -> Ring:
     return np.bitwise_and(vector.view(np.uint64), _top(bits))
 
 
-def ring_to_bytes(vector: Ring, bits: int) -> bytes:
-    """Return ring elements as they travel: bits / 8 bytes each, little endian."""
-    octets = np.ascontiguousarray(vector, "<u8").view(np.uint8).reshape(-1, 8)
-    return octets[:, : width(bits)].tobytes()
+def signed(vector: Ring, bits: int) -> npt.NDArray[np.int64]:
+    """Return ring elements as the integers of their classes that are nearest to zero, shape (size,)."""
+    return (vector << np.uint64(64 - bits)).view(np.int64) >> (64 - bits)  # shifts the sign down with it
 
 
 def ring_from_bytes(data: bytes, size: int, bits: int) -> Ring:

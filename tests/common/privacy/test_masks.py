@@ -182,11 +182,15 @@ def test_streams_are_aes_in_counter_mode(bits):
     assert drawn.tolist() == expected
 
 
+def octets(vector, bits):
+    """Return ring elements as they travel, shape (size, bits / 8): little endian."""
+    return vector.astype("<u8").view(np.uint8).reshape(-1, 8)[:, : bits // 8]
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_streams_are_uniform(bits):
     """Catches: bytes that are always zero, or a stream cut to fewer bits than the modulus."""
-    octets = np.frombuffer(masks.ring_to_bytes(masks.stream(os.urandom(32), SIZE, bits), bits), np.uint8)
-    for place in octets.reshape(SIZE, -1).T:
+    for place in octets(masks.stream(os.urandom(32), SIZE, bits), bits).T:
         assert chisquare(np.bincount(place, minlength=256)).pvalue > 1e-6
 
 
@@ -203,11 +207,19 @@ def test_streams_follow_the_key():
     assert masks.stream(KEY, 0, 40).shape == (0,)
 
 
+@given(st.lists(st.integers(-(2**39), 2**39 - 1), min_size=1, max_size=9))
+def test_signs_survive_the_ring(values):
+    """Catches: a sum below zero that comes out as a large one; the least value taken for the greatest."""
+    vector = np.array(values, np.int64)
+    assert masks.signed(masks.reduce(vector, 40), 40).tolist() == values
+    assert masks.signed(masks.reduce(vector, 64), 64).tolist() == values
+
+
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=9), st.sampled_from(WIDTHS))
 def test_ring_elements_travel_whole(values, bits):
     """Catches: a last element that is read beyond the end, an element that leaks into its neighbour."""
     vector = masks.reduce(np.array(values, np.uint64), bits)
-    data = masks.ring_to_bytes(vector, bits)
+    data = octets(vector, bits).tobytes()
     assert len(data) == len(values) * bits // 8
     assert masks.ring_from_bytes(data, len(values), bits).tolist() == [value % 2**bits for value in values]
 
