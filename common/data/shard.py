@@ -145,14 +145,16 @@ def _located(path: Path, inside: Path | None, folders: bool = False) -> Path:
 
 def _values(column: Column, table: Table, labels: Sequence[str]) -> list[Any]:
     if column.kind == "text":
-        return _texts(column.name, table)
+        return _texts(column, table)
     return _classes(column.name, table, labels) if column.kind == "label" else _scores(column.name, table)
 
 
-def _texts(name: str, table: Table) -> list[str]:
-    cells, most = table.cells[name], f"at most {MAX_LINE_BYTES} characters"
+def _texts(column: Column, table: Table) -> list[str]:
+    name, most = column.name, f"at most {MAX_LINE_BYTES} characters"
+    cells = [cell or "" for cell in table.cells[name]] if column.blank else table.cells[name]
     table.refuse(name, [not isinstance(c, str | None) for c in cells], "another type", "text", "shard-format")
-    table.refuse(name, [not (c and c.strip()) for c in cells], "no text", "text in every row", "shard-empty-text")
+    if not column.blank:
+        table.refuse(name, [not (c and c.strip()) for c in cells], "no text", "text in every row", "shard-empty-text")
     table.refuse(name, [_has_surrogates(c) for c in cells], "unpaired surrogates", "Unicode text", "shard-encoding")
     table.refuse(name, [len(c) > MAX_LINE_BYTES for c in cells], "too long a text", most, "shard-line-too-long")
     return cells

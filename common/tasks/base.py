@@ -34,11 +34,13 @@ class Column:
         name: the task's own name for it, to which a file's column is mapped.
         kind: `text`; `label`, a class by name or number; `score`, a float; `image`, a picture.
         required: whether every file must have it.
+        blank: whether a text may be empty.
     """
 
     name: str
     kind: Literal["text", "label", "score", "image"]
     required: bool = True
+    blank: bool = False
 
 
 @dataclass(frozen=True)

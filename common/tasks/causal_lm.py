@@ -1,4 +1,4 @@
-"""Predict each next token of a text."""
+"""Predict each next token: of plain texts, or of the answers to instructions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pydantic import Field
 
 from common.errors import ModelError
 from common.settings import TaskSettings
-from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, by_length, pad
+from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, Tokens, by_length, pad
+from common.tasks.prompts import TEMPLATE_HELP, Template, encode_answers, encode_prompts, fit_all
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,16 @@ class CausalLmSettings(TaskSettings):
     """Loss, perplexity and accuracy, over all predicted tokens of all rows."""
 
     name: Literal["causal-lm"] = Field(default="causal-lm", description="the task")
+    format: Literal["text", "instruction"] = Field(
+        default="text",
+        description='"text": every token of a column text is predicted; "instruction": the columns prompt, completion '
+        "and, where there is one, input are read, and the completion is predicted",
+    )
+    template: Template = Field(default="auto", description=f"instruction: {TEMPLATE_HELP}")
+    packing: bool = Field(
+        default=False,
+        description="text: the texts of a batch are laid end to end in blocks of max_length tokens, not padded each",
+    )
 
 
 @TASKS.register("causal-lm")
@@ -36,7 +47,9 @@ class CausalLm(Task):
     """`AutoModelForCausalLM` with cross-entropy; its output layer is a part of the base and stays frozen.
 
     A row is one text, from the tokenizer's first token (where it has one) to its last, so that the model also learns
-    where texts end. Rows are padded, not packed into blocks: a row belongs to one client of a site.
+    where texts end; or a prompt and its completion, of which the completion alone is predicted. Packing saves padding:
+    a batch is as many blocks as its texts fill, and a text sees those before it in its block. A block holds rows of one
+    batch only, because a row belongs to one client of a site. Evaluation looks at each row alone.
 
     The loss is a mean over tokens, where a long text weighs more than a short one: it is no mean of losses of rows, so
     `row_losses` stays False.
@@ -53,8 +66,11 @@ class CausalLm(Task):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """The text."""
-        return (Column("text", "text"),)
+        """The text; or prompt, input and completion."""
+        if self.settings.format == "text":
+            return (Column("text", "text"),)
+        prompt, extra, completion = "prompt", "input", "completion"
+        return (Column(prompt, "text"), Column(extra, "text", required=False, blank=True), Column(completion, "text"))
 
     def load(self, folder: Path, dtype: torch.dtype) -> Base:
         """Load the base; nothing of it is new.
@@ -88,10 +104,16 @@ class CausalLm(Task):
     def encode(self, shard: Shard, base: Base) -> Encoded:
         """Tokenise the texts; the end of one that is too long is lost, and with it the last token of the row.
 
-        What looks like a special token in a text is ordinary text. Noted is `shard-texts-cut:COUNT`.
+        For prompts and completions see `prompts.fit`. What looks like a special token in a text is ordinary text. Noted
+        is `shard-texts-cut:COUNT`.
         """
         tokenizer = base.tokenizer
         limit = min(self.settings.max_length, tokenizer.model_max_length)
+        if self.settings.format == "instruction":
+            prompts = encode_prompts(shard, tokenizer, self.settings.template)
+            answers = encode_answers(shard.columns["completion"], tokenizer)
+            prompts, answers, notes = fit_all(prompts, answers, limit)
+            return Encoded({"prompt": prompts, "completion": answers}, notes=notes)
         first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         found = tokenizer(
             shard.columns["text"],
@@ -106,15 +128,20 @@ class CausalLm(Task):
         return Encoded({"text": [tokens[:limit] for tokens in whole]}, notes=notes)
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
-        """Return `input_ids` and `attention_mask` of shape (rows, tokens); only the mask says what is padding."""
-        ids, mask = pad([encoded.texts["text"][row] for row in rows], base.tokenizer.pad_token_id or 0)
-        return {"input_ids": ids, "attention_mask": mask}
+        """Return `input_ids`, `attention_mask` and `labels`: the token to come, or `_NOTHING`; all (rows, tokens).
+
+        Packed, they have a row for each block.
+        """
+        if self.settings.packing and self.settings.format == "text":
+            block = min(self.settings.max_length, base.tokenizer.model_max_length)
+            return _padded(_packed([_row(encoded, row) for row in rows], block), base)
+        return _padded([_row(encoded, row) for row in rows], base)
 
     def loss(self, network: Any, batch: Batch) -> torch.Tensor:
         """Return the mean cross-entropy over the predicted tokens of the batch, computed in float32."""
         from torch.nn.functional import cross_entropy
 
-        logits, labels = _predict(network, batch), _labels(batch)
+        logits, labels = predict(network, batch), batch["labels"]
         total = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=_NOTHING, reduction="sum")
         return total / (labels != _NOTHING).sum().clamp(min=1)
 
@@ -124,15 +151,17 @@ class CausalLm(Task):
 
         device = next(base.network.parameters()).device
         loss, right, tokens = 0.0, 0, 0
-        for rows in by_length([len(tokens) for tokens in encoded.texts["text"]], batch_size):
-            batch = {name: tensor.to(device) for name, tensor in self.batch(encoded, rows, base).items()}
+        rows = [_row(encoded, row) for row in range(len(encoded))]
+        for chosen in by_length([len(tokens) for tokens, _ in rows], batch_size):
+            batch = _padded([rows[row] for row in chosen], base)
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
             # Row by row: the logarithms of a whole batch over a large vocabulary would double the memory.
-            for logits, labels in zip(_predict(base.network, batch), _labels(batch), strict=True):
-                told = int((labels != _NOTHING).sum())  # padding is on the right
-                logits, labels = logits[:told].float(), labels[:told]
+            for logits, labels in zip(predict(base.network, batch), batch["labels"], strict=True):
+                told = labels != _NOTHING
+                logits, labels = logits[told].float(), labels[told]
                 loss += float(cross_entropy(logits, labels, reduction="sum"))
                 right += int((logits.argmax(dim=1) == labels).sum())
-                tokens += told
+                tokens += len(labels)
         mean = loss / max(tokens, 1)
         return {
             "loss": mean,
@@ -147,19 +176,33 @@ class CausalLm(Task):
         return TinyCase({"max_length": 16}, {"text": texts}, "llama")
 
 
-def _predict(network: Any, batch: Batch) -> torch.Tensor:
+def predict(network: Any, batch: Batch) -> torch.Tensor:
     """Return the logits, shape (rows, tokens, vocabulary)."""
-    logits: torch.Tensor = network(**batch, use_cache=False).logits
+    logits: torch.Tensor = network(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
     return logits
 
 
-def _labels(batch: Batch) -> torch.Tensor:
-    """Return the token that follows each one, or `_NOTHING` where none does; shape (rows, tokens)."""
-    import torch
+def _row(encoded: Encoded, row: int) -> tuple[Tokens, Tokens]:
+    """Return a row's tokens, and after each the one to come, `_NOTHING` where none is to be predicted."""
+    if "text" in encoded.texts:
+        tokens = encoded.texts["text"][row]
+        return tokens, [*tokens[1:], _NOTHING]
+    prompt, answer = encoded.texts["prompt"][row], encoded.texts["completion"][row]
+    return prompt + answer, [*[_NOTHING] * (len(prompt) - 1), *answer, _NOTHING]
 
-    labels = torch.full_like(batch["input_ids"], _NOTHING)
-    labels[:, :-1] = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, _NOTHING)
-    return labels
+
+def _packed(rows: Sequence[tuple[Tokens, Tokens]], block: int) -> list[tuple[Tokens, Tokens]]:
+    """Return rows laid end to end, in blocks of so many tokens; what comes after a block's end is still predicted."""
+    tokens, labels = ([one for row in rows for one in row[side]] for side in (0, 1))
+    return [(tokens[at : at + block], labels[at : at + block]) for at in range(0, len(tokens), block)]
+
+
+def _padded(rows: Sequence[tuple[Tokens, Tokens]], base: Base) -> Batch:
+    """Return a batch of rows; only the mask says what is padding, which can be the token for the end."""
+    ids, mask = pad([tokens for tokens, _ in rows], base.tokenizer.pad_token_id or 0)
+    return {"input_ids": ids, "attention_mask": mask, "labels": pad([labels for _, labels in rows], _NOTHING)[0]}
 
 
 def _reads_ahead(network: Any) -> bool:

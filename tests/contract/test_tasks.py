@@ -166,8 +166,9 @@ def test_padding_changes_nothing(name, folder):
     task, base, encoded = loaded(name, folder)
     batch = task.batch(encoded, range(4), base)
     pad_id = base.tokenizer.pad_token_id
+    fill = {"input_ids": pad_id, "labels": -100}
     wider = {
-        key: torch.nn.functional.pad(tensor, (0, 5), value=pad_id if key.endswith("input_ids") else 0)
+        key: torch.nn.functional.pad(tensor, (0, 5), value=fill.get(key.rpartition(".")[2], 0))
         if tensor.ndim == 2
         else tensor
         for key, tensor in batch.items()

@@ -11,9 +11,11 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from client.trainer import Plan, train
 from common.config import parse
-from common.data.shard import Shard
-from common.errors import ModelError
+from common.data.shard import Shard, read
+from common.errors import DataError, ModelError
+from common.files import read_lines
 from common.model import load_graft
+from common.settings import DataFormat
 from common.tasks.base import Base, Encoded
 from common.tasks.causal_lm import CausalLm, CausalLmSettings
 from tests.support.federation import run_tiny, tiny_config
@@ -159,25 +161,124 @@ def test_the_loss_is_the_mean_over_the_predicted_tokens(base):
     assert len(chances) == sum(len(tokens) - 1 for tokens in encoded.texts["text"])
     with torch.no_grad():
         loss = task.loss(base.network, batch).item()
+        read = {name: batch[name] for name in ("input_ids", "attention_mask")}
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        own = base.network(**batch, labels=labels).loss.item()
+        own = base.network(**read, labels=labels).loss.item()
     assert loss == pytest.approx(-sum(chances) / len(chances), rel=1e-5)
     assert loss == pytest.approx(own, rel=1e-5)
-    by_padding_id = base.network(**batch, labels=batch["input_ids"].masked_fill(batch["input_ids"] == EOS, -100)).loss
+    by_padding_id = base.network(**read, labels=read["input_ids"].masked_fill(read["input_ids"] == EOS, -100)).loss
     assert abs(loss - by_padding_id.item()) > 1e-3
 
 
-def test_padding_is_told_by_the_mask(base):
-    """Catches: the id of padding looked at: here every token that is not padding has it, and some padding has not."""
-    task = make()
-    batch = {
-        "input_ids": torch.tensor([[BOS, EOS, EOS, 7, 8], [BOS, 9, EOS, EOS, EOS]]),
-        "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
-    }
-    rows = [[BOS, EOS, EOS], [BOS, 9, EOS, EOS, EOS]]
+def test_padding_is_not_told_by_its_token(base):
+    """Catches: the id of padding looked at: here tokens that are none have it."""
+    task, rows = make(), [[BOS, EOS, EOS], [BOS, 9, EOS, EOS, EOS]]
+    batch = task.batch(Encoded({"text": rows}), [0, 1], base)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     chances = [chance for row in rows for chance, _ in told(base, row)]
     with torch.no_grad():
         assert task.loss(base.network, batch).item() == pytest.approx(-sum(chances) / 6, rel=1e-5)
+
+
+# Prompts and completions
+
+ASKED = Shard(
+    {
+        "prompt": ["say good", "name the party of the clause", "say on"],
+        "input": ["", "alpha beta", " "],
+        "completion": ["good", "the party alpha", "on on"],
+    }
+)
+
+
+def instructed(base, shard=ASKED, **settings):
+    """Return the task, and the encoded rows."""
+    task = make(format="instruction", **settings)
+    return task, task.encode(shard, base)
+
+
+def test_the_completion_alone_is_predicted(base):
+    """Catches: a loss over the prompt, over padding, or one place off; an answer that does not learn to end."""
+    task, encoded = instructed(base)
+    batch = task.batch(encoded, range(3), base)
+    for row, (prompt, answer) in enumerate(zip(*encoded.texts.values(), strict=True)):
+        tokens, labels = batch["input_ids"][row].tolist(), batch["labels"][row].tolist()
+        assert tokens[: len(prompt) + len(answer)] == prompt + answer
+        assert answer[-1] == EOS
+        told_at = [place for place, label in enumerate(labels) if label != -100]
+        assert told_at == list(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
+        assert [labels[place] for place in told_at] == answer == [tokens[place + 1] for place in told_at]
+
+
+def test_instructions_are_measured_by_their_answers(base):
+    """Catches: perplexity over prompts, which are easy, or a mean over rows."""
+    task, encoded = instructed(base)
+    chances = []
+    for prompt, answer in zip(*encoded.texts.values(), strict=True):
+        chances += [chance for chance, _ in told(base, prompt + answer)[len(prompt) - 1 :]]
+    assert len(chances) == sum(map(len, encoded.texts["completion"]))
+    with torch.no_grad():
+        assert task.evaluate(base, encoded, 2)["loss"] == pytest.approx(-sum(chances) / len(chances), rel=1e-5)
+
+
+def test_the_columns_of_instructions(base, tmp_path):
+    """Catches: an input that every row must have; a prompt without an answer that is trained on."""
+    columns = make(format="instruction").columns
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "say", "input": "", "completion": "good"}\n{"prompt": "a", "completion": "b"}\n')
+    assert read(file, columns, DataFormat()).columns["input"] == ["", ""]
+    file.write_text('{"prompt": "say", "completion": "good"}\n{"prompt": "say", "completion": " "}\n')
+    with pytest.raises(DataError) as caught:
+        read(file, columns, DataFormat())
+    assert caught.value.code == "shard-empty-text"
+    assert "completion" in caught.value.what
+
+
+def test_instructions_are_learned(tmp_path):
+    """Catches: a format that the loop cannot train."""
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(f'{{"prompt": "say {word}", "completion": "{word}"}}\n' for word in ("good", "bad") * 12))
+    config = parse(
+        {
+            "run": {"rounds": 2, "output_dir": str(tmp_path / "runs")},
+            "model": {"name": str(tiny_llama(tmp_path / "base"))},
+            "task": {"name": "causal-lm", "format": "instruction", "max_length": 64},
+            "train": {"learning_rate": 3e-2, "local_steps": 10, "threads": 1},
+            "strategy": {"min_clients": 2},
+            "evaluation": {"data": str(file)},
+            "simulation": {"clients": 2, "data": str(file)},
+        }
+    )
+    losses = [line["eval"]["loss"] for line in read_lines(run_tiny(config).folder / "metrics.jsonl")]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+# Packing
+
+
+def test_packed_texts_lose_nothing_but_padding(base):
+    """Catches: the last token of a block unpredicted, a text's first token predicted, a text in two batches."""
+    padded, packed = make(max_length=8), make(max_length=8, packing=True)
+    encoded = padded.encode(ROWS, base)
+    rows = encoded.texts["text"]
+    batch = packed.batch(encoded, range(len(rows)), base)
+    total = sum(map(len, rows))
+    assert batch["input_ids"].shape == (-(-total // 8), 8)
+    assert int(batch["attention_mask"].sum()) == total
+    stream = batch["input_ids"].flatten()[:total].tolist()
+    labels = batch["labels"].flatten().tolist()
+    assert stream == [token for row in rows for token in row]
+    assert labels[:total] == [label for row in rows for label in [*row[1:], -100]]
+    assert set(labels[total:]) <= {-100}
+    assert packed.batch(encoded, [0], base)["input_ids"].tolist() == [rows[0]]
+
+
+def test_packing_changes_no_measurement(base):
+    """Catches: metrics that depend on which texts stand in a block together."""
+    encoded = make().encode(ROWS, base)
+    with torch.no_grad():
+        found = [make(packing=packing).evaluate(base, encoded, 2) for packing in (False, True)]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])

@@ -1,0 +1,109 @@
+"""How a prompt and an answer become tokens: the template around the prompt, and what is cut where both are too long."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from common.errors import ModelError
+from common.tasks.base import Tokens
+
+if TYPE_CHECKING:
+    from common.data.shard import Shard
+
+Template = Literal["auto", "chat", "alpaca", "plain"]
+TEMPLATE_HELP = (
+    'what stands around a prompt; "chat": the tokenizer\'s own chat template; "alpaca": headings for instruction, '
+    'input and response; "plain": nothing; "auto": chat where the tokenizer has a template, else alpaca'
+)
+
+
+def encode_prompts(shard: Shard, tokenizer: Any, template: Template) -> list[Tokens]:
+    """Return each row's prompt in its template, with its input where the row has one, ready to be answered.
+
+    What looks like a special token in a row is ordinary text: only the template has special ones.
+
+    Args:
+        shard: has the column `prompt`, and may have `input`.
+        tokenizer: of the base.
+        template: see `TEMPLATE_HELP`.
+
+    Raises:
+        ModelError: `model-template`, the tokenizer has no chat template, or one that changes what it is given.
+    """
+    inputs = shard.columns.get("input", [""] * len(shard))
+    head, middle, tail = _around(tokenizer, template)
+    bodies = [
+        f"{prompt.strip()}{middle if extra.strip() else ''}{extra.strip()}"
+        for prompt, extra in zip(shard.columns["prompt"], inputs, strict=True)
+    ]
+    if isinstance(tail, str):  # a template of plain text is tokenised with what stands in it
+        first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return [[*first, *tokens] for tokens in _plain(tokenizer, [f"{head}{body}{tail}" for body in bodies])]
+    return [[*head, *tokens, *tail] for tokens in _plain(tokenizer, bodies)]
+
+
+def encode_answers(answers: Sequence[str], tokenizer: Any) -> list[Tokens]:
+    """Return each answer with the token for its end."""
+    return [[*tokens, tokenizer.eos_token_id] for tokens in _plain(tokenizer, [answer.strip() for answer in answers])]
+
+
+def fit(prompt: Tokens, answer: Tokens, limit: int) -> tuple[Tokens, Tokens]:
+    """Return both, cut so that they have at most `limit` tokens together.
+
+    The prompt keeps its end, and at least half of the room if it needs it; the answer keeps its beginning.
+    """
+    room = max(limit - len(answer), limit // 2)
+    kept = prompt[max(0, len(prompt) - room) :]
+    return kept, answer[: limit - len(kept)]
+
+
+def fit_all(
+    prompts: Sequence[Tokens], answers: Sequence[Tokens], limit: int
+) -> tuple[list[Tokens], list[Tokens], tuple[str, ...]]:
+    """Return prompts and answers, each pair fitted, and a note of how many were cut: `shard-texts-cut:COUNT`."""
+    pairs = list(zip(prompts, answers, strict=True))
+    fitted = [fit(prompt, answer, limit) for prompt, answer in pairs]
+    cut = sum(len(prompt) + len(answer) > limit for prompt, answer in pairs)
+    notes = (f"shard-texts-cut:{cut}",) if cut else ()
+    return [prompt for prompt, _ in fitted], [answer for _, answer in fitted], notes
+
+
+def _around(tokenizer: Any, template: Template) -> tuple[str, str, str] | tuple[Tokens, str, Tokens]:
+    """Return what stands before a prompt, between it and its input, and after both: text, or tokens of a chat."""
+    if template == "plain":
+        return "", "\n", "\n"
+    if template == "alpaca" or (template == "auto" and not tokenizer.chat_template):
+        return "### Instruction:\n", "\n\n### Input:\n", "\n\n### Response:\n"
+    head, tail = _chat(tokenizer)
+    return head, "\n\n", tail
+
+
+def _chat(tokenizer: Any) -> tuple[Tokens, Tokens]:
+    """Return what a chat template puts before and after what a user says, with its special tokens."""
+    mark = secrets.token_hex(8)  # nothing that a template would change, or have itself
+    message = [{"role": "user", "content": mark}]
+    try:
+        parts = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True).split(mark)
+    except Exception as error:  # a template is a program, and may fail like one
+        raise _no_template("it has none, or one that fails") from error
+    if len(parts) != 2:
+        raise _no_template("it says a message more than once, or not at all")
+    head, tail = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
+    return head, tail
+
+
+def _no_template(why: str) -> ModelError:
+    return ModelError(
+        f"the tokenizer's chat template cannot be used: {why}",
+        "a template with the user's message in it once",
+        'set task.template = "alpaca" or "plain"',
+        code="model-template",
+    )
+
+
+def _plain(tokenizer: Any, texts: Sequence[str]) -> list[Tokens]:
+    """Return tokens without special ones, whatever the texts look like."""
+    found: list[Tokens] = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return found
