@@ -7,7 +7,8 @@ rank 8 on its last layer learns the digits of the 60,000 training images, split 
 who are simulated behind one gateway. Without privacy; and with client-level privacy at epsilon 2 and 8, delta 1e-5,
 over all rounds: `central`, the server adds the noise; `distributed`, each client adds a share; `local`, each client
 adds all of it. All get the same rounds, learning rate and clip norm; the accuracy is that of the last round on the
-10,000 test images. These settings were chosen with seed 7, which is not in the table.
+10,000 test images. These settings were chosen with seed 7, which is not in the table. A client takes one step in a round:
+with more, clients of six images learn these by heart, and their mean update loses what they have in common.
 
 LoRA's A is trained here. The default under privacy freezes it; but of this layer's 1,600 inputs a random A of at most
 ten rows keeps so little that even without noise and with all rows in one place 39 of 100 digits are right (rank 8).
@@ -41,6 +42,8 @@ from server.simulate import simulate
 
 CLIENTS = (100, 1_000, 10_000)
 EPSILONS = (2.0, 8.0)
+NOISY_POINTS = 2.0
+"""Where central noise costs more than this, chance decides between two modes: there 0 has to be in the interval."""
 MODES = ("central", "distributed", "local")
 SETTINGS = ("rounds", "optimizer", "learning_rate", "local_steps", "batch_size", "clip_norm", "server_momentum")
 
@@ -159,12 +162,13 @@ def judge(results: list[Result], seconds: float) -> list[Figure]:
         for epsilon in EPSILONS:
             central, shared, local = (of(results, Case(mode, clients, epsilon)) for mode in MODES)
             gap, low, high = interval([one - other for one, other in zip(central, shared, strict=True)])
-            note = f"95 % interval {low:.2f} to {high:.2f}; inside it 0 lies: {low <= 0 <= high}"
-            figures.append(
-                Figure(
-                    f"central minus distributed, n = {clients:,}, epsilon {epsilon:g}", gap, "points", "<= 0.5", note
-                )
-            )
+            lost = mean(of(results, Case("none", clients))) - mean(central)
+            dominates = lost > NOISY_POINTS
+            note = f"95 % interval {low:.2f} to {high:.2f}; noise costs {lost:.1f}" + "; it dominates" * dominates
+            name = f"central minus distributed, n = {clients:,}, epsilon {epsilon:g}"
+            figures.append(Figure(name, gap, "points", "" if dominates else "<= 0.5", note))
+            if dominates:
+                figures.append(Figure(f"{name}: low end of the interval", low, "points", "<= 0"))
             learns = mean(central) > 30
             note = "central learns" if learns else "central learns nothing either"
             gap = mean(central) - mean(local)
@@ -256,13 +260,13 @@ def main() -> None:
     """Run the grid and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=0.01)
-    parser.add_argument("--clip-norm", type=float, default=0.5)
+    parser.add_argument("--clip-norm", type=float, default=0.4)
     parser.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd")
-    parser.add_argument("--local-steps", type=int, default=5)
+    parser.add_argument("--local-steps", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=20)
-    parser.add_argument("--server-momentum", type=float, default=0.8)
+    parser.add_argument("--server-momentum", type=float, default=0.9)
     parser.add_argument("--processes", type=int, default=2, help="populations at a time, each on one thread")
     parser.add_argument("--base", type=Path, help="a folder from scripts/studies/pretrain_cnn.py; default: make one")
     parser.add_argument("--write", default="", metavar="DIR", help="write the page and the figure there")
