@@ -66,7 +66,7 @@ class Graft:
     @contextmanager
     def untouched(self) -> Iterator[None]:
         """The base model's own outputs inside a `with` block."""
-        with self.method.disabled(self.base.transformer):
+        with self.base.untouched():
             yield
 
 
@@ -104,6 +104,7 @@ def _load(config: RunConfig, source: str, seed: int) -> Graft:
         _check_architecture(method, base)
         identity = fingerprint(folder, base)
         task.graft(base, method.attach(base.transformer, base.heads))
+        base.untouched = lambda: method.disabled(base.transformer)
     spec = describe(task, method, base, identity)
     device = torch.device(choose_device(config.train.device))
     base.network.to(device)

@@ -128,9 +128,11 @@ def _own_settings(graft: Graft, base_folder: Path) -> dict[str, Any]:
     if labels != tuple(map(str, range(len(labels)))):
         settings["id2label"] = dict(enumerate(labels))
         settings["label2id"] = {label: index for index, label in enumerate(labels)}
-    pad_id = graft.base.transformer.config.pad_token_id
-    if AutoConfig.from_pretrained(base_folder).pad_token_id != pad_id:
-        settings["pad_token_id"] = pad_id
+    own, base = graft.base.transformer.config, AutoConfig.from_pretrained(base_folder)
+    if graft.base.heads and not labels and own.num_labels != base.num_labels:
+        settings["num_labels"] = own.num_labels  # a head without classes: a score
+    if base.pad_token_id != own.pad_token_id:
+        settings["pad_token_id"] = own.pad_token_id
     return settings
 
 

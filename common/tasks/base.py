@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -52,12 +53,15 @@ class Encoded:
         targets: classes as int64 or scores as float32, shape (rows,); None where the task has none.
         images: pixels as uint8, shape (rows, height, width, channels); None where the task reads none.
         notes: what is unusual but no error, as in a `Shard`: `shard-texts-cut:COUNT`, so many texts were too long.
+        reference: what a task has found out about each row from the bare base, shape (rows, ...), not a number where it
+            has not yet looked; None where it needs none.
     """
 
     texts: dict[str, list[Tokens]]
     targets: npt.NDArray[Any] | None = None
     images: npt.NDArray[np.uint8] | None = None
     notes: tuple[str, ...] = ()
+    reference: npt.NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -70,8 +74,9 @@ class Encoded:
     def take(self, rows: Sequence[int]) -> Encoded:
         """Return the given rows, in the given order."""
         texts = {name: [values[row] for row in rows] for name, values in self.texts.items()}
-        targets, images = (None if array is None else array[list(rows)] for array in (self.targets, self.images))
-        return Encoded(texts, targets, images)
+        arrays: tuple[npt.NDArray[Any] | None, ...] = (self.targets, self.images, self.reference)
+        targets, images, reference = (None if array is None else array[list(rows)] for array in arrays)
+        return Encoded(texts, targets, images, reference=reference)
 
 
 @dataclass
@@ -84,6 +89,7 @@ class Base:
         tokenizer: a `PreTrainedTokenizerBase`; None where the task reads no text.
         heads: names of modules of `transformer` that are trained and exchanged in full.
         pixels: how images become what the model reads; None where the task reads none.
+        untouched: makes the bare base's own outputs come back inside a `with` block.
     """
 
     network: Any
@@ -91,6 +97,7 @@ class Base:
     tokenizer: Any
     heads: tuple[str, ...] = ()
     pixels: Any = None
+    untouched: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass(frozen=True)

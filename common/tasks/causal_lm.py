@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from common.data.shard import Shard
 
-_NOTHING = -100
-"""The label of a position after which nothing is predicted; what PyTorch's cross-entropy leaves out."""
+NOTHING = -100
+"""The label of a position after which nothing is predicted: what PyTorch's cross-entropy leaves out."""
 
 _EXP_LIMIT = 700.0
 """The exponential of more is too large for a float."""
@@ -76,30 +76,9 @@ class CausalLm(Task):
         """Load the base; nothing of it is new.
 
         Raises:
-            ModelError: `model-not-causal`, the checkpoint lacks the output layer or another tensor, the model reads
-                ahead, or its tokenizer has no token for the end of a text.
+            ModelError: `model-not-causal`, see `load_decoder`.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        network, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-        problems = {
-            "its checkpoint has no output layer, or lacks other tensors": bool(report["missing_keys"]),
-            "its tokenizer has no token for the end of a text": tokenizer.eos_token_id is None,
-            "a token changes what the model predicts before it": _reads_ahead(network),
-        }
-        for problem in [problem for problem, there in problems.items() if there]:
-            raise ModelError(
-                f"the model in {folder.name!r} cannot predict next tokens: {problem}",
-                "a decoder such as Llama, with its output layer",
-                "choose another base",
-                code="model-not-causal",
-            )
-        positions = getattr(network.config, "max_position_embeddings", None)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
-        return Base(network, network, tokenizer)
+        return load_decoder(folder, dtype)
 
     def encode(self, shard: Shard, base: Base) -> Encoded:
         """Tokenise the texts; the end of one that is too long is lost, and with it the last token of the row.
@@ -128,7 +107,7 @@ class CausalLm(Task):
         return Encoded({"text": [tokens[:limit] for tokens in whole]}, notes=notes)
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
-        """Return `input_ids`, `attention_mask` and `labels`: the token to come, or `_NOTHING`; all (rows, tokens).
+        """Return `input_ids`, `attention_mask` and `labels`: the token to come, or `NOTHING`; all (rows, tokens).
 
         Packed, they have a row for each block.
         """
@@ -141,9 +120,9 @@ class CausalLm(Task):
         """Return the mean cross-entropy over the predicted tokens of the batch, computed in float32."""
         from torch.nn.functional import cross_entropy
 
-        logits, labels = predict(network, batch), batch["labels"]
-        total = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=_NOTHING, reduction="sum")
-        return total / (labels != _NOTHING).sum().clamp(min=1)
+        logits, labels = next_logits(network, batch), batch["labels"]
+        total = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=NOTHING, reduction="sum")
+        return total / (labels != NOTHING).sum().clamp(min=1)
 
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
         """Return loss (in nats for each predicted token), perplexity, its exponential, and accuracy."""
@@ -156,8 +135,8 @@ class CausalLm(Task):
             batch = _padded([rows[row] for row in chosen], base)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             # Row by row: the logarithms of a whole batch over a large vocabulary would double the memory.
-            for logits, labels in zip(predict(base.network, batch), batch["labels"], strict=True):
-                told = labels != _NOTHING
+            for logits, labels in zip(next_logits(base.network, batch), batch["labels"], strict=True):
+                told = labels != NOTHING
                 logits, labels = logits[told].float(), labels[told]
                 loss += float(cross_entropy(logits, labels, reduction="sum"))
                 right += int((logits.argmax(dim=1) == labels).sum())
@@ -176,7 +155,42 @@ class CausalLm(Task):
         return TinyCase({"max_length": 16}, {"text": texts}, "llama")
 
 
-def predict(network: Any, batch: Batch) -> torch.Tensor:
+def load_decoder(folder: Path, dtype: torch.dtype) -> Base:
+    """Load a model that predicts next tokens, with its output layer; nothing of it is new.
+
+    Raises:
+        ModelError: `model-not-causal`, the checkpoint lacks the output layer or another tensor, the model reads ahead,
+            or its tokenizer has no token for the end of a text.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    network, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    problems = {
+        "its checkpoint has no output layer, or lacks other tensors": bool(report["missing_keys"]),
+        "its tokenizer has no token for the end of a text": tokenizer.eos_token_id is None,
+        "a token changes what the model predicts before it": _reads_ahead(network),
+    }
+    for problem in [problem for problem, there in problems.items() if there]:
+        raise ModelError(
+            f"the model in {folder.name!r} cannot predict next tokens: {problem}",
+            "a decoder such as Llama, with its output layer",
+            "choose another base",
+            code="model-not-causal",
+        )
+    limit_length(tokenizer, network)
+    return Base(network, network, tokenizer)
+
+
+def limit_length(tokenizer: Any, network: Any) -> None:
+    """Let a tokenizer know how many positions its model has."""
+    positions = getattr(network.config, "max_position_embeddings", None)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+
+
+def next_logits(network: Any, batch: Batch) -> torch.Tensor:
     """Return the logits, shape (rows, tokens, vocabulary)."""
     logits: torch.Tensor = network(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
@@ -185,12 +199,12 @@ def predict(network: Any, batch: Batch) -> torch.Tensor:
 
 
 def _row(encoded: Encoded, row: int) -> tuple[Tokens, Tokens]:
-    """Return a row's tokens, and after each the one to come, `_NOTHING` where none is to be predicted."""
+    """Return a row's tokens, and after each the one to come, `NOTHING` where none is to be predicted."""
     if "text" in encoded.texts:
         tokens = encoded.texts["text"][row]
-        return tokens, [*tokens[1:], _NOTHING]
+        return tokens, [*tokens[1:], NOTHING]
     prompt, answer = encoded.texts["prompt"][row], encoded.texts["completion"][row]
-    return prompt + answer, [*[_NOTHING] * (len(prompt) - 1), *answer, _NOTHING]
+    return prompt + answer, [*[NOTHING] * (len(prompt) - 1), *answer, NOTHING]
 
 
 def _packed(rows: Sequence[tuple[Tokens, Tokens]], block: int) -> list[tuple[Tokens, Tokens]]:
@@ -202,7 +216,7 @@ def _packed(rows: Sequence[tuple[Tokens, Tokens]], block: int) -> list[tuple[Tok
 def _padded(rows: Sequence[tuple[Tokens, Tokens]], base: Base) -> Batch:
     """Return a batch of rows; only the mask says what is padding, which can be the token for the end."""
     ids, mask = pad([tokens for tokens, _ in rows], base.tokenizer.pad_token_id or 0)
-    return {"input_ids": ids, "attention_mask": mask, "labels": pad([labels for _, labels in rows], _NOTHING)[0]}
+    return {"input_ids": ids, "attention_mask": mask, "labels": pad([labels for _, labels in rows], NOTHING)[0]}
 
 
 def _reads_ahead(network: Any) -> bool:

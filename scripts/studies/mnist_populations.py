@@ -7,8 +7,8 @@ rank 8 on its last layer learns the digits of the 60,000 training images, split 
 who are simulated behind one gateway. Without privacy; and with client-level privacy at epsilon 2 and 8, delta 1e-5,
 over all rounds: `central`, the server adds the noise; `distributed`, each client adds a share; `local`, each client
 adds all of it. All get the same rounds, learning rate and clip norm; the accuracy is that of the last round on the
-10,000 test images. These settings were chosen with seed 7, which is not in the table. A client takes one step in a round:
-with more, clients of six images learn these by heart, and their mean update loses what they have in common.
+10,000 test images. These settings were chosen with seed 7, which is not in the table. A client takes one step in a
+round: with more, clients of six images learn these by heart, and their mean update loses what they have in common.
 
 LoRA's A is trained here. The default under privacy freezes it; but of this layer's 1,600 inputs a random A of at most
 ten rows keeps so little that even without noise and with all rows in one place 39 of 100 digits are right (rank 8).

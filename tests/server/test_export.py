@@ -55,12 +55,18 @@ def runs(tmp_path_factory):
         "evaluation": {"data": ""},
         "simulation": {"data": str(titles)},
     }
+    answers = folder / "answers.jsonl"
+    line = '{{"prompt": "the {0} clause", "chosen": "good {0}", "rejected": "bad {0}"}}\n'
+    answers.write_text("".join(line.format(word) for word in WORDS * 2))
+    preference = {**causal, "simulation": {"data": str(answers)}}
     by_loss = {"monitor": "eval_loss"}  # moves in every round, so that the best adapter is not the first one
     kinds = {
         "lora": {"adapter": {"target_modules": ["value", "query", "key", "dense"]}, "evaluation": by_loss},
         "houlsby": {"evaluation": by_loss},
         "embedding": embedding,
         "causal": causal,
+        "reward": {**preference, "task": {"name": "preference"}},
+        "dpo": {**preference, "task": {"name": "preference", "objective": "dpo"}},
     }
     done = {}
 
@@ -138,6 +144,8 @@ MODULES = {"modules.json", "sentence_bert_config.json", "config_sentence_transfo
         ("lora", PEFT | TOKENIZER),
         ("embedding", PEFT | TOKENIZER | MODULES | {"2_Normalize/config.json"}),
         ("causal", PEFT | TOKENIZER),
+        ("reward", PEFT | TOKENIZER),
+        ("dpo", PEFT | TOKENIZER),
         ("houlsby", {"README.md", "tsugiki_adapter.safetensors", "tsugiki_adapter.json"} | TOKENIZER),
     ],
 )

@@ -1,0 +1,227 @@
+"""Learn from pairs of answers, of which one was preferred: a reward model, or direct preference optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from common.errors import ModelError
+from common.settings import TaskSettings
+from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, Tokens, by_length, pad
+from common.tasks.causal_lm import NOTHING, limit_length, load_decoder, next_logits
+from common.tasks.prompts import TEMPLATE_HELP, Template, encode_answers, encode_prompts, fit
+
+if TYPE_CHECKING:
+    import torch
+
+    from common.data.shard import Shard
+
+SIDES = ("chosen", "rejected")
+
+
+class PreferenceSettings(TaskSettings):
+    """Accuracy (the preferred answer ranks higher), margin and loss; pairs of equal answers are left out of them."""
+
+    name: Literal["preference"] = Field(default="preference", description="the task")
+    objective: Literal["reward", "dpo"] = Field(
+        default="reward",
+        description='"reward": a score for an answer, by a head of its own; "dpo": the model itself learns to prefer '
+        "answers, against the bare base",
+    )
+    beta: float = Field(default=0.1, gt=0, le=100, description="dpo: how much a drift from the bare base weighs")
+    template: Template = Field(default="auto", description=TEMPLATE_HELP)
+
+
+@TASKS.register("preference")
+class Preference(Task):
+    """The pairwise logistic loss of Bradley and Terry, -log sigmoid(margin), over the two answers to a prompt.
+
+    reward: margin = r(chosen) - r(rejected), with a linear head on the last token's hidden state
+    (`AutoModelForSequenceClassification`). Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5, equation 1.
+
+    dpo: margin = beta * (log p(chosen) - log p(rejected) - log q(chosen) + log q(rejected)) of whole answers; p is the
+    model with the adapter, q without: one base in memory. Source: Rafailov et al. 2023, arXiv:2305.18290, equation 7.
+
+    A pair is two sequences of a batch, so its gradient is no gradient of one row for DP-SGD: `row_losses` stays False.
+    """
+
+    name = "preference"
+    Settings = PreferenceSettings
+
+    @property
+    def monitor(self) -> str:
+        """Accuracy."""
+        return "accuracy"
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The prompt, its input where there is one, and both answers."""
+        prompt = (Column("prompt", "text"), Column("input", "text", required=False, blank=True))
+        return (*prompt, Column("chosen", "text"), Column("rejected", "text"))
+
+    def load(self, folder: Path, dtype: torch.dtype) -> Base:
+        """Load a decoder; for `reward` with a new head, `score`.
+
+        Raises:
+            ModelError: `model-not-causal`, the base is no decoder.
+        """
+        if self.settings.objective == "dpo":
+            return load_decoder(folder, dtype)
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        network = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=dtype, num_labels=1, use_safetensors=True, trust_remote_code=False
+        )
+        if not hasattr(network, "score"):
+            raise ModelError(
+                f"{type(network).__name__} has no module 'score': the model in {folder.name!r} is no decoder",
+                "a decoder such as Llama, whose last token has read the whole answer",
+                "choose another base",
+                code="model-not-causal",
+            )
+        if network.config.pad_token_id is None:
+            network.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        limit_length(tokenizer, network)
+        return Base(network, network, tokenizer, ("score",))
+
+    def encode(self, shard: Shard, base: Base) -> Encoded:
+        """Tokenise prompts and answers; both answers of a pair see the same part of a prompt that is too long.
+
+        A reward is read at the last token of an answer, before the one for its end: that can be the padding too, which
+        `transformers` looks for to find the place. Noted are `shard-texts-cut:COUNT` and `shard-pairs-equal:COUNT`.
+        """
+        limit = min(self.settings.max_length, base.tokenizer.model_max_length)
+        prompts = encode_prompts(shard, base.tokenizer, self.settings.template)
+        pairs = [encode_answers(shard.columns[side], base.tokenizer) for side in SIDES]
+        if self.settings.objective == "reward":
+            pairs = [[answer[:-1] for answer in answers] for answers in pairs]
+        texts: dict[str, list[Tokens]] = {"prompt": [], "chosen": [], "rejected": []}
+        cut = 0
+        for prompt, chosen, rejected in zip(prompts, *pairs, strict=True):
+            longest = max(chosen, rejected, key=len)
+            kept, _ = fit(prompt, longest, limit)
+            cut += len(prompt) + len(longest) > limit
+            texts["prompt"].append(kept)
+            texts["chosen"].append(chosen[: limit - len(kept)])
+            texts["rejected"].append(rejected[: limit - len(kept)])
+        equal = sum(map(_equal, texts["chosen"], texts["rejected"]))
+        notes = {"shard-texts-cut": cut, "shard-pairs-equal": equal}
+        reference = np.full((len(prompts), 2), np.nan, np.float32) if self.settings.objective == "dpo" else None
+        return Encoded(texts, reference=reference, notes=tuple(f"{note}:{n}" for note, n in notes.items() if n))
+
+    def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
+        """Return `SIDE.input_ids` and `SIDE.attention_mask` of shape (rows, tokens) for chosen and rejected.
+
+        For dpo also `SIDE.labels`, the answer's token to come or `NOTHING`, and `reference`, the log-probability that
+        the bare base gives both answers, shape (rows, 2): found when a row is first asked for, and kept.
+        """
+        import torch
+
+        pairs = [(encoded.texts["prompt"][row], encoded.texts[side][row]) for side in SIDES for row in rows]
+        pad_id = base.transformer.config.pad_token_id or 0  # decoders look for it to find an answer's end
+        ids, mask = pad([prompt + answer for prompt, answer in pairs], pad_id)
+        both = {"input_ids": ids, "attention_mask": mask}
+        if encoded.reference is not None:
+            labels = [[*[NOTHING] * (len(prompt) - 1), *answer, NOTHING] for prompt, answer in pairs]
+            both["labels"] = pad(labels, NOTHING)[0]
+        batch = {
+            f"{side}.{name}": half
+            for name, tensor in both.items()
+            for side, half in zip(SIDES, tensor.chunk(2), strict=True)
+        }
+        if encoded.reference is not None:
+            if np.isnan(encoded.reference[list(rows)]).any():
+                encoded.reference[list(rows)] = _without_adapter(base, both)
+            batch["reference"] = torch.from_numpy(encoded.reference[list(rows)])
+        return batch
+
+    def loss(self, network: Any, batch: Batch) -> torch.Tensor:
+        """Return the mean of -log sigmoid(margin) over the pairs, computed in float32."""
+        from torch.nn.functional import logsigmoid
+
+        return -logsigmoid(self.margins(network, batch)).mean()
+
+    def margins(self, network: Any, batch: Batch) -> torch.Tensor:
+        """Return by how much each pair's chosen answer is ahead, shape (rows,), float32."""
+        if self.settings.objective == "reward":
+            scores: torch.Tensor = network(**_both(batch), use_cache=False).logits[:, 0].float()
+        else:
+            scores = self.settings.beta * (answer_logps(network, _both(batch)) - batch["reference"].T.flatten())
+        chosen, rejected = scores.chunk(2)
+        return chosen - rejected
+
+    def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
+        """Return accuracy (a margin of 0 counts as wrong), the mean margin, and loss; over pairs that differ."""
+        import torch
+        from torch.nn.functional import logsigmoid
+
+        device = next(base.network.parameters()).device
+        texts = encoded.texts
+        differ = [row for row in range(len(encoded)) if not _equal(texts["chosen"][row], texts["rejected"][row])]
+        lengths = [len(texts["prompt"][row]) + max(len(texts[side][row]) for side in SIDES) for row in differ]
+        found = [torch.zeros(0)]
+        for chosen in by_length(lengths, batch_size):
+            batch = self.batch(encoded, [differ[index] for index in chosen], base)
+            found.append(self.margins(base.network, {name: tensor.to(device) for name, tensor in batch.items()}).cpu())
+        margins = torch.cat(found)
+        if not len(margins):
+            return {"accuracy": 0.0, "margin": 0.0, "loss": float(np.log(2))}
+        return {
+            "accuracy": float((margins > 0).float().mean()),
+            "margin": float(margins.mean()),
+            "loss": float(-logsigmoid(margins).mean()),
+        }
+
+    @classmethod
+    def tiny(cls) -> TinyCase:
+        """Pairs of which the good one is preferred."""
+        words = [("party", "clause"), ("clause", "party"), ("alpha", "beta"), ("number", "shall")] * 6
+        rows = {
+            "prompt": [f"name the {one} of a {other}" for one, other in words],
+            "chosen": [f"good {other} {one}" for one, other in words],
+            "rejected": [f"bad {other} {one}" for one, other in words],
+        }
+        return TinyCase({"max_length": 32, "template": "plain"}, rows, "llama")
+
+
+def _equal(chosen: Tokens, rejected: Tokens) -> bool:
+    return chosen == rejected
+
+
+def _both(batch: Batch) -> Batch:
+    """Return the chosen and then the rejected sequences as one batch, shape (2 * rows, tokens)."""
+    import torch
+
+    names = [name.partition(".")[2] for name in batch if name.startswith("chosen.")]
+    return {name: torch.cat([batch[f"{side}.{name}"] for side in SIDES]) for name in names}
+
+
+def answer_logps(network: Any, batch: Batch) -> torch.Tensor:
+    """Return the log-probability of each sequence's answer, the tokens that `labels` names; shape (rows,), float32."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    told = batch["labels"] != NOTHING
+    losses = cross_entropy(next_logits(network, batch)[told].float(), batch["labels"][told], reduction="none")
+    return torch.zeros(len(told), device=losses.device).index_add(0, told.nonzero()[:, 0], -losses)
+
+
+def _without_adapter(base: Base, both: Batch) -> npt.NDArray[np.float32]:
+    """Return what the bare base says of the chosen and the rejected answers, shape (rows, 2)."""
+    import torch
+
+    device, training = next(base.network.parameters()).device, base.network.training
+    base.network.eval()
+    try:
+        with torch.no_grad(), base.untouched():
+            logps = answer_logps(base.network, {name: tensor.to(device) for name, tensor in both.items()})
+    finally:
+        base.network.train(training)
+    found: npt.NDArray[np.float32] = torch.stack(logps.chunk(2), dim=1).cpu().numpy()
+    return found
