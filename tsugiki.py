@@ -223,6 +223,34 @@ def export(
     commands.export(run, target, which, merged)
 
 
+@app.command(
+    epilog='Examples: tsugiki predict runs/sst2 "A fine film."; tsugiki predict runs/reviews --file new.csv --json; '
+    'tsugiki predict runs/nextword "How do I" --without-adapter'
+)
+def predict(
+    run: RunFolder,
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Rows of one text each, or files of pictures.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="A file of rows instead, in the run's own data format.")] = None,
+    which: Annotated[Literal["best", "last"], typer.Option(help="Which round's adapter.")] = "best",
+    without_adapter: Annotated[bool, typer.Option("--without-adapter", help="Ask the bare base, to compare.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=8192, help="Of a continuation or an answer.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, max=10.0, help="0: the likeliest token at each step; else tokens are drawn.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Ask a run's model: for labels, scores, cosines, or how a text goes on."""
+    from common.tasks.generation import Generation
+    from server.predict import predict as ask
+    from server.predict import show
+
+    how = Generation(max_new_tokens, temperature, seed)
+    typer.echo(show(ask(run, texts or [], file, how, which=which, adapter=not without_adapter), as_json), nl=False)
+
+
 @app.command(epilog="Example: tsugiki report runs/sst2")
 def report(run: RunFolder) -> None:
     """Write report.html: curves, bytes, seconds, and who was rejected why. It needs no network to read."""

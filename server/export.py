@@ -5,30 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
-from common import config_file
 from common.config import RunConfig
 from common.errors import ExportError, StorageError
 from common.files import read_lines, unwritable
-from common.model import Graft, find, load_graft
-from common.wire import Vector, pack, sha256
-from server import checkpoint
+from common.model import Graft, find
 from server.export_card import Export, Kind, card, is_sentence_transformer, loading_code
 from server.export_check import expect, prove
-
-Which = Literal["best", "last"]
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """An adapter of a run: its numbers, shape (spec.size,), and the round after which it had them."""
-
-    vector: Vector
-    round: int
+from server.finished import Which, choose, open_graft, read_config
 
 
 def export(folder: Path, target: Path | None = None, *, which: Which = "best", merged: bool = False) -> Path:
@@ -49,10 +36,10 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
         StorageError: the run's files or the target cannot be used.
         ModelError: the base model cannot be loaded.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     base_name = _public_name(config, merged)
     target = _empty(target or folder / ("merged" if merged else "adapter"))
-    graft = _load(folder, config)
+    graft = open_graft(folder, config)
     if graft.base.tokenizer is None:
         raise ExportError(
             f"{graft.task.name} cannot be exported yet: an export is proved on sentences",
@@ -60,7 +47,7 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
             "read the adapter from best/adapter.safetensors in the run's folder",
             code="export-unsupported",
         )
-    chosen = _best(folder, graft) if which == "best" else _last(folder, config, graft)
+    chosen = choose(folder, config, graft, which)
     graft.write(chosen.vector)
     kind: Kind = "merged" if merged else graft.method.export_format
     base_folder, expected = find(config.model.name), expect(graft)
@@ -72,13 +59,6 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
         _share(building)
         prove(building, made, graft, expected)
     return target
-
-
-def _read_config(folder: Path) -> RunConfig:
-    path = folder / "config.toml"
-    if not path.is_file():
-        raise StorageError(f"no run in {folder}", "a folder with config.toml", code="run-missing")
-    return config_file.read(path)
 
 
 def _public_name(config: RunConfig, merged: bool) -> str:
@@ -114,67 +94,6 @@ def _empty(target: Path) -> Path:
             code="export-exists",
         )
     return target
-
-
-def _load(folder: Path, config: RunConfig) -> Graft:
-    """Return the run's graft, after checking that it is what the run exchanged."""
-    on_cpu = config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
-    graft = load_graft(on_cpu, config.model.name, config.run.seed)
-    recorded = _read_json(folder / "spec.json")["sha256"]
-    if graft.spec.sha256 != recorded:
-        raise ExportError(
-            f"the adapter loaded here has the spec {graft.spec.sha256[:12]}",
-            f"{str(recorded)[:12]}, of the run",
-            "export with the base model and the settings that the run was made with",
-            code="spec-mismatch",
-        )
-    return graft
-
-
-def _best(folder: Path, graft: Graft) -> Chosen:
-    """Return the best adapter of a finished run, after comparing it with the hash in its summary."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    path = folder / "best" / "adapter.safetensors"
-    summary = _read_json(folder / "summary.json")
-    try:
-        vector = pack(load_file(path), graft.spec)
-    except (OSError, SafetensorError) as error:
-        raise _corrupt(path) from error
-    if sha256(vector) != summary["best_sha256"]:
-        raise _corrupt(path)
-    return Chosen(vector, summary["best_round"])
-
-
-def _last(folder: Path, config: RunConfig, graft: Graft) -> Chosen:
-    state = checkpoint.load(folder / "checkpoint", config.sha256, graft.spec.sha256)
-    return Chosen(state.vector, state.round)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON file that the run has written."""
-    if not path.is_file():
-        raise StorageError(
-            f"no {path}",
-            "a run that is finished",
-            "finish it with --resume, or export its last checkpoint",
-            code="run-unfinished",
-        )
-    try:
-        body: dict[str, Any] = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise _corrupt(path) from error
-    return body
-
-
-def _corrupt(path: Path) -> StorageError:
-    return StorageError(
-        f"{path} is missing or damaged",
-        "the file as the run wrote it",
-        "export the last checkpoint",
-        code="run-corrupt",
-    )
 
 
 @contextmanager

@@ -35,10 +35,13 @@ WITHOUT_A_TEST_FILE = {
     "common/adapters/base.py": "abstract; tests/contract/test_adapters.py tests every class behind it",
     "common/data/demo_test_clauses.py": "prose; tests/common/data/test_demo.py reads it",
     "common/data/demo_training_clauses.py": "prose; tests/common/data/test_demo.py reads it",
+    "server/finished.py": "tests/server/test_export.py and test_predict.py open finished and damaged runs with it",
     "server/parts.py": "data alone; tests/server/test_collect.py and test_loop.py build and read it",
 }
 
 MOST_LINES = 320
+MOST_DECLARATIONS = 500
+"""Lines of tsugiki.py, which declares each command with its options, and does nothing else."""
 
 each_module = pytest.mark.parametrize("module", MODULES)
 
@@ -148,7 +151,8 @@ def test_exceptions_exist():
 @each_module
 def test_modules_stay_short(module):
     """Catches: a module that has become two."""
-    assert len((ROOT / module).read_text("utf-8").splitlines()) <= MOST_LINES
+    most = MOST_DECLARATIONS if module == "tsugiki.py" else MOST_LINES
+    assert len((ROOT / module).read_text("utf-8").splitlines()) <= most
 
 
 @each_module

@@ -38,8 +38,10 @@ def help_of(*words):
 def test_the_commands_are_there():
     """Catches: a command of the design that is not registered; the other tests loop over what is."""
     names = {" ".join(words) for words in commands()}
-    expected = "demo simulate compare export report doctor config|init config|show config|schema site|init site|check"
-    assert {name.replace("|", " ") for name in expected.split()} <= names
+    expected = (
+        "demo simulate compare export predict report doctor config|init config|show config|schema site|init site|check"
+    )
+    assert {"site check", *(name.replace("|", " ") for name in expected.split())} <= names
 
 
 def test_the_version_is_the_packages():

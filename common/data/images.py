@@ -194,7 +194,7 @@ def _read_folder(
             "move or remove the others",
             code="shard-format",
         )
-    return _decoded(path, [Path(one) for one, _ in inner]), [number for _, number in inner]
+    return decode(path, [Path(one) for one, _ in inner]), [number for _, number in inner]
 
 
 def _listed(path: Path, folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
@@ -227,7 +227,12 @@ def _refuse_labels(path: Path, unknown: int, of: str, expected: str) -> None:
         raise DataError(f"{path}: {unknown} {of} have an unknown label", expected, do, code="shard-label-range")
 
 
-def _decoded(path: Path, names: Sequence[Path]) -> Images:
+def decode(path: Path, names: Sequence[Path]) -> Images:
+    """Return pictures of files; `path` is what an error calls the place where they are.
+
+    Raises:
+        DataError: as `read`; which picture it is, and not its name.
+    """
     images: list[Picture] = []
     room = MAX_BYTES
     with warnings.catch_warnings(action="ignore"):  # Pillow's, of large pictures and odd palettes: counted here

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from common.data.shard import Shard
+    from common.tasks.generation import Generation
 
 TASKS: Registry[type[Task]] = Registry("task")
 
@@ -185,6 +186,15 @@ class Task(ABC):
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
         """Return the metrics over all rows; higher is better but for those in `lower_is_better`."""
 
+    @property
+    def asked(self) -> tuple[Column, ...]:
+        """The columns that `predict` reads; none: this task predicts nothing for rows alone."""
+        return ()
+
+    def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
+        """Return what the model makes of each row, by name. The shard has the columns `asked`."""
+        raise NotImplementedError
+
     @classmethod
     @abstractmethod
     def tiny(cls) -> TinyCase:
@@ -208,6 +218,15 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Return batches of row numbers, longest rows first, so that evaluation pads little."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def named_classes(logits: torch.Tensor, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the likeliest class of each row, with its probability; logits have the shape (rows, classes)."""
+    chances, numbers = logits.float().softmax(dim=1).max(dim=1)
+    return [
+        {"label": labels[number], "probability": chance}
+        for number, chance in zip(numbers.tolist(), chances.tolist(), strict=True)
+    ]
 
 
 def class_metrics(logits: torch.Tensor, targets: npt.NDArray[Any] | None) -> dict[str, float]:

@@ -12,7 +12,8 @@ from pydantic import Field
 from common.errors import ModelError
 from common.settings import TaskSettings
 from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, Tokens, by_length, pad
-from common.tasks.prompts import TEMPLATE_HELP, Template, encode_answers, encode_prompts, fit_all
+from common.tasks.generation import Generation, generate
+from common.tasks.prompts import TEMPLATE_HELP, Template, encode_answers, encode_prompts, encode_texts, fit_all
 
 if TYPE_CHECKING:
     import torch
@@ -147,6 +148,19 @@ class CausalLm(Task):
             "perplexity": math.exp(min(mean, _EXP_LIMIT)),
             "accuracy": right / max(tokens, 1),
         }
+
+    @property
+    def asked(self) -> tuple[Column, ...]:
+        """What is to be continued, or answered."""
+        return self.columns[:1] if self.settings.format == "text" else self.columns[:2]
+
+    def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
+        """Return each row's `continuation`, or `completion`."""
+        if self.settings.format == "instruction":
+            prompts = encode_prompts(shard, base.tokenizer, self.settings.template)
+            return [{"completion": text} for text in generate(base, prompts, how)]
+        prompts = encode_texts(shard.columns["text"], base.tokenizer)
+        return [{"continuation": text} for text in generate(base, prompts, how)]
 
     @classmethod
     def tiny(cls) -> TinyCase:

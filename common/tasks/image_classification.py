@@ -14,12 +14,13 @@ from pydantic import Field
 from common.data.pixels import Pixels, fit, read_pixels
 from common.errors import ModelError
 from common.settings import ClassesSettings
-from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Tail, Task, TinyCase, class_metrics
+from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Tail, Task, TinyCase, class_metrics, named_classes
 
 if TYPE_CHECKING:
     import torch
 
     from common.data.shard import Shard
+    from common.tasks.generation import Generation
 
 MODEL_TYPE = "tsugiki-cnn"
 """`config.model_type` of our own network."""
@@ -100,7 +101,9 @@ class ImageClassification(Task):
     def encode(self, shard: Shard, base: Base) -> Encoded:
         """Bring all images to the model's size and channels; they stay bytes."""
         want: Pixels = base.pixels
-        return Encoded({}, np.asarray(shard.columns["label"], np.int64), fit(shard.columns["image"], want))
+        labels = shard.columns.get("label")
+        targets = None if labels is None else np.asarray(labels, np.int64)
+        return Encoded({}, targets, fit(shard.columns["image"], want))
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
         """Return `pixel_values` of shape (rows, channels, height, width), normalised, and `labels` of (rows,)."""
@@ -142,6 +145,19 @@ class ImageClassification(Task):
 
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
         """Return accuracy, macro_f1 (over the classes that occur or are predicted) and loss."""
+        return class_metrics(self._logits(base, encoded, batch_size), encoded.targets)
+
+    @property
+    def asked(self) -> tuple[Column, ...]:
+        """The image."""
+        return self.columns[:1]
+
+    def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
+        """Return each row's `label`, and its `probability`."""
+        return named_classes(self._logits(base, self.encode(shard, base), 64), self.labels)
+
+    def _logits(self, base: Base, encoded: Encoded, batch_size: int) -> torch.Tensor:
+        """Return the logits of all rows, shape (rows, classes)."""
         import torch
 
         device = next(base.network.parameters()).device
@@ -149,8 +165,9 @@ class ImageClassification(Task):
         for start in range(0, len(encoded), batch_size):
             rows = range(start, min(start + batch_size, len(encoded)))
             pixels = self.batch(encoded, rows, base)["pixel_values"].to(device)
-            logits[start : rows.stop] = base.network(pixel_values=pixels).logits.float().cpu()
-        return class_metrics(logits, encoded.targets)
+            with torch.no_grad():
+                logits[start : rows.stop] = base.network(pixel_values=pixels).logits.float().cpu()
+        return logits
 
     @classmethod
     def tiny(cls) -> TinyCase:

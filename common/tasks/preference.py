@@ -10,16 +10,16 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from common.data.shard import Shard
 from common.errors import ModelError
 from common.settings import TaskSettings
 from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, Tokens, by_length, pad
 from common.tasks.causal_lm import NOTHING, limit_length, load_decoder, next_logits
+from common.tasks.generation import Generation, generate
 from common.tasks.prompts import TEMPLATE_HELP, Template, encode_answers, encode_prompts, fit
 
 if TYPE_CHECKING:
     import torch
-
-    from common.data.shard import Shard
 
 SIDES = ("chosen", "rejected")
 
@@ -177,6 +177,27 @@ class Preference(Task):
             "margin": float(margins.mean()),
             "loss": float(-logsigmoid(margins).mean()),
         }
+
+    @property
+    def asked(self) -> tuple[Column, ...]:
+        """The prompt; for a reward also the answer, as `chosen`."""
+        return self.columns[: 3 if self.settings.objective == "reward" else 2]
+
+    def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
+        """Return the `reward` of each row's answer; for dpo the model's own `completion`."""
+        import torch
+
+        if self.settings.objective == "dpo":
+            prompts = encode_prompts(shard, base.tokenizer, self.settings.template)
+            return [{"completion": text} for text in generate(base, prompts, how)]
+        rows = Shard({**shard.columns, "rejected": shard.columns["chosen"]})
+        encoded, device = self.encode(rows, base), next(base.network.parameters()).device
+        rewards = []
+        for row in range(len(encoded)):
+            tokens = encoded.texts["prompt"][row] + encoded.texts["chosen"][row]
+            with torch.no_grad():
+                rewards.append(float(base.network(input_ids=torch.tensor([tokens], device=device)).logits[0, 0]))
+        return [{"reward": reward} for reward in rewards]
 
     @classmethod
     def tiny(cls) -> TinyCase:

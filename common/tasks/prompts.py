@@ -39,9 +39,14 @@ def encode_prompts(shard: Shard, tokenizer: Any, template: Template) -> list[Tok
         for prompt, extra in zip(shard.columns["prompt"], inputs, strict=True)
     ]
     if isinstance(tail, str):  # a template of plain text is tokenised with what stands in it
-        first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        return [[*first, *tokens] for tokens in _plain(tokenizer, [f"{head}{body}{tail}" for body in bodies])]
+        return encode_texts([f"{head}{body}{tail}" for body in bodies], tokenizer)
     return [[*head, *tokens, *tail] for tokens in _plain(tokenizer, bodies)]
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[Tokens]:
+    """Return each text after the tokenizer's first token, where it has one, ready to be continued."""
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [[*first, *tokens] for tokens in _plain(tokenizer, texts)]
 
 
 def encode_answers(answers: Sequence[str], tokenizer: Any) -> list[Tokens]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from common.data.shard import Shard
+    from common.tasks.generation import Generation
 
 
 class SentenceEmbeddingSettings(TaskSettings):
@@ -122,6 +123,17 @@ class SentenceEmbedding(Task):
         candidates = np.concatenate([vectors[name] for name in ("positive", "negative") if name in vectors])
         k = self.settings.recall_at
         return {f"recall_at_{k}": recall_at(k, vectors["anchor"], candidates)}
+
+    @property
+    def asked(self) -> tuple[Column, ...]:
+        """The two texts to compare."""
+        return _SCORED[:2]
+
+    def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
+        """Return the `cosine` of each row's two texts."""
+        texts = self.encode(shard, base).texts
+        first, second = (embed(base, texts[name], 64) for name in ("sentence1", "sentence2"))
+        return [{"cosine": float(cosine)} for cosine in (first * second).sum(axis=1)]
 
     @classmethod
     def tiny(cls) -> TinyCase:

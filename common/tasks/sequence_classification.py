@@ -10,12 +10,25 @@ import numpy as np
 from pydantic import Field
 
 from common.settings import ClassesSettings
-from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, by_length, class_metrics, pad
+from common.tasks.base import (
+    TASKS,
+    Base,
+    Batch,
+    Column,
+    Encoded,
+    Task,
+    TinyCase,
+    by_length,
+    class_metrics,
+    named_classes,
+    pad,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from common.data.shard import Shard
+    from common.tasks.generation import Generation
 
 
 class SequenceClassificationSettings(ClassesSettings):
@@ -76,7 +89,8 @@ class SequenceClassification(Task):
         limit = min(self.settings.max_length, base.tokenizer.model_max_length)
         tokens = base.tokenizer(texts, *pairs, truncation=True, max_length=limit)
         kept = {name: tokens[name] for name in ("input_ids", "token_type_ids") if name in tokens}
-        return Encoded(kept, np.asarray(shard.columns["label"], np.int64))
+        labels = shard.columns.get("label")
+        return Encoded(kept, None if labels is None else np.asarray(labels, np.int64))
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
         """Return `input_ids`, `attention_mask` (and `token_type_ids`) of shape (rows, tokens), `labels` of (rows,)."""
@@ -100,6 +114,19 @@ class SequenceClassification(Task):
 
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
         """Return accuracy, macro_f1 (over the classes that occur or are predicted) and loss."""
+        return class_metrics(self._logits(base, encoded, batch_size), encoded.targets)
+
+    @property
+    def asked(self) -> tuple[Column, ...]:
+        """The texts."""
+        return self.columns[:-1]
+
+    def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
+        """Return each row's `label`, and its `probability`."""
+        return named_classes(self._logits(base, self.encode(shard, base), 64), self.labels)
+
+    def _logits(self, base: Base, encoded: Encoded, batch_size: int) -> torch.Tensor:
+        """Return the logits of all rows, shape (rows, classes)."""
         import torch
 
         device = next(base.network.parameters()).device
@@ -108,8 +135,9 @@ class SequenceClassification(Task):
             batch = self.batch(encoded, rows, base)
             batch.pop("labels", None)
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            logits[rows] = base.network(**inputs).logits.float().cpu()
-        return class_metrics(logits, encoded.targets)
+            with torch.no_grad():
+                logits[rows] = base.network(**inputs).logits.float().cpu()
+        return logits
 
     @classmethod
     def tiny(cls) -> TinyCase:

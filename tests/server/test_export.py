@@ -233,7 +233,7 @@ def test_a_task_without_texts_is_not_exported_yet(copied, monkeypatch):
         graft.base = dataclasses.replace(graft.base, tokenizer=None)
         return graft
 
-    monkeypatch.setattr("server.export.load_graft", without_tokenizer)
+    monkeypatch.setattr("server.finished.load_graft", without_tokenizer)
     with pytest.raises(ExportError) as caught:
         export(run)
     assert caught.value.code == "export-unsupported"

@@ -1,0 +1,112 @@
+"""A finished run, opened again: its settings, its model, and the adapter that it ended with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from common import config_file
+from common.config import RunConfig
+from common.errors import ExportError, StorageError
+from common.model import Graft, load_graft
+from common.wire import Vector, pack, sha256
+from server import checkpoint
+
+Which = Literal["best", "last"]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An adapter of a run: its numbers, shape (spec.size,), and the round after which it had them."""
+
+    vector: Vector
+    round: int
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Return the settings of the run in a folder.
+
+    Raises:
+        StorageError: `run-missing`.
+    """
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise StorageError(f"no run in {folder}", "a folder with config.toml", code="run-missing")
+    return config_file.read(path)
+
+
+def open_graft(folder: Path, config: RunConfig) -> Graft:
+    """Return the run's graft, on the CPU, after checking that it is what the run exchanged.
+
+    Raises:
+        ExportError: `spec-mismatch`, other libraries or another base than the run's.
+        StorageError: `run-unfinished`, `run-corrupt`.
+    """
+    on_cpu = config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
+    graft = load_graft(on_cpu, config.model.name, config.run.seed)
+    recorded = _read_json(folder / "spec.json")["sha256"]
+    if graft.spec.sha256 != recorded:
+        raise ExportError(
+            f"the adapter loaded here has the spec {graft.spec.sha256[:12]}",
+            f"{str(recorded)[:12]}, of the run",
+            "export with the base model and the settings that the run was made with",
+            code="spec-mismatch",
+        )
+    return graft
+
+
+def choose(folder: Path, config: RunConfig, graft: Graft, which: Which) -> Chosen:
+    """Return the best adapter of a run, or that of its last checkpoint.
+
+    Raises:
+        StorageError: the file is missing or damaged, or the run is not finished.
+    """
+    return _best(folder, graft) if which == "best" else _last(folder, config, graft)
+
+
+def _best(folder: Path, graft: Graft) -> Chosen:
+    """Return the best adapter of a finished run, after comparing it with the hash in its summary."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = folder / "best" / "adapter.safetensors"
+    summary = _read_json(folder / "summary.json")
+    try:
+        vector = pack(load_file(path), graft.spec)
+    except (OSError, SafetensorError) as error:
+        raise _corrupt(path) from error
+    if sha256(vector) != summary["best_sha256"]:
+        raise _corrupt(path)
+    return Chosen(vector, summary["best_round"])
+
+
+def _last(folder: Path, config: RunConfig, graft: Graft) -> Chosen:
+    state = checkpoint.load(folder / "checkpoint", config.sha256, graft.spec.sha256)
+    return Chosen(state.vector, state.round)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file that the run has written."""
+    if not path.is_file():
+        raise StorageError(
+            f"no {path}",
+            "a run that is finished",
+            "finish it with --resume, or export its last checkpoint",
+            code="run-unfinished",
+        )
+    try:
+        body: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _corrupt(path) from error
+    return body
+
+
+def _corrupt(path: Path) -> StorageError:
+    return StorageError(
+        f"{path} is missing or damaged",
+        "the file as the run wrote it",
+        "export the last checkpoint",
+        code="run-corrupt",
+    )
