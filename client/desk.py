@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from client.site import Site
 from client.trainer import Watch
@@ -19,6 +20,7 @@ class Desk:
     clients: dict[tuple[str, str, str], list[list[int]]] = field(default_factory=dict)
     notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     tails: dict[tuple[str, str, str], tuple[Graft, Tail | None]] = field(default_factory=dict)
+    moments: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     watch: Watch = lambda step, steps, losses: None
 
     def graft(self, site: Site, config: RunConfig) -> Graft:
@@ -48,6 +50,15 @@ class Desk:
             self.tails = {known: kept for known, kept in self.tails.items() if kept[0] is graft}
             self.tails[key] = (graft, None if rows is None else graft.task.tail(graft.base, rows))
         return self.tails[key][1]
+
+    def moments_of(self, site: Site, config: RunConfig, round_: int, client: str) -> dict[str, Any] | None:
+        """Return what a client's optimiser remembers in a run, to be changed in place: nothing yet in round 1."""
+        if not config.train.persist_optimizer:
+            return None
+        key = site.identity(), config.run.name, client
+        if round_ == 1:
+            self.moments.pop(key, None)
+        return self.moments.setdefault(key, {})
 
     def _key(self, site: Site, config: RunConfig, part: str) -> tuple[str, str, str]:
         fingerprint = self.graft(site, config).spec.base_fingerprint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ class Job:
         received: the adapter to start from, shape (size,).
         watch: sees every step.
         tail: returns the end of the network with the features of all rows, where there is one that is trained alone.
+        moments: returns what a client's optimiser remembers, to be changed in place; None where it remembers nothing.
     """
 
     graft: Graft
@@ -39,6 +41,7 @@ class Job:
     received: Vector
     watch: Watch
     tail: Callable[[], Tail | None] = lambda: None
+    moments: Callable[[str], dict[str, Any] | None] = lambda client: None
 
     def plan(self, client: str, deadline_s: float) -> Plan:
         """Return what one client does."""
@@ -50,6 +53,7 @@ class Job:
             schedule_stop=self.request.schedule_stop,
             proximal_mu=self.config.strategy.proximal_mu,
             deadline_s=deadline_s,
+            moments=self.moments(client),
         )
 
 

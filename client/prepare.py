@@ -56,8 +56,8 @@ def make_job(site: Site, request: TrainRequest, content: RecordDict) -> tuple[Jo
     encoded = train_rows(site, config)
     clients = asked_clients(site.name, desk.rows_of_clients(site, config), request.clients)
     site.policy.check_steps(max(steps_per_round(len(rows), config.train) for rows in clients.values()))
-    tail = partial(desk.tail, site, config)
-    return Job(graft, encoded, clients, config, request, received, desk.watch, tail), plan
+    tail, moments = partial(desk.tail, site, config), partial(desk.moments_of, site, config, request.round)
+    return Job(graft, encoded, clients, config, request, received, desk.watch, tail, moments), plan
 
 
 def clients(site: Site, config: RunConfig, plan: Plan | None) -> int:

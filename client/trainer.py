@@ -30,6 +30,7 @@ class Plan:
         schedule_stop: the same after, in (0, 1].
         proximal_mu: weight of FedProx's term.
         deadline_s: give up after so many seconds.
+        moments: the optimiser's state, taken up and left here; None: it begins anew.
     """
 
     seed: int
@@ -39,6 +40,7 @@ class Plan:
     schedule_stop: float
     proximal_mu: float = 0.0
     deadline_s: float = math.inf
+    moments: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Trained:
     loss: float
     seconds: float
 
+
+WINDOW = 8
+"""Steps over which a loss is averaged before it is compared: single batches scatter."""
 
 Watch = Callable[[int, int, Any], None]
 """Told after each step: how many are done, of how many, and the losses so far as a tensor, shape (steps,)."""
@@ -76,6 +81,8 @@ def train(
     seed_everything(derive_seed(plan.seed, "train", plan.site, plan.round))
     steps = steps_per_round(len(encoded), settings)
     optimizer = make_optimizer(graft, settings)
+    if plan.moments:
+        optimizer.load_state_dict(plan.moments)
     optimizer.zero_grad(set_to_none=True)  # the graft is shared: a site that failed in mid-step may have left gradients
     received = [value.detach().clone() for value in graft.parameters] if plan.proximal_mu else []
     stream = batches(len(encoded), settings, plan, steps)
@@ -99,9 +106,12 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             watch(step + 1, steps, losses)
+            check_divergence(losses[: step + 1], settings.divergence_factor)
             check_deadline(plan, step + 1, steps, started)
     finally:
         graft.base.network.eval()
+    if plan.moments is not None:
+        plan.moments.update(optimizer.state_dict())
     return Trained(steps, finite(float(losses.mean())), time.perf_counter() - started)
 
 
@@ -111,6 +121,20 @@ def set_learning_rate(optimizer: Any, settings: TrainSection, plan: Plan, step: 
     width = (plan.schedule_stop - plan.schedule_start) / steps
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate * schedule(position, width, settings)
+        if not settings.bias_correction:
+            group["lr"] *= _uncorrected(optimizer, group)
+
+
+def _uncorrected(optimizer: Any, group: Any) -> float:
+    """Return the factor that takes Adam's bias correction off its next step: (1 - beta1^t) / sqrt(1 - beta2^t).
+
+    It begins above 3, and steps are too long until it comes near 1. Source: Kingma and Ba 2015, arXiv:1412.6980,
+    section 3, for the correction; Mosbach et al. 2021, arXiv:2006.04884, for what happens without.
+    """
+    states = [optimizer.state[value] for value in group["params"] if value in optimizer.state]
+    done = max((int(state["step"]) for state in states), default=0)
+    beta_1, beta_2 = group["betas"]
+    return float((1 - beta_1 ** (done + 1)) / math.sqrt(1 - beta_2 ** (done + 1)))
 
 
 def add_proximal_term(graft: Graft, received: Sequence[Any], mu: float) -> None:
@@ -123,6 +147,25 @@ def check_deadline(plan: Plan, done: int, steps: int, started: float) -> None:
     """Raise a TrainingError, `deadline`, if the time since `time.perf_counter()` was `started` is up."""
     if time.perf_counter() - started > plan.deadline_s:
         raise TrainingError(f"step {done} of {steps} after {plan.deadline_s:g} s", code="deadline")
+
+
+def check_divergence(losses: Any, factor: float) -> None:
+    """Raise a TrainingError, `diverged`, if the last losses are far above the first; looked at every few steps.
+
+    Args:
+        losses: of all steps so far, shape (steps,).
+        factor: how many times the mean of the first few may be exceeded by the mean of the last few; 0: any.
+    """
+    if not factor or len(losses) % WINDOW or len(losses) < 2 * WINDOW:
+        return
+    first, last = float(losses[:WINDOW].mean()), float(losses[-WINDOW:].mean())
+    if not last <= factor * first:
+        raise TrainingError(
+            f"the loss has risen from {first:.3g} to {last:.3g}",
+            f"at most train.divergence_factor = {factor:g} times its start",
+            "lower train.learning_rate",
+            code="diverged",
+        )
 
 
 def finite(loss: float) -> float:

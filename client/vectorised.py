@@ -35,6 +35,8 @@ def can_train_together(job: Job) -> bool:
         and getattr(adapter, "dropout", 0.0) == 0.0
         and settings.gradient_accumulation_steps == 1
         and not settings.bf16
+        and not settings.persist_optimizer
+        and not settings.divergence_factor
         and not job.config.privacy.examples.enabled
     )
 

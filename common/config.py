@@ -19,10 +19,8 @@ from common.privacy.checks import privacy_problems
 from common.privacy.settings import PrivacySection
 from common.registry import Registry
 from common.settings import AdapterSettings, DataFormat, Name, Section, StrategySettings, TaskSettings
+from common.strategies import STRATEGY_SETTINGS
 from common.tasks import TASKS
-
-STRATEGY_SETTINGS: Registry[type[StrategySettings]] = Registry("strategy")
-"""Settings by strategy name; `server.strategy` holds what runs under the same names."""
 
 
 class RunSection(Section):
@@ -57,10 +55,18 @@ class ModelSection(Section):
 class TrainSection(Section):
     """The local loop at a site."""
 
-    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="adamw (with bias correction) or sgd")
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="adamw or sgd")
     learning_rate: float = Field(default=2e-4, gt=0, le=10, description="peak learning rate")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="not applied to biases and norms")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="sgd only")
+    bias_correction: bool = Field(
+        default=True, description="adamw: as published; false: as in BERT's first code, whose first steps are too long"
+    )
+    persist_optimizer: bool = Field(
+        default=False,
+        description="a site keeps the optimiser's moments from round to round, as long as its process lives; false: "
+        "each round begins with new ones",
+    )
     lr_schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="over the whole run, not per round"
     )
@@ -72,6 +78,9 @@ class TrainSection(Section):
         default=0, ge=0, le=10**6, description="above 0: passes over the shard, and local_steps is ignored"
     )
     max_grad_norm: float = Field(default=1.0, ge=0, description="gradients are clipped to this norm; 0: not at all")
+    divergence_factor: float = Field(
+        default=0.0, ge=0, description="a site gives up when its loss exceeds so many times that of its start; 0: never"
+    )
     threads: int = Field(default=2, ge=1, le=256, description="CPU threads; equal threads give equal bytes")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="auto: the best there is")
     bf16: bool = Field(default=False, description="bfloat16 autocast; on CUDA only")
@@ -155,57 +164,6 @@ class RunConfig(Section):
         return json.dumps(body, sort_keys=True)
 
 
-@STRATEGY_SETTINGS.register("fedavg")
-class FedAvgSettings(StrategySettings):
-    """Weighted mean of the updates."""
-
-    name: Literal["fedavg"] = Field(default="fedavg", description="the strategy")
-
-
-@STRATEGY_SETTINGS.register("fedprox")
-class FedProxSettings(StrategySettings):
-    """FedAvg with a proximal term at the client."""
-
-    name: Literal["fedprox"] = Field(default="fedprox", description="the strategy")
-    proximal_mu: float = Field(default=0.01, ge=0, description="weight of (mu/2)*||local - global||^2")
-
-
-@STRATEGY_SETTINGS.register("fedavgm")
-class FedAvgMSettings(StrategySettings):
-    """FedAvg with momentum at the server."""
-
-    name: Literal["fedavgm"] = Field(default="fedavgm", description="the strategy")
-    server_learning_rate: float = Field(default=1.0, gt=0, description="factor on the server's step")
-    server_momentum: float = Field(default=0.5, gt=0, lt=1, description="share of the last step in the next")
-
-
-@STRATEGY_SETTINGS.register("fedadam")
-class FedAdamSettings(StrategySettings):
-    """Adam at the server, on the mean update."""
-
-    name: Literal["fedadam"] = Field(default="fedadam", description="the strategy")
-    server_learning_rate: float = Field(default=1e-3, gt=0, description="step of the server's Adam")
-    beta_1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
-    beta_2: float = Field(default=0.99, ge=0, lt=1, description="decay of the second moment")
-    tau: float = Field(default=1e-3, gt=0, description="degree of adaptivity")
-
-
-@STRATEGY_SETTINGS.register("fedmedian")
-class FedMedianSettings(StrategySettings):
-    """Coordinate-wise median of the updates."""
-
-    name: Literal["fedmedian"] = Field(default="fedmedian", description="the strategy")
-
-
-@STRATEGY_SETTINGS.register("krum")
-class KrumSettings(StrategySettings):
-    """The one update that is closest to its neighbours."""
-
-    name: Literal["krum"] = Field(default="krum", description="the strategy")
-    min_clients: int = Field(default=5, ge=1, le=100_000, description="quorum: at least 2 * num_malicious_sites + 3")
-    num_malicious_sites: int = Field(default=1, ge=0, description="how many sites may lie")
-
-
 def _chosen(raw: Mapping[str, Any], section: str, key: str, registry: Registry[Any], default: str) -> Any:
     """Return the registered class that a section names, or a Problem."""
     name = raw.get(section, {}).get(key, default)
@@ -214,6 +172,15 @@ def _chosen(raw: Mapping[str, Any], section: str, key: str, registry: Registry[A
             f"{section}.{key}", repr(name)[:80], f"one of {', '.join(registry.names())}", "choose one of these"
         )
     return registry.get(name)
+
+
+def families() -> dict[str, list[type[Section]]]:
+    """Return all settings classes of the sections that have one for each name: task, adapter and strategy."""
+    return {
+        "task": [TASKS.get(name).Settings for name in TASKS.names()],
+        "adapter": [ADAPTERS.get(name).Settings for name in ADAPTERS.names()],
+        "strategy": [STRATEGY_SETTINGS.get(name) for name in STRATEGY_SETTINGS.names()],
+    }
 
 
 def section_classes(raw: Mapping[str, Any]) -> dict[str, type[Section] | Problem]:
@@ -317,4 +284,8 @@ def cross_checks(config: RunConfig) -> list[Problem]:
         problems.append(Problem("train.bf16", "true", "false on a CPU", 'set train.device = "cuda", or drop bf16'))
     if config.train.momentum and config.train.optimizer != "sgd":
         problems.append(Problem("train.momentum", str(config.train.momentum), "0 unless optimizer is sgd", "remove it"))
+    if not config.train.bias_correction and config.train.optimizer != "adamw":
+        problems.append(Problem("train.bias_correction", "false", "true unless optimizer is adamw", "remove it"))
+    if config.train.persist_optimizer and config.privacy.examples.enabled:
+        problems.append(Problem("train.persist_optimizer", "true", "false with DP-SGD", "remove it"))
     return problems

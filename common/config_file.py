@@ -13,11 +13,9 @@ from typing import Any
 import tomli_w
 from pydantic_core import PydanticUndefined
 
-from common.adapters import ADAPTERS
-from common.config import STRATEGY_SETTINGS, RunConfig, parse, section_classes
+from common.config import RunConfig, families, parse, section_classes
 from common.errors import ConfigError, Problem
 from common.settings import Section
-from common.tasks import TASKS
 
 PATH_KEYS = ("run.output_dir", "privacy.ledger", "evaluation.data", "simulation.data")
 
@@ -137,19 +135,15 @@ def run_config_defaults() -> dict[str, bool | float | int | str]:
     Flower only takes overrides of keys that are there. Keys that belong to one task, method or strategy alone, and
     keys whose default depends on it, are empty: `from_run_config` leaves empty values to the default.
     """
-    families: dict[str, list[type[Section]]] = {
-        "task": [TASKS.get(name).Settings for name in TASKS.names()],
-        "adapter": [ADAPTERS.get(name).Settings for name in ADAPTERS.names()],
-        "strategy": [STRATEGY_SETTINGS.get(name) for name in STRATEGY_SETTINGS.names()],
-    }
+    known = families()
     result: dict[str, bool | float | int | str] = {}
     for name, chosen in section_classes({}).items():
-        members = families.get(name, [] if isinstance(chosen, Problem) else [chosen])
+        members = known.get(name, [] if isinstance(chosen, Problem) else [chosen])
         keys = dict.fromkeys(key for member in members for key in member.model_fields)
         for key in keys:
             defaults = [member.model_fields[key].default for member in members if key in member.model_fields]
             shared = len(defaults) == len(members) and all(default == defaults[0] for default in defaults)
-            named = key in ("name", "method") and name in families
+            named = key in ("name", "method") and name in known
             result[f"{name}.{key}"] = _default_name(name) if named else (_jsonable(defaults[0]) if shared else "")
     return result
 

@@ -279,21 +279,13 @@ def config_show(file: Path, overrides: Sequence[str], as_json: bool) -> None:
 
 def config_schema() -> None:
     """Print a JSON schema; task, adapter and strategy each allow what is registered."""
-    from common.adapters import ADAPTERS
-    from common.config import STRATEGY_SETTINGS, section_classes
+    from common.config import families, section_classes
     from common.errors import Problem
-    from common.settings import Section
-    from common.tasks import TASKS
 
-    families: dict[str, list[type[Section]]] = {
-        "task": [TASKS.get(name).Settings for name in TASKS.names()],
-        "adapter": [ADAPTERS.get(name).Settings for name in ADAPTERS.names()],
-        "strategy": [STRATEGY_SETTINGS.get(name) for name in STRATEGY_SETTINGS.names()],
-    }
     properties: dict[str, Any] = {}
     for name, section in section_classes({}).items():
-        if name in families:
-            properties[name] = {"anyOf": [member.model_json_schema() for member in families[name]]}
+        if name in (known := families()):
+            properties[name] = {"anyOf": [member.model_json_schema() for member in known[name]]}
         elif not isinstance(section, Problem):
             properties[name] = section.model_json_schema()
     print_json({"title": "Tsugiki run", "type": "object", "properties": properties, "additionalProperties": False})

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from common.config import STRATEGY_SETTINGS
 from common.registry import Registry
 from common.settings import StrategySettings
+from common.strategies import STRATEGY_SETTINGS
 from common.wire import ARRAY_KEY, Vector
 from server.guard import Accepted
 
@@ -30,7 +30,7 @@ Moments = dict[str, npt.NDArray[np.float64]]
 """What a strategy remembers between rounds (`m_t`, `v_t`, `momentum_vector`), by attribute name."""
 
 STRATEGIES: Registry[Maker] = Registry("strategy")
-"""Makers of Flower strategies, under the names of `common.config.STRATEGY_SETTINGS`."""
+"""Makers of Flower strategies, under the names of `common.strategies.STRATEGY_SETTINGS`."""
 
 _MOMENTS = {"m_t": dict, "v_t": dict, "momentum_vector": list}
 """In what Flower's strategies keep them: arrays by name, or in order. There is one array here."""

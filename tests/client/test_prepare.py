@@ -99,6 +99,23 @@ def test_another_adapter_or_none_is_refused(config, graft):
     assert error.value.code == "keys"
 
 
+def test_moments_are_each_clients_own_and_begin_with_the_run(config, graft):
+    """Catches: one site's moments at another, those of an earlier run, and moments kept where none are wanted."""
+    keeping = config.model_copy(update={"train": config.train.model_copy(update={"persist_optimizer": True})})
+    first, second = simulated_sites(config)[:2]
+    job, _ = prepare.make_job(first, *asked(keeping, graft))
+    job.moments(first.name)["step"] = 3
+    later, _ = prepare.make_job(first, *asked(keeping, graft, round=2))
+    assert later.moments(first.name) == {"step": 3}
+    assert later.plan(first.name, 1.0).moments is later.moments(first.name)
+    other, _ = prepare.make_job(second, *asked(keeping, graft, round=2))
+    assert other.moments(second.name) == {}
+    anew, _ = prepare.make_job(first, *asked(keeping, graft, round=1))
+    assert anew.moments(first.name) == {}
+    plain, _ = prepare.make_job(first, *asked(config, graft))
+    assert plain.moments(first.name) is None
+
+
 def test_training_can_be_watched(config, graft):
     """Catches: a status line that knows nothing of the steps."""
     seen = []

@@ -237,6 +237,65 @@ def test_momentum_is_passed_on():
     assert make_optimizer(graft(), settings(momentum=0.9)).param_groups[0]["momentum"] == 0.9
 
 
+def test_without_bias_correction_adam_is_berts_first():
+    """Catches: a switch that does nothing; a factor of another step; betas taken for each other."""
+    model, lr, beta_1, beta_2 = graft(), 0.01, 0.9, 0.999
+    train(model, ENCODED, settings(optimizer="adamw", learning_rate=lr, bias_correction=False, local_steps=5), plan())
+    other = graft()
+    mean, square = [0, 0], [0, 0]
+    stream = batches(ROWS, settings(), plan(), 5)
+    for _ in range(5):
+        loss = other.task.loss(other.base.network, other.task.batch(ENCODED, next(stream), None))
+        grads = torch.autograd.grad(loss, other.parameters)
+        with torch.no_grad():
+            for at, (value, grad) in enumerate(zip(other.parameters, grads, strict=True)):
+                mean[at] = beta_1 * mean[at] + (1 - beta_1) * grad
+                square[at] = beta_2 * square[at] + (1 - beta_2) * grad**2
+                value -= lr * mean[at] / (square[at].sqrt() + 1e-8)
+    assert all(torch.allclose(*pair, rtol=1e-4) for pair in zip(model.parameters, other.parameters, strict=True))
+    corrected = graft()
+    train(corrected, ENCODED, settings(optimizer="adamw", learning_rate=lr, local_steps=5), plan())
+    assert (np.abs(model.read()) > 2 * np.abs(corrected.read())).all()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_moments_that_are_kept_make_two_rounds_one(optimizer):
+    """Catches: an optimiser that begins anew although it is told not to, or that keeps what it should forget."""
+    chosen = settings(optimizer=optimizer, momentum=0.9 if optimizer == "sgd" else 0.0, local_steps=6)
+    half = chosen.model_copy(update={"local_steps": 3})
+    whole, kept, anew = graft(), graft(), graft()
+    train(whole, ENCODED, chosen, plan())
+    moments = {}
+    for round_ in (1, 2):
+        train(kept, ENCODED, half, plan(round_, 2, moments=moments))
+        train(anew, ENCODED, half, plan(round_, 2))
+    assert np.allclose(kept.read(), whole.read(), atol=1e-6)
+    assert not np.allclose(anew.read(), whole.read(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("losses", "factor", "diverged"),
+    [
+        ([1.0] * 8 + [3.1] * 8, 3.0, True),
+        ([1.0] * 8 + [2.9] * 8, 3.0, False),
+        ([1.0] * 8 + [3.1] * 7 + [0.1], 3.0, False),
+        ([0.1] + [1.0] * 7 + [2.0] * 8, 3.0, False),
+        ([1.0] * 8 + [99.0] * 8, 0.0, False),
+        ([1.0] * 4 + [99.0] * 4, 3.0, False),
+    ],
+)
+def test_a_loss_that_rises_far_above_its_start_is_told(losses, factor, diverged):
+    """Catches: a single bad batch taken for divergence; a rise that is never looked at; a watch that cannot be off."""
+    model, chosen = graft(Regression(iter(losses))), settings(local_steps=len(losses), divergence_factor=factor)
+    if not diverged:
+        assert train(model, ENCODED, chosen, plan()).steps == len(losses)
+        return
+    with pytest.raises(TrainingError) as caught:
+        train(model, ENCODED, chosen, plan())
+    assert caught.value.code == "diverged"
+    assert not model.base.network.training
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_an_error(value):
     """Catches: an update of NaN sent as a result."""

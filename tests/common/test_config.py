@@ -126,6 +126,7 @@ def test_long_values_are_cut():
 
 
 CROSS = {
+    "train.persist_optimizer": {"train": {"persist_optimizer": True}, "privacy": {"examples": {"target_epsilon": 1.0}}},
     "strategy.min_clients": {"simulation": {"data": "a.csv", "clients": 2}, "strategy": {"min_clients": 3}},
     "simulation.column": {"simulation": {"partition": "by-column"}},
     "evaluation.data": {"evaluation": {"early_stopping_patience": 2}},
@@ -146,6 +147,12 @@ def test_krum_needs_enough_sites():
         "strategy.min_clients"
     }
     assert parse({"strategy": {"name": "krum", "num_malicious_sites": 2, "min_clients": 7}})
+
+
+def test_only_adam_has_a_bias_correction():
+    """Catches: a setting that does nothing, accepted."""
+    assert set(problems({"train": {"optimizer": "sgd", "bias_correction": False}})) == {"train.bias_correction"}
+    assert parse({"train": {"bias_correction": False}}).train.optimizer == "adamw"
 
 
 def test_all_cross_checks_are_reported_together():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.adapters import ADAPTERS
-from common.config import STRATEGY_SETTINGS, parse
+from common.config import parse
 from common.config_file import (
     changes,
     commented,
@@ -23,6 +23,7 @@ from common.config_file import (
     with_absolute_paths,
 )
 from common.errors import ConfigError
+from common.strategies import STRATEGY_SETTINGS
 from common.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
-from common.config import STRATEGY_SETTINGS
 from common.registry import Registry
+from common.strategies import STRATEGY_SETTINGS
 from common.wire import ARRAY_KEY
 from server.engines.in_process import identify_process
 from server.guard import Accepted

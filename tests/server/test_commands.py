@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 import tsugiki
 from client.app import simulated_app
 from common.adapters import ADAPTERS
-from common.config import STRATEGY_SETTINGS, RunConfig, parse
+from common.config import RunConfig, parse
 from common.config_file import read, to_toml
 from common.errors import ConfigError, ExportError, RegistryError, TsugikiError, UsageError
 from common.files import read_lines
+from common.strategies import STRATEGY_SETTINGS
 from common.tasks import TASKS
 from server import commands, demo, doctor
 from tests.support.federation import run_tiny, tiny_config

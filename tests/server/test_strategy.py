@@ -3,7 +3,7 @@ import logging
 import numpy as np
 import pytest
 
-from common.config import STRATEGY_SETTINGS
+from common.strategies import STRATEGY_SETTINGS
 from server.engines.in_process import identify_process
 from server.guard import Accepted
 from server.strategy import STRATEGIES, aggregate, missing_implementations
