@@ -210,6 +210,25 @@ def budget(
     plan(file, overrides or [], dimension, plot, as_json)
 
 
+@app.command(epilog="Example: tsugiki lr-find examples/sst2.toml --plot rates.svg")
+def lr_find(
+    file: RunFile,
+    lowest: Annotated[float, typer.Option(help="The rate to begin with.")] = 1e-6,
+    highest: Annotated[float, typer.Option(help="The rate to end with.")] = 1.0,
+    steps: Annotated[int, typer.Option(min=20, max=10_000, help="How many rates to try.")] = 100,
+    central: Annotated[
+        bool, typer.Option("--central", help="On all rows of the simulation's file, not on its first site's alone.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: a .svg or .png to write.")] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Suggest a learning rate: train a little while the rate grows, and see where the loss falls fastest."""
+    from client import commands
+
+    commands.lr_find(file, overrides or [], lowest, highest, steps, central, plot, as_json)
+
+
 @app.command(epilog="Example: tsugiki export runs/sst2 --merged")
 def export(
     run: RunFolder,

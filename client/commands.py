@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -150,6 +151,48 @@ def dry_run(site_file: Path, run: Path, overrides: Sequence[str]) -> None:
                 if isinstance(value, Array):
                     shown = f"{value.dtype} {value.shape}, {len(value.data):,} bytes"
                 _say(f"  {name}.{key} = {shown}")
+
+
+def lr_find(
+    file: Path,
+    overrides: Sequence[str],
+    lowest: float,
+    highest: float,
+    steps: int,
+    central: bool,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Print which learning rate a range test suggests, and draw it.
+
+    Raises:
+        TsugikiError: the run cannot be tried, or the plot not written.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from client.lr_find import draw, find_rate
+    from common import config_file
+
+    config = config_file.read(file, overrides)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("range test", total=steps)
+        sweep = find_rate(config, lowest, highest, steps, central, lambda done: progress.update(bar, completed=done))
+    if plot is not None:
+        draw(sweep, plot)
+    if as_json:
+        finite = sweep.suggestion if sweep.suggestion == sweep.suggestion else None
+        _say(json.dumps({**vars(sweep), "suggestion": finite}))
+        return
+    _say(f"{len(sweep.rates)} steps in {sweep.seconds:.1f} s, rates from {sweep.rates[0]:.1g} to {sweep.rates[-1]:.1g}")
+    _say(f"least smoothed loss {min(sweep.smoothed):.4g}, at {sweep.least:.2g}")
+    if sweep.suggestion == sweep.suggestion:
+        _say(f"suggestion: train.learning_rate = {sweep.suggestion:.2g}, where the loss falls fastest")
+    else:
+        _say("no suggestion: the loss never falls; try a wider range, more steps, or larger batches")
+    if plot is not None:
+        _say(str(plot))
 
 
 def _check_security(address: str, insecure: bool, authority: Path | None) -> None:

@@ -1,0 +1,106 @@
+"""The range test: what it smooths, what it suggests, when it gives up, and that it leaves nothing behind."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import tsugiki
+from client.lr_find import FEWEST, draw, find_rate, smooth, suggest
+from client.simulated import simulated_sites
+from common import config_file
+from common.errors import TrainingError, UsageError
+from common.model import load_graft
+from tests.support.federation import tiny_config
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A tiny run of two sites."""
+    return tiny_config(tmp_path)
+
+
+def test_smoothing_begins_with_the_first_loss():
+    """Catches: a mean that climbs from zero, which looks as if the loss rose."""
+    assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+    assert smooth([1.0, 3.0])[1] == pytest.approx((0.9 * 0.1 * 1.0 + 0.1 * 3.0) / (1 - 0.81))
+
+
+def test_the_steepest_descent_is_suggested():
+    """Catches: the least loss suggested, where training is about to break; the slope over the rate itself."""
+    rates = np.geomspace(1e-6, 1.0, 100)
+    at = np.log10(rates)
+    smoothed = 1 - 0.8 / (1 + np.exp(-(at + 3) * 4)) + np.maximum(0, at + 1) ** 2 * 3
+    suggestion, least = suggest(list(rates), list(smoothed))
+    assert math.log10(suggestion) == pytest.approx(-3, abs=0.1)
+    assert -2.2 < math.log10(least) < -0.8
+
+
+def test_a_loss_that_never_falls_gives_no_suggestion():
+    """Catches: a rate suggested by chance."""
+    rates = list(np.geomspace(1e-6, 1.0, 40))
+    assert math.isnan(suggest(rates, list(np.linspace(1, 2, 40)))[0])
+
+
+def test_a_run_is_tried_and_left_as_it_was(config):
+    """Catches: an adapter that goes into the next run half trained; rates that do not grow; other rows."""
+    graft = load_graft(config, config.model.name, config.run.seed)
+    seen = []
+    sweep = find_rate(config, 1e-5, 1.0, 60, False, seen.append)
+    assert np.array_equal(graft.read(), graft.initial)
+    assert not graft.base.network.training
+    assert sweep.rates == pytest.approx(list(np.geomspace(1e-5, 1.0, 60))[: len(sweep.rates)])
+    assert len(sweep.rates) == len(sweep.losses) == len(sweep.smoothed)
+    assert seen[:3] == [1, 2, 3]
+    assert 1e-5 < sweep.suggestion <= sweep.least <= 1.0
+    again = find_rate(config, 1e-5, 1.0, 60, False, seen.append)
+    assert again.losses == sweep.losses
+
+
+def test_central_takes_all_rows(config, monkeypatch):
+    """Catches: --central that tries one site all the same."""
+    sizes = []
+    task = type(load_graft(config, config.model.name, config.run.seed).task)
+    encode = task.encode
+    monkeypatch.setattr(task, "encode", lambda self, shard, base: sizes.append(len(shard)) or encode(self, shard, base))
+    for central in (False, True):
+        find_rate(config, 1e-5, 1e-2, 20, central, lambda done: None)
+    site, whole = sizes
+    assert site == len(simulated_sites(config)[0].rows)
+    assert whole == sum(len(one.rows) for one in simulated_sites(config))
+
+
+def test_it_gives_up_when_the_loss_explodes(config):
+    """Catches: hundreds of steps of a model that has diverged."""
+    sweep = find_rate(config, 1e-3, 1e6, 200, False, lambda done: None)
+    assert FEWEST < len(sweep.rates) < 200
+    assert all(map(math.isfinite, sweep.losses))
+
+
+def test_a_range_that_cannot_be_and_a_model_that_breaks_at_once_are_refused(config, monkeypatch):
+    """Catches: an empty sweep, and NaN suggested."""
+    with pytest.raises(UsageError):
+        find_rate(config, 1e-2, 1e-3, 20, False, lambda done: None)
+    monkeypatch.setattr("client.lr_find.math.isfinite", lambda value: False)
+    with pytest.raises(TrainingError) as caught:
+        find_rate(config, 1e-3, 1e-2, 20, False, lambda done: None)
+    assert caught.value.code == "diverged"
+
+
+def test_the_command_prints_and_draws(config, tmp_path):
+    """Catches: a plot that is not there, JSON that no script can read, an ending that matplotlib fails on."""
+    file = tmp_path / "run.toml"
+    file.write_text(config_file.to_toml(config))
+    words = ["lr-find", str(file), "--lowest", "1e-5", "--steps", "30"]
+    done = CliRunner().invoke(tsugiki.app, [*words, "--plot", str(tmp_path / "rates.svg")])
+    assert done.exit_code == 0, done.output
+    assert "suggestion: train.learning_rate = " in done.stdout
+    assert (tmp_path / "rates.svg").read_text().count("<svg") == 1
+    found = json.loads(CliRunner().invoke(tsugiki.app, [*words, "--json"]).stdout)
+    assert len(found["rates"]) == len(found["losses"]) == 30
+    sweep = find_rate(config, 1e-5, 1.0, 30, False, lambda done: None)
+    for path in (tmp_path / "rates.gif", tmp_path / "gone" / "rates.png"):
+        with pytest.raises(UsageError):
+            draw(sweep, path)
