@@ -20,7 +20,7 @@ from client.simulated import SimulatedSite, simulated_sites
 from client.site import Site, site_of_node
 from common import __version__, minor
 from common.config import RunConfig
-from common.errors import DataError, SecureAggregationError, SpecError, TrainingError, TsugikiError
+from common.errors import DataError, SecureAggregationError, SpecError, TsugikiError
 from common.messages import (
     EvaluateReply,
     EvaluateRequest,
@@ -33,6 +33,7 @@ from common.messages import (
     beside,
     error_reply,
     from_record,
+    is_private,
     site_config,
     to_record,
 )
@@ -91,7 +92,8 @@ def _answer(message: Message, locate: Callable[[], Site], handle: Callable[[Site
         log.warning("refused: %s", error)
     except BaseException as error:  # also SystemExit and KeyboardInterrupt raised inside training code
         name = type(error).__name__
-        code = "out-of-memory" if name in _MEMORY_ERRORS else f"client-error:{name}"
+        told = "client-error" if is_private(message.content) else f"client-error:{name}"  # a class tells of the rows
+        code = "out-of-memory" if name in _MEMORY_ERRORS else told
         log.exception("failed: %s", name)
     try:
         if site is not None:
@@ -164,20 +166,14 @@ def protected_sum(site: Site, job: Job, plan: Plan) -> Levels:
 
     Raises:
         PolicyError: the site's budget does not allow it.
-        TrainingError: `deadline`, or one code for whatever else ends training: a class of exceptions tells of rows.
     """
-    try:
-        total = train_privately(job, plan)
-    except Exception as error:
-        if isinstance(error, TsugikiError):
-            raise
-        log.exception("failed")
-        raise TrainingError("training has failed", do="see the traceback above") from error
+    total = train_privately(job, plan)
     # A site that is asked knows that it is in the round: nothing is amplified for it.
     seen = {who: (replace(release, sampling_probability=1.0), 1) for who, release in plan.seen().items()}
     prepare.charge(site, job, plan, seen)
-    told = {"clients": total.clients, "clipped": total.clipped, "private": plan.private, "mode": plan.mode}
-    site.record("trained", run=job.config.run.name, round=job.request.round, **told)
+    told = {"clients": total.clients, "clipped": total.clipped, "null": total.null}
+    kind = {"private": plan.private, "mode": plan.mode}
+    site.record("trained", run=job.config.run.name, round=job.request.round, **told, **kind)
     return total.levels
 
 

@@ -17,7 +17,7 @@ from common.privacy.mechanisms import Adversary
 from common.privacy.plan import Plan
 
 
-def site_ledger(path: Path, policy: SitePolicy, plan: Plan | None, run: str = "") -> Ledger:
+def site_ledger(path: Path, policy: SitePolicy, plan: Plan | None, seeded: bool = False) -> Ledger:
     """Return a site's ledger with the budgets of its policy.
 
     Args:
@@ -25,7 +25,7 @@ def site_ledger(path: Path, policy: SitePolicy, plan: Plan | None, run: str = ""
         policy: its `delta` counts, not that of a run.
         plan: `max_epsilon` bounds what those adversaries see against whom the plan's mode is meant; without secure
             aggregation also what the server sees of a distributed share.
-        run: the run's name.
+        seeded: whether anybody can draw the run's noise too.
     """
     budgets: dict[Adversary, float] = {}
     if policy.max_epsilon and plan is not None:
@@ -34,17 +34,17 @@ def site_ledger(path: Path, policy: SitePolicy, plan: Plan | None, run: str = ""
             budgets["uploads"] = policy.max_epsilon  # the noise of the others is beyond what this site can see to
     if policy.max_row_epsilon:
         budgets["rows"] = policy.max_row_epsilon
-    return Ledger(path, policy.delta, budgets, run)
+    return Ledger(path, policy.delta, budgets, seeded)
 
 
-def spend(ledger: Ledger, releases: Mapping[Adversary, tuple[Release, int]], round_: int, seeded: bool = False) -> None:
+def spend(ledger: Ledger, releases: Mapping[Adversary, tuple[Release, int]], run: str, round_: int) -> None:
     """Write down what the next upload shows, and to whom.
 
     Args:
         ledger: of the site.
         releases: by adversary, each with how often it is made.
+        run: the run's name.
         round_: counted from 1.
-        seeded: whether anybody can draw the noise too.
 
     Raises:
         PolicyError: `policy-epsilon` or `policy-row-epsilon`; the upload must not leave.
@@ -53,7 +53,7 @@ def spend(ledger: Ledger, releases: Mapping[Adversary, tuple[Release, int]], rou
     try:
         ledger.check(releases)  # all of them, before one is written down
         for who, (release, count) in releases.items():
-            ledger.charge(who, release, count, run=ledger.run, round=round_, private=not seeded)
+            ledger.charge(who, release, count, run=run, round=round_, private=not ledger.seeded)
     except BudgetError as error:
         code = "policy-row-epsilon" if error.code == "rows-exhausted" else "policy-epsilon"
         raise PolicyError(error.what, error.expected, "see [policy] of site.toml", code=code) from error

@@ -76,6 +76,7 @@ def train_privately(job: Job, plan: PrivacyPlan) -> ProtectedSum:
 
     Raises:
         TrainingError: `deadline`, the time is up.
+        MemoryError: or torch's own; it is the machine that fails, not the client's data.
     """
     total = ProtectedSum.empty(plan, job.config.privacy.insecure_noise_seed)
     for group in _train_all(job, private=True):
@@ -91,11 +92,28 @@ def _train_all(job: Job, private: bool = False) -> Iterator[Group]:
     """
     ends = time.monotonic() + job.request.deadline_s
     tail = job.tail() if can_train_together(job) else None
-    groups = train_together(job, tail) if tail else (_alone(job, name, ends, private) for name in job.clients)
-    for group in groups:
-        if time.monotonic() > ends:
-            raise TrainingError(f"the clients up to {group.names[-1]} took too long", code="deadline")
-        yield group
+    left = dict.fromkeys(job.clients)
+    try:
+        for group in train_together(job, tail) if tail else ():
+            left = {name: None for name in left if name not in group.names}
+            yield _in_time(group, ends)
+    except Exception as error:
+        if not private or _goes_on(error):
+            raise
+        log.exception("clients cannot be trained together: one by one")
+    for name in left:
+        yield _in_time(_alone(job, name, ends, private), ends)
+
+
+def _in_time(group: Group, ends: float) -> Group:
+    if time.monotonic() > ends:
+        raise TrainingError(f"the clients up to {group.names[-1]} took too long", code="deadline")
+    return group
+
+
+def _goes_on(error: Exception) -> bool:
+    """Return whether an error is told also in a private run: of ours, and a machine's that has no memory left."""
+    return isinstance(error, TsugikiError | MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _alone(job: Job, name: str, ends: float, private: bool) -> Group:
@@ -110,7 +128,7 @@ def _alone(job: Job, name: str, ends: float, private: bool) -> Group:
             raise
         return Group([name], np.full((1, size), math.nan), np.full(1, math.nan), 0)
     except Exception as error:
-        if not private or isinstance(error, TsugikiError):
+        if not private or _goes_on(error):
             raise
         log.exception("a client failed: it adds noise only")
         return Group([name], np.full((1, size), math.nan), np.full(1, math.nan), 0)

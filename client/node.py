@@ -138,6 +138,7 @@ class Node:
         except Interrupted:
             outcome = "not sent: stopping"
         except RunOver as over:
+            self._forget(envelope.metadata.run_id)
             outcome = f"not sent: {over}"
         seconds = time.perf_counter() - started
         self._status.ends(
@@ -156,7 +157,7 @@ class Node:
 
         try:
             run_id, kind = message.metadata.run_id, message.metadata.message_type
-            context, asked = self._context(run_id), message.content.object_id
+            context, asked = self._context(run_id, kind), message.content.object_id
             before, answer = self._answers.get((run_id, kind), ("", RecordDict()))
             if before == asked:
                 return Message(answer, reply_to=message)
@@ -168,23 +169,30 @@ class Node:
             log.exception("the ClientApp failed")
             return error_reply(getattr(error, "code", "") or f"client-error:{type(error).__name__}", message)
 
-    def _context(self, run_id: int) -> Context:
-        """Return the run's Context; those of the last runs are kept, each with its session of secure aggregation."""
+    def _context(self, run_id: int, kind: str) -> Context:
+        """Return the run's Context; those of the last runs are kept, each with its session of secure aggregation.
+
+        A hello begins nothing that would have to be kept: who only greets pushes no run out.
+        """
         from flwr.app import Context, RecordDict
         from flwr.supercore.task_identity import TaskIdentity
 
         # Flower asks for these before it makes a Message outside its own processes.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, self._connection.node_id, 1
-        if run_id not in self._contexts:
-            self._contexts[run_id] = Context(
-                run_id=run_id,
-                node_id=self._connection.node_id,
-                node_config=dict(self._node_config),
-                state=RecordDict(),
-                run_config={},
-            )
-        self._contexts[run_id] = self._contexts.pop(run_id)  # the last to be used stands last
+        context = self._contexts.pop(run_id, None) or Context(
+            run_id=run_id,
+            node_id=self._connection.node_id,
+            node_config=dict(self._node_config),
+            state=RecordDict(),
+            run_config={},
+        )
+        if kind not in _ASKED_ANEW or context.state:
+            self._contexts[run_id] = context  # the last to be used stands last
         for other in list(self._contexts)[:-CONTEXTS]:
-            del self._contexts[other]
-            self._answers = {key: answer for key, answer in self._answers.items() if key[0] != other}
-        return self._contexts[run_id]
+            self._forget(other)
+        return context
+
+    def _forget(self, run_id: int) -> None:
+        """Drop what is remembered of a run, secrets included."""
+        self._contexts.pop(run_id, None)
+        self._answers = {key: answer for key, answer in self._answers.items() if key[0] != run_id}

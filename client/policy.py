@@ -121,8 +121,10 @@ class SitePolicy(Section):
             raise _refusal(f"a noise multiplier of {noise:.4g}", least, "policy-noise")
         if self.max_epsilon and not (plan and plan.private):
             raise _refusal("no noise that hides anything", "a private run, for policy.max_epsilon", "policy-epsilon")
-        if self.max_row_epsilon and not settings.examples.enabled:
-            raise _refusal("no DP-SGD", "[privacy.examples], for policy.max_row_epsilon", "policy-row-epsilon")
+        if self.max_row_epsilon and (not settings.examples.enabled or settings.insecure_noise_seed):
+            raise _refusal(
+                "no DP-SGD that hides anything", "[privacy.examples], for policy.max_row_epsilon", "policy-row-epsilon"
+            )
 
     def check_evaluation(self, settings: PrivacySection) -> None:
         """Do nothing if metrics of this site's rows may be asked for.

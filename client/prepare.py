@@ -81,8 +81,8 @@ def charge(site: Site, job: Job, plan: Plan | None, seen: Mapping[Adversary, tup
     """Write into the site's own ledger, before it leaves, what an upload shows of its clients and of their rows."""
     path, releases = site.ledger_path(), {**seen, **row_releases(job)}
     if path is not None and releases:
-        ledger = site_ledger(path, site.policy, plan, job.config.run.name)
-        spend(ledger, releases, job.request.round, seeded=job.config.privacy.insecure_noise_seed > 0)
+        ledger = site_ledger(path, site.policy, plan, seeded=job.config.privacy.insecure_noise_seed > 0)
+        spend(ledger, releases, job.config.run.name, job.request.round)
 
 
 def receive(

@@ -31,7 +31,8 @@ class ProtectedSum:
         insecure_noise_seed: tests only; see `common.privacy.noise`.
         levels: the sum so far, shape (size,).
         clients: in it.
-        clipped: of them, how many were longer than the clip norm or not finite. Stays at the site.
+        clipped: of them, how many were longer than the clip norm. Stays at the site.
+        null: how many were not finite, and add noise only. Stays at the site.
     """
 
     plan: Plan
@@ -39,6 +40,7 @@ class ProtectedSum:
     levels: Levels
     clients: int = 0
     clipped: int = 0
+    null: int = 0
 
     @classmethod
     def empty(cls, plan: Plan, insecure_noise_seed: int = 0) -> ProtectedSum:
@@ -57,4 +59,5 @@ class ProtectedSum:
         noise = self.plan.mechanism.client_noise(self.plan, draw, len(updates))
         self.levels = self.levels + clipped.levels.sum(axis=0) + noise
         self.clients += len(updates)
-        self.clipped += int(np.sum((clipped.norm > self.plan.clip_norm) | clipped.null))
+        self.clipped += int(np.sum(clipped.norm > self.plan.clip_norm))
+        self.null += int(np.sum(clipped.null))

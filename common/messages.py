@@ -215,6 +215,17 @@ def site_config(text: str) -> RunConfig:
     return parse(json.loads(text), "run received from the server")
 
 
+def is_private(content: RecordDict) -> bool:
+    """Return whether a request belongs to a run that protects clients or rows; also if it cannot be read."""
+    from common.errors import TsugikiError
+
+    try:
+        privacy = site_config(str(content.config_records["request"]["config"])).privacy
+    except (KeyError, TsugikiError, ValueError):
+        return True
+    return privacy.mode != "none" or privacy.examples.enabled
+
+
 def error_reply(code: str, to: Message) -> Message:
     """Return the reply of a site that cannot do what it was asked: a code, never a text."""
     from flwr.app import Error, Message

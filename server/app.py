@@ -104,7 +104,7 @@ def run_federation(
             parts = Parts(config, graft.spec, grid, roster, evaluator, lower, folder, audit, progress, stop, privacy)
             state = run_rounds(parts, state)
         summary = summarise(config, graft, state, read_lines(folder / "metrics.jsonl"), privacy)
-        summary["rows_privacy"] = rows_summary(folder, config.privacy.examples.delta)
+        summary["rows_privacy"] = _rows_summary(folder, config)
         write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
         _save_best(folder / "best", graft.spec, state)
         audit.write("finished", round=state.round, adapter_sha256=sha256(state.vector), best_round=state.best_round)
@@ -114,6 +114,10 @@ def run_federation(
 def deployed(config: RunConfig) -> RunConfig:
     """Return the run without its simulation: real sites are as many as they are, and no plan may rest on the others."""
     return config.model_copy(update={"simulation": config.simulation.model_copy(update={"data": ""})})
+
+
+def _rows_summary(folder: Path, config: RunConfig) -> dict[str, Any]:
+    return rows_summary(folder, config.privacy.examples.delta, seeded=config.privacy.insecure_noise_seed > 0)
 
 
 def _first_state(folder: Path, config: RunConfig, graft: Graft, resume: bool) -> State:

@@ -46,7 +46,7 @@ def sample(parts: Parts, number: int, attempt: int) -> list[Member]:
     members = list(parts.roster.members().values())
     strategy = parts.config.strategy
     if not parts.roster.enough():
-        sites = f", privacy.min_sites = {parts.roster.fewest_sites}" if parts.roster.fewest_sites else ""
+        sites = f", privacy.min_sites = {parts.roster.min_sites}" if parts.roster.min_sites else ""
         raise NotEnoughSites(
             f"round {number}: {parts.roster.clients()} clients at {len(members)} sites are connected",
             f"strategy.min_clients = {strategy.min_clients}{sites}",
@@ -54,7 +54,7 @@ def sample(parts: Parts, number: int, attempt: int) -> list[Member]:
         )
     if parts.withholds:
         return members
-    size = max(1, parts.roster.fewest_sites, round(strategy.fraction_train * len(members)))
+    size = max(1, parts.roster.min_sites, round(strategy.fraction_train * len(members)))
     while True:
         draw = generator(parts.config.run.seed, "cohort", number, attempt)
         chosen = [members[index] for index in sorted(draw.choice(len(members), size, replace=False))]

@@ -121,7 +121,7 @@ class Privacy:
         }
 
 
-def rows_summary(folder: Path, delta: float) -> dict[str, Any]:
+def rows_summary(folder: Path, delta: float, seeded: bool = False) -> dict[str, Any]:
     """Return what DP-SGD has cost the rows of a simulation's sites, by the sites' own ledgers; empty without any.
 
     It is another promise than the client's, and is never added to it. A real site keeps its ledger to itself.
@@ -129,10 +129,13 @@ def rows_summary(folder: Path, delta: float) -> dict[str, Any]:
     Args:
         folder: the run's.
         delta: of `[privacy.examples]`.
+        seeded: whether the run's noise was.
     """
-    spent = [Ledger(path, delta, {}).epsilons() for path in sorted((folder / "site-ledgers").glob("*.jsonl"))]
+    spent = [Ledger(path, delta, {}, seeded).epsilons() for path in sorted((folder / "site-ledgers").glob("*.jsonl"))]
     rows = [epsilons["rows"] for epsilons in spent if "rows" in epsilons]
-    return {"sites": len(rows), "delta": delta, "largest": max(rows), "median": median(rows)} if rows else {}
+    if not rows:
+        return {}
+    return {"sites": len(rows), "delta": delta, "largest": _finite(max(rows)), "median": _finite(median(rows))}
 
 
 def _finite(value: float) -> float | None:
@@ -157,7 +160,7 @@ def open_privacy(config: RunConfig, dimension: int, path: Path, audit: AuditLog,
     if plan is None:
         return None
     budgets = dict.fromkeys(plan.mechanism.budgeted, plan.target_epsilon) if plan.target_epsilon else {}
-    ledger = Ledger(path, plan.delta, budgets, config.run.name)
+    ledger = Ledger(path, plan.delta, budgets, seeded=config.privacy.insecure_noise_seed > 0)
     if ledger.rounds(config.run.name) < rounds:
         raise StorageError(
             f"{path} has {ledger.rounds(config.run.name)} rounds of {config.run.name!r}",

@@ -91,9 +91,10 @@ def rows_statement(rows: Mapping[str, Any]) -> list[str]:
     """
     if not rows:
         return []
+    largest, median = ("no bound" if rows[key] is None else f"{rows[key]:.3g}" for key in ("largest", "median"))
     return [
         f"Another promise, apart from the figures above: by DP-SGD, one row of a site is protected from whoever sees "
-        f"the site's uploads: epsilon {rows['largest']:.3g} at the site with the most, {rows['median']:.3g} at the "
+        f"the site's uploads: epsilon {largest} at the site with the most, {median} at the "
         f"median of {rows['sites']}, delta {rows['delta']:g}. It does not cover a client, whose rows are many, and "
         "takes the number of a site's rows as known."
     ]

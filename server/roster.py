@@ -52,7 +52,7 @@ class Roster:
 
     Args:
         grid: to ask through.
-        config: the run; under secure aggregation it says how many sites a sum takes (`fewest_sites`).
+        config: the run; under secure aggregation it says how many sites a sum takes, `min_sites`.
         spec: what a site has to have loaded too.
         audit: every hello and refusal is written there.
         stop: set when the user wants to stop.
@@ -74,7 +74,7 @@ class Roster:
         private = config.privacy.mode != "none"
         self._most_clients = enrolled(config) if private else None  # the plan rests on it: delta, and a sum's width
         self._most_of_a_site = most_clients_of_a_site(config) if private else MOST_CLIENTS
-        self.fewest_sites = config.privacy.min_sites if config.privacy.secure_aggregation else 0
+        self.min_sites = config.privacy.min_sites if config.privacy.secure_aggregation else 0
         self._known: dict[int, Member | str] = {}  # a refused node stands here with its code, and is not asked again
         self._present: set[int] = set()
         self._silent: dict[int, float] = {}  # when a node that did not answer was greeted
@@ -95,7 +95,7 @@ class Roster:
 
     def enough(self) -> bool:
         """Return whether the connected sites can make up a round."""
-        return self.clients() >= self._config.strategy.min_clients and len(self.members()) >= self.fewest_sites
+        return self.clients() >= self._config.strategy.min_clients and len(self.members()) >= self.min_sites
 
     def wait(self, seen: Callable[[int], None]) -> None:
         """Wait until enough sites have connected and passed the hello.
@@ -109,19 +109,20 @@ class Roster:
         ends = time.monotonic() + timeout_s
         while True:
             left_s = max(0.0, ends - time.monotonic())
-            nodes = wanted + len(self.refused())
+            nodes = max(wanted, self.min_sites) + len(self.refused())
             wait_for_nodes(self._grid, nodes, min(left_s, GREETING_S), self._stop, seen)
             self.refresh(max(left_s, HELLO_PATIENCE_S))
             if self.enough():
                 return
             if time.monotonic() >= ends:
                 break
+            time.sleep(LONGEST_PAUSE_S)
         refusals = ", ".join(sorted(set(self.refused().values())))
-        sites = f" at {len(self.members())} of {self.fewest_sites} sites" if self.fewest_sites else ""
+        sites = f" at {len(self.members())} of {self.min_sites} sites" if self.min_sites else ""
         raise NotEnoughSites(
             f"{self.clients()} of {wanted} clients{sites} after {timeout_s:g} s"
             + (f"; {len(self.refused())} refused: {refusals}" if refusals else ""),
-            f"strategy.min_clients = {wanted}",
+            f"strategy.min_clients = {wanted}" + (f", privacy.min_sites = {self.min_sites}" if self.min_sites else ""),
             "look at the refused sites' own logs" if refusals else "start more sites, or raise connect_timeout_s",
         )
 

@@ -43,6 +43,8 @@ def _idle_settings(config: RunConfig) -> list[Problem]:
         "secure_aggregation": privacy.secure_aggregation,
         "honest_fraction": privacy.honest_fraction < 1,
         "sampling": privacy.sampling != "fixed",
+        "min_sites": privacy.min_sites > 2,
+        "max_clients_per_site": privacy.max_clients_per_site > 0,
     }
     do = 'set privacy.mode = "central", "local" or "distributed", or remove it'
     return [
@@ -88,6 +90,15 @@ def _count_problems(config: RunConfig) -> list[Problem]:
     if privacy.secure_aggregation and config.simulation.data and sites < privacy.min_sites:
         expected = f"at most the number of sites, {sites}"
         found.append(Problem("privacy.min_sites", str(privacy.min_sites), expected, "lower clients_per_site"))
+    if privacy.min_sites > 2 and not privacy.secure_aggregation:
+        found.append(Problem("privacy.min_sites", str(privacy.min_sites), "2 without secure aggregation", "remove it"))
+    elif privacy.min_sites > max(2, clients):
+        expected = f"at most privacy.enrolled_clients = {clients}"
+        found.append(Problem("privacy.min_sites", str(privacy.min_sites), expected, "lower it"))
+    each, most = config.simulation.clients_per_site, privacy.max_clients_per_site
+    if config.simulation.data and 0 < most < each:
+        expected = f"at least simulation.clients_per_site = {each}"
+        found.append(Problem("privacy.max_clients_per_site", str(most), expected, "raise it, or remove it"))
     by_column = config.simulation.data and config.simulation.partition == "by-column"
     if by_column and not privacy.enrolled_clients:
         expected = "the number of clients, which a split by column does not tell beforehand"

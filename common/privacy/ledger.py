@@ -30,12 +30,12 @@ class Ledger:
         path: the file; its folder exists.
         delta: of every epsilon.
         budgets: the most epsilon of some adversaries.
-        run: whose own rounds count as they were planned, also with seeded noise; with it all other runs' rounds
-            have shown everything.
+        seeded: whether the run at hand has seeded noise itself, and counts such rounds as they were planned; for any
+            other run they have shown everything.
     """
 
-    def __init__(self, path: Path, delta: float, budgets: Mapping[Adversary, float], run: str = "") -> None:
-        self.path, self.delta, self.budgets, self.run = path, delta, dict(budgets), run
+    def __init__(self, path: Path, delta: float, budgets: Mapping[Adversary, float], seeded: bool = False) -> None:
+        self.path, self.delta, self.budgets, self.seeded = path, delta, dict(budgets), seeded
 
     def spent(self) -> dict[Adversary, Counter[Release]]:
         """Return all releases so far and how often, by adversary.
@@ -47,7 +47,7 @@ class Ledger:
         for line in verify(self.path):
             if line["event"] == EVENT:
                 release = Release(**line["release"])
-                if line.get("private") is False and line.get("run") != self.run:
+                if line.get("private") is False and not self.seeded:
                     release = replace(release, noise_multiplier=0.0)  # anybody can draw its noise too
                 found[line["adversary"]][release] += line["count"]
         return found

@@ -45,7 +45,7 @@ class Plan:
         dimension: coordinates of an update (d).
         levels: integers of a clip norm.
         modulus_bits: integers travel and are added modulo 2^modulus_bits.
-        private: False if the noise is seeded, so that anybody can draw it too.
+        private: False if there is no noise, or it is seeded, so that anybody can draw it too.
         relation: between neighbouring populations.
         versions: of what computed the account.
     """

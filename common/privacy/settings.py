@@ -71,7 +71,7 @@ class PrivacySection(Section):
         default=0,
         ge=0,
         le=10**7,
-        description="clients that may ever take part, further ones are refused; 0: simulation.clients, or min_clients",
+        description="clients that may ever take part, no further ones; 0: min_clients; in a simulation its clients",
     )
     min_sites: int = Field(
         default=2,
@@ -83,7 +83,7 @@ class PrivacySection(Section):
         default=0,
         ge=0,
         le=10**6,
-        description="clients that one site may stand for, as a gateway; 0: simulation.clients_per_site, or 1",
+        description="clients that one site may stand for, as a gateway; 0: 1; in a simulation its clients_per_site",
     )
     ledger: str = Field(
         default="",

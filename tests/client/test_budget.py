@@ -65,21 +65,23 @@ def test_rows_have_a_budget_of_their_own():
 
 def test_what_is_spent_is_written_with_run_and_round(tmp_path):
     """Catches: a site that cannot tell which run has cost it what."""
-    ledger = site_ledger(tmp_path / LEDGER, SitePolicy(), plan_of("local", noise_multiplier=4.0), "one")
-    spend(ledger, {"release": (NOISY, 1), "uploads": (NOISY, 1), "rows": (Release("gaussian", 1.0, 0.1), 5)}, 3)
+    ledger = site_ledger(tmp_path / LEDGER, SitePolicy(), plan_of("local", noise_multiplier=4.0))
+    spend(ledger, {"release": (NOISY, 1), "uploads": (NOISY, 1), "rows": (Release("gaussian", 1.0, 0.1), 5)}, "one", 3)
     lines = verify(tmp_path / LEDGER)
     assert [(line["adversary"], line["count"]) for line in lines] == [("release", 1), ("uploads", 1), ("rows", 5)]
     assert {(line["run"], line["round"], line["private"]) for line in lines} == {("one", 3, True)}
 
 
 def test_a_seeded_run_has_shown_everything_to_later_ones(tmp_path):
-    """Catches: a site's budget that takes noise which anybody can draw for noise."""
+    """Catches: a site's budget that takes noise which anybody can draw for noise, because a run has the same name."""
     plan = plan_of("local", noise_multiplier=4.0)
-    spend(site_ledger(tmp_path / LEDGER, SitePolicy(), plan, "trial"), {"uploads": (NOISY, 1)}, 1, seeded=True)
-    later = site_ledger(tmp_path / LEDGER, SitePolicy(max_epsilon=8.0), plan, "real")
+    seeded = site_ledger(tmp_path / LEDGER, SitePolicy(), plan, seeded=True)
+    spend(seeded, {"uploads": (NOISY, 1)}, "one", 1)
+    assert verify(tmp_path / LEDGER)[0]["private"] is False
+    later = site_ledger(tmp_path / LEDGER, SitePolicy(max_epsilon=8.0), plan)
     assert later.epsilons() == {"uploads": math.inf}
     with pytest.raises(PolicyError):
-        spend(later, {"uploads": (NOISY, 1)}, 1)
+        spend(later, {"uploads": (NOISY, 1)}, "one", 1)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_a_refusal_says_which_budget_and_where_to_change_it(tmp_path, policy, wh
     """Catches: a BudgetError, which would look like the server's; a charge for what does not leave."""
     ledger = site_ledger(tmp_path / LEDGER, SitePolicy(**policy), plan_of("local", noise_multiplier=4.0))
     with unchanged(tmp_path / LEDGER), pytest.raises(PolicyError, match=r"site\.toml") as caught:
-        spend(ledger, {who: (NOISY, 1)}, 1)
+        spend(ledger, {who: (NOISY, 1)}, "one", 1)
     assert caught.value.code == code
 
 
@@ -102,14 +104,14 @@ def test_a_refused_upload_costs_nothing_to_anybody(tmp_path):
     plan = plan_of("local", noise_multiplier=4.0)
     ledger = site_ledger(tmp_path / LEDGER, SitePolicy(max_epsilon=1e-3), plan)
     with unchanged(tmp_path / LEDGER), pytest.raises(PolicyError):
-        spend(ledger, {who: (release, 1) for who, release in plan.seen().items()}, 1)
+        spend(ledger, {who: (release, 1) for who, release in plan.seen().items()}, "one", 1)
 
 
 def test_without_a_ledger_nothing_leaves(tmp_path):
     """Catches: a disk error that is logged, and the upload sent all the same."""
     ledger = site_ledger(tmp_path / "gone" / LEDGER, SitePolicy(), plan_of("local", noise_multiplier=4.0))
     with pytest.raises(StorageError):
-        spend(ledger, {"uploads": (NOISY, 1)}, 1)
+        spend(ledger, {"uploads": (NOISY, 1)}, "one", 1)
 
 
 # In the ClientApp, with a real site
@@ -293,5 +295,5 @@ def test_without_secure_aggregation_the_bare_share_counts(tmp_path):
     policy = SitePolicy(max_epsilon=5.0)
     assert epsilon([plan.seen()["release"]], policy.delta) < 5.0
     with unchanged(tmp_path / LEDGER), pytest.raises(PolicyError) as caught:
-        spend(site_ledger(tmp_path / LEDGER, policy, plan), seen, 1)
+        spend(site_ledger(tmp_path / LEDGER, policy, plan), seen, "one", 1)
     assert caught.value.code == "policy-epsilon"

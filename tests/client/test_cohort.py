@@ -143,7 +143,7 @@ def test_a_diverged_client_is_null_in_a_private_run_and_an_error_in_an_open_one(
     assert caught.value.code == "diverged"
 
 
-@pytest.mark.parametrize("error", [ValueError("row 7"), MemoryError(), RuntimeError("row 7")])
+@pytest.mark.parametrize("error", [ValueError("row 7"), RuntimeError("row 7"), KeyError("row 7")])
 def test_a_client_whose_training_fails_is_null_in_a_private_run(job, monkeypatch, caplog, error):
     """Catches: the class of an exception, which a client's data has raised, told to the server; a failure unseen."""
     plan, train = quiet(job().graft.spec.size), cohort.train
@@ -158,10 +158,41 @@ def test_a_client_whose_training_fails_is_null_in_a_private_run(job, monkeypatch
     monkeypatch.setattr(cohort, "train", fail)
     total = train_privately(job(), plan)
     assert np.array_equal(total.levels, wanted)
-    assert (total.clients, total.clipped) == (3, 1)
+    assert (total.clients, total.null) == (3, 1)
     assert "a client failed" in caplog.text
     with pytest.raises(type(error)):
         train_openly(job())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), type("OutOfMemoryError", (RuntimeError,), {})()])
+def test_a_machine_without_memory_is_told(job, monkeypatch, error):
+    """Catches: a federation that spends its whole budget on noise, because no site has the memory for a batch."""
+
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(cohort, "train", fail)
+    with pytest.raises(type(error)):
+        train_privately(job(), quiet(job().graft.spec.size))
+
+
+def test_clients_that_cannot_be_trained_together_are_trained_alone(job, monkeypatch):
+    """Catches: a gateway whose clients are all lost because the batched path fails; some of them counted twice."""
+    plan, one = quiet(job().graft.spec.size), job()
+    wanted = train_privately(one, plan).levels
+
+    def breaks(job, tail):
+        name = next(iter(job.clients))
+        yield cohort._alone(job, name, math.inf, True)
+        raise IndexError("row 7")
+
+    monkeypatch.setattr(cohort, "can_train_together", lambda job: True)
+    monkeypatch.setattr(cohort, "train_together", breaks)
+    total = train_privately(replace(one, tail=lambda: "a tail"), plan)
+    assert (total.clients, total.null) == (3, 0)
+    assert np.array_equal(total.levels, wanted)
+    with pytest.raises(IndexError):
+        train_openly(replace(one, tail=lambda: "a tail"))
 
 
 def test_a_model_that_makes_all_diverge_gives_noise_and_nothing_else(job):

@@ -131,12 +131,29 @@ def test_runs_at_the_same_time_keep_what_they_remember():
         one.content["request"]["x"] = x
         return one
 
-    link = Link(
-        [asked(1, 1), asked(2, 1), asked(1, 1), asked(1, 2), *[asked(run, 1) for run in (3, 4, 5, 6)], asked(2, 1)]
-    )
+    order = [(1, 1), (2, 1), (1, 1), (1, 2), (3, 1), (4, 1), (1, 3), (5, 1), (1, 4), (2, 1)]
+    link = Link([asked(*one) for one in order])
     run(link, app)
-    assert calls == [1, 2, 1, 3, 4, 5, 6, 2]
-    assert [reply.content["reply"]["kept"] for reply in link.sent] == [1, 1, 1, 2, 1, 1, 1, 1, 1]  # run 2 was forgotten
+    assert calls == [1, 2, 1, 3, 4, 1, 5, 1, 2]  # the repeated one was answered as before
+    # Run 2 had been used least lately, and was forgotten when run 5 came; run 1, the first, was not.
+    assert [reply.content["reply"]["kept"] for reply in link.sent] == [1, 1, 1, 2, 1, 1, 3, 1, 4, 1]
+
+
+def test_greetings_push_no_run_out_and_a_run_that_is_over_is_forgotten():
+    """Catches: hellos of other runs that cost a live session its secrets; secrets kept of a run that has ended."""
+    kept = []
+
+    def app(message, context):
+        if message.metadata.message_type == "train":
+            context.state[f"round-{len(context.state)}"] = ConfigRecord({"n": 1})
+        kept.append((message.metadata.run_id, len(context.state)))
+        return Message(RecordDict({"reply": ConfigRecord({"n": len(kept)})}), reply_to=message)
+
+    over = RunOver("the run has ended")
+    over.metadata = message(1, "train", "2").metadata
+    greetings = [message(run_id, "query", "0") for run_id in range(2, 9)]
+    run(Link([message(1, "train", "1"), *greetings, message(1, "query", "0"), over, message(1, "query", "1")]), app)
+    assert kept[-2:] == [(1, 1), (1, 0)]
 
 
 def test_looks_are_frequent_after_a_message_and_seldom_when_idle():

@@ -124,6 +124,11 @@ HIDDEN = {"secure_aggregation": True}
         ({"min_sites": 3}, private("distributed", min_sites=3, **HIDDEN), ""),
         ({"min_sites": 3}, private("distributed", min_sites=2, **HIDDEN), "policy-sites"),
         ({"min_sites": 3}, private("distributed"), ""),
+        (
+            {"max_row_epsilon": 9.0, "seeded_noise": True},
+            private("local", insecure_noise_seed=7, examples={"noise_multiplier": 1.0}),
+            "policy-row-epsilon",
+        ),
         ({"secure_aggregation": True}, private("local"), "policy-secure-aggregation"),
         ({"secure_aggregation": True}, OPEN, "policy-secure-aggregation"),
         ({"min_noise_multiplier": 1.0}, private("local"), ""),

@@ -7,14 +7,16 @@ import pytest
 from flwr.app import RecordDict
 
 from client import prepare
+from client.cohort import train_openly
 from client.desk import Desk
 from client.policy import SitePolicy
 from client.simulated import simulated_sites
-from common.errors import PolicyError, SpecError, WireError
+from common.errors import DataError, PolicyError, SpecError, WireError
 from common.messages import TrainRequest, to_record
 from common.model import load_graft
 from common.wire import encode
 from tests.support.federation import tiny_config
+from tests.support.private import plan_of
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,18 @@ def test_the_policy_is_asked_about_steps(config, graft, monkeypatch):
     assert error.value.code == "policy-steps"
 
 
+def test_a_gateway_does_not_stand_for_more_clients_than_the_plan_believes(config):
+    """Catches: a gateway that learns from the operator alone why it was refused."""
+    site = simulated_sites(config)[0]
+    gateway = replace(site, name="gateway", parts=tuple((row,) for row in site.rows))
+    few = plan_of("local", noise_multiplier=1.0, max_clients_per_site=len(gateway.parts) - 1)
+    assert prepare.clients(gateway, config, None) == len(gateway.parts)
+    with pytest.raises(DataError) as caught:
+        prepare.clients(gateway, config, few)
+    assert caught.value.code == "clients"
+    assert prepare.clients(site, config, few) == 1
+
+
 def test_another_adapter_or_none_is_refused(config, graft):
     """Catches: values written into an adapter that they do not belong to."""
     site = simulated_sites(config)[0]
@@ -122,7 +136,7 @@ def test_training_can_be_watched(config, graft):
     prepare.watch_training(lambda step, steps, losses: seen.append((step, steps)))
     try:
         job, _ = prepare.make_job(simulated_sites(config)[0], *asked(config, graft))
-        job.watch(1, 2, [])
+        train_openly(job)
     finally:
         prepare.watch_training(lambda step, steps, losses: None)
-    assert seen == [(1, 2)]
+    assert seen == [(1, 2), (2, 2)]

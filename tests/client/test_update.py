@@ -74,7 +74,7 @@ def test_what_is_not_finite_adds_noise_and_nothing_else():
     """Catches: a client that is left out of the sum because its training diverged: its noise would be missing."""
     total = ProtectedSum.empty(quiet())
     total.add(np.array([np.full(100, np.nan), np.full(100, 1e-3), np.full(100, 1e30)]))
-    assert (total.clients, total.clipped) == (3, 2)
+    assert (total.clients, total.clipped + total.null) == (3, 2)
     noisy = ProtectedSum.empty(plan_of("local", 1000, noise_multiplier=1.0))
     noisy.add(np.full((1, 1000), np.nan))
     assert np.mean(noisy.levels.astype(float) ** 2) / LEVELS**2 == pytest.approx(1, abs=5.4 * np.sqrt(2 / 1000))

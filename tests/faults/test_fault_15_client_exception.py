@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from client import app, cohort
+from client import app, cohort, prepare
 from common.audit import verify
 from common.files import read_lines
 from tests.support.federation import CANARY, leaks, run_tiny, server_log, tiny_config
@@ -49,14 +49,14 @@ def test_a_code_and_nothing_else_reaches_the_server(tmp_path, monkeypatch, caplo
 
 def test_a_failure_at_the_hello_is_a_code_too(tmp_path, monkeypatch, capfd):
     """Catches: a boundary around training only."""
-    tokenise = app.Desk.rows
+    tokenise = prepare.Desk.rows
 
     def fail_at_one(self, site, config, part):
         if site.name == "site-1":
             raise ValueError(CANARY)
         return tokenise(self, site, config, part)
 
-    monkeypatch.setattr(app.Desk, "rows", fail_at_one)
+    monkeypatch.setattr(prepare.Desk, "rows", fail_at_one)
     done = run_tiny(tiny_config(tmp_path, run={"rounds": 1}, strategy={"min_clients": 1}))
     refused = [event for event in verify(done.folder / "audit.jsonl") if event["event"] == "refused"]
     assert [event["code"] for event in refused] == ["client-error:ValueError"]

@@ -224,6 +224,19 @@ def test_a_gateway_that_stands_for_too_many_clients_is_refused(tmp_path):
         parts.roster.wait(lambda count: None)
 
 
+def test_waiting_for_sites_is_no_busy_loop(tmp_path, monkeypatch):
+    """Catches: a server that asks for nodes as fast as it can while there are enough nodes, but not enough sites."""
+    strategy = {"min_clients": 2, "connect_timeout_s": 1.0}
+    options = {"secure_aggregation": True, "noise_multiplier": 1.0, "clients": 40, "min_sites": 3, "strategy": strategy}
+    parts = private_parts(tmp_path, private_app(["a", "b"], clients=10), 2, private_config("distributed", **options))
+    calls, look = [], parts.grid.get_node_ids
+    monkeypatch.setattr(parts.grid, "get_node_ids", lambda: calls.append(1) or look())
+    monkeypatch.setattr(type(parts.grid), "sequential", False, raising=False)
+    with pytest.raises(NotEnoughSites, match=r"privacy\.min_sites = 3"):
+        parts.roster.wait(lambda count: None)
+    assert len(calls) < 200
+
+
 def test_a_sum_waits_for_enough_sites(tmp_path):
     """Catches: two gateways that start a round alone where the plan wants three sites: it can only be voided."""
     strategy = {"min_clients": 2, "fraction_train": 0.1, "connect_timeout_s": 1.0}

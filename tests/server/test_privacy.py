@@ -12,10 +12,11 @@ from common.audit import AuditLog, verify
 from common.errors import BudgetError, QuorumNotMet, StorageError
 from common.files import read_lines
 from common.privacy.accounting import Release, epsilon
+from common.privacy.ledger import Ledger
 from common.privacy.mechanisms import MECHANISMS
 from common.privacy.plan import resolve
 from common.rng import seed_everything
-from server.privacy import open_privacy
+from server.privacy import open_privacy, rows_summary
 from server.report import write_report
 from tests.support.federation import hurry
 from tests.support.private import LEDGER, plan_of, privacy_of, private_app, private_config, run_private, unchanged
@@ -278,3 +279,15 @@ def test_a_sampled_round_may_be_empty(tmp_path):
     mean, told = privacy.mean(np.zeros(SPEC.size, np.int64), 0, 1)
     assert mean.any()
     assert (told["clients"], told["noise_norm"]) == (None, None)
+
+
+def test_a_seeded_simulation_tells_what_it_has_spent_on_rows(tmp_path):
+    """Catches: an infinite epsilon in summary.json, which is no JSON, because a seeded round is taken for another's."""
+    folder = tmp_path / "site-ledgers"
+    folder.mkdir(parents=True)
+    for seeded in (True, False):
+        ledger = Ledger(folder / "site-0.jsonl", 1e-5, {}, seeded=True)
+        ledger.charge("rows", Release("gaussian", 2.0, 0.1), run="one", round=1, private=False)
+        found = rows_summary(tmp_path, 1e-5, seeded)
+        assert (found["largest"] is not None) == seeded
+        assert json.loads(json.dumps(found, allow_nan=False)) == found

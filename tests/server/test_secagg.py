@@ -59,6 +59,9 @@ def test_the_opened_sum_is_the_sum(tmp_path):
     masked = run_tiny(config(tmp_path / "masked", seed=7))
     plain = run_tiny(config(tmp_path / "plain", secure=False, seed=7))
     assert masked.summary["adapter_sha256"] == plain.summary["adapter_sha256"]
+    sites = run_tiny(config(tmp_path / "sites", least=2, min_sites=5, seed=7))  # the most shares that there are
+    few = run_tiny(config(tmp_path / "few", least=2, secure=False, seed=7))
+    assert sites.summary["adapter_sha256"] == few.summary["adapter_sha256"]
     other = run_tiny(config(tmp_path / "other", seed=8))
     assert other.summary["adapter_sha256"] != plain.summary["adapter_sha256"]
 
@@ -81,9 +84,10 @@ def test_dropouts_at_each_step_are_survived(tmp_path, monkeypatch, step, how):
 
 
 @pytest.mark.parametrize("step", STEPS[:3])
-def test_below_the_least_number_nothing_is_opened_and_nothing_charged(tmp_path, step):
-    """Catches: a sum over too few clients opened all the same; a charge for masked vectors that say nothing."""
-    run = config(tmp_path, least=4)
+@pytest.mark.parametrize("least", [{"least": 4}, {"least": 2, "min_sites": 4}], ids=["clients", "sites"])
+def test_below_the_least_number_nothing_is_opened_and_nothing_charged(tmp_path, step, least):
+    """Catches: a sum over too few clients or sites opened all the same; a charge for masks that say nothing."""
+    run = config(tmp_path, **least)
     with pytest.raises(QuorumNotMet):
         run_tiny(run, fault=refuse_with(step, (2, 4)))
     folder = tmp_path / "runs" / "tiny"

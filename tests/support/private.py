@@ -38,6 +38,7 @@ def private_config(
     **privacy: Any,
 ) -> RunConfig:
     """Return a run in a privacy mode, not resolved yet; a sum takes all of its clients unless `strategy` differs."""
+    gateways = {} if mode == "none" else {"max_clients_per_site": 100}
     return parse(
         {
             "run": {"name": "toy", "rounds": rounds, "output_dir": str(folder)},
@@ -47,7 +48,7 @@ def private_config(
                 "connect_timeout_s": 30.0,
                 **(strategy or {}),
             },
-            "privacy": {"mode": mode, "enrolled_clients": clients, "max_clients_per_site": 100, **privacy},
+            "privacy": {"mode": mode, "enrolled_clients": clients, **gateways, **privacy},
         }
     )
 

@@ -44,6 +44,16 @@ CASES = {
         "privacy.min_sites",
         "clients_per_site",
     ),
+    "more sites than clients": ({**HIDDEN, "min_sites": 5, "enrolled_clients": 4}, {}, "privacy.min_sites", "lower"),
+    "sites for nothing": ({**NOISY, "min_sites": 3}, {}, "privacy.min_sites", "remove"),
+    "sites without privacy": ({"min_sites": 3}, {}, "privacy.min_sites", "privacy.mode"),
+    "gateways without privacy": ({"max_clients_per_site": 3}, {}, "privacy.max_clients_per_site", "privacy.mode"),
+    "gateways that are refused": (
+        {**NOISY, "max_clients_per_site": 2},
+        {"simulation": {"data": "x.csv", "clients": 40, "clients_per_site": 10}},
+        "privacy.max_clients_per_site",
+        "raise",
+    ),
     "a quorum above all": (
         {**NOISY, "enrolled_clients": 5},
         {"strategy": {"min_clients": 6}},

@@ -46,15 +46,15 @@ def test_a_charge_is_a_line_with_all_that_is_needed_to_account_for_it(path):
     assert line["epsilon"] == after(3, SHARE)
 
 
-def test_seeded_rounds_of_another_run_have_shown_everything(path):
-    """Catches: noise that anybody can draw, counted as noise by the next run on the same clients."""
-    seeded = Ledger(path, DELTA, {}, run="trial")
+def test_seeded_rounds_have_shown_everything(path):
+    """Catches: noise that anybody can draw, counted as noise by the next run on the same clients, whatever its name."""
+    seeded = Ledger(path, DELTA, {}, seeded=True)
     seeded.charge("uploads", NOISY, run="trial", round=1, private=False)
     assert seeded.epsilons() == {"uploads": after(1)}  # the run itself is marked as not private everywhere
-    later = Ledger(path, DELTA, {"uploads": 1e4}, run="real")
+    later = Ledger(path, DELTA, {"uploads": 1e4})
     assert later.epsilons() == {"uploads": math.inf}
     with pytest.raises(BudgetError):
-        later.charge("uploads", NOISY, run="real", round=1)
+        later.charge("uploads", NOISY, run="trial", round=1)
 
 
 def test_an_empty_ledger_has_spent_nothing(path):
