@@ -226,7 +226,7 @@ def write(results: list[Result], options: argparse.Namespace, seconds: float) ->
     spent = {
         (one.case.mode, one.case.epsilon): (one.noise_multiplier, one.spent)
         for one in results
-        if one.case.mode != "none"
+        if one.case.mode != "none" and one.case.clients == max(CLIENTS)
     }
     ledgers = ["| mode | epsilon wanted | z | release | uploads |", "|---|---|---|---|---|"]
     for (mode, epsilon), (noise, seen) in sorted(spent.items()):
