@@ -200,6 +200,11 @@ class Task(ABC):
     def tiny(cls) -> TinyCase:
         """Return a case for the contract tests."""
 
+    @classmethod
+    def further(cls) -> dict[str, TinyCase]:
+        """Return cases of other forms that the task's settings give it, by name."""
+        return {}
+
 
 def pad(rows: Sequence[Tokens], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids padded on the right and the attention mask, both of shape (rows, longest), int64."""

@@ -168,6 +168,13 @@ class CausalLm(Task):
         texts = [f"the {word} clause number {n}" for n in range(12) for word in ("good", "bad")]
         return TinyCase({"max_length": 16}, {"text": texts}, "llama")
 
+    @classmethod
+    def further(cls) -> dict[str, TinyCase]:
+        """Prompts and completions."""
+        words = ("party", "clause", "alpha", "beta") * 6
+        rows = {"prompt": [f"name the {word}" for word in words], "completion": [f"good {word}" for word in words]}
+        return {"instruction": TinyCase({"max_length": 24, "format": "instruction"}, rows, "llama")}
+
 
 def load_decoder(folder: Path, dtype: torch.dtype) -> Base:
     """Load a model that predicts next tokens, with its output layer; nothing of it is new.

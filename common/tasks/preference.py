@@ -210,6 +210,12 @@ class Preference(Task):
         }
         return TinyCase({"max_length": 32, "template": "plain"}, rows, "llama")
 
+    @classmethod
+    def further(cls) -> dict[str, TinyCase]:
+        """The same pairs for the other objective."""
+        case = cls.tiny()
+        return {"dpo": TinyCase({**case.settings, "objective": "dpo"}, case.rows, case.model_type)}
+
 
 def _equal(chosen: Tokens, rejected: Tokens) -> bool:
     return chosen == rejected

@@ -148,6 +148,17 @@ class SentenceEmbedding(Task):
             },
         )
 
+    @classmethod
+    def further(cls) -> dict[str, TinyCase]:
+        """Scored pairs."""
+        words = ["alpha", "beta", "gamma", "delta"] * 6
+        rows = {
+            "sentence1": [f"the {word} clause" for word in words],
+            "sentence2": [f"a clause on {word if n % 2 else 'sigma'}" for n, word in enumerate(words)],
+            "score": [float(n % 2) for n in range(24)],
+        }
+        return {"cosine": TinyCase({"max_length": 16, "loss": "cosine-similarity"}, rows)}
+
 
 _TRIPLET = (Column("anchor", "text"), Column("positive", "text"), Column("negative", "text", required=False))
 _SCORED = (Column("sentence1", "text"), Column("sentence2", "text"), Column("score", "score"))

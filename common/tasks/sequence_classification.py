@@ -144,3 +144,11 @@ class SequenceClassification(Task):
         """Two classes told apart by one word."""
         texts = [f"the {word} clause number {n}" for n in range(12) for word in ("good", "bad")]
         return TinyCase({"num_labels": 2, "max_length": 16}, {"text": texts, "label": [1, 0] * 12})
+
+    @classmethod
+    def further(cls) -> dict[str, TinyCase]:
+        """Pairs of texts that agree or do not."""
+        first = [f"the {word} clause" for word in ("good", "bad") * 12]
+        second = ["a good one"] * 24
+        settings = {"num_labels": 2, "max_length": 24, "pair": True}
+        return {"pair": TinyCase(settings, {"text": first, "text_pair": second, "label": [1, 0] * 12})}

@@ -12,7 +12,12 @@ from common.settings import DataFormat
 from common.tasks import TASKS, Task
 from tests.support.tiny import tiny_base, write_case
 
-each_task = pytest.mark.parametrize("name", TASKS.names())
+CASES = {
+    f"{name} {form}".strip(): (name, case)
+    for name in TASKS.names()
+    for form, case in {"": TASKS.get(name).tiny(), **TASKS.get(name).further()}.items()
+}
+each_task = pytest.mark.parametrize("name", CASES)
 
 
 def names_to_test(registry):
@@ -30,7 +35,7 @@ def bases(tmp_path_factory):
 @pytest.fixture
 def folder(bases, name):
     """A base that the task can load. Read only."""
-    return bases(TASKS.get(name).tiny().model_type)
+    return bases(CASES[name][1].model_type)
 
 
 def same(first, second):
@@ -46,13 +51,13 @@ def inputs(encoded):
 
 def tiny(name):
     """Return the task of its tiny case, and the rows."""
-    case = TASKS.get(name).tiny()
-    return TASKS.get(name)(TASKS.get(name).Settings(**case.settings)), Shard(case.rows)
+    kind, case = TASKS.get(CASES[name][0]), CASES[name][1]
+    return kind(kind.Settings(**case.settings)), Shard(case.rows)
 
 
 def readers():
-    """Return the names of the tasks that read text."""
-    return [name for name in TASKS.names() if "text" in {column.kind for column in tiny(name)[0].columns}]
+    """Return the cases that read text."""
+    return [name for name in CASES if "text" in {column.kind for column in tiny(name)[0].columns}]
 
 
 def loaded(name, folder):
@@ -71,7 +76,7 @@ def test_there_are_tasks_and_a_registry_without_any_fails():
         names_to_test(Registry("task"))
 
 
-@each_task
+@pytest.mark.parametrize("name", TASKS.names())
 def test_the_class_is_whole(name):
     """Catches: a name that differs from the registered one; a setting without a default or a description."""
     kind = TASKS.get(name)
@@ -166,13 +171,14 @@ def test_padding_changes_nothing(name, folder):
     task, base, encoded = loaded(name, folder)
     batch = task.batch(encoded, range(4), base)
     pad_id = base.tokenizer.pad_token_id
-    fill = {"input_ids": pad_id, "labels": -100}
+    fill = {"input_ids": pad_id, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
     wider = {
-        key: torch.nn.functional.pad(tensor, (0, 5), value=fill.get(key.rpartition(".")[2], 0))
-        if tensor.ndim == 2
+        key: torch.nn.functional.pad(tensor, (0, 5), value=fill[key.rpartition(".")[2]])
+        if key.rpartition(".")[2] in fill and tensor.ndim == 2
         else tensor
         for key, tensor in batch.items()
     }
+    assert any(tensor.shape != batch[key].shape for key, tensor in wider.items())
     with torch.no_grad():
         losses = [task.loss(base.network, inputs).item() for inputs in (batch, wider)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
