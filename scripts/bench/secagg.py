@@ -153,7 +153,7 @@ def deployed_config(secure: bool, rounds: int, folder: Path) -> RunConfig:
     file, _ = write_files(folder / "data", 1)
     changes = ["adapter.rank=16", "adapter.freeze_a=no", "train.threads=1", "train.local_steps=1"]
     changes += [f"run.rounds={rounds}", f"run.name=secure-{secure}".lower(), f"run.output_dir={folder / 'runs'}"]
-    changes += ["strategy.min_clients=4", "strategy.connect_timeout_s=300", "evaluation.data="]
+    changes += ["strategy.min_clients=5", "strategy.connect_timeout_s=300", "evaluation.data="]
     changes += ["simulation.partition=iid", "simulation.column=", f"simulation.clients={DEPLOYED}"]
     changes += ["privacy.mode=distributed", "privacy.noise_multiplier=4.0", "privacy.delta=1e-3"]
     return read(file, [*changes, f"privacy.secure_aggregation={str(secure).lower()}"])
