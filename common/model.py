@@ -146,10 +146,10 @@ def _quiet_libraries() -> Iterator[None]:
 
 def _check_architecture(method: AdapterMethod, base: Base) -> None:
     model_type = base.transformer.config.model_type
-    if method.model_types is not None and model_type not in method.model_types:
+    if reason := method.why_not(model_type):
         raise ModelError(
-            f"adapter.method = {method.name!r} does not know the architecture {model_type!r}",
-            f"one of {', '.join(sorted(method.model_types))}",
+            f"adapter.method = {method.name!r} does not fit the architecture {model_type!r}: {reason}",
+            "a base and a method that fit",
             'choose another base, or adapter.method = "lora"',
             code="adapter-unsupported",
         )

@@ -3,9 +3,9 @@
 import importlib
 import pkgutil
 
-from common.adapters.base import ADAPTERS, AdapterMethod
+from common.adapters.base import ADAPTERS, REFUSED, AdapterMethod
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["ADAPTERS", "AdapterMethod"]
+__all__ = ["ADAPTERS", "REFUSED", "AdapterMethod"]

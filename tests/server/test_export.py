@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from common import config_file
 from common.adapters.houlsby import HoulsbySettings
-from common.adapters.peft_methods import Lora
+from common.adapters.lora import Lora
 from common.errors import ExportError, StorageError
 from common.model import load_graft
 from common.wire import sha256, unpack
