@@ -93,7 +93,7 @@ def loading_code(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path)
             imports = ["from peft import PeftModel", *imports]
             lines.append("model = PeftModel.from_pretrained(model, folder).eval()")
     if kind == "tsugiki":
-        imports = [f"from {type(graft.method).__module__} import load_adapter  # of Tsugiki", *imports]
+        imports = ["from common.adapters import load_adapter  # of Tsugiki", *imports]
         lines.append(f"load_adapter({transformer}, folder)")
     return "\n".join([*imports, "", 'folder = "."  # the one with this card', *lines, *use]) + "\n"
 

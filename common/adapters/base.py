@@ -42,6 +42,8 @@ class AdapterMethod(ABC):
     """The `config.model_type`s that this method knows; None for all."""
     unfit: ClassVar[Mapping[str, str]] = {}
     """The `config.model_type`s on which this method cannot work, and why, in words that go on from "because"."""
+    starts_at_base: ClassVar[bool] = True
+    """Whether the outputs are the base's own before anything is trained."""
     export_format: ClassVar[Literal["peft", "tsugiki"]]
 
     def __init__(self, settings: Any) -> None:
@@ -55,6 +57,16 @@ class AdapterMethod(ABC):
         if cls.model_types is not None and model_type not in cls.model_types:
             return f"it knows {', '.join(sorted(cls.model_types))} only"
         return ""
+
+    @property
+    def positions(self) -> int:
+        """Return how many of the base's positions this method takes up; a text has so many fewer."""
+        return 0
+
+    @property
+    def row_gradients(self) -> bool:
+        """Return whether Opacus can tell the gradient of each row: DP-SGD needs that."""
+        return True
 
     @abstractmethod
     def attach(self, transformer: Any, heads: tuple[str, ...]) -> nn.Module:

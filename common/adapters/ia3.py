@@ -53,6 +53,7 @@ class Ia3(PeftMethod):
 
     name = "ia3"
     Settings = Ia3Settings
+    row_gradients = False  # its vectors are no layers, which is where Opacus looks
 
     def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:
         """Return peft's configuration, with full names: `output.dense` would fit the attention's output too."""

@@ -19,7 +19,7 @@ class LayerNormSettings(AdapterSettings):
 
 @ADAPTERS.register("layernorm")
 class LayerNorm(PeftMethod):
-    """LN tuning. Source: Zhao et al. 2024, arXiv:2312.11420, section 2; peft's `LNTuningModel`."""
+    """LN tuning. Source: Zhao et al. 2024, arXiv:2312.11420; peft's `LNTuningModel`."""
 
     name = "layernorm"
     Settings = LayerNormSettings

@@ -68,6 +68,11 @@ class Lora(PeftMethod):
     name = "lora"
     Settings = LoraSettings
 
+    @property
+    def row_gradients(self) -> bool:
+        """Return False for DoRA, whose layer runs A and B on a unit matrix, and its lengths on no rows."""
+        return not self.settings.use_dora
+
     def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:
         """Return peft's configuration."""
         from peft import LoraConfig

@@ -26,11 +26,12 @@ class VeraSettings(TargetedSettings):
 class Vera(PeftMethod):
     """Vector-based random matrix adaptation. Source: Kopiczko et al. 2024, arXiv:2310.11454, section 3.1.
 
-    It takes a learning rate about ten times LoRA's (appendix A there).
+    It takes a higher learning rate than LoRA: what is trained are factors of small numbers.
     """
 
     name = "vera"
     Settings = VeraSettings
+    row_gradients = False  # its vectors are no layers, which is where Opacus looks
 
     def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:
         """Return peft's configuration; the projections follow from torch's generator, and are saved with the rest."""
