@@ -64,6 +64,11 @@ class AdapterMethod(ABC):
         return 0
 
     @property
+    def loads_anywhere(self) -> bool:
+        """Return whether transformers itself, and so `SentenceTransformer(folder)`, loads a PEFT directory whole."""
+        return True
+
+    @property
     def row_gradients(self) -> bool:
         """Return whether Opacus can tell the gradient of each row: DP-SGD needs that."""
         return True

@@ -69,6 +69,11 @@ class Lora(PeftMethod):
     Settings = LoraSettings
 
     @property
+    def loads_anywhere(self) -> bool:
+        """Return False for DoRA: transformers reports its lengths as missing and goes on; `PeftModel` loads them."""
+        return not self.settings.use_dora
+
+    @property
     def row_gradients(self) -> bool:
         """Return False for DoRA, whose layer runs A and B on a unit matrix, and its lengths on no rows."""
         return not self.settings.use_dora

@@ -31,6 +31,7 @@ class Vera(PeftMethod):
 
     name = "vera"
     Settings = VeraSettings
+    loads_anywhere = False  # transformers refuses state that layers share; `PeftModel` loads it
     row_gradients = False  # its vectors are no layers, which is where Opacus looks
 
     def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:

@@ -158,3 +158,17 @@ def test_a_language_model_loads_by_its_adapter_alone(tmp_path):
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     assert torch.equal(outputs(again), outputs(model))
     assert outputs(again).shape[-1] == 99
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whether_transformers_loads_it_is_told_rightly(kind, tmp_path):
+    """Catches: an embedder whose adapter is lost in part without an error; an exception that outlives its reason."""
+    method, model = attach(make(auto=AutoModel), (), kind)
+    method.save(stir(model), tmp_path, "org/base")
+    plain = make(auto=AutoModel)
+    try:
+        plain.load_adapter(str(tmp_path))  # what `SentenceTransformer(folder)` does
+        same = torch.allclose(outputs(plain.eval()), outputs(model), atol=1e-6)
+    except ValueError:  # VeRA
+        same = False
+    assert same == method.loads_anywhere
