@@ -1,9 +1,9 @@
 """Virtual tokens before a text: prompt tuning, P-tuning, prefix tuning.
 
 The trained part is peft's. How it meets the base is ours: peft's own wrapper leaves the virtual tokens in a language
-model's logits and in what sentence embeddings pool, reads a decoder's score at padding, cannot put a prefix on most
-encoders' classifiers, and cannot be switched off on them. Here they are gone again from all that the base model
-returns, so that every task reads the places it knows.
+model's logits and in what sentence embeddings pool, reads a decoder's score at the padding, and cannot be switched off
+on classifiers. Here they are gone again from all that the base model returns, so that every task reads the places it
+knows.
 
 Each row of a batch looks its virtual tokens up by itself, so that Opacus finds gradients row by row.
 """
