@@ -152,6 +152,8 @@ def check_supported(graft: Graft) -> None:
     """
     if not graft.task.row_losses:
         raise _unsupported(f"the task {graft.task.name!r}", "a task whose loss is a mean over independent rows")
+    if not graft.method.row_gradients:
+        raise _unsupported(f"this kind of {graft.method.name!r} adapter", "one whose layers see rows one by one")
     import torch
     from torch.nn.modules.batchnorm import _BatchNorm
 

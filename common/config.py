@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError
 
-from common.adapters import ADAPTERS
+from common.adapters import ADAPTERS, REFUSED
 from common.errors import ConfigError, Problem
 from common.privacy.checks import privacy_problems
 from common.privacy.settings import PrivacySection
@@ -167,11 +167,11 @@ class RunConfig(Section):
 def _chosen(raw: Mapping[str, Any], section: str, key: str, registry: Registry[Any], default: str) -> Any:
     """Return the registered class that a section names, or a Problem."""
     name = raw.get(section, {}).get(key, default)
-    if not isinstance(name, str) or name not in registry.names():
-        return Problem(
-            f"{section}.{key}", repr(name)[:80], f"one of {', '.join(registry.names())}", "choose one of these"
-        )
-    return registry.get(name)
+    if isinstance(name, str) and name in registry.names():
+        return registry.get(name)
+    known = (f"one of {', '.join(registry.names())}", "choose one of these")
+    expected, do = REFUSED.get(str(name), known) if registry is ADAPTERS else known
+    return Problem(f"{section}.{key}", repr(name)[:80], expected, do)
 
 
 def families() -> dict[str, list[type[Section]]]:

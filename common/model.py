@@ -70,6 +70,9 @@ class Graft:
             yield
 
 
+_SHORTEST_TEXT = 8
+"""Tokens that an adapter must leave room for: as many as the least `task.max_length`."""
+
 _grafts: dict[str, Graft] = {}
 
 
@@ -103,6 +106,7 @@ def _load(config: RunConfig, source: str, seed: int) -> Graft:
         base = _load_base(task, folder, getattr(torch, config.model.dtype))
         _check_architecture(method, base)
         identity = fingerprint(folder, base)
+        _make_room(method, base)
         task.graft(base, method.attach(base.transformer, base.heads))
         base.untouched = lambda: method.disabled(base.transformer)
     spec = describe(task, method, base, identity)
@@ -146,13 +150,35 @@ def _quiet_libraries() -> Iterator[None]:
 
 def _check_architecture(method: AdapterMethod, base: Base) -> None:
     model_type = base.transformer.config.model_type
-    if method.model_types is not None and model_type not in method.model_types:
+    if reason := method.why_not(model_type):
         raise ModelError(
-            f"adapter.method = {method.name!r} does not know the architecture {model_type!r}",
-            f"one of {', '.join(sorted(method.model_types))}",
+            f"adapter.method = {method.name!r} does not fit the architecture {model_type!r}: {reason}",
+            "a base and a method that fit",
             'choose another base, or adapter.method = "lora"',
             code="adapter-unsupported",
         )
+
+
+def _make_room(method: AdapterMethod, base: Base) -> None:
+    """Let the tokenizer, and a sentence embedder, cut texts where an adapter leaves them fewer positions.
+
+    Raises:
+        ModelError: `adapter-positions`, there is hardly room for a text.
+    """
+    if not method.positions:
+        return
+    positions = int(base.transformer.config.max_position_embeddings)
+    room = positions - method.positions
+    if room < _SHORTEST_TEXT:
+        raise ModelError(
+            f"adapter.num_virtual_tokens = {method.positions}",
+            f"at most {positions - _SHORTEST_TEXT}, since the base has {positions} positions for them and a text",
+            "lower it",
+            code="adapter-positions",
+        )
+    base.tokenizer.model_max_length = min(base.tokenizer.model_max_length, room)
+    if base.network is not base.transformer:
+        base.network.max_seq_length = min(base.network.max_seq_length or room, room)
 
 
 def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> AdapterSpec:

@@ -13,7 +13,7 @@ from common.config import RunConfig
 from common.errors import ExportError, StorageError
 from common.files import read_lines, unwritable
 from common.model import Graft, find
-from server.export_card import Export, Kind, card, is_sentence_transformer, loading_code
+from server.export_card import Export, Kind, card, is_sentence_transformer, loading_code, loads_itself
 from server.export_check import expect, prove
 from server.finished import Which, choose, open_graft, read_config
 
@@ -132,7 +132,7 @@ def _write(graft: Graft, folder: Path, kind: Kind, base_name: str) -> None:
         else:
             whole.save_pretrained(folder)
         return
-    if kind == "peft" and is_sentence_transformer(graft):
+    if kind == "peft" and loads_itself(graft, kind):
         transformer.save_pretrained = _nothing  # the method writes the adapter, under the public name of its base
         try:
             network.save(str(folder), create_model_card=False)
@@ -150,7 +150,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 def _sort(path: Path) -> None:
     """Give a PEFT configuration the same bytes in every process: peft writes sets in the order of their hashes."""
     body = json.loads(path.read_bytes())
-    body["target_modules"] = sorted(body["target_modules"])
+    body |= {key: sorted(body[key]) for key in ("target_modules", "feedforward_modules") if body.get(key)}
     path.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
 
 

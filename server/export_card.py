@@ -55,6 +55,11 @@ def is_sentence_transformer(graft: Graft) -> bool:
     return graft.base.network is not graft.base.transformer
 
 
+def loads_itself(graft: Graft, kind: Kind) -> bool:
+    """Return whether `SentenceTransformer(folder)` loads an export of this kind, with nothing lost."""
+    return is_sentence_transformer(graft) and (kind == "merged" or (kind == "peft" and graft.method.loads_anywhere))
+
+
 def reads_pairs(graft: Graft) -> bool:
     """Return whether the task reads two texts as one sequence."""
     return bool(getattr(graft.task.settings, "pair", False))
@@ -78,9 +83,14 @@ def loading_code(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path)
     """
     base_name, dtype = json.dumps(config.model.exported_name), json.dumps(config.model.dtype)
     if is_sentence_transformer(graft):
-        source = base_name if kind == "tsugiki" else "folder"  # a PEFT directory with modules.json loads itself
+        source = "folder" if loads_itself(graft, kind) else base_name
         imports = ["from sentence_transformers import SentenceTransformer"]
         lines = [f'model = SentenceTransformer({source}, model_kwargs={{"dtype": {dtype}}})']
+        if graft.method.positions:
+            lines.append(f"model.max_seq_length = {graft.base.network.max_seq_length}  # the adapter needs the rest")
+        if kind == "peft" and not loads_itself(graft, kind):
+            imports = ["from peft import PeftModel", *imports]
+            lines.append("model[0].model = PeftModel.from_pretrained(model[0].model, folder).eval()")
         transformer, use = "model[0].model", ['vectors = model.encode(["One text.", "Another one."])']
     else:
         auto = _auto_class(graft.base.transformer)
@@ -93,7 +103,7 @@ def loading_code(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path)
             imports = ["from peft import PeftModel", *imports]
             lines.append("model = PeftModel.from_pretrained(model, folder).eval()")
     if kind == "tsugiki":
-        imports = [f"from {type(graft.method).__module__} import load_adapter  # of Tsugiki", *imports]
+        imports = ["from common.adapters import load_adapter  # of Tsugiki", *imports]
         lines.append(f"load_adapter({transformer}, folder)")
     return "\n".join([*imports, "", 'folder = "."  # the one with this card', *lines, *use]) + "\n"
 
@@ -154,7 +164,7 @@ def _library(graft: Graft, kind: Kind) -> str:
     """Return the hub's name for the library that loads an export."""
     if kind == "tsugiki":
         return "tsugiki"
-    if is_sentence_transformer(graft):
+    if loads_itself(graft, kind):
         return "sentence-transformers"
     return "transformers" if kind == "merged" else "peft"
 

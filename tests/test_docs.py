@@ -1,10 +1,12 @@
 """The documents name what there is."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
 from common import errors
+from common.adapters import ADAPTERS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,6 +45,24 @@ def test_every_code_is_in_the_operators_document():
     elsewhere = {"dropout", "client-error", "out-of-memory", "shard-one-class"}  # constants, and a note
     elsewhere |= {"shard-images-mixed", "shard-pairs-equal", "shard-texts-cut"}  # notes with a number
     assert sorted(documented - codes() - elsewhere) == []
+
+
+def test_the_table_of_adapters_is_true():
+    """Catches: a method that nobody can read about; a number of parameters that is none any more."""
+    import torch
+    from transformers import AutoModel, BertConfig
+
+    page = (ROOT / "docs" / "adapters.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([a-z0-9-]+)`(?:, `(\w+) = (.*)`)? \| ([0-9,]+) \|", page, re.M)
+    assert {method for method, *_ in rows} == set(ADAPTERS.names())
+    config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    for method, key, value, numbers in rows:
+        kind = ADAPTERS.get(method)
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)
+        settings = kind.Settings(**({key: json.loads(value)} if key else {}))
+        trained = [value for value in kind(settings).attach(model, ()).parameters() if value.requires_grad]
+        assert f"{sum(value.numel() for value in trained):,}" == numbers, (method, key)
 
 
 def test_links_between_documents_lead_somewhere():

@@ -3,9 +3,10 @@
 import importlib
 import pkgutil
 
-from common.adapters.base import ADAPTERS, AdapterMethod
+from common.adapters.base import ADAPTERS, REFUSED, AdapterMethod
+from common.adapters.own import load_adapter
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["ADAPTERS", "AdapterMethod"]
+__all__ = ["ADAPTERS", "REFUSED", "AdapterMethod", "load_adapter"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -14,6 +15,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 ADAPTERS: Registry[type[AdapterMethod]] = Registry("adapter method")
+
+REFUSED: Mapping[str, tuple[str, str]] = {
+    "adalora": (
+        "another method: its shapes change during training, so updates of different sites cannot be averaged",
+        'choose "lora": its rank stays',
+    ),
+    "pissa": (
+        "another method: it rewrites the base's weights, which every site and the fingerprint count on",
+        'choose "lora", with init = "orthogonal" if a start away from zero is what you want',
+    ),
+}
+"""Methods that people ask for and that a federation cannot have: what is expected and why, and what to do."""
 
 
 class AdapterMethod(ABC):
@@ -27,10 +40,38 @@ class AdapterMethod(ABC):
     Settings: ClassVar[type[AdapterSettings]]
     model_types: ClassVar[frozenset[str] | None] = None
     """The `config.model_type`s that this method knows; None for all."""
+    unfit: ClassVar[Mapping[str, str]] = {}
+    """The `config.model_type`s on which this method cannot work, and why, in words that go on from "because"."""
+    starts_at_base: ClassVar[bool] = True
+    """Whether the outputs are the base's own before anything is trained."""
     export_format: ClassVar[Literal["peft", "tsugiki"]]
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
+
+    @classmethod
+    def why_not(cls, model_type: str) -> str:
+        """Return why this method does not go on such a model, in a few words; empty where it does."""
+        if model_type in cls.unfit:
+            return cls.unfit[model_type]
+        if cls.model_types is not None and model_type not in cls.model_types:
+            return f"it knows {', '.join(sorted(cls.model_types))} only"
+        return ""
+
+    @property
+    def positions(self) -> int:
+        """Return how many of the base's positions this method takes up; a text has so many fewer."""
+        return 0
+
+    @property
+    def loads_anywhere(self) -> bool:
+        """Return whether transformers itself, and so `SentenceTransformer(folder)`, loads a PEFT directory whole."""
+        return True
+
+    @property
+    def row_gradients(self) -> bool:
+        """Return whether Opacus can tell the gradient of each row: DP-SGD needs that."""
+        return True
 
     @abstractmethod
     def attach(self, transformer: Any, heads: tuple[str, ...]) -> nn.Module:

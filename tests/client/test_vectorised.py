@@ -29,13 +29,13 @@ def files(tmp_path_factory):
 
 def job(files, wanted="", deadline_s=1e9, **sections):
     """Return a gateway's job; sections override settings."""
-    base, data = files
+    (base, data), adapter = files, sections.get("adapter", {})
     train = {"learning_rate": 0.1, "per_device_train_batch_size": 4, "threads": 1, "optimizer": "sgd"}
     config = parse(
         {
             "model": {"name": base},
             "task": {"name": "image-classification", "num_labels": 2},
-            "adapter": {"rank": 2, **sections.get("adapter", {})},
+            "adapter": adapter if adapter.get("method") == "ia3" else {"rank": 2, **adapter},
             "train": {**train, **sections.get("train", {})},
             "strategy": {"min_clients": CLIENTS, **sections.get("strategy", {})},
             "privacy": sections.get("privacy", {}),
@@ -68,6 +68,9 @@ CASES = {
     "no clipping": {"train": {"local_steps": 3, "max_grad_norm": 0.0}},
     "proximal": {"train": {"local_steps": 4}, "strategy": {"name": "fedprox", "proximal_mu": 0.5}},
     "A frozen": {"train": {"local_steps": 4}, "adapter": {"freeze_a": "yes"}},
+    "dora": {"train": {"local_steps": 4}, "adapter": {"use_dora": True}},
+    "vera": {"train": {"local_steps": 4, "learning_rate": 5.0}, "adapter": {"method": "vera"}},
+    "ia3": {"train": {"local_steps": 4}, "adapter": {"method": "ia3"}},
 }
 
 

@@ -266,3 +266,15 @@ def test_an_unknown_name_becomes_a_problem_in_its_section():
     classes = section_classes({"task": {"name": "poetry"}})
     assert isinstance(classes["task"], Problem)
     assert not isinstance(classes["adapter"], Problem)
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [("adalora", "its shapes change during training"), ("pissa", "it rewrites the base's weights")],
+)
+def test_methods_that_cannot_be_averaged_are_refused_with_the_reason(method, reason):
+    """Catches: a bare list of names for somebody who asks for a method that peft has."""
+    with pytest.raises(ConfigError, match=reason) as caught:
+        parse({"adapter": {"method": method, "rank": 4}})
+    assert [problem.key for problem in caught.value.problems] == ["adapter.method"]
+    assert '"lora"' in caught.value.problems[0].do

@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from common import model
 from common.config import parse
+from common.data.shard import Shard
 from common.errors import ModelError
 from common.model import choose_device, find, fingerprint, load_graft
 from common.tasks import TASKS
@@ -41,8 +42,8 @@ def copied(folder, target):
 def config(folder, task="sequence-classification", method="lora", **sections):
     """Return a run on a local base."""
     settings = {"bottleneck": 4} if method == "houlsby" else {"rank": 2}
-    names = {"task": {"name": task, "max_length": 16}, "adapter": {"method": method, **settings}}
-    return parse({"model": {"name": str(folder)}, "train": {"threads": 1, "device": "cpu"}, **names, **sections})
+    names = {"task": {"name": task, "max_length": 16}, "adapter": {"method": method, **settings}, **sections}
+    return parse({"model": {"name": str(folder)}, "train": {"threads": 1, "device": "cpu"}, **names})
 
 
 def loaded(folder, seed=1, **options):
@@ -319,11 +320,44 @@ def test_an_architecture_that_the_method_does_not_know(tmp_path):
 
     AutoTokenizer.from_pretrained(tiny_bert(tmp_path)).save_pretrained(tmp_path)
     GPT2Model(GPT2Config(vocab_size=99, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
-    with pytest.raises(
-        ModelError, match=r"'houlsby' does not know the architecture 'gpt2'\. expected one of bert"
-    ) as caught:
+    with pytest.raises(ModelError, match=r"'houlsby' does not fit the architecture 'gpt2': it knows bert") as caught:
         loaded(tmp_path, method="houlsby")
     assert caught.value.code == "adapter-unsupported"
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", "sentence-embedding"])
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_text_leaves_room_for_virtual_tokens(tmp_path, task, method):
+    """Catches: a long text with virtual tokens that runs past the base's last position, in the middle of a round."""
+    folder = tiny_sentence_transformer(tmp_path, max_tokens=64)
+    sections = {"task": {"name": task, "max_length": 512}, "adapter": {"method": method, "num_virtual_tokens": 30}}
+    graft = load_graft(parse({"train": {"threads": 1, "device": "cpu"}, **sections}), str(folder), 1)
+    rows = TASKS.get(task).tiny().rows
+    shard = Shard(
+        {name: ["good " * 500] * 2 if type(values[0]) is str else values[:2] for name, values in rows.items()}
+    )
+    encoded = graft.task.encode(shard, graft.base)
+    lengths = {len(tokens) for name in encoded.texts for tokens in encoded.texts[name]}
+    assert lengths == {34}
+    with torch.no_grad():
+        assert torch.isfinite(graft.task.loss(graft.base.network, graft.task.batch(encoded, [0, 1], graft.base)))
+
+
+def test_virtual_tokens_that_leave_no_room_are_refused(bert):
+    """Catches: an index error of the position embeddings; a bound that is one off."""
+    sections = {"adapter": {"method": "prompt", "num_virtual_tokens": 56}}
+    assert loaded(bert, **sections).base.tokenizer.model_max_length == 8
+    sections["adapter"]["num_virtual_tokens"] = 57
+    with pytest.raises(ModelError, match="at most 56, since the base has 64 positions") as caught:
+        loaded(bert, **sections)
+    assert caught.value.code == "adapter-positions"
+
+
+def test_the_spec_tells_random_constants_apart(bert):
+    """Catches: frozen projections that differ between two sides whose specs are equal."""
+    specs = [loaded(bert, seed=seed, adapter={"method": "vera", "rank": 4}).spec for seed in (1, 1, 2)]
+    assert specs[0].sha256 == specs[1].sha256 != specs[2].sha256
+    assert all("vera_lambda" in tensor.name or "classifier" in tensor.name for tensor in specs[0].tensors)
 
 
 @pytest.mark.parametrize(("cuda", "mps", "chosen"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,13 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from common import config_file
+from common.adapters.bitfit import BitfitSettings
 from common.adapters.houlsby import HoulsbySettings
-from common.adapters.peft_methods import Lora
+from common.adapters.ia3 import Ia3Settings
+from common.adapters.layernorm import LayerNormSettings
+from common.adapters.lora import Lora, LoraSettings
+from common.adapters.prompts import PrefixSettings, PromptSettings, PTuningSettings
+from common.adapters.vera import VeraSettings
 from common.errors import ExportError, StorageError
 from common.model import load_graft
 from common.wire import sha256, unpack
@@ -21,6 +27,19 @@ from server import export_check, export_probe
 from server.export import export
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import PUBLIC_NAME, tiny_llama, tiny_sentence_transformer
+
+MENU = {
+    "houlsby": HoulsbySettings(bottleneck=4),
+    "dora": LoraSettings(rank=2, use_dora=True),
+    "ia3": Ia3Settings(),
+    "vera": VeraSettings(rank=8),
+    "layernorm": LayerNormSettings(),
+    "bitfit": BitfitSettings(),
+    "prompt": PromptSettings(num_virtual_tokens=4),
+    "p-tuning": PTuningSettings(num_virtual_tokens=4),
+    "prefix": PrefixSettings(num_virtual_tokens=4),
+}
+"""Adapters of the kinds of run that are not plain LoRA, by the first part of their names."""
 
 WORDS = ("alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta")
 
@@ -68,13 +87,16 @@ def runs(tmp_path_factory):
         "reward": {**preference, "task": {"name": "preference"}},
         "dpo": {**preference, "task": {"name": "preference", "objective": "dpo"}},
     }
+    kinds |= {f"{method}-embedding": embedding for method in ("dora", "vera", "bitfit", "prompt")}
+    kinds |= {method: {"evaluation": by_loss} for method in ("dora", "ia3", "layernorm", "p-tuning")}
+    kinds["prefix-causal"] = causal
     done = {}
 
     def run(kind):
         if kind not in done:
             config = tiny_config(folder, run={"name": kind}, **kinds[kind])
-            if kind == "houlsby":
-                config = config.model_copy(update={"adapter": HoulsbySettings(bottleneck=4)})
+            if settings := MENU.get(kind.removesuffix("-embedding").removesuffix("-causal")):
+                config = config.model_copy(update={"adapter": settings})
             done[kind] = run_tiny(config).folder
         return done[kind]
 
@@ -100,6 +122,9 @@ def proved_here(monkeypatch):
     def run_probe(job_file, folder, environment):
         job = {**json.loads(job_file.read_text()), "alone": False}
         job_file.write_text(json.dumps(job))
+        code, cached = Path(job["code"]), list(Path(environment["HF_HUB_CACHE"]).glob("models--*/snapshots/*"))
+        for base in cached:  # this process has read its own environment already
+            code.write_text(code.read_text().replace(PUBLIC_NAME, str(base)))
         monkeypatch.chdir(folder)
         export_probe.main(str(job_file))
         monkeypatch.chdir("/")
@@ -135,6 +160,7 @@ def graft_of(folder):
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 PEFT = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+OWN = {"README.md", "tsugiki_adapter.safetensors", "tsugiki_adapter.json"}
 MODULES = {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"}
 
 
@@ -146,7 +172,11 @@ MODULES = {"modules.json", "sentence_bert_config.json", "config_sentence_transfo
         ("causal", PEFT | TOKENIZER),
         ("reward", PEFT | TOKENIZER),
         ("dpo", PEFT | TOKENIZER),
-        ("houlsby", {"README.md", "tsugiki_adapter.safetensors", "tsugiki_adapter.json"} | TOKENIZER),
+        ("houlsby", OWN | TOKENIZER),
+        ("dora-embedding", PEFT),
+        ("vera-embedding", PEFT),
+        ("prompt-embedding", OWN),
+        ("prefix-causal", OWN | TOKENIZER),
     ],
 )
 def test_a_fresh_process_finds_the_outputs_of_the_run(copied, caplog, kind, expected):
@@ -163,6 +193,23 @@ def test_a_fresh_process_finds_the_outputs_of_the_run(copied, caplog, kind, expe
     assert not [name for name, content in found.items() if base.encode() in content]
     assert [name for name, content in found.items() if PUBLIC_NAME.encode() in content]
     assert len({os.stat(path).st_mode for path in target.iterdir() if path.is_file()}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # peft, of layer norms
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("dora", PEFT | TOKENIZER),
+        ("layernorm", PEFT | TOKENIZER),
+        ("p-tuning", OWN | TOKENIZER),
+        ("bitfit-embedding", OWN),
+        ("ia3", PEFT | TOKENIZER),
+    ],
+)
+def test_the_rest_of_the_menu_is_exported(runs, tmp_path, proved_here, kind, expected):
+    """Catches: a method whose files lack something, or are said to load in a way that loses it."""
+    target = export(runs(kind), tmp_path / "out")
+    assert set(files(target)) == expected
 
 
 def test_an_export_without_one_tensor_leaves_nothing(runs, tmp_path, monkeypatch):
@@ -182,7 +229,9 @@ def test_an_export_without_one_tensor_leaves_nothing(runs, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["lora", "embedding", "causal"])
+@pytest.mark.parametrize(
+    "kind", ["lora", "embedding", "causal", "dora-embedding", "vera-embedding", "bitfit-embedding"]
+)
 def test_a_merged_model_needs_no_adapter_and_spares_the_graft(runs, tmp_path, proved_here, kind):
     """Catches: a model that still wants peft or its base, and a graft that was merged itself."""
     graft = graft_of(runs(kind))
@@ -194,10 +243,11 @@ def test_a_merged_model_needs_no_adapter_and_spares_the_graft(runs, tmp_path, pr
     assert export_check.expect(graft).effect > 1e-4
 
 
-def test_houlsby_modules_are_not_merged(runs, tmp_path):
+@pytest.mark.parametrize("kind", ["houlsby", "prefix-causal"])
+def test_what_stands_between_layers_is_not_merged(runs, tmp_path, kind):
     """Catches: half an export left where merging is impossible."""
     with pytest.raises(ExportError) as caught:
-        export(runs("houlsby"), tmp_path / "out", merged=True)
+        export(runs(kind), tmp_path / "out", merged=True)
     assert caught.value.code == "merge-unsupported"
     assert not list(tmp_path.iterdir())
 

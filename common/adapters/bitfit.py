@@ -1,0 +1,62 @@
+"""BitFit: the bias terms of the base alone are trained."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from common.adapters.base import ADAPTERS
+from common.adapters.own import OwnMethod
+from common.errors import ModelError
+from common.settings import AdapterSettings
+
+NO_BIASES = "it has no bias terms"
+
+
+class BitfitSettings(AdapterSettings):
+    """BitFit: every bias term, those of the layer norms included."""
+
+    method: Literal["bitfit"] = Field(default="bitfit", description="the adapter method")
+
+
+@ADAPTERS.register("bitfit")
+class Bitfit(OwnMethod):
+    """Training of the bias terms. Source: Ben Zaken et al. 2022, arXiv:2106.10199, section 3.
+
+    The biases of keys are among them, as in the paper, though a softmax does not see them.
+    """
+
+    name = "bitfit"
+    Settings = BitfitSettings
+    unfit = dict.fromkeys(("llama", "mistral"), NO_BIASES)
+
+    def place(self, transformer: Any, heads: tuple[str, ...]) -> None:
+        """Let the biases require a gradient; without a head on top of it, the pooler's is none of the outputs'.
+
+        Raises:
+            ModelError: `adapter-unsupported`, there are no biases.
+        """
+        outside = (*(f"{head}." for head in heads), *(() if heads else ("pooler.",)))
+        biases = [
+            value
+            for name, value in transformer.named_parameters()
+            if name.endswith("bias") and not name.startswith(outside)
+        ]
+        if not biases:
+            raise ModelError(
+                f"adapter.method = {self.name!r} does not fit {type(transformer).__name__}: {NO_BIASES}",
+                "a base such as BERT, whose layers have them",
+                'set adapter.method = "layernorm", which is as small, or "lora"',
+                code="adapter-unsupported",
+            )
+        for value in biases:
+            value.requires_grad_(True)
+
+    def merge(self, transformer: Any) -> Any:
+        """Return a copy without the base's own values: what is trained are tensors of the base."""
+        import copy
+
+        merged = copy.deepcopy(transformer)
+        del merged.base_values, merged.adapter_heads
+        return merged

@@ -1,0 +1,77 @@
+"""(IA)^3: trained factors on keys, values and the inner activations of the feed-forward layers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field
+
+from common.adapters.base import ADAPTERS
+from common.adapters.peft_methods import PeftMethod, TargetedSettings, check_targets, linear_layers
+from common.settings import Names
+
+_BERT = (("key", "value"), (r"\d+\.output\.dense",))
+_LLAMA = (("k_proj", "v_proj"), ("down_proj",))
+_DEFAULT_TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "electra": _BERT,
+    "distilbert": (("k_lin", "v_lin"), ("lin2",)),
+    "mpnet": (("k", "v"), (r"\d+\.output\.dense",)),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "gpt2": (("c_attn",), (r"mlp\.c_proj",)),
+    "vit": (("k_proj", "v_proj"), ("fc2",)),
+    "tsugiki-cnn": ((), ("fc",)),
+}
+"""For each `config.model_type`: layers whose outputs are scaled, and layers whose inputs are; the ends of their names.
+
+gpt2 makes queries in one layer with keys and values, so they are scaled too. A network without attention has the input
+of its last layer here.
+"""
+
+_KEYS = "adapter.target_modules and adapter.feedforward_modules"
+
+
+class Ia3Settings(TargetedSettings):
+    """(IA)^3: factors on the outputs of some linear layers and the inputs of others, all 1 in the beginning."""
+
+    method: Literal["ia3"] = Field(default="ia3", description="the adapter method")
+    feedforward_modules: Names = Field(
+        default=(),
+        description="names of the linear layers whose inputs are scaled, where target_modules names those whose "
+        "outputs are; both empty: the paper's, by architecture",
+    )
+
+
+@ADAPTERS.register("ia3")
+class Ia3(PeftMethod):
+    """Infused adapters by inhibiting and amplifying. Source: Liu et al. 2022, arXiv:2205.05638, section 3.3."""
+
+    name = "ia3"
+    Settings = Ia3Settings
+    row_gradients = False  # its vectors are no layers, which is where Opacus looks
+
+    def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:
+        """Return peft's configuration, with full names: `output.dense` would fit the attention's output too."""
+        from peft import IA3Config
+
+        model_type = transformer.config.model_type
+        outputs, inputs = self.settings.target_modules, self.settings.feedforward_modules
+        layers = linear_layers(transformer, heads)
+        if outputs or inputs or model_type not in _DEFAULT_TARGETS:
+            check_targets((*outputs, *inputs), {name.rsplit(".", 1)[-1] for name in layers}, model_type, _KEYS)
+        else:
+            outputs, inputs = _DEFAULT_TARGETS[model_type]
+        scaled_outputs, scaled_inputs = (
+            [name for name in layers if re.search(rf"(^|\.)({'|'.join(group)})$", name)] if group else []
+            for group in (outputs, inputs)
+        )
+        return IA3Config(
+            target_modules=scaled_outputs + scaled_inputs,
+            feedforward_modules=scaled_inputs,
+            fan_in_fan_out=model_type == "gpt2",
+        )

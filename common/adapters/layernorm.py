@@ -1,0 +1,39 @@
+"""LN tuning: the layer norms alone are trained."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from common.adapters.base import ADAPTERS
+from common.adapters.peft_methods import PeftMethod, check_targets
+from common.settings import AdapterSettings
+
+
+class LayerNormSettings(AdapterSettings):
+    """LN tuning: a trained copy of every layer norm (or RMS norm)."""
+
+    method: Literal["layernorm"] = Field(default="layernorm", description="the adapter method")
+
+
+@ADAPTERS.register("layernorm")
+class LayerNorm(PeftMethod):
+    """LN tuning. Source: Zhao et al. 2024, arXiv:2312.11420; peft's `LNTuningModel`."""
+
+    name = "layernorm"
+    Settings = LayerNormSettings
+    unfit = {"tsugiki-cnn": "it has no layer norms"}  # noqa: RUF012  (declared a ClassVar in the base)
+
+    def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:
+        """Return peft's configuration with every norm of the transformer, by full name."""
+        from peft import LNTuningConfig
+
+        inside = tuple(f"{head}." for head in heads)
+        norms = [
+            name
+            for name, module in transformer.named_modules()
+            if type(module).__name__.endswith(("LayerNorm", "RMSNorm")) and not f"{name}.".startswith(inside)
+        ]
+        check_targets(norms, norms, transformer.config.model_type, "adapter.method")
+        return LNTuningConfig(target_modules=norms)

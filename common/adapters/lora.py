@@ -1,0 +1,129 @@
+"""LoRA: low-rank matrices beside frozen linear layers, and its variants."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from common.adapters.base import ADAPTERS
+from common.adapters.peft_methods import PeftMethod, TargetedSettings, check_targets, linear_layers
+from common.errors import ModelError
+
+ATTENTION_TARGETS = {
+    "bert": ("query", "value"),
+    "roberta": ("query", "value"),
+    "xlm-roberta": ("query", "value"),
+    "electra": ("query", "value"),
+    "distilbert": ("q_lin", "v_lin"),
+    "mpnet": ("q", "v"),
+    "llama": ("q_proj", "v_proj"),
+    "mistral": ("q_proj", "v_proj"),
+    "qwen2": ("q_proj", "v_proj"),
+    "gpt2": ("c_attn",),
+    "vit": ("q_proj", "v_proj"),
+    "tsugiki-cnn": ("fc",),
+}
+"""Query and value projections, as in Hu et al. 2021, section 4.2, under the names of each architecture.
+
+A network without attention has its last layer here.
+"""
+
+
+class LoraSettings(TargetedSettings):
+    """LoRA: W + (alpha / rank) * B A, with B at zero in the beginning."""
+
+    method: Literal["lora"] = Field(default="lora", description="the adapter method")
+    rank: int = Field(default=8, ge=1, le=256, description="rows of A, columns of B")
+    alpha: float = Field(default=16.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the input of A")
+    freeze_a: Literal["auto", "yes", "no"] = Field(
+        default="auto", description="keep A at its initial values and exchange B only; auto: under privacy (FFA-LoRA)"
+    )
+    use_rslora: bool = Field(
+        default=False, description="scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones"
+    )
+    use_dora: bool = Field(default=False, description="also train the length of each row of the weights (DoRA)")
+    init: Literal["default", "orthogonal"] = Field(
+        default="default",
+        description='"default": A random, B zero; "orthogonal": both random, with orthogonal inner factors, so that '
+        "B A is zero all the same; takes an even rank",
+    )
+
+    @model_validator(mode="after")
+    def _orthogonal_pairs(self) -> LoraSettings:
+        if self.init == "orthogonal" and self.rank % 2:
+            raise ValueError('an even adapter.rank with adapter.init = "orthogonal"')
+        return self
+
+
+@ADAPTERS.register("lora")
+class Lora(PeftMethod):
+    """Low-rank adaptation. Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
+
+    rsLoRA: Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2. DoRA: the row norms m of W' = m (W + B A) / |W + B A| are
+    trained too; Liu et al. 2024, arXiv:2402.09353, equation 5.
+    """
+
+    name = "lora"
+    Settings = LoraSettings
+
+    @property
+    def loads_anywhere(self) -> bool:
+        """Return False for DoRA: transformers reports its lengths as missing and goes on; `PeftModel` loads them."""
+        return not self.settings.use_dora
+
+    @property
+    def row_gradients(self) -> bool:
+        """Return False for DoRA, whose layer runs A and B on a unit matrix, and its lengths on no rows."""
+        return not self.settings.use_dora
+
+    def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:
+        """Return peft's configuration."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.settings.rank,
+            lora_alpha=self.settings.alpha,
+            lora_dropout=self.settings.dropout,
+            target_modules=list(self._targets(transformer, heads)),
+            fan_in_fan_out=transformer.config.model_type == "gpt2",
+            use_rslora=self.settings.use_rslora,
+            use_dora=self.settings.use_dora,
+            init_lora_weights="orthogonal" if self.settings.init == "orthogonal" else True,
+        )
+
+    def constants(self, transformer: Any) -> dict[str, Any]:
+        """Return A of every layer if it is frozen: then B A is linear in what is trained, noised and averaged.
+
+        Source: Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning" (ICLR), section 4.
+        """
+        if self.settings.freeze_a != "yes":
+            return {}
+        return {name: value for name, value in transformer.named_parameters() if ".lora_A." in name}
+
+    def _targets(self, transformer: Any, heads: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the modules to adapt, after checking that they are there and not narrower than the rank."""
+        targets = attention_targets(self.settings, transformer, heads)
+        layers = linear_layers(transformer, heads).items()
+        narrowest = min(min(layer.weight.shape) for name, layer in layers if name.rsplit(".", 1)[-1] in targets)
+        if self.settings.rank > narrowest:
+            raise ModelError(
+                f"adapter.rank = {self.settings.rank}",
+                f"at most {narrowest}, the width of the layers",
+                code="adapter-rank",
+            )
+        return targets
+
+
+def attention_targets(settings: TargetedSettings, transformer: Any, heads: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the last parts of the names of the layers to adapt: as set, or query and value projections.
+
+    Raises:
+        ModelError: `adapter-targets`.
+    """
+    model_type = transformer.config.model_type
+    targets = settings.target_modules or ATTENTION_TARGETS.get(model_type, ())
+    known = {name.rsplit(".", 1)[-1] for name in linear_layers(transformer, heads)}
+    check_targets(targets, known, model_type, "adapter.target_modules")
+    return tuple(targets)

@@ -1,0 +1,210 @@
+"""What the adapter methods of our own have in common: how they are put on, switched off, saved and loaded.
+
+They change the transformer in place and keep the names of its tensors.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from common.adapters.base import ADAPTERS, AdapterMethod
+from common.errors import ExportError, ModelError, RegistryError
+from common.settings import Section
+
+TENSORS_FILE = "tsugiki_adapter.safetensors"
+MANIFEST_FILE = "tsugiki_adapter.json"
+
+
+class _Manifest(Section):
+    """What stands beside the tensors of a saved adapter."""
+
+    format: Literal[1] = 1
+    method: str
+    settings: dict[str, Any]
+    base_model_name_or_path: str
+    tensors: dict[str, tuple[int, ...]]
+    heads: tuple[str, ...]
+
+
+class OwnMethod(AdapterMethod):
+    """A method whose modules, or chosen tensors of the base, are ours to handle."""
+
+    export_format = "tsugiki"
+
+    def attach(self, transformer: Any, heads: tuple[str, ...]) -> Any:
+        """Put the adapter on the transformer, which is changed in place and returned.
+
+        Raises:
+            ModelError: `adapter-attached`, an adapter of ours is there already; `head-missing`, a head is not there;
+                and what `place` raises. The transformer is unchanged then.
+        """
+        from torch import nn
+
+        modules = dict(transformer.named_modules())
+        missing = [head for head in heads if head not in modules]
+        if missing:
+            raise ModelError(
+                f"{type(transformer).__name__} has no module {missing[0]!r}",
+                "a model with this head",
+                "load the class of model with which the adapter was trained",
+                code="head-missing",
+            )
+        if hasattr(transformer, "adapter_heads"):
+            raise ModelError(
+                f"the transformer has an adapter already ({self.name})",
+                "a bare one",
+                "load the base anew",
+                code="adapter-attached",
+            )
+        base = dict(transformer.named_parameters())
+        wanted_gradients = [value for value in base.values() if value.requires_grad]
+        transformer.requires_grad_(False)
+        try:
+            self.place(transformer, heads)
+        except ModelError:
+            for value in wanted_gradients:
+                value.requires_grad_(True)
+            raise
+        kept = nn.Module()  # not on the trained modules themselves: Opacus refuses those with buffers
+        for name, value in base.items():
+            if value.requires_grad:
+                kept.register_buffer(name.replace(".", "/"), value.detach().clone(), persistent=False)
+        transformer.base_values = kept
+        transformer.adapter_heads = heads  # for `save`, which is told nothing but the transformer
+        for head in heads:
+            modules[head].requires_grad_(True)
+        return transformer
+
+    @abstractmethod
+    def place(self, transformer: Any, heads: tuple[str, ...]) -> None:
+        """Add this method's modules to the frozen transformer, or let tensors of the base require a gradient.
+
+        The values of such tensors are kept for `disabled`.
+
+        Raises:
+            ModelError: the transformer has nothing that this method could be attached to. It is unchanged then.
+        """
+
+    def switches(self, transformer: Any) -> list[Any]:
+        """Return the modules whose `adapter_on` says whether this method's modules run."""
+        return [module for module in transformer.modules() if hasattr(module, "adapter_on")]
+
+    @contextmanager
+    def disabled(self, transformer: Any) -> Iterator[None]:
+        """Switch this method's modules off, and put the base's own values in the place of trained ones."""
+        from torch import nn
+
+        switches = [(module, module.adapter_on) for module in self.switches(transformer)]
+        values = []
+        for path, base in transformer.base_values.named_buffers():
+            parent, _, name = path.replace("/", ".").rpartition(".")
+            module = transformer.get_submodule(parent)
+            values.append((module, name, getattr(module, name), base))
+        try:
+            for module, _ in switches:
+                module.adapter_on = False
+            for module, name, _, base in values:
+                # The parameter is exchanged, not its values: a graph made before this block can still run backward.
+                setattr(module, name, nn.Parameter(base, requires_grad=False))
+            yield
+        finally:
+            for module, was_on in switches:
+                module.adapter_on = was_on
+            for module, name, trained, _ in values:
+                setattr(module, name, trained)
+
+    def save(self, transformer: Any, folder: Path, base_name: str) -> None:
+        """Write what `load_adapter` reads: every trained tensor by name, and a JSON file that describes them."""
+        from safetensors.torch import save_file
+
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_tensors(transformer).items()}
+        manifest = _Manifest(
+            method=self.name,
+            settings=self.settings.model_dump(mode="json"),
+            base_model_name_or_path=base_name,
+            tensors={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+            heads=transformer.adapter_heads,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
+        (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    def merge(self, transformer: Any) -> Any:
+        """Refuse.
+
+        Raises:
+            ExportError: always; no weights of the base compute what this method's modules do between its layers.
+        """
+        raise ExportError(
+            f'what adapter.method = "{self.name}" adds cannot be merged into the base\'s weights',
+            "an export that keeps them apart",
+            "export without --merged, and load the export with common.adapters.load_adapter",
+            code="merge-unsupported",
+        )
+
+
+def load_adapter(transformer: Any, folder: str | Path) -> Any:
+    """Put an adapter that `OwnMethod.save` wrote on a freshly loaded base.
+
+    Args:
+        transformer: a `PreTrainedModel` of the same base and class as the one that was trained; a bare `AutoModel`
+            where that was one.
+        folder: holds `tsugiki_adapter.safetensors` and `tsugiki_adapter.json`.
+
+    Returns:
+        The same transformer, in eval mode, with the adapter on.
+
+    Raises:
+        ModelError: `adapter-invalid`, the files cannot be read, or a tensor is missing, extra or of another shape; and
+            what `attach` raises. After a wrong tensor the transformer is of no use; load it anew.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        manifest = _Manifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
+        kind = ADAPTERS.get(manifest.method)
+        method = kind(kind.Settings.model_validate(manifest.settings))
+        tensors = load_file(folder / TENSORS_FILE)
+    except (OSError, ValidationError, RegistryError, SafetensorError) as error:
+        raise ModelError(
+            f"no adapter of Tsugiki's own can be read from {str(folder)!r}",
+            f"a readable {MANIFEST_FILE} of format 1 and {TENSORS_FILE}",
+            "export the adapter again",
+            code="adapter-invalid",
+        ) from error
+    method.attach(transformer, manifest.heads)
+    trained = trained_tensors(transformer)
+    _compare(tensors, trained)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[name])
+    return transformer.eval()
+
+
+def _compare(tensors: dict[str, Any], trained: dict[str, Any]) -> None:
+    """Refuse tensors whose names and shapes are not those of the trained parameters, naming the first difference."""
+    for name in sorted(tensors.keys() | trained.keys()):
+        found, wanted = (
+            f"shape {tuple(group[name].shape)}" if name in group else "none" for group in (tensors, trained)
+        )
+        if found != wanted:
+            raise ModelError(
+                f"the adapter's tensor {name!r}: {found}",
+                f"{wanted} on this base",
+                "load the base, and the class of model, with which the adapter was trained",
+                code="adapter-invalid",
+            )
+
+
+def trained_tensors(transformer: Any) -> dict[str, Any]:
+    """Return the parameters that are trained, by name."""
+    return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,54 @@
+"""VeRA: trained vectors between frozen random projections that all layers share."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from common.adapters.base import ADAPTERS
+from common.adapters.lora import attention_targets
+from common.adapters.peft_methods import PeftMethod, TargetedSettings
+
+
+class VeraSettings(TargetedSettings):
+    """VeRA: W + diag(b) B diag(d) A, with A and B random and frozen, b at zero and d at d_initial in the beginning."""
+
+    method: Literal["vera"] = Field(default="vera", description="the adapter method")
+    rank: int = Field(
+        default=256, ge=1, le=4096, description="rows of A, columns of B; each layer trains rank numbers and its width"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the input of A")
+    d_initial: float = Field(default=0.1, gt=0, le=10, description="the first value of every number in d")
+
+
+@ADAPTERS.register("vera")
+class Vera(PeftMethod):
+    """Vector-based random matrix adaptation. Source: Kopiczko et al. 2024, arXiv:2310.11454, section 3.1.
+
+    It takes a higher learning rate than LoRA: what is trained are factors of small numbers.
+    """
+
+    name = "vera"
+    Settings = VeraSettings
+    loads_anywhere = False  # transformers refuses state that layers share; `PeftModel` loads it
+    row_gradients = False  # its vectors are no layers, which is where Opacus looks
+
+    def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:
+        """Return peft's configuration; the projections follow from torch's generator, and are saved with the rest."""
+        import torch
+        from peft import VeraConfig
+
+        return VeraConfig(
+            r=self.settings.rank,
+            vera_dropout=self.settings.dropout,
+            d_initial=self.settings.d_initial,
+            target_modules=list(attention_targets(self.settings, transformer, heads)),
+            fan_in_fan_out=transformer.config.model_type == "gpt2",
+            projection_prng_key=int(torch.randint(2**31, ())),
+            save_projection=True,
+        )
+
+    def constants(self, transformer: Any) -> dict[str, Any]:
+        """Return the shared projections A and B."""
+        return {name: value for name, value in transformer.named_buffers() if ".vera_A." in name or ".vera_B." in name}
