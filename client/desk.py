@@ -20,7 +20,7 @@ class Desk:
     clients: dict[tuple[str, str, str], list[list[int]]] = field(default_factory=dict)
     notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     tails: dict[tuple[str, str, str], tuple[Graft, Tail | None]] = field(default_factory=dict)
-    moments: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
+    moments: dict[tuple[str, str, str], tuple[int, dict[str, Any]]] = field(default_factory=dict)
     watch: Watch = lambda step, steps, losses: None
 
     def graft(self, site: Site, config: RunConfig) -> Graft:
@@ -52,14 +52,22 @@ class Desk:
         return self.tails[key][1]
 
     def moments_of(self, site: Site, config: RunConfig, round_: int, client: str) -> dict[str, Any] | None:
-        """Return what a client's optimiser remembers in a run, to be changed in place: nothing yet in round 1."""
+        """Return what a client's optimiser remembers in a run, to be changed in place: nothing yet in round 1.
+
+        Of other runs nothing is kept, and nothing of a round that is still to come: that was an earlier run.
+        """
         if not config.train.persist_optimizer:
             return None
-        key = site.identity(), config.run.name, client
-        if round_ == 1:
-            self.moments.pop(key, None)
-        return self.moments.setdefault(key, {})
+        key = site.identity(), config.sha256, client
+        self.moments = {known: kept for known, kept in self.moments.items() if known[1] == config.sha256}
+        last, kept = self.moments.get(key, (0, {}))
+        if round_ == 1 or last > round_:
+            kept = {}
+        self.moments[key] = (round_, kept)
+        return kept
 
     def _key(self, site: Site, config: RunConfig, part: str) -> tuple[str, str, str]:
-        fingerprint = self.graft(site, config).spec.base_fingerprint
-        return site.identity(), part, f"{fingerprint}{config.task.model_dump_json()}"
+        graft = self.graft(site, config)
+        limit = getattr(graft.base.tokenizer, "model_max_length", 0)  # virtual tokens shorten texts
+        settings = f"{config.task.model_dump_json()}{config.model.dtype}{limit}"
+        return site.identity(), part, f"{graft.spec.base_fingerprint}{settings}"

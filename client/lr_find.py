@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from client.simulated import SimulatedSite, simulated_sites
-from client.trainer import Plan, batches, make_optimizer
+from client.trainer import Plan, batches, make_optimizer, uncorrected
 from common.config import RunConfig, parse
 from common.errors import TrainingError, UsageError
 from common.model import Graft, load_graft
@@ -56,7 +56,8 @@ def find_rate(
     """Try growing learning rates on the first simulated site, or on all rows in one place.
 
     Args:
-        config: the run; everything of [train] but rate, schedule and steps is used.
+        config: the run. Of [train] optimiser, batch size and clipping are used; gradients are not accumulated, and
+            bfloat16, the proximal term and DP-SGD are left out.
         lowest: of the rates.
         highest: of the rates.
         steps: at most.
@@ -100,7 +101,7 @@ def _sweep(
     try:
         for step, rate in enumerate(rates, 1):
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * (1.0 if settings.bias_correction else uncorrected(optimizer, group))
             batch = graft.task.batch(encoded, next(stream), graft.base)
             loss = graft.task.loss(graft.base.network, {name: value.to(graft.device) for name, value in batch.items()})
             losses.append(float(loss.detach()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +83,7 @@ def train(
     steps = steps_per_round(len(encoded), settings)
     optimizer = make_optimizer(graft, settings)
     if plan.moments:
-        optimizer.load_state_dict(plan.moments)
+        optimizer.load_state_dict(copy.deepcopy(plan.moments))  # else a round that fails would leave its own there
     optimizer.zero_grad(set_to_none=True)  # the graft is shared: a site that failed in mid-step may have left gradients
     received = [value.detach().clone() for value in graft.parameters] if plan.proximal_mu else []
     stream = batches(len(encoded), settings, plan, steps)
@@ -110,9 +111,10 @@ def train(
             check_deadline(plan, step + 1, steps, started)
     finally:
         graft.base.network.eval()
+    mean = finite(float(losses.mean()))
     if plan.moments is not None:
         plan.moments.update(optimizer.state_dict())
-    return Trained(steps, finite(float(losses.mean())), time.perf_counter() - started)
+    return Trained(steps, mean, time.perf_counter() - started)
 
 
 def set_learning_rate(optimizer: Any, settings: TrainSection, plan: Plan, step: int, steps: int) -> None:
@@ -122,10 +124,10 @@ def set_learning_rate(optimizer: Any, settings: TrainSection, plan: Plan, step: 
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate * schedule(position, width, settings)
         if not settings.bias_correction:
-            group["lr"] *= _uncorrected(optimizer, group)
+            group["lr"] *= uncorrected(optimizer, group)
 
 
-def _uncorrected(optimizer: Any, group: Any) -> float:
+def uncorrected(optimizer: Any, group: Any) -> float:
     """Return the factor that takes Adam's bias correction off its next step: (1 - beta1^t) / sqrt(1 - beta2^t).
 
     It begins above 3, and steps are too long until it comes near 1. Source: Kingma and Ba 2015, arXiv:1412.6980,

@@ -60,7 +60,8 @@ class TrainSection(Section):
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="not applied to biases and norms")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="sgd only")
     bias_correction: bool = Field(
-        default=True, description="adamw: as published; false: as in BERT's first code, whose first steps are too long"
+        default=True,
+        description="adamw: as published; false: as in BERT's first code: first steps (decay too) are too long",
     )
     persist_optimizer: bool = Field(
         default=False,
@@ -79,7 +80,10 @@ class TrainSection(Section):
     )
     max_grad_norm: float = Field(default=1.0, ge=0, description="gradients are clipped to this norm; 0: not at all")
     divergence_factor: float = Field(
-        default=0.0, ge=0, description="a site gives up when its loss exceeds so many times that of its start; 0: never"
+        default=0.0,
+        ge=0,
+        description="a site gives up when the loss over 8 steps exceeds so many times that of its first 8, looked at "
+        "every 8 steps; 0: never",
     )
     threads: int = Field(default=2, ge=1, le=256, description="CPU threads; equal threads give equal bytes")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="auto: the best there is")
@@ -288,4 +292,11 @@ def cross_checks(config: RunConfig) -> list[Problem]:
         problems.append(Problem("train.bias_correction", "false", "true unless optimizer is adamw", "remove it"))
     if config.train.persist_optimizer and config.privacy.examples.enabled:
         problems.append(Problem("train.persist_optimizer", "true", "false with DP-SGD", "remove it"))
+    if config.train.persist_optimizer and config.simulation.data and config.simulation.engine == "ray":
+        expected = "false on Ray, whose workers share sites"
+        problems.append(Problem("train.persist_optimizer", "true", expected, 'use engine = "in-process"'))
+    if config.train.divergence_factor and config.privacy.examples.enabled:
+        problems.append(
+            Problem("train.divergence_factor", str(config.train.divergence_factor), "0 with DP-SGD", "remove it")
+        )
     return problems

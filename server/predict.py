@@ -59,7 +59,10 @@ def show(found: Sequence[dict[str, Any]], as_json: bool) -> str:
 
 
 def _plain(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    """Return a value on one line; what a terminal would obey is shown as an escape."""
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in str(value))
 
 
 def _rows(graft: Graft, config: RunConfig, texts: Sequence[str], file: Path | None) -> Shard:

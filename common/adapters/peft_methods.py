@@ -58,11 +58,16 @@ class PeftMethod(AdapterMethod):
         """Switch the adapter off. peft would switch the heads back as well, so their trained copies are called."""
         from peft.utils import ModulesToSaveWrapper
 
-        with transformer.disable_adapter():
-            wrappers = [module for module in transformer.modules() if isinstance(module, ModulesToSaveWrapper)]
-            for wrapper in wrappers:
-                wrapper.enable_adapters(True)
-            yield
+        trained = [(value, value.requires_grad) for value in transformer.parameters()]
+        try:
+            with transformer.disable_adapter():
+                wrappers = [module for module in transformer.modules() if isinstance(module, ModulesToSaveWrapper)]
+                for wrapper in wrappers:
+                    wrapper.enable_adapters(True)
+                yield
+        finally:
+            for value, was_trained in trained:  # peft lets all of an adapter be trained that it switches on
+                value.requires_grad_(was_trained)
 
     def save(self, transformer: Any, folder: Path, base_name: str) -> None:
         """Write a directory that `PeftModel.from_pretrained` loads."""

@@ -7,13 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from common.errors import ModelError
 from common.settings import TaskSettings
 from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, Tokens, by_length, pad
 from common.tasks.generation import Generation, generate
-from common.tasks.prompts import TEMPLATE_HELP, Template, encode_answers, encode_prompts, encode_texts, fit_all
+from common.tasks.prompts import (
+    TEMPLATE_HELP,
+    Template,
+    encode_answers,
+    encode_prompts,
+    encode_texts,
+    fit_all,
+    head_length,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +49,12 @@ class CausalLmSettings(TaskSettings):
         default=False,
         description="text: the texts of a batch are laid end to end in blocks of max_length tokens, not padded each",
     )
+
+    @model_validator(mode="after")
+    def _packs_texts(self) -> CausalLmSettings:
+        if self.packing and self.format != "text":
+            raise ValueError('task.packing = false, unless task.format = "text"')
+        return self
 
 
 @TASKS.register("causal-lm")
@@ -92,7 +106,7 @@ class CausalLm(Task):
         if self.settings.format == "instruction":
             prompts = encode_prompts(shard, tokenizer, self.settings.template)
             answers = encode_answers(shard.columns["completion"], tokenizer)
-            prompts, answers, notes = fit_all(prompts, answers, limit)
+            prompts, answers, notes = fit_all(prompts, answers, limit, head_length(tokenizer, self.settings.template))
             return Encoded({"prompt": prompts, "completion": answers}, notes=notes)
         first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         found = tokenizer(
@@ -158,9 +172,10 @@ class CausalLm(Task):
         """Return each row's `continuation`, or `completion`."""
         if self.settings.format == "instruction":
             prompts = encode_prompts(shard, base.tokenizer, self.settings.template)
-            return [{"completion": text} for text in generate(base, prompts, how)]
+            head = head_length(base.tokenizer, self.settings.template)
+            return [{"completion": text} for text in generate(base, prompts, how, head)]
         prompts = encode_texts(shard.columns["text"], base.tokenizer)
-        return [{"continuation": text} for text in generate(base, prompts, how)]
+        return [{"continuation": text} for text in generate(base, prompts, how, head_length(base.tokenizer, "plain"))]
 
     @classmethod
     def tiny(cls) -> TinyCase:

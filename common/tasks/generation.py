@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.tasks.base import Base, Tokens
+from common.tasks.prompts import shorten
 
 _DRAWING = ("temperature", "top_p", "top_k")
 """What a checkpoint may set for drawing, and `transformers` warns about where nothing is drawn."""
@@ -26,11 +27,16 @@ class Generation:
     seed: int = 0
 
 
-def generate(base: Base, prompts: Sequence[Tokens], how: Generation) -> list[str]:
+def generate(base: Base, prompts: Sequence[Tokens], how: Generation, head: int = 0) -> list[str]:
     """Return what follows each prompt, up to the token for the end, without special tokens.
 
-    A prompt that leaves no room in the model's window loses its beginning. Prompts are continued one by one: there is
-    no padding that could change a token.
+    Prompts are continued one by one: there is no padding that could change a token.
+
+    Args:
+        base: with a tokenizer.
+        prompts: each may take at least half of the model's window; of a longer one what comes after its head is cut.
+        how: they are continued.
+        head: how many tokens of a prompt's beginning stay.
     """
     import torch
 
@@ -40,7 +46,8 @@ def generate(base: Base, prompts: Sequence[Tokens], how: Generation) -> list[str
     found = []
     torch.manual_seed(how.seed)
     for prompt in prompts:
-        kept = prompt[max(0, len(prompt) - max(1, tokenizer.model_max_length - how.max_new_tokens)) :]
+        window = tokenizer.model_max_length
+        kept = shorten(prompt, max(window // 2, window - how.max_new_tokens), head)
         ids = torch.tensor([kept], device=device)
         with torch.no_grad():
             output = network.generate(

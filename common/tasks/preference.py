@@ -16,7 +16,7 @@ from common.settings import TaskSettings
 from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, Tokens, by_length, pad
 from common.tasks.causal_lm import NOTHING, limit_length, load_decoder, next_logits
 from common.tasks.generation import Generation, generate
-from common.tasks.prompts import TEMPLATE_HELP, Template, encode_answers, encode_prompts, fit
+from common.tasks.prompts import TEMPLATE_HELP, Template, encode_answers, encode_prompts, fit, head_length
 
 if TYPE_CHECKING:
     import torch
@@ -102,10 +102,10 @@ class Preference(Task):
         if self.settings.objective == "reward":
             pairs = [[answer[:-1] for answer in answers] for answers in pairs]
         texts: dict[str, list[Tokens]] = {"prompt": [], "chosen": [], "rejected": []}
-        cut = 0
+        cut, head = 0, head_length(base.tokenizer, self.settings.template)
         for prompt, chosen, rejected in zip(prompts, *pairs, strict=True):
             longest = max(chosen, rejected, key=len)
-            kept, _ = fit(prompt, longest, limit)
+            kept, _ = fit(prompt, longest, limit, head)
             cut += len(prompt) + len(longest) > limit
             texts["prompt"].append(kept)
             texts["chosen"].append(chosen[: limit - len(kept)])
@@ -189,7 +189,8 @@ class Preference(Task):
 
         if self.settings.objective == "dpo":
             prompts = encode_prompts(shard, base.tokenizer, self.settings.template)
-            return [{"completion": text} for text in generate(base, prompts, how)]
+            head = head_length(base.tokenizer, self.settings.template)
+            return [{"completion": text} for text in generate(base, prompts, how, head)]
         rows = Shard({**shard.columns, "rejected": shard.columns["chosen"]})
         encoded, device = self.encode(rows, base), next(base.network.parameters()).device
         rewards = []

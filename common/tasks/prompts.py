@@ -54,22 +54,33 @@ def encode_answers(answers: Sequence[str], tokenizer: Any) -> list[Tokens]:
     return [[*tokens, tokenizer.eos_token_id] for tokens in _plain(tokenizer, [answer.strip() for answer in answers])]
 
 
-def fit(prompt: Tokens, answer: Tokens, limit: int) -> tuple[Tokens, Tokens]:
+def head_length(tokenizer: Any, template: Template) -> int:
+    """Return how many tokens stand before what a row says: the first token, or what opens a chat."""
+    head = _around(tokenizer, template)[0]
+    return int(tokenizer.bos_token_id is not None) if isinstance(head, str) else len(head)
+
+
+def shorten(prompt: Tokens, room: int, head: int) -> Tokens:
+    """Return a prompt of at most `room` tokens: its head and its end stay."""
+    head, excess = min(head, room // 2), max(0, len(prompt) - room)
+    return prompt[:head] + prompt[head + excess :] if excess else prompt
+
+
+def fit(prompt: Tokens, answer: Tokens, limit: int, head: int = 0) -> tuple[Tokens, Tokens]:
     """Return both, cut so that they have at most `limit` tokens together.
 
-    The prompt keeps its end, and at least half of the room if it needs it; the answer keeps its beginning.
+    The prompt keeps its head and its end, and at least half of the room if it needs it; the answer keeps its beginning.
     """
-    room = max(limit - len(answer), limit // 2)
-    kept = prompt[max(0, len(prompt) - room) :]
+    kept = shorten(prompt, max(limit - len(answer), limit // 2), head)
     return kept, answer[: limit - len(kept)]
 
 
 def fit_all(
-    prompts: Sequence[Tokens], answers: Sequence[Tokens], limit: int
+    prompts: Sequence[Tokens], answers: Sequence[Tokens], limit: int, head: int = 0
 ) -> tuple[list[Tokens], list[Tokens], tuple[str, ...]]:
     """Return prompts and answers, each pair fitted, and a note of how many were cut: `shard-texts-cut:COUNT`."""
     pairs = list(zip(prompts, answers, strict=True))
-    fitted = [fit(prompt, answer, limit) for prompt, answer in pairs]
+    fitted = [fit(prompt, answer, limit, head) for prompt, answer in pairs]
     cut = sum(len(prompt) + len(answer) > limit for prompt, answer in pairs)
     notes = (f"shard-texts-cut:{cut}",) if cut else ()
     return [prompt for prompt, _ in fitted], [answer for _, answer in fitted], notes

@@ -126,6 +126,11 @@ def test_moments_are_each_clients_own_and_begin_with_the_run(config, graft):
     assert other.moments(second.name) == {}
     anew, _ = prepare.make_job(first, *asked(keeping, graft, round=1))
     assert anew.moments(first.name) == {}
+    anew.moments(first.name)["step"] = 9
+    much_later, _ = prepare.make_job(first, *asked(keeping, graft, round=7))
+    assert much_later.moments(first.name) == {"step": 9}
+    earlier_run, _ = prepare.make_job(first, *asked(keeping, graft, round=3))
+    assert earlier_run.moments(first.name) == {}
     plain, _ = prepare.make_job(first, *asked(config, graft))
     assert plain.moments(first.name) is None
 

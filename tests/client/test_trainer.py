@@ -273,6 +273,21 @@ def test_moments_that_are_kept_make_two_rounds_one(optimizer):
     assert not np.allclose(anew.read(), whole.read(), atol=1e-4)
 
 
+def test_a_round_that_fails_leaves_the_moments_of_the_one_before():
+    """Catches: moments of NaN that are kept, with which a client can never train again."""
+    chosen, moments, model = settings(optimizer="adamw"), {}, graft()
+    train(model, ENCODED, chosen, plan(1, 3, moments=moments))
+    kept = {key: value["exp_avg"].clone() for key, value in moments["state"].items()}
+    model.task.losses = iter([math.nan] * 3)
+    with pytest.raises(TrainingError):
+        train(model, ENCODED, chosen, plan(2, 3, moments=moments))
+    assert kept
+    assert all(torch.equal(moments["state"][key]["exp_avg"], value) for key, value in kept.items())
+    model.task.losses = None
+    model.write(np.zeros(4, np.float32))
+    assert math.isfinite(train(model, ENCODED, chosen, plan(3, 3, moments=moments)).loss)
+
+
 @pytest.mark.parametrize(
     ("losses", "factor", "diverged"),
     [

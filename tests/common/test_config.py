@@ -149,6 +149,15 @@ def test_krum_needs_enough_sites():
     assert parse({"strategy": {"name": "krum", "num_malicious_sites": 2, "min_clients": 7}})
 
 
+def test_moments_are_not_kept_where_workers_share_sites():
+    """Catches: moments that depend on which worker serves a site."""
+    simulation = {"data": "a.csv", "engine": "ray"}
+    found = problems({"train": {"persist_optimizer": True}, "simulation": simulation})
+    assert set(found) == {"train.persist_optimizer"}
+    dp_sgd = {"examples": {"target_epsilon": 1.0}}
+    assert set(problems({"train": {"divergence_factor": 3.0}, "privacy": dp_sgd})) == {"train.divergence_factor"}
+
+
 def test_only_adam_has_a_bias_correction():
     """Catches: a setting that does nothing, accepted."""
     assert set(problems({"train": {"optimizer": "sgd", "bias_correction": False}})) == {"train.bias_correction"}

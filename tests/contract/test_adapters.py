@@ -231,6 +231,8 @@ def test_off_gives_the_bases_outputs_and_on_the_trained_ones(task, method, folde
     with site.graft.untouched():
         assert torch.allclose(site.hidden(), plain, atol=1e-6)
     assert torch.equal(site.hidden(), on)
+    trained = {name for name, value in site.graft.base.transformer.named_parameters() if value.requires_grad}
+    assert trained == {tensor.name for tensor in site.graft.spec.tensors}
 
 
 @each_pair

@@ -72,8 +72,7 @@ def test_a_run_answers_with_its_adapter(runs, tmp_path, name):
     bare = predict(folder, [], file, HOW, which="last", adapter=False)
     assert len(found) == len(bare) >= 2
     assert all(one.keys() == found[0].keys() for one in found)
-    if name != "causal-lm":
-        assert found != bare
+    assert found != bare
     assert predict(folder, [], file, HOW, which="last") == found  # and the adapter is on again
 
 
@@ -83,6 +82,7 @@ def test_what_is_learned_is_predicted(runs):
     found = predict(folder, INPUTS["sequence-classification"]["text"], None, HOW)
     assert [one["label"] for one in found] == ["1", "0"]
     assert all(0.5 < one["probability"] <= 1 for one in found)
+    assert show([{"completion": "a\nb\x1b[31m é"}], as_json=False) == "a\\nb\\x1b[31m é\n"
     assert show(found, as_json=False).splitlines()[0] == f"1\t{found[0]['probability']:.4f}"
     assert [json.loads(line) for line in show(found, as_json=True).splitlines()] == found
 

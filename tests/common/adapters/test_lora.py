@@ -151,3 +151,18 @@ def test_a_frozen_a_is_a_constant(settings):
     assert len(constants) == 4
     assert not set(constants) & set(trained(model))
     assert not [name for name in trained(model) if "lora_A" in name]
+
+
+def test_a_frozen_factor_stays_frozen_when_the_adapter_comes_on_again():
+    """Catches: peft, which lets every tensor be trained that it switches on: A would gather gradients for ever."""
+    method, model = attach(make(), freeze_a="yes")
+    before = set(trained(model))
+    assert not any(".lora_A." in name for name in before)
+    for fails in (False, True):
+        try:
+            with method.disabled(model):
+                if fails:
+                    raise KeyError
+        except KeyError:
+            pass
+        assert set(trained(model)) == before

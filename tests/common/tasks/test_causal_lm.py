@@ -273,14 +273,6 @@ def test_packed_texts_lose_nothing_but_padding(base):
     assert packed.batch(encoded, [0], base)["input_ids"].tolist() == [rows[0]]
 
 
-def test_packing_changes_no_measurement(base):
-    """Catches: metrics that depend on which texts stand in a block together."""
-    encoded = make().encode(ROWS, base)
-    with torch.no_grad():
-        found = [make(packing=packing).evaluate(base, encoded, 2) for packing in (False, True)]
-    assert found[0] == found[1]
-
-
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_metrics_count_tokens_whatever_the_batches(base, batch_size):
     """Catches: means of batches averaged, a short row that weighs as much as a long one, accuracy over padding."""
@@ -418,3 +410,9 @@ def test_a_federation_lowers_the_perplexity(tmp_path):
     summary = run_tiny(config).summary
     assert summary["after"]["perplexity"] < 0.9 * summary["before"]["perplexity"]
     assert summary["best_round"] == 2
+
+
+def test_instructions_are_not_packed():
+    """Catches: a setting that promises something and does nothing."""
+    with pytest.raises(ValueError, match="packing"):
+        make(format="instruction", packing=True)

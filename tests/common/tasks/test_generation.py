@@ -50,10 +50,11 @@ def test_draws_follow_the_seed_and_the_temperature(base):
 
 
 @pytest.mark.parametrize("wanted", [8, MAX_TOKENS, 10 * MAX_TOKENS])
-def test_a_prompt_that_leaves_no_room_loses_its_beginning(base, wanted):
-    """Catches: an IndexError in the embedding of positions; an answer of no tokens."""
+def test_a_long_prompt_is_shortened_and_a_short_one_is_not(base, wanted):
+    """Catches: an IndexError in the embedding of positions; a question that goes to make room for its answer."""
     long = [BOS, *[5, 6, 7] * MAX_TOKENS]
-    (text,) = generate(base, [long], Generation(max_new_tokens=wanted))
-    room = max(1, MAX_TOKENS - wanted)
-    tokens = greedy(base, long[-room:], min(wanted, MAX_TOKENS - room))
-    assert text == base.tokenizer.decode(tokens[room:], skip_special_tokens=True).strip()
+    room = max(MAX_TOKENS // 2, MAX_TOKENS - wanted)
+    for prompt, kept in ((long, [BOS, *long[-(room - 1) :]]), (long[:20], long[:20])):
+        (text,) = generate(base, [prompt], Generation(max_new_tokens=wanted), head=1)
+        tokens = greedy(base, kept, min(wanted, MAX_TOKENS - len(kept)))
+        assert text == base.tokenizer.decode(tokens[len(kept) :], skip_special_tokens=True).strip()

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from common.data.shard import Shard
 from common.errors import ModelError
-from common.tasks.prompts import encode_answers, encode_prompts, fit, fit_all
+from common.tasks.prompts import encode_answers, encode_prompts, fit, fit_all, head_length, shorten
 from tests.support.tiny import tiny_llama
 
 CHAT = (
@@ -102,6 +102,21 @@ def test_what_is_cut(prompt, answer, kept, said):
     """Catches: an answer of no tokens, a prompt that loses its end, a limit off by one."""
     asked, told = list(range(prompt)), list(range(100, 100 + answer))
     assert fit(asked, told, 10) == (asked[prompt - kept :], told[:said])
+
+
+def test_a_long_prompt_keeps_what_opens_its_chat(tokenizer):
+    """Catches: a question without its first token and its role, though it is asked with both."""
+    tokenizer.chat_template = CHAT
+    long = Shard({"prompt": ["good " * 60 + "party"]})
+    (prompt,) = encode_prompts(long, tokenizer, "chat")
+    head = head_length(tokenizer, "chat")
+    kept, said = fit(prompt, [7, 8, EOS], 20, head)
+    assert kept[:head] == prompt[:head]
+    assert BOS in kept[:head]
+    assert kept[-4:] == prompt[-4:]
+    assert (len(kept), said) == (17, [7, 8, EOS])
+    assert head_length(tokenizer, "plain") == 1
+    assert shorten(prompt, 4, head)[:2] == prompt[:2]
 
 
 @given(st.lists(st.integers(), min_size=1, max_size=40), st.lists(st.integers(), min_size=1, max_size=40))
