@@ -95,7 +95,8 @@ def _train_all(job: Job, private: bool = False) -> Iterator[Group]:
     left = dict.fromkeys(job.clients)
     try:
         for group in train_together(job, tail) if tail else ():
-            left = {name: None for name in left if name not in group.names}
+            for name in group.names:
+                del left[name]
             yield _in_time(group, ends)
     except Exception as error:
         if not private or _goes_on(error):
