@@ -25,12 +25,13 @@ class SentenceEmbeddingSettings(TaskSettings):
     """Pearson and Spearman on scored pairs, recall@k on positive pairs."""
 
     name: Literal["sentence-embedding"] = Field(default="sentence-embedding", description="the task")
-    loss: Literal["multiple-negatives", "cosine-similarity"] = Field(
+    loss: Literal["multiple-negatives", "cosine-similarity", "cosent"] = Field(
         default="multiple-negatives",
         description='"multiple-negatives" reads anchor, positive and, where there are any, negative; '
-        '"cosine-similarity" reads sentence1, sentence2 and score',
+        '"cosine-similarity" and "cosent" read sentence1, sentence2 and score: the first wants the cosine to be the '
+        "score, the second only the same order",
     )
-    scale: float = Field(default=20.0, gt=0, description="multiple-negatives: cosines are multiplied by this")
+    scale: float = Field(default=20.0, gt=0, description="multiple-negatives and cosent: factor on the cosines")
     score_max: float = Field(default=1.0, gt=0, description="the best score in the files; scores are divided by it")
     recall_at: int = Field(default=1, ge=1, le=1000, description="k of recall@k")
 
@@ -45,17 +46,17 @@ class SentenceEmbedding(Task):
     @property
     def columns(self) -> tuple[Column, ...]:
         """Triplets or scored pairs, by the loss. An evaluation file may hold either."""
-        return _SCORED if self.settings.loss == "cosine-similarity" else _TRIPLET
+        return _TRIPLET if self.settings.loss == "multiple-negatives" else _SCORED
 
     @property
     def evaluation_columns(self) -> tuple[tuple[Column, ...], ...]:
         """Triplets or scored pairs: the loss's own form first."""
-        return (_SCORED, _TRIPLET) if self.settings.loss == "cosine-similarity" else (_TRIPLET, _SCORED)
+        return (_TRIPLET, _SCORED) if self.settings.loss == "multiple-negatives" else (_SCORED, _TRIPLET)
 
     @property
     def monitor(self) -> str:
         """Spearman where pairs are scored, else recall."""
-        return "spearman" if self.settings.loss == "cosine-similarity" else f"recall_at_{self.settings.recall_at}"
+        return f"recall_at_{self.settings.recall_at}" if self.settings.loss == "multiple-negatives" else "spearman"
 
     def load(self, folder: Path, dtype: torch.dtype) -> Base:
         """Load the `SentenceTransformer`; it has no head."""
@@ -107,6 +108,8 @@ class SentenceEmbedding(Task):
         criterion: Any
         if self.settings.loss == "cosine-similarity":
             criterion = losses.CosineSimilarityLoss(network)
+        elif self.settings.loss == "cosent":  # Su 2022, kexue.fm/archives/8847: log(1 + sum exp(scale (cos_i - cos_j)))
+            criterion = losses.CoSENTLoss(network, scale=self.settings.scale)
         else:
             criterion = losses.MultipleNegativesRankingLoss(network, scale=self.settings.scale)
         result: torch.Tensor = criterion(features, batch.get("labels"))
@@ -157,7 +160,8 @@ class SentenceEmbedding(Task):
             "sentence2": [f"a clause on {word if n % 2 else 'sigma'}" for n, word in enumerate(words)],
             "score": [float(n % 2) for n in range(24)],
         }
-        return {"cosine": TinyCase({"max_length": 16, "loss": "cosine-similarity"}, rows)}
+        forms = {"cosine": "cosine-similarity", "cosent": "cosent"}
+        return {name: TinyCase({"max_length": 16, "loss": loss}, rows) for name, loss in forms.items()}
 
 
 _TRIPLET = (Column("anchor", "text"), Column("positive", "text"), Column("negative", "text", required=False))

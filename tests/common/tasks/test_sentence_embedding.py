@@ -1,5 +1,7 @@
 """Sentence embeddings, against sentence-transformers and scipy."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -68,6 +70,22 @@ def test_multiple_negatives_is_the_librarys(base, shard, scale):
     assert ours.item() == pytest.approx(torch.nn.functional.cross_entropy(scores, torch.arange(4)).item(), abs=1e-4)
 
 
+def test_cosent_is_its_formula(base):
+    """Catches: pairs of equal scores compared, the order the wrong way round, the scale left out."""
+    task = make(loss="cosent", scale=3.0)
+    first, second = ["good clause", "a", "bad party", "on"], ["good", "the party", "clause", "on"]
+    scores = [1.0, 0.2, 0.2, 0.6]
+    encoded = task.encode(Shard({"sentence1": first, "sentence2": second, "score": scores}), base)
+    with torch.no_grad():
+        ours = task.loss(base.network, task.batch(encoded, range(4), base)).item()
+        vectors = [torch.tensor(base.network.encode(texts)) for texts in (first, second)]
+        cosines = torch.nn.functional.cosine_similarity(*vectors)
+    pairs = [(i, j) for i in range(4) for j in range(4) if scores[i] > scores[j]]
+    wanted = math.log(1 + sum(math.exp(3.0 * (cosines[j] - cosines[i])) for i, j in pairs))
+    assert len(pairs) == 5
+    assert ours == pytest.approx(wanted, abs=1e-4)
+
+
 def test_cosine_similarity_is_the_librarys(base):
     """Catches: scores that are not brought to [0, 1]; columns swapped."""
     task = make(loss="cosine-similarity", score_max=5.0)
@@ -88,6 +106,7 @@ def test_cosine_similarity_is_the_librarys(base):
         ({}, ["anchor", "positive", "negative"], "recall_at_1"),
         ({"recall_at": 3}, ["anchor", "positive", "negative"], "recall_at_3"),
         ({"loss": "cosine-similarity"}, ["sentence1", "sentence2", "score"], "spearman"),
+        ({"loss": "cosent"}, ["sentence1", "sentence2", "score"], "spearman"),
     ],
 )
 def test_columns_and_monitor(settings, names, monitor):
