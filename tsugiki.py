@@ -229,6 +229,23 @@ def lr_find(
     commands.lr_find(file, overrides or [], lowest, highest, steps, central, plot, as_json)
 
 
+@app.command(
+    epilog="Examples: tsugiki methods; tsugiki methods --model HuggingFaceTB/SmolLM2-135M; tsugiki methods run.toml"
+)
+def methods(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="A run's TOML file; its settings count.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="The base; by default the run's, or all-MiniLM.")] = "",
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """List which adapter methods go with which tasks on a base, with sizes, and why the others do not."""
+    from server.methods import methods as list_methods
+
+    list_methods(file, model, overrides or [], as_json)
+
+
 @app.command(epilog="Example: tsugiki export runs/sst2 --merged")
 def export(
     run: RunFolder,

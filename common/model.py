@@ -102,8 +102,8 @@ def _load(config: RunConfig, source: str, seed: int) -> Graft:
     method = ADAPTERS.get(config.adapter.method)(config.adapter)
     folder = find(source)
     seed_everything(derive_seed(seed, "initial-values"))
-    with _quiet_libraries():
-        base = _load_base(task, folder, getattr(torch, config.model.dtype))
+    with quiet_libraries():
+        base = load_base(task, folder, getattr(torch, config.model.dtype))
         _check_architecture(method, base)
         identity = fingerprint(folder, base)
         _make_room(method, base)
@@ -116,7 +116,7 @@ def _load(config: RunConfig, source: str, seed: int) -> Graft:
     return Graft(task, method, base, spec, device)
 
 
-def _load_base(task: Task, folder: Path, dtype: Any) -> Base:
+def load_base(task: Task, folder: Path, dtype: Any) -> Base:
     """Load the base, and give what the libraries raise for a broken or foreign checkpoint our own name."""
     from safetensors import SafetensorError
 
@@ -132,7 +132,7 @@ def _load_base(task: Task, folder: Path, dtype: Any) -> Base:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Keep the libraries from reporting what is meant to be so: a new head, and names that they renamed themselves."""
     from transformers.utils import logging
 

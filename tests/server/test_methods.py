@@ -1,0 +1,107 @@
+"""The menu on a base: true sizes, reasons for what does not go, and a base that is left as it was."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tsugiki
+from common.adapters import ADAPTERS
+from common.config import parse
+from common.errors import ModelError, UsageError
+from common.model import load_graft
+from common.tasks import TASKS
+from server import methods as module
+from server.methods import menu, methods, reasons
+from tests.support.tiny import tiny_bert, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """The folder of a tiny BERT. Read only."""
+    return tiny_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def found(bert):
+    """What can be chosen on it."""
+    return menu(parse({"model": {"name": str(bert)}, "adapter": {"method": "lora", "rank": 2}}))
+
+
+def test_every_pair_is_there(found):
+    """Catches: a task or a method that is registered and not listed."""
+    assert list(found.pairs) == list(TASKS.names())
+    assert all(list(row) == list(ADAPTERS.names()) for row in found.pairs.values())
+
+
+@pytest.mark.parametrize("method", ["lora", "houlsby", "bitfit", "vera"])
+def test_sizes_are_those_of_a_run(found, bert, method):
+    """Catches: numbers counted twice or not at all; heads among the adapter's; another method's tensors left over."""
+    adapter = {"method": method, **({"rank": 2} if method == "lora" else {})}
+    graft = load_graft(parse({"model": {"name": str(bert)}, "adapter": adapter}), str(bert), 1)
+    pair = found.pairs["sequence-classification"][method]
+    assert (pair.adapter, pair.head) == (graft.spec.parameters("adapter"), graft.spec.parameters("head"))
+    assert pair.size_bytes == graft.spec.size_bytes
+    assert pair.reason == ""
+
+
+def test_what_does_not_go_has_a_reason(found, tmp_path):
+    """Catches: an empty cell; a traceback of a library in the place of a reason."""
+    assert all(pair.reason for pair in found.pairs["causal-lm"].values())
+    assert all(pair.reason for pair in found.pairs["image-classification"].values())
+    llama = menu(parse({"model": {"name": str(tiny_llama(tmp_path / "llama"))}}))
+    assert llama.pairs["causal-lm"]["bitfit"].reason == "it has no bias terms"
+    assert llama.pairs["causal-lm"]["lora"].adapter > 0
+    numbers = reasons(llama.pairs)
+    assert sorted(numbers.values()) == list(range(1, len(numbers) + 1))
+    assert {pair.reason for row in llama.pairs.values() for pair in row.values() if pair.reason} == set(numbers)
+
+
+def test_one_base_serves_all_methods(bert, monkeypatch):
+    """Catches: a base loaded for every method; an adapter that changes the base under the next one."""
+    loads, load = [], module.load_base
+
+    def watched(task, folder, dtype):
+        loads.append(load(task, folder, dtype))
+        return loads[-1]
+
+    monkeypatch.setattr(module, "load_base", watched)
+    menu(parse({"model": {"name": str(bert)}}))
+    assert len(loads) < len(TASKS.names())  # those that do not load are not here
+    for base in loads:
+        fresh = load(
+            TASKS.get("sequence-classification")(TASKS.get("sequence-classification").Settings()), bert, torch.float32
+        )
+        kept = dict(fresh.transformer.base_model.named_parameters())
+        inner = dict(getattr(base.transformer, "base_model", base.transformer).named_parameters())
+        assert all(torch.equal(inner[name], value) for name, value in kept.items() if name in inner)
+        assert all(value.requires_grad for value in base.transformer.parameters())
+        assert not [name for name, _ in base.transformer.named_parameters() if "lora" in name or "bottleneck" in name]
+
+
+def test_the_command_prints_a_table_or_json(bert, tmp_path):
+    """Catches: a cell without its bytes; JSON that no script can read; settings that nothing takes."""
+    done = CliRunner().invoke(tsugiki.app, ["methods", "--model", str(bert)])
+    assert done.exit_code == 0, done.output
+    assert "houlsby" in done.stdout
+    assert "(1)" in done.stdout
+    assert "Memory at a site" in done.stdout
+    body = json.loads(CliRunner().invoke(tsugiki.app, ["methods", "--model", str(bert), "--json"]).stdout)
+    assert body["pairs"]["sequence-classification"]["lora"]["adapter"] > 0
+    with pytest.raises(UsageError):
+        methods(None, str(bert), ["adapter.rank=2"], False)
+    file = tmp_path / "run.toml"
+    file.write_text(f'[model]\nname = "{bert}"\n[adapter]\nmethod = "lora"\nrank = 1\n')
+    words = ["methods", str(file), "--json", "--set"]
+    small, large = (
+        json.loads(CliRunner().invoke(tsugiki.app, [*words, f"adapter.rank={rank}"]).stdout) for rank in (1, 4)
+    )
+    pair = [menu_["pairs"]["sequence-classification"]["lora"]["adapter"] for menu_ in (small, large)]
+    assert pair[1] == 4 * pair[0]
+
+
+def test_a_base_that_is_not_there_is_an_error(tmp_path):
+    """Catches: a table of nothing."""
+    with pytest.raises(ModelError):
+        menu(parse({"model": {"name": str(tmp_path / "gone")}}))
