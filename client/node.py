@@ -179,14 +179,15 @@ class Node:
 
         # Flower asks for these before it makes a Message outside its own processes.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, self._connection.node_id, 1
-        context = self._contexts.pop(run_id, None) or Context(
+        known = self._contexts.pop(run_id, None)
+        context = known or Context(
             run_id=run_id,
             node_id=self._connection.node_id,
             node_config=dict(self._node_config),
             state=RecordDict(),
             run_config={},
         )
-        if kind not in _ASKED_ANEW or context.state:
+        if known is not None or kind not in _ASKED_ANEW:
             self._contexts[run_id] = context  # the last to be used stands last
         for other in list(self._contexts)[:-CONTEXTS]:
             self._forget(other)

@@ -156,6 +156,16 @@ def test_greetings_push_no_run_out_and_a_run_that_is_over_is_forgotten():
     assert kept[-2:] == [(1, 1), (1, 0)]
 
 
+def test_answers_are_forgotten_with_their_runs():
+    """Catches: the last reply of every run that a node has ever served, kept because an evaluation came after it."""
+    link = Link([message(run, kind, kind) for run in range(1, 10) for kind in ("query", "train", "evaluate")])
+    node = Node(echo, link, {"site": "/s/site.toml"}, Seen(), Ending())
+    link.ending = node._ending
+    node.run(lambda pause: None)
+    assert set(node._contexts) == {6, 7, 8, 9}
+    assert set(node._answers) == {(run, "train") for run in (6, 7, 8, 9)}
+
+
 def test_looks_are_frequent_after_a_message_and_seldom_when_idle():
     """Catches: a constant pause: either slow rounds, or a server that is asked 50 times a second for days."""
     link = Link(before_end=100)
