@@ -70,11 +70,18 @@ def test_it_does_not_matter_who_comes_together():
     assert sums[0] == sums[1] == sums[2]
 
 
+def test_how_many_were_clipped():
+    """Catches: those exactly at the norm counted, and those that are no numbers counted as too long."""
+    total = ProtectedSum.empty(plan_of("local", 2, clients=4, noise_multiplier=1.0, clip_norm=1.0))
+    total.add(np.array([[3.0, 4.0], [0.6, 0.7], [1.0, 0.0], [np.nan, 9.0]]))
+    assert (total.clients, total.clipped, total.null) == (4, 1, 1)
+
+
 def test_what_is_not_finite_adds_noise_and_nothing_else():
     """Catches: a client that is left out of the sum because its training diverged: its noise would be missing."""
     total = ProtectedSum.empty(quiet())
     total.add(np.array([np.full(100, np.nan), np.full(100, 1e-3), np.full(100, 1e30)]))
-    assert (total.clients, total.clipped + total.null) == (3, 2)
+    assert (total.clients, total.clipped, total.null) == (3, 1, 1)
     noisy = ProtectedSum.empty(plan_of("local", 1000, noise_multiplier=1.0))
     noisy.add(np.full((1, 1000), np.nan))
     assert np.mean(noisy.levels.astype(float) ** 2) / LEVELS**2 == pytest.approx(1, abs=5.4 * np.sqrt(2 / 1000))

@@ -1,9 +1,11 @@
 """Predictions: that it is the run's own adapter that answers, for every task, and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import tsugiki
@@ -11,7 +13,7 @@ from common.errors import DataError, StorageError, UsageError
 from common.files import read_lines
 from common.tasks import TASKS
 from common.tasks.generation import Generation
-from common.wire import sha256
+from common.wire import sha256, unpack
 from server.finished import choose, open_graft, read_config
 from server.predict import predict, show
 from tests.support.federation import run_tiny, tiny_config
@@ -134,17 +136,24 @@ def test_pictures_are_named_by_their_files(runs, tmp_path):
         predict(folder, [str(tmp_path / "gone.png")], None, HOW)
 
 
-def test_best_and_last_are_told_apart(runs):
+def test_best_and_last_are_told_apart(runs, tmp_path):
     """Catches: one adapter whatever is asked for."""
-    folder, _ = runs("sequence-classification")
+    folder = shutil.copytree(runs("sequence-classification")[0], tmp_path / "run")
     config = read_config(folder)
     graft = open_graft(folder, config)
     best, last = (choose(folder, config, graft, which) for which in ("best", "last"))
-    lines = [line for line in read_lines(folder / "metrics.jsonl") if "eval" in line]
-    assert last.round == lines[-1]["round"]
-    assert best.round <= last.round
-    wanted = next(line["adapter_sha256"] for line in lines if line["round"] == best.round and best.round)
-    assert sha256(best.vector) == wanted
+    lines = {line["round"]: line for line in read_lines(folder / "metrics.jsonl") if "eval" in line}
+    assert last.round == max(lines)
+    assert 0 < best.round <= last.round
+    for chosen in (best, last):
+        assert sha256(chosen.vector) == lines[chosen.round]["adapter_sha256"]
+    save_file(unpack(graft.initial, graft.spec), folder / "best" / "adapter.safetensors")
+    summary = json.loads((folder / "summary.json").read_text()) | {"best_sha256": sha256(graft.initial)}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert np.array_equal(choose(folder, config, graft, "best").vector, graft.initial)
+    assert not np.array_equal(last.vector, graft.initial)
+    first, after = (predict(folder, ["good"], None, HOW, which=which) for which in ("best", "last"))
+    assert first != after
 
 
 @pytest.mark.parametrize(
