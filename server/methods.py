@@ -17,6 +17,7 @@ from common.model import describe, find, load_base, quiet_libraries
 from common.rng import seed_everything
 from common.tasks import TASKS, Task
 from common.tasks.base import Base
+from server.tables import size_text
 
 OPTIMISER_BYTES = 4 + 4 + 8
 """Of each trained number while it is trained in float32: itself, its gradient, Adam's two moments."""
@@ -132,10 +133,11 @@ def show(found: Menu, as_json: bool) -> None:
     console.print(table)
     for reason, number in numbers.items():
         console.print(f"({number}) {reason}", highlight=False, markup=False, soft_wrap=True)
-    trained = max(pair.adapter + pair.head for row in found.pairs.values() for pair in row.values())
+    most = max(pair.adapter + pair.head for row in found.pairs.values() for pair in row.values())
+    trained = size_text(OPTIMISER_BYTES * most)
     console.print(
-        f"Memory at a site: {_bytes(found.base_bytes)} of frozen weights, at most {_bytes(OPTIMISER_BYTES * trained)} "
-        "for what is trained (numbers, gradients, Adam's moments), and activations, by batch and length.",
+        f"Memory at a site: {size_text(found.base_bytes)} of frozen weights, at most {trained} for what is trained "
+        "(numbers, gradients, Adam's moments), and activations, by batch and length.",
         highlight=False,
         soft_wrap=True,
     )
@@ -145,15 +147,7 @@ def _cell(pair: Pair, numbers: Mapping[str, int]) -> str:
     if pair.reason:
         return f"({numbers[pair.reason]})"
     head = f" + {pair.head:,}" if pair.head else ""
-    return f"{pair.adapter:,}{head}\n{_bytes(pair.size_bytes)}"
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"
+    return f"{pair.adapter:,}{head}\n{size_text(pair.size_bytes)}"
 
 
 def methods(file: Path | None, model: str, overrides: list[str], as_json: bool) -> None:

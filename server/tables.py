@@ -54,7 +54,7 @@ def _traffic(run: Run) -> str:
     asked = sum(len(line["cohort"]) for line in run.attempts)
     size = sum(line.get("bytes_down", 0) for line in run.attempts) / asked if asked else run.spec.get("size_bytes", 0)
     return (
-        f"Only the adapter travelled: {adapter:,} parameters{head_too}, {_size(size)} to each site in a round, "
+        f"Only the adapter travelled: {adapter:,} parameters{head_too}, {size_text(size)} to each site in a round, "
         "and as much back. The base model stayed frozen."
     )
 
@@ -63,7 +63,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def _size(size_bytes: float) -> str:
+def size_text(size_bytes: float) -> str:
     """Return a number of bytes with a decimal prefix."""
     for unit in ("B", "kB", "MB"):
         if size_bytes < 1000:
