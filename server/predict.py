@@ -45,7 +45,7 @@ def predict(
     """
     config = read_config(folder)
     graft = open_graft(folder, config)
-    rows = _rows(graft, config, texts, file)
+    rows = _rows(graft, config, texts, file) if graft.task.asked else Shard({})  # a task that asks for none refuses
     graft.write(choose(folder, config, graft, which).vector)
     with nullcontext() if adapter else graft.untouched():
         return graft.task.predict(graft.base, rows, how)
@@ -68,8 +68,6 @@ def _plain(value: Any) -> str:
 def _rows(graft: Graft, config: RunConfig, texts: Sequence[str], file: Path | None) -> Shard:
     columns = graft.task.asked
     names = ", ".join(column.name for column in columns)
-    if not columns:
-        raise UsageError(f"the task {graft.task.name} predicts nothing for rows alone", "another run")
     if bool(texts) == (file is not None):
         raise UsageError("texts and a file" if texts else "neither texts nor a file", "one of both", "give --file FILE")
     if file is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import UsageError
 from common.registry import Registry
 from common.settings import TaskSettings
 
@@ -192,8 +193,17 @@ class Task(ABC):
         return ()
 
     def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
-        """Return what the model makes of each row, by name. The shard has the columns `asked`."""
-        raise NotImplementedError
+        """Return what the model makes of each row, by name.
+
+        Args:
+            base: with the adapter on it, in eval mode.
+            shard: has the columns `asked`.
+            how: texts are continued, where the task does that.
+
+        Raises:
+            UsageError: this task predicts nothing for rows alone.
+        """
+        raise UsageError(f"the task {self.name} predicts nothing for rows alone", "another run")
 
     @classmethod
     @abstractmethod

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import tsugiki
 from common.errors import DataError, StorageError, UsageError
 from common.files import read_lines
-from common.tasks import TASKS
+from common.tasks import TASKS, Task
 from common.tasks.generation import Generation
 from common.wire import sha256, unpack
 from server.finished import choose, open_graft, read_config
@@ -172,6 +172,16 @@ def test_what_cannot_be_asked_is_refused(runs, name, texts, with_file):
     with pytest.raises(UsageError) as caught:
         predict(folder, texts, file if with_file else None, HOW)
     assert caught.value.what
+
+
+def test_a_task_that_predicts_nothing_says_so(runs, monkeypatch):
+    """Catches: a traceback for a task of one's own that has no `predict`."""
+    folder, _ = runs("sequence-classification")
+    kind = TASKS.get("sequence-classification")
+    monkeypatch.setattr(kind, "asked", Task.asked)
+    monkeypatch.setattr(kind, "predict", Task.predict)
+    with pytest.raises(UsageError, match="predicts nothing"):
+        predict(folder, ["good"], None, HOW)
 
 
 def test_a_missing_run_or_file_is_an_error_with_a_code(runs, tmp_path):
