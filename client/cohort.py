@@ -127,14 +127,19 @@ def _alone(job: Job, name: str, ends: float, private: bool) -> Group:
     except TrainingError as error:
         if error.code != "diverged":
             raise
-        return Group([name], np.full((1, size), math.nan), np.full(1, math.nan), 0)
+        return _null(name, size)
     except Exception as error:
         if not private or _goes_on(error):
             raise
         log.exception("a client failed: it adds noise only")
-        return Group([name], np.full((1, size), math.nan), np.full(1, math.nan), 0)
+        return _null(name, size)
     update = job.graft.read().astype(np.float64) - job.received
     return Group([name], update[np.newaxis], np.array([trained.loss]), trained.steps)
+
+
+def _null(name: str, size: int) -> Group:
+    """Return what a client whose training came to nothing has learned: not a number, which becomes a null update."""
+    return Group([name], np.full((1, size), math.nan), np.full(1, math.nan), 0)
 
 
 def _train_one(job: Job, name: str, rows: Sequence[int], deadline_s: float) -> Trained:

@@ -65,7 +65,8 @@ def find_rate(
         watch: told after each step how many are done.
 
     Raises:
-        UsageError: the range is empty, or the run has no file of rows.
+        UsageError: the range is empty.
+        ConfigError: the run has no file of rows.
         DataError, ModelError: rows or model cannot be loaded.
         TrainingError: `diverged`, the loss is not finite from the start.
     """

@@ -50,7 +50,12 @@ def load(site: Site, config: RunConfig, round_: int = 0) -> tuple[Graft, Plan | 
 
 
 def make_job(site: Site, request: TrainRequest, content: RecordDict) -> tuple[Job, Plan | None]:
-    """Return what the site is to do, and the privacy plan, once everything about the request was checked."""
+    """Return what the site is to do, and the privacy plan, once everything about the request was checked.
+
+    Raises:
+        SpecError, WireError, PolicyError: see `receive`; `policy-steps`, a client would take more steps than allowed.
+        DataError: see `train_rows`.
+    """
     config = site_config(request.config)
     graft, received, plan = receive(site, config, request, content)
     encoded = train_rows(site, config)
@@ -78,7 +83,18 @@ def clients(site: Site, config: RunConfig, plan: Plan | None) -> int:
 
 
 def charge(site: Site, job: Job, plan: Plan | None, seen: Mapping[Adversary, tuple[Release, int]]) -> None:
-    """Write into the site's own ledger, before it leaves, what an upload shows of its clients and of their rows."""
+    """Write into the site's own ledger, before it leaves, what an upload shows of its clients and of their rows.
+
+    Args:
+        site: which keeps a ledger, or none.
+        job: of the round.
+        plan: of a private run; None without.
+        seen: what the upload shows of the clients, and how often, by adversary.
+
+    Raises:
+        PolicyError: the site's budget does not allow it.
+        StorageError: it cannot be written; the upload must not leave.
+    """
     path, releases = site.ledger_path(), {**seen, **row_releases(job)}
     if path is not None and releases:
         ledger = site_ledger(path, site.policy, plan, seeded=job.config.privacy.insecure_noise_seed > 0)
