@@ -40,7 +40,7 @@ WITHOUT_A_TEST_FILE = {
 }
 
 MOST_LINES = 320
-MOST_DECLARATIONS = 500
+MOST_DECLARATIONS = 400
 """Lines of tsugiki.py, which declares each command with its options, and does nothing else."""
 
 each_module = pytest.mark.parametrize("module", MODULES)
