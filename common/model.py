@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +23,7 @@ import numpy as np
 from common.adapters import ADAPTERS, AdapterMethod
 from common.config import RunConfig
 from common.errors import ModelError
+from common.fingerprint import fingerprint
 from common.rng import derive_seed, seed_everything
 from common.tasks import TASKS, Task
 from common.tasks.base import Base
@@ -96,24 +97,49 @@ def load_graft(config: RunConfig, source: str, seed: int) -> Graft:
 
 
 def _load(config: RunConfig, source: str, seed: int) -> Graft:
-    import torch
-
     task = TASKS.get(config.task.name)(config.task)
     method = ADAPTERS.get(config.adapter.method)(config.adapter)
     folder = find(source)
     seed_everything(derive_seed(seed, "initial-values"))
+    return assemble(task, method, folder, config.model.dtype, config.train.device)
+
+
+def assemble(
+    task: Task,
+    method: AdapterMethod,
+    folder: Path,
+    dtype: str,
+    device: str,
+    put: Callable[[Base, str], Any] | None = None,
+) -> Graft:
+    """Load a base from its folder and put an adapter on it.
+
+    Args:
+        task: loads the base.
+        method: of the adapter.
+        folder: the base's.
+        dtype: of the frozen weights.
+        device: as in `choose_device`.
+        put: gets the bare base and its fingerprint, and returns what stands in the transformer's place from now on;
+            by default `method` attaches a new adapter.
+
+    Raises:
+        ModelError: the base is not to be trusted, or the adapter does not fit it.
+    """
+    import torch
+
     with quiet_libraries():
-        base = load_base(task, folder, getattr(torch, config.model.dtype))
+        base = load_base(task, folder, getattr(torch, dtype))
         _check_architecture(method, base)
         identity = fingerprint(folder, base)
         _make_room(method, base)
-        task.graft(base, method.attach(base.transformer, base.heads))
+        task.graft(base, put(base, identity) if put else method.attach(base.transformer, base.heads))
         base.untouched = lambda: method.disabled(base.transformer)
     spec = describe(task, method, base, identity)
-    device = torch.device(choose_device(config.train.device))
-    base.network.to(device)
+    place = torch.device(choose_device(device))
+    base.network.to(place)
     base.network.eval()
-    return Graft(task, method, base, spec, device)
+    return Graft(task, method, base, spec, place)
 
 
 def load_base(task: Task, folder: Path, dtype: Any) -> Base:
@@ -272,47 +298,3 @@ def _in_hub(name: str) -> Path:
             "check the name and the network, or point [models] of site.toml (or model.name) at a local folder",
             code="model-not-found",
         ) from error
-
-
-def fingerprint(folder: Path, base: Base) -> str:
-    """Return the SHA-256 over the backbone's tensors as the checkpoint stores them, sorted by name.
-
-    Heads are left out (they are random or trained), and so is the prefix that a model with a head puts before the
-    backbone's names: the same backbone has the same fingerprint with and without a head.
-
-    Raises:
-        ModelError: no tensor of the checkpoint belongs to the backbone.
-    """
-    from safetensors import safe_open
-
-    backbone = getattr(base.transformer, "base_model", base.transformer)
-    wanted = set(backbone.state_dict())
-    prefix = f"{getattr(base.transformer, 'base_model_prefix', '')}."
-    stored_as: dict[str, tuple[Path, str]] = {}
-    whole = folder / "model.safetensors"  # where it is there, nothing else is loaded
-    for file in [whole] if whole.is_file() else sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="numpy") as tensors:
-            for stored in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
-                stored_as[stored.removeprefix(prefix)] = (file, stored)
-    found = {name: place for name, place in stored_as.items() if name in wanted}
-    if not found:
-        raise ModelError(f"{folder.name}: no tensor belongs to the backbone", "a checkpoint of this architecture")
-    if wanted - found.keys():  # transformers knows older names (ViT's); under whatever name, a tensor of a base counts
-        prefixed = any(stored.startswith(prefix) for _, stored in stored_as.values())
-        found |= {name: place for name, place in stored_as.items() if not prefixed or place[1].startswith(prefix)}
-    digest = hashlib.sha256()
-    for name in sorted(found):
-        file, stored = found[name]
-        dtype, shape, content = _stored_tensor(file, stored)
-        digest.update(json.dumps([name, dtype, shape, len(content)]).encode())
-        digest.update(content)
-    return digest.hexdigest()
-
-
-def _stored_tensor(file: Path, name: str) -> tuple[str, list[int], bytes]:
-    """Return type, shape and raw bytes of a tensor in a safetensors file, whatever its type (NumPy has no bfloat16)."""
-    content = np.memmap(file, np.uint8, "r")
-    header_bytes = int.from_bytes(content[:8].tobytes(), "little")
-    header = json.loads(content[8 : 8 + header_bytes].tobytes())[name]
-    start, stop = (8 + header_bytes + offset for offset in header["data_offsets"])
-    return header["dtype"], header["shape"], content[start:stop].tobytes()

@@ -11,6 +11,7 @@ from typing import Any
 
 from common.config import RunConfig
 from common.errors import ExportError, StorageError
+from common.exported import write_exported
 from common.files import read_lines, unwritable
 from common.model import Graft, find
 from server.export_card import Export, Kind, card, is_sentence_transformer, loading_code, loads_itself
@@ -54,7 +55,7 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
     code, lines = loading_code(graft, config, kind, base_folder), read_lines(folder / "metrics.jsonl")
     made = Export(kind, code, base_name, base_folder, chosen.round, lines, expected.effect > 0)
     with _built(target) as building:
-        _write(graft, building, kind, base_name)
+        _write(graft, building, kind, config.model.dtype, base_name)
         (building / "README.md").write_text(card(graft, config, made), "utf-8")
         _share(building)
         prove(building, made, graft, expected)
@@ -116,7 +117,7 @@ def _built(target: Path) -> Iterator[Path]:
         ) from error
 
 
-def _write(graft: Graft, folder: Path, kind: Kind, base_name: str) -> None:
+def _write(graft: Graft, folder: Path, kind: Kind, dtype: str, base_name: str) -> None:
     """Write everything but the card."""
     transformer, network = graft.base.transformer, graft.base.network
     if not is_sentence_transformer(graft):
@@ -139,6 +140,7 @@ def _write(graft: Graft, folder: Path, kind: Kind, base_name: str) -> None:
         finally:
             del transformer.save_pretrained
     graft.method.save(transformer, folder, base_name)
+    write_exported(folder, graft, dtype, base_name)
     if kind == "peft":
         _sort(folder / "adapter_config.json")
 

@@ -45,6 +45,8 @@ class AdapterMethod(ABC):
     starts_at_base: ClassVar[bool] = True
     """Whether the outputs are the base's own before anything is trained."""
     export_format: ClassVar[Literal["peft", "tsugiki"]]
+    tensors_file: ClassVar[str]
+    """What `save` calls the file with the tensors."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -101,6 +103,10 @@ class AdapterMethod(ABC):
     @abstractmethod
     def save(self, transformer: Any, folder: Path, base_name: str) -> None:
         """Write the adapter and its heads as safetensors and JSON into `folder`, naming `base_name` as the base."""
+
+    @abstractmethod
+    def saved(self, transformer: Any) -> dict[str, Any]:
+        """Return the tensors that `save` writes, by their names in its file: the transformer's own, not copies."""
 
     @abstractmethod
     def merge(self, transformer: Any) -> Any:

@@ -27,6 +27,7 @@ class PeftMethod(AdapterMethod):
     """A method whose layers, merging and files are those of `peft`."""
 
     export_format = "peft"
+    tensors_file = "adapter_model.safetensors"
 
     @abstractmethod
     def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:
@@ -79,6 +80,13 @@ class PeftMethod(AdapterMethod):
         finally:
             config.base_model_name_or_path = local_name
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; ours says what happened
+
+    def saved(self, transformer: Any) -> dict[str, Any]:
+        """Return what peft makes of the adapter and its heads for a file; frozen projections are among it."""
+        from peft import get_peft_model_state_dict
+
+        saved: dict[str, Any] = get_peft_model_state_dict(transformer, save_embedding_layers=False)
+        return saved
 
     def merge(self, transformer: Any) -> Any:
         """Return a copy of the base whose weights carry the adapter, and whose heads are the trained ones.

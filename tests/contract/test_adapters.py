@@ -17,6 +17,7 @@ from common.config import parse
 from common.config_file import commented
 from common.data.shard import Shard
 from common.errors import ModelError, TrainingError
+from common.exported import open_exported, write_exported
 from common.model import load_graft
 from common.registry import Registry
 from common.tasks import TASKS
@@ -247,6 +248,20 @@ def test_a_trained_adapter_survives_the_wire(task, method, folder):
     site.graft.write(received)
     assert site.graft.read().tobytes() == vector.tobytes()
     assert torch.equal(site.hidden(), on)
+
+
+@each_pair
+def test_an_export_is_put_on_its_base_again(task, method, folder, tmp_path):
+    """Catches: a part that a library's loader leaves at chance or drops; constants drawn anew; a spec that differs."""
+    site = Site(folder, task, method)
+    site.train()
+    vector, on = site.graft.read(), site.hidden()
+    site.graft.method.save(site.graft.base.transformer, tmp_path, "tiny/base")
+    write_exported(tmp_path, site.graft, "float32", "tiny/base")
+    torch.manual_seed(99)
+    loaded = open_exported(tmp_path, str(folder))
+    assert loaded.read().tobytes() == vector.tobytes()
+    assert torch.equal(site.hidden(loaded.base), on)
 
 
 @each_pair

@@ -21,10 +21,12 @@ from common.adapters.lora import Lora, LoraSettings
 from common.adapters.prompts import PrefixSettings, PromptSettings, PTuningSettings
 from common.adapters.vera import VeraSettings
 from common.errors import ExportError, StorageError
+from common.exported import open_exported
 from common.model import load_graft
 from common.wire import sha256, unpack
 from server import export_check, export_probe
 from server.export import export
+from server.finished import choose, read_config
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import PUBLIC_NAME, tiny_llama, tiny_sentence_transformer
 
@@ -159,8 +161,8 @@ def graft_of(folder):
 
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
-PEFT = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-OWN = {"README.md", "tsugiki_adapter.safetensors", "tsugiki_adapter.json"}
+PEFT = {"README.md", "tsugiki.json", "adapter_config.json", "adapter_model.safetensors"}
+OWN = {"README.md", "tsugiki.json", "tsugiki_adapter.safetensors", "tsugiki_adapter.json"}
 MODULES = {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"}
 
 
@@ -187,6 +189,9 @@ def test_a_fresh_process_finds_the_outputs_of_the_run(copied, caplog, kind, expe
     assert target == run / "adapter"
     assert "changes nothing" not in caplog.text
     assert set(run.iterdir()) == before | {target}
+    vector = choose(run, read_config(run), graft_of(run), "best").vector
+    again = open_exported(target, config_file.read(run / "config.toml").model.name)
+    assert again.read().tobytes() == vector.tobytes()
     found = files(target)
     assert set(found) == expected
     base = config_file.read(run / "config.toml").model.name
