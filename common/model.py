@@ -286,7 +286,8 @@ def fingerprint(folder: Path, base: Base) -> str:
     from safetensors import safe_open
 
     backbone = getattr(base.transformer, "base_model", base.transformer)
-    wanted = set(backbone.state_dict())
+    heads = tuple(f"{head}." for head in base.heads)  # a bare transformer can have one too
+    wanted = {name for name in backbone.state_dict() if not name.startswith(heads)}
     prefix = f"{getattr(base.transformer, 'base_model_prefix', '')}."
     stored_as: dict[str, tuple[Path, str]] = {}
     whole = folder / "model.safetensors"  # where it is there, nothing else is loaded

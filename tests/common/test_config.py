@@ -47,7 +47,7 @@ def test_the_chosen_names_bring_their_own_settings():
     config = parse(raw)
     assert (config.task.scale, config.adapter.bottleneck, config.strategy.tau) == (20.0, 4, 0.1)
     assert set(problems({"adapter": {"method": "houlsby", "rank": 4}})) == {"adapter.rank"}
-    assert set(problems({"task": {"name": "sentence-embedding", "num_labels": 3}})) == {"task.num_labels"}
+    assert set(problems({"task": {"name": "causal-lm", "num_labels": 3}})) == {"task.num_labels"}
 
 
 def test_every_problem_at_once():

@@ -389,6 +389,16 @@ def test_the_fingerprint_is_the_bases_not_the_tasks(tmp_path):
     assert identity(folder, "sentence-embedding") == identity(folder, "sequence-classification")
 
 
+def test_a_head_on_a_bare_transformer_does_not_change_the_fingerprint(tmp_path):
+    """Catches: a loss's own head missed in the checkpoint, whose other tensors then count as the base's."""
+    folder = tiny_sentence_transformer(tmp_path)
+    save_file({**load_file(folder / WEIGHTS), "cls.bias": torch.ones(2)}, folder / WEIGHTS, {"format": "pt"})
+    task = TASKS.get("sentence-embedding")
+    headed = task(task.Settings(loss="softmax-nli")).load(folder, torch.float32)
+    assert headed.heads
+    assert fingerprint(folder, headed) == identity(folder, "sentence-embedding")
+
+
 @pytest.mark.parametrize("name", ["embeddings.word_embeddings.weight", "encoder.layer.1.output.LayerNorm.bias"])
 def test_one_bit_changes_the_fingerprint(bert, tmp_path, name):
     """Catches: a hash over names, shapes or a sample of the numbers."""
