@@ -13,6 +13,7 @@ from client import dp_sgd
 from client.job import Group, Job
 from client.trainer import Trained, steps_per_round, train
 from client.update import ProtectedSum, make_update
+from client.validation import BestOfRound
 from client.vectorised import can_train_together, train_together
 from common.config import RunConfig
 from common.errors import TrainingError, TsugikiError, WireError
@@ -146,6 +147,11 @@ def _train_one(job: Job, name: str, rows: Sequence[int], deadline_s: float) -> T
     job.graft.write(job.received)
     encoded = job.encoded if len(rows) == len(job.encoded) else job.encoded.take(rows)
     plan = job.plan(name, deadline_s)
+    if (held_out := job.validation()) is not None:
+        best = BestOfRound(job.graft, held_out, job.config)
+        trained = train(job.graft, encoded, job.config.train, plan, job.watch, best.ends)
+        best.restore()
+        return trained
     if not job.config.privacy.examples.enabled:
         return train(job.graft, encoded, job.config.train, plan, job.watch)
     examples, seed = examples_of(job.config, len(rows)), job.config.privacy.insecure_noise_seed
