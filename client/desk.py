@@ -73,7 +73,7 @@ class Desk:
     def _key(self, site: Site, config: RunConfig, part: str) -> tuple[str, str, str]:
         graft = self.graft(site, config)
         limit = getattr(graft.base.tokenizer, "model_max_length", 0)  # virtual tokens shorten texts
-        settings = f"{config.task.model_dump_json()}{config.model.dtype}{limit}"
+        settings = f"{config.task.model_dump_json()}{config.model.dtype}{config.model.quantization}{limit}"
         if config.train.validate_every_steps:
             settings += f" {config.run.seed} {config.train.validation_fraction}"
         return site.identity(), part, f"{graft.spec.base_fingerprint}{settings}"

@@ -45,6 +45,14 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="the type of the frozen weights; float32 on a CPU"
     )
+    quantization: Literal["none", "nf4"] = Field(
+        default="none",
+        description="nf4: the frozen linear layers are held in 4 bits (QLoRA) and compute in dtype; takes CUDA, "
+        "bitsandbytes and adapter.method = lora",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="activations inside a block are computed twice instead of kept: less memory, slower"
+    )
 
     @property
     def exported_name(self) -> str:

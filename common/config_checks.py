@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 def cross_checks(config: RunConfig) -> list[Problem]:
     """Return the problems between sections, or inside one."""
-    return _federation_problems(config) + _train_problems(config) + _validation_problems(config)
+    return (
+        _federation_problems(config) + _model_problems(config) + _train_problems(config) + _validation_problems(config)
+    )
 
 
 def _federation_problems(config: RunConfig) -> list[Problem]:
@@ -39,6 +41,29 @@ def _federation_problems(config: RunConfig) -> list[Problem]:
         )
     if config.evaluation.early_stopping_patience and not config.evaluation.data:
         problems.append(Problem("evaluation.data", "''", "a file, for early stopping", "name the held-out file"))
+    return problems
+
+
+def _model_problems(config: RunConfig) -> list[Problem]:
+    """Return with what a base in 4 bits, or one whose activations are computed twice, does not go together."""
+    model, problems = config.model, []
+    private = config.privacy.examples.enabled
+    if model.quantization != "none":
+        value = repr(model.quantization)
+        if config.adapter.method != "lora":
+            problems.append(Problem("model.quantization", value, 'none, unless adapter.method is "lora"', "use lora"))
+        if config.train.device in ("cpu", "mps"):
+            problems.append(Problem("model.quantization", value, f"none on {config.train.device}", 'use "cuda"'))
+        if private:
+            problems.append(Problem("model.quantization", value, "none with DP-SGD", "remove it"))
+    if model.gradient_checkpointing and private:
+        why = "false with DP-SGD, which would see each activation twice"
+        problems.append(Problem("model.gradient_checkpointing", "true", why, "remove it"))
+    if model.gradient_checkpointing and config.adapter.method == "prefix":
+        why = "false with prefix tuning: computed twice, a block gets no keys and values from outside"
+        problems.append(
+            Problem("model.gradient_checkpointing", "true", why, 'use "prompt" or "p-tuning", or remove it')
+        )
     return problems
 
 

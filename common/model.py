@@ -22,6 +22,7 @@ import numpy as np
 
 from common.adapters import ADAPTERS, AdapterMethod
 from common.config import RunConfig
+from common.device import choose_device, loading, recompute_activations
 from common.errors import ModelError
 from common.rng import derive_seed, seed_everything
 from common.tasks import TASKS, Task
@@ -103,7 +104,9 @@ def _load(config: RunConfig, source: str, seed: int) -> Graft:
     folder = find(source)
     seed_everything(derive_seed(seed, "initial-values"))
     with quiet_libraries():
-        base = load_base(task, folder, getattr(torch, config.model.dtype))
+        base = load_base(task, folder, getattr(torch, config.model.dtype), **loading(config))
+        if config.model.gradient_checkpointing:
+            recompute_activations(base)
         _check_architecture(method, base)
         identity = fingerprint(folder, base)
         _make_room(method, base)
@@ -116,12 +119,12 @@ def _load(config: RunConfig, source: str, seed: int) -> Graft:
     return Graft(task, method, base, spec, device)
 
 
-def load_base(task: Task, folder: Path, dtype: Any) -> Base:
+def load_base(task: Task, folder: Path, dtype: Any, **how: Any) -> Base:
     """Load the base, and give what the libraries raise for a broken or foreign checkpoint our own name."""
     from safetensors import SafetensorError
 
     try:
-        return task.load(folder, dtype)
+        return task.load(folder, dtype, **how)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"the model in {folder.name!r} cannot be loaded ({type(error).__name__})",
@@ -203,18 +206,6 @@ def _in_head(name: str, heads: tuple[str, ...]) -> bool:
     return any(f".{head}." in f".{name}" for head in heads)
 
 
-def choose_device(wanted: str) -> str:
-    """Return "cuda", "mps" or "cpu"; "auto" takes the first that is there."""
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted == "auto":
-        return next(device for device, available in there.items() if available)
-    if not there[wanted]:
-        raise ModelError(f"train.device = {wanted!r} is not available here", 'a device, or "auto"', code="device")
-    return wanted
-
-
 def find(source: str) -> Path:
     """Return the folder behind a model source, without importing or running anything of it.
 
@@ -287,7 +278,9 @@ def fingerprint(folder: Path, base: Base) -> str:
 
     backbone = getattr(base.transformer, "base_model", base.transformer)
     heads = tuple(f"{head}." for head in base.heads)  # a bare transformer can have one too
-    wanted = {name for name in backbone.state_dict() if not name.startswith(heads)}
+    named = (*backbone.named_parameters(remove_duplicate=False), *backbone.named_buffers(remove_duplicate=False))
+    wanted = {name for name, _ in named if not name.startswith(heads)}
+    wanted &= set(backbone.state_dict())  # which has more of 4-bit weights, and no buffers that are not kept
     prefix = f"{getattr(base.transformer, 'base_model_prefix', '')}."
     stored_as: dict[str, tuple[Path, str]] = {}
     whole = folder / "model.safetensors"  # where it is there, nothing else is loaded

@@ -133,6 +133,12 @@ def linear_layers(transformer: Any, heads: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
+def narrower_side(layer: Any) -> int:
+    """Return the lesser of a layer's widths; the weights of one in 4 bits lie in another shape."""
+    sides = (layer.in_features, layer.out_features) if hasattr(layer, "in_features") else layer.weight.shape
+    return int(min(sides))
+
+
 def check_targets(targets: Collection[str], known: Collection[str], model_type: str, key: str) -> None:
     """Refuse targets that are not known, and none at all.
 

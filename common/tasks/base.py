@@ -160,8 +160,14 @@ class Task(ABC):
         return ()
 
     @abstractmethod
-    def load(self, folder: Path, dtype: torch.dtype) -> Base:
-        """Load the base with a freshly initialised head. The caller has seeded torch."""
+    def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
+        """Load the base with a freshly initialised head. The caller has seeded torch.
+
+        Args:
+            folder: of the checkpoint.
+            dtype: of the frozen weights.
+            how: what else `from_pretrained` has to know; see `common.device.loading`.
+        """
 
     def graft(self, base: Base, transformer: nn.Module) -> None:
         """Put the transformer with its adapter in the place of the bare one."""

@@ -87,13 +87,13 @@ class CausalLm(Task):
         prompt, extra, completion = "prompt", "input", "completion"
         return (Column(prompt, "text"), Column(extra, "text", required=False, blank=True), Column(completion, "text"))
 
-    def load(self, folder: Path, dtype: torch.dtype) -> Base:
+    def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
         """Load the base; nothing of it is new.
 
         Raises:
             ModelError: `model-not-causal`, see `load_decoder`.
         """
-        return load_decoder(folder, dtype)
+        return load_decoder(folder, dtype, **how)
 
     def encode(self, shard: Shard, base: Base) -> Encoded:
         """Tokenise the texts; the end of one that is too long is lost, and with it the last token of the row.
@@ -191,7 +191,7 @@ class CausalLm(Task):
         return {"instruction": TinyCase({"max_length": 24, "format": "instruction"}, rows, "llama")}
 
 
-def load_decoder(folder: Path, dtype: torch.dtype) -> Base:
+def load_decoder(folder: Path, dtype: torch.dtype, **how: Any) -> Base:
     """Load a model that predicts next tokens, with its output layer; nothing of it is new.
 
     Raises:
@@ -202,7 +202,7 @@ def load_decoder(folder: Path, dtype: torch.dtype) -> Base:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     network, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **how
     )
     problems = {
         "its checkpoint has no output layer, or lacks other tensors": bool(report["missing_keys"]),

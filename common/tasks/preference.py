@@ -64,19 +64,19 @@ class Preference(Task):
         prompt = (Column("prompt", "text"), Column("input", "text", required=False, blank=True))
         return (*prompt, Column("chosen", "text"), Column("rejected", "text"))
 
-    def load(self, folder: Path, dtype: torch.dtype) -> Base:
+    def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
         """Load a decoder; for `reward` with a new head, `score`.
 
         Raises:
             ModelError: `model-not-causal`, the base is no decoder.
         """
         if self.settings.objective == "dpo":
-            return load_decoder(folder, dtype)
+            return load_decoder(folder, dtype, **how)
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         network = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, num_labels=1, use_safetensors=True, trust_remote_code=False
+            folder, dtype=dtype, num_labels=1, use_safetensors=True, trust_remote_code=False, **how
         )
         if not hasattr(network, "score"):
             raise ModelError(

@@ -83,7 +83,7 @@ class SentenceEmbedding(Task):
         own = {"multiple-negatives": f"recall_at_{self.settings.recall_at}", "softmax-nli": "accuracy"}
         return own.get(self.settings.loss, "spearman")
 
-    def load(self, folder: Path, dtype: torch.dtype) -> Base:
+    def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
         """Load the `SentenceTransformer`. Its transformer gets the head that softmax-nli reads; other losses need none.
 
         The head stands in the transformer, which does not call it, because what is exchanged is found there by name.
@@ -91,9 +91,8 @@ class SentenceEmbedding(Task):
         from sentence_transformers import SentenceTransformer
         from torch import nn
 
-        network = SentenceTransformer(
-            str(folder), device="cpu", model_kwargs={"dtype": dtype, "use_safetensors": True}, local_files_only=True
-        )
+        settings = {"dtype": dtype, "use_safetensors": True, **how}
+        network = SentenceTransformer(str(folder), device="cpu", model_kwargs=settings, local_files_only=True)
         if not self.labels:
             return Base(network, network[0].model, network.tokenizer)
         width = 3 * network.get_embedding_dimension()

@@ -62,7 +62,7 @@ class SequenceClassification(Task):
         """The classes by name, in order."""
         return self.settings.labels or tuple(str(label) for label in range(self.settings.num_labels))
 
-    def load(self, folder: Path, dtype: torch.dtype) -> Base:
+    def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
         """Load the base; its head is new unless the checkpoint has one of the same shape."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -76,6 +76,7 @@ class SequenceClassification(Task):
             ignore_mismatched_sizes=True,
             use_safetensors=True,
             trust_remote_code=False,  # left open, transformers asks at the terminal
+            **how,
         )
         if network.config.pad_token_id is None:
             network.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0

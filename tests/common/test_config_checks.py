@@ -21,6 +21,11 @@ CROSS = {
     "evaluation.data": {"evaluation": {"early_stopping_patience": 2}},
     "train.bf16": {"train": {"bf16": True, "device": "cpu"}},
     "train.momentum": {"train": {"momentum": 0.9}},
+    "model.quantization": {"model": {"quantization": "nf4"}, "train": {"device": "cpu"}},
+    "model.gradient_checkpointing": {
+        "model": {"gradient_checkpointing": True},
+        "privacy": {"examples": {"target_epsilon": 1.0}},
+    },
     "train.local_patience": {"train": {"local_patience": 2}},
 }
 
@@ -60,6 +65,20 @@ def test_validation_inside_a_round_takes_rows_that_nobody_protects(others):
     """Catches: a choice that follows from private rows and that no account has; clients trained without it."""
     assert set(problems({"train": {"validate_every_steps": 5}, **others})) == {"train.validate_every_steps"}
     assert parse({"train": {"validate_every_steps": 5, "local_patience": 2}})
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"adapter": {"method": "houlsby"}},
+        {"train": {"device": "mps"}},
+        {"privacy": {"examples": {"target_epsilon": 1.0}}},
+    ],
+)
+def test_four_bits_are_for_lora_on_cuda_without_dp_sgd(raw):
+    """Catches: an adapter of ours trained on packed weights; row gradients of layers that Opacus does not know."""
+    assert set(problems({"model": {"quantization": "nf4"}, **raw})) == {"model.quantization"}
+    assert parse({"model": {"quantization": "nf4"}}).train.device == "auto"
 
 
 def test_only_adam_has_a_bias_correction():

@@ -302,6 +302,14 @@ def test_a_base_without_a_public_name_is_refused(copied, tmp_path, monkeypatch, 
     assert not (run / "adapter").exists()
 
 
+def test_a_run_in_four_bits_is_exported_on_the_whole_base(copied, unproved):
+    """Catches: an export that needs a GPU, or weights that were merged into packed ones."""
+    run = copied("lora")
+    change(run, "model", quantization="nf4", gradient_checkpointing=True)
+    assert (export(run) / "adapter_model.safetensors").is_file()
+    assert (export(run, merged=True) / "model.safetensors").is_file()
+
+
 def test_a_task_without_texts_is_not_exported_yet(copied, monkeypatch):
     """Catches: an AttributeError of the tokenizer that images do not have, after half of the export was written."""
     run = copied("lora")
