@@ -10,7 +10,7 @@ from typing import Any
 
 from common.config import RunConfig
 from common.data import images
-from common.data.shard import Shard, read
+from common.data.shard import Shard, has_surrogates, read
 from common.errors import UsageError
 from common.model import Graft
 from common.tasks.generation import Generation
@@ -82,4 +82,7 @@ def _rows(graft: Graft, config: RunConfig, texts: Sequence[str], file: Path | No
     empty = [number for number, text in enumerate(texts, 1) if not text.strip()]
     if empty:
         raise UsageError(f"text {empty[0]} is empty", "some text")
+    broken = [number for number, text in enumerate(texts, 1) if has_surrogates(text)]
+    if broken:
+        raise UsageError(f"text {broken[0]} has bytes that are not UTF-8, or unpaired surrogates", "Unicode text")
     return Shard({wanted[0].name: list(texts)})

@@ -11,7 +11,19 @@ from pydantic import Field, model_validator
 
 from common.errors import ModelError
 from common.settings import TaskSettings
-from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, Tokens, by_length, pad
+from common.tasks.base import (
+    TASKS,
+    Base,
+    Batch,
+    Column,
+    Encoded,
+    Task,
+    TinyCase,
+    Tokens,
+    by_length,
+    cut_note,
+    pad,
+)
 from common.tasks.generation import Generation, generate
 from common.tasks.prompts import (
     TEMPLATE_HELP,
@@ -118,8 +130,7 @@ class CausalLm(Task):
         )
         whole = [[*first, *tokens, tokenizer.eos_token_id] for tokens in found["input_ids"]]
         cut = sum(len(tokens) > limit for tokens in whole)
-        notes = (f"shard-texts-cut:{cut}",) if cut else ()
-        return Encoded({"text": [tokens[:limit] for tokens in whole]}, notes=notes)
+        return Encoded({"text": [tokens[:limit] for tokens in whole]}, notes=cut_note(cut))
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
         """Return `input_ids`, `attention_mask` and `labels`: the token to come, or `NOTHING`; all (rows, tokens).

@@ -22,7 +22,9 @@ from common.tasks.base import (
     Tokens,
     by_length,
     class_metrics,
+    cut_note,
     pad,
+    tokenise,
 )
 
 if TYPE_CHECKING:
@@ -105,18 +107,18 @@ class SentenceEmbedding(Task):
         base.transformer = transformer
 
     def encode(self, shard: Shard, base: Base) -> Encoded:
-        """Tokenise each text column."""
+        """Tokenise each text column. Noted is `shard-texts-cut:COUNT`, over all columns."""
         limit = min(self.settings.max_length, base.network.max_seq_length or self.settings.max_length)
         names = [name for name in _TEXTS if name in shard.columns]
-        texts = {
-            name: base.tokenizer(shard.columns[name], truncation=True, max_length=limit)["input_ids"] for name in names
-        }
+        found = {name: tokenise(base.tokenizer, limit, shard.columns[name]) for name in names}
+        texts = {name: tokens["input_ids"] for name, (tokens, _) in found.items()}
+        notes = cut_note(sum(cut for _, cut in found.values()))
         targets: npt.NDArray[Any] | None = None
         if "label" in shard.columns:
             targets = np.asarray(shard.columns["label"], np.int64)
         elif "score" in shard.columns:
             targets = np.asarray(shard.columns["score"], np.float32) / self.settings.score_max
-        return Encoded(texts, targets)
+        return Encoded(texts, targets, notes=notes)
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
         """Return `NAME.input_ids` and `NAME.attention_mask` of (rows, tokens) for each text; `labels` of (rows,)."""
