@@ -120,9 +120,8 @@ def _built(target: Path) -> Iterator[Path]:
 def _write(graft: Graft, folder: Path, kind: Kind, dtype: str, base_name: str) -> None:
     """Write everything but the card. A sentence embedder's head, which its loss alone reads, stays behind."""
     transformer, network = graft.base.transformer, graft.base.network
-    written = transformer
-    if is_sentence_transformer(graft) and graft.base.heads:
-        written = graft.method.without_heads(transformer)
+    headless = is_sentence_transformer(graft) and bool(graft.base.heads)
+    written = graft.method.without_heads(transformer) if headless else transformer
     if not is_sentence_transformer(graft):
         graft.base.tokenizer.save_pretrained(folder)
     if kind == "merged":
@@ -143,7 +142,7 @@ def _write(graft: Graft, folder: Path, kind: Kind, dtype: str, base_name: str) -
         finally:
             del transformer.save_pretrained
     graft.method.save(written, folder, base_name)
-    write_exported(folder, graft, dtype, base_name)
+    write_exported(folder, graft, dtype, base_name, headless=headless)
     if kind == "peft":
         _sort(folder / "adapter_config.json")
 
