@@ -236,9 +236,9 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
     kept = site.evaluation_shard(task)
     _say(f"{site.data.evaluation}: {len(kept)} rows" if kept else "no evaluation rows")
     source = site.model_source(config.model.name)
-    from common.model import load_graft
+    from client.desk import open_graft
 
-    graft = load_graft(config, source, config.run.seed)
+    graft = open_graft(site, config)
     _say(f"{config.model.name}: {source}, fingerprint {graft.spec.base_fingerprint[:12]}, on {graft.device}")
     sizes = f"{graft.spec.parameters('adapter')} adapter and {graft.spec.parameters('head')} head parameters"
     rows = f"its number of rows{_noted(shard.notes + graft.task.encode(shard, graft.base).notes)}"

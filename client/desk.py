@@ -12,6 +12,11 @@ from common.model import Graft, load_graft
 from common.tasks.base import Encoded, Tail
 
 
+def open_graft(site: Site, config: RunConfig) -> Graft:
+    """Return the base with a run's adapter on it; what the run names, lies where the site says."""
+    return load_graft(config, site.model_source(config.model.name), config.run.seed, site.model_source)
+
+
 @dataclass
 class Desk:
     """One for each process."""
@@ -25,7 +30,7 @@ class Desk:
 
     def graft(self, site: Site, config: RunConfig) -> Graft:
         """Return the base with the run's adapter on it."""
-        return load_graft(config, site.model_source(config.model.name), config.run.seed)
+        return open_graft(site, config)
 
     def rows(self, site: Site, config: RunConfig, part: str) -> Encoded | None:
         """Return the site's tokenised rows for "train" or "evaluation"."""

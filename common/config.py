@@ -295,8 +295,12 @@ def cross_checks(config: RunConfig) -> list[Problem]:
     if config.train.persist_optimizer and config.simulation.data and config.simulation.engine == "ray":
         expected = "false on Ray, whose workers share sites"
         problems.append(Problem("train.persist_optimizer", "true", expected, 'use engine = "in-process"'))
-    if config.train.divergence_factor and config.privacy.examples.enabled:
-        problems.append(
-            Problem("train.divergence_factor", str(config.train.divergence_factor), "0 with DP-SGD", "remove it")
+    if config.train.divergence_factor:
+        expected = (
+            f"0 with {config.task.name}, whose loss may be below 0" if TASKS.get(config.task.name).signed_loss else ""
         )
+        if expected := ("0 with DP-SGD" if config.privacy.examples.enabled else expected):
+            problems.append(
+                Problem("train.divergence_factor", str(config.train.divergence_factor), expected, "remove it")
+            )
     return problems

@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 from common.config import RunConfig, families, parse, section_classes
 from common.errors import ConfigError, Problem
 from common.settings import Section
+from common.tasks import TASKS
 
 PATH_KEYS = ("run.output_dir", "privacy.ledger", "evaluation.data", "simulation.data")
 
@@ -103,8 +104,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         section, key = dotted.split(".")
         if raw[section][key]:
             raw[section][key] = str(Path(raw[section][key]).absolute())
-    if os.path.isdir(os.path.expanduser(config.model.name)):
-        raw["model"]["name"] = os.path.abspath(os.path.expanduser(config.model.name))
+    named = [("task", setting) for setting in TASKS.get(config.task.name).named_adapters]
+    for section, key in [("model", "name"), *named]:
+        if os.path.isdir(folder := os.path.expanduser(raw[section][key])):
+            raw[section][key] = os.path.abspath(folder)
     return parse(raw)
 
 

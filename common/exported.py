@@ -40,6 +40,7 @@ class Exported(Section):
     base_fingerprint: _Sha256 = Field(description="of the base, by `common.fingerprint`")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="the type of the frozen weights")
     spec_sha256: _Sha256 = Field(description="of the run's `AdapterSpec`")
+    constants: dict[str, str] = Field(default={}, description="what the spec has from the task's `Base.constants`")
 
     def make_task(self) -> Task:
         """Return the task that the adapter was trained for."""
@@ -56,13 +57,14 @@ def write_exported(folder: Path, graft: Graft, dtype: str, base_name: str) -> No
     """Write `tsugiki.json` for a graft whose adapter is saved in a folder; nothing of this machine is in it."""
     exported = Exported.model_validate(
         {
-            "task": graft.task.settings.model_dump(mode="json"),
+            "task": graft.task.settings.model_dump(mode="json", exclude=set(graft.task.named_adapters)),
             "adapter": graft.method.settings.model_dump(mode="json"),
             "heads": graft.base.heads,
             "base_name": base_name,
             "base_fingerprint": graft.spec.base_fingerprint,
             "dtype": dtype,
             "spec_sha256": graft.spec.sha256,
+            "constants": graft.base.constants,
         }
     )
     (folder / EXPORTED_FILE).write_text(exported.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -156,6 +158,7 @@ def open_exported(folder: Path, source: str = "", *, beside: Graft | None = None
     exported = read_exported(folder)
 
     def put(base: Base, fingerprint: str) -> Any:
+        base.constants = exported.constants  # of adapters that it was trained with, and can do without
         if beside is not None:
             share_frozen(base.transformer, beside.base.transformer)
         return load_exported(folder, base.transformer, exported, fingerprint=fingerprint)

@@ -25,6 +25,7 @@ from common.config import RunConfig
 from common.errors import ModelError
 from common.fingerprint import fingerprint
 from common.rng import derive_seed, seed_everything
+from common.settings import TaskSettings
 from common.tasks import TASKS, Task
 from common.tasks.base import Base
 from common.wire import AdapterSpec, TensorSpec, Vector, pack, unpack
@@ -77,23 +78,40 @@ _SHORTEST_TEXT = 8
 _grafts: dict[str, Graft] = {}
 
 
-def load_graft(config: RunConfig, source: str, seed: int) -> Graft:
+def load_graft(config: RunConfig, source: str, seed: int, where: Callable[[str], str] = str) -> Graft:
     """Load the base and attach the adapter, once per process for the same settings.
 
     Args:
         config: the sections model, task, adapter and train.device are used.
         source: hub id, folder or `package:...` behind the run's model name.
         seed: for the initial values of adapter and head.
+        where: returns the same for the name of an exported adapter that the task asks for.
 
     Raises:
-        ModelError: the base cannot be found or is not to be trusted, or the adapter does not fit it.
+        ModelError: the base cannot be found or is not to be trusted, or the adapter does not fit it; `adapter-missing`,
+            the task asks for an exported adapter, and the run names none.
     """
+    config = config.model_copy(update={"task": _with_folders(config.task, where)})
     sections = config.model_dump(mode="json", include={"model", "task", "adapter"})
     key = json.dumps([sections, config.train.device, source, seed], sort_keys=True)
     if key not in _grafts:
         _grafts.clear()  # one base at a time: a second would double the memory without anyone asking for it
         _grafts[key] = _load(config, source, seed)
     return _grafts[key]
+
+
+def _with_folders(task: TaskSettings, where: Callable[[str], str]) -> TaskSettings:
+    """Return a task's settings with folders in the place of the names of exported adapters."""
+    settings = TASKS.get(task.name).named_adapters
+    names = {setting: getattr(task, setting) for setting in settings}
+    for setting in [setting for setting, name in names.items() if not name]:
+        raise ModelError(
+            f"task.{setting} is empty",
+            "the folder of an adapter that `tsugiki export` wrote",
+            f"set task.{setting}",
+            code="adapter-missing",
+        )
+    return task.model_copy(update={setting: str(find(where(name))) for setting, name in names.items()})
 
 
 def _load(config: RunConfig, source: str, seed: int) -> Graft:
@@ -138,6 +156,8 @@ def assemble(
     spec = describe(task, method, base, identity)
     place = torch.device(choose_device(device))
     base.network.to(place)
+    if base.judge is not None:
+        base.judge.to(place)  # the base's tensors are there already
     base.network.eval()
     return Graft(task, method, base, spec, place)
 
@@ -214,7 +234,7 @@ def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> Ad
         TensorSpec(name, tuple(trainable[name].shape), "head" if _in_head(name, base.heads) else "adapter")
         for name in sorted(trainable)
     )
-    settings = method.settings.model_dump(mode="json", exclude={"method", "wire_dtype"})
+    settings = method.settings.model_dump(mode="json", exclude={"method", "wire_dtype"}) | dict(base.constants)
     if constants := method.constants(base.transformer):
         digest = hashlib.sha256()
         for name in sorted(constants):

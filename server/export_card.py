@@ -15,6 +15,7 @@ from common import __version__
 from common.config import RunConfig
 from common.config_file import PATH_KEYS
 from common.model import Graft
+from common.tasks import TASKS
 
 _PIPELINE_TAGS = {
     "sentence-embedding": "sentence-similarity",
@@ -221,5 +222,7 @@ def _settings(config: RunConfig, export: Export) -> str:
     for dotted in PATH_KEYS:
         section, key = dotted.split(".")
         del body[section][key]
+    for setting in TASKS.get(config.task.name).named_adapters:
+        del body["task"][setting]
     body["model"] |= {"name": export.base_name, "public_name": export.base_name}
     return f"## Settings\n\n```toml\n{tomli_w.dumps(body)}```\n"
