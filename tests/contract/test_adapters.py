@@ -22,6 +22,7 @@ from common.model import load_graft
 from common.registry import Registry
 from common.tasks import TASKS
 from common.wire import decode, encode, unpack
+from tests.support.exports import settings_of
 from tests.support.tiny import tiny_base
 
 SMALL = {
@@ -74,9 +75,9 @@ def no_graft_is_left(monkeypatch):
     monkeypatch.setattr(model, "_grafts", {})
 
 
-def run(task, method, **adapter):
+def run(folder, task, method, **adapter):
     """Return the run of a tiny case, at a rate that moves; a batch is all rows."""
-    case = TASKS.get(task).tiny()
+    settings = settings_of(TASKS.get(task).tiny(), folder)
     train_settings = {
         "learning_rate": 0.01,
         "local_steps": 15,
@@ -88,7 +89,7 @@ def run(task, method, **adapter):
     }
     return parse(
         {
-            "task": {"name": task, **case.settings},
+            "task": {"name": task, **settings},
             "adapter": {"method": method, **SMALL.get(method, {}), **adapter},
             "train": train_settings,
         }
@@ -99,7 +100,7 @@ class Site:
     """A graft and the tiny case's rows."""
 
     def __init__(self, folder, task, method, **adapter):
-        self.config = run(task, method, **adapter)
+        self.config = run(folder, task, method, **adapter)
         self.graft = load_graft(self.config, str(folder), self.config.run.seed)
         self.task = self.graft.task
         self.encoded = self.task.encode(Shard(TASKS.get(task).tiny().rows), self.graft.base)
@@ -116,7 +117,8 @@ class Site:
         return self.task.batch(self.encoded, range(len(self.encoded)), self.graft.base)
 
     def loss(self):
-        """Return the loss over all rows."""
+        """Return the loss over all rows; where answers are drawn for it, always by the same numbers."""
+        torch.manual_seed(0)
         with torch.no_grad():
             return self.task.loss(self.graft.base.network, self.batch()).item()
 
