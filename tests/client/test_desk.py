@@ -2,11 +2,15 @@
 
 import pytest
 
-from client.desk import Desk
+from client.desk import Desk, open_graft
 from client.simulated import simulated_sites
+from client.site import read_site
 from common.config import parse
+from common.errors import ModelError
 from common.tasks import TASKS
+from tests.support.exports import export_of, settings_of
 from tests.support.federation import tiny_config
+from tests.support.tiny import tiny_llama
 
 
 @pytest.fixture
@@ -58,3 +62,25 @@ def test_a_task_without_a_tail_has_none(desk, tmp_path):
     """Catches: text classifiers trained together, whose adapters are inside the network."""
     config = tiny_config(tmp_path)
     assert desk.tail(simulated_sites(config)[0], config) is None
+
+
+def test_a_site_says_where_a_reward_lies(tmp_path):
+    """Catches: a folder that the server dictates; a reward of the site's own that passes for the run's."""
+    base, task = tiny_llama(tmp_path / "base"), TASKS.get("rlhf")
+    reward = settings_of(task.tiny(), base)["reward_adapter"]
+    other = export_of(base, tmp_path / "other", task.tiny().exports["reward_adapter"], step=0.3)
+    named = {**task.tiny().settings, "name": "rlhf", "reward_adapter": "judge"}
+    config = parse({"model": {"name": "base"}, "task": named, "train": {"device": "cpu"}})
+    hashes = []
+    for models in ({"judge": reward}, {"judge": str(other)}, {reward: reward}):
+        lines = [f'"{name}" = "{source}"' for name, source in {"base": str(base), **models}.items()]
+        (tmp_path / "site.toml").write_text(
+            '[site]\nname = "a"\n[data]\ntrain = "x.csv"\n[models]\n' + "\n".join(lines)
+        )
+        site = read_site(tmp_path / "site.toml")
+        if "judge" in models:
+            hashes.append(open_graft(site, config).spec.sha256)
+    assert hashes[0] != hashes[1]
+    with pytest.raises(ModelError) as caught:
+        open_graft(site, config)
+    assert caught.value.code == "model-unknown"

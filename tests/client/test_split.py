@@ -44,6 +44,14 @@ def test_a_model_in_a_relative_folder_is_named_as_the_server_names_it(tmp_path, 
     assert read_site(first).model_source(with_absolute_paths(config).model.name) == str(tmp_path / "models" / "tiny")
 
 
+def test_sites_know_where_the_reward_lies(tmp_path):
+    """Catches: sites that refuse every run with a reward because their [models] has none."""
+    (tmp_path / "train.csv").write_text("prompt\n" + "".join(f"name {number}\n" for number in range(8)))
+    config = tiny_config(tmp_path, task={"name": "rlhf", "reward_adapter": "judge"}, evaluation={"data": ""})
+    (first, _) = split(config, tmp_path / "sites")
+    assert read_site(first).model_source("judge") == "judge"
+
+
 def image_config(folder, **simulation):
     """Return a run on the tiny case of images, which is written into `folder`."""
     case = TASKS.get("image-classification").tiny()

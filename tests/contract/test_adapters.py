@@ -35,7 +35,7 @@ SMALL = {
 }
 """Smaller than the default where a method has a size; a method that is not here is tried at its defaults."""
 
-LONGER = {"bitfit": (120, 0.02), "layernorm": (120, 0.02), "prefix": (120, 0.05)}
+LONGER = {"bitfit": (120, 0.02), "layernorm": (120, 0.02), "prefix": (120, 0.05), "vera": (120, 0.02)}
 """Steps and learning rate with which a tiny loss falls, where 40 steps at 0.02 are too few for a method."""
 
 LITTLE = {"prompt": 0.99, "p-tuning": 0.99}

@@ -16,6 +16,7 @@ from common.tasks.generation import Generation
 from common.wire import sha256, unpack
 from server.finished import choose, open_graft, read_config
 from server.predict import predict, show
+from tests.support.exports import settings_of
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import tiny_base, write_case
 
@@ -23,6 +24,7 @@ HOW = Generation(max_new_tokens=4)
 INPUTS = {
     "causal-lm": {"text": ["the good clause", "a bad"]},
     "image-classification": {"image": None},
+    "rlhf": {"prompt": ["name the party", "name the alpha"]},
     "preference": {"prompt": ["name the party"] * 2, "chosen": ["good", "bad"]},
     "sentence-embedding": {
         "sentence1": ["the alpha clause"] * 2,
@@ -46,7 +48,7 @@ def runs(tmp_path_factory):
             config = tiny_config(
                 folder / name,
                 model={"name": str(base)},
-                task={"name": name, **case.settings},
+                task={"name": name, **settings_of(case, base)},
                 train={"local_steps": 12, "learning_rate": 2e-2},
                 evaluation={"data": str(file)},
                 simulation={"data": str(file)},

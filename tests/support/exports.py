@@ -21,7 +21,7 @@ def export_of(base: Path, folder: Path, task: dict[str, Any], step: float = 0.1,
         step: standard deviation of the draws.
         adapter: method and settings; by default a small LoRA.
     """
-    sections = {"model": {"name": str(base)}, "task": task, "adapter": {"method": "lora", "rank": 2, **adapter}}
+    sections = {"model": {"name": str(base)}, "task": task, "adapter": adapter or {"method": "lora", "rank": 2}}
     graft = load_graft(parse({**sections, "train": {"device": "cpu"}}), str(base), 1)
     numbers = torch.Generator().manual_seed(5)
     graft.write(step * torch.randn(graft.spec.size, generator=numbers).numpy())
