@@ -12,6 +12,17 @@ from common.model import Graft, load_graft
 from common.tasks.base import Encoded, Tail
 
 
+def load_at(site: Site, config: RunConfig) -> Graft:
+    """Return the base with the run's adapter on it; what the run names is loaded from where the site says.
+
+    Raises:
+        ModelError: `model-unknown`, the site does not know a name; and as `load_graft`.
+    """
+    adapter = config.adapter.resolved(site.model_source)
+    source = site.model_source(config.model.name)
+    return load_graft(config.model_copy(update={"adapter": adapter}), source, config.run.seed)
+
+
 @dataclass
 class Desk:
     """One for each process."""
@@ -25,7 +36,7 @@ class Desk:
 
     def graft(self, site: Site, config: RunConfig) -> Graft:
         """Return the base with the run's adapter on it."""
-        return load_graft(config, site.model_source(config.model.name), config.run.seed)
+        return load_at(site, config)
 
     def rows(self, site: Site, config: RunConfig, part: str) -> Encoded | None:
         """Return the site's tokenised rows for "train" or "evaluation"."""

@@ -53,7 +53,7 @@ def split(config: RunConfig, folder: Path) -> list[Path]:
             body: dict[str, Any] = {
                 "site": {"name": site.name},
                 "data": {name: _write(place, name, task, shard) for name, shard in data.items()},
-                "models": {config.model.name: config.model.name},
+                "models": {name: name for name in (config.model.name, *config.adapter.models)},
             }
             (place / "site.toml").write_text(tomli_w.dumps(body), "utf-8")
         except OSError as error:

@@ -23,7 +23,7 @@ import numpy as np
 from common.adapters import ADAPTERS, AdapterMethod
 from common.config import RunConfig
 from common.errors import ModelError
-from common.fingerprint import fingerprint
+from common.fingerprint import check_base, fingerprint
 from common.rng import derive_seed, seed_everything
 from common.tasks import TASKS, Task
 from common.tasks.base import Base
@@ -132,6 +132,8 @@ def assemble(
         base = load_base(task, folder, getattr(torch, dtype))
         _check_architecture(method, base)
         identity = fingerprint(folder, base)
+        for name, wanted in method.bases().items():
+            check_base(identity, wanted, name)
         _make_room(method, base)
         task.graft(base, put(base, identity) if put else method.attach(base.transformer, base.heads))
         base.untouched = lambda: method.disabled(base.transformer)
@@ -214,7 +216,7 @@ def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> Ad
         TensorSpec(name, tuple(trainable[name].shape), "head" if _in_head(name, base.heads) else "adapter")
         for name in sorted(trainable)
     )
-    settings = method.settings.model_dump(mode="json", exclude={"method", "wire_dtype"})
+    settings = method.spec_settings()
     if constants := method.constants(base.transformer):
         digest = hashlib.sha256()
         for name in sorted(constants):

@@ -249,6 +249,9 @@ def test_absolute_paths(tmp_path, monkeypatch):
     config = with_absolute_paths(parse({"evaluation": {"data": "dev.csv"}}))
     assert (config.run.output_dir, config.evaluation.data) == (str(tmp_path / "runs"), str(tmp_path / "dev.csv"))
     assert config.simulation.data == ""
+    (tmp_path / "tone").mkdir()
+    fused = with_absolute_paths(parse({"adapter": {"method": "fusion", "adapters": ["tone", "org/topic"]}}))
+    assert fused.adapter.adapters == (str(tmp_path / "tone"), "org/topic")
 
 
 def test_changes_lists_what_differs_in_the_order_of_the_file():
