@@ -51,7 +51,7 @@ def split(config: RunConfig, folder: Path) -> list[Path]:
         try:
             place.mkdir(parents=True)
             body: dict[str, Any] = {
-                "site": {"name": site.name},
+                "site": {"name": site.name, **({"max_rank": site.max_rank} if site.max_rank else {})},
                 "data": {name: _write(place, name, task, shard) for name, shard in data.items()},
                 "models": {name: name for name in (config.model.name, *config.adapter.models)},
             }

@@ -44,6 +44,15 @@ def _split_pairs(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
+def _split_numbers(value: Any) -> Any:
+    """Turn "2, 4" into (2, 4)."""
+    parts = _split(value)
+    return tuple(int(part) if isinstance(part, str) and part.isdecimal() else part for part in parts)
+
+
+Ranks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split_numbers)]
 Columns = Annotated[dict[str, str | int], BeforeValidator(_split_pairs)]
 
 
