@@ -16,6 +16,7 @@ from client.update import ProtectedSum, make_update
 from client.vectorised import can_train_together, train_together
 from common.config import RunConfig
 from common.errors import TrainingError, TsugikiError, WireError
+from common.factors import only, truncate
 from common.privacy.accounting import Release, epsilon
 from common.privacy.mechanisms import Adversary
 from common.privacy.plan import Plan as PrivacyPlan
@@ -143,11 +144,12 @@ def _null(name: str, size: int) -> Group:
 
 
 def _train_one(job: Job, name: str, rows: Sequence[int], deadline_s: float) -> Trained:
-    job.graft.write(job.received)
+    job.graft.write(truncate(job.received, job.graft.spec, job.rank))
     encoded = job.encoded if len(rows) == len(job.encoded) else job.encoded.take(rows)
     plan = job.plan(name, deadline_s)
     if not job.config.privacy.examples.enabled:
-        return train(job.graft, encoded, job.config.train, plan, job.watch)
+        with only(job.graft, job.part):
+            return train(job.graft, encoded, job.config.train, plan, job.watch)
     examples, seed = examples_of(job.config, len(rows)), job.config.privacy.insecure_noise_seed
     try:
         return dp_sgd.train_privately(job.graft, encoded, job.config.train, plan, examples, job.watch, seed)

@@ -12,9 +12,15 @@ from common.model import Graft, load_graft
 from common.tasks.base import Encoded, Tail
 
 
-def open_graft(site: Site, config: RunConfig) -> Graft:
-    """Return the base with a run's adapter on it; what the run names, lies where the site says."""
-    return load_graft(config, site.model_source(config.model.name), config.run.seed, site.model_source)
+def load_at(site: Site, config: RunConfig) -> Graft:
+    """Return the base with the run's adapter on it; what the run names is loaded from where the site says.
+
+    Raises:
+        ModelError: `model-unknown`, the site does not know a name; and as `load_graft`.
+    """
+    source = site.model_source(config.model.name)
+    here = {name: getattr(config, name).resolved(site.model_source) for name in ("task", "adapter")}
+    return load_graft(config.model_copy(update=here), source, config.run.seed)
 
 
 @dataclass
@@ -30,7 +36,7 @@ class Desk:
 
     def graft(self, site: Site, config: RunConfig) -> Graft:
         """Return the base with the run's adapter on it."""
-        return open_graft(site, config)
+        return load_at(site, config)
 
     def rows(self, site: Site, config: RunConfig, part: str) -> Encoded | None:
         """Return the site's tokenised rows for "train" or "evaluation"."""

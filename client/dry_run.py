@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from client.app import make_app
-from client.desk import open_graft
+from client.desk import load_at
 from client.policy import SitePolicy
 from client.site import FileSite
 from common import __version__
@@ -35,7 +35,7 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
     quiet = replace(site, site=site.site.model_copy(update={"audit": "", "ledger": ""}))
     app = make_app(lambda context: quiet)
     yield "hello", _ask(app, "query", to_record(HelloRequest(config.for_sites(), __version__)))
-    graft = open_graft(site, config)
+    graft = load_at(site, config)
     config, title = resolve(config, graft.spec.size), "round 1"
     if config.privacy.secure_aggregation:  # masks take other sites; without them the site's policy would refuse
         if config.privacy.noise_multiplier == 0:

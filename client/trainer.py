@@ -142,7 +142,8 @@ def uncorrected(optimizer: Any, group: Any) -> float:
 def add_proximal_term(graft: Graft, received: Sequence[Any], mu: float) -> None:
     """Add the gradient of (mu / 2) * ||w - received||^2; nothing where no values are given."""
     for value, start in zip(graft.parameters, received, strict=False):
-        value.grad.add_(value.detach() - start, alpha=mu)
+        if value.grad is not None:  # some are not trained in every round
+            value.grad.add_(value.detach() - start, alpha=mu)
 
 
 def check_deadline(plan: Plan, done: int, steps: int, started: float) -> None:

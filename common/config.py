@@ -18,8 +18,8 @@ from common.errors import ConfigError, Problem
 from common.privacy.checks import privacy_problems
 from common.privacy.settings import PrivacySection
 from common.registry import Registry
-from common.settings import AdapterSettings, DataFormat, Name, Section, StrategySettings, TaskSettings
-from common.strategies import STRATEGY_SETTINGS
+from common.settings import AdapterSettings, DataFormat, Name, Ranks, Section, StrategySettings, TaskSettings
+from common.strategies import STRATEGY_SETTINGS, WHOLE_RANK, strategy_problems
 from common.tasks import TASKS
 
 
@@ -122,6 +122,9 @@ class SimulationSection(Section):
     rows: int = Field(default=0, ge=0, description="use only so many rows of the file, drawn by the seed; 0: all")
     evaluation_fraction: float = Field(
         default=0.0, ge=0, lt=1, description="share of each site's rows kept for evaluation at the site"
+    )
+    ranks: Ranks = Field(
+        default=(), description="how many components of LoRA each site trains, in turn, under strategy svd; empty: all"
     )
     engine: Literal["in-process", "ray"] = Field(
         default="in-process", description="in-process, or Flower's Ray runtime"
@@ -228,19 +231,25 @@ def parse(raw: Mapping[str, Any], source: str = "run file", found: Sequence[Prob
         except ValidationError as error:
             problems += [explain(name, section, detail) for detail in error.errors()]
     if not problems:
-        config = _with_frozen_factor(RunConfig(**sections))
-        problems = cross_checks(config) + privacy_problems(config)
+        config = _with_factors(RunConfig(**sections))
+        problems = cross_checks(config) + strategy_problems(config) + privacy_problems(config)
     if problems:
         raise ConfigError(source, problems)
     return config
 
 
-def _with_frozen_factor(config: RunConfig) -> RunConfig:
-    """Freeze LoRA's A under privacy unless told otherwise: noise on both factors multiplies in their product."""
+def _with_factors(config: RunConfig) -> RunConfig:
+    """Set what follows for LoRA's factors from strategy and privacy.
+
+    A is frozen under privacy unless told otherwise: noise on both factors multiplies in their product.
+    """
     private = config.privacy.mode != "none" or config.privacy.examples.enabled
-    if private and getattr(config.adapter, "freeze_a", "") == "auto":
-        return config.model_copy(update={"adapter": config.adapter.model_copy(update={"freeze_a": "yes"})})
-    return config
+    chosen: dict[str, Any] = {}
+    if (private or config.strategy.name == "ffa") and getattr(config.adapter, "freeze_a", "") == "auto":
+        chosen["freeze_a"] = "yes"
+    if config.strategy.name == "flora" and config.adapter.method == "lora":
+        chosen["merged_rank"] = config.strategy.merged_rank or WHOLE_RANK  # type: ignore[attr-defined]  # FloraSettings
+    return config.model_copy(update={"adapter": config.adapter.model_copy(update=chosen)})
 
 
 def explain(prefix: str, section: type[Section], detail: Any) -> Problem:
@@ -272,15 +281,6 @@ def cross_checks(config: RunConfig) -> list[Problem]:
     if config.simulation.partition == "by-column" and not config.simulation.column:
         problems.append(
             Problem("simulation.column", "''", "the column to split by", "name a column of simulation.data")
-        )
-    if config.strategy.name == "krum" and wanted < 2 * config.strategy.num_malicious_sites + 3:  # type: ignore[attr-defined]  # KrumSettings
-        problems.append(
-            Problem(
-                "strategy.min_clients",
-                str(wanted),
-                "at least 2 * num_malicious_sites + 3, which krum needs",
-                "raise min_clients",
-            )
         )
     if config.evaluation.early_stopping_patience and not config.evaluation.data:
         problems.append(Problem("evaluation.data", "''", "a file, for early stopping", "name the held-out file"))

@@ -16,7 +16,6 @@ from pydantic_core import PydanticUndefined
 from common.config import RunConfig, families, parse, section_classes
 from common.errors import ConfigError, Problem
 from common.settings import Section
-from common.tasks import TASKS
 
 PATH_KEYS = ("run.output_dir", "privacy.ledger", "evaluation.data", "simulation.data")
 
@@ -104,11 +103,16 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         section, key = dotted.split(".")
         if raw[section][key]:
             raw[section][key] = str(Path(raw[section][key]).absolute())
-    named = [("task", setting) for setting in TASKS.get(config.task.name).named_adapters]
-    for section, key in [("model", "name"), *named]:
-        if os.path.isdir(folder := os.path.expanduser(raw[section][key])):
-            raw[section][key] = os.path.abspath(folder)
+    raw["model"]["name"] = _absolute(config.model.name)
+    raw["task"] = config.task.resolved(_absolute).model_dump(mode="json")
+    raw["adapter"] = config.adapter.resolved(_absolute).model_dump(mode="json")
     return parse(raw)
+
+
+def _absolute(name: str) -> str:
+    """Return the name of a model, as an absolute path if it is a folder here."""
+    folder = os.path.expanduser(name)
+    return os.path.abspath(folder) if os.path.isdir(folder) else name
 
 
 def to_toml(config: RunConfig) -> str:

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from common.adapters import ADAPTERS, AdapterMethod
 from common.adapters.tensors import fill, read_tensors
 from common.errors import ModelError, RegistryError
+from common.fingerprint import check_base
 from common.model import Graft, assemble, find, quiet_libraries
 from common.settings import Section
 from common.tasks import TASKS, Task
@@ -47,18 +48,18 @@ class Exported(Section):
         kind = TASKS.get(str(self.task.get("name")))
         return kind(kind.Settings.model_validate(self.task))
 
-    def make_method(self) -> AdapterMethod:
-        """Return the method that the adapter was made with."""
+    def make_method(self, folder: Path) -> AdapterMethod:
+        """Return the method that the adapter in a folder was made with."""
         kind = ADAPTERS.get(str(self.adapter.get("method")))
-        return kind(kind.Settings.model_validate(self.adapter))
+        return kind(kind.Settings.model_validate(self.adapter)).exported_in(folder)
 
 
 def write_exported(folder: Path, graft: Graft, dtype: str, base_name: str) -> None:
     """Write `tsugiki.json` for a graft whose adapter is saved in a folder; nothing of this machine is in it."""
     exported = Exported.model_validate(
         {
-            "task": graft.task.settings.model_dump(mode="json", exclude=set(graft.task.named_adapters)),
-            "adapter": graft.method.settings.model_dump(mode="json"),
+            "task": graft.task.settings.resolved(lambda name: "").model_dump(mode="json"),
+            "adapter": graft.method.exported_settings(),
             "heads": graft.base.heads,
             "base_name": base_name,
             "base_fingerprint": graft.spec.base_fingerprint,
@@ -78,7 +79,7 @@ def read_exported(folder: Path) -> Exported:
     """
     try:
         exported = Exported.model_validate_json((folder / EXPORTED_FILE).read_bytes())
-        exported.make_task(), exported.make_method()
+        exported.make_task(), exported.make_method(folder)
     except (OSError, ValidationError, RegistryError) as error:
         raise ModelError(
             f"no export can be read from {str(folder)!r} ({_reason(error)})",
@@ -115,14 +116,7 @@ def load_exported(folder: Path, transformer: Any, exported: Exported | None = No
             wrong tensor the transformer is of no use; load it anew.
     """
     exported = exported or read_exported(folder)
-    if fingerprint != exported.base_fingerprint:
-        raise ModelError(
-            f"the base that was loaded has the fingerprint {fingerprint[:12]}",
-            f"{exported.base_fingerprint[:12]}, of {exported.base_name!r}, on which the adapter in {str(folder)!r} "
-            "was trained",
-            "load that base",
-            code="adapter-other-base",
-        )
+    check_base(fingerprint, exported.base_fingerprint, str(folder))
     modules = dict(transformer.named_modules())
     if missing := [head for head in exported.heads if head not in modules]:
         raise ModelError(
@@ -131,7 +125,7 @@ def load_exported(folder: Path, transformer: Any, exported: Exported | None = No
             "load the class of model with which the adapter was trained",
             code="head-missing",
         )
-    method = exported.make_method()
+    method = exported.make_method(folder)
     tensors = read_tensors(folder / method.tensors_file)
     with quiet_libraries():
         attached: Any = method.attach(transformer, exported.heads)
@@ -164,7 +158,7 @@ def open_exported(folder: Path, source: str = "", *, beside: Graft | None = None
         return load_exported(folder, base.transformer, exported, fingerprint=fingerprint)
 
     base_folder = find(source or exported.base_name)
-    graft = assemble(exported.make_task(), exported.make_method(), base_folder, exported.dtype, device, put)
+    graft = assemble(exported.make_task(), exported.make_method(folder), base_folder, exported.dtype, device, put)
     if graft.spec.sha256 != exported.spec_sha256:
         raise ModelError(
             f"the adapter in {str(folder)!r}, as it was loaded, has the spec {graft.spec.sha256[:12]}",

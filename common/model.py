@@ -23,9 +23,8 @@ import numpy as np
 from common.adapters import ADAPTERS, AdapterMethod
 from common.config import RunConfig
 from common.errors import ModelError
-from common.fingerprint import fingerprint
+from common.fingerprint import check_base, fingerprint
 from common.rng import derive_seed, seed_everything
-from common.settings import TaskSettings
 from common.tasks import TASKS, Task
 from common.tasks.base import Base
 from common.wire import AdapterSpec, TensorSpec, Vector, pack, unpack
@@ -78,20 +77,18 @@ _SHORTEST_TEXT = 8
 _grafts: dict[str, Graft] = {}
 
 
-def load_graft(config: RunConfig, source: str, seed: int, where: Callable[[str], str] = str) -> Graft:
+def load_graft(config: RunConfig, source: str, seed: int) -> Graft:
     """Load the base and attach the adapter, once per process for the same settings.
 
     Args:
         config: the sections model, task, adapter and train.device are used.
         source: hub id, folder or `package:...` behind the run's model name.
         seed: for the initial values of adapter and head.
-        where: returns the same for the name of an exported adapter that the task asks for.
 
     Raises:
         ModelError: the base cannot be found or is not to be trusted, or the adapter does not fit it; `adapter-missing`,
             the task asks for an exported adapter, and the run names none.
     """
-    config = config.model_copy(update={"task": _with_folders(config.task, where)})
     sections = config.model_dump(mode="json", include={"model", "task", "adapter"})
     key = json.dumps([sections, config.train.device, source, seed], sort_keys=True)
     if key not in _grafts:
@@ -100,21 +97,14 @@ def load_graft(config: RunConfig, source: str, seed: int, where: Callable[[str],
     return _grafts[key]
 
 
-def _with_folders(task: TaskSettings, where: Callable[[str], str]) -> TaskSettings:
-    """Return a task's settings with folders in the place of the names of exported adapters."""
-    settings = TASKS.get(task.name).named_adapters
-    names = {setting: getattr(task, setting) for setting in settings}
-    for setting in [setting for setting, name in names.items() if not name]:
+def _load(config: RunConfig, source: str, seed: int) -> Graft:
+    if "" in config.task.models:
         raise ModelError(
-            f"task.{setting} is empty",
+            f"the task {config.task.name} needs an exported adapter, and the run names none",
             "the folder of an adapter that `tsugiki export` wrote",
-            f"set task.{setting}",
+            "name it in [task]",
             code="adapter-missing",
         )
-    return task.model_copy(update={setting: str(find(where(name))) for setting, name in names.items()})
-
-
-def _load(config: RunConfig, source: str, seed: int) -> Graft:
     task = TASKS.get(config.task.name)(config.task)
     method = ADAPTERS.get(config.adapter.method)(config.adapter)
     folder = find(source)
@@ -150,6 +140,8 @@ def assemble(
         base = load_base(task, folder, getattr(torch, dtype))
         _check_architecture(method, base)
         identity = fingerprint(folder, base)
+        for name, wanted in method.bases().items():
+            check_base(identity, wanted, name)
         _make_room(method, base)
         task.graft(base, put(base, identity) if put else method.attach(base.transformer, base.heads))
         base.untouched = lambda: method.disabled(base.transformer)
@@ -234,7 +226,7 @@ def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> Ad
         TensorSpec(name, tuple(trainable[name].shape), "head" if _in_head(name, base.heads) else "adapter")
         for name in sorted(trainable)
     )
-    settings = method.settings.model_dump(mode="json", exclude={"method", "wire_dtype"}) | dict(base.constants)
+    settings = {**method.spec_settings(), **base.constants}
     if constants := method.constants(base.transformer):
         digest = hashlib.sha256()
         for name in sorted(constants):

@@ -15,7 +15,6 @@ from common import __version__
 from common.config import RunConfig
 from common.config_file import PATH_KEYS
 from common.model import Graft
-from common.tasks import TASKS
 
 _PIPELINE_TAGS = {
     "sentence-embedding": "sentence-similarity",
@@ -157,7 +156,8 @@ def card(graft: Graft, config: RunConfig, export: Export) -> str:
         pipeline_tag=_PIPELINE_TAGS.get(config.task.name),
         tags=["tsugiki", "federated-learning", config.adapter.method],
     )
-    sections = (_head(config, export), _training(graft, config, export), _metrics(export), _settings(config, export))
+    settings = _settings(config, graft.method.exported_settings(), export)
+    sections = (_head(config, export), _training(graft, config, export), _metrics(export), settings)
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(sections)
 
 
@@ -216,13 +216,12 @@ def _metrics(export: Export) -> str:
     return f"## Metrics\n\nOn the operator's held-out data.\n\n{head}{rows}"
 
 
-def _settings(config: RunConfig, export: Export) -> str:
+def _settings(config: RunConfig, adapter: dict[str, Any], export: Export) -> str:
     """Return the run's settings without the operator's own paths."""
-    body = config.model_dump(mode="json")
+    task = config.task.resolved(lambda name: "").model_dump(mode="json")
+    body = config.model_dump(mode="json") | {"task": task, "adapter": adapter}
     for dotted in PATH_KEYS:
         section, key = dotted.split(".")
         del body[section][key]
-    for setting in TASKS.get(config.task.name).named_adapters:
-        del body["task"][setting]
     body["model"] |= {"name": export.base_name, "public_name": export.base_name}
     return f"## Settings\n\n```toml\n{tomli_w.dumps(body)}```\n"

@@ -148,8 +148,6 @@ class Task(ABC):
     """Whether `loss` is the mean of a loss of each row that no other row of the batch enters: DP-SGD needs that."""
     signed_loss: ClassVar[bool] = False
     """Whether `loss` may be below zero, so that one loss is no multiple of another."""
-    named_adapters: ClassVar[tuple[str, ...]] = ()
-    """Settings that name an exported adapter of another run: where it lies, each side says for itself."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings

@@ -26,27 +26,30 @@ _NOT_PADDING = -1
 """The id that no token has: what is scored is never padded, so the last token is the one that is read."""
 
 
-def add_judge(base: Base, folder: Path, reward_adapter: Path, template: Template) -> None:
+def add_judge(base: Base, folder: Path, reward_adapter: str, template: Template) -> None:
     """Load an exported reward beside a bare decoder, as `base.judge`, with its hash in `base.constants`.
 
     Args:
         base: a decoder with its output layer and nothing on it. Its tokenizer learns how many positions the reward's
             method takes up.
         folder: of the base.
-        reward_adapter: what `tsugiki export` wrote of a run of the task `preference` with the objective "reward".
+        reward_adapter: the folder that `tsugiki export` wrote of a run of the task `preference` with the objective
+            "reward".
         template: in which the prompts will be; the reward has to know it.
 
     Raises:
         ModelError: `reward-adapter`, it is no reward, or one of other prompts; and as `common.exported.load_exported`:
             `adapter-other-base`, `adapter-invalid`, `head-missing`.
     """
-    from common.exported import load_exported, read_exported
+    from common.exported import load_exported, read_exported  # which know all tasks, and so this one
+    from common.model import find
 
-    exported = read_exported(reward_adapter)
+    place = find(reward_adapter)
+    exported = read_exported(place)
     _check(exported, base, template)
     wanted_gradients = [value for value in base.network.parameters() if value.requires_grad]
-    method, judge = exported.make_method(), classifier(base.network)
-    judge = load_exported(reward_adapter, judge, exported, fingerprint=fingerprint(folder, base))
+    method, judge = exported.make_method(place), classifier(base.network)
+    judge = load_exported(place, judge, exported, fingerprint=fingerprint(folder, base))
     base.constants = {"reward_sha256": _sha256(exported.adapter, method.saved(judge))}
     judge.requires_grad_(False)
     for value in wanted_gradients:  # tensors that both have

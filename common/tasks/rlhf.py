@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field
 
@@ -51,6 +51,15 @@ class RlhfSettings(TaskSettings):
     )
     template: Template = Field(default="auto", description=TEMPLATE_HELP)
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The reward."""
+        return (self.reward_adapter,)
+
+    def resolved(self, source: Callable[[str], str]) -> Self:
+        """Return these settings with what stands behind the reward's name."""
+        return self.model_copy(update={"reward_adapter": source(self.reward_adapter)})
+
 
 @TASKS.register("rlhf")
 class Rlhf(Task):
@@ -76,7 +85,6 @@ class Rlhf(Task):
     Settings = RlhfSettings
     lower_is_better = frozenset({"loss", "kl", "kl_above"})
     signed_loss = True
-    named_adapters = ("reward_adapter",)
 
     @property
     def monitor(self) -> str:
@@ -96,7 +104,7 @@ class Rlhf(Task):
         """
         base = load_decoder(folder, dtype)
         if self.settings.reward_adapter:
-            add_judge(base, folder, Path(self.settings.reward_adapter), self.settings.template)
+            add_judge(base, folder, self.settings.reward_adapter, self.settings.template)
         return base
 
     def encode(self, shard: Shard, base: Base) -> Encoded:

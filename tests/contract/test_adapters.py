@@ -22,7 +22,7 @@ from common.model import load_graft
 from common.registry import Registry
 from common.tasks import TASKS
 from common.wire import decode, encode, unpack
-from tests.support.exports import settings_of
+from tests.support.exports import settings_of, to_fuse
 from tests.support.tiny import tiny_base
 
 SMALL = {
@@ -34,6 +34,9 @@ SMALL = {
     "prefix": {"num_virtual_tokens": 4},
 }
 """Smaller than the default where a method has a size; a method that is not here is tried at its defaults."""
+
+PREPARED = {"fusion": lambda folder, base: {"adapters": to_fuse(folder, base)}}
+"""Settings of methods that need something beside a base: made from a folder to write to, and the base's."""
 
 LONGER = {"bitfit": (120, 0.02), "layernorm": (120, 0.02), "prefix": (120, 0.05), "vera": (120, 0.02)}
 """Steps and learning rate with which a tiny loss falls, where 40 steps at 0.02 are too few for a method."""
@@ -69,6 +72,14 @@ def folder(bases, task):
     return bases(TASKS.get(task).tiny().model_type)
 
 
+@cache
+def small(method, base):
+    """Return the settings with which a method is tried on a base."""
+    if method not in PREPARED:
+        return SMALL.get(method, {})
+    return PREPARED[method](base.with_name(f"{base.name}-{method}"), base)
+
+
 @pytest.fixture(autouse=True)
 def no_graft_is_left(monkeypatch):
     """Every test starts without a loaded base."""
@@ -90,7 +101,7 @@ def run(folder, task, method, **adapter):
     return parse(
         {
             "task": {"name": task, **settings},
-            "adapter": {"method": method, **SMALL.get(method, {}), **adapter},
+            "adapter": {"method": method, **(small(method, folder) if knows(method, task) else {}), **adapter},
             "train": train_settings,
         }
     )

@@ -1,4 +1,4 @@
-"""Exported adapters for tests, without a run before them: put on a tiny base, moved a little, saved."""
+"""Exported adapters on a tiny base, moved from their first values as training would; what is fused needs some."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,28 @@ import torch
 
 from common.config import parse
 from common.exported import write_exported
-from common.model import load_graft
+from common.model import Graft, load_graft
 from common.tasks.base import TinyCase
+from tests.support.architectures import stir
+
+BASE_NAME = "tsugiki-tests/base"
+
+
+def export_tiny(folder: Path, base: Path, task: dict[str, Any], adapter: dict[str, Any], seed: int = 1) -> Graft:
+    """Write an export of an adapter on a base, as `tsugiki export` does but unproved; return its graft.
+
+    Args:
+        folder: made; holds the export.
+        base: folder of the base.
+        task: settings of the task.
+        adapter: settings of the adapter.
+        seed: for its values.
+    """
+    sections = {"task": task, "adapter": adapter, "train": {"device": "cpu"}}
+    graft = load_graft(parse({"model": {"name": str(base)}, **sections}), str(base), seed)
+    stir(graft.base.transformer)
+    _write(folder, graft)
+    return graft
 
 
 def export_of(base: Path, folder: Path, task: dict[str, Any], step: float = 0.1, **adapter: Any) -> Path:
@@ -21,14 +41,18 @@ def export_of(base: Path, folder: Path, task: dict[str, Any], step: float = 0.1,
         step: standard deviation of the draws.
         adapter: method and settings; by default a small LoRA.
     """
-    sections = {"model": {"name": str(base)}, "task": task, "adapter": adapter or {"method": "lora", "rank": 2}}
-    graft = load_graft(parse({**sections, "train": {"device": "cpu"}}), str(base), 1)
+    sections = {"task": task, "adapter": adapter or {"method": "lora", "rank": 2}, "train": {"device": "cpu"}}
+    graft = load_graft(parse({"model": {"name": str(base)}, **sections}), str(base), 1)
     numbers = torch.Generator().manual_seed(5)
     graft.write(step * torch.randn(graft.spec.size, generator=numbers).numpy())
-    folder.mkdir(parents=True, exist_ok=True)
-    graft.method.save(graft.base.transformer, folder, "tsugiki-tests/tiny")
-    write_exported(folder, graft, "float32", "tsugiki-tests/tiny")
+    _write(folder, graft)
     return folder
+
+
+def _write(folder: Path, graft: Graft) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    graft.method.save(graft.base.transformer, folder, BASE_NAME)
+    write_exported(folder, graft, "float32", BASE_NAME)
 
 
 def settings_of(case: TinyCase, base: Path) -> dict[str, Any]:
@@ -38,3 +62,12 @@ def settings_of(case: TinyCase, base: Path) -> dict[str, Any]:
         folder = base.parent / f"{base.name}-{setting}"
         found[setting] = str(folder if folder.exists() else export_of(base, folder, task))
     return found
+
+
+def to_fuse(folder: Path, base: Path, **settings: Any) -> tuple[str, ...]:
+    """Write two exported Houlsby adapters, of different values and widths; return their folders."""
+    for number, width in enumerate((3, 4)):
+        adapter = {"method": "houlsby", "bottleneck": width, **settings}
+        graft = export_tiny(folder / str(number), base, {"name": "sequence-classification"}, adapter, number)
+        assert graft.spec.parameters("adapter")
+    return tuple(str(folder / str(number)) for number in range(2))

@@ -40,7 +40,7 @@ def reward(base_folder):
 def judged(base_folder, folder, template="plain"):
     """Return a decoder with a reward beside it."""
     base = load_decoder(base_folder, torch.float32)
-    add_judge(base, base_folder, folder, template)
+    add_judge(base, base_folder, str(folder), template)
     return base
 
 
@@ -110,7 +110,8 @@ def test_what_is_no_reward_is_refused(base_folder, tmp_path):
     assert "a causal-lm adapter used as a reward" in str(error)
     dpo = export_of(base_folder, tmp_path / "dpo", {**REWARD, "objective": "dpo"})
     assert refused(base_folder, dpo).code == "reward-adapter"
-    assert refused(base_folder, tmp_path).code == "adapter-invalid"
+    (policy / EXPORTED_FILE).unlink()
+    assert refused(base_folder, policy).code == "adapter-invalid"
 
 
 def test_a_reward_without_its_head_is_refused(base_folder, tmp_path):
