@@ -15,6 +15,17 @@ from common.tasks import Task
 from common.tasks.base import Encoded, Tail
 
 
+def load_at(site: Site, config: RunConfig) -> Graft:
+    """Return the base with the run's adapter on it; what the run names is loaded from where the site says.
+
+    Raises:
+        ModelError: `model-unknown`, the site does not know a name; and as `load_graft`.
+    """
+    source = site.model_source(config.model.name)
+    here = {name: getattr(config, name).resolved(site.model_source) for name in ("task", "adapter")}
+    return load_graft(config.model_copy(update=here), source, config.run.seed)
+
+
 @dataclass
 class Desk:
     """One for each process."""
@@ -28,7 +39,7 @@ class Desk:
 
     def graft(self, site: Site, config: RunConfig) -> Graft:
         """Return the base with the run's adapter on it."""
-        return load_graft(config, site.model_source(config.model.name), config.run.seed)
+        return load_at(site, config)
 
     def rows(self, site: Site, config: RunConfig, part: str) -> Encoded | None:
         """Return the site's tokenised rows for "train", "validation" or "evaluation"."""

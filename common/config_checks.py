@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from common.errors import Problem
+from common.tasks import TASKS
 
 if TYPE_CHECKING:
     from common.config import RunConfig
@@ -47,6 +48,8 @@ def _model_problems(config: RunConfig) -> list[Problem]:
             problems.append(Problem("model.quantization", value, f"none on {config.train.device}", 'use "cuda"'))
         if private:
             problems.append(Problem("model.quantization", value, "none with DP-SGD", "remove it"))
+        if config.task.name == "rlhf":
+            problems.append(Problem("model.quantization", value, "none with rlhf: two models share the base", "remove"))
     if model.gradient_checkpointing and private:
         why = "false with DP-SGD, which would see each activation twice"
         problems.append(Problem("model.gradient_checkpointing", "true", why, "remove it"))
@@ -75,6 +78,9 @@ def _train_problems(config: RunConfig) -> list[Problem]:
         problems.append(
             Problem("train.divergence_factor", str(config.train.divergence_factor), "0 with DP-SGD", "remove it")
         )
+    elif config.train.divergence_factor and TASKS.get(config.task.name).signed_loss:
+        expected = f"0 with {config.task.name}, whose loss may be below 0"
+        problems.append(Problem("train.divergence_factor", str(config.train.divergence_factor), expected, "remove it"))
     return problems
 
 

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from common.adapters import ADAPTERS, AdapterMethod
 from common.adapters.tensors import fill, read_tensors
 from common.errors import ModelError, RegistryError
+from common.fingerprint import check_base
 from common.model import Graft, assemble, find, quiet_libraries
 from common.settings import Section
 from common.tasks import TASKS, Task
@@ -41,16 +42,17 @@ class Exported(Section):
     base_fingerprint: _Sha256 = Field(description="of the base, by `common.fingerprint`")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="the type of the frozen weights")
     spec_sha256: _Sha256 = Field(description="of the `AdapterSpec` of what is exported")
+    constants: dict[str, str] = Field(default={}, description="what the spec has from the task's `Base.constants`")
 
     def make_task(self) -> Task:
         """Return the task that the adapter was trained for."""
         kind = TASKS.get(str(self.task.get("name")))
         return kind(kind.Settings.model_validate(self.task))
 
-    def make_method(self) -> AdapterMethod:
-        """Return the method that the adapter was made with."""
+    def make_method(self, folder: Path) -> AdapterMethod:
+        """Return the method that the adapter in a folder was made with."""
         kind = ADAPTERS.get(str(self.adapter.get("method")))
-        return kind(kind.Settings.model_validate(self.adapter))
+        return kind(kind.Settings.model_validate(self.adapter)).exported_in(folder)
 
 
 def write_exported(folder: Path, graft: Graft, dtype: str, base_name: str, *, headless: bool = False) -> None:
@@ -68,13 +70,14 @@ def write_exported(folder: Path, graft: Graft, dtype: str, base_name: str, *, he
         spec = replace(spec, tensors=tuple(tensor for tensor in spec.tensors if tensor.part != "head"))
     exported = Exported.model_validate(
         {
-            "task": graft.task.settings.model_dump(mode="json"),
-            "adapter": graft.method.settings.model_dump(mode="json"),
+            "task": graft.task.settings.resolved(lambda name: "").model_dump(mode="json"),
+            "adapter": graft.method.exported_settings(),
             "heads": () if headless else graft.base.heads,
             "base_name": base_name,
             "base_fingerprint": graft.spec.base_fingerprint,
             "dtype": dtype,
             "spec_sha256": spec.sha256,
+            "constants": graft.base.constants,
         }
     )
     (folder / EXPORTED_FILE).write_text(exported.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -88,7 +91,7 @@ def read_exported(folder: Path) -> Exported:
     """
     try:
         exported = Exported.model_validate_json((folder / EXPORTED_FILE).read_bytes())
-        exported.make_task(), exported.make_method()
+        exported.make_task(), exported.make_method(folder)
     except (OSError, ValidationError, RegistryError) as error:
         raise ModelError(
             f"no export can be read from {str(folder)!r} ({_reason(error)})",
@@ -125,14 +128,7 @@ def load_exported(folder: Path, transformer: Any, exported: Exported | None = No
             wrong tensor the transformer is of no use; load it anew.
     """
     exported = exported or read_exported(folder)
-    if fingerprint != exported.base_fingerprint:
-        raise ModelError(
-            f"the base that was loaded has the fingerprint {fingerprint[:12]}",
-            f"{exported.base_fingerprint[:12]}, of {exported.base_name!r}, on which the adapter in {str(folder)!r} "
-            "was trained",
-            "load that base",
-            code="adapter-other-base",
-        )
+    check_base(fingerprint, exported.base_fingerprint, str(folder))
     modules = dict(transformer.named_modules())
     if missing := [head for head in exported.heads if head not in modules]:
         raise ModelError(
@@ -141,7 +137,7 @@ def load_exported(folder: Path, transformer: Any, exported: Exported | None = No
             "load the class of model with which the adapter was trained",
             code="head-missing",
         )
-    method = exported.make_method()
+    method = exported.make_method(folder)
     tensors = read_tensors(folder / method.tensors_file)
     with quiet_libraries():
         attached: Any = method.attach(transformer, exported.heads)
@@ -168,12 +164,13 @@ def open_exported(folder: Path, source: str = "", *, beside: Graft | None = None
     exported = read_exported(folder)
 
     def put(base: Base, fingerprint: str) -> Any:
+        base.constants = exported.constants  # of adapters that it was trained with, and can do without
         if beside is not None:
             share_frozen(base.transformer, beside.base.transformer)
         return load_exported(folder, base.transformer, exported, fingerprint=fingerprint)
 
     base_folder = find(source or exported.base_name)
-    graft = assemble(exported.make_task(), exported.make_method(), base_folder, exported.dtype, device, put)
+    graft = assemble(exported.make_task(), exported.make_method(folder), base_folder, exported.dtype, device, put)
     if graft.spec.sha256 != exported.spec_sha256:
         raise ModelError(
             f"the adapter in {str(folder)!r}, as it was loaded, has the spec {graft.spec.sha256[:12]}",

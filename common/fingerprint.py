@@ -50,6 +50,26 @@ def fingerprint(folder: Path, base: Base) -> str:
     return digest.hexdigest()
 
 
+def check_base(found: str, wanted: str, name: str) -> None:
+    """Refuse a base that is not the one on which an adapter was trained.
+
+    Args:
+        found: the fingerprint of the base that was loaded.
+        wanted: that of the adapter's.
+        name: the adapter's.
+
+    Raises:
+        ModelError: `adapter-other-base`.
+    """
+    if found != wanted:
+        raise ModelError(
+            f"the base that was loaded has the fingerprint {found[:12]}",
+            f"{wanted[:12]}, of the base on which the adapter {name!r} was trained",
+            "load that base, or an adapter of this one",
+            code="adapter-other-base",
+        )
+
+
 def _stored_tensor(file: Path, name: str) -> tuple[str, list[int], bytes]:
     """Return type, shape and raw bytes of a tensor in a safetensors file, whatever its type (NumPy has no bfloat16)."""
     content = np.memmap(file, np.uint8, "r")

@@ -24,7 +24,7 @@ from common.adapters import ADAPTERS, AdapterMethod
 from common.config import RunConfig
 from common.device import choose_device, loading, recompute_activations
 from common.errors import ModelError
-from common.fingerprint import fingerprint
+from common.fingerprint import check_base, fingerprint
 from common.rng import derive_seed, seed_everything
 from common.tasks import TASKS, Task
 from common.tasks.base import Base
@@ -87,7 +87,8 @@ def load_graft(config: RunConfig, source: str, seed: int) -> Graft:
         seed: for the initial values of adapter and head.
 
     Raises:
-        ModelError: the base cannot be found or is not to be trusted, or the adapter does not fit it.
+        ModelError: the base cannot be found or is not to be trusted, or the adapter does not fit it; `adapter-missing`,
+            the task asks for an exported adapter, and the run names none.
     """
     sections = config.model_dump(mode="json", include={"model", "task", "adapter"})
     key = json.dumps([sections, config.train.device, source, seed], sort_keys=True)
@@ -98,6 +99,13 @@ def load_graft(config: RunConfig, source: str, seed: int) -> Graft:
 
 
 def _load(config: RunConfig, source: str, seed: int) -> Graft:
+    if "" in config.task.models:
+        raise ModelError(
+            f"the task {config.task.name} needs an exported adapter, and the run names none",
+            "the folder of an adapter that `tsugiki export` wrote",
+            "name it in [task]",
+            code="adapter-missing",
+        )
     task = TASKS.get(config.task.name)(config.task)
     method = ADAPTERS.get(config.adapter.method)(config.adapter)
     folder = find(source)
@@ -141,12 +149,16 @@ def assemble(
             recompute_activations(base)
         _check_architecture(method, base)
         identity = fingerprint(folder, base)
+        for name, wanted in method.bases().items():
+            check_base(identity, wanted, name)
         _make_room(method, base)
         task.graft(base, put(base, identity) if put else method.attach(base.transformer, base.heads))
         base.untouched = lambda: method.disabled(base.transformer)
     spec = describe(task, method, base, identity)
     place = torch.device(choose_device(device))
     base.network.to(place)
+    if base.judge is not None:
+        base.judge.to(place)  # the base's tensors are there already
     base.network.eval()
     return Graft(task, method, base, spec, place)
 
@@ -223,7 +235,7 @@ def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> Ad
         TensorSpec(name, tuple(trainable[name].shape), "head" if _in_head(name, base.heads) else "adapter")
         for name in sorted(trainable)
     )
-    settings = method.settings.model_dump(mode="json", exclude={"method", "wire_dtype"})
+    settings = {**method.spec_settings(), **base.constants}
     if constants := method.constants(base.transformer):
         digest = hashlib.sha256()
         for name in sorted(constants):

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from common.registry import Registry
 from common.settings import AdapterSettings
@@ -74,6 +74,24 @@ class AdapterMethod(ABC):
     def row_gradients(self) -> bool:
         """Return whether Opacus can tell the gradient of each row: DP-SGD needs that."""
         return True
+
+    def bases(self) -> dict[str, str]:
+        """Return the fingerprint of the base that a part of this method was trained on, by name; most bring no such."""
+        return {}
+
+    def spec_settings(self) -> dict[str, Any]:
+        """Return the settings on which both sides of a run have to agree, for their `AdapterSpec`."""
+        settings: dict[str, Any] = self.settings.model_dump(mode="json", exclude={"method", "wire_dtype"})
+        return settings
+
+    def exported_settings(self) -> dict[str, Any]:
+        """Return the settings as an export has them: nothing of this machine is in them."""
+        settings: dict[str, Any] = self.settings.model_dump(mode="json")
+        return settings
+
+    def exported_in(self, folder: Path) -> Self:
+        """Return this method, read from the export in a folder, with what else lies there and belongs to it."""
+        return self
 
     @abstractmethod
     def attach(self, transformer: Any, heads: tuple[str, ...]) -> nn.Module:

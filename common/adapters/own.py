@@ -139,7 +139,7 @@ class OwnMethod(AdapterMethod):
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.saved(transformer).items()}
         manifest = _Manifest(
             method=self.name,
-            settings=self.settings.model_dump(mode="json"),
+            settings=self.exported_settings(),
             base_model_name_or_path=base_name,
             tensors={name: tuple(tensor.shape) for name, tensor in tensors.items()},
             heads=transformer.adapter_heads,
@@ -185,7 +185,7 @@ def load_adapter(transformer: Any, folder: str | Path) -> Any:
     try:
         manifest = _Manifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
         kind = ADAPTERS.get(manifest.method)
-        method = kind(kind.Settings.model_validate(manifest.settings))
+        method = kind(kind.Settings.model_validate(manifest.settings)).exported_in(folder)
     except (OSError, ValidationError, RegistryError) as error:
         raise ModelError(
             f"no adapter of Tsugiki's own can be read from {str(folder)!r}",

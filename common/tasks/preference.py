@@ -230,13 +230,14 @@ def _both(batch: Batch) -> Batch:
     return {name: torch.cat([batch[f"{side}.{name}"] for side in SIDES]) for name in names}
 
 
-def answer_logps(network: Any, batch: Batch) -> torch.Tensor:
+def answer_logps(network: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
     """Return the log-probability of each sequence's answer, the tokens that `labels` names; shape (rows,), float32."""
     import torch
     from torch.nn.functional import cross_entropy
 
     told = batch["labels"] != NOTHING
-    losses = cross_entropy(next_logits(network, batch)[told].float(), batch["labels"][told], reduction="none")
+    logits = next_logits(network, batch)[told].float() / temperature
+    losses = cross_entropy(logits, batch["labels"][told], reduction="none")
     return torch.zeros(len(told), device=losses.device).index_add(0, told.nonzero()[:, 0], -losses)
 
 

@@ -60,6 +60,11 @@ def head_length(tokenizer: Any, template: Template) -> int:
     return int(tokenizer.bos_token_id is not None) if isinstance(head, str) else len(head)
 
 
+def same_template(tokenizer: Any, one: Template, other: Template) -> bool:
+    """Return whether two templates put the same around a prompt."""
+    return _around(tokenizer, one) == _around(tokenizer, other)
+
+
 def shorten(prompt: Tokens, room: int, head: int) -> Tokens:
     """Return a prompt of at most `room` tokens: its head and its end stay."""
     head, excess = min(head, room // 2), max(0, len(prompt) - room)

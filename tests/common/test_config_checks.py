@@ -73,6 +73,7 @@ def test_validation_inside_a_round_takes_rows_that_nobody_protects(others):
         {"adapter": {"method": "houlsby"}},
         {"train": {"device": "mps"}},
         {"privacy": {"examples": {"target_epsilon": 1.0}}},
+        {"task": {"name": "rlhf"}},
     ],
 )
 def test_four_bits_are_for_lora_on_cuda_without_dp_sgd(raw):

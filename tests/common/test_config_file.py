@@ -248,12 +248,24 @@ def test_a_file_that_cannot_be_read(tmp_path, content):
     assert set(refused(read, tmp_path)) == {"file"}
 
 
+def test_an_exported_adapter_that_a_task_names_is_found_from_everywhere(tmp_path, monkeypatch):
+    """Catches: a server in another folder that looks for the reward there; a name of a site's that becomes a path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward").mkdir()
+    for name, wanted in (("reward", str(tmp_path / "reward")), ("judge", "judge"), ("", "")):
+        config = parse({"task": {"name": "rlhf", "reward_adapter": name}})
+        assert with_absolute_paths(config).task.reward_adapter == wanted
+
+
 def test_absolute_paths(tmp_path, monkeypatch):
     """Catches: a path left relative; an empty path, which means "none", turned into the current folder."""
     monkeypatch.chdir(tmp_path)
     config = with_absolute_paths(parse({"evaluation": {"data": "dev.csv"}}))
     assert (config.run.output_dir, config.evaluation.data) == (str(tmp_path / "runs"), str(tmp_path / "dev.csv"))
     assert config.simulation.data == ""
+    (tmp_path / "tone").mkdir()
+    fused = with_absolute_paths(parse({"adapter": {"method": "fusion", "adapters": ["tone", "org/topic"]}}))
+    assert fused.adapter.adapters == (str(tmp_path / "tone"), "org/topic")
 
 
 def test_changes_lists_what_differs_in_the_order_of_the_file():

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from common import config_file
 from common.adapters.bitfit import BitfitSettings
+from common.adapters.fusion import FusionSettings
 from common.adapters.houlsby import HoulsbySettings
 from common.adapters.ia3 import Ia3Settings
 from common.adapters.layernorm import LayerNormSettings
@@ -27,7 +28,8 @@ from common.wire import sha256, unpack
 from server import export_check, export_probe
 from server.export import export
 from server.finished import choose, read_config
-from tests.support.federation import run_tiny, tiny_config
+from tests.support.exports import to_fuse
+from tests.support.federation import model_folder, run_tiny, tiny_config
 from tests.support.tiny import PUBLIC_NAME, tiny_llama, tiny_sentence_transformer
 
 MENU = {
@@ -99,7 +101,7 @@ def runs(tmp_path_factory):
         "dpo": {**preference, "task": {"name": "preference", "objective": "dpo"}},
     }
     kinds |= {f"{method}-embedding": embedding for method in ("dora", "vera", "bitfit", "prompt")}
-    kinds |= {method: {"evaluation": by_loss} for method in ("dora", "ia3", "layernorm", "p-tuning")}
+    kinds |= {method: {"evaluation": by_loss} for method in ("dora", "ia3", "layernorm", "p-tuning", "fusion")}
     kinds["prefix-causal"] = causal
     kinds |= {f"{method}-softmax": softmax for method in ("dora", "bitfit", "prompt")}
     done = {}
@@ -107,7 +109,10 @@ def runs(tmp_path_factory):
     def run(kind):
         if kind not in done:
             config = tiny_config(folder, run={"name": kind}, **kinds[kind])
-            if settings := MENU.get(kind.partition("-")[0] if kind != "p-tuning" else kind):
+            if kind == "fusion":
+                settings = FusionSettings(adapters=to_fuse(folder / "fused", Path(model_folder())))
+                config = config.model_copy(update={"adapter": settings})
+            elif settings := MENU.get(kind.partition("-")[0] if kind != "p-tuning" else kind):
                 config = config.model_copy(update={"adapter": settings})
             done[kind] = run_tiny(config).folder
         return done[kind]
@@ -173,6 +178,7 @@ def graft_of(folder):
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 PEFT = {"README.md", "tsugiki.json", "adapter_config.json", "adapter_model.safetensors"}
 OWN = {"README.md", "tsugiki.json", "tsugiki_adapter.safetensors", "tsugiki_adapter.json"}
+FUSED = {f"adapters/{number}/{name}" for number in range(2) for name in OWN - {"README.md"}}
 MODULES = {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"}
 
 
@@ -227,12 +233,14 @@ def test_a_fresh_process_finds_the_outputs_of_the_run(copied, caplog, kind, expe
         ("dora-softmax", PEFT),
         ("bitfit-softmax", OWN),
         ("prompt-softmax", OWN),
+        ("fusion", OWN | TOKENIZER | FUSED),
     ],
 )
 def test_the_rest_of_the_menu_is_exported(runs, tmp_path, proved_here, kind, expected):
     """Catches: a method whose files lack something, or are said to load in a way that loses it."""
     target = export(runs(kind), tmp_path / "out")
     assert set(files(target)) == expected
+    assert not [name for name, content in files(target).items() if str(runs(kind).parent).encode() in content]
 
 
 def test_an_export_without_one_tensor_leaves_nothing(runs, tmp_path, monkeypatch):

@@ -9,17 +9,14 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import tsugiki
-from common.config import parse
 from common.errors import DataError, ModelError, StorageError, UsageError
-from common.exported import write_exported
 from common.files import read_lines
-from common.model import load_graft
 from common.tasks import TASKS, Task
 from common.tasks.generation import Generation
 from common.wire import sha256, unpack
 from server.finished import choose, open_graft, read_config
 from server.predict import ask, open_adapters, predict, predict_each, show
-from tests.support.architectures import stir
+from tests.support.exports import BASE_NAME, export_tiny, settings_of
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import tiny_base, tiny_llama, write_case
 
@@ -27,6 +24,7 @@ HOW = Generation(max_new_tokens=4)
 INPUTS = {
     "causal-lm": {"text": ["the good clause", "a bad"]},
     "image-classification": {"image": None},
+    "rlhf": {"prompt": ["name the party", "name the alpha"]},
     "preference": {"prompt": ["name the party"] * 2, "chosen": ["good", "bad"]},
     "sentence-embedding": {
         "sentence1": ["the alpha clause"] * 2,
@@ -50,7 +48,7 @@ def runs(tmp_path_factory):
             config = tiny_config(
                 folder / name,
                 model={"name": str(base)},
-                task={"name": name, **case.settings},
+                task={"name": name, **settings_of(case, base)},
                 train={"local_steps": 12, "learning_rate": 2e-2},
                 evaluation={"data": str(file)},
                 simulation={"data": str(file)},
@@ -200,12 +198,7 @@ def adapters(tmp_path_factory):
         "words": ("causal-lm", {"method": "prompt", "num_virtual_tokens": 3}),
     }
     for seed, (name, (task, adapter)) in enumerate(kinds.items()):
-        sections = {"task": {"name": task, "max_length": 16}, "adapter": adapter, "train": {"device": "cpu"}}
-        graft = load_graft(parse({"model": {"name": str(base)}, **sections}), str(base), seed)
-        stir(graft.base.transformer)
-        (folder / name).mkdir()
-        graft.method.save(graft.base.transformer, folder / name, "tests/base")
-        write_exported(folder / name, graft, "float32", "tests/base")
+        export_tiny(folder / name, base, {"name": task, "max_length": 16}, adapter, seed)
     return folder
 
 
@@ -255,7 +248,7 @@ def test_adapters_are_asked_by_the_command(adapters, monkeypatch):
     asked = []
     monkeypatch.setattr("common.exported.find", lambda source: asked.append(source) or adapters / "base")
     assert CliRunner().invoke(tsugiki.app, [*options, "good"]).exit_code == 0
-    assert asked == ["tests/base"] * 2
+    assert asked == [BASE_NAME] * 2
 
 
 def test_adapters_of_another_base_are_refused(adapters, tmp_path):
