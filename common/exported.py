@@ -8,6 +8,7 @@ transformers leave out without a word what they do not find: a head of another c
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,7 +41,7 @@ class Exported(Section):
     base_name: str = Field(pattern=_HUB_ID, description="the name under which others find the base")
     base_fingerprint: _Sha256 = Field(description="of the base, by `common.fingerprint`")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="the type of the frozen weights")
-    spec_sha256: _Sha256 = Field(description="of the run's `AdapterSpec`")
+    spec_sha256: _Sha256 = Field(description="of the run's `AdapterSpec`, with the tensors that are exported")
 
     def make_task(self) -> Task:
         """Return the task that the adapter was trained for."""
@@ -53,17 +54,26 @@ class Exported(Section):
         return kind(kind.Settings.model_validate(self.adapter)).exported_in(folder)
 
 
-def write_exported(folder: Path, graft: Graft, dtype: str, base_name: str) -> None:
-    """Write `tsugiki.json` for a graft whose adapter is saved in a folder; nothing of this machine is in it."""
+def write_exported(folder: Path, graft: Graft, dtype: str, base_name: str, *, with_heads: bool = True) -> None:
+    """Write `tsugiki.json` for a graft whose adapter is saved in a folder; nothing of this machine is in it.
+
+    Args:
+        folder: of the export.
+        graft: what is exported.
+        dtype: of the frozen weights.
+        base_name: the base's public name.
+        with_heads: whether its heads are exported with it.
+    """
+    tensors = tuple(tensor for tensor in graft.spec.tensors if with_heads or tensor.part == "adapter")
     exported = Exported.model_validate(
         {
             "task": graft.task.settings.model_dump(mode="json"),
             "adapter": graft.method.exported_settings(),
-            "heads": graft.base.heads,
+            "heads": graft.base.heads if with_heads else (),
             "base_name": base_name,
             "base_fingerprint": graft.spec.base_fingerprint,
             "dtype": dtype,
-            "spec_sha256": graft.spec.sha256,
+            "spec_sha256": replace(graft.spec, tensors=tensors).sha256,
         }
     )
     (folder / EXPORTED_FILE).write_text(exported.model_dump_json(indent=2) + "\n", encoding="utf-8")
