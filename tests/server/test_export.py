@@ -24,7 +24,7 @@ from common.adapters.vera import VeraSettings
 from common.errors import ExportError, StorageError
 from common.exported import open_exported
 from common.model import load_graft
-from common.wire import pack, sha256, unpack
+from common.wire import sha256, unpack
 from server import export_check, export_probe
 from server.export import export
 from server.finished import choose, read_config
