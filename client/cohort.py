@@ -11,8 +11,9 @@ import numpy as np
 
 from client import dp_sgd
 from client.job import Group, Job
-from client.trainer import Trained, steps_per_round, train
+from client.trainer import Plan, Trained, steps_per_round, train
 from client.update import ProtectedSum, make_update
+from client.validation import BestOfRound
 from client.vectorised import can_train_together, train_together
 from common.config import RunConfig
 from common.errors import TrainingError, TsugikiError, WireError
@@ -21,6 +22,7 @@ from common.privacy.accounting import Release, epsilon
 from common.privacy.mechanisms import Adversary
 from common.privacy.plan import Plan as PrivacyPlan
 from common.privacy.settings import ExamplePrivacySection
+from common.tasks.base import Encoded
 from common.wire import Vector
 
 log = logging.getLogger("tsugiki.client")
@@ -149,7 +151,7 @@ def _train_one(job: Job, name: str, rows: Sequence[int], deadline_s: float) -> T
     plan = job.plan(name, deadline_s)
     if not job.config.privacy.examples.enabled:
         with only(job.graft, job.part):
-            return train(job.graft, encoded, job.config.train, plan, job.watch)
+            return _train_openly(job, encoded, plan)
     examples, seed = examples_of(job.config, len(rows)), job.config.privacy.insecure_noise_seed
     try:
         return dp_sgd.train_privately(job.graft, encoded, job.config.train, plan, examples, job.watch, seed)
@@ -158,6 +160,16 @@ def _train_one(job: Job, name: str, rows: Sequence[int], deadline_s: float) -> T
             raise
         steps = steps_per_round(len(rows), job.config.train)
         return Trained(steps, 0.0, 0.0)  # private and finite parameters; that the loss is not is not told
+
+
+def _train_openly(job: Job, encoded: Encoded, plan: Plan) -> Trained:
+    """Train; where the run validates inside a round, leave the best adapter of the round."""
+    if (held_out := job.validation()) is None:
+        return train(job.graft, encoded, job.config.train, plan, job.watch)
+    best = BestOfRound(job.graft, held_out, job.config)
+    trained = train(job.graft, encoded, job.config.train, plan, job.watch, best.ends)
+    best.restore()
+    return trained
 
 
 def examples_of(config: RunConfig, rows: int) -> ExamplePrivacySection:

@@ -31,6 +31,7 @@ class Job:
         received: the adapter to start from, shape (size,).
         watch: sees every step.
         tail: returns the end of the network with the features of all rows, where there is one that is trained alone.
+        validation: returns the rows to validate on inside the round; None where that is not asked for.
         moments: returns what a client's optimiser remembers, to be changed in place; None where it remembers nothing.
         rank: how many components of each LoRA pair this site trains; 0: all.
     """
@@ -43,6 +44,7 @@ class Job:
     received: Vector
     watch: Watch
     tail: Callable[[], Tail | None] = lambda: None
+    validation: Callable[[], Encoded | None] = lambda: None
     moments: Callable[[str], dict[str, Any] | None] = lambda client: None
     rank: int = 0
 

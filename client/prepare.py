@@ -62,9 +62,19 @@ def make_job(site: Site, request: TrainRequest, content: RecordDict) -> tuple[Jo
     encoded = train_rows(site, config)
     clients = asked_clients(site.name, desk.rows_of_clients(site, config), request.clients)
     site.policy.check_steps(max(steps_per_round(len(rows), config.train) for rows in clients.values()))
-    tail, moments = partial(desk.tail, site, config), partial(desk.moments_of, site, config, request.round)
-    rank = own_rank(site, config)
-    return Job(graft, encoded, clients, config, request, received, desk.watch, tail, moments, rank), plan
+    return Job(
+        graft,
+        encoded,
+        clients,
+        config,
+        request,
+        received,
+        desk.watch,
+        tail=partial(desk.tail, site, config),
+        validation=partial(validation_rows, site, config),
+        moments=partial(desk.moments_of, site, config, request.round),
+        rank=own_rank(site, config),
+    ), plan
 
 
 def own_rank(site: Site, config: RunConfig) -> int:
@@ -152,3 +162,8 @@ def train_rows(site: Site, config: RunConfig) -> Encoded:
     if rows is None or not len(rows):
         raise DataError("no rows to train on", "at least one", code="shard-empty")
     return rows
+
+
+def validation_rows(site: Site, config: RunConfig) -> Encoded | None:
+    """Return the rows to validate on inside a round; None where the run does not ask for that."""
+    return desk.rows(site, config, "validation") if config.train.validate_every_steps else None

@@ -8,6 +8,7 @@ transformers leave out without a word what they do not find: a head of another c
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,7 +41,7 @@ class Exported(Section):
     base_name: str = Field(pattern=_HUB_ID, description="the name under which others find the base")
     base_fingerprint: _Sha256 = Field(description="of the base, by `common.fingerprint`")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="the type of the frozen weights")
-    spec_sha256: _Sha256 = Field(description="of the run's `AdapterSpec`")
+    spec_sha256: _Sha256 = Field(description="of the `AdapterSpec` of what is exported")
     constants: dict[str, str] = Field(default={}, description="what the spec has from the task's `Base.constants`")
 
     def make_task(self) -> Task:
@@ -54,17 +55,28 @@ class Exported(Section):
         return kind(kind.Settings.model_validate(self.adapter)).exported_in(folder)
 
 
-def write_exported(folder: Path, graft: Graft, dtype: str, base_name: str) -> None:
-    """Write `tsugiki.json` for a graft whose adapter is saved in a folder; nothing of this machine is in it."""
+def write_exported(folder: Path, graft: Graft, dtype: str, base_name: str, *, headless: bool = False) -> None:
+    """Write `tsugiki.json` for a graft whose adapter is saved in a folder; nothing of this machine is in it.
+
+    Args:
+        folder: of the export.
+        graft: whose adapter it is.
+        dtype: of the frozen weights.
+        base_name: under which others find the base.
+        headless: the head stays behind; without it the spec is another.
+    """
+    spec = graft.spec
+    if headless:
+        spec = replace(spec, tensors=tuple(tensor for tensor in spec.tensors if tensor.part != "head"))
     exported = Exported.model_validate(
         {
             "task": graft.task.settings.resolved(lambda name: "").model_dump(mode="json"),
             "adapter": graft.method.exported_settings(),
-            "heads": graft.base.heads,
+            "heads": () if headless else graft.base.heads,
             "base_name": base_name,
             "base_fingerprint": graft.spec.base_fingerprint,
             "dtype": dtype,
-            "spec_sha256": graft.spec.sha256,
+            "spec_sha256": spec.sha256,
             "constants": graft.base.constants,
         }
     )

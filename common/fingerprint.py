@@ -24,7 +24,10 @@ def fingerprint(folder: Path, base: Base) -> str:
     from safetensors import safe_open
 
     backbone = getattr(base.transformer, "base_model", base.transformer)
-    wanted = set(backbone.state_dict())
+    heads = tuple(f"{head}." for head in base.heads)  # a bare transformer can have one too
+    named = (*backbone.named_parameters(remove_duplicate=False), *backbone.named_buffers(remove_duplicate=False))
+    wanted = {name for name, _ in named if not name.startswith(heads)}
+    wanted &= set(backbone.state_dict())  # which has more of 4-bit weights, and no buffers that are not kept
     prefix = f"{getattr(base.transformer, 'base_model_prefix', '')}."
     stored_as: dict[str, tuple[Path, str]] = {}
     whole = folder / "model.safetensors"  # where it is there, nothing else is loaded

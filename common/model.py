@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ import numpy as np
 
 from common.adapters import ADAPTERS, AdapterMethod
 from common.config import RunConfig
+from common.device import choose_device, loading, recompute_activations
 from common.errors import ModelError
 from common.fingerprint import check_base, fingerprint
 from common.rng import derive_seed, seed_everything
@@ -109,7 +110,8 @@ def _load(config: RunConfig, source: str, seed: int) -> Graft:
     method = ADAPTERS.get(config.adapter.method)(config.adapter)
     folder = find(source)
     seed_everything(derive_seed(seed, "initial-values"))
-    return assemble(task, method, folder, config.model.dtype, config.train.device)
+    how, recompute = loading(config), config.model.gradient_checkpointing
+    return assemble(task, method, folder, config.model.dtype, config.train.device, how=how, recompute=recompute)
 
 
 def assemble(
@@ -119,6 +121,9 @@ def assemble(
     dtype: str,
     device: str,
     put: Callable[[Base, str], Any] | None = None,
+    *,
+    how: Mapping[str, Any] | None = None,
+    recompute: bool = False,
 ) -> Graft:
     """Load a base from its folder and put an adapter on it.
 
@@ -130,6 +135,8 @@ def assemble(
         device: as in `choose_device`.
         put: gets the bare base and its fingerprint, and returns what stands in the transformer's place from now on;
             by default `method` attaches a new adapter.
+        how: what else `from_pretrained` has to know (`common.device.loading`).
+        recompute: compute activations twice instead of keeping them.
 
     Raises:
         ModelError: the base is not to be trusted, or the adapter does not fit it.
@@ -137,7 +144,9 @@ def assemble(
     import torch
 
     with quiet_libraries():
-        base = load_base(task, folder, getattr(torch, dtype))
+        base = load_base(task, folder, getattr(torch, dtype), **(how or {}))
+        if recompute:
+            recompute_activations(base)
         _check_architecture(method, base)
         identity = fingerprint(folder, base)
         for name, wanted in method.bases().items():
@@ -154,12 +163,12 @@ def assemble(
     return Graft(task, method, base, spec, place)
 
 
-def load_base(task: Task, folder: Path, dtype: Any) -> Base:
+def load_base(task: Task, folder: Path, dtype: Any, **how: Any) -> Base:
     """Load the base, and give what the libraries raise for a broken or foreign checkpoint our own name."""
     from safetensors import SafetensorError
 
     try:
-        return task.load(folder, dtype)
+        return task.load(folder, dtype, **how)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"the model in {folder.name!r} cannot be loaded ({type(error).__name__})",
@@ -239,18 +248,6 @@ def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> Ad
 
 def _in_head(name: str, heads: tuple[str, ...]) -> bool:
     return any(f".{head}." in f".{name}" for head in heads)
-
-
-def choose_device(wanted: str) -> str:
-    """Return "cuda", "mps" or "cpu"; "auto" takes the first that is there."""
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted == "auto":
-        return next(device for device, available in there.items() if available)
-    if not there[wanted]:
-        raise ModelError(f"train.device = {wanted!r} is not available here", 'a device, or "auto"', code="device")
-    return wanted
 
 
 def find(source: str) -> Path:

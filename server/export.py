@@ -118,12 +118,14 @@ def _built(target: Path) -> Iterator[Path]:
 
 
 def _write(graft: Graft, folder: Path, kind: Kind, dtype: str, base_name: str) -> None:
-    """Write everything but the card."""
+    """Write everything but the card. A sentence embedder's head, which its loss alone reads, stays behind."""
     transformer, network = graft.base.transformer, graft.base.network
+    headless = is_sentence_transformer(graft) and bool(graft.base.heads)
+    written = graft.method.without_heads(transformer) if headless else transformer
     if not is_sentence_transformer(graft):
         graft.base.tokenizer.save_pretrained(folder)
     if kind == "merged":
-        whole = graft.method.merge(transformer)
+        whole = graft.method.merge(written)
         if is_sentence_transformer(graft):
             graft.task.graft(graft.base, whole)
             try:
@@ -139,8 +141,8 @@ def _write(graft: Graft, folder: Path, kind: Kind, dtype: str, base_name: str) -
             network.save(str(folder), create_model_card=False)
         finally:
             del transformer.save_pretrained
-    graft.method.save(transformer, folder, base_name)
-    write_exported(folder, graft, dtype, base_name)
+    graft.method.save(written, folder, base_name)
+    write_exported(folder, graft, dtype, base_name, headless=headless)
     if kind == "peft":
         _sort(folder / "adapter_config.json")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.data import images
-from common.data.shard import Shard, read
+from common.data.shard import Shard, has_surrogates, read
 from common.errors import UsageError
 from common.exported import open_exported, read_exported
 from common.model import Graft
@@ -160,4 +160,7 @@ def _rows(graft: Graft, form: DataFormat, texts: Sequence[str], file: Path | Non
     empty = [number for number, text in enumerate(texts, 1) if not text.strip()]
     if empty:
         raise UsageError(f"text {empty[0]} is empty", "some text")
+    broken = [number for number, text in enumerate(texts, 1) if has_surrogates(text)]
+    if broken:
+        raise UsageError(f"text {broken[0]} has bytes that are not UTF-8, or unpaired surrogates", "Unicode text")
     return Shard({wanted[0].name: list(texts)})

@@ -119,6 +119,10 @@ class AdapterMethod(ABC):
         """Switch the adapter off inside a `with` block: the base's own outputs come back. Heads stay."""
 
     @abstractmethod
+    def without_heads(self, transformer: Any) -> Any:
+        """Return a copy with the adapter and without its heads, for a model whose outputs do not come from them."""
+
+    @abstractmethod
     def save(self, transformer: Any, folder: Path, base_name: str) -> None:
         """Write the adapter and its heads as safetensors and JSON into `folder`, naming `base_name` as the base."""
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from common.adapters.base import ADAPTERS
-from common.adapters.peft_methods import PeftMethod, TargetedSettings, check_targets, linear_layers
+from common.adapters.peft_methods import PeftMethod, TargetedSettings, check_targets, linear_layers, narrower_side
 from common.errors import ExportError, ModelError
 from common.factors import MERGED, TRAINED
 
@@ -137,7 +137,7 @@ class Lora(PeftMethod):
         """Return the modules to adapt, after checking that they are there and not narrower than the rank."""
         targets = attention_targets(self.settings, transformer, heads)
         layers = linear_layers(transformer, heads).items()
-        narrowest = min(min(layer.weight.shape) for name, layer in layers if name.rsplit(".", 1)[-1] in targets)
+        narrowest = min(narrower_side(layer) for name, layer in layers if name.rsplit(".", 1)[-1] in targets)
         if self.settings.rank > narrowest:
             raise ModelError(
                 f"adapter.rank = {self.settings.rank}",

@@ -121,6 +121,17 @@ class OwnMethod(AdapterMethod):
             for module, name, trained, _ in values:
                 setattr(module, name, trained)
 
+    def without_heads(self, transformer: Any) -> Any:
+        """Return a copy without the modules that were named when the adapter was put on."""
+        import copy
+
+        bare = copy.deepcopy(transformer)
+        for head in bare.adapter_heads:
+            parent, _, own_name = head.rpartition(".")
+            delattr(bare.get_submodule(parent), own_name)
+        bare.adapter_heads = ()
+        return bare
+
     def save(self, transformer: Any, folder: Path, base_name: str) -> None:
         """Write what `load_adapter` reads: every trained tensor by name, and a JSON file that describes them."""
         from safetensors.torch import save_file

@@ -173,8 +173,14 @@ class Task(ABC):
         return ()
 
     @abstractmethod
-    def load(self, folder: Path, dtype: torch.dtype) -> Base:
-        """Load the base with a freshly initialised head. The caller has seeded torch."""
+    def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
+        """Load the base with a freshly initialised head. The caller has seeded torch.
+
+        Args:
+            folder: of the checkpoint.
+            dtype: of the frozen weights.
+            how: what else `from_pretrained` has to know; see `common.device.loading`.
+        """
 
     def graft(self, base: Base, transformer: nn.Module) -> None:
         """Put the transformer with its adapter in the place of the bare one."""
@@ -227,6 +233,25 @@ class Task(ABC):
     def further(cls) -> dict[str, TinyCase]:
         """Return cases of other forms that the task's settings give it, by name."""
         return {}
+
+
+def tokenise(tokenizer: Any, limit: int, *texts: Sequence[str]) -> tuple[Any, int]:
+    """Return what a tokenizer makes of texts, or of pairs, cut to `limit` tokens each, and how many were too long."""
+    tokens = tokenizer(*texts, truncation=True, max_length=limit)
+    if tokens.is_fast:
+        return tokens, sum(bool(one.overflowing) for one in tokens.encodings)
+    return tokens, sum(len(row) > limit for row in tokenizer(*texts)["input_ids"])
+
+
+def cut_note(cut: int) -> tuple[str, ...]:
+    """Return the note that so many texts were cut, where there are any."""
+    return (f"shard-texts-cut:{cut}",) if cut else ()
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Return the token with which a model that names none is padded: the tokenizer's own, the one for the end, or 0."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(number for number in known if number is not None)
 
 
 def pad(rows: Sequence[Tokens], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

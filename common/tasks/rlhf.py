@@ -96,13 +96,13 @@ class Rlhf(Task):
         """The prompt, and its input where there is one."""
         return (Column("prompt", "text"), Column("input", "text", required=False, blank=True))
 
-    def load(self, folder: Path, dtype: torch.dtype) -> Base:
+    def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
         """Load a decoder, and beside it the reward model, which has its base's tensors; without one it only predicts.
 
         Raises:
             ModelError: `model-not-causal`, see `load_decoder`; and what `add_judge` raises.
         """
-        base = load_decoder(folder, dtype)
+        base = load_decoder(folder, dtype, **how)
         if self.settings.reward_adapter:
             add_judge(base, folder, self.settings.reward_adapter, self.settings.template)
         return base

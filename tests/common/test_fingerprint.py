@@ -128,3 +128,13 @@ def test_a_checkpoint_of_something_else(bert, tmp_path):
     with pytest.raises(ModelError) as caught:
         fingerprint(folder, base)
     assert caught.value.code == "model-invalid"
+
+
+def test_a_head_on_a_bare_transformer_does_not_change_the_fingerprint(tmp_path):
+    """Catches: a loss's own head missed in the checkpoint, whose other tensors then count as the base's."""
+    folder = tiny_sentence_transformer(tmp_path)
+    save_file({**load_file(folder / WEIGHTS), "cls.bias": torch.ones(2)}, folder / WEIGHTS, {"format": "pt"})
+    task = TASKS.get("sentence-embedding")
+    headed = task(task.Settings(loss="softmax-nli")).load(folder, torch.float32)
+    assert headed.heads
+    assert fingerprint(folder, headed) == identity(folder, "sentence-embedding")

@@ -15,7 +15,7 @@ from common.config import parse
 from common.data.shard import Shard
 from common.errors import ModelError
 from common.fingerprint import fingerprint
-from common.model import choose_device, find, load_graft
+from common.model import find, load_graft
 from common.tasks import TASKS
 from tests.support.tiny import tiny_bert, tiny_sentence_transformer
 
@@ -352,13 +352,3 @@ def test_the_spec_tells_random_constants_apart(bert):
     specs = [loaded(bert, seed=seed, adapter={"method": "vera", "rank": 4}).spec for seed in (1, 1, 2)]
     assert specs[0].sha256 == specs[1].sha256 != specs[2].sha256
     assert all("vera_lambda" in tensor.name or "classifier" in tensor.name for tensor in specs[0].tensors)
-
-
-@pytest.mark.parametrize(("cuda", "mps", "chosen"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
-def test_device(cuda, mps, chosen, monkeypatch):
-    """Catches: a run that is asked for a GPU and trains on the CPU without a word."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert choose_device("auto") == chosen
-    assert choose_device("cpu") == "cpu"
-    assert [choose_device("cuda") if cuda else refused(choose_device, "cuda")] == ["cuda" if cuda else "device"]
