@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.errors import ModelError
-from common.tasks.base import Base
+
+if TYPE_CHECKING:
+    from common.tasks.base import Base  # tasks read fingerprints
 
 
 def fingerprint(folder: Path, base: Base) -> str:
