@@ -21,6 +21,7 @@ from common.device import BITS_PER_WEIGHT, choose_device, loading, weight_bytes
 from common.errors import ConfigError, ModelError
 from common.model import load_graft
 from common.tasks import TASKS
+from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_base, tiny_cnn, tiny_llama, tiny_sentence_transformer
 
 SMALL = {"lora": {"rank": 2}, "vera": {"rank": 8}, "houlsby": {"bottleneck": 4}}
@@ -49,13 +50,14 @@ def no_graft_is_left(monkeypatch):
     monkeypatch.setattr(model, "_grafts", {})
 
 
-def config_of(task, method="lora", **settings):
-    """Return a run of a task's tiny case."""
+def config_of(task, method="lora", adapters=(), **settings):
+    """Return a run of a task's tiny case; `adapters` are the exports that are fused."""
     virtual = {"num_virtual_tokens": 4} if method in VIRTUAL else {}
+    fused = {"adapters": list(adapters)} if adapters else {}
     return parse(
         {
             "task": {"name": task, **TASKS.get(task).tiny().settings},
-            "adapter": {"method": method, **SMALL.get(method, {}), **virtual},
+            "adapter": {"method": method, **SMALL.get(method, {}), **virtual, **fused},
             "train": {"threads": 1, "local_steps": 8, "learning_rate": 0.02, "lr_schedule": "constant"},
             "model": settings,
         }
@@ -64,9 +66,11 @@ def config_of(task, method="lora", **settings):
 
 def graft_of(bases, task, method="lora", **settings):
     """Return a new graft and its rows."""
-    model._grafts.clear()
     case = TASKS.get(task).tiny()
-    graft = load_graft(config_of(task, method, **settings), str(bases[case.model_type]), 1)
+    base = bases[case.model_type]
+    adapters = to_fuse(base.parent / f"{base.name}-fused", base) if method == "fusion" else ()
+    model._grafts.clear()
+    graft = load_graft(config_of(task, method, adapters, **settings), str(base), 1)
     return graft, graft.task.encode(Shard(case.rows), graft.base)
 
 

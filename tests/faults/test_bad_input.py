@@ -18,6 +18,7 @@ from common.tasks import TASKS
 from common.tasks.base import padding_id
 from server.predict import predict
 from tests.common.tasks.test_sequence_classification import tiny_decoder
+from tests.support.exports import settings_of
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import tiny_base, tiny_bert
 
@@ -37,11 +38,11 @@ def bases(tmp_path_factory):
     return cache(lambda model_type: tiny_base(tmp_path_factory.mktemp("base"), model_type))
 
 
-def task_of(name):
-    """Return the task of a case, the names of its text columns that have no blanks, and eight of its rows."""
+def task_of(name, folder=None):
+    """Return the task of a case, its text columns, and eight of its rows; with a base, the case's exports are there."""
     kind, case = TASKS.get(CASES[name][0]), CASES[name][1]
     plain = {"template": "plain"} if "template" in kind.Settings.model_fields else {}  # a template's words would be cut
-    task = kind(kind.Settings(**{**case.settings, **plain}))
+    task = kind(kind.Settings(**{**(settings_of(case, folder) if folder else case.settings), **plain}))
     texts = [column.name for column in task.columns if column.kind == "text" and column.name in case.rows]
     return task, texts, {column: list(values[:8]) for column, values in case.rows.items()}
 
@@ -77,8 +78,9 @@ def test_there_are_tasks():
 @each_task
 def test_a_text_of_100_000_characters_is_cut_and_counted(name, tmp_path, bases, caplog):
     """Catches: more tokens than the model has positions; a cut that nobody is told of; a short text counted too."""
-    task, texts, rows = task_of(name)
-    base = task.load(bases(CASES[name][1].model_type), torch.float32)
+    folder = bases(CASES[name][1].model_type)
+    task, texts, rows = task_of(name, folder)
+    base = task.load(folder, torch.float32)
     for column in texts:
         long = {**rows, column: [*rows[column][:3], LONG, *rows[column][4:]]}
         encoded = trained_on(task, base, read_as_site(task, write(tmp_path / "rows.jsonl", long)))
@@ -92,8 +94,9 @@ def test_a_text_of_100_000_characters_is_cut_and_counted(name, tmp_path, bases, 
 @pytest.mark.parametrize("text", ["\U0001f600", "\U0001f469\u200d\U0001f467 e\u0301", "\u200b", "\x00", "\u202eabc"])
 def test_emoji_and_invisible_characters_are_text(name, text, tmp_path, bases):
     """Catches: a text that becomes no token at all, and a mean over none; a pair of surrogates taken for two halves."""
-    task, texts, rows = task_of(name)
-    base = task.load(bases(CASES[name][1].model_type), torch.float32)
+    folder = bases(CASES[name][1].model_type)
+    task, texts, rows = task_of(name, folder)
+    base = task.load(folder, torch.float32)
     odd = {**rows, **{column: [*rows[column][:3], text, *rows[column][4:]] for column in texts}}
     shard = read_as_site(task, write(tmp_path / "rows.jsonl", odd))
     assert all(shard.columns[column][3] == text for column in texts)

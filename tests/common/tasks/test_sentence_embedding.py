@@ -17,6 +17,7 @@ from common.model import load_graft
 from common.tasks.base import Encoded
 from common.tasks.sentence_embedding import SentenceEmbedding, SentenceEmbeddingSettings, embed, recall_at
 from common.wire import unpack
+from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_sentence_transformer
 
 TRIPLETS = Shard(
@@ -171,14 +172,15 @@ def test_classes_have_names_or_numbers(folder):
 
 
 @pytest.mark.parametrize("method", ADAPTERS.names())
-def test_the_head_goes_with_every_method(folder, method):
+def test_the_head_goes_with_every_method(folder, tmp_path, method):
     """Catches: a head that is not exchanged, frozen, adapted itself, or counted as part of the base."""
     model._grafts.clear()
     small = {"lora": {"rank": 2}, "vera": {"rank": 8}, "houlsby": {"bottleneck": 4}}
     virtual = {"num_virtual_tokens": 4} if method in ("prompt", "p-tuning", "prefix") else {}
+    fused = {"adapters": list(to_fuse(tmp_path, folder))} if method == "fusion" else {}
     raw = {
         "task": {"name": "sentence-embedding", "loss": "softmax-nli", "max_length": 16},
-        "adapter": {"method": method, **small.get(method, {}), **virtual},
+        "adapter": {"method": method, **small.get(method, {}), **virtual, **fused},
         "train": {"device": "cpu", "threads": 1, "local_steps": 15, "learning_rate": 0.02, "warmup_ratio": 0.0},
     }
     config = parse(raw)
