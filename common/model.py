@@ -6,7 +6,6 @@ package is located without importing it. Only safetensors are read, and no code 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -26,9 +25,10 @@ from common.device import choose_device, loading, recompute_activations
 from common.errors import ModelError
 from common.fingerprint import check_base, fingerprint
 from common.rng import derive_seed, seed_everything
+from common.spec import describe
 from common.tasks import TASKS, Task
 from common.tasks.base import Base
-from common.wire import AdapterSpec, TensorSpec, Vector, pack, unpack
+from common.wire import AdapterSpec, Vector, pack, unpack
 
 
 @dataclass
@@ -228,28 +228,6 @@ def _make_room(method: AdapterMethod, base: Base) -> None:
         base.network.max_seq_length = min(base.network.max_seq_length or room, room)
 
 
-def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> AdapterSpec:
-    """Return the spec: every parameter that requires a gradient, sorted by name, and what it was made with."""
-    trainable = {name: value for name, value in base.transformer.named_parameters() if value.requires_grad}
-    tensors = tuple(
-        TensorSpec(name, tuple(trainable[name].shape), "head" if _in_head(name, base.heads) else "adapter")
-        for name in sorted(trainable)
-    )
-    settings = {**method.spec_settings(), **base.constants}
-    if constants := method.constants(base.transformer):
-        digest = hashlib.sha256()
-        for name in sorted(constants):
-            digest.update(name.encode() + constants[name].detach().float().cpu().numpy().tobytes())
-        settings["constants_sha256"] = digest.hexdigest()
-    return AdapterSpec(
-        task.name, method.name, json.dumps(settings, sort_keys=True), identity, method.settings.wire_dtype, tensors
-    )
-
-
-def _in_head(name: str, heads: tuple[str, ...]) -> bool:
-    return any(f".{head}." in f".{name}" for head in heads)
-
-
 def find(source: str) -> Path:
     """Return the folder behind a model source, without importing or running anything of it.
 
@@ -262,6 +240,19 @@ def find(source: str) -> Path:
         folder = Path(expanded).resolve()
     else:
         folder = _in_hub(source)
+    return _trusted(folder, source)
+
+
+def find_in_hub(name: str) -> Path:
+    """Return the folder of a model of the hub, from its cache if it is there, and no other folder of this name.
+
+    Raises:
+        ModelError: as `find`.
+    """
+    return _trusted(_in_hub(name), name)
+
+
+def _trusted(folder: Path, source: str) -> Path:
     pickled = [file for file in folder.rglob("pytorch_model.bin") if not file.with_name("model.safetensors").is_file()]
     if pickled or not list(folder.glob("*.safetensors")):
         raise ModelError(
@@ -304,6 +295,6 @@ def _in_hub(name: str) -> Path:
         raise ModelError(
             f"the model {name!r} is neither a folder here nor in the hub's cache, and could not be fetched",
             'a hub id, a folder, or "package:module/path"',
-            "check the name and the network, or point [models] of site.toml (or model.name) at a local folder",
+            "check the name and the network, or point [models] of site.toml (or model.name, or --model) at a folder",
             code="model-not-found",
         ) from error

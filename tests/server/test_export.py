@@ -22,7 +22,7 @@ from common.adapters.lora import Lora, LoraSettings
 from common.adapters.prompts import PrefixSettings, PromptSettings, PTuningSettings
 from common.adapters.vera import VeraSettings
 from common.errors import ExportError, StorageError
-from common.exported import open_exported
+from common.exported import open_exported, read_exported
 from common.model import load_graft
 from common.wire import sha256, unpack
 from server import export_check, export_probe
@@ -325,6 +325,13 @@ def test_a_base_without_a_public_name_is_refused(copied, tmp_path, monkeypatch, 
         export(run)
     assert caught.value.code == "no-public-name"
     assert not (run / "adapter").exists()
+
+
+def test_every_name_that_the_hub_takes_is_exported(copied, unproved):
+    """Catches: a finished run that ends in a traceback of pydantic, which has another rule for names."""
+    run = copied("lora")
+    change(run, "model", public_name="_team/_model")
+    assert read_exported(export(run)).base_name == "_team/_model"
 
 
 def test_a_run_in_four_bits_is_exported_on_the_whole_base(copied, unproved):
