@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from common.adapters import ADAPTERS, AdapterMethod
 from common.config import RunConfig
 from common.device import choose_device, loading, recompute_activations
 from common.errors import ModelError
+from common.factors import MERGED
 from common.fingerprint import check_base, fingerprint
 from common.rng import derive_seed, seed_everything
 from common.tasks import TASKS, Task
@@ -232,8 +233,7 @@ def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> Ad
     """Return the spec: every parameter that requires a gradient, sorted by name, and what it was made with."""
     trainable = {name: value for name, value in base.transformer.named_parameters() if value.requires_grad}
     tensors = tuple(
-        TensorSpec(name, tuple(trainable[name].shape), "head" if _in_head(name, base.heads) else "adapter")
-        for name in sorted(trainable)
+        TensorSpec(name, tuple(trainable[name].shape), _part(name, base.heads)) for name in sorted(trainable)
     )
     settings = {**method.spec_settings(), **base.constants}
     if constants := method.constants(base.transformer):
@@ -246,8 +246,10 @@ def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> Ad
     )
 
 
-def _in_head(name: str, heads: tuple[str, ...]) -> bool:
-    return any(f".{head}." in f".{name}" for head in heads)
+def _part(name: str, heads: tuple[str, ...]) -> Literal["adapter", "head", "merged"]:
+    if any(f".{head}." in f".{name}" for head in heads):
+        return "head"
+    return "merged" if f".{MERGED}." in name else "adapter"
 
 
 def find(source: str) -> Path:

@@ -102,6 +102,19 @@ def test_check_against_a_run_says_what_would_leave_the_site(tmp_path):
     assert leaks(tmp_path / "nowhere", shown) == []
 
 
+def test_check_counts_what_is_sent_and_tells_of_a_smaller_rank(tmp_path):
+    """Catches: a pair that only comes down counted as going up; a rank that a run would be refused for, passed."""
+    file, run = site_folder(tmp_path / "acme", "acme"), tmp_path / "run.toml"
+    run.write_text(to_toml(tiny_config(tmp_path)))
+    bytes_ = []
+    for name in ("fedavg", "flora", "rolora"):
+        shown = invoke("site", "check", file, "--run", run, "--set", f"strategy.name={name}")
+        bytes_.append(int(shown.partition(" bytes, and")[0].rpartition(" ")[2].replace(",", "")))
+    assert bytes_[0] == bytes_[1] > bytes_[2]
+    file.write_text(file.read_text().replace("[data]", "max_rank = 1\n[data]"))
+    assert "trains 1 of the 2 components" in invoke("site", "check", file, "--run", run, "--set", "strategy.name=svd")
+
+
 def test_check_says_what_the_hello_notes(tmp_path):
     """Catches: a count that leaves the site although the check does not tell."""
     base = tiny_llama(tmp_path / "base")
