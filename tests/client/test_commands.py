@@ -33,7 +33,7 @@ def test_the_settings_that_the_file_comments_out_are_known(tmp_path):
     invoke("site", "init", file)
     lines = file.read_text().splitlines()
     commented = [line.removeprefix("# ") for line in lines if line.startswith("# ") and " = " in line]
-    assert len(commented) == 23
+    assert len(commented) == 24
     changed = file.read_text().replace("# [server]", "[server]").replace("# [policy]", "[policy]")
     for line in commented:
         changed = changed.replace(f"# {line}", line)
