@@ -18,6 +18,7 @@ _TEMPLATE = """\
 [site]
 name = "{name}"                    # stable, unique in the federation: letters, digits, . _ -
 # audit = "audit.jsonl"            # what this site was asked and answered; "" for none
+# max_rank = 0                     # train at most so many components of a LoRA adapter, under strategy svd; 0: all
 # ledger = "privacy-ledger.jsonl"  # what its updates have cost in private runs; keep it; "" for none
 
 [data]
@@ -236,13 +237,18 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
     kept = site.evaluation_shard(task)
     _say(f"{site.data.evaluation}: {len(kept)} rows" if kept else "no evaluation rows")
     from client.desk import load_at
+    from client.prepare import own_rank
+    from common.factors import sent
 
     graft, source = load_at(site, config), site.model_source(config.model.name)
     _say(f"{config.model.name}: {source}, fingerprint {graft.spec.base_fingerprint[:12]}, on {graft.device}")
+    if rank := own_rank(site, config):
+        _say(f"trains {rank} of the {config.adapter.rank} components of each LoRA pair (site.max_rank)")  # type: ignore[attr-defined]
+    most = max(sent(graft.spec, config.strategy.name, number).size_bytes for number in (1, 2))
     sizes = f"{graft.spec.parameters('adapter')} adapter and {graft.spec.parameters('head')} head parameters"
     rows = f"its number of rows{_noted(shard.notes + graft.task.encode(shard, graft.base).notes)}"
     _say(f"would leave this site in the hello: its name, {rows}, fingerprints, versions of libraries")
-    _say(f"would leave it in each round: {sizes}, {graft.spec.size_bytes:,} bytes, and loss, rows, steps, seconds")
+    _say(f"would leave it in each round: {sizes}, {most:,} bytes, and loss, rows, steps, seconds")
     if kept:
         _say("would leave it where the run evaluates at sites: metrics on the evaluation rows, and their number")
 

@@ -19,6 +19,7 @@ from common.config import RunConfig, parse
 from common.errors import TrainingError, UsageError
 from common.model import Graft, load_graft
 from common.rng import derive_seed, seed_everything
+from common.tasks import TASKS
 from common.tasks.base import Encoded
 
 SMOOTHING = 0.9
@@ -65,16 +66,19 @@ def find_rate(
         watch: told after each step how many are done.
 
     Raises:
-        UsageError: the range is empty.
+        UsageError: the range is empty, or the task's loss tells nothing of it.
         ConfigError: the run has no file of rows.
         DataError, ModelError: rows or model cannot be loaded.
         TrainingError: `diverged`, the loss is not finite from the start.
     """
     if not 0 < lowest < highest:
         raise UsageError(f"rates from {lowest:g} to {highest:g}", "a range above 0", "see tsugiki lr-find --help")
+    if TASKS.get(config.task.name).signed_loss:
+        what = f"a range test of {config.task.name}, whose loss may be below 0 and scatters with what is drawn"
+        raise UsageError(what, "a task whose loss says how far it has come", "try rates by short runs")
     if central:
         raw = config.model_dump(mode="json") | {"strategy": {"min_clients": 1}, "privacy": {}}
-        raw["simulation"] |= {"clients": 1, "clients_per_site": 1, "partition": "iid", "column": ""}
+        raw["simulation"] |= {"clients": 1, "clients_per_site": 1, "partition": "iid", "column": "", "ranks": []}
         config = parse(raw)
     site: SimulatedSite = simulated_sites(config)[0]
     graft = load_graft(config, config.model.name, config.run.seed)

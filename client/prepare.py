@@ -21,6 +21,7 @@ from common.model import Graft
 from common.privacy.accounting import Release
 from common.privacy.mechanisms import Adversary
 from common.privacy.plan import Plan, make_plan
+from common.strategies import EXACT_PRODUCTS
 from common.tasks.base import Encoded
 from common.wire import Vector, decode
 
@@ -84,7 +85,7 @@ def own_rank(site: Site, config: RunConfig) -> int:
         PolicyError: `policy-rank`, they are too many for the site, and the strategy cannot do with fewer.
     """
     most, rank = site.max_rank, getattr(config.adapter, "rank", 0)
-    if not 0 < most < rank:
+    if config.adapter.method != "lora" or not 0 < most < rank:
         return 0
     if config.strategy.name != "svd":
         raise PolicyError(
@@ -100,9 +101,16 @@ def clients(site: Site, config: RunConfig, plan: Plan | None) -> int:
     """Return how many clients the site stands for.
 
     Raises:
-        DataError: `clients`, more than the run's plan believes of a site.
+        DataError: `clients`, more than the run's plan believes of a site, or its strategy can do with.
     """
     number = len(desk.rows_of_clients(site, config))
+    if number > 1 and config.strategy.name in EXACT_PRODUCTS:
+        raise DataError(
+            f"this site stands for {number} clients",
+            f"one with strategy {config.strategy.name}, which needs the factors of each",
+            "ask the operator for another strategy",
+            code="clients",
+        )
     if plan is not None and number > plan.max_clients_per_site:
         raise DataError(
             f"this site stands for {number} clients",

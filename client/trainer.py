@@ -104,9 +104,9 @@ def train(
         for step in range(steps):
             set_learning_rate(optimizer, settings, plan, step, steps)
             for _ in range(settings.gradient_accumulation_steps):
-                batch = graft.task.batch(encoded, next(stream), graft.base)
-                batch = {name: tensor.to(graft.device) for name, tensor in batch.items()}
-                with autocast:
+                with autocast:  # some batches hold what the model itself makes of them
+                    batch = graft.task.batch(encoded, next(stream), graft.base)
+                    batch = {name: tensor.to(graft.device) for name, tensor in batch.items()}
                     loss = graft.task.loss(graft.base.network, batch) / settings.gradient_accumulation_steps
                 loss.backward()  # type: ignore[no-untyped-call]  # torch's own
                 losses[step] += loss.detach()

@@ -274,7 +274,8 @@ def _with_factors(config: RunConfig) -> RunConfig:
     if (private or config.strategy.name == "ffa") and getattr(config.adapter, "freeze_a", "") == "auto":
         chosen["freeze_a"] = "yes"
     if config.strategy.name == "flora" and config.adapter.method == "lora":
-        chosen["merged_rank"] = config.strategy.merged_rank or WHOLE_RANK  # type: ignore[attr-defined]  # FloraSettings
+        wanted = config.strategy.merged_rank or config.adapter.merged_rank  # type: ignore[attr-defined]  # both have it
+        chosen["merged_rank"] = wanted or WHOLE_RANK
     return config.model_copy(update={"adapter": config.adapter.model_copy(update=chosen)})
 
 

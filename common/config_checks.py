@@ -53,6 +53,9 @@ def _model_problems(config: RunConfig) -> list[Problem]:
     if model.gradient_checkpointing and private:
         why = "false with DP-SGD, which would see each activation twice"
         problems.append(Problem("model.gradient_checkpointing", "true", why, "remove it"))
+    if model.gradient_checkpointing and config.task.name == "rlhf":
+        why = "false with rlhf, whose gradient is taken in eval mode, as its answers are drawn"
+        problems.append(Problem("model.gradient_checkpointing", "true", why, "remove it"))
     if model.gradient_checkpointing and config.adapter.method == "prefix":
         why = "false with prefix tuning: computed twice, a block gets no keys and values from outside"
         problems.append(

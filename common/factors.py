@@ -47,13 +47,12 @@ def sent(spec: AdapterSpec, strategy: str, round_: int) -> AdapterSpec:
     """Return the part of an adapter that sites train and send back in a round; the rest stays as they received it.
 
     `rolora` trains B in odd rounds and A in even ones, so that the mean of a round is exact: B first, since A learns
-    nothing while B is zero. Source: Chen et al. 2024, "Robust Federated Finetuning of LLMs via Alternating Optimization
+    nothing while B is zero. Source: Chen et al. 2025, "Robust Federated Finetuning of LLMs via Alternating Optimization
     of LoRA", arXiv:2502.01755, algorithm 1. A merged pair only the server changes.
     """
-    held = [f".{MERGED}."]
-    if strategy == "rolora":
-        held.append(_A if round_ % 2 else _B)
-    return replace(spec, tensors=tuple(one for one in spec.tensors if not any(part in one.name for part in held)))
+    held = (_A if round_ % 2 else _B) if strategy == "rolora" else None
+    kept = (one for one in spec.tensors if one.part != "merged" and not (held and held in one.name))
+    return replace(spec, tensors=tuple(kept))
 
 
 def narrow(vector: Vector, spec: AdapterSpec, part: AdapterSpec) -> Vector:

@@ -49,6 +49,8 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 def _split_numbers(value: Any) -> Any:
     """Turn "2, 4" into (2, 4)."""
     parts = _split(value)
+    if not isinstance(parts, tuple):
+        return value
     return tuple(int(part) if isinstance(part, str) and part.isdecimal() else part for part in parts)
 
 

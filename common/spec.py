@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Literal
 
 from common.adapters import AdapterMethod
+from common.factors import MERGED
 from common.tasks import Task
 from common.tasks.base import Base
 from common.wire import AdapterSpec, TensorSpec
@@ -33,10 +35,12 @@ def make_spec(
     heads: tuple[str, ...],
 ) -> AdapterSpec:
     """Return the spec of trained tensors of these names and shapes, and of what both sides agree on beside settings."""
-    tensors = (TensorSpec(one, shapes[one], "head" if _in_head(one, heads) else "adapter") for one in sorted(shapes))
+    tensors = (TensorSpec(one, shapes[one], _part(one, heads)) for one in sorted(shapes))
     settings = json.dumps({**method.spec_settings(), **agreed}, sort_keys=True)
     return AdapterSpec(task.name, method.name, settings, identity, method.settings.wire_dtype, tuple(tensors))
 
 
-def _in_head(name: str, heads: tuple[str, ...]) -> bool:
-    return any(f".{head}." in f".{name}" for head in heads)
+def _part(name: str, heads: tuple[str, ...]) -> Literal["adapter", "head", "merged"]:
+    if any(f".{head}." in f".{name}" for head in heads):
+        return "head"
+    return "merged" if f".{MERGED}." in name else "adapter"

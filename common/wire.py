@@ -34,11 +34,14 @@ _MAX_HEADER_BYTES = 256  # NumPy's header for a flat array takes 128
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One trainable tensor: its name, shape, and whether it belongs to the adapter or to the task's head."""
+    """One trainable tensor: its name, shape, and to what it belongs.
+
+    That is the adapter, the task's head, or what is `merged`: exchanged with the rest, and trained by no site.
+    """
 
     name: str
     shape: tuple[int, ...]
-    part: Literal["adapter", "head"]
+    part: Literal["adapter", "head", "merged"]
 
     @property
     def size(self) -> int:

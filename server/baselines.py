@@ -28,18 +28,22 @@ Metrics = dict[str, float]
 
 
 def centralised(config: RunConfig, sites: int) -> RunConfig:
-    """Return the run with all data at one site, at equal samples."""
-    raw = _alone(config)
+    """Return the run with all data at one site, at equal samples; of passes over the data, to whole ones."""
+    raw, rounds = _alone(config), config.run.rounds * config.strategy.fraction_train
     raw["run"]["rounds"] = 1
-    raw["train"]["local_steps"] = config.train.local_steps * config.run.rounds * sites
-    raw["train"]["local_epochs"] = config.train.local_epochs * config.run.rounds
+    raw["train"]["local_steps"] = max(1, round(config.train.local_steps * rounds * sites))
+    if config.train.local_epochs:
+        raw["train"]["local_epochs"] = max(1, round(config.train.local_epochs * rounds))
+    raw["train"]["local_patience"] = 0  # its one round is the whole training
     raw["simulation"] |= {"partition": "iid", "column": "", "clients": 1, "clients_per_site": 1}
     return parse(raw)
 
 
 def local_only(config: RunConfig) -> RunConfig:
-    """Return the run as one site would do it by itself; the split of the data stays as it is."""
-    return parse(_alone(config))
+    """Return the run as one site would do it by itself, as often as it is asked; the split of the data stays."""
+    raw = _alone(config)
+    raw["run"]["rounds"] = max(1, round(config.run.rounds * config.strategy.fraction_train))
+    return parse(raw)
 
 
 def _alone(config: RunConfig) -> dict[str, Any]:

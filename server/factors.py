@@ -7,10 +7,12 @@ decompositions of both, whatever is asked of the product is a matter of a k x k 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from common.factors import MERGED, TRAINED, Pair, pairs
 from common.rng import generator
@@ -25,16 +27,23 @@ _ROW_NORM = 1 / np.sqrt(3)
 """The length of a row of A as LoRA draws it: uniform between -1/sqrt(in) and 1/sqrt(in)."""
 
 
-def products(spec: AdapterSpec, tensors: Tensors) -> list[Product]:
-    """Return B A of each adapted layer, with what `flora` has merged; A counts as the identity where it is frozen."""
+@dataclass(frozen=True)
+class Layer:
+    """An adapted layer: the pair that sites train, and the merged one of `flora`, if it is there."""
+
+    pair: Pair
+    merged: Pair | None
+
+
+def layers(spec: AdapterSpec) -> list[Layer]:
+    """Return the adapted layers of a spec, in its order; none without LoRA."""
     merged = {pair.b: pair for pair in pairs(spec, MERGED)}
-    found = []
-    for pair in pairs(spec):
-        parts = [pair]
-        if other := merged.get(pair.b.replace(f".{TRAINED}.", f".{MERGED}.")):
-            parts.append(other)
-        found.append(_joined([_product(one, tensors) for one in parts], [1.0] * len(parts)))
-    return found
+    return [Layer(pair, merged.get(pair.b.replace(f".{TRAINED}.", f".{MERGED}."))) for pair in pairs(spec)]
+
+
+def change(layer: Layer, tensors: Tensors) -> Product:
+    """Return B A of a layer, with what is merged; A counts as the identity where it is frozen."""
+    return _joined([_product(pair, tensors) for pair in (layer.pair, layer.merged) if pair])
 
 
 def _product(pair: Pair, tensors: Tensors) -> Product:
@@ -42,12 +51,21 @@ def _product(pair: Pair, tensors: Tensors) -> Product:
     return left, tensors[pair.a].astype(np.float64) if pair.a else np.eye(left.shape[1])
 
 
-def _joined(terms: Sequence[Product], weights: Sequence[float]) -> Product:
-    """Return the weighted sum of products: left factors side by side, right factors on top of each other."""
-    return (
-        np.concatenate([weight * left for (left, _), weight in zip(terms, weights, strict=True)], axis=1),
-        np.concatenate([right for _, right in terms]),
-    )
+def _joined(terms: Sequence[Product], weights: Sequence[float] = ()) -> Product:
+    """Return the weighted sum of products: left factors side by side, right factors on top of each other.
+
+    Where that is longer than the layer is wide, the sum is multiplied out, so that no product outgrows its layer.
+    """
+    weights = weights or [1.0] * len(terms)
+    (left, right), inner = terms[0], sum(left.shape[1] for left, _ in terms)
+    shape = len(left), right.shape[1]
+    if inner <= min(shape):
+        scaled = [weight * left for (left, _), weight in zip(terms, weights, strict=True)]
+        return np.concatenate(scaled, axis=1), np.concatenate([right for _, right in terms])
+    total = np.zeros(shape)
+    for (left, right), weight in zip(terms, weights, strict=True):
+        total += weight * (left @ right)
+    return (np.eye(shape[0]), total) if shape[0] <= shape[1] else (total, np.eye(shape[1]))
 
 
 def norm(product: Product) -> float:
@@ -73,67 +91,80 @@ def project(product: Product, rank: int) -> tuple[Matrix, Matrix]:
     return q_left @ u[:, :rank] * values[:rank] / _ROW_NORM, _ROW_NORM * v[:rank] @ q_right.T
 
 
-def mean_products(spec: AdapterSpec, before: Vector, accepted: Sequence[Accepted]) -> list[Product]:
-    """Return the mean of what sites have made of each layer, weighted by rows: the exact sum of their B A."""
-    total = sum(reply.weight for reply in accepted)
-    locals_ = [products(spec, unpack(_moved(before, reply.update), spec)) for reply in accepted]
-    weights = [reply.weight / total for reply in accepted]
-    return [_joined(terms, weights) for terms in zip(*locals_, strict=True)]
+def mean_change(layer: Layer, before: Tensors, accepted: Sequence[Tensors], weights: Sequence[float]) -> Product:
+    """Return the mean of what sites have made of a layer: the exact sum of their B A, and what was merged before.
 
-
-def _moved(before: Vector, update: Vector) -> Any:
-    return before.astype(np.float64) + update
+    Args:
+        layer: the layer.
+        before: what sites started from, by name.
+        accepted: the sites' updates, by name.
+        weights: of the sites; their sum is 1.
+    """
+    names = [name for name in (layer.pair.a, layer.pair.b) if name]
+    terms = [_product(layer.pair, {n: before[n].astype(np.float64) + one[n] for n in names}) for one in accepted]
+    mean = _joined(terms, weights)
+    return mean if layer.merged is None else _joined([mean, _product(layer.merged, before)])
 
 
 def aggregation_error(spec: AdapterSpec, before: Vector, after: Vector, accepted: Sequence[Accepted]) -> float | None:
-    """Return how far the server's choice is from the mean of what sites have learned; None without LoRA.
+    """Return how far the server's choice is from the mean of what sites have learned.
 
     ||mean(B_i A_i) - B A|| / ||mean(B_i A_i)||, in Frobenius norms over all adapted layers; means are weighted by rows.
+    Where A is frozen, it is that of B.
 
     Args:
         spec: of the adapter.
         before: what sites started from, shape (spec.size,).
         after: what the server has made of it.
         accepted: the sites' updates.
+
+    Returns:
+        None without LoRA, and where a gateway has averaged the factors of its clients before they came here.
     """
-    if not pairs(spec) or not accepted:
+    if not pairs(spec) or not accepted or any(reply.clients > 1 for reply in accepted):
         return None
-    means, chosen = mean_products(spec, before, accepted), products(spec, unpack(after, spec))
-    apart = [norm(_joined([mean, one], [1.0, -1.0])) for mean, one in zip(means, chosen, strict=True)]
-    whole = l2_norm(np.array([norm(mean) for mean in means]))
-    return l2_norm(np.array(apart)) / whole if whole else 0.0
+    start, end, updates, weights = _opened(spec, before, after, accepted)
+    apart, whole = [], []
+    with threadpool_limits(1, "blas"):  # its threads cost more than they save here, and change the last bits
+        for layer in layers(spec):
+            mean = mean_change(layer, start, updates, weights)
+            apart.append(norm(_joined([mean, change(layer, end)], [1.0, -1.0])))
+            whole.append(norm(mean))
+    total = l2_norm(np.array(whole))
+    return l2_norm(np.array(apart)) / total if total else 0.0
 
 
-Combine = Callable[[AdapterSpec, Vector, Sequence[Accepted], np.random.Generator], dict[str, Matrix]]
-"""From a spec, the adapter before, the updates and a source of initial values to new factors by name."""
+def _opened(
+    spec: AdapterSpec, before: Vector, after: Vector, accepted: Sequence[Accepted]
+) -> tuple[Tensors, Tensors, list[Tensors], list[float]]:
+    """Return everything by name, and the sites' weights."""
+    total = sum(reply.weight for reply in accepted)
+    updates: list[Tensors] = [unpack(reply.update, spec) for reply in accepted]
+    return unpack(before, spec), unpack(after, spec), updates, [reply.weight / total for reply in accepted]
 
 
-def svd(
-    spec: AdapterSpec, before: Vector, accepted: Sequence[Accepted], draw: np.random.Generator
-) -> dict[str, Matrix]:
+Combine = Callable[[Layer, Tensors, Product, np.random.Generator], dict[str, Matrix]]
+"""From a layer, the adapter before, the mean of what sites made of it and a source of numbers to factors by name."""
+
+
+def svd(layer: Layer, before: Tensors, mean: Product, draw: np.random.Generator) -> dict[str, Matrix]:
     """Return the best factors of the mean of B A. Source: Bai et al. 2024, arXiv:2402.11505, section 3 (FlexLoRA)."""
-    found = {}
-    for pair, mean in zip(pairs(spec), mean_products(spec, before, accepted), strict=True):
-        found[pair.b], found[pair.a] = project(mean, len(unpack(before, spec)[pair.a]))
-    return found
+    b, a = project(mean, len(before[layer.pair.a]))
+    return {layer.pair.b: b, layer.pair.a: a}
 
 
-def flora(
-    spec: AdapterSpec, before: Vector, accepted: Sequence[Accepted], draw: np.random.Generator
-) -> dict[str, Matrix]:
+def flora(layer: Layer, before: Tensors, mean: Product, draw: np.random.Generator) -> dict[str, Matrix]:
     """Return a fresh pair, and the merged one with what all sites have learned: theirs stacked, rank by rank.
 
     Source: Wang et al. 2024, arXiv:2409.05976, section 3 (FLoRA). The paper adds the stack to the base's weights; here
     the base stays as it is, and a second pair that sites do not train holds the sum, exactly while its rank suffices.
     """
-    found, tensors = {}, unpack(before, spec)
-    means = mean_products(spec, before, accepted)
-    for pair, merged, mean in zip(pairs(spec), pairs(spec, MERGED), means, strict=True):
-        found[merged.b], found[merged.a] = project(mean, len(tensors[merged.a]))
-        rank, width = tensors[pair.a].shape
-        found[pair.b] = np.zeros_like(tensors[pair.b], np.float64)
-        found[pair.a] = draw.uniform(-1, 1, (rank, width)) / np.sqrt(width)
-    return found
+    pair, merged = layer.pair, layer.merged
+    assert merged is not None  # noqa: S101  # `flora` sets adapter.merged_rank
+    b, a = project(mean, len(before[merged.a]))
+    rank, width = before[pair.a].shape
+    fresh = draw.uniform(-1, 1, (rank, width)) / np.sqrt(width)
+    return {merged.b: b, merged.a: a, pair.b: np.zeros((len(b), rank)), pair.a: fresh}
 
 
 COMBINE: Mapping[str, Combine] = {"svd": svd, "flora": flora}
@@ -162,8 +193,11 @@ def combine(
     """
     if strategy not in COMBINE:
         return update
-    new = COMBINE[strategy](spec, before, accepted, generator(seed, "fresh-factors", round_))
-    tensors = {name: values.astype(np.float64) for name, values in unpack(update, spec).items()}
-    old = unpack(before, spec)
-    tensors |= {name: values - old[name] for name, values in new.items()}
-    return pack({name: values.astype(np.float32) for name, values in tensors.items()}, spec)
+    draw = generator(seed, "fresh-factors", round_)
+    old, mean, updates, weights = _opened(spec, before, update, accepted)
+    new: dict[str, Matrix] = {}
+    with threadpool_limits(1, "blas"):
+        for layer in layers(spec):
+            new |= COMBINE[strategy](layer, old, mean_change(layer, old, updates, weights), draw)
+    moved = {name: (values - old[name]).astype(np.float32) for name, values in new.items()}
+    return pack({**mean, **moved}, spec)

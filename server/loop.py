@@ -112,9 +112,9 @@ def _complete(parts: Parts, state: State, number: int, cohort: list[Member], col
     vector = (state.vector + update).astype(np.float32)
     if not np.isfinite(vector).all():
         raise TrainingError(f"round {number}: the aggregated model is not finite", do="lower the learning rates")
-    record["seconds"]["aggregate"] = time.perf_counter() - started
     if not parts.privacy and (error := aggregation_error(parts.spec, state.vector, vector, accepted)) is not None:
         record["aggregation_error"] = error
+    record["seconds"]["aggregate"] = time.perf_counter() - started
     record |= {"adapter_sha256": sha256(vector), "update_norm": l2_norm(update)}
     state = replace(state, vector=vector, round=number, strategy=remembered, record=record)
     if parts.evaluate is None:

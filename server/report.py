@@ -194,7 +194,7 @@ def _round_figures(run: Run) -> list[str]:
         caption = (
             "How far the server's choice of the LoRA factors is from the mean of what the sites have learned, "
             "||mean(B A) - B A|| / ||mean(B A)||. A mean of the factors has one; strategy svd has less, and ffa, "
-            "rolora and flora have none but rounding."
+            "rolora and flora, if strategy.merged_rank suffices, have none but rounding."
         )
         drawn.append(_figure("Aggregation error", figures.small_curves({"aggregation error": errors}), caption))
     seconds = seconds_by_round(run)

@@ -17,7 +17,7 @@ from common.tasks.generation import Generation, generate
 from common.tasks.preference import answer_logps
 from common.tasks.prompts import TEMPLATE_HELP, Template, encode_prompts, head_length, shorten
 from common.tasks.reward import add_judge
-from common.tasks.rollout import Judged, fixed_numbers, judge, sequences
+from common.tasks.rollout import Judged, at_rest, fixed_numbers, judge, sequences
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +141,8 @@ class Rlhf(Task):
 
     def loss(self, network: Any, batch: Batch) -> torch.Tensor:
         """Return minus the mean return, with the gradient that the class describes; computed in float32."""
-        logps = answer_logps(network, _joined(batch), self.settings.temperature)
+        with at_rest(network):  # the policy that drew the answers drops nothing
+            logps = answer_logps(network, _joined(batch), self.settings.temperature)
         surrogate = -(batch["advantages"].T.flatten() * logps).mean()
         return surrogate - surrogate.detach() - batch["returns"].mean()
 

@@ -58,7 +58,7 @@ def judge(base: Base, prompts: list[Tokens], uniforms: torch.Tensor, temperature
 
     if base.judge is None:
         raise ModelError("no reward model was loaded", "one", "set task.reward_adapter", code="adapter-missing")
-    with torch.no_grad(), _at_rest(base.network):
+    with torch.no_grad(), at_rest(base.network):
         drawn = draw(base, prompts, uniforms, temperature)
         device = drawn.logps.device
         batch = {name: value.to(device) for name, value in sequences(prompts, drawn.answers, base).items()}
@@ -94,7 +94,7 @@ def sequences(prompts: Sequence[Tokens], answers: Sequence[Tokens], base: Base) 
 
 
 @contextmanager
-def _at_rest(network: Any) -> Iterator[None]:
+def at_rest(network: Any) -> Iterator[None]:
     """Eval mode inside a `with` block: nothing is dropped."""
     training = network.training
     network.eval()

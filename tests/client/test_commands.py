@@ -33,7 +33,7 @@ def test_the_settings_that_the_file_comments_out_are_known(tmp_path):
     invoke("site", "init", file)
     lines = file.read_text().splitlines()
     commented = [line.removeprefix("# ") for line in lines if line.startswith("# ") and " = " in line]
-    assert len(commented) == 23
+    assert len(commented) == 24
     changed = file.read_text().replace("# [server]", "[server]").replace("# [policy]", "[policy]")
     for line in commented:
         changed = changed.replace(f"# {line}", line)
@@ -100,6 +100,19 @@ def test_check_against_a_run_says_what_would_leave_the_site(tmp_path):
     assert size_bytes == 2 * (adapter + head)
     assert "metrics on the evaluation rows" in lines[6]
     assert leaks(tmp_path / "nowhere", shown) == []
+
+
+def test_check_counts_what_is_sent_and_tells_of_a_smaller_rank(tmp_path):
+    """Catches: a pair that only comes down counted as going up; a rank that a run would be refused for, passed."""
+    file, run = site_folder(tmp_path / "acme", "acme"), tmp_path / "run.toml"
+    run.write_text(to_toml(tiny_config(tmp_path)))
+    bytes_ = []
+    for name in ("fedavg", "flora", "rolora"):
+        shown = invoke("site", "check", file, "--run", run, "--set", f"strategy.name={name}")
+        bytes_.append(int(shown.partition(" bytes, and")[0].rpartition(" ")[2].replace(",", "")))
+    assert bytes_[0] == bytes_[1] > bytes_[2]
+    file.write_text(file.read_text().replace("[data]", "max_rank = 1\n[data]"))
+    assert "trains 1 of the 2 components" in invoke("site", "check", file, "--run", run, "--set", "strategy.name=svd")
 
 
 def test_check_says_what_the_hello_notes(tmp_path):

@@ -11,6 +11,7 @@ import tsugiki
 from client.lr_find import FEWEST, draw, find_rate, smooth, suggest
 from client.simulated import simulated_sites
 from common import config_file
+from common.config import parse
 from common.errors import TrainingError, UsageError
 from common.model import load_graft
 from tests.support.federation import tiny_config
@@ -104,3 +105,9 @@ def test_the_command_prints_and_draws(config, tmp_path):
     for path in (tmp_path / "rates.gif", tmp_path / "gone" / "rates.png"):
         with pytest.raises(UsageError):
             draw(sweep, path)
+
+
+def test_a_loss_that_may_be_below_zero_is_refused():
+    """Catches: a range test that ends after eleven steps, since four times a loss below zero is less than it."""
+    with pytest.raises(UsageError, match="below 0"):
+        find_rate(parse({"task": {"name": "rlhf"}}), 1e-6, 1.0, 20, False, lambda step: None)

@@ -150,12 +150,25 @@ def test_training_can_be_watched(config, graft):
 def test_a_site_of_a_small_rank_refuses_what_it_cannot_train(tmp_path):
     """Catches: a site that trains more than its machine holds, or is cut to its rank where all need the same."""
 
-    def rank(name, most):
-        config = tiny_config(tmp_path, adapter={"rank": 4}, strategy={"name": name})
+    def rank(name, most, **adapter):
+        config = tiny_config(tmp_path, adapter={"rank": 4, **adapter}, strategy={"name": name})
         return prepare.own_rank(replace(simulated_sites(config)[0], max_rank=most), config)
 
     assert [rank("svd", most) for most in (0, 3, 4, 9)] == [0, 3, 0, 0]
     assert rank("fedavg", 4) == 0
+    assert rank("fedavg", 3, method="vera") == 0  # its rank is no size of what is trained
     with pytest.raises(PolicyError) as caught:
         rank("fedavg", 3)
     assert caught.value.code == "policy-rank"
+
+
+@pytest.mark.parametrize("name", ["flora", "svd"])
+def test_a_gateway_is_refused_where_each_clients_factors_are_needed(tmp_path, name, monkeypatch):
+    """Catches: a mean of factors that is taken for a client's own, with an error of nothing."""
+    config = tiny_config(tmp_path, strategy={"name": name})
+    site = simulated_sites(config)[0]
+    assert prepare.clients(site, config, None) == 1
+    monkeypatch.setattr(Desk, "rows_of_clients", lambda *_: [[0], [1]])
+    with pytest.raises(DataError) as caught:
+        prepare.clients(site, config, None)
+    assert caught.value.code == "clients"

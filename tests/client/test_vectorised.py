@@ -1,5 +1,7 @@
 """Clients trained together against the same clients one after the other."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -142,10 +144,12 @@ def test_features_are_those_of_the_frozen_trunk(files):
         {"adapter": {"dropout": 0.1}},
         {"train": {"gradient_accumulation_steps": 2}},
         {"privacy": {"examples": {"noise_multiplier": 1.0}}},
+        {"strategy": {"name": "rolora"}},
     ],
-    ids=["dropout", "accumulation", "examples"],
+    ids=["dropout", "accumulation", "examples", "rolora"],
 )
 def test_what_would_differ_is_trained_one_by_one(files, sections):
-    """Catches: dropout that is the same for all clients; DP-SGD that is silently left out."""
+    """Catches: dropout that is the same for all clients; DP-SGD that is silently left out; a frozen factor trained."""
     assert not can_train_together(job(files, **sections))
     assert can_train_together(job(files))
+    assert not can_train_together(replace(job(files), rank=1))

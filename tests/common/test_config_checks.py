@@ -82,6 +82,12 @@ def test_four_bits_are_for_lora_on_cuda_without_dp_sgd(raw):
     assert parse({"model": {"quantization": "nf4"}}).train.device == "auto"
 
 
+def test_activations_are_not_computed_twice_where_eval_mode_keeps_them():
+    """Catches: a setting that does nothing, accepted."""
+    raw = {"model": {"gradient_checkpointing": True}, "task": {"name": "rlhf"}}
+    assert set(problems(raw)) == {"model.gradient_checkpointing"}
+
+
 def test_only_adam_has_a_bias_correction():
     """Catches: a setting that does nothing, accepted."""
     assert set(problems({"train": {"optimizer": "sgd", "bias_correction": False}})) == {"train.bias_correction"}

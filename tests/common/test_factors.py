@@ -15,7 +15,7 @@ def spec(*names):
     for layer in ("x", "y"):
         tensors.append(TensorSpec(f"{layer}.lora_A.default.weight", (3, 4), "adapter"))
         tensors.append(TensorSpec(f"{layer}.lora_B.default.weight", (5, 3), "adapter"))
-    tensors += [TensorSpec(name, (2, 2), "adapter") for name in names]
+    tensors += [TensorSpec(name, (2, 2), "merged") for name in names]
     return AdapterSpec("t", "lora", "{}", "0" * 64, "float32", tuple(sorted(tensors, key=lambda one: one.name)))
 
 

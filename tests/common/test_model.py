@@ -39,10 +39,14 @@ def copied(folder, target):
     return shutil.copytree(folder, target)
 
 
-def config(folder, task="sequence-classification", method="lora", **sections):
-    """Return a run on a local base."""
+def config(folder, task="sequence-classification", method="lora", more=None, **sections):
+    """Return a run on a local base; `more` are further settings of the task."""
     settings = {"bottleneck": 4} if method == "houlsby" else {"rank": 2}
-    names = {"task": {"name": task, "max_length": 16}, "adapter": {"method": method, **settings}, **sections}
+    names = {
+        "task": {"name": task, "max_length": 16, **(more or {})},
+        "adapter": {"method": method, **settings},
+        **sections,
+    }
     return parse({"model": {"name": str(folder)}, "train": {"threads": 1, "device": "cpu"}, **names})
 
 
@@ -191,7 +195,8 @@ def test_code_that_comes_with_a_model_is_never_run(task, tmp_path, monkeypatch):
     names["AutoModelForSequenceClassification"] = "trap.Classifier"
     (folder / "config.json").write_text(json.dumps(settings | {"model_type": "trap", "auto_map": names}))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    assert refused(lambda: loaded(folder, task=task)) == "model-load"
+    needed = {name: str(folder) for name in TASKS.get(task).Settings.model_fields if name == "reward_adapter"}
+    assert refused(lambda: loaded(folder, task=task, more=needed)) == "model-load"
     assert not ran.exists()
 
 

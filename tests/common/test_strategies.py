@@ -44,6 +44,17 @@ def test_values_that_make_no_sense_are_refused(name, values):
         ({"strategy": {"name": "flora"}, "adapter": {"init": "orthogonal"}}, "adapter.init"),
         ({"strategy": {"name": "svd"}, "train": {"persist_optimizer": True}}, "train.persist_optimizer"),
         ({"strategy": {"name": "fedavg"}, "simulation": {"ranks": [2, 4]}}, "simulation.ranks"),
+        ({"strategy": {"name": "svd"}, "adapter": {"init": "orthogonal"}}, "adapter.init"),
+        ({"strategy": {"name": "svd"}, "simulation": {"ranks": [99]}}, "simulation.ranks"),
+        ({"strategy": {"name": "svd"}, "simulation": {"ranks": 4}}, "simulation.ranks"),
+        (
+            {"strategy": {"name": "svd"}, "simulation": {"data": "a.csv", "clients_per_site": 2}},
+            "simulation.clients_per_site",
+        ),
+        (
+            {"strategy": {"name": "rolora"}, "train": {"persist_optimizer": True, "bias_correction": False}},
+            "train.bias_correction",
+        ),
         ({"strategy": {"name": "krum", "min_clients": 4, "num_malicious_sites": 1}}, "strategy.min_clients"),
         ({"strategy": {"name": "flora"}, "privacy": {"mode": "central", "target_epsilon": 8.0}}, "strategy.name"),
         ({"strategy": {"name": "rolora"}, "privacy": {"examples": {"target_epsilon": 8.0}}}, "strategy.name"),
@@ -63,3 +74,10 @@ def test_strategies_set_what_follows_for_the_factors():
     assert parse({"strategy": {"name": "flora", "merged_rank": 12}}).adapter.merged_rank == 12
     plain = parse({"strategy": {"name": "svd"}}).adapter
     assert (plain.freeze_a, plain.merged_rank) == ("auto", 0)
+
+
+def test_a_private_run_is_told_of_its_strategy_alone():
+    """Catches: a setting refused that nobody wrote: privacy freezes A by itself."""
+    with pytest.raises(ConfigError) as caught:
+        parse({"strategy": {"name": "svd"}, "privacy": {"mode": "central", "target_epsilon": 8.0}})
+    assert [problem.key for problem in caught.value.problems] == ["strategy.name"]

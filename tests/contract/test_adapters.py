@@ -225,6 +225,7 @@ def test_the_loss_falls(task, method, folder):
     """Catches: a wrong sign, a graph that is cut, an optimiser of other parameters, a report of another loss."""
     site = Site(folder, task, method)
     before = site.loss()
+    assert before > 0  # else a share of it says nothing
     steps, rate = LONGER.get(method, (40, 0.02))
     _, trained = site.train(local_steps=steps, learning_rate=rate)
     after = site.loss()

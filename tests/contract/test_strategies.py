@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from client.cohort import train_openly
 from client.prepare import make_job
 from client.simulated import simulated_sites
-from common.factors import pairs, sent
+from common.factors import pairs
 from common.files import read_lines
 from common.messages import TrainRequest, to_record
 from common.model import load_graft
@@ -19,6 +19,7 @@ from common.strategies import STRATEGY_SETTINGS
 from common.wire import ARRAY_KEY, encode, unpack
 from server.engines.in_process import identify_process
 from server.guard import Accepted
+from server.progress import Progress
 from server.strategy import STRATEGIES, aggregate, missing_implementations
 from tests.support.federation import run_tiny, tiny_config
 
@@ -269,25 +270,61 @@ def test_rolora_sends_half(tmp_path):
     assert bytes_up["rolora"] < 0.7 * bytes_up["fedavg"]
 
 
-def test_rolora_leaves_the_other_factor_as_it_is(tmp_path):
-    """Catches: weight decay, or an optimiser's memory, on a factor that is not trained in the round."""
-    train = {"weight_decay": 0.1, "persist_optimizer": True}
-    vectors, parts = [], []
-    for rounds in (1, 2):
-        config = tiny_config(
-            tmp_path, run={"name": f"r{rounds}", "rounds": rounds}, train=train, strategy={"name": "rolora"}
-        )
-        outcome = run_tiny(config)
-        vectors.append(outcome.state.vector)
+def asked_of(config, graft, values=None, number=1):
+    """Return a train request of a round that starts from an adapter, and its message."""
+    request = TrainRequest(config.for_sites(), number, graft.spec.sha256, 0.0, 0.5, 600.0, "0" * 16, "")
+    return request, to_record(request, encode(graft.initial if values is None else values, graft.spec))
+
+
+@pytest.mark.parametrize(("name", "rounds"), [("rolora", 3), ("flora", 2)])
+def test_a_site_trains_nothing_but_what_it_sends(name, rounds, tmp_path):
+    """Catches: weight decay, an optimiser's memory or a gradient on what is not trained in a round."""
+    train = {"weight_decay": 0.1, "persist_optimizer": name == "rolora"}
+    config = tiny_config(tmp_path, train=train, strategy={"name": name})
     graft = load_graft(config, config.model.name, config.run.seed)
-    initial = unpack(graft.initial, graft.spec)
-    first = unpack(vectors[0], graft.spec)
-    assert pairs(graft.spec)
-    for pair in pairs(graft.spec):
-        assert np.array_equal(first[pair.a], initial[pair.a])
-        assert not np.array_equal(first[pair.b], initial[pair.b])
-    parts = [{one.name for one in sent(graft.spec, "rolora", number).tensors} for number in (1, 2)]
-    assert parts[0] & parts[1] == {one.name for one in graft.spec.tensors if one.part == "head"}
+    values = graft.initial + np.random.default_rng(1).normal(scale=0.05, size=graft.spec.size).astype(np.float32)
+    for number in range(1, rounds + 1):
+        job, _ = make_job(simulated_sites(config)[0], *asked_of(config, graft, values, number))
+        assert job.part != job.graft.spec
+        train_openly(job)
+        after, before = (unpack(vector, graft.spec) for vector in (graft.read(), values))
+        trained = {tensor.name for tensor in job.part.tensors}
+        for tensor in graft.spec.tensors:
+            same = np.array_equal(after[tensor.name], before[tensor.name])
+            assert same == (tensor.name not in trained), (number, tensor.name)
+        values = graft.read()
+
+
+@pytest.mark.parametrize("name", ["flora", "rolora", "svd"])
+def test_a_resumed_run_ends_with_the_same_bytes(name, tmp_path):
+    """Catches: factors drawn anew, or a round of the other factor, after a resume."""
+    ranks = {"ranks": [2, 1]} if name == "svd" else {}
+    adapter = {"rank": 2, "wire_dtype": "float16"}
+    found = []
+    for stopped in (False, True):
+        config = tiny_config(
+            tmp_path,
+            run={"name": f"{name}-{int(stopped)}", "rounds": 3},
+            adapter=adapter,
+            strategy={"name": name},
+            simulation={"clients": 2, **ranks},
+        )
+        if stopped:
+            stop_after(config, 1)
+        found.append(run_tiny(config, resume=stopped).summary["adapter_sha256"])
+    assert found[0] == found[1]
+
+
+def stop_after(config, rounds):
+    """Run a federation up to the end of a round."""
+
+    class Ends(Progress):
+        def round_ends(self, record):
+            if record["round"] == rounds:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(config, progress=Ends())
 
 
 def test_sites_of_smaller_ranks_train_the_first_components_only(tmp_path):
@@ -302,11 +339,8 @@ def test_sites_of_smaller_ranks_train_the_first_components_only(tmp_path):
     lines = read_lines(run_tiny(config).folder / "metrics.jsonl")
     assert lines[-1]["eval"]["loss"] < lines[0]["eval"]["loss"]
     graft = load_graft(config, config.model.name, config.run.seed)
-    graft.write(graft.initial)
-    request = TrainRequest(config.for_sites(), 1, graft.spec.sha256, 0.0, 0.5, 600.0, "0" * 16, "")
     for site in sites:
-        job, _ = make_job(site, request, to_record(request, encode(graft.initial, graft.spec)))
-        train_openly(job)
+        train_openly(make_job(site, *asked_of(config, graft))[0])
         tensors = unpack(graft.read(), graft.spec)
         for pair in pairs(graft.spec):
             assert not tensors[pair.a][site.max_rank :].any()

@@ -32,6 +32,24 @@ def test_baselines_train_on_as_many_rows(tmp_path, train, steps, epochs):
     assert steps is None or (alone.train.local_steps, central.train.local_steps) == steps
 
 
+@pytest.mark.parametrize(
+    ("train", "steps", "epochs"), [({"local_steps": 2}, (2, 8), 0), ({"local_epochs": 3}, None, 6)]
+)
+def test_sites_that_are_asked_in_some_rounds_only_make_a_shorter_baseline(tmp_path, train, steps, epochs):
+    """Catches: a central run of ten times the samples, where a tenth of the sites is asked in each round."""
+    half = tiny_config(tmp_path, run={"rounds": 4}, train=train, strategy={"fraction_train": 0.5, "min_clients": 1})
+    alone, central = local_only(half), centralised(half, 2)
+    assert alone.run.rounds == 2
+    assert central.train.local_epochs == epochs
+    assert steps is None or (alone.train.local_steps, central.train.local_steps) == steps
+
+
+def test_the_central_run_is_not_ended_by_a_sites_patience(tmp_path):
+    """Catches: two bad looks that end what is one round, and the whole training."""
+    config = tiny_config(tmp_path, train={"validate_every_steps": 1, "local_patience": 1})
+    assert (local_only(config).train.local_patience, centralised(config, 2).train.local_patience) == (1, 0)
+
+
 def test_baselines_keep_what_is_compared_and_drop_what_is_federated(tmp_path):
     """Catches: another split for the site alone, a quorum that one site cannot meet, a server optimiser on top."""
     config = tiny_config(tmp_path, strategy={"name": "fedprox", "proximal_mu": 1.0, "min_clients": 2})

@@ -1,7 +1,10 @@
 """Aggregation that knows LoRA, compared with products that are multiplied out."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from common.rng import generator
 from common.wire import AdapterSpec, TensorSpec, pack, unpack
@@ -18,8 +21,9 @@ def spec(rank, merged=0):
     for layer in ("x", "y"):
         for which, r in (("default", rank), ("merged", merged)):
             if r:
-                tensors.append(TensorSpec(f"{layer}.lora_A.{which}.weight", (r, IN), "adapter"))
-                tensors.append(TensorSpec(f"{layer}.lora_B.{which}.weight", (OUT, r), "adapter"))
+                part = "merged" if which == "merged" else "adapter"
+                tensors.append(TensorSpec(f"{layer}.lora_A.{which}.weight", (r, IN), part))
+                tensors.append(TensorSpec(f"{layer}.lora_B.{which}.weight", (OUT, r), part))
     return AdapterSpec("t", "lora", "{}", "0" * 64, "float32", tuple(sorted(tensors, key=lambda one: one.name)))
 
 
@@ -173,3 +177,31 @@ def test_heads_are_averaged_as_ever(strategy):
     before, replies = drawn(whole, "before"), accepted(whole)
     there, here = (unpack(after(name, before, whole, replies), whole) for name in (strategy, "fedavg"))
     assert np.allclose(there["head.weight"], here["head.weight"])
+
+
+def test_a_gateways_mean_of_factors_has_no_error_to_tell():
+    """Catches: an error of nothing, where the factors of a gateway's clients were averaged before."""
+    whole = spec(2)
+    before, replies = drawn(whole, "before"), accepted(whole)
+    replies[1] = replace(replies[1], clients=3)
+    assert aggregation_error(whole, before, before, replies) is None
+
+
+def test_sums_longer_than_a_layer_is_wide_are_the_same():
+    """Catches: a product that is multiplied out wrongly, or with its weights lost."""
+    whole = spec(2)
+    before, replies = drawn(whole, "before"), accepted(whole)
+    many = [replace(one, site=f"{one.site}{n}", weight=one.weight) for one in replies for n in range(9)]
+    few, more = (aggregation_error(whole, before, before, chosen) for chosen in (replies, many))
+    assert few == pytest.approx(more)
+
+
+def test_the_same_bytes_on_one_thread_and_two():
+    """Catches: a result that depends on how many cores the server has."""
+    whole = spec(4)
+    before, replies = drawn(whole, "before"), accepted(whole)
+    found = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            found.append(after("svd", before, whole, replies).tobytes())
+    assert found[0] == found[1]

@@ -22,6 +22,11 @@ def test_a_round_is_described_in_one_line():
     assert describe(RECORD) == "round 3, loss 0.5123, 2 sites, without retail (norm), accuracy 0.7500, 1.5 s (best)"
 
 
+def test_a_round_of_lora_tells_its_aggregation_error():
+    """Catches: a figure that only the file has."""
+    assert ", aggregation error 0.012, " in describe({**RECORD, "aggregation_error": 0.0123})
+
+
 def test_a_voided_round_is_described_too():
     """Catches: a mean loss of no replies formatted as a number."""
     record = {"round": 1, "voided": True, "accepted": {}, "rejected": {}, "train_loss": None, "seconds": {"wait": 2.0}}

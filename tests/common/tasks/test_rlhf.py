@@ -84,6 +84,30 @@ def test_the_loss_is_minus_the_mean_return_and_its_gradient_the_estimators(folde
     assert any(gradient.abs().max() > 1e-4 for gradient in found)
 
 
+def test_the_gradient_is_of_the_policy_that_drew(folder):
+    """Catches: dropout in the gradient of answers that were drawn without it; a network left in eval mode."""
+    graft = opened(folder)
+    network, batch = graft.base.network, drawn(graft)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    found = []
+    for training in (True, True, False):
+        network.train(training)
+        graft.task.loss(network, batch).backward()
+        assert network.training is training
+        found.append(torch.cat([value.grad.flatten() for value in graft.parameters]))
+        network.zero_grad()
+    network.eval()
+    for module in network.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = torch.nn.Identity()
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def test_the_estimator_agrees_with_the_exact_gradient(folder):
     """Catches: whatever else biases it: for answers of one token the expected return can be summed over all tokens."""
     graft = opened(folder, samples_per_prompt=64, max_new_tokens=1, temperature=0.5, beta=0.3)
