@@ -78,40 +78,55 @@ _SHORTEST_TEXT = 8
 _grafts: dict[str, Graft] = {}
 
 
-def load_graft(config: RunConfig, source: str, seed: int) -> Graft:
+def load_graft(config: RunConfig, source: str, seed: int, *, agreed: Mapping[str, str] | None = None) -> Graft:
     """Load the base and attach the adapter, once per process for the same settings.
 
     Args:
         config: the sections model, task, adapter and train.device are used.
         source: hub id, folder or `package:...` behind the run's model name.
         seed: for the initial values of adapter and head.
+        agreed: a finished run's `Base.constants`; with them, the adapters that its task names are left out.
 
     Raises:
         ModelError: the base cannot be found or is not to be trusted, or the adapter does not fit it; `adapter-missing`,
             the task asks for an exported adapter, and the run names none.
     """
     sections = config.model_dump(mode="json", include={"model", "task", "adapter"})
-    key = json.dumps([sections, config.train.device, source, seed], sort_keys=True)
+    stamps = [_stamps(name) for name in (*config.task.models, *config.adapter.models)]
+    key = json.dumps([sections, stamps, config.train.device, source, seed, agreed], sort_keys=True)
     if key not in _grafts:
         _grafts.clear()  # one base at a time: a second would double the memory without anyone asking for it
-        _grafts[key] = _load(config, source, seed)
+        _grafts[key] = _load(config, source, seed, agreed)
     return _grafts[key]
 
 
-def _load(config: RunConfig, source: str, seed: int) -> Graft:
-    if "" in config.task.models:
+def _stamps(name: str) -> list[tuple[str, int, int]]:
+    """Return name, size and time of change of the files in a folder: an export may be replaced under its name."""
+    if not name or not os.path.isdir(folder := os.path.expanduser(name)):
+        return []
+    found = sorted((entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir(folder))
+    return [(file, about.st_size, about.st_mtime_ns) for file, about in found]
+
+
+def _load(config: RunConfig, source: str, seed: int, agreed: Mapping[str, str] | None) -> Graft:
+    if agreed is None and "" in config.task.models:
         raise ModelError(
             f"the task {config.task.name} needs an exported adapter, and the run names none",
             "the folder of an adapter that `tsugiki export` wrote",
             "name it in [task]",
             code="adapter-missing",
         )
-    task = TASKS.get(config.task.name)(config.task)
+    task = TASKS.get(config.task.name)(config.task if agreed is None else config.task.resolved(lambda name: ""))
     method = ADAPTERS.get(config.adapter.method)(config.adapter)
     folder = find(source)
     seed_everything(derive_seed(seed, "initial-values"))
     how, recompute = loading(config), config.model.gradient_checkpointing
-    return assemble(task, method, folder, config.model.dtype, config.train.device, how=how, recompute=recompute)
+
+    def put(base: Base, identity: str) -> Any:
+        base.constants = agreed or base.constants
+        return method.attach(base.transformer, base.heads)
+
+    return assemble(task, method, folder, config.model.dtype, config.train.device, put, how=how, recompute=recompute)
 
 
 def assemble(
@@ -120,7 +135,7 @@ def assemble(
     folder: Path,
     dtype: str,
     device: str,
-    put: Callable[[Base, str], Any] | None = None,
+    put: Callable[[Base, str], Any],
     *,
     how: Mapping[str, Any] | None = None,
     recompute: bool = False,
@@ -133,8 +148,7 @@ def assemble(
         folder: the base's.
         dtype: of the frozen weights.
         device: as in `choose_device`.
-        put: gets the bare base and its fingerprint, and returns what stands in the transformer's place from now on;
-            by default `method` attaches a new adapter.
+        put: gets the bare base and its fingerprint, and returns what stands in the transformer's place from now on.
         how: what else `from_pretrained` has to know (`common.device.loading`).
         recompute: compute activations twice instead of keeping them.
 
@@ -152,7 +166,7 @@ def assemble(
         for name, wanted in method.bases().items():
             check_base(identity, wanted, name)
         _make_room(method, base)
-        task.graft(base, put(base, identity) if put else method.attach(base.transformer, base.heads))
+        task.graft(base, put(base, identity))
         base.untouched = lambda: method.disabled(base.transformer)
     spec = describe(task, method, base, identity)
     place = torch.device(choose_device(device))
