@@ -362,10 +362,12 @@ def test_the_spec_tells_random_constants_apart(bert):
 
 def test_an_export_that_is_replaced_is_loaded_anew(bert, tmp_path):
     """Catches: the adapters of an earlier run kept under the name of their folder."""
+    other = {"method": "houlsby", "bottleneck": 4}
+    export_tiny(tmp_path / "other", bert, {"name": "sequence-classification"}, other, 7)
     adapters = to_fuse(tmp_path, bert)
     raw = {"model": {"name": str(bert)}, "adapter": {"method": "fusion", "adapters": adapters}}
     run = parse({**raw, "train": {"device": "cpu"}})
     first = load_graft(run, str(bert), 1)
     assert load_graft(run, str(bert), 1) is first
-    export_tiny(tmp_path / "1", bert, {"name": "sequence-classification"}, {"method": "houlsby", "bottleneck": 4}, 7)
+    shutil.copytree(tmp_path / "other", tmp_path / "1", dirs_exist_ok=True)
     assert load_graft(run, str(bert), 1).spec.sha256 != first.spec.sha256
