@@ -261,13 +261,18 @@ def export(
 
 @app.command(
     epilog='Examples: tsugiki predict runs/sst2 "A fine film."; tsugiki predict runs/reviews --file new.csv --json; '
-    'tsugiki predict runs/nextword "How do I" --without-adapter'
+    'tsugiki predict runs/nextword "How do I" --without-adapter; '
+    'tsugiki predict --adapter runs/tone/adapter --adapter runs/topic/adapter "A fine film."'
 )
 def predict(
-    run: RunFolder,
-    texts: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Rows of one text each, or files of pictures.")
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN] [TEXT]...", help="The run's folder; rows of one text each, or pictures' files."),
     ] = None,
+    adapters: Annotated[
+        list[Path] | None, typer.Option("--adapter", metavar="DIR", help="An export, instead of RUN; repeat.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="With --adapter: the base, if not under its public name.")] = "",
     file: Annotated[Path | None, typer.Option(help="A file of rows instead, in the run's own data format.")] = None,
     which: Annotated[Literal["best", "last"], typer.Option(help="Which round's adapter.")] = "best",
     without_adapter: Annotated[bool, typer.Option("--without-adapter", help="Ask the bare base, to compare.")] = False,
@@ -278,13 +283,13 @@ def predict(
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Ask a run's model: for labels, scores, cosines, or how a text goes on."""
+    """Ask a run's model, or exported adapters on one base: for labels, scores, cosines, or how a text goes on."""
     from common.tasks.generation import Generation
-    from server.predict import predict as ask
-    from server.predict import show
+    from server.predict import ask, show
 
-    how = Generation(max_new_tokens, temperature, seed)
-    typer.echo(show(ask(run, texts or [], file, how, which=which, adapter=not without_adapter), as_json), nl=False)
+    how, on = Generation(max_new_tokens, temperature, seed), not without_adapter
+    found = ask(words or [], adapters or [], model, file, how, which=which, adapter=on)
+    typer.echo(show(found, as_json), nl=False)
 
 
 @app.command(epilog="Example: tsugiki report runs/sst2")

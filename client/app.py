@@ -21,6 +21,7 @@ from client.site import Site, site_of_node
 from common import __version__, minor
 from common.config import RunConfig
 from common.errors import DataError, SecureAggregationError, SpecError, TsugikiError
+from common.factors import narrow
 from common.messages import (
     EvaluateReply,
     EvaluateRequest,
@@ -155,7 +156,7 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
         loss_shared="loss" in shared,
         seconds=0.0 if hidden else trained.seconds,
     )
-    arrays = encode(update, job.graft.spec)
+    arrays = encode(narrow(update, job.graft.spec, job.part), job.part)
     sent = {"bytes": sum(len(array.data) for array in arrays.values()), "update_sha256": sha256(update)}
     site.record("trained", run=job.config.run.name, round=request.round, steps=trained.steps, **sent)
     return to_record(reply, arrays)

@@ -11,15 +11,18 @@ import numpy as np
 
 from client import dp_sgd
 from client.job import Group, Job
-from client.trainer import Trained, steps_per_round, train
+from client.trainer import Plan, Trained, steps_per_round, train
 from client.update import ProtectedSum, make_update
+from client.validation import BestOfRound
 from client.vectorised import can_train_together, train_together
 from common.config import RunConfig
 from common.errors import TrainingError, TsugikiError, WireError
+from common.factors import only, truncate
 from common.privacy.accounting import Release, epsilon
 from common.privacy.mechanisms import Adversary
 from common.privacy.plan import Plan as PrivacyPlan
 from common.privacy.settings import ExamplePrivacySection
+from common.tasks.base import Encoded
 from common.wire import Vector
 
 log = logging.getLogger("tsugiki.client")
@@ -143,11 +146,12 @@ def _null(name: str, size: int) -> Group:
 
 
 def _train_one(job: Job, name: str, rows: Sequence[int], deadline_s: float) -> Trained:
-    job.graft.write(job.received)
+    job.graft.write(truncate(job.received, job.graft.spec, job.rank))
     encoded = job.encoded if len(rows) == len(job.encoded) else job.encoded.take(rows)
     plan = job.plan(name, deadline_s)
     if not job.config.privacy.examples.enabled:
-        return train(job.graft, encoded, job.config.train, plan, job.watch)
+        with only(job.graft, job.part):
+            return _train_openly(job, encoded, plan)
     examples, seed = examples_of(job.config, len(rows)), job.config.privacy.insecure_noise_seed
     try:
         return dp_sgd.train_privately(job.graft, encoded, job.config.train, plan, examples, job.watch, seed)
@@ -156,6 +160,16 @@ def _train_one(job: Job, name: str, rows: Sequence[int], deadline_s: float) -> T
             raise
         steps = steps_per_round(len(rows), job.config.train)
         return Trained(steps, 0.0, 0.0)  # private and finite parameters; that the loss is not is not told
+
+
+def _train_openly(job: Job, encoded: Encoded, plan: Plan) -> Trained:
+    """Train; where the run validates inside a round, leave the best adapter of the round."""
+    if (held_out := job.validation()) is None:
+        return train(job.graft, encoded, job.config.train, plan, job.watch)
+    best = BestOfRound(job.graft, held_out, job.config)
+    trained = train(job.graft, encoded, job.config.train, plan, job.watch, best.ends)
+    best.restore()
+    return trained
 
 
 def examples_of(config: RunConfig, rows: int) -> ExamplePrivacySection:

@@ -235,10 +235,9 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
     _say(f"{site.data.train}: {len(shard)} rows for {config.task.name}{_noted(shard.notes)}")
     kept = site.evaluation_shard(task)
     _say(f"{site.data.evaluation}: {len(kept)} rows" if kept else "no evaluation rows")
-    source = site.model_source(config.model.name)
-    from common.model import load_graft
+    from client.desk import load_at
 
-    graft = load_graft(config, source, config.run.seed)
+    graft, source = load_at(site, config), site.model_source(config.model.name)
     _say(f"{config.model.name}: {source}, fingerprint {graft.spec.base_fingerprint[:12]}, on {graft.device}")
     sizes = f"{graft.spec.parameters('adapter')} adapter and {graft.spec.parameters('head')} head parameters"
     rows = f"its number of rows{_noted(shard.notes + graft.task.encode(shard, graft.base).notes)}"

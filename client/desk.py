@@ -5,11 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from client import validation
 from client.site import Site
 from client.trainer import Watch
 from common.config import RunConfig
+from common.data.shard import Shard
 from common.model import Graft, load_graft
+from common.tasks import Task
 from common.tasks.base import Encoded, Tail
+
+
+def load_at(site: Site, config: RunConfig) -> Graft:
+    """Return the base with the run's adapter on it; what the run names is loaded from where the site says.
+
+    Raises:
+        ModelError: `model-unknown`, the site does not know a name; and as `load_graft`.
+    """
+    source = site.model_source(config.model.name)
+    here = {name: getattr(config, name).resolved(site.model_source) for name in ("task", "adapter")}
+    return load_graft(config.model_copy(update=here), source, config.run.seed)
 
 
 @dataclass
@@ -25,17 +39,18 @@ class Desk:
 
     def graft(self, site: Site, config: RunConfig) -> Graft:
         """Return the base with the run's adapter on it."""
-        return load_graft(config, site.model_source(config.model.name), config.run.seed)
+        return load_at(site, config)
 
     def rows(self, site: Site, config: RunConfig, part: str) -> Encoded | None:
-        """Return the site's tokenised rows for "train" or "evaluation"."""
+        """Return the site's tokenised rows for "train", "validation" or "evaluation"."""
         graft, key = self.graft(site, config), self._key(site, config, part)
         if key not in self.encoded:
-            shard = site.train_shard(graft.task) if part == "train" else site.evaluation_shard(graft.task)
+            shard = _shard(site, graft.task, config, part)
             rows = self.encoded[key] = None if shard is None else graft.task.encode(shard, graft.base)
             if shard is not None and rows is not None and part == "train":
                 self.notes[site.name] = shard.notes + rows.notes
-                self.clients[key] = site.clients(shard)
+                validated = config.train.validate_every_steps > 0  # then there is one client, with what is left
+                self.clients[key] = [list(range(len(shard)))] if validated else site.clients(shard)
         return self.encoded[key]
 
     def rows_of_clients(self, site: Site, config: RunConfig) -> list[list[int]]:
@@ -69,5 +84,13 @@ class Desk:
     def _key(self, site: Site, config: RunConfig, part: str) -> tuple[str, str, str]:
         graft = self.graft(site, config)
         limit = getattr(graft.base.tokenizer, "model_max_length", 0)  # virtual tokens shorten texts
-        settings = f"{config.task.model_dump_json()}{config.model.dtype}{limit}"
+        settings = f"{config.task.model_dump_json()}{config.model.dtype}{config.model.quantization}{limit}"
+        if config.train.validate_every_steps:
+            settings += f" {config.run.seed} {config.train.validation_fraction}"
         return site.identity(), part, f"{graft.spec.base_fingerprint}{settings}"
+
+
+def _shard(site: Site, task: Task, config: RunConfig, part: str) -> Shard | None:
+    if part == "train":
+        return validation.training_shard(site, task, config)
+    return validation.validation_shard(site, task, config) if part == "validation" else site.evaluation_shard(task)

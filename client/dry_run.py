@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from client.app import make_app
+from client.desk import load_at
 from client.policy import SitePolicy
 from client.site import FileSite
 from common import __version__
 from common.config import RunConfig
 from common.errors import UsageError
 from common.messages import EvaluateRequest, HelloRequest, TrainRequest, error_code, to_record
-from common.model import load_graft
 from common.privacy.plan import resolve
 from common.wire import encode
 
@@ -35,7 +35,7 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
     quiet = replace(site, site=site.site.model_copy(update={"audit": "", "ledger": ""}))
     app = make_app(lambda context: quiet)
     yield "hello", _ask(app, "query", to_record(HelloRequest(config.for_sites(), __version__)))
-    graft = load_graft(config, site.model_source(config.model.name), config.run.seed)
+    graft = load_at(site, config)
     config, title = resolve(config, graft.spec.size), "round 1"
     if config.privacy.secure_aggregation:  # masks take other sites; without them the site's policy would refuse
         if config.privacy.noise_multiplier == 0:

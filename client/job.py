@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from client.trainer import Plan, Watch
 from common.config import RunConfig
+from common.factors import sent
 from common.messages import TrainRequest
 from common.model import Graft
 from common.tasks.base import Encoded, Tail
-from common.wire import Vector
+from common.wire import AdapterSpec, Vector
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Job:
         received: the adapter to start from, shape (size,).
         watch: sees every step.
         tail: returns the end of the network with the features of all rows, where there is one that is trained alone.
+        validation: returns the rows to validate on inside the round; None where that is not asked for.
         moments: returns what a client's optimiser remembers, to be changed in place; None where it remembers nothing.
+        rank: how many components of each LoRA pair this site trains; 0: all.
     """
 
     graft: Graft
@@ -41,7 +44,14 @@ class Job:
     received: Vector
     watch: Watch
     tail: Callable[[], Tail | None] = lambda: None
+    validation: Callable[[], Encoded | None] = lambda: None
     moments: Callable[[str], dict[str, Any] | None] = lambda client: None
+    rank: int = 0
+
+    @property
+    def part(self) -> AdapterSpec:
+        """What of the adapter is trained in this round, and sent back."""
+        return sent(self.graft.spec, self.config.strategy.name, self.request.round)
 
     def plan(self, client: str, deadline_s: float) -> Plan:
         """Return what one client does."""

@@ -15,7 +15,7 @@ from client.job import Job
 from client.site import Site
 from client.trainer import Watch, steps_per_round
 from common.config import RunConfig
-from common.errors import DataError, SpecError, WireError
+from common.errors import DataError, PolicyError, SpecError, WireError
 from common.messages import EvaluateRequest, TrainRequest, site_config
 from common.model import Graft
 from common.privacy.accounting import Release
@@ -44,6 +44,7 @@ def load(site: Site, config: RunConfig, round_: int = 0) -> tuple[Graft, Plan | 
     site.policy.check_base(graft.spec.base_fingerprint)
     plan = make_plan(config, graft.spec.size)
     site.policy.check_privacy(plan, config.privacy)
+    own_rank(site, config)
     if config.privacy.examples.enabled:
         dp_sgd.check_supported(graft)
     return graft, plan
@@ -61,8 +62,38 @@ def make_job(site: Site, request: TrainRequest, content: RecordDict) -> tuple[Jo
     encoded = train_rows(site, config)
     clients = asked_clients(site.name, desk.rows_of_clients(site, config), request.clients)
     site.policy.check_steps(max(steps_per_round(len(rows), config.train) for rows in clients.values()))
-    tail, moments = partial(desk.tail, site, config), partial(desk.moments_of, site, config, request.round)
-    return Job(graft, encoded, clients, config, request, received, desk.watch, tail, moments), plan
+    return Job(
+        graft,
+        encoded,
+        clients,
+        config,
+        request,
+        received,
+        desk.watch,
+        tail=partial(desk.tail, site, config),
+        validation=partial(validation_rows, site, config),
+        moments=partial(desk.moments_of, site, config, request.round),
+        rank=own_rank(site, config),
+    ), plan
+
+
+def own_rank(site: Site, config: RunConfig) -> int:
+    """Return how many components of LoRA the site trains; 0: as many as the run has.
+
+    Raises:
+        PolicyError: `policy-rank`, they are too many for the site, and the strategy cannot do with fewer.
+    """
+    most, rank = site.max_rank, getattr(config.adapter, "rank", 0)
+    if not 0 < most < rank:
+        return 0
+    if config.strategy.name != "svd":
+        raise PolicyError(
+            f"adapter.rank = {rank}",
+            f"at most site.max_rank = {most} of site.toml, unless the strategy is svd",
+            "raise site.max_rank, or ask the operator for a smaller rank or strategy svd",
+            code="policy-rank",
+        )
+    return most
 
 
 def clients(site: Site, config: RunConfig, plan: Plan | None) -> int:
@@ -131,3 +162,8 @@ def train_rows(site: Site, config: RunConfig) -> Encoded:
     if rows is None or not len(rows):
         raise DataError("no rows to train on", "at least one", code="shard-empty")
     return rows
+
+
+def validation_rows(site: Site, config: RunConfig) -> Encoded | None:
+    """Return the rows to validate on inside a round; None where the run does not ask for that."""
+    return desk.rows(site, config, "validation") if config.train.validate_every_steps else None

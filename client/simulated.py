@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import cycle, repeat, starmap
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ class SimulatedSite:
         name: of the site.
         config: the run.
         parts: the rows of each client.
+        max_rank: how many components of LoRA it trains; 0: all.
     """
 
     name: str
     config: RunConfig
     parts: tuple[tuple[int, ...], ...]
+    max_rank: int = 0
 
     policy = SitePolicy(seeded_noise=True)
 
@@ -153,8 +156,7 @@ def _split(text: str) -> tuple[SimulatedSite, ...]:
         parts = dict(zip(partition.site_names(simulation.clients), split, strict=True))
     rows = [tuple(int(row) for row in parts[name]) for name in sorted(parts)]
     each = simulation.clients_per_site
-    if each == 1:
-        return tuple(SimulatedSite(name, config, (part,)) for name, part in zip(sorted(parts), rows, strict=True))
     groups = [tuple(rows[start : start + each]) for start in range(0, len(rows), each)]
-    names = partition.site_names(len(groups))
-    return tuple(SimulatedSite(name, config, group) for name, group in zip(names, groups, strict=True))
+    names = sorted(parts) if each == 1 else partition.site_names(len(groups))
+    ranks = cycle(simulation.ranks or (0,))
+    return tuple(starmap(SimulatedSite, zip(names, repeat(config), groups, ranks, strict=False)))

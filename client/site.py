@@ -40,6 +40,10 @@ class Site(Protocol):
     def policy(self) -> SitePolicy:
         """What this site allows."""
 
+    @property
+    def max_rank(self) -> int:
+        """How many components of a LoRA pair this site can train; 0: any."""
+
     def record(self, event: str, **details: Any) -> None:
         """Write to the site's own audit log, if it keeps one."""
 
@@ -67,6 +71,9 @@ class SiteSection(Section):
     ledger: str = Field(
         default="privacy-ledger.jsonl",
         description="this site's own privacy account; relative to this file; empty: none",
+    )
+    max_rank: int = Field(
+        default=0, ge=0, description="train at most so many components of a LoRA adapter, under strategy svd; 0: all"
     )
 
 
@@ -111,6 +118,11 @@ class FileSite:
     def name(self) -> str:
         """The name in `site.toml`."""
         return self.site.name
+
+    @property
+    def max_rank(self) -> int:
+        """As in `site.toml`."""
+        return self.site.max_rank
 
     def record(self, event: str, **details: Any) -> None:
         """Append to the audit log.

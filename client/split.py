@@ -38,6 +38,7 @@ def split(config: RunConfig, folder: Path) -> list[Path]:
     """
     config = with_absolute_paths(config)  # as a server sends it
     task = TASKS.get(config.task.name)(config.task)
+    names = [config.model.name, *config.task.models, *config.adapter.models]
     sites = simulated_sites(config)
     taken = [site.name for site in sites if (folder / site.name).exists()]
     if taken:
@@ -51,9 +52,9 @@ def split(config: RunConfig, folder: Path) -> list[Path]:
         try:
             place.mkdir(parents=True)
             body: dict[str, Any] = {
-                "site": {"name": site.name},
+                "site": {"name": site.name, **({"max_rank": site.max_rank} if site.max_rank else {})},
                 "data": {name: _write(place, name, task, shard) for name, shard in data.items()},
-                "models": {config.model.name: config.model.name},
+                "models": {name: name for name in names if name},
             }
             (place / "site.toml").write_text(tomli_w.dumps(body), "utf-8")
         except OSError as error:

@@ -59,9 +59,17 @@ WINDOW = 8
 Watch = Callable[[int, int, Any], None]
 """Told after each step: how many are done, of how many, and the losses so far as a tensor, shape (steps,)."""
 
+Ends = Callable[[int, int], bool]
+"""Asked after each step whether the round ends here: how many are done, of how many."""
+
 
 def train(
-    graft: Graft, encoded: Encoded, settings: TrainSection, plan: Plan, watch: Watch = lambda step, steps, losses: None
+    graft: Graft,
+    encoded: Encoded,
+    settings: TrainSection,
+    plan: Plan,
+    watch: Watch = lambda step, steps, losses: None,
+    ends: Ends = lambda step, steps: False,
 ) -> Trained:
     """Train the graft's parameters in place on one site's rows.
 
@@ -71,6 +79,7 @@ def train(
         settings: of the loop.
         plan: which part of the run this is.
         watch: sees every step.
+        ends: may end the round before all its steps are done.
 
     Raises:
         TrainingError: `diverged`, the loss is not finite; `deadline`, the time is up.
@@ -109,12 +118,14 @@ def train(
             watch(step + 1, steps, losses)
             check_divergence(losses[: step + 1], settings.divergence_factor)
             check_deadline(plan, step + 1, steps, started)
+            if ends(step + 1, steps):
+                break
     finally:
         graft.base.network.eval()
-    mean = finite(float(losses.mean()))
+    mean = finite(float(losses[: step + 1].mean()))
     if plan.moments is not None:
         plan.moments.update(optimizer.state_dict())
-    return Trained(steps, mean, time.perf_counter() - started)
+    return Trained(step + 1, mean, time.perf_counter() - started)
 
 
 def set_learning_rate(optimizer: Any, settings: TrainSection, plan: Plan, step: int, steps: int) -> None:
@@ -142,7 +153,8 @@ def uncorrected(optimizer: Any, group: Any) -> float:
 def add_proximal_term(graft: Graft, received: Sequence[Any], mu: float) -> None:
     """Add the gradient of (mu / 2) * ||w - received||^2; nothing where no values are given."""
     for value, start in zip(graft.parameters, received, strict=False):
-        value.grad.add_(value.detach() - start, alpha=mu)
+        if value.grad is not None:  # some are not trained in every round
+            value.grad.add_(value.detach() - start, alpha=mu)
 
 
 def check_deadline(plan: Plan, done: int, steps: int, started: float) -> None:

@@ -38,6 +38,8 @@ def can_train_together(job: Job) -> bool:
         and not settings.persist_optimizer
         and not settings.divergence_factor
         and not job.config.privacy.examples.enabled
+        and not job.rank
+        and job.part == job.graft.spec
     )
 
 

@@ -14,12 +14,13 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, ValidationError
 
 from common.adapters import ADAPTERS, REFUSED
+from common.config_checks import cross_checks
 from common.errors import ConfigError, Problem
 from common.privacy.checks import privacy_problems
 from common.privacy.settings import PrivacySection
 from common.registry import Registry
-from common.settings import AdapterSettings, DataFormat, Name, Section, StrategySettings, TaskSettings
-from common.strategies import STRATEGY_SETTINGS
+from common.settings import AdapterSettings, DataFormat, Name, Ranks, Section, StrategySettings, TaskSettings
+from common.strategies import STRATEGY_SETTINGS, WHOLE_RANK, strategy_problems
 from common.tasks import TASKS
 
 
@@ -43,6 +44,14 @@ class ModelSection(Section):
     public_name: str = Field(default="", description="what an export names as its base; empty: name, if it is a hub id")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="the type of the frozen weights; float32 on a CPU"
+    )
+    quantization: Literal["none", "nf4"] = Field(
+        default="none",
+        description="nf4: the frozen linear layers are held in 4 bits (QLoRA) and compute in dtype; takes CUDA, "
+        "bitsandbytes and adapter.method = lora",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="activations inside a block are computed twice instead of kept: less memory, slower"
     )
 
     @property
@@ -85,6 +94,23 @@ class TrainSection(Section):
         description="a site gives up when the loss over 8 steps exceeds so many times that of its first 8, looked at "
         "every 8 steps; 0: never",
     )
+    validate_every_steps: int = Field(
+        default=0,
+        ge=0,
+        le=10**9,
+        description="a site validates after every so many steps, and after the last, by the run's monitor, and sends "
+        "the best adapter of the round, which can be the one received; 0: never",
+    )
+    validation_fraction: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="share of a site's rows held out for that, and never trained on; a site with evaluation rows uses "
+        "those instead",
+    )
+    local_patience: int = Field(
+        default=0, ge=0, description="a site ends its round after so many validations without a better one; 0: never"
+    )
     threads: int = Field(default=2, ge=1, le=256, description="CPU threads; equal threads give equal bytes")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="auto: the best there is")
     bf16: bool = Field(default=False, description="bfloat16 autocast; on CUDA only")
@@ -122,6 +148,9 @@ class SimulationSection(Section):
     rows: int = Field(default=0, ge=0, description="use only so many rows of the file, drawn by the seed; 0: all")
     evaluation_fraction: float = Field(
         default=0.0, ge=0, lt=1, description="share of each site's rows kept for evaluation at the site"
+    )
+    ranks: Ranks = Field(
+        default=(), description="how many components of LoRA each site trains, in turn, under strategy svd; empty: all"
     )
     engine: Literal["in-process", "ray"] = Field(
         default="in-process", description="in-process, or Flower's Ray runtime"
@@ -163,7 +192,7 @@ class RunConfig(Section):
         """
         body = self.model_dump(mode="json", include={"model", "task", "adapter", "train", "privacy", "strategy"})
         body["privacy"].pop("ledger")
-        body["evaluation"] = {"batch_size": self.evaluation.batch_size}
+        body["evaluation"] = {"batch_size": self.evaluation.batch_size, "monitor": self.evaluation.monitor}
         body["run"] = {"name": self.run.name, "rounds": self.run.rounds, "seed": self.run.seed}
         return json.dumps(body, sort_keys=True)
 
@@ -228,19 +257,25 @@ def parse(raw: Mapping[str, Any], source: str = "run file", found: Sequence[Prob
         except ValidationError as error:
             problems += [explain(name, section, detail) for detail in error.errors()]
     if not problems:
-        config = _with_frozen_factor(RunConfig(**sections))
-        problems = cross_checks(config) + privacy_problems(config)
+        config = _with_factors(RunConfig(**sections))
+        problems = cross_checks(config) + strategy_problems(config) + privacy_problems(config)
     if problems:
         raise ConfigError(source, problems)
     return config
 
 
-def _with_frozen_factor(config: RunConfig) -> RunConfig:
-    """Freeze LoRA's A under privacy unless told otherwise: noise on both factors multiplies in their product."""
+def _with_factors(config: RunConfig) -> RunConfig:
+    """Set what follows for LoRA's factors from strategy and privacy.
+
+    A is frozen under privacy unless told otherwise: noise on both factors multiplies in their product.
+    """
     private = config.privacy.mode != "none" or config.privacy.examples.enabled
-    if private and getattr(config.adapter, "freeze_a", "") == "auto":
-        return config.model_copy(update={"adapter": config.adapter.model_copy(update={"freeze_a": "yes"})})
-    return config
+    chosen: dict[str, Any] = {}
+    if (private or config.strategy.name == "ffa") and getattr(config.adapter, "freeze_a", "") == "auto":
+        chosen["freeze_a"] = "yes"
+    if config.strategy.name == "flora" and config.adapter.method == "lora":
+        chosen["merged_rank"] = config.strategy.merged_rank or WHOLE_RANK  # type: ignore[attr-defined]  # FloraSettings
+    return config.model_copy(update={"adapter": config.adapter.model_copy(update=chosen)})
 
 
 def explain(prefix: str, section: type[Section], detail: Any) -> Problem:
@@ -257,46 +292,3 @@ def explain(prefix: str, section: type[Section], detail: Any) -> Problem:
 def _did_you_mean(name: str, known: str) -> str:
     close = difflib.get_close_matches(name, known.split(", "), 1)
     return f"write {close[0]!r}, if that is what you mean" if close else "remove it"
-
-
-def cross_checks(config: RunConfig) -> list[Problem]:
-    """Return what is wrong between settings that are right by themselves."""
-    problems = []
-    sites, wanted = config.simulation.clients, config.strategy.min_clients
-    if config.simulation.data and config.simulation.partition != "by-column" and wanted > sites:
-        problems.append(
-            Problem(
-                "strategy.min_clients", str(wanted), f"at most simulation.clients = {sites}", "lower it, or add clients"
-            )
-        )
-    if config.simulation.partition == "by-column" and not config.simulation.column:
-        problems.append(
-            Problem("simulation.column", "''", "the column to split by", "name a column of simulation.data")
-        )
-    if config.strategy.name == "krum" and wanted < 2 * config.strategy.num_malicious_sites + 3:  # type: ignore[attr-defined]  # KrumSettings
-        problems.append(
-            Problem(
-                "strategy.min_clients",
-                str(wanted),
-                "at least 2 * num_malicious_sites + 3, which krum needs",
-                "raise min_clients",
-            )
-        )
-    if config.evaluation.early_stopping_patience and not config.evaluation.data:
-        problems.append(Problem("evaluation.data", "''", "a file, for early stopping", "name the held-out file"))
-    if config.train.bf16 and config.train.device == "cpu":
-        problems.append(Problem("train.bf16", "true", "false on a CPU", 'set train.device = "cuda", or drop bf16'))
-    if config.train.momentum and config.train.optimizer != "sgd":
-        problems.append(Problem("train.momentum", str(config.train.momentum), "0 unless optimizer is sgd", "remove it"))
-    if not config.train.bias_correction and config.train.optimizer != "adamw":
-        problems.append(Problem("train.bias_correction", "false", "true unless optimizer is adamw", "remove it"))
-    if config.train.persist_optimizer and config.privacy.examples.enabled:
-        problems.append(Problem("train.persist_optimizer", "true", "false with DP-SGD", "remove it"))
-    if config.train.persist_optimizer and config.simulation.data and config.simulation.engine == "ray":
-        expected = "false on Ray, whose workers share sites"
-        problems.append(Problem("train.persist_optimizer", "true", expected, 'use engine = "in-process"'))
-    if config.train.divergence_factor and config.privacy.examples.enabled:
-        problems.append(
-            Problem("train.divergence_factor", str(config.train.divergence_factor), "0 with DP-SGD", "remove it")
-        )
-    return problems

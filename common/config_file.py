@@ -103,9 +103,16 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         section, key = dotted.split(".")
         if raw[section][key]:
             raw[section][key] = str(Path(raw[section][key]).absolute())
-    if os.path.isdir(os.path.expanduser(config.model.name)):
-        raw["model"]["name"] = os.path.abspath(os.path.expanduser(config.model.name))
+    raw["model"]["name"] = _absolute(config.model.name)
+    raw["task"] = config.task.resolved(_absolute).model_dump(mode="json")
+    raw["adapter"] = config.adapter.resolved(_absolute).model_dump(mode="json")
     return parse(raw)
+
+
+def _absolute(name: str) -> str:
+    """Return the name of a model, as an absolute path if it is a folder here."""
+    folder = os.path.expanduser(name)
+    return os.path.abspath(folder) if os.path.isdir(folder) else name
 
 
 def to_toml(config: RunConfig) -> str:

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +22,9 @@ import numpy as np
 
 from common.adapters import ADAPTERS, AdapterMethod
 from common.config import RunConfig
+from common.device import choose_device, loading, recompute_activations
 from common.errors import ModelError
+from common.fingerprint import check_base, fingerprint
 from common.rng import derive_seed, seed_everything
 from common.tasks import TASKS, Task
 from common.tasks.base import Base
@@ -85,7 +87,8 @@ def load_graft(config: RunConfig, source: str, seed: int) -> Graft:
         seed: for the initial values of adapter and head.
 
     Raises:
-        ModelError: the base cannot be found or is not to be trusted, or the adapter does not fit it.
+        ModelError: the base cannot be found or is not to be trusted, or the adapter does not fit it; `adapter-missing`,
+            the task asks for an exported adapter, and the run names none.
     """
     sections = config.model_dump(mode="json", include={"model", "task", "adapter"})
     key = json.dumps([sections, config.train.device, source, seed], sort_keys=True)
@@ -96,32 +99,76 @@ def load_graft(config: RunConfig, source: str, seed: int) -> Graft:
 
 
 def _load(config: RunConfig, source: str, seed: int) -> Graft:
-    import torch
-
+    if "" in config.task.models:
+        raise ModelError(
+            f"the task {config.task.name} needs an exported adapter, and the run names none",
+            "the folder of an adapter that `tsugiki export` wrote",
+            "name it in [task]",
+            code="adapter-missing",
+        )
     task = TASKS.get(config.task.name)(config.task)
     method = ADAPTERS.get(config.adapter.method)(config.adapter)
     folder = find(source)
     seed_everything(derive_seed(seed, "initial-values"))
+    how, recompute = loading(config), config.model.gradient_checkpointing
+    return assemble(task, method, folder, config.model.dtype, config.train.device, how=how, recompute=recompute)
+
+
+def assemble(
+    task: Task,
+    method: AdapterMethod,
+    folder: Path,
+    dtype: str,
+    device: str,
+    put: Callable[[Base, str], Any] | None = None,
+    *,
+    how: Mapping[str, Any] | None = None,
+    recompute: bool = False,
+) -> Graft:
+    """Load a base from its folder and put an adapter on it.
+
+    Args:
+        task: loads the base.
+        method: of the adapter.
+        folder: the base's.
+        dtype: of the frozen weights.
+        device: as in `choose_device`.
+        put: gets the bare base and its fingerprint, and returns what stands in the transformer's place from now on;
+            by default `method` attaches a new adapter.
+        how: what else `from_pretrained` has to know (`common.device.loading`).
+        recompute: compute activations twice instead of keeping them.
+
+    Raises:
+        ModelError: the base is not to be trusted, or the adapter does not fit it.
+    """
+    import torch
+
     with quiet_libraries():
-        base = load_base(task, folder, getattr(torch, config.model.dtype))
+        base = load_base(task, folder, getattr(torch, dtype), **(how or {}))
+        if recompute:
+            recompute_activations(base)
         _check_architecture(method, base)
         identity = fingerprint(folder, base)
+        for name, wanted in method.bases().items():
+            check_base(identity, wanted, name)
         _make_room(method, base)
-        task.graft(base, method.attach(base.transformer, base.heads))
+        task.graft(base, put(base, identity) if put else method.attach(base.transformer, base.heads))
         base.untouched = lambda: method.disabled(base.transformer)
     spec = describe(task, method, base, identity)
-    device = torch.device(choose_device(config.train.device))
-    base.network.to(device)
+    place = torch.device(choose_device(device))
+    base.network.to(place)
+    if base.judge is not None:
+        base.judge.to(place)  # the base's tensors are there already
     base.network.eval()
-    return Graft(task, method, base, spec, device)
+    return Graft(task, method, base, spec, place)
 
 
-def load_base(task: Task, folder: Path, dtype: Any) -> Base:
+def load_base(task: Task, folder: Path, dtype: Any, **how: Any) -> Base:
     """Load the base, and give what the libraries raise for a broken or foreign checkpoint our own name."""
     from safetensors import SafetensorError
 
     try:
-        return task.load(folder, dtype)
+        return task.load(folder, dtype, **how)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"the model in {folder.name!r} cannot be loaded ({type(error).__name__})",
@@ -188,7 +235,7 @@ def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> Ad
         TensorSpec(name, tuple(trainable[name].shape), "head" if _in_head(name, base.heads) else "adapter")
         for name in sorted(trainable)
     )
-    settings = method.settings.model_dump(mode="json", exclude={"method", "wire_dtype"})
+    settings = {**method.spec_settings(), **base.constants}
     if constants := method.constants(base.transformer):
         digest = hashlib.sha256()
         for name in sorted(constants):
@@ -201,18 +248,6 @@ def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> Ad
 
 def _in_head(name: str, heads: tuple[str, ...]) -> bool:
     return any(f".{head}." in f".{name}" for head in heads)
-
-
-def choose_device(wanted: str) -> str:
-    """Return "cuda", "mps" or "cpu"; "auto" takes the first that is there."""
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted == "auto":
-        return next(device for device, available in there.items() if available)
-    if not there[wanted]:
-        raise ModelError(f"train.device = {wanted!r} is not available here", 'a device, or "auto"', code="device")
-    return wanted
 
 
 def find(source: str) -> Path:
@@ -272,47 +307,3 @@ def _in_hub(name: str) -> Path:
             "check the name and the network, or point [models] of site.toml (or model.name) at a local folder",
             code="model-not-found",
         ) from error
-
-
-def fingerprint(folder: Path, base: Base) -> str:
-    """Return the SHA-256 over the backbone's tensors as the checkpoint stores them, sorted by name.
-
-    Heads are left out (they are random or trained), and so is the prefix that a model with a head puts before the
-    backbone's names: the same backbone has the same fingerprint with and without a head.
-
-    Raises:
-        ModelError: no tensor of the checkpoint belongs to the backbone.
-    """
-    from safetensors import safe_open
-
-    backbone = getattr(base.transformer, "base_model", base.transformer)
-    wanted = set(backbone.state_dict())
-    prefix = f"{getattr(base.transformer, 'base_model_prefix', '')}."
-    stored_as: dict[str, tuple[Path, str]] = {}
-    whole = folder / "model.safetensors"  # where it is there, nothing else is loaded
-    for file in [whole] if whole.is_file() else sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="numpy") as tensors:
-            for stored in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
-                stored_as[stored.removeprefix(prefix)] = (file, stored)
-    found = {name: place for name, place in stored_as.items() if name in wanted}
-    if not found:
-        raise ModelError(f"{folder.name}: no tensor belongs to the backbone", "a checkpoint of this architecture")
-    if wanted - found.keys():  # transformers knows older names (ViT's); under whatever name, a tensor of a base counts
-        prefixed = any(stored.startswith(prefix) for _, stored in stored_as.values())
-        found |= {name: place for name, place in stored_as.items() if not prefixed or place[1].startswith(prefix)}
-    digest = hashlib.sha256()
-    for name in sorted(found):
-        file, stored = found[name]
-        dtype, shape, content = _stored_tensor(file, stored)
-        digest.update(json.dumps([name, dtype, shape, len(content)]).encode())
-        digest.update(content)
-    return digest.hexdigest()
-
-
-def _stored_tensor(file: Path, name: str) -> tuple[str, list[int], bytes]:
-    """Return type, shape and raw bytes of a tensor in a safetensors file, whatever its type (NumPy has no bfloat16)."""
-    content = np.memmap(file, np.uint8, "r")
-    header_bytes = int.from_bytes(content[:8].tobytes(), "little")
-    header = json.loads(content[8 : 8 + header_bytes].tobytes())[name]
-    start, stop = (8 + header_bytes + offset for offset in header["data_offsets"])
-    return header["dtype"], header["shape"], content[start:stop].tobytes()

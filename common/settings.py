@@ -7,7 +7,8 @@ A task, an adapter method or a strategy brings a class of its own that adds fiel
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
@@ -43,6 +44,15 @@ def _split_pairs(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
+def _split_numbers(value: Any) -> Any:
+    """Turn "2, 4" into (2, 4)."""
+    parts = _split(value)
+    return tuple(int(part) if isinstance(part, str) and part.isdecimal() else part for part in parts)
+
+
+Ranks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split_numbers)]
 Columns = Annotated[dict[str, str | int], BeforeValidator(_split_pairs)]
 
 
@@ -69,6 +79,15 @@ class TaskSettings(Section):
     name: str = Field(description="the task")
     max_length: int = Field(default=128, ge=8, le=8192, description="tokens; longer texts are cut")
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names in these settings that a site resolves as it does `model.name`; most tasks have none."""
+        return ()
+
+    def resolved(self, source: Callable[[str], str]) -> Self:
+        """Return these settings with what `source` has for each of `models`."""
+        return self
+
 
 class ClassesSettings(TaskSettings):
     """What every task with classes has."""
@@ -90,6 +109,15 @@ class AdapterSettings(Section):
     wire_dtype: Literal["float32", "float16"] = Field(
         default="float32", description="the type of the numbers that travel; float16 halves the bytes"
     )
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names in these settings that a site resolves as it does `model.name`; most methods have none."""
+        return ()
+
+    def resolved(self, source: Callable[[str], str]) -> Self:
+        """Return these settings with what `source` has for each of `models`."""
+        return self
 
 
 class StrategySettings(Section):

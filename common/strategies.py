@@ -1,13 +1,20 @@
-"""The settings of the strategies, by which the server averages updates; `server.strategy` runs what is named here."""
+"""The settings of the strategies, by which the server averages updates, and what they need of a run.
+
+`server.strategy` runs what is named here.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from common.errors import Problem
 from common.registry import Registry
 from common.settings import StrategySettings
+
+if TYPE_CHECKING:
+    from common.config import RunConfig
 
 STRATEGY_SETTINGS: Registry[type[StrategySettings]] = Registry("strategy")
 
@@ -61,3 +68,80 @@ class KrumSettings(StrategySettings):
     name: Literal["krum"] = Field(default="krum", description="the strategy")
     min_clients: int = Field(default=5, ge=1, le=100_000, description="quorum: at least 2 * num_malicious_sites + 3")
     num_malicious_sites: int = Field(default=1, ge=0, description="how many sites may lie")
+
+
+@STRATEGY_SETTINGS.register("ffa")
+class FfaSettings(StrategySettings):
+    """LoRA with A frozen at its seeded values: the mean of B is exact."""
+
+    name: Literal["ffa"] = Field(default="ffa", description="the strategy")
+
+
+@STRATEGY_SETTINGS.register("rolora")
+class RoloraSettings(StrategySettings):
+    """LoRA's factors in turn, B in odd rounds and A in even ones: the mean of either is exact."""
+
+    name: Literal["rolora"] = Field(default="rolora", description="the strategy")
+
+
+@STRATEGY_SETTINGS.register("flora")
+class FloraSettings(StrategySettings):
+    """Exact sum of LoRA's products, merged into a second pair; sites train a fresh pair in each round."""
+
+    name: Literal["flora"] = Field(default="flora", description="the strategy")
+    merged_rank: int = Field(
+        default=0,
+        ge=0,
+        le=65_536,
+        description="rank of the pair that holds what earlier rounds have learned and travels to the sites; "
+        "0: that of the layer, with which the sum is always exact",
+    )
+
+
+@STRATEGY_SETTINGS.register("svd")
+class SvdSettings(StrategySettings):
+    """Best approximation, of LoRA's rank, to the exact mean of the products; sites may have smaller ranks."""
+
+    name: Literal["svd"] = Field(default="svd", description="the strategy")
+
+
+WHOLE_RANK = 65_536
+"""More than any layer has; each takes as much of it as it has."""
+
+LORA_ONLY = ("ffa", "flora", "rolora", "svd")
+"""Strategies that need LoRA's factors."""
+
+
+def strategy_problems(config: RunConfig) -> list[Problem]:
+    """Return the problems between `[strategy]` and the other sections."""
+    name, found = config.strategy.name, []
+    if name == "krum" and config.strategy.min_clients < 2 * config.strategy.num_malicious_sites + 3:  # type: ignore[attr-defined]  # KrumSettings
+        expected = "at least 2 * num_malicious_sites + 3, which krum needs"
+        found.append(Problem("strategy.min_clients", str(config.strategy.min_clients), expected, "raise min_clients"))
+    if name in LORA_ONLY:
+        found += _factor_problems(config)
+    if config.simulation.ranks and name != "svd":
+        given = ", ".join(map(str, config.simulation.ranks))
+        found.append(Problem("simulation.ranks", given, "empty unless strategy.name is svd", "remove it"))
+    return found
+
+
+def _factor_problems(config: RunConfig) -> list[Problem]:
+    """Return what keeps a strategy for LoRA's factors from finding them as it needs them."""
+    name, adapter, found = config.strategy.name, config.adapter, []
+    if adapter.method != "lora":
+        return [Problem("adapter.method", repr(adapter.method), f'"lora" with strategy {name}', 'use "fedavg"')]
+    wanted = "yes" if name == "ffa" else "no"
+    if adapter.freeze_a not in {wanted, "auto"}:  # type: ignore[attr-defined]  # LoraSettings, here and below
+        expected = f'"{wanted}" or "auto" with strategy {name}'
+        found.append(Problem("adapter.freeze_a", repr(adapter.freeze_a), expected, "remove it"))  # type: ignore[attr-defined]
+    if name in {"flora", "svd"} and adapter.use_dora:  # type: ignore[attr-defined]
+        expected = f"false with strategy {name}, for which a layer's change has to be B A"
+        found.append(Problem("adapter.use_dora", "true", expected, "remove it"))
+    if name == "flora" and adapter.init != "default":  # type: ignore[attr-defined]
+        expected = '"default" with strategy flora, which draws a fresh pair in each round'
+        found.append(Problem("adapter.init", repr(adapter.init), expected, "remove it"))  # type: ignore[attr-defined]
+    if name in {"flora", "svd"} and config.train.persist_optimizer:
+        expected = f"false with strategy {name}, whose factors are others in each round"
+        found.append(Problem("train.persist_optimizer", "true", expected, "remove it"))
+    return found

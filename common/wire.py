@@ -54,7 +54,7 @@ class AdapterSpec:
         task: name of the task.
         method: name of the adapter method.
         settings: the method's settings, as sorted JSON.
-        base_fingerprint: SHA-256 of the frozen base (`common.model.fingerprint`).
+        base_fingerprint: SHA-256 of the frozen base (`common.fingerprint`).
         wire_dtype: the type of the numbers that travel.
         tensors: in the order in which they are packed.
     """

@@ -45,6 +45,7 @@ def local_only(config: RunConfig) -> RunConfig:
 def _alone(config: RunConfig) -> dict[str, Any]:
     raw = config.model_dump(mode="json")
     raw["strategy"] = {"name": "fedavg", "min_clients": 1, "round_timeout_s": 604_800.0}
+    raw["simulation"]["ranks"] = []
     raw["privacy"] = {"mode": "none"}  # what is compared with keeps nothing back from itself
     raw["strategy"]["max_update_norm"] = sys.float_info.max  # an update may be the whole training here
     raw["evaluation"] |= {"data": "", "at_sites": False, "early_stopping_patience": 0}

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from common.errors import NotEnoughSites
+from common.factors import sent
 from common.messages import EvaluateRequest, TrainRequest, to_record
 from common.rng import generator
 from common.wire import encode
@@ -68,6 +69,7 @@ def collect(parts: Parts, state: State, number: int, cohort: list[Member], attem
     if parts.privacy:
         parts.privacy.charge("uploads", number, attempt)
     arrays, strategy = encode(state.vector, parts.spec), parts.config.strategy
+    part = sent(parts.spec, strategy.name, number)
     clients = {member.node_id: _asked_clients(parts, member, number) for member in cohort}
     cohort = [member for member in cohort if clients[member.node_id] != []]
 
@@ -77,7 +79,7 @@ def collect(parts: Parts, state: State, number: int, cohort: list[Member], attem
     def judge(reply: Message, one: Asked) -> Accepted | AcceptedSum | Rejected:
         if parts.privacy:
             return check_private(reply, one, parts.privacy.plan)
-        return check(reply, one, parts.spec, strategy.max_update_norm)
+        return check(reply, one, parts.spec, strategy.max_update_norm, part)
 
     started = time.perf_counter()
     asked, messages = address(cohort, number, "train", request, strategy.round_timeout_s)

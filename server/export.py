@@ -11,6 +11,7 @@ from typing import Any
 
 from common.config import RunConfig
 from common.errors import ExportError, StorageError
+from common.exported import write_exported
 from common.files import read_lines, unwritable
 from common.model import Graft, find
 from server.export_card import Export, Kind, card, is_sentence_transformer, loading_code, loads_itself
@@ -54,7 +55,7 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
     code, lines = loading_code(graft, config, kind, base_folder), read_lines(folder / "metrics.jsonl")
     made = Export(kind, code, base_name, base_folder, chosen.round, lines, expected.effect > 0)
     with _built(target) as building:
-        _write(graft, building, kind, base_name)
+        _write(graft, building, kind, config.model.dtype, base_name)
         (building / "README.md").write_text(card(graft, config, made), "utf-8")
         _share(building)
         prove(building, made, graft, expected)
@@ -116,13 +117,15 @@ def _built(target: Path) -> Iterator[Path]:
         ) from error
 
 
-def _write(graft: Graft, folder: Path, kind: Kind, base_name: str) -> None:
-    """Write everything but the card."""
+def _write(graft: Graft, folder: Path, kind: Kind, dtype: str, base_name: str) -> None:
+    """Write everything but the card. A sentence embedder's head, which its loss alone reads, stays behind."""
     transformer, network = graft.base.transformer, graft.base.network
+    headless = is_sentence_transformer(graft) and bool(graft.base.heads)
+    written = graft.method.without_heads(transformer) if headless else transformer
     if not is_sentence_transformer(graft):
         graft.base.tokenizer.save_pretrained(folder)
     if kind == "merged":
-        whole = graft.method.merge(transformer)
+        whole = graft.method.merge(written)
         if is_sentence_transformer(graft):
             graft.task.graft(graft.base, whole)
             try:
@@ -138,7 +141,8 @@ def _write(graft: Graft, folder: Path, kind: Kind, base_name: str) -> None:
             network.save(str(folder), create_model_card=False)
         finally:
             del transformer.save_pretrained
-    graft.method.save(transformer, folder, base_name)
+    graft.method.save(written, folder, base_name)
+    write_exported(folder, graft, dtype, base_name, headless=headless)
     if kind == "peft":
         _sort(folder / "adapter_config.json")
 

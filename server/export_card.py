@@ -156,7 +156,8 @@ def card(graft: Graft, config: RunConfig, export: Export) -> str:
         pipeline_tag=_PIPELINE_TAGS.get(config.task.name),
         tags=["tsugiki", "federated-learning", config.adapter.method],
     )
-    sections = (_head(config, export), _training(graft, config, export), _metrics(export), _settings(config, export))
+    settings = _settings(config, graft.method.exported_settings(), export)
+    sections = (_head(config, export), _training(graft, config, export), _metrics(export), settings)
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(sections)
 
 
@@ -215,9 +216,10 @@ def _metrics(export: Export) -> str:
     return f"## Metrics\n\nOn the operator's held-out data.\n\n{head}{rows}"
 
 
-def _settings(config: RunConfig, export: Export) -> str:
+def _settings(config: RunConfig, adapter: dict[str, Any], export: Export) -> str:
     """Return the run's settings without the operator's own paths."""
-    body = config.model_dump(mode="json")
+    task = config.task.resolved(lambda name: "").model_dump(mode="json")
+    body = config.model_dump(mode="json") | {"task": task, "adapter": adapter}
     for dotted in PATH_KEYS:
         section, key = dotted.split(".")
         del body[section][key]

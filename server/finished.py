@@ -38,13 +38,17 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def open_graft(folder: Path, config: RunConfig) -> Graft:
-    """Return the run's graft, on the CPU, after checking that it is what the run exchanged.
+    """Return the run's graft, on the CPU and unquantised, after checking that it is what the run exchanged.
 
     Raises:
         ExportError: `spec-mismatch`, other libraries or another base than the run's.
         StorageError: `run-unfinished`, `run-corrupt`.
     """
-    on_cpu = config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
+    plain = {"quantization": "none", "gradient_checkpointing": False}
+    changes = {"train": {"device": "cpu"}, "model": plain}
+    on_cpu = config.model_copy(
+        update={name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    )
     graft = load_graft(on_cpu, config.model.name, config.run.seed)
     recorded = _read_json(folder / "spec.json")["sha256"]
     if graft.spec.sha256 != recorded:

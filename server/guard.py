@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from common.errors import SecureAggregationError, WireError
+from common.factors import widen
 from common.messages import BESIDE, EvaluateReply, PrivateReply, TrainReply, beside, error_code, from_record
 from common.privacy.clipping import LEVELS, Levels
 from common.privacy.plan import Plan
@@ -97,8 +98,18 @@ GONE = ("flower-error-3", "flower-error-4", "flower-error-5")
 """What a SuperLink answers for a node that is gone: message, reply or node unavailable."""
 
 
-def check(reply: Message, asked: Asked, spec: AdapterSpec, max_update_norm: float) -> Accepted | Rejected:
-    """Accept or reject a reply to a train request."""
+def check(
+    reply: Message, asked: Asked, spec: AdapterSpec, max_update_norm: float, part: AdapterSpec | None = None
+) -> Accepted | Rejected:
+    """Accept or reject a reply to a train request.
+
+    Args:
+        reply: of the site.
+        asked: what it was asked.
+        spec: of the adapter.
+        max_update_norm: no update may be longer.
+        part: what of the adapter sites send in this round; None: all. The update is zero elsewhere.
+    """
     if reply.has_error():
         return _refusal(reply, asked)
     size = array_bytes(reply.content)
@@ -111,7 +122,7 @@ def check(reply: Message, asked: Asked, spec: AdapterSpec, max_update_norm: floa
         arrays = reply.content.array_records.get("arrays")
         if arrays is None or set(reply.content) != {"reply", "arrays"}:
             raise WireError("other records than reply and arrays", code="keys")
-        update = decode(arrays, spec)
+        update = widen(decode(arrays, part or spec), part or spec, spec)
     except WireError as error:
         return Rejected(asked.site, error.code, str(error), size)
     norm = l2_norm(update)

@@ -16,6 +16,7 @@ from common.wire import Vector, l2_norm, sha256
 from server import checkpoint
 from server.checkpoint import State
 from server.collect import collect, evaluate_at_sites, sample
+from server.factors import aggregation_error, combine
 from server.guard import DROPOUT, Accepted, AcceptedSum
 from server.parts import Collected, Parts
 from server.privacy import Privacy
@@ -105,11 +106,15 @@ def _complete(parts: Parts, state: State, number: int, cohort: list[Member], col
     if parts.privacy:
         mean, record["privacy"] = _private_mean(parts.privacy, number, collected)
         accepted = [Accepted("mean", mean, 1, None, 0, 0.0, l2_norm(mean), 0)]
-    update, remembered = aggregate(parts.config.strategy, state.strategy, number, accepted)
+    strategy, seed = parts.config.strategy, parts.config.run.seed
+    update, remembered = aggregate(strategy, state.strategy, number, accepted)
+    update = combine(strategy.name, parts.spec, state.vector, update, accepted, seed, number)
     vector = (state.vector + update).astype(np.float32)
     if not np.isfinite(vector).all():
         raise TrainingError(f"round {number}: the aggregated model is not finite", do="lower the learning rates")
     record["seconds"]["aggregate"] = time.perf_counter() - started
+    if not parts.privacy and (error := aggregation_error(parts.spec, state.vector, vector, accepted)) is not None:
+        record["aggregation_error"] = error
     record |= {"adapter_sha256": sha256(vector), "update_norm": l2_norm(update)}
     state = replace(state, vector=vector, round=number, strategy=remembered, record=record)
     if parts.evaluate is None:

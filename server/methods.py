@@ -12,6 +12,7 @@ from typing import Any
 
 from common.adapters import ADAPTERS
 from common.config import RunConfig
+from common.device import weight_bytes
 from common.errors import TsugikiError, UsageError
 from common.model import describe, find, load_base, quiet_libraries
 from common.rng import seed_everything
@@ -79,7 +80,7 @@ def menu(config: RunConfig, watch: Callable[[str], None] = lambda task: None) ->
         except TsugikiError as error:
             pairs[name], failed = dict.fromkeys(ADAPTERS.names(), Pair(reason=error.what)), error
             continue
-        size = max(size, sum(value.numel() * value.element_size() for value in base.transformer.parameters()))
+        size = max(size, weight_bytes(base, config.model.quantization))
         pairs[name] = {method: _pair(config, task, base, method) for method in ADAPTERS.names()}
     if failed is not None and not size:
         raise failed

@@ -1,4 +1,4 @@
-"""What a run's model makes of texts, or of a file's rows: labels, scores, continuations."""
+"""What a run's model, or exported adapters, make of texts or of a file's rows: labels, scores, continuations."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from common.config import RunConfig
 from common.data import images
-from common.data.shard import Shard, read
+from common.data.shard import Shard, has_surrogates, read
 from common.errors import UsageError
+from common.exported import open_exported, read_exported
 from common.model import Graft
+from common.settings import DataFormat
 from common.tasks.generation import Generation
 from server.finished import Which, choose, open_graft, read_config
 
@@ -45,10 +46,85 @@ def predict(
     """
     config = read_config(folder)
     graft = open_graft(folder, config)
-    rows = _rows(graft, config, texts, file) if graft.task.asked else Shard({})  # a task that asks for none refuses
+    rows = _rows(graft, config.data, texts, file)
     graft.write(choose(folder, config, graft, which).vector)
     with nullcontext() if adapter else graft.untouched():
         return graft.task.predict(graft.base, rows, how)
+
+
+def open_adapters(folders: Sequence[Path], source: str = "") -> list[Graft]:
+    """Return a graft for each export, all on one base: memory holds its tensors once.
+
+    Their tasks, methods and heads may differ; each has modules of its own around the frozen tensors that all share.
+
+    Args:
+        folders: of exports; all were trained on the same base.
+        source: hub id, folder or `package:...` behind the base; by default the first export's name for it.
+
+    Raises:
+        ModelError: as `common.exported.open_exported`; `adapter-other-base`, they were trained on different bases.
+    """
+    source = source or read_exported(folders[0]).base_name
+    first = open_exported(folders[0], source)
+    return [first, *(open_exported(folder, source, beside=first) for folder in folders[1:])]
+
+
+def predict_each(
+    folders: Sequence[Path], source: str, texts: Sequence[str], file: Path | None, how: Generation
+) -> list[dict[str, Any]]:
+    """Return what each of several exported adapters makes of each row: `adapter`, its folder, and then the answer.
+
+    Args:
+        folders: as `open_adapters`.
+        source: as `open_adapters`.
+        texts: rows, for tasks that ask for one text.
+        file: or a file of rows; its columns have the tasks' own names.
+        how: texts are continued.
+
+    Returns:
+        The answers of all adapters to the first row, in the order of `folders`, then to the second, and so on.
+
+    Raises:
+        UsageError: as `predict`, for one of the adapters.
+        DataError: the file cannot be used.
+        ModelError: as `open_adapters`.
+    """
+    grafts = open_adapters(folders, source)
+    rows = [_rows(graft, DataFormat(), texts, file) for graft in grafts]
+    answers = [graft.task.predict(graft.base, asked, how) for graft, asked in zip(grafts, rows, strict=True)]
+    return [
+        {"adapter": str(folder), **answer}
+        for row in zip(*answers, strict=True)
+        for folder, answer in zip(folders, row, strict=True)
+    ]
+
+
+def ask(
+    words: Sequence[str],
+    adapters: Sequence[Path],
+    source: str,
+    file: Path | None,
+    how: Generation,
+    *,
+    which: Which,
+    adapter: bool,
+) -> list[dict[str, Any]]:
+    """Do what the command's words and options say: ask a run, which is the first word, or exported adapters.
+
+    Raises:
+        UsageError: they do not go together; and what `predict` and `predict_each` raise.
+    """
+    if not adapters:
+        if source:
+            raise UsageError("--model without --adapter", "a run, which knows its base", "leave it out")
+        if not words:
+            raise UsageError("neither a run nor adapters", "one of both", "name the run's folder, or --adapter FOLDER")
+        return predict(Path(words[0]), words[1:], file, how, which=which, adapter=adapter)
+    if words and (Path(words[0]) / "config.toml").is_file():
+        raise UsageError(f"the run {words[0]} and --adapter", "one of both", "export the run, and name its export")
+    if which != "best" or not adapter:
+        raise UsageError("--which or --without-adapter with --adapter", "a run for these", "leave them out")
+    return predict_each(adapters, source, words, file, how)
 
 
 def show(found: Sequence[dict[str, Any]], as_json: bool) -> str:
@@ -65,15 +141,17 @@ def _plain(value: Any) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in str(value))
 
 
-def _rows(graft: Graft, config: RunConfig, texts: Sequence[str], file: Path | None) -> Shard:
+def _rows(graft: Graft, form: DataFormat, texts: Sequence[str], file: Path | None) -> Shard:
     columns = graft.task.asked
+    if not columns:
+        return Shard({})  # such a task refuses by itself
     names = ", ".join(column.name for column in columns)
     if bool(texts) == (file is not None):
         raise UsageError("texts and a file" if texts else "neither texts nor a file", "one of both", "give --file FILE")
     if file is not None:
         picture = columns[0].kind == "image"  # pictures lie in files and folders that have their classes
         kinds = graft.task.columns if picture else columns
-        return read(file, kinds, config.data, labels=graft.task.labels, inside=Path(file.absolute().anchor))
+        return read(file, kinds, form, labels=graft.task.labels, inside=Path(file.absolute().anchor))
     if columns[0].kind == "image":
         return Shard({columns[0].name: images.decode(Path("."), [Path(text) for text in texts])})
     wanted = [column for column in columns if column.required]
@@ -82,4 +160,7 @@ def _rows(graft: Graft, config: RunConfig, texts: Sequence[str], file: Path | No
     empty = [number for number, text in enumerate(texts, 1) if not text.strip()]
     if empty:
         raise UsageError(f"text {empty[0]} is empty", "some text")
+    broken = [number for number, text in enumerate(texts, 1) if has_surrogates(text)]
+    if broken:
+        raise UsageError(f"text {broken[0]} has bytes that are not UTF-8, or unpaired surrogates", "Unicode text")
     return Shard({wanted[0].name: list(texts)})

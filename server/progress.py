@@ -117,6 +117,8 @@ def describe(record: Record) -> str:
     rejected = record.get("rejected", {})
     if rejected:
         parts.append("without " + ", ".join(f"{site} ({why['reason']})" for site, why in rejected.items()))
+    if "aggregation_error" in record:
+        parts.append(f"aggregation error {record['aggregation_error']:.2g}")
     parts += [f"{name} {value:.4f}" for name, value in record.get("eval", {}).items()]
     parts += _privacy(record.get("privacy"))
     parts.append(f"{sum(record['seconds'].values()):.1f} s")

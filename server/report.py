@@ -189,6 +189,14 @@ def _round_figures(run: Run) -> list[str]:
         )
         svg = figures.sites_curve("training loss", mean, curves_by_site(run.completed, "accepted", "loss"))
         drawn.append(_figure("Training loss", svg, caption))
+    errors = curve((line["round"], line.get("aggregation_error")) for line in run.completed)
+    if errors:
+        caption = (
+            "How far the server's choice of the LoRA factors is from the mean of what the sites have learned, "
+            "||mean(B A) - B A|| / ||mean(B A)||. A mean of the factors has one; strategy svd has less, and ffa, "
+            "rolora and flora have none but rounding."
+        )
+        drawn.append(_figure("Aggregation error", figures.small_curves({"aggregation error": errors}), caption))
     seconds = seconds_by_round(run)
     if seconds:
         caption = (

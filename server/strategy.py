@@ -36,9 +36,13 @@ _MOMENTS = {"m_t": dict, "v_t": dict, "momentum_vector": list}
 """In what Flower's strategies keep them: arrays by name, or in order. There is one array here."""
 
 
+@STRATEGIES.register("svd")
+@STRATEGIES.register("flora")
+@STRATEGIES.register("rolora")
+@STRATEGIES.register("ffa")
 @STRATEGIES.register("fedavg")
 def _fedavg(settings: Any) -> FedAvg:
-    """McMahan et al. 2017, arXiv:1602.05629, algorithm 1."""
+    """McMahan et al. 2017, arXiv:1602.05629, algorithm 1; what `flora` and `svd` add to it is in `server.factors`."""
     from flwr.serverapp.strategy import FedAvg
 
     return FedAvg()

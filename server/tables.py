@@ -154,13 +154,15 @@ def _site(site: SiteSum) -> list[Cell]:
 def _rounds(run: Run) -> str:
     """Return the numbers behind the figures."""
     metrics = list(central_curves(run))
-    head = ["round", "asked", "accepted", "training loss", *metrics, "seconds", ""]
+    lora = ["aggregation error"] if any("aggregation_error" in line for line in run.lines) else []
+    head = ["round", "asked", "accepted", "training loss", *lora, *metrics, "seconds", ""]
     rows: list[list[Cell]] = [
         [
             line["round"],
             len(line.get("cohort", ())),
             len(line.get("accepted", ())),
             line.get("train_loss"),
+            *(line.get("aggregation_error") for _ in lora),
             *(line.get("eval", {}).get(metric) for metric in metrics),
             sum(map(drawable, line.get("seconds", {}).values())),
             "voided" if line.get("voided") else "best" if line["round"] == run.best_round else "",

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from common import errors
 from common.adapters import ADAPTERS
+from tests.support.exports import to_fuse
+from tests.support.tiny import tiny_bert
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,7 +49,7 @@ def test_every_code_is_in_the_operators_document():
     assert sorted(documented - codes() - elsewhere) == []
 
 
-def test_the_table_of_adapters_is_true():
+def test_the_table_of_adapters_is_true(tmp_path):
     """Catches: a method that nobody can read about; a number of parameters that is none any more."""
     import torch
     from transformers import AutoModel, BertConfig
@@ -55,12 +57,14 @@ def test_the_table_of_adapters_is_true():
     page = (ROOT / "docs" / "adapters.md").read_text("utf-8")
     rows = re.findall(r"^\| `([a-z0-9-]+)`(?:, `(\w+) = (.*)`)? \| ([0-9,]+) \|", page, re.M)
     assert {method for method, *_ in rows} == set(ADAPTERS.names())
+    base = tiny_bert(tmp_path / "base", hidden=384, layers=6)
     config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
     for method, key, value, numbers in rows:
         kind = ADAPTERS.get(method)
         with torch.device("meta"):
             model = AutoModel.from_config(config)
-        settings = kind.Settings(**({key: json.loads(value)} if key else {}))
+        named = to_fuse(tmp_path / "adapters", base, placement="pfeiffer") if method == "fusion" else None
+        settings = kind.Settings(**({key: json.loads(value)} if key else {"adapters": named} if named else {}))
         trained = [value for value in kind(settings).attach(model, ()).parameters() if value.requires_grad]
         assert f"{sum(value.numel() for value in trained):,}" == numbers, (method, key)
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from common.registry import Registry
 from common.settings import AdapterSettings
@@ -45,6 +45,8 @@ class AdapterMethod(ABC):
     starts_at_base: ClassVar[bool] = True
     """Whether the outputs are the base's own before anything is trained."""
     export_format: ClassVar[Literal["peft", "tsugiki"]]
+    tensors_file: ClassVar[str]
+    """What `save` calls the file with the tensors."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -73,6 +75,24 @@ class AdapterMethod(ABC):
         """Return whether Opacus can tell the gradient of each row: DP-SGD needs that."""
         return True
 
+    def bases(self) -> dict[str, str]:
+        """Return the fingerprint of the base that a part of this method was trained on, by name; most bring no such."""
+        return {}
+
+    def spec_settings(self) -> dict[str, Any]:
+        """Return the settings on which both sides of a run have to agree, for their `AdapterSpec`."""
+        settings: dict[str, Any] = self.settings.model_dump(mode="json", exclude={"method", "wire_dtype"})
+        return settings
+
+    def exported_settings(self) -> dict[str, Any]:
+        """Return the settings as an export has them: nothing of this machine is in them."""
+        settings: dict[str, Any] = self.settings.model_dump(mode="json")
+        return settings
+
+    def exported_in(self, folder: Path) -> Self:
+        """Return this method, read from the export in a folder, with what else lies there and belongs to it."""
+        return self
+
     @abstractmethod
     def attach(self, transformer: Any, heads: tuple[str, ...]) -> nn.Module:
         """Freeze `transformer`, put the adapter on it, and make its heads trainable.
@@ -99,8 +119,16 @@ class AdapterMethod(ABC):
         """Switch the adapter off inside a `with` block: the base's own outputs come back. Heads stay."""
 
     @abstractmethod
+    def without_heads(self, transformer: Any) -> Any:
+        """Return a copy with the adapter and without its heads, for a model whose outputs do not come from them."""
+
+    @abstractmethod
     def save(self, transformer: Any, folder: Path, base_name: str) -> None:
         """Write the adapter and its heads as safetensors and JSON into `folder`, naming `base_name` as the base."""
+
+    @abstractmethod
+    def saved(self, transformer: Any) -> dict[str, Any]:
+        """Return the tensors that `save` writes, by their names in its file: the transformer's own, not copies."""
 
     @abstractmethod
     def merge(self, transformer: Any) -> Any:

@@ -32,12 +32,12 @@ class Bitfit(OwnMethod):
     unfit = dict.fromkeys(("llama", "mistral"), NO_BIASES)
 
     def place(self, transformer: Any, heads: tuple[str, ...]) -> None:
-        """Let the biases require a gradient; without a head on top of it, the pooler's is none of the outputs'.
+        """Let the biases require a gradient; of a bare transformer, the pooler's is none of the outputs'.
 
         Raises:
             ModelError: `adapter-unsupported`, there are no biases.
         """
-        outside = (*(f"{head}." for head in heads), *(() if heads else ("pooler.",)))
+        outside = (*(f"{head}." for head in heads), *(("pooler.",) if transformer.base_model is transformer else ()))
         biases = [
             value
             for name, value in transformer.named_parameters()

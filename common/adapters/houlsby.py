@@ -19,8 +19,10 @@ from common.settings import AdapterSettings
 _DOWN_STD = 0.02
 """BERT's own initial standard deviation (Devlin et al. 2019, `initializer_range`)."""
 
+Placement = Literal["houlsby", "pfeiffer"]
 
-class _Place(NamedTuple):
+
+class Place(NamedTuple):
     """Where a bottleneck goes: paths inside a block, or the modules that were found there.
 
     Args:
@@ -35,16 +37,16 @@ class _Place(NamedTuple):
 
 
 _BERT = (
-    _Place("attention.output.dropout", "attention.output.dense", "attention.output.LayerNorm"),
-    _Place("output.dropout", "output.dense", "output.LayerNorm"),
+    Place("attention.output.dropout", "attention.output.dense", "attention.output.LayerNorm"),
+    Place("output.dropout", "output.dense", "output.LayerNorm"),
 )
 _DISTILBERT = (
-    _Place("attention.out_lin", "attention.out_lin", "sa_layer_norm"),
-    _Place("ffn.dropout", "ffn.lin2", "output_layer_norm"),
+    Place("attention.out_lin", "attention.out_lin", "sa_layer_norm"),
+    Place("ffn.dropout", "ffn.lin2", "output_layer_norm"),
 )
 _LLAMA = (
-    _Place("self_attn.o_proj", "self_attn.o_proj", "input_layernorm"),
-    _Place("mlp.down_proj", "mlp.down_proj", "post_attention_layernorm"),
+    Place("self_attn.o_proj", "self_attn.o_proj", "input_layernorm"),
+    Place("mlp.down_proj", "mlp.down_proj", "post_attention_layernorm"),
 )
 _LAYOUTS = {
     "bert": ("encoder.layer", _BERT),
@@ -61,7 +63,7 @@ class HoulsbySettings(AdapterSettings):
     """Bottlenecks: h + up(activation(down(h))), with `up` at zero in the beginning."""
 
     method: Literal["houlsby"] = Field(default="houlsby", description="the adapter method")
-    placement: Literal["houlsby", "pfeiffer"] = Field(
+    placement: Placement = Field(
         default="houlsby",
         description='"houlsby": a bottleneck after the attention and one after the feed-forward of every block; '
         '"pfeiffer": only the latter, half the parameters',
@@ -101,40 +103,40 @@ class Houlsby(OwnMethod):
         Raises:
             ModelError: `adapter-unsupported`, the architecture is not in `model_types`.
         """
-        places = _places(transformer)
-        for place in places[1::2] if self.settings.placement == "pfeiffer" else places:
-            self._insert(place)
+        for place in places(transformer, self.settings.placement):
+            place.after.bottleneck = make_bottleneck(self.settings, place)
+            place.after.adapter_on = True
+            place.after.register_forward_hook(_through_bottleneck)
         if self.settings.train_layer_norm:
-            for place in places:
+            for place in places(transformer):
                 place.norm.requires_grad_(True)
 
-    def _insert(self, place: _Place) -> None:
-        """Put one bottleneck in its place, in the type and on the device of the projection before it."""
-        from torch import nn
 
-        weight, hidden = place.projection.weight, place.projection.out_features
-        down, up = nn.Linear(hidden, self.settings.bottleneck), nn.Linear(self.settings.bottleneck, hidden)
-        nn.init.normal_(down.weight, std=_DOWN_STD)
-        for zero in (down.bias, up.weight, up.bias):
-            nn.init.zeros_(zero)
-        activation = nn.GELU() if self.settings.activation == "gelu" else nn.ReLU()
-        bottleneck = nn.Sequential(OrderedDict(down=down, activation=activation, up=up))
-        place.after.bottleneck = bottleneck.to(device=weight.device, dtype=weight.dtype)
-        place.after.adapter_on = True
-        place.after.register_forward_hook(_through_bottleneck)
+def make_bottleneck(settings: HoulsbySettings, place: Place) -> Any:
+    """Return a new bottleneck for a place, in the type and on the device of the projection before it."""
+    from torch import nn
+
+    weight, hidden = place.projection.weight, place.projection.out_features
+    down, up = nn.Linear(hidden, settings.bottleneck), nn.Linear(settings.bottleneck, hidden)
+    nn.init.normal_(down.weight, std=_DOWN_STD)
+    for zero in (down.bias, up.weight, up.bias):
+        nn.init.zeros_(zero)
+    activation = nn.GELU() if settings.activation == "gelu" else nn.ReLU()
+    bottleneck = nn.Sequential(OrderedDict(down=down, activation=activation, up=up))
+    return bottleneck.to(device=weight.device, dtype=weight.dtype)
 
 
-def _places(transformer: Any) -> list[_Place]:
-    """Return the modules at all places, two for each block, in the order of the blocks.
+def places(transformer: Any, placement: Placement = "houlsby") -> list[Place]:
+    """Return the modules at all places of a placement, in the order of the blocks.
 
     Raises:
-        ModelError: the architecture is unknown, or is not laid out as its name says.
+        ModelError: `adapter-unsupported`, the architecture is unknown, or is not laid out as its name says.
     """
     model_type = transformer.config.model_type
     try:
         path, layout = _LAYOUTS[model_type]
         blocks = transformer.base_model.get_submodule(path)
-        return [_Place(*map(block.get_submodule, place)) for block in blocks for place in layout]
+        found = [Place(*map(block.get_submodule, place)) for block in blocks for place in layout]
     except (KeyError, AttributeError) as error:
         raise ModelError(
             f"Houlsby modules do not know the architecture {model_type!r} ({type(transformer).__name__})",
@@ -142,6 +144,7 @@ def _places(transformer: Any) -> list[_Place]:
             'set adapter.method = "lora"',
             code="adapter-unsupported",
         ) from error
+    return found[1::2] if placement == "pfeiffer" else found
 
 
 def _through_bottleneck(module: Any, inputs: Any, output: Any) -> Any:

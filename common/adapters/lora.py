@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from common.adapters.base import ADAPTERS
-from common.adapters.peft_methods import PeftMethod, TargetedSettings, check_targets, linear_layers
-from common.errors import ModelError
+from common.adapters.peft_methods import PeftMethod, TargetedSettings, check_targets, linear_layers, narrower_side
+from common.errors import ExportError, ModelError
+from common.factors import MERGED, TRAINED
 
 ATTENTION_TARGETS = {
     "bert": ("query", "value"),
@@ -34,7 +36,7 @@ class LoraSettings(TargetedSettings):
     """LoRA: W + (alpha / rank) * B A, with B at zero in the beginning."""
 
     method: Literal["lora"] = Field(default="lora", description="the adapter method")
-    rank: int = Field(default=8, ge=1, le=256, description="rows of A, columns of B")
+    rank: int = Field(default=8, ge=1, le=4096, description="rows of A, columns of B")
     alpha: float = Field(default=16.0, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the input of A")
     freeze_a: Literal["auto", "yes", "no"] = Field(
@@ -48,6 +50,13 @@ class LoraSettings(TargetedSettings):
         default="default",
         description='"default": A random, B zero; "orthogonal": both random, with orthogonal inner factors, so that '
         "B A is zero all the same; takes an even rank",
+    )
+    merged_rank: int = Field(
+        default=0,
+        ge=0,
+        le=65_536,
+        description="rank of a second pair that sites do not train, at most that of each layer; 0: there is none; "
+        "strategy flora sets it",
     )
 
     @model_validator(mode="after")
@@ -93,6 +102,28 @@ class Lora(PeftMethod):
             init_lora_weights="orthogonal" if self.settings.init == "orthogonal" else True,
         )
 
+    def attach(self, transformer: Any, heads: tuple[str, ...]) -> Any:
+        """Wrap the transformer; with `merged_rank`, every adapted layer gets a second pair, which is zero."""
+        model = super().attach(transformer, heads)
+        if self.settings.merged_rank:
+            _add_merged_pair(model, self.settings.merged_rank)
+        return model
+
+    def save(self, transformer: Any, folder: Path, base_name: str) -> None:
+        """Write a directory that `PeftModel.from_pretrained` loads.
+
+        Raises:
+            ExportError: `export-unsupported`, there are two pairs, and one adapter has one.
+        """
+        if self.settings.merged_rank:
+            raise ExportError(
+                "this adapter is two pairs, of which one holds what the rounds have learned",
+                "an export that has room for both",
+                "export with --merged",
+                code="export-unsupported",
+            )
+        super().save(transformer, folder, base_name)
+
     def constants(self, transformer: Any) -> dict[str, Any]:
         """Return A of every layer if it is frozen: then B A is linear in what is trained, noised and averaged.
 
@@ -106,7 +137,7 @@ class Lora(PeftMethod):
         """Return the modules to adapt, after checking that they are there and not narrower than the rank."""
         targets = attention_targets(self.settings, transformer, heads)
         layers = linear_layers(transformer, heads).items()
-        narrowest = min(min(layer.weight.shape) for name, layer in layers if name.rsplit(".", 1)[-1] in targets)
+        narrowest = min(narrower_side(layer) for name, layer in layers if name.rsplit(".", 1)[-1] in targets)
         if self.settings.rank > narrowest:
             raise ModelError(
                 f"adapter.rank = {self.settings.rank}",
@@ -114,6 +145,20 @@ class Lora(PeftMethod):
                 code="adapter-rank",
             )
         return targets
+
+
+def _add_merged_pair(model: Any, rank: int) -> None:
+    """Add a pair named `MERGED` to every adapted layer, of a rank up to the layer's own, at zero and scaled alike."""
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+    from torch import nn
+
+    for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+        own, scaling = min(rank, layer.in_features, layer.out_features), layer.scaling[TRAINED]
+        layer.update_layer(MERGED, own, lora_alpha=scaling * own, config=LoraConfig(r=own))
+        for factor in (layer.lora_A[MERGED], layer.lora_B[MERGED]):
+            nn.init.zeros_(factor.weight)
+        layer.set_adapter([TRAINED, MERGED])
 
 
 def attention_targets(settings: TargetedSettings, transformer: Any, heads: tuple[str, ...]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from common.adapters.base import ADAPTERS, AdapterMethod
+from common.adapters.tensors import fill, read_tensors
 from common.errors import ExportError, ModelError, RegistryError
 from common.settings import Section
 
@@ -36,6 +37,7 @@ class OwnMethod(AdapterMethod):
     """A method whose modules, or chosen tensors of the base, are ours to handle."""
 
     export_format = "tsugiki"
+    tensors_file = TENSORS_FILE
 
     def attach(self, transformer: Any, heads: tuple[str, ...]) -> Any:
         """Put the adapter on the transformer, which is changed in place and returned.
@@ -119,21 +121,36 @@ class OwnMethod(AdapterMethod):
             for module, name, trained, _ in values:
                 setattr(module, name, trained)
 
+    def without_heads(self, transformer: Any) -> Any:
+        """Return a copy without the modules that were named when the adapter was put on."""
+        import copy
+
+        bare = copy.deepcopy(transformer)
+        for head in bare.adapter_heads:
+            parent, _, own_name = head.rpartition(".")
+            delattr(bare.get_submodule(parent), own_name)
+        bare.adapter_heads = ()
+        return bare
+
     def save(self, transformer: Any, folder: Path, base_name: str) -> None:
         """Write what `load_adapter` reads: every trained tensor by name, and a JSON file that describes them."""
         from safetensors.torch import save_file
 
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_tensors(transformer).items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.saved(transformer).items()}
         manifest = _Manifest(
             method=self.name,
-            settings=self.settings.model_dump(mode="json"),
+            settings=self.exported_settings(),
             base_model_name_or_path=base_name,
             tensors={name: tuple(tensor.shape) for name, tensor in tensors.items()},
             heads=transformer.adapter_heads,
         )
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
+        save_file(tensors, folder / self.tensors_file, metadata={"format": "pt"})
         (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    def saved(self, transformer: Any) -> dict[str, Any]:
+        """Return what is trained."""
+        return trained_tensors(transformer)
 
     def merge(self, transformer: Any) -> Any:
         """Refuse.
@@ -164,45 +181,22 @@ def load_adapter(transformer: Any, folder: str | Path) -> Any:
         ModelError: `adapter-invalid`, the files cannot be read, or a tensor is missing, extra or of another shape; and
             what `attach` raises. After a wrong tensor the transformer is of no use; load it anew.
     """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     try:
         manifest = _Manifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
         kind = ADAPTERS.get(manifest.method)
-        method = kind(kind.Settings.model_validate(manifest.settings))
-        tensors = load_file(folder / TENSORS_FILE)
-    except (OSError, ValidationError, RegistryError, SafetensorError) as error:
+        method = kind(kind.Settings.model_validate(manifest.settings)).exported_in(folder)
+    except (OSError, ValidationError, RegistryError) as error:
         raise ModelError(
             f"no adapter of Tsugiki's own can be read from {str(folder)!r}",
-            f"a readable {MANIFEST_FILE} of format 1 and {TENSORS_FILE}",
+            f"a readable {MANIFEST_FILE} of format 1",
             "export the adapter again",
             code="adapter-invalid",
         ) from error
+    tensors = read_tensors(folder / TENSORS_FILE)
     method.attach(transformer, manifest.heads)
-    trained = trained_tensors(transformer)
-    _compare(tensors, trained)
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(tensors[name])
+    fill(method.saved(transformer), tensors)
     return transformer.eval()
-
-
-def _compare(tensors: dict[str, Any], trained: dict[str, Any]) -> None:
-    """Refuse tensors whose names and shapes are not those of the trained parameters, naming the first difference."""
-    for name in sorted(tensors.keys() | trained.keys()):
-        found, wanted = (
-            f"shape {tuple(group[name].shape)}" if name in group else "none" for group in (tensors, trained)
-        )
-        if found != wanted:
-            raise ModelError(
-                f"the adapter's tensor {name!r}: {found}",
-                f"{wanted} on this base",
-                "load the base, and the class of model, with which the adapter was trained",
-                code="adapter-invalid",
-            )
 
 
 def trained_tensors(transformer: Any) -> dict[str, Any]:

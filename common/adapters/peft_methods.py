@@ -27,6 +27,7 @@ class PeftMethod(AdapterMethod):
     """A method whose layers, merging and files are those of `peft`."""
 
     export_format = "peft"
+    tensors_file = "adapter_model.safetensors"
 
     @abstractmethod
     def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:
@@ -69,6 +70,21 @@ class PeftMethod(AdapterMethod):
             for value, was_trained in trained:  # peft lets all of an adapter be trained that it switches on
                 value.requires_grad_(was_trained)
 
+    def without_heads(self, transformer: Any) -> Any:
+        """Return a copy without the modules that peft saves beside its own."""
+        import copy
+
+        from peft.utils import ModulesToSaveWrapper
+
+        bare = copy.deepcopy(transformer)
+        plain = bare.get_base_model()
+        for name, module in list(plain.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                parent, _, own_name = name.rpartition(".")
+                delattr(plain.get_submodule(parent), own_name)
+        bare.peft_config["default"].modules_to_save = None
+        return bare
+
     def save(self, transformer: Any, folder: Path, base_name: str) -> None:
         """Write a directory that `PeftModel.from_pretrained` loads."""
         config = transformer.peft_config["default"]
@@ -79,6 +95,13 @@ class PeftMethod(AdapterMethod):
         finally:
             config.base_model_name_or_path = local_name
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; ours says what happened
+
+    def saved(self, transformer: Any) -> dict[str, Any]:
+        """Return what peft makes of the adapter and its heads for a file; frozen projections are among it."""
+        from peft import get_peft_model_state_dict
+
+        saved: dict[str, Any] = get_peft_model_state_dict(transformer, save_embedding_layers=False)
+        return saved
 
     def merge(self, transformer: Any) -> Any:
         """Return a copy of the base whose weights carry the adapter, and whose heads are the trained ones.
@@ -101,7 +124,7 @@ def _task_type(transformer: Any, heads: tuple[str, ...]) -> str | None:
     """Return peft's name for the kind of model; None for those that read images: its named ones all read tokens."""
     if transformer.main_input_name == "pixel_values":
         return None
-    if heads:
+    if heads and transformer.base_model is not transformer:  # on a bare one, a head is of the task's own
         return "SEQ_CLS"
     return "CAUSAL_LM" if transformer.can_generate() else "FEATURE_EXTRACTION"
 
@@ -116,6 +139,12 @@ def linear_layers(transformer: Any, heads: tuple[str, ...]) -> dict[str, Any]:
         if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
         and not f"{name}.".startswith(tuple(f"{head}." for head in heads))
     }
+
+
+def narrower_side(layer: Any) -> int:
+    """Return the lesser of a layer's widths; the weights of one in 4 bits lie in another shape."""
+    sides = (layer.in_features, layer.out_features) if hasattr(layer, "in_features") else layer.weight.shape
+    return int(min(sides))
 
 
 def check_targets(targets: Collection[str], known: Collection[str], model_type: str, key: str) -> None:

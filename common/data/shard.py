@@ -155,12 +155,13 @@ def _texts(column: Column, table: Table) -> list[str]:
     table.refuse(name, [not isinstance(c, str | None) for c in cells], "another type", "text", "shard-format")
     if not column.blank:
         table.refuse(name, [not (c and c.strip()) for c in cells], "no text", "text in every row", "shard-empty-text")
-    table.refuse(name, [_has_surrogates(c) for c in cells], "unpaired surrogates", "Unicode text", "shard-encoding")
+    table.refuse(name, [has_surrogates(c) for c in cells], "unpaired surrogates", "Unicode text", "shard-encoding")
     table.refuse(name, [len(c) > MAX_LINE_BYTES for c in cells], "too long a text", most, "shard-line-too-long")
     return cells
 
 
-def _has_surrogates(text: str) -> bool:
+def has_surrogates(text: str) -> bool:
+    """Return whether a text has half a character, which JSON can spell and no tokenizer reads."""
     with suppress(UnicodeEncodeError):
         text.encode()
         return False
@@ -192,7 +193,7 @@ def _score(cell: Any) -> float:
 def _extra(name: str, table: Table) -> list[str]:
     texts = ["" if cell is None else str(cell) for cell in table.cells[name]]
     table.refuse(
-        name, [_has_surrogates(text) for text in texts], "unpaired surrogates", "Unicode text", "shard-encoding"
+        name, [has_surrogates(text) for text in texts], "unpaired surrogates", "Unicode text", "shard-encoding"
     )
     return texts
 

@@ -10,7 +10,7 @@ from common.privacy.secagg_messages import MOST_CLIENTS
 if TYPE_CHECKING:
     from common.config import RunConfig
 
-_LINEAR_STRATEGIES = ("fedadam", "fedavg", "fedavgm", "fedprox")
+_LINEAR_STRATEGIES = ("fedadam", "fedavg", "fedavgm", "fedprox", "ffa")
 """What works on the mean of the updates: anything after it is post-processing and costs nothing."""
 
 
@@ -122,6 +122,9 @@ def _example_problems(config: RunConfig) -> list[Problem]:
                 "remove it",
             )
         )
+    if examples.enabled and config.strategy.name in {"rolora", "flora", "svd"}:
+        why = "one that trains the same numbers in every round, with DP-SGD"
+        found.append(Problem("strategy.name", repr(config.strategy.name), why, 'use "ffa"'))
     if examples.enabled and config.train.bf16:
         found.append(Problem("train.bf16", "true", "false with DP-SGD", "remove it"))
     return found

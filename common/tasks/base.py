@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +92,8 @@ class Base:
         heads: names of modules of `transformer` that are trained and exchanged in full.
         pixels: how images become what the model reads; None where the task reads none.
         untouched: makes the bare base's own outputs come back inside a `with` block.
+        judge: a second network, with the same base's tensors, that judges what the first one says; never trained.
+        constants: what both sides have to agree on beside the adapter, by name: they are a part of the spec.
     """
 
     network: Any
@@ -100,6 +102,8 @@ class Base:
     heads: tuple[str, ...] = ()
     pixels: Any = None
     untouched: Callable[[], AbstractContextManager[None]] = nullcontext
+    judge: Any = None
+    constants: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,12 +123,19 @@ class Tail:
 
 @dataclass(frozen=True)
 class TinyCase:
-    """A model and data small enough for the contract tests that run over every task."""
+    """A model and data small enough for the contract tests that run over every task.
+
+    Args:
+        settings: of the task.
+        rows: columns.
+        model_type: of the base.
+        exports: settings that name an exported adapter, and the task that it is to be one of, with its settings.
+    """
 
     settings: dict[str, Any]
     rows: dict[str, Any]
     model_type: str = "bert"
-    notes: dict[str, str] = field(default_factory=dict)
+    exports: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Task(ABC):
@@ -135,6 +146,8 @@ class Task(ABC):
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss"})
     row_losses: ClassVar[bool] = False
     """Whether `loss` is the mean of a loss of each row that no other row of the batch enters: DP-SGD needs that."""
+    signed_loss: ClassVar[bool] = False
+    """Whether `loss` may be below zero, so that one loss is no multiple of another."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -160,8 +173,14 @@ class Task(ABC):
         return ()
 
     @abstractmethod
-    def load(self, folder: Path, dtype: torch.dtype) -> Base:
-        """Load the base with a freshly initialised head. The caller has seeded torch."""
+    def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
+        """Load the base with a freshly initialised head. The caller has seeded torch.
+
+        Args:
+            folder: of the checkpoint.
+            dtype: of the frozen weights.
+            how: what else `from_pretrained` has to know; see `common.device.loading`.
+        """
 
     def graft(self, base: Base, transformer: nn.Module) -> None:
         """Put the transformer with its adapter in the place of the bare one."""
@@ -214,6 +233,25 @@ class Task(ABC):
     def further(cls) -> dict[str, TinyCase]:
         """Return cases of other forms that the task's settings give it, by name."""
         return {}
+
+
+def tokenise(tokenizer: Any, limit: int, *texts: Sequence[str]) -> tuple[Any, int]:
+    """Return what a tokenizer makes of texts, or of pairs, cut to `limit` tokens each, and how many were too long."""
+    tokens = tokenizer(*texts, truncation=True, max_length=limit)
+    if tokens.is_fast:
+        return tokens, sum(bool(one.overflowing) for one in tokens.encodings)
+    return tokens, sum(len(row) > limit for row in tokenizer(*texts)["input_ids"])
+
+
+def cut_note(cut: int) -> tuple[str, ...]:
+    """Return the note that so many texts were cut, where there are any."""
+    return (f"shard-texts-cut:{cut}",) if cut else ()
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Return the token with which a model that names none is padded: the tokenizer's own, the one for the end, or 0."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(number for number in known if number is not None)
 
 
 def pad(rows: Sequence[Tokens], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,19 @@ from pydantic import Field, model_validator
 
 from common.errors import ModelError
 from common.settings import TaskSettings
-from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, Tokens, by_length, pad
+from common.tasks.base import (
+    TASKS,
+    Base,
+    Batch,
+    Column,
+    Encoded,
+    Task,
+    TinyCase,
+    Tokens,
+    by_length,
+    cut_note,
+    pad,
+)
 from common.tasks.generation import Generation, generate
 from common.tasks.prompts import (
     TEMPLATE_HELP,
@@ -87,13 +99,13 @@ class CausalLm(Task):
         prompt, extra, completion = "prompt", "input", "completion"
         return (Column(prompt, "text"), Column(extra, "text", required=False, blank=True), Column(completion, "text"))
 
-    def load(self, folder: Path, dtype: torch.dtype) -> Base:
+    def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
         """Load the base; nothing of it is new.
 
         Raises:
             ModelError: `model-not-causal`, see `load_decoder`.
         """
-        return load_decoder(folder, dtype)
+        return load_decoder(folder, dtype, **how)
 
     def encode(self, shard: Shard, base: Base) -> Encoded:
         """Tokenise the texts; the end of one that is too long is lost, and with it the last token of the row.
@@ -118,8 +130,7 @@ class CausalLm(Task):
         )
         whole = [[*first, *tokens, tokenizer.eos_token_id] for tokens in found["input_ids"]]
         cut = sum(len(tokens) > limit for tokens in whole)
-        notes = (f"shard-texts-cut:{cut}",) if cut else ()
-        return Encoded({"text": [tokens[:limit] for tokens in whole]}, notes=notes)
+        return Encoded({"text": [tokens[:limit] for tokens in whole]}, notes=cut_note(cut))
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
         """Return `input_ids`, `attention_mask` and `labels`: the token to come, or `NOTHING`; all (rows, tokens).
@@ -191,7 +202,7 @@ class CausalLm(Task):
         return {"instruction": TinyCase({"max_length": 24, "format": "instruction"}, rows, "llama")}
 
 
-def load_decoder(folder: Path, dtype: torch.dtype) -> Base:
+def load_decoder(folder: Path, dtype: torch.dtype, **how: Any) -> Base:
     """Load a model that predicts next tokens, with its output layer; nothing of it is new.
 
     Raises:
@@ -202,7 +213,7 @@ def load_decoder(folder: Path, dtype: torch.dtype) -> Base:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     network, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **how
     )
     problems = {
         "its checkpoint has no output layer, or lacks other tensors": bool(report["missing_keys"]),

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from common.tasks.base import Base, Tokens
 from common.tasks.prompts import shorten
+
+if TYPE_CHECKING:
+    import torch
 
 _DRAWING = ("temperature", "top_p", "top_k")
 """What a checkpoint may set for drawing, and `transformers` warns about where nothing is drawn."""
@@ -60,3 +64,79 @@ def generate(base: Base, prompts: Sequence[Tokens], how: Generation, head: int =
             )
         found.append(tokenizer.decode(output[0, len(kept) :], skip_special_tokens=True).strip())
     return found
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Answers that were drawn.
+
+    Args:
+        answers: the tokens of each, the one for its end included where it was drawn.
+        logps: the log-probability of each answer, shape (rows,), float32, in nats.
+        entropies: the sum over an answer's tokens of the entropy of what each was drawn from, shape (rows,), in nats.
+    """
+
+    answers: list[Tokens]
+    logps: torch.Tensor
+    entropies: torch.Tensor
+
+
+def draw(base: Base, prompts: Sequence[Tokens], uniforms: torch.Tensor, temperature: float = 1.0) -> Drawn:
+    """Draw an answer to each prompt from the model's own probabilities, all prompts at once.
+
+    A token is where its row's number falls in the distribution function over the vocabulary (inverse transform
+    sampling). So a row's answer follows from its prompt and its numbers, whatever rows it is drawn with.
+
+    Args:
+        base: in eval mode.
+        prompts: each leaves room for an answer in the model's window; none is empty.
+        uniforms: in [0, 1), shape (rows, most tokens of an answer), on the CPU.
+        temperature: above 0: the logits are divided by it.
+    """
+    import torch
+
+    network, end = base.transformer, base.tokenizer.eos_token_id
+    device, longest = next(network.parameters()).device, max(map(len, prompts))
+    padded = [[end] * (longest - len(prompt)) + prompt for prompt in prompts]  # on the left: all go on at one place
+    real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids, mask = torch.tensor(padded, device=device), torch.tensor(real, device=device)
+    places, cache = (mask.cumsum(dim=1) - 1).clamp(min=0), None
+    answers: list[Tokens] = [[] for _ in prompts]
+    going = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    logps, entropies = torch.zeros(2, len(prompts), device=device)
+    with torch.no_grad():
+        for drawn in uniforms.T:
+            output = network(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=places,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache, chances = output.past_key_values, (output.logits[:, -1].float() / temperature).log_softmax(dim=1)
+            tokens = _where(chances, drawn).to(device)
+            logps += going * chances.gather(1, tokens[:, None])[:, 0]
+            entropies += going * torch.special.entr(chances.exp()).sum(dim=1)
+            for row in going.nonzero()[:, 0].tolist():
+                answers[row].append(int(tokens[row]))
+            going &= tokens != end
+            if not going.any():
+                break
+            ids, places = tokens[:, None], places[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    return Drawn(answers, logps, entropies)
+
+
+def _where(logps: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Return in which token's share of [0, 1) each row's number lies, shape (rows,), on the CPU.
+
+    Args:
+        logps: of shape (rows, vocabulary).
+        uniforms: of shape (rows,).
+    """
+    import torch
+
+    heaped = logps.cpu().double().exp().cumsum(dim=1)
+    found = torch.searchsorted(heaped, uniforms[:, None].double() * heaped[:, -1:], right=True)[:, 0]
+    return found.clamp(max=logps.shape[1] - 1)

@@ -60,7 +60,7 @@ class ImageClassification(Task):
         """The classes by name, in order."""
         return self.settings.labels or tuple(str(label) for label in range(self.settings.num_labels))
 
-    def load(self, folder: Path, dtype: torch.dtype) -> Base:
+    def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
         """Load the base; the head of a foreign one is new unless the checkpoint has one of the same shape.
 
         Raises:
@@ -70,7 +70,7 @@ class ImageClassification(Task):
         from transformers import AutoConfig, AutoModelForImageClassification
 
         small_cnn()
-        safe: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+        safe: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, **how}
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.model_type == MODEL_TYPE:
             if config.num_labels != len(self.labels):

@@ -13,7 +13,7 @@ from pydantic import Field
 from common.data.shard import Shard
 from common.errors import ModelError
 from common.settings import TaskSettings
-from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, Tokens, by_length, pad
+from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, Tokens, by_length, pad, padding_id
 from common.tasks.causal_lm import NOTHING, limit_length, load_decoder, next_logits
 from common.tasks.generation import Generation, generate
 from common.tasks.prompts import TEMPLATE_HELP, Template, encode_answers, encode_prompts, fit, head_length
@@ -64,19 +64,19 @@ class Preference(Task):
         prompt = (Column("prompt", "text"), Column("input", "text", required=False, blank=True))
         return (*prompt, Column("chosen", "text"), Column("rejected", "text"))
 
-    def load(self, folder: Path, dtype: torch.dtype) -> Base:
+    def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
         """Load a decoder; for `reward` with a new head, `score`.
 
         Raises:
             ModelError: `model-not-causal`, the base is no decoder.
         """
         if self.settings.objective == "dpo":
-            return load_decoder(folder, dtype)
+            return load_decoder(folder, dtype, **how)
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         network = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, num_labels=1, use_safetensors=True, trust_remote_code=False
+            folder, dtype=dtype, num_labels=1, use_safetensors=True, trust_remote_code=False, **how
         )
         if not hasattr(network, "score"):
             raise ModelError(
@@ -86,7 +86,7 @@ class Preference(Task):
                 code="model-not-causal",
             )
         if network.config.pad_token_id is None:
-            network.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+            network.config.pad_token_id = padding_id(tokenizer)
         limit_length(tokenizer, network)
         return Base(network, network, tokenizer, ("score",))
 
@@ -230,13 +230,14 @@ def _both(batch: Batch) -> Batch:
     return {name: torch.cat([batch[f"{side}.{name}"] for side in SIDES]) for name in names}
 
 
-def answer_logps(network: Any, batch: Batch) -> torch.Tensor:
+def answer_logps(network: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
     """Return the log-probability of each sequence's answer, the tokens that `labels` names; shape (rows,), float32."""
     import torch
     from torch.nn.functional import cross_entropy
 
     told = batch["labels"] != NOTHING
-    losses = cross_entropy(next_logits(network, batch)[told].float(), batch["labels"][told], reduction="none")
+    logits = next_logits(network, batch)[told].float() / temperature
+    losses = cross_entropy(logits, batch["labels"][told], reduction="none")
     return torch.zeros(len(told), device=losses.device).index_add(0, told.nonzero()[:, 0], -losses)
 
 

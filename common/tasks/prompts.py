@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from common.errors import ModelError
-from common.tasks.base import Tokens
+from common.tasks.base import Tokens, cut_note
 
 if TYPE_CHECKING:
     from common.data.shard import Shard
@@ -60,6 +60,11 @@ def head_length(tokenizer: Any, template: Template) -> int:
     return int(tokenizer.bos_token_id is not None) if isinstance(head, str) else len(head)
 
 
+def same_template(tokenizer: Any, one: Template, other: Template) -> bool:
+    """Return whether two templates put the same around a prompt."""
+    return _around(tokenizer, one) == _around(tokenizer, other)
+
+
 def shorten(prompt: Tokens, room: int, head: int) -> Tokens:
     """Return a prompt of at most `room` tokens: its head and its end stay."""
     head, excess = min(head, room // 2), max(0, len(prompt) - room)
@@ -82,8 +87,7 @@ def fit_all(
     pairs = list(zip(prompts, answers, strict=True))
     fitted = [fit(prompt, answer, limit, head) for prompt, answer in pairs]
     cut = sum(len(prompt) + len(answer) > limit for prompt, answer in pairs)
-    notes = (f"shard-texts-cut:{cut}",) if cut else ()
-    return [prompt for prompt, _ in fitted], [answer for _, answer in fitted], notes
+    return [prompt for prompt, _ in fitted], [answer for _, answer in fitted], cut_note(cut)
 
 
 def _around(tokenizer: Any, template: Template) -> tuple[str, str, str] | tuple[Tokens, str, Tokens]:
@@ -121,5 +125,6 @@ def _no_template(why: str) -> ModelError:
 
 def _plain(tokenizer: Any, texts: Sequence[str]) -> list[Tokens]:
     """Return tokens without special ones, whatever the texts look like."""
-    found: list[Tokens] = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    how = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}  # it is cut, and counted, later
+    found: list[Tokens] = tokenizer(list(texts), **how)["input_ids"]
     return found

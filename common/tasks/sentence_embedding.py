@@ -10,8 +10,22 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from common.settings import TaskSettings
-from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, Tokens, by_length, pad
+from common.settings import ClassesSettings
+from common.tasks.base import (
+    TASKS,
+    Base,
+    Batch,
+    Column,
+    Encoded,
+    Task,
+    TinyCase,
+    Tokens,
+    by_length,
+    class_metrics,
+    cut_note,
+    pad,
+    tokenise,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -21,15 +35,18 @@ if TYPE_CHECKING:
     from common.tasks.generation import Generation
 
 
-class SentenceEmbeddingSettings(TaskSettings):
-    """Pearson and Spearman on scored pairs, recall@k on positive pairs."""
+class SentenceEmbeddingSettings(ClassesSettings):
+    """Pearson and Spearman on scored pairs, recall@k on positive pairs, accuracy on labelled pairs."""
 
     name: Literal["sentence-embedding"] = Field(default="sentence-embedding", description="the task")
-    loss: Literal["multiple-negatives", "cosine-similarity", "cosent"] = Field(
+    loss: Literal["multiple-negatives", "cosine-similarity", "cosent", "softmax-nli"] = Field(
         default="multiple-negatives",
         description='"multiple-negatives" reads anchor, positive and, where there are any, negative; '
         '"cosine-similarity" and "cosent" read sentence1, sentence2 and score: the first wants the cosine to be the '
-        "score, the second only the same order",
+        'score, the second only the same order; "softmax-nli" reads sentence1, sentence2 and label',
+    )
+    num_labels: int = Field(
+        default=3, ge=2, le=10_000, description="softmax-nli: number of classes, where they are plain numbers"
     )
     scale: float = Field(default=20.0, gt=0, description="multiple-negatives and cosent: factor on the cosines")
     score_max: float = Field(default=1.0, gt=0, description="the best score in the files; scores are divided by it")
@@ -45,27 +62,44 @@ class SentenceEmbedding(Task):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """Triplets or scored pairs, by the loss. An evaluation file may hold either."""
-        return _TRIPLET if self.settings.loss == "multiple-negatives" else _SCORED
+        """Triplets, scored pairs or labelled pairs, by the loss."""
+        return self.evaluation_columns[0]
 
     @property
     def evaluation_columns(self) -> tuple[tuple[Column, ...], ...]:
-        """Triplets or scored pairs: the loss's own form first."""
+        """The loss's own form first; labelled pairs only where there is a head for them."""
+        if self.settings.loss == "softmax-nli":
+            return _LABELLED, _SCORED, _TRIPLET
         return (_TRIPLET, _SCORED) if self.settings.loss == "multiple-negatives" else (_SCORED, _TRIPLET)
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes of labelled pairs by name, in order."""
+        if self.settings.loss != "softmax-nli":
+            return ()
+        return self.settings.labels or tuple(str(label) for label in range(self.settings.num_labels))
+
+    @property
     def monitor(self) -> str:
-        """Spearman where pairs are scored, else recall."""
-        return f"recall_at_{self.settings.recall_at}" if self.settings.loss == "multiple-negatives" else "spearman"
+        """Accuracy where pairs are labelled, Spearman where they are scored, else recall."""
+        own = {"multiple-negatives": f"recall_at_{self.settings.recall_at}", "softmax-nli": "accuracy"}
+        return own.get(self.settings.loss, "spearman")
 
-    def load(self, folder: Path, dtype: torch.dtype) -> Base:
-        """Load the `SentenceTransformer`; it has no head."""
+    def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
+        """Load the `SentenceTransformer`. Its transformer gets the head that softmax-nli reads; other losses need none.
+
+        The head stands in the transformer, which does not call it, because what is exchanged is found there by name.
+        """
         from sentence_transformers import SentenceTransformer
+        from torch import nn
 
-        network = SentenceTransformer(
-            str(folder), device="cpu", model_kwargs={"dtype": dtype, "use_safetensors": True}, local_files_only=True
-        )
-        return Base(network, network[0].model, network.tokenizer)
+        settings = {"dtype": dtype, "use_safetensors": True, **how}
+        network = SentenceTransformer(str(folder), device="cpu", model_kwargs=settings, local_files_only=True)
+        if not self.labels:
+            return Base(network, network[0].model, network.tokenizer)
+        width = 3 * network.get_embedding_dimension()
+        setattr(network[0].model, _HEAD, nn.Linear(width, len(self.labels), bias=False, dtype=dtype))
+        return Base(network, network[0].model, network.tokenizer, (_HEAD,))
 
     def graft(self, base: Base, transformer: nn.Module) -> None:
         """Set the module's transformer; pooling stays as the base has it."""
@@ -73,15 +107,18 @@ class SentenceEmbedding(Task):
         base.transformer = transformer
 
     def encode(self, shard: Shard, base: Base) -> Encoded:
-        """Tokenise each text column."""
+        """Tokenise each text column. Noted is `shard-texts-cut:COUNT`, over all columns."""
         limit = min(self.settings.max_length, base.network.max_seq_length or self.settings.max_length)
         names = [name for name in _TEXTS if name in shard.columns]
-        texts = {
-            name: base.tokenizer(shard.columns[name], truncation=True, max_length=limit)["input_ids"] for name in names
-        }
-        scores = shard.columns.get("score")
-        targets = None if scores is None else np.asarray(scores, np.float32) / self.settings.score_max
-        return Encoded(texts, targets)
+        found = {name: tokenise(base.tokenizer, limit, shard.columns[name]) for name in names}
+        texts = {name: tokens["input_ids"] for name, (tokens, _) in found.items()}
+        notes = cut_note(sum(cut for _, cut in found.values()))
+        targets: npt.NDArray[Any] | None = None
+        if "label" in shard.columns:
+            targets = np.asarray(shard.columns["label"], np.int64)
+        elif "score" in shard.columns:
+            targets = np.asarray(shard.columns["score"], np.float32) / self.settings.score_max
+        return Encoded(texts, targets, notes=notes)
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
         """Return `NAME.input_ids` and `NAME.attention_mask` of (rows, tokens) for each text; `labels` of (rows,)."""
@@ -97,14 +134,18 @@ class SentenceEmbedding(Task):
         return batch
 
     def loss(self, network: Any, batch: Batch) -> torch.Tensor:
-        """Return sentence-transformers' own loss over the batch."""
+        """Return sentence-transformers' own loss over the batch; for softmax-nli the mean cross-entropy, in float32."""
         from sentence_transformers.sentence_transformer import losses
+        from torch.nn.functional import cross_entropy
 
         names = [name for name in _TEXTS if f"{name}.input_ids" in batch]
         features = [
             {"input_ids": batch[f"{name}.input_ids"], "attention_mask": batch[f"{name}.attention_mask"]}
             for name in names
         ]
+        if self.settings.loss == "softmax-nli":
+            first, second = (network(one)["sentence_embedding"] for one in features)
+            return cross_entropy(nli_logits(network, first, second), batch["labels"])
         criterion: Any
         if self.settings.loss == "cosine-similarity":
             criterion = losses.CosineSimilarityLoss(network)
@@ -116,10 +157,19 @@ class SentenceEmbedding(Task):
         return result
 
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
-        """Return pearson and spearman for scored pairs, else recall_at_k of each anchor's positive.
+        """Return what the rows allow.
 
-        The candidates of an anchor are all positives and all negatives of the file.
+        Labelled pairs: accuracy, macro_f1 and loss. Scored pairs: pearson and spearman. Else recall_at_k of each
+        anchor's positive, whose candidates are all positives and all negatives of the file.
         """
+        import torch
+
+        if encoded.targets is not None and encoded.targets.dtype == np.int64:
+            first, second = (raw_vectors(base, encoded.texts[name], batch_size) for name in _PAIR)
+            device = next(base.network.parameters()).device
+            with torch.no_grad():
+                logits = nli_logits(base.network, first.to(device), second.to(device)).cpu()
+            return class_metrics(logits, encoded.targets)
         vectors = {name: embed(base, texts, batch_size) for name, texts in encoded.texts.items()}
         if encoded.targets is not None:
             return _correlations(vectors["sentence1"], vectors["sentence2"], encoded.targets)
@@ -153,7 +203,7 @@ class SentenceEmbedding(Task):
 
     @classmethod
     def further(cls) -> dict[str, TinyCase]:
-        """Scored pairs."""
+        """Scored pairs, and labelled ones."""
         words = ["alpha", "beta", "gamma", "delta"] * 6
         rows = {
             "sentence1": [f"the {word} clause" for word in words],
@@ -161,17 +211,54 @@ class SentenceEmbedding(Task):
             "score": [float(n % 2) for n in range(24)],
         }
         forms = {"cosine": "cosine-similarity", "cosent": "cosent"}
-        return {name: TinyCase({"max_length": 16, "loss": loss}, rows) for name, loss in forms.items()}
+        cases = {name: TinyCase({"max_length": 16, "loss": loss}, rows) for name, loss in forms.items()}
+        seconds = ("a good {} clause", "a bad party", "no {} clause")
+        labelled = {
+            "sentence1": [f"the {word} clause" for word in words],
+            "sentence2": [seconds[n % 3].format(word) for n, word in enumerate(words)],
+            "label": [n % 3 for n in range(24)],
+        }
+        return {**cases, "softmax": TinyCase({"max_length": 16, "loss": "softmax-nli"}, labelled)}
 
 
 _TRIPLET = (Column("anchor", "text"), Column("positive", "text"), Column("negative", "text", required=False))
 _SCORED = (Column("sentence1", "text"), Column("sentence2", "text"), Column("score", "score"))
+_LABELLED = (Column("sentence1", "text"), Column("sentence2", "text"), Column("label", "label"))
+_PAIR = ("sentence1", "sentence2")
+_HEAD = "nli_head"
 _ROUNDING = 1e-6  # a product of float32 matrices does not even give equal columns equal sums
 _TEXTS = ("anchor", "positive", "negative", "sentence1", "sentence2")
 
 
+def nli_logits(network: Any, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return W (u, v, |u - v|) of pairs of vectors, shape (pairs, classes), float32.
+
+    Source: Reimers and Gurevych 2019, arXiv:1908.10084, section 3, "Classification Objective Function". There is no
+    bias, as there.
+
+    Args:
+        network: the `SentenceTransformer` whose transformer has the head.
+        first: u, shape (pairs, dimensions).
+        second: v, of the same shape.
+    """
+    import torch
+
+    head = getattr(network[0].model, _HEAD)
+    features = torch.cat([first, second, (first - second).abs()], dim=1)
+    logits: torch.Tensor = head(features.to(next(head.parameters()).dtype)).float()
+    return logits
+
+
 def embed(base: Base, texts: Sequence[Tokens], batch_size: int) -> npt.NDArray[np.float32]:
     """Return one unit vector for each text, shape (texts, dimensions)."""
+    import torch
+
+    unit: npt.NDArray[np.float32] = torch.nn.functional.normalize(raw_vectors(base, texts, batch_size), dim=1).numpy()
+    return unit
+
+
+def raw_vectors(base: Base, texts: Sequence[Tokens], batch_size: int) -> torch.Tensor:
+    """Return one vector for each text as the network gives it, shape (texts, dimensions), float32, on the CPU."""
     import torch
 
     device = next(base.network.parameters()).device
@@ -180,10 +267,9 @@ def embed(base: Base, texts: Sequence[Tokens], batch_size: int) -> npt.NDArray[n
         for rows in by_length([len(tokens) for tokens in texts], batch_size):
             ids, mask = pad([texts[row] for row in rows], base.tokenizer.pad_token_id or 0)
             features = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-            output = base.network(features)["sentence_embedding"].float().cpu()
-            for row, vector in zip(rows, torch.nn.functional.normalize(output, dim=1), strict=True):
+            for row, vector in zip(rows, base.network(features)["sentence_embedding"].float().cpu(), strict=True):
                 vectors[row] = vector
-    return torch.stack(vectors).numpy()
+    return torch.stack(vectors)
 
 
 def recall_at(k: int, anchors: npt.NDArray[np.float32], candidates: npt.NDArray[np.float32]) -> float:

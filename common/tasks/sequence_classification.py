@@ -20,8 +20,11 @@ from common.tasks.base import (
     TinyCase,
     by_length,
     class_metrics,
+    cut_note,
     named_classes,
     pad,
+    padding_id,
+    tokenise,
 )
 
 if TYPE_CHECKING:
@@ -62,7 +65,7 @@ class SequenceClassification(Task):
         """The classes by name, in order."""
         return self.settings.labels or tuple(str(label) for label in range(self.settings.num_labels))
 
-    def load(self, folder: Path, dtype: torch.dtype) -> Base:
+    def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
         """Load the base; its head is new unless the checkpoint has one of the same shape."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -76,21 +79,26 @@ class SequenceClassification(Task):
             ignore_mismatched_sizes=True,
             use_safetensors=True,
             trust_remote_code=False,  # left open, transformers asks at the terminal
+            **how,
         )
         if network.config.pad_token_id is None:
-            network.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+            network.config.pad_token_id = padding_id(tokenizer)
         heads = tuple(name for name, _ in network.named_children() if name in ("pre_classifier", "classifier", "score"))
         return Base(network, network, tokenizer, heads)
 
     def encode(self, shard: Shard, base: Base) -> Encoded:
-        """Tokenise the texts; a pair becomes one sequence with its segments marked."""
+        """Tokenise the texts; a pair becomes one sequence with its segments marked.
+
+        Noted is `shard-texts-cut:COUNT`.
+        """
         texts = shard.columns["text"]
         pairs = (shard.columns["text_pair"],) if self.settings.pair else ()
         limit = min(self.settings.max_length, base.tokenizer.model_max_length)
-        tokens = base.tokenizer(texts, *pairs, truncation=True, max_length=limit)
+        tokens, cut = tokenise(base.tokenizer, limit, texts, *pairs)
         kept = {name: tokens[name] for name in ("input_ids", "token_type_ids") if name in tokens}
         labels = shard.columns.get("label")
-        return Encoded(kept, None if labels is None else np.asarray(labels, np.int64))
+        targets = None if labels is None else np.asarray(labels, np.int64)
+        return Encoded(kept, targets, notes=cut_note(cut))
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
         """Return `input_ids`, `attention_mask` (and `token_type_ids`) of shape (rows, tokens), `labels` of (rows,)."""

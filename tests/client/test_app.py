@@ -70,7 +70,7 @@ def test_hello_says_who_is_there(config, graft):
     hello = from_record(HelloReply, reply.content)
     assert (hello.site, hello.version, hello.rows, hello.evaluation_rows) == ("site-1", __version__, 9, 3)
     assert (hello.spec_sha256, hello.base_fingerprint) == (graft.spec.sha256, graft.spec.base_fingerprint)
-    assert hello.notes == ""
+    assert hello.notes == "shard-texts-cut:9"
     for library in ("python", "flwr", "torch", "transformers", "peft"):
         assert f"{library} " in hello.libraries
 
@@ -86,7 +86,7 @@ def test_hello_notes_what_is_unusual_about_the_training_rows(tmp_path):
     reply = ask(config, "query", request, client=app_of_sites([file]))
     hello = from_record(HelloReply, reply.content)
     assert (hello.site, hello.rows, hello.evaluation_rows) == ("acme", 4, 8)
-    assert hello.notes == "shard-one-class"
+    assert hello.notes == "shard-one-class,shard-texts-cut:4"
 
 
 def test_hello_notes_what_was_cut(tmp_path):

@@ -1,12 +1,19 @@
 """What a client process keeps between messages."""
 
+from pathlib import Path
+
 import pytest
 
-from client.desk import Desk
+from client.desk import Desk, load_at
 from client.simulated import simulated_sites
+from client.site import read_site
 from common.config import parse
+from common.errors import ModelError
+from common.model import load_graft
 from common.tasks import TASKS
-from tests.support.federation import tiny_config
+from tests.support.exports import export_of, settings_of, to_fuse
+from tests.support.federation import model_folder, tiny_config, write_rows
+from tests.support.tiny import tiny_llama
 
 
 @pytest.fixture
@@ -58,3 +65,45 @@ def test_a_task_without_a_tail_has_none(desk, tmp_path):
     """Catches: text classifiers trained together, whose adapters are inside the network."""
     config = tiny_config(tmp_path)
     assert desk.tail(simulated_sites(config)[0], config) is None
+
+
+def test_a_site_says_where_a_reward_lies(tmp_path):
+    """Catches: a folder that the server dictates; a reward of the site's own that passes for the run's."""
+    base, task = tiny_llama(tmp_path / "base"), TASKS.get("rlhf")
+    reward = settings_of(task.tiny(), base)["reward_adapter"]
+    other = export_of(base, tmp_path / "other", task.tiny().exports["reward_adapter"], step=0.3)
+    named = {**task.tiny().settings, "name": "rlhf", "reward_adapter": "judge"}
+    config = parse({"model": {"name": "base"}, "task": named, "train": {"device": "cpu"}})
+    hashes = []
+    for models in ({"judge": reward}, {"judge": str(other)}, {reward: reward}):
+        lines = [f'"{name}" = "{source}"' for name, source in {"base": str(base), **models}.items()]
+        (tmp_path / "site.toml").write_text(
+            '[site]\nname = "a"\n[data]\ntrain = "x.csv"\n[models]\n' + "\n".join(lines)
+        )
+        site = read_site(tmp_path / "site.toml")
+        if "judge" in models:
+            hashes.append(load_at(site, config).spec.sha256)
+    assert hashes[0] != hashes[1]
+    with pytest.raises(ModelError) as caught:
+        load_at(site, config)
+    assert caught.value.code == "model-unknown"
+
+
+def test_a_site_says_what_it_loads(tmp_path):
+    """Catches: an adapter of a run loaded under the name that the server has for it, past the site's [models]."""
+    base = Path(model_folder())
+    adapters = to_fuse(tmp_path, base)
+    write_rows(tmp_path / "train.csv", 8)
+    text = '[site]\nname = "acme"\n\n[data]\ntrain = "train.csv"\n\n[models]\n'
+    known = {"the-base": str(base), "tone": adapters[0], "topic": adapters[1]}
+    (tmp_path / "site.toml").write_text(text + "".join(f'{name} = "{path}"\n' for name, path in known.items()))
+    site = read_site(tmp_path / "site.toml")
+    named = {"model": {"name": "the-base"}}
+    config = parse({**named, "adapter": {"method": "fusion", "adapters": ["tone", "topic"]}})
+    at_server = parse({"model": {"name": str(base)}, "adapter": {"method": "fusion", "adapters": adapters}})
+    assert load_at(site, config).spec == load_graft(at_server, str(base), config.run.seed).spec
+    for others in (["tone", "other"], list(adapters)):
+        other = parse({**named, "adapter": {"method": "fusion", "adapters": others}})
+        with pytest.raises(ModelError) as caught:
+            load_at(site, other)
+        assert caught.value.code == "model-unknown"

@@ -145,3 +145,17 @@ def test_training_can_be_watched(config, graft):
     finally:
         prepare.watch_training(lambda step, steps, losses: None)
     assert seen == [(1, 2), (2, 2)]
+
+
+def test_a_site_of_a_small_rank_refuses_what_it_cannot_train(tmp_path):
+    """Catches: a site that trains more than its machine holds, or is cut to its rank where all need the same."""
+
+    def rank(name, most):
+        config = tiny_config(tmp_path, adapter={"rank": 4}, strategy={"name": name})
+        return prepare.own_rank(replace(simulated_sites(config)[0], max_rank=most), config)
+
+    assert [rank("svd", most) for most in (0, 3, 4, 9)] == [0, 3, 0, 0]
+    assert rank("fedavg", 4) == 0
+    with pytest.raises(PolicyError) as caught:
+        rank("fedavg", 3)
+    assert caught.value.code == "policy-rank"

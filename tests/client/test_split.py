@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -7,10 +8,12 @@ from PIL import Image
 from client.app import simulated_app
 from client.site import read_site
 from client.split import split
+from common.adapters.fusion import FusionSettings
 from common.config_file import with_absolute_paths
 from common.errors import UsageError
 from common.tasks import TASKS
 from server.simulate import simulate
+from tests.support.exports import to_fuse
 from tests.support.federation import app_of_sites, leaks, model_folder, tiny_config, write_rows
 from tests.support.tiny import tiny_cnn, write_case
 
@@ -42,6 +45,22 @@ def test_a_model_in_a_relative_folder_is_named_as_the_server_names_it(tmp_path, 
     config = tiny_config(tmp_path, model={"name": "models/tiny"})
     (first, _) = split(config, tmp_path / "sites")
     assert read_site(first).model_source(with_absolute_paths(config).model.name) == str(tmp_path / "models" / "tiny")
+
+
+def test_sites_know_where_the_reward_lies(tmp_path):
+    """Catches: sites that refuse every run with a reward because their [models] has none."""
+    (tmp_path / "train.csv").write_text("prompt\n" + "".join(f"name {number}\n" for number in range(8)))
+    config = tiny_config(tmp_path, task={"name": "rlhf", "reward_adapter": "judge"}, evaluation={"data": ""})
+    (first, _) = split(config, tmp_path / "sites")
+    assert read_site(first).model_source("judge") == "judge"
+
+
+def test_the_sites_know_the_adapters_that_a_run_fuses(tmp_path):
+    """Catches: split sites that refuse their own run."""
+    adapters = to_fuse(tmp_path / "adapters", Path(model_folder()))
+    config = tiny_config(tmp_path).model_copy(update={"adapter": FusionSettings(adapters=adapters)})
+    (first, _) = split(config, tmp_path / "sites")
+    assert [read_site(first).model_source(name) for name in adapters] == list(adapters)
 
 
 def image_config(folder, **simulation):

@@ -8,16 +8,16 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from common import model
 from common.config import parse
 from common.data.shard import Shard
 from common.errors import ModelError
-from common.model import choose_device, find, fingerprint, load_graft
+from common.fingerprint import fingerprint
+from common.model import find, load_graft
 from common.tasks import TASKS
-from tests.support.tiny import tiny_bert, tiny_sentence_transformer, tiny_vit
+from tests.support.tiny import tiny_bert, tiny_sentence_transformer
 
 WEIGHTS = "model.safetensors"
 
@@ -49,12 +49,6 @@ def config(folder, task="sequence-classification", method="lora", **sections):
 def loaded(folder, seed=1, **options):
     """Return a graft on a local base."""
     return load_graft(config(folder, **options), str(folder), seed)
-
-
-def identity(folder, task="sequence-classification"):
-    """Return the fingerprint of a folder, loaded for a task."""
-    task = TASKS.get(task)(TASKS.get(task).Settings())
-    return fingerprint(folder, task.load(folder, torch.float32))
 
 
 def refused(action, *arguments):
@@ -277,7 +271,7 @@ def test_the_spec_describes_what_is_trained(bert, method):
     settings = json.loads(graft.spec.settings)
     assert "wire_dtype" not in settings
     assert settings.get("rank", settings.get("bottleneck")) in (2, 4)
-    assert graft.spec.base_fingerprint == identity(bert)
+    assert graft.spec.base_fingerprint == fingerprint(bert, graft.task.load(bert, torch.float32))
 
 
 def test_the_spec_is_the_same_on_every_machine(bert, tmp_path):
@@ -358,114 +352,3 @@ def test_the_spec_tells_random_constants_apart(bert):
     specs = [loaded(bert, seed=seed, adapter={"method": "vera", "rank": 4}).spec for seed in (1, 1, 2)]
     assert specs[0].sha256 == specs[1].sha256 != specs[2].sha256
     assert all("vera_lambda" in tensor.name or "classifier" in tensor.name for tensor in specs[0].tensors)
-
-
-@pytest.mark.parametrize(("cuda", "mps", "chosen"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
-def test_device(cuda, mps, chosen, monkeypatch):
-    """Catches: a run that is asked for a GPU and trains on the CPU without a word."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert choose_device("auto") == chosen
-    assert choose_device("cpu") == "cpu"
-    assert [choose_device("cuda") if cuda else refused(choose_device, "cuda")] == ["cuda" if cuda else "device"]
-
-
-# Fingerprints
-
-
-def test_a_head_does_not_change_the_fingerprint(bert, tmp_path):
-    """Catches: random heads in the hash; the prefix of a model with a head taken for other tensors."""
-    with_head = tmp_path / "with-head"
-    network = AutoModelForSequenceClassification.from_pretrained(bert)
-    network.save_pretrained(with_head)
-    AutoTokenizer.from_pretrained(bert).save_pretrained(with_head)
-    assert {name.split(".")[0] for name in load_file(with_head / WEIGHTS)} == {"bert", "classifier"}
-    assert identity(with_head) == identity(bert)
-
-
-def test_the_fingerprint_is_the_bases_not_the_tasks(tmp_path):
-    """Catches: a hash over what a task loaded, so that two tasks on one base disagree."""
-    folder = tiny_sentence_transformer(tmp_path)
-    assert identity(folder, "sentence-embedding") == identity(folder, "sequence-classification")
-
-
-@pytest.mark.parametrize("name", ["embeddings.word_embeddings.weight", "encoder.layer.1.output.LayerNorm.bias"])
-def test_one_bit_changes_the_fingerprint(bert, tmp_path, name):
-    """Catches: a hash over names, shapes or a sample of the numbers."""
-    folder = copied(bert, tmp_path / "model")
-    tensors = load_file(folder / WEIGHTS)
-    tensors[name].view(torch.int32).view(-1)[-1] ^= 1
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    assert identity(folder) != identity(bert)
-
-
-def test_tensors_under_older_names_belong_to_the_fingerprint(tmp_path):
-    """Catches: a ViT of whose blocks nothing is hashed, because transformers renames them while it loads them."""
-    folder = tiny_vit(tmp_path / "vit")
-    tensors = load_file(folder / WEIGHTS)
-    name = "encoder.layer.1.attention.attention.value.weight"
-    other = copied(folder, tmp_path / "other")
-    save_file({**tensors, name: tensors[name] + 1}, other / WEIGHTS, {"format": "pt"})
-    with_head = copied(folder, tmp_path / "with-head")
-    prefixed = {f"vit.{name}": value for name, value in tensors.items()}
-    save_file({**prefixed, "classifier.weight": torch.ones(2, 16)}, with_head / WEIGHTS, {"format": "pt"})
-    found = [identity(each, "image-classification") for each in (folder, other, with_head)]
-    assert found[0] != found[1]
-    assert found[0] == found[2]
-
-
-def test_swapped_tensors_change_the_fingerprint(bert, tmp_path):
-    """Catches: a sum of hashes, or bytes without their names."""
-    folder = copied(bert, tmp_path / "model")
-    tensors = load_file(folder / WEIGHTS)
-    first, second = (f"encoder.layer.0.attention.self.{part}.weight" for part in ("query", "key"))
-    tensors[first], tensors[second] = tensors[second], tensors[first]
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    assert identity(folder) != identity(bert)
-
-
-def test_shards_do_not_change_the_fingerprint(bert, tmp_path):
-    """Catches: only the first file read; the order of files in the hash."""
-    AutoModel.from_pretrained(bert).save_pretrained(tmp_path, max_shard_size="30KB")
-    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert identity(tmp_path) == identity(bert)
-
-
-def test_what_is_not_loaded_does_not_change_the_fingerprint(bert, tmp_path):
-    """Catches: another file of weights in the folder hashed in the place of the one that is loaded."""
-    folder = copied(bert, tmp_path / "model")
-    tensors = {name: torch.zeros_like(value) for name, value in load_file(folder / WEIGHTS).items()}
-    save_file(tensors, folder / "variant.safetensors", {"format": "pt"})
-    assert identity(folder) == identity(bert)
-
-
-def test_bfloat16_checkpoints(bert, tmp_path):
-    """Catches: NumPy asked for a type that it does not have; one hash for two precisions of a base."""
-    AutoModel.from_pretrained(bert, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
-    found = identity(tmp_path)
-    assert len(found) == 64
-    assert found != identity(bert)
-    assert loaded(tmp_path).spec.base_fingerprint == found
-
-
-def test_equal_bytes_of_another_type_are_another_base(bert, tmp_path):
-    """Catches: a hash over bytes alone."""
-    found = set()
-    for dtype in (torch.float16, torch.bfloat16):
-        folder = copied(bert, tmp_path / str(dtype))
-        zeros = {name: torch.zeros_like(value, dtype=dtype) for name, value in load_file(folder / WEIGHTS).items()}
-        save_file(zeros, folder / WEIGHTS, {"format": "pt"})
-        found.add(identity(folder))
-    assert len(found) == 2
-
-
-def test_a_checkpoint_of_something_else(bert, tmp_path):
-    """Catches: the hash of nothing, which all foreign checkpoints would share."""
-    folder = copied(bert, tmp_path / "model")
-    base = TASKS.get("sequence-classification")(TASKS.get("sequence-classification").Settings()).load(
-        folder, torch.float32
-    )
-    save_file({"unrelated": torch.zeros(2)}, folder / WEIGHTS, {"format": "pt"})
-    assert refused(fingerprint, folder, base) == "model-invalid"

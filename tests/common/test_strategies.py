@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from common.config import parse
+from common.errors import ConfigError
 from common.strategies import STRATEGY_SETTINGS
 
 
@@ -31,3 +32,34 @@ def test_values_that_make_no_sense_are_refused(name, values):
     """Catches: momentum that never ends, a step of nothing, a setting of another strategy taken in silence."""
     with pytest.raises(ValidationError):
         STRATEGY_SETTINGS.get(name)(**values)
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"strategy": {"name": "svd"}, "adapter": {"method": "ia3"}}, "adapter.method"),
+        ({"strategy": {"name": "ffa"}, "adapter": {"freeze_a": "no"}}, "adapter.freeze_a"),
+        ({"strategy": {"name": "rolora"}, "adapter": {"freeze_a": "yes"}}, "adapter.freeze_a"),
+        ({"strategy": {"name": "svd"}, "adapter": {"use_dora": True}}, "adapter.use_dora"),
+        ({"strategy": {"name": "flora"}, "adapter": {"init": "orthogonal"}}, "adapter.init"),
+        ({"strategy": {"name": "svd"}, "train": {"persist_optimizer": True}}, "train.persist_optimizer"),
+        ({"strategy": {"name": "fedavg"}, "simulation": {"ranks": [2, 4]}}, "simulation.ranks"),
+        ({"strategy": {"name": "krum", "min_clients": 4, "num_malicious_sites": 1}}, "strategy.min_clients"),
+        ({"strategy": {"name": "flora"}, "privacy": {"mode": "central", "target_epsilon": 8.0}}, "strategy.name"),
+        ({"strategy": {"name": "rolora"}, "privacy": {"examples": {"target_epsilon": 8.0}}}, "strategy.name"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(sections, key):
+    """Catches: a strategy that would silently not find its factors, or be less than exact."""
+    with pytest.raises(ConfigError) as caught:
+        parse(sections)
+    assert key in [problem.key for problem in caught.value.problems]
+
+
+def test_strategies_set_what_follows_for_the_factors():
+    """Catches: `ffa` with A trained, `flora` without a pair to merge into, and both where nobody asked."""
+    assert parse({"strategy": {"name": "ffa"}}).adapter.freeze_a == "yes"
+    assert parse({"strategy": {"name": "flora"}}).adapter.merged_rank > 4096
+    assert parse({"strategy": {"name": "flora", "merged_rank": 12}}).adapter.merged_rank == 12
+    plain = parse({"strategy": {"name": "svd"}}).adapter
+    assert (plain.freeze_a, plain.merged_rank) == ("auto", 0)

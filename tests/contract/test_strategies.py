@@ -7,12 +7,20 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
+from client.cohort import train_openly
+from client.prepare import make_job
+from client.simulated import simulated_sites
+from common.factors import pairs, sent
+from common.files import read_lines
+from common.messages import TrainRequest, to_record
+from common.model import load_graft
 from common.registry import Registry
 from common.strategies import STRATEGY_SETTINGS
-from common.wire import ARRAY_KEY
+from common.wire import ARRAY_KEY, encode, unpack
 from server.engines.in_process import identify_process
 from server.guard import Accepted
 from server.strategy import STRATEGIES, aggregate, missing_implementations
+from tests.support.federation import run_tiny, tiny_config
 
 SIZE = 40
 each_strategy = pytest.mark.parametrize("name", STRATEGIES.names())
@@ -219,3 +227,88 @@ def test_krum_returns_one_of_the_updates():
     assert any(np.array_equal(result, r.update) for r in replies)
     made = STRATEGIES.get("krum")(settings("krum", num_malicious_sites=2))
     assert made.num_malicious_nodes == 2
+
+
+SKEWED = {"clients": 3, "partition": "dirichlet", "dirichlet_alpha": 0.1, "min_rows": 3}
+
+
+@pytest.mark.parametrize("name", STRATEGIES.names())
+def test_a_federation_of_lora_learns_and_tells_its_aggregation_error(name, tmp_path):
+    """Catches: a strategy that a run cannot use; an error that is not told, or told of an exact mean."""
+    settings = {"min_clients": 3, "num_malicious_sites": 0} if name == "krum" else {}
+    config = tiny_config(
+        tmp_path,
+        run={"rounds": 3},
+        train={"local_steps": 6},
+        strategy={"name": name, **settings},
+        simulation={"clients": 3},
+    )
+    before, *lines = read_lines(run_tiny(config).folder / "metrics.jsonl")
+    errors = [line["aggregation_error"] for line in lines]
+    assert len(errors) == 3
+    if name in {"ffa", "rolora", "flora"}:
+        assert max(errors) < 1e-5
+    else:
+        assert min(errors) > 1e-4
+    assert lines[-1]["eval"]["loss"] < before["eval"]["loss"]
+
+
+def test_svd_at_full_rank_has_no_error(tmp_path):
+    """Catches: a projection that loses something where there is room for all."""
+    config = tiny_config(tmp_path, adapter={"rank": 32}, strategy={"name": "svd"}, simulation=SKEWED)
+    lines = read_lines(run_tiny(config).folder / "metrics.jsonl")[1:]
+    assert max(line["aggregation_error"] for line in lines) < 1e-5
+
+
+def test_rolora_sends_half(tmp_path):
+    """Catches: zeros for the factor that was not trained on their way."""
+    bytes_up = {}
+    for name in ("fedavg", "rolora"):
+        config = tiny_config(tmp_path, run={"name": name}, strategy={"name": name})
+        bytes_up[name] = read_lines(run_tiny(config).folder / "metrics.jsonl")[1]["bytes_up"]
+    assert bytes_up["rolora"] < 0.7 * bytes_up["fedavg"]
+
+
+def test_rolora_leaves_the_other_factor_as_it_is(tmp_path):
+    """Catches: weight decay, or an optimiser's memory, on a factor that is not trained in the round."""
+    train = {"weight_decay": 0.1, "persist_optimizer": True}
+    vectors, parts = [], []
+    for rounds in (1, 2):
+        config = tiny_config(
+            tmp_path, run={"name": f"r{rounds}", "rounds": rounds}, train=train, strategy={"name": "rolora"}
+        )
+        outcome = run_tiny(config)
+        vectors.append(outcome.state.vector)
+    graft = load_graft(config, config.model.name, config.run.seed)
+    initial = unpack(graft.initial, graft.spec)
+    first = unpack(vectors[0], graft.spec)
+    assert pairs(graft.spec)
+    for pair in pairs(graft.spec):
+        assert np.array_equal(first[pair.a], initial[pair.a])
+        assert not np.array_equal(first[pair.b], initial[pair.b])
+    parts = [{one.name for one in sent(graft.spec, "rolora", number).tensors} for number in (1, 2)]
+    assert parts[0] & parts[1] == {one.name for one in graft.spec.tensors if one.part == "head"}
+
+
+def test_sites_of_smaller_ranks_train_the_first_components_only(tmp_path):
+    """Catches: ranks that change nothing; a small site whose update moves components that it does not train."""
+    ranks = {**SKEWED, "partition": "iid", "ranks": [1, 2, 4]}
+    train, run = {"local_steps": 6}, {"rounds": 3}
+    config = tiny_config(
+        tmp_path, run=run, train=train, adapter={"rank": 4}, strategy={"name": "svd"}, simulation=ranks
+    )
+    sites = simulated_sites(config)
+    assert [site.max_rank for site in sites] == [1, 2, 4]
+    lines = read_lines(run_tiny(config).folder / "metrics.jsonl")
+    assert lines[-1]["eval"]["loss"] < lines[0]["eval"]["loss"]
+    graft = load_graft(config, config.model.name, config.run.seed)
+    graft.write(graft.initial)
+    request = TrainRequest(config.for_sites(), 1, graft.spec.sha256, 0.0, 0.5, 600.0, "0" * 16, "")
+    for site in sites:
+        job, _ = make_job(site, request, to_record(request, encode(graft.initial, graft.spec)))
+        train_openly(job)
+        tensors = unpack(graft.read(), graft.spec)
+        for pair in pairs(graft.spec):
+            assert not tensors[pair.a][site.max_rank :].any()
+            assert not tensors[pair.b][:, site.max_rank :].any()
+            assert tensors[pair.b][:, : site.max_rank].any()

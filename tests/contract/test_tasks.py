@@ -10,6 +10,7 @@ from common.data.shard import Shard, read
 from common.registry import Registry
 from common.settings import DataFormat
 from common.tasks import TASKS, Task
+from tests.support.exports import settings_of
 from tests.support.tiny import tiny_base, write_case
 
 CASES = {
@@ -49,10 +50,10 @@ def inputs(encoded):
     return {**encoded.texts, **({} if encoded.images is None else {"image": encoded.images})}
 
 
-def tiny(name):
-    """Return the task of its tiny case, and the rows."""
+def tiny(name, folder=None):
+    """Return the task of its tiny case, and the rows; with the folder of a base, the case's exports are there."""
     kind, case = TASKS.get(CASES[name][0]), CASES[name][1]
-    return kind(kind.Settings(**case.settings)), Shard(case.rows)
+    return kind(kind.Settings(**(settings_of(case, folder) if folder else case.settings))), Shard(case.rows)
 
 
 def readers():
@@ -62,7 +63,7 @@ def readers():
 
 def loaded(name, folder):
     """Return the task, its base in eval mode, and the encoded rows."""
-    task, shard = tiny(name)
+    task, shard = tiny(name, folder)
     torch.manual_seed(1)
     base = task.load(folder, torch.float32)
     base.network.eval()

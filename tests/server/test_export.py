@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from common import config_file
 from common.adapters.bitfit import BitfitSettings
+from common.adapters.fusion import FusionSettings
 from common.adapters.houlsby import HoulsbySettings
 from common.adapters.ia3 import Ia3Settings
 from common.adapters.layernorm import LayerNormSettings
@@ -21,11 +22,14 @@ from common.adapters.lora import Lora, LoraSettings
 from common.adapters.prompts import PrefixSettings, PromptSettings, PTuningSettings
 from common.adapters.vera import VeraSettings
 from common.errors import ExportError, StorageError
+from common.exported import open_exported
 from common.model import load_graft
 from common.wire import sha256, unpack
 from server import export_check, export_probe
 from server.export import export
-from tests.support.federation import run_tiny, tiny_config
+from server.finished import choose, read_config
+from tests.support.exports import to_fuse
+from tests.support.federation import model_folder, run_tiny, tiny_config
 from tests.support.tiny import PUBLIC_NAME, tiny_llama, tiny_sentence_transformer
 
 MENU = {
@@ -79,7 +83,16 @@ def runs(tmp_path_factory):
     answers.write_text("".join(line.format(word) for word in WORDS * 2))
     preference = {**causal, "simulation": {"data": str(answers)}}
     by_loss = {"monitor": "eval_loss"}  # moves in every round, so that the best adapter is not the first one
+    labelled = folder / "labelled.csv"
+    rows = [f"the {word} clause,a {second},{label}\n" for word in WORDS for label, second in enumerate(WORDS[:3])]
+    labelled.write_text("sentence1,sentence2,label\n" + "".join(rows))
+    softmax = {
+        **embedding,
+        "task": {"name": "sentence-embedding", "loss": "softmax-nli"},
+        "simulation": {"data": str(labelled)},
+    }
     kinds = {
+        "softmax": softmax,
         "lora": {"adapter": {"target_modules": ["value", "query", "key", "dense"]}, "evaluation": by_loss},
         "houlsby": {"evaluation": by_loss},
         "embedding": embedding,
@@ -88,14 +101,18 @@ def runs(tmp_path_factory):
         "dpo": {**preference, "task": {"name": "preference", "objective": "dpo"}},
     }
     kinds |= {f"{method}-embedding": embedding for method in ("dora", "vera", "bitfit", "prompt")}
-    kinds |= {method: {"evaluation": by_loss} for method in ("dora", "ia3", "layernorm", "p-tuning")}
+    kinds |= {method: {"evaluation": by_loss} for method in ("dora", "ia3", "layernorm", "p-tuning", "fusion")}
     kinds["prefix-causal"] = causal
+    kinds |= {f"{method}-softmax": softmax for method in ("dora", "bitfit", "prompt")}
     done = {}
 
     def run(kind):
         if kind not in done:
             config = tiny_config(folder, run={"name": kind}, **kinds[kind])
-            if settings := MENU.get(kind.removesuffix("-embedding").removesuffix("-causal")):
+            if kind == "fusion":
+                settings = FusionSettings(adapters=to_fuse(folder / "fused", Path(model_folder())))
+                config = config.model_copy(update={"adapter": settings})
+            elif settings := MENU.get(kind.partition("-")[0] if kind != "p-tuning" else kind):
                 config = config.model_copy(update={"adapter": settings})
             done[kind] = run_tiny(config).folder
         return done[kind]
@@ -132,6 +149,11 @@ def proved_here(monkeypatch):
     monkeypatch.setattr(export_check, "run_probe", run_probe)
 
 
+def names_in(graft):
+    """Return the names of what is trained."""
+    return {tensor.name for tensor in graft.spec.tensors}
+
+
 def files(folder):
     """Return the content of every file by its path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -159,8 +181,9 @@ def graft_of(folder):
 
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
-PEFT = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-OWN = {"README.md", "tsugiki_adapter.safetensors", "tsugiki_adapter.json"}
+PEFT = {"README.md", "tsugiki.json", "adapter_config.json", "adapter_model.safetensors"}
+OWN = {"README.md", "tsugiki.json", "tsugiki_adapter.safetensors", "tsugiki_adapter.json"}
+FUSED = {f"adapters/{number}/{name}" for number in range(2) for name in OWN - {"README.md"}}
 MODULES = {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"}
 
 
@@ -169,6 +192,7 @@ MODULES = {"modules.json", "sentence_bert_config.json", "config_sentence_transfo
     [
         ("lora", PEFT | TOKENIZER),
         ("embedding", PEFT | TOKENIZER | MODULES | {"2_Normalize/config.json"}),
+        ("softmax", PEFT | TOKENIZER | MODULES | {"2_Normalize/config.json"}),
         ("causal", PEFT | TOKENIZER),
         ("reward", PEFT | TOKENIZER),
         ("dpo", PEFT | TOKENIZER),
@@ -187,6 +211,13 @@ def test_a_fresh_process_finds_the_outputs_of_the_run(copied, caplog, kind, expe
     assert target == run / "adapter"
     assert "changes nothing" not in caplog.text
     assert set(run.iterdir()) == before | {target}
+    graft = graft_of(run)
+    vector = unpack(choose(run, read_config(run), graft, "best").vector, graft.spec)
+    again = open_exported(target, config_file.read(run / "config.toml").model.name)
+    for name, values in unpack(again.read(), again.spec).items():
+        assert np.array_equal(values, vector[name]), name
+    left = set(vector) - {one.name for one in again.spec.tensors}
+    assert ["nli_head" in name for name in left] == [True] * (kind == "softmax")
     found = files(target)
     assert set(found) == expected
     base = config_file.read(run / "config.toml").model.name
@@ -204,12 +235,17 @@ def test_a_fresh_process_finds_the_outputs_of_the_run(copied, caplog, kind, expe
         ("p-tuning", OWN | TOKENIZER),
         ("bitfit-embedding", OWN),
         ("ia3", PEFT | TOKENIZER),
+        ("dora-softmax", PEFT),
+        ("bitfit-softmax", OWN),
+        ("prompt-softmax", OWN),
+        ("fusion", OWN | TOKENIZER | FUSED),
     ],
 )
 def test_the_rest_of_the_menu_is_exported(runs, tmp_path, proved_here, kind, expected):
     """Catches: a method whose files lack something, or are said to load in a way that loses it."""
     target = export(runs(kind), tmp_path / "out")
     assert set(files(target)) == expected
+    assert not [name for name, content in files(target).items() if str(runs(kind).parent).encode() in content]
 
 
 def test_an_export_without_one_tensor_leaves_nothing(runs, tmp_path, monkeypatch):
@@ -230,7 +266,7 @@ def test_an_export_without_one_tensor_leaves_nothing(runs, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "kind", ["lora", "embedding", "causal", "dora-embedding", "vera-embedding", "bitfit-embedding"]
+    "kind", ["lora", "embedding", "softmax", "causal", "dora-embedding", "vera-embedding", "bitfit-softmax"]
 )
 def test_a_merged_model_needs_no_adapter_and_spares_the_graft(runs, tmp_path, proved_here, kind):
     """Catches: a model that still wants peft or its base, and a graft that was merged itself."""
@@ -241,6 +277,23 @@ def test_a_merged_model_needs_no_adapter_and_spares_the_graft(runs, tmp_path, pr
     assert not [name for name in names if "adapter" in name]
     assert not [name for name in load_file(target / "model.safetensors") if "lora" in name]
     assert export_check.expect(graft).effect > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["softmax", "bitfit-softmax"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_embedder_leaves_the_head_of_its_loss_behind(runs, tmp_path, unproved, kind, merged):
+    """Catches: a tensor that no embedder knows, which loaders report as unexpected; a head cut off the graft itself."""
+    graft = graft_of(runs(kind))
+    assert graft.spec.parameters("head") == 3 * 32 * 3
+    target = export(runs(kind), tmp_path / "out", merged=merged)
+    written = files(target)
+    tensors = next(name for name in written if name.endswith(".safetensors"))
+    assert not [name for name in load_file(tmp_path / "out" / tensors) if "nli_head" in name]
+    assert not [name for name, content in written.items() if name.endswith(".json") and b"nli_head" in content]
+    if not merged:
+        assert open_exported(target, read_config(runs(kind)).model.name).spec.parameters("head") == 0
+    assert graft.base.transformer.nli_head is not None
+    assert graft.read().any()
 
 
 @pytest.mark.parametrize("kind", ["houlsby", "prefix-causal"])
@@ -272,6 +325,14 @@ def test_a_base_without_a_public_name_is_refused(copied, tmp_path, monkeypatch, 
         export(run)
     assert caught.value.code == "no-public-name"
     assert not (run / "adapter").exists()
+
+
+def test_a_run_in_four_bits_is_exported_on_the_whole_base(copied, unproved):
+    """Catches: an export that needs a GPU, or weights that were merged into packed ones."""
+    run = copied("lora")
+    change(run, "model", quantization="nf4", gradient_checkpointing=True)
+    assert (export(run) / "adapter_model.safetensors").is_file()
+    assert (export(run, merged=True) / "model.safetensors").is_file()
 
 
 def test_a_task_without_texts_is_not_exported_yet(copied, monkeypatch):

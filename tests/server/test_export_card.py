@@ -124,7 +124,7 @@ def test_the_code_loads_named_classes_and_pairs(base, tmp_path, monkeypatch, kin
     rng = np.random.default_rng(5)
     graft.write(graft.initial + rng.normal(0, 0.1, graft.spec.size).astype(np.float32))
     expected = export_check.expect(graft)
-    _write(graft, tmp_path, kind, str(base))
+    _write(graft, tmp_path, kind, "float32", PUBLIC_NAME)
     (tmp_path / "load.py").write_text(loading_code(graft, config, kind, base))
     monkeypatch.chdir(tmp_path)
     loaded = runpy.run_path("load.py")

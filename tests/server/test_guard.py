@@ -13,7 +13,7 @@ from common.privacy.clipping import LEVELS
 from common.wire import encode, encode_levels
 from server.guard import Accepted, AcceptedSum, Rejected, check, check_evaluation, check_private
 from tests.support.private import plan_of
-from tests.support.toy import ASKED, SPEC, of_array, of_bytes, rewritten, train_reply
+from tests.support.toy import ASKED, SPEC, of_array, of_bytes, rewritten, train_reply, with_arrays
 
 
 def verdict(reply, max_update_norm=100.0):
@@ -249,3 +249,15 @@ def test_an_error_reply_in_a_private_run_is_rejected_with_its_code():
     assert check_private(error_reply("policy-epsilon", asked), ASKED, LOCAL) == Rejected("site-0", "policy-epsilon")
     gone = check_private(Message(Error(4, "gone"), reply_to=asked), ASKED, LOCAL)
     assert (gone.reason, gone.detail) == ("dropout", "flower-error-4")
+
+
+def test_a_reply_of_a_part_is_an_update_of_the_whole():
+    """Catches: a part read as the whole, a whole accepted where a part was asked for, numbers in other places."""
+    part = replace(SPEC, tensors=SPEC.tensors[1:])
+    reply = with_arrays(train_reply(), encode(np.full(part.size, 0.5, np.float32), part))
+    accepted = check(reply, ASKED, SPEC, 100.0, part)
+    assert isinstance(accepted, Accepted)
+    assert accepted.update.tolist() == [0.0] * SPEC.tensors[0].size + [0.5] * part.size
+    refused = check(train_reply(), ASKED, SPEC, 100.0, part)
+    assert isinstance(refused, Rejected)
+    assert refused.reason == "shape"

@@ -14,6 +14,7 @@ from common.model import load_graft
 from common.tasks import TASKS
 from server import methods as module
 from server.methods import menu, methods, reasons
+from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_bert, tiny_llama
 
 
@@ -56,6 +57,14 @@ def test_what_does_not_go_has_a_reason(found, tmp_path):
     numbers = reasons(llama.pairs)
     assert sorted(numbers.values()) == list(range(1, len(numbers) + 1))
     assert {pair.reason for row in llama.pairs.values() for pair in row.values() if pair.reason} == set(numbers)
+
+
+def test_fusion_needs_adapters_and_is_listed_with_them(found, bert, tmp_path):
+    """Catches: a method without a size or a reason; the adapters of the run's own settings ignored."""
+    assert found.pairs["sequence-classification"]["fusion"].reason == "adapter.adapters names fewer than two"
+    adapter = {"method": "fusion", "adapters": to_fuse(tmp_path, bert, placement="pfeiffer")}
+    fused = menu(parse({"model": {"name": str(bert)}, "adapter": adapter})).pairs["sequence-classification"]["fusion"]
+    assert (fused.adapter, fused.reason) == (2 * 3 * 32 * 32, "")
 
 
 def test_one_base_serves_all_methods(bert, monkeypatch):

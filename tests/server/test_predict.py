@@ -9,20 +9,22 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import tsugiki
-from common.errors import DataError, StorageError, UsageError
+from common.errors import DataError, ModelError, StorageError, UsageError
 from common.files import read_lines
 from common.tasks import TASKS, Task
 from common.tasks.generation import Generation
 from common.wire import sha256, unpack
 from server.finished import choose, open_graft, read_config
-from server.predict import predict, show
+from server.predict import ask, open_adapters, predict, predict_each, show
+from tests.support.exports import BASE_NAME, export_tiny, settings_of
 from tests.support.federation import run_tiny, tiny_config
-from tests.support.tiny import tiny_base, write_case
+from tests.support.tiny import tiny_base, tiny_llama, write_case
 
 HOW = Generation(max_new_tokens=4)
 INPUTS = {
     "causal-lm": {"text": ["the good clause", "a bad"]},
     "image-classification": {"image": None},
+    "rlhf": {"prompt": ["name the party", "name the alpha"]},
     "preference": {"prompt": ["name the party"] * 2, "chosen": ["good", "bad"]},
     "sentence-embedding": {
         "sentence1": ["the alpha clause"] * 2,
@@ -46,7 +48,7 @@ def runs(tmp_path_factory):
             config = tiny_config(
                 folder / name,
                 model={"name": str(base)},
-                task={"name": name, **case.settings},
+                task={"name": name, **settings_of(case, base)},
                 train={"local_steps": 12, "learning_rate": 2e-2},
                 evaluation={"data": str(file)},
                 simulation={"data": str(file)},
@@ -182,6 +184,102 @@ def test_a_task_that_predicts_nothing_says_so(runs, monkeypatch):
     monkeypatch.setattr(kind, "predict", Task.predict)
     with pytest.raises(UsageError, match="predicts nothing"):
         predict(folder, ["good"], None, HOW)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Exports of several tasks and methods on one Llama, in its folder `base`, by name."""
+    folder = tmp_path_factory.mktemp("adapters")
+    base = tiny_llama(folder / "base")
+    kinds = {
+        "tone": ("sequence-classification", {"method": "lora", "rank": 2}),
+        "topic": ("sequence-classification", {"method": "houlsby", "bottleneck": 3}),
+        "reward": ("preference", {"method": "layernorm"}),
+        "words": ("causal-lm", {"method": "prompt", "num_virtual_tokens": 3}),
+    }
+    for seed, (name, (task, adapter)) in enumerate(kinds.items()):
+        export_tiny(folder / name, base, {"name": task, "max_length": 16}, adapter, seed)
+    return folder
+
+
+def test_several_adapters_answer_each_row_in_turn(adapters, tmp_path):
+    """Catches: one adapter's numbers or head in another's answers; answers in the order of adapters, not of rows."""
+    names = ["tone", "topic", "reward", "words"]
+    folders = [adapters / name for name in names]
+    base = str(adapters / "base")
+    file = tmp_path / "rows.jsonl"
+    row = {"text": "the good clause", "prompt": "name the party", "chosen": "alpha"}
+    rows = [row, row | {"text": "no bad number", "chosen": "beta"}]
+    file.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    found = predict_each(folders, base, [], file, HOW)
+    assert [one["adapter"] for one in found] == [str(folder) for folder in folders] * 2
+    assert [next(iter(one)) for one in found] == ["adapter"] * 8
+    alone = {name: predict_each([adapters / name], base, [], file, HOW) for name in names}
+    for index, one in enumerate(found):
+        assert one == pytest.approx(alone[names[index % 4]][index // 4])
+    assert alone["tone"][0]["probability"] != alone["topic"][0]["probability"]
+    assert predict_each(folders[::-1], base, [], file, HOW)[3] == pytest.approx(found[0])
+
+
+def test_one_base_is_in_memory(adapters):
+    """Catches: a base for each adapter."""
+    names = ["tone", "topic", "reward", "words"]
+    grafts = open_adapters([adapters / name for name in names], str(adapters / "base"))
+    frozen = [
+        {value.data_ptr(): value.numel() for value in graft.base.transformer.parameters() if not value.requires_grad}
+        for graft in grafts
+    ]
+    whole = sum(frozen[0].values())
+    assert whole > 20_000
+    for other in frozen[1:]:
+        alone = sum(size for place, size in other.items() if place not in frozen[0])
+        assert alone < whole / 100  # the first values of a head that is trained in a copy
+
+
+def test_adapters_are_asked_by_the_command(adapters, monkeypatch):
+    """Catches: the first text taken for a run; a name column that is not the first; a base that --model cannot name."""
+    options = ["predict", *(word for name in ("tone", "topic") for word in ("--adapter", str(adapters / name)))]
+    given = [*options, "--model", str(adapters / "base"), "good", "bad"]
+    expected = predict_each([adapters / "tone", adapters / "topic"], str(adapters / "base"), ["good", "bad"], None, HOW)
+    done = CliRunner().invoke(tsugiki.app, [*given, "--json"])
+    assert [json.loads(line) for line in done.stdout.splitlines()] == expected
+    lines = CliRunner().invoke(tsugiki.app, given).stdout.splitlines()
+    assert [line.split("\t")[0] for line in lines] == [one["adapter"] for one in expected]
+    asked = []
+    monkeypatch.setattr("common.exported.find", lambda source: asked.append(source) or adapters / "base")
+    assert CliRunner().invoke(tsugiki.app, [*options, "good"]).exit_code == 0
+    assert asked == [BASE_NAME] * 2
+
+
+def test_adapters_of_another_base_are_refused(adapters, tmp_path):
+    """Catches: an adapter on a base that it does not know, because the first one's was taken for all."""
+    said = json.loads((adapters / "topic" / "tsugiki.json").read_text())
+    other = shutil.copytree(adapters / "topic", tmp_path / "other")
+    (other / "tsugiki.json").write_text(json.dumps(said | {"base_fingerprint": "0" * 64}))
+    with pytest.raises(ModelError) as caught:
+        open_adapters([adapters / "tone", other], str(adapters / "base"))
+    assert caught.value.code == "adapter-other-base"
+
+
+@pytest.mark.parametrize(
+    ("words", "with_adapter", "options"),
+    [
+        ([], False, {}),
+        (["RUN", "good"], True, {}),
+        (["RUN", "good"], False, {"source": "base"}),
+        (["good"], True, {"which": "last"}),
+        (["good"], True, {"adapter": False}),
+        ([], True, {}),
+    ],
+)
+def test_words_that_do_not_go_together_are_refused(runs, adapters, words, with_adapter, options):
+    """Catches: an option that is silently ignored; a run's folder classified as a text."""
+    folder, _ = runs("sequence-classification")
+    given = {"source": str(adapters / "base") if with_adapter else "", "which": "best", "adapter": True, **options}
+    words = [str(folder) if word == "RUN" else word for word in words]
+    chosen = [adapters / "tone"] if with_adapter else []
+    with pytest.raises(UsageError):
+        ask(words, chosen, given.pop("source"), None, HOW, **given)
 
 
 def test_a_missing_run_or_file_is_an_error_with_a_code(runs, tmp_path):

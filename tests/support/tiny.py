@@ -61,20 +61,23 @@ def _tokenizer() -> Any:
     return BertTokenizerFast(vocab={piece: index for index, piece in enumerate(pieces)}, model_max_length=MAX_TOKENS)
 
 
-def tiny_sentence_transformer(folder: Path, *, normalize: bool = True, max_tokens: int = 48, seed: int = 7) -> Path:
+def tiny_sentence_transformer(
+    folder: Path, *, normalize: bool = True, max_tokens: int = 48, hidden: int = 32, seed: int = 7
+) -> Path:
     """Write a `SentenceTransformer` of `tiny_bert`, mean pooling and (if asked) normalisation; return the folder.
 
     Args:
         folder: made if it is not there.
         normalize: whether the vectors have length 1.
         max_tokens: longer texts are cut; at most `MAX_TOKENS`.
+        hidden: width; a multiple of 2, the number of heads.
         seed: for the weights.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    tiny_bert(folder, seed=seed)
+    tiny_bert(folder, hidden=hidden, seed=seed)
     transformer = Transformer(str(folder), max_seq_length=max_tokens)
     modules = [transformer, Pooling(transformer.get_embedding_dimension()), *([Normalize()] if normalize else [])]
     SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
@@ -132,13 +135,14 @@ def tiny_vit(folder: Path, *, size: int = 16, seed: int = 7) -> Path:
     return folder
 
 
-def tiny_llama(folder: Path, *, bos: bool = True, tied: bool = True, seed: int = 7) -> Path:
+def tiny_llama(folder: Path, *, bos: bool = True, tied: bool = True, hidden: int = 32, seed: int = 7) -> Path:
     """Write a `LlamaForCausalLM` and its tokenizer, which pads with the token for the end; return the folder.
 
     Args:
         folder: made if it is not there.
         bos: whether the tokenizer has a token for the beginning.
         tied: whether the output layer is the embedding.
+        hidden: width; a multiple of 2, the number of heads.
         seed: for the weights.
     """
     import torch
@@ -159,11 +163,11 @@ def tiny_llama(folder: Path, *, bos: bool = True, tied: bool = True, seed: int =
     ).save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(pieces),
-        hidden_size=32,
+        hidden_size=hidden,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        intermediate_size=64,
+        intermediate_size=2 * hidden,
         max_position_embeddings=MAX_TOKENS,
         initializer_range=0.1,
         tie_word_embeddings=tied,

@@ -7,7 +7,7 @@ from transformers import AutoModel
 
 from common.adapters import ADAPTERS
 from common.adapters.lora import ATTENTION_TARGETS, Lora, LoraSettings
-from common.errors import ModelError
+from common.errors import ExportError, ModelError
 from common.tasks.image_classification import MODEL_TYPE
 from tests.support.architectures import CONFIGS, heads_of, make, trained
 
@@ -166,3 +166,37 @@ def test_a_frozen_factor_stays_frozen_when_the_adapter_comes_on_again():
         except KeyError:
             pass
         assert set(trained(model)) == before
+
+
+@every_model_type
+def test_a_merged_pair_is_zero_scaled_alike_and_counts(model_type):
+    """Catches: a second pair that is not active, has another scale, or is a random start; one lost in a merge."""
+    method, model = attach(make(model_type), heads_of(model_type), merged_rank=3)
+    named = model.get_base_model().named_modules()
+    layers = {name: module for name, module in named if "merged" in getattr(module, "lora_A", ())}
+    assert layers
+    expected = {}
+    for name, layer in layers.items():
+        own = min(3, layer.in_features, layer.out_features)
+        assert layer.r["merged"] == own
+        assert layer.scaling["merged"] == layer.scaling["default"]
+        assert not layer.get_delta_weight("merged").any()
+        assert layer.active_adapters == ["default", "merged"]
+        weight = layer.get_base_layer().weight.detach().clone()
+        with torch.no_grad():
+            for which in ("default", "merged"):
+                layer.lora_A[which].weight.fill_(0.1)
+                layer.lora_B[which].weight.fill_(0.2)
+            expected[name] = weight + layer.get_delta_weight("default") + layer.get_delta_weight("merged")
+    whole = dict(method.merge(model).named_modules())
+    for name, weight in expected.items():
+        assert torch.allclose(whole[name].weight, weight, atol=1e-6), name
+
+
+def test_two_pairs_are_not_written_as_one(tmp_path):
+    """Catches: an export without what the rounds have learned."""
+    method, model = attach(make(), merged_rank=3)
+    with pytest.raises(ExportError) as caught:
+        method.save(model, tmp_path, "org/base")
+    assert caught.value.code == "export-unsupported"
+    assert not list(tmp_path.iterdir())

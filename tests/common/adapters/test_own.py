@@ -1,7 +1,11 @@
 """What every adapter method of our own promises, on a tiny BERT."""
 
+import atexit
 import json
 import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,8 @@ from common.adapters import ADAPTERS, load_adapter
 from common.adapters.own import MANIFEST_FILE, TENSORS_FILE, OwnMethod
 from common.errors import ExportError, ModelError
 from tests.support.architectures import make, outputs, stir, trained
+from tests.support.exports import to_fuse
+from tests.support.tiny import tiny_bert
 
 SETTINGS = {
     "houlsby": {"bottleneck": 3},
@@ -20,15 +26,25 @@ SETTINGS = {
     "prompt": {"num_virtual_tokens": 3},
     "p-tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
     "prefix": {"num_virtual_tokens": 3},
+    "fusion": {},
 }
 
 each_kind = pytest.mark.parametrize("kind", SETTINGS)
 
 
+@cache
+def adapters():
+    """Return exports to fuse that fit the width and the blocks of the model of these tests."""
+    folder = Path(tempfile.mkdtemp(prefix="tsugiki-test-fused-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return to_fuse(folder, tiny_bert(folder / "base", hidden=16))
+
+
 def attach(model, heads=("classifier",), kind="houlsby"):
     """Return the method and the model with its adapter."""
     method = ADAPTERS.get(kind.partition("-")[0] if kind not in ADAPTERS.names() else kind)
-    method = method(method.Settings(**SETTINGS[kind]))
+    more = {"adapters": adapters()} if kind == "fusion" else {}
+    method = method(method.Settings(**SETTINGS[kind], **more))
     return method, method.attach(model, heads)
 
 

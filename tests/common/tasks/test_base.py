@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.tasks import TASKS
-from common.tasks.base import Encoded, Task, by_length, class_metrics, pad
+from common.tasks.base import Encoded, Task, by_length, class_metrics, cut_note, pad, tokenise
+from tests.support.tiny import _tokenizer
 
 ROWS = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=6)
 
@@ -78,7 +79,34 @@ def test_importing_the_folder_registers_every_file():
     import common.tasks
 
     files = {path.stem for path in Path(common.tasks.__file__).parent.glob("*.py")}
-    files -= {"__init__", "base", "generation", "prompts"}  # what tasks share
+    files -= {"__init__", "base", "generation", "prompts", "reward", "rollout"}  # what tasks share
     assert files
     assert {TASKS.get(name).__module__ for name in TASKS.names()} == {f"common.tasks.{file}" for file in files}
     assert all(issubclass(TASKS.get(name), Task) and TASKS.get(name).name == name for name in TASKS.names())
+
+
+class SlowTokenizer:
+    """A tokenizer in Python, which does not say what it has cut off: a token for each letter, between two others."""
+
+    def __call__(self, *texts, truncation=False, max_length=0):
+        """Return tokens of texts, or of pairs."""
+        rows = [[1, *map(ord, "".join(row)), 2] for row in zip(*texts, strict=True)]
+        found = {
+            "input_ids": [[*row[: max_length - 1], 2] if truncation and len(row) > max_length else row for row in rows]
+        }
+        return type("Tokens", (dict,), {"is_fast": False})(found)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_texts_that_are_cut_are_counted(fast):
+    """Catches: a text that just fits counted; a pair counted twice; a text of another that was cut."""
+    tokenizer = _tokenizer() if fast else SlowTokenizer()
+    texts = ["abcdef", "abcdefg", "", "abcdefgh"]  # six letters and two tokens around them are eight
+    tokens, cut = tokenise(tokenizer, 8, texts)
+    assert cut == 2
+    assert [len(row) for row in tokens["input_ids"]] == [8, 8, 2, 8]
+    around = 3 if fast else 2
+    assert tokenise(tokenizer, 8, ["abcdefgh"], ["abcdefgh"])[1] == 1
+    assert tokenise(tokenizer, 6 + around, ["abc"], ["abc"])[1] == 0
+    assert tokenise(tokenizer, 5 + around, ["abc"], ["abc"])[1] == 1
+    assert (cut_note(0), cut_note(3)) == ((), ("shard-texts-cut:3",))

@@ -8,9 +8,15 @@ import scipy.stats
 import torch
 from sentence_transformers.sentence_transformer import losses
 
+from client.trainer import Plan, train
+from common import model
+from common.adapters import ADAPTERS
+from common.config import parse
 from common.data.shard import Shard
+from common.model import load_graft
 from common.tasks.base import Encoded
 from common.tasks.sentence_embedding import SentenceEmbedding, SentenceEmbeddingSettings, embed, recall_at
+from common.wire import unpack
 from tests.support.tiny import tiny_sentence_transformer
 
 TRIPLETS = Shard(
@@ -26,6 +32,15 @@ SCORED = Shard(
         "sentence1": TRIPLETS.columns["anchor"],
         "sentence2": TRIPLETS.columns["negative"],
         "score": [5.0, 0.0, 2.5, 1.0],
+    }
+)
+
+
+LABELLED = Shard(
+    {
+        "sentence1": TRIPLETS.columns["anchor"],
+        "sentence2": TRIPLETS.columns["negative"],
+        "label": [2, 0, 1, 1],
     }
 )
 
@@ -100,6 +115,94 @@ def test_cosine_similarity_is_the_librarys(base):
     assert ours.item() == pytest.approx(((cosines - target) ** 2).mean().item(), abs=1e-5)
 
 
+def with_head(folder, **settings):
+    """Return a task with softmax-nli, its base and labelled pairs encoded."""
+    task = make(loss="softmax-nli", **settings)
+    torch.manual_seed(1)
+    base = task.load(folder, torch.float32)
+    base.network.eval()
+    return task, base, task.encode(LABELLED, base)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_softmax_nli_is_the_librarys(tmp_path, normalize):
+    """Catches: u and v swapped, a difference with its sign, vectors brought to length 1, classes in another order."""
+    task, base, encoded = with_head(tiny_sentence_transformer(tmp_path, normalize=normalize))
+    batch = task.batch(encoded, range(4), base)
+    criterion = losses.SoftmaxLoss(base.network, 32, num_labels=3)
+    head = base.transformer.get_submodule(base.heads[0])
+    with torch.no_grad():
+        criterion.classifier.weight.copy_(head.weight)
+        criterion.classifier.bias.zero_()  # the paper's W has none
+    ours = task.loss(base.network, batch)
+    theirs = criterion([features(base, LABELLED.columns[name]) for name in ("sentence1", "sentence2")], batch["labels"])
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+    assert task.evaluate(base, encoded, 3)["loss"] == pytest.approx(theirs.item(), abs=1e-5)
+    ours.backward()
+    mine = head.weight.grad.clone()
+    theirs.backward()
+    assert torch.allclose(mine, criterion.classifier.weight.grad, atol=1e-6)
+    assert mine.abs().max() > 1e-3
+
+
+def test_labelled_pairs_are_judged_by_their_classes(folder):
+    """Catches: classes taken for scores; the head left out of the evaluation; scored pairs judged by accuracy."""
+    task, base, encoded = with_head(folder)
+    with torch.no_grad():
+        vectors = [torch.tensor(base.network.encode(LABELLED.columns[name])) for name in ("sentence1", "sentence2")]
+        triple = torch.cat([*vectors, (vectors[0] - vectors[1]).abs()], dim=1)
+        predicted = (triple @ base.transformer.nli_head.weight.T).argmax(dim=1)
+    found = task.evaluate(base, encoded, 3)
+    assert set(found) == {"accuracy", "macro_f1", "loss"}
+    assert found["accuracy"] == float((predicted.numpy() == encoded.targets).mean())
+    assert set(task.evaluate(base, task.encode(SCORED, base), 3)) == {"pearson", "spearman"}
+    assert set(task.evaluate(base, task.encode(TRIPLETS, base), 3)) == {"recall_at_1"}
+
+
+def test_classes_have_names_or_numbers(folder):
+    """Catches: a head for another number of classes than the labels; labels of losses that read none."""
+    names = ["entailment", "neutral", "contradiction", "unknown"]
+    assert make(loss="softmax-nli", labels=names).labels == tuple(names)
+    assert make(loss="softmax-nli").labels == ("0", "1", "2")
+    assert make(labels=names).labels == ()
+    _, base, _ = with_head(folder, labels=names)
+    assert base.transformer.nli_head.weight.shape == (4, 3 * 32)
+    assert make().load(folder, torch.float32).heads == ()
+
+
+@pytest.mark.parametrize("method", ADAPTERS.names())
+def test_the_head_goes_with_every_method(folder, method):
+    """Catches: a head that is not exchanged, frozen, adapted itself, or counted as part of the base."""
+    model._grafts.clear()
+    small = {"lora": {"rank": 2}, "vera": {"rank": 8}, "houlsby": {"bottleneck": 4}}
+    virtual = {"num_virtual_tokens": 4} if method in ("prompt", "p-tuning", "prefix") else {}
+    raw = {
+        "task": {"name": "sentence-embedding", "loss": "softmax-nli", "max_length": 16},
+        "adapter": {"method": method, **small.get(method, {}), **virtual},
+        "train": {"device": "cpu", "threads": 1, "local_steps": 15, "learning_rate": 0.02, "warmup_ratio": 0.0},
+    }
+    config = parse(raw)
+    graft = load_graft(config, str(folder), 1)
+    plain = load_graft(parse({**raw, "task": {"name": "sentence-embedding"}}), str(folder), 1)
+    assert graft.spec.base_fingerprint == plain.spec.base_fingerprint
+    assert graft.spec.parameters("head") == 9 * 32
+    assert graft.spec.parameters("adapter") == plain.spec.parameters("adapter")
+    bare = make().load(folder, torch.float32).network.eval()
+    case = SentenceEmbedding.further()["softmax"]
+    encoded = graft.task.encode(Shard(case.rows), graft.base)
+    before = graft.task.evaluate(graft.base, encoded, 8)["loss"]
+    received = graft.read()
+    train(graft, encoded, config.train, Plan(1, "site-0", 1, 0.0, 1.0))
+    moved = unpack(graft.read() - received, graft.spec)
+    assert all(value.any() for value in moved.values())
+    assert graft.task.evaluate(graft.base, encoded, 8)["loss"] < before
+    with graft.untouched():
+        assert np.allclose(graft.base.network.encode("the alpha clause"), bare.encode("the alpha clause"), atol=1e-6)
+    headless = graft.method.without_heads(graft.base.transformer)
+    assert not [name for name, _ in headless.named_modules() if "nli_head" in name]
+    assert [name for name in moved if "nli_head" in name]
+
+
 @pytest.mark.parametrize(
     ("settings", "names", "monitor"),
     [
@@ -107,6 +210,7 @@ def test_cosine_similarity_is_the_librarys(base):
         ({"recall_at": 3}, ["anchor", "positive", "negative"], "recall_at_3"),
         ({"loss": "cosine-similarity"}, ["sentence1", "sentence2", "score"], "spearman"),
         ({"loss": "cosent"}, ["sentence1", "sentence2", "score"], "spearman"),
+        ({"loss": "softmax-nli"}, ["sentence1", "sentence2", "label"], "accuracy"),
     ],
 )
 def test_columns_and_monitor(settings, names, monitor):
@@ -114,10 +218,11 @@ def test_columns_and_monitor(settings, names, monitor):
     task = make(**settings)
     assert [column.name for column in task.columns] == names
     assert task.monitor == monitor
-    assert [column.required for column in task.columns] == [True, True, names[2] == "score"]
+    assert [column.required for column in task.columns] == [True, True, names[2] != "negative"]
     forms = task.evaluation_columns
-    assert len(forms) == 2
+    assert len(forms) == (3 if names[2] == "label" else 2)
     assert forms[0] == task.columns
+    assert {form[2].name for form in forms} >= {"score", "negative"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,263 @@
+"""Learn from a reward: answers are drawn, a reward model on the same base judges them, the better become likelier."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field
+
+from common.settings import TaskSettings
+from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, by_length
+from common.tasks.causal_lm import load_decoder
+from common.tasks.generation import Generation, generate
+from common.tasks.preference import answer_logps
+from common.tasks.prompts import TEMPLATE_HELP, Template, encode_prompts, head_length, shorten
+from common.tasks.reward import add_judge
+from common.tasks.rollout import Judged, fixed_numbers, judge, sequences
+
+if TYPE_CHECKING:
+    import torch
+
+    from common.data.shard import Shard
+
+log = logging.getLogger("tsugiki.client")
+
+
+class RlhfSettings(TaskSettings):
+    """Reward (with a 95 % interval over prompts), KL to the bare base in nats an answer, entropy in nats a token."""
+
+    name: Literal["rlhf"] = Field(default="rlhf", description="the task")
+    reward_adapter: str = Field(
+        default="",
+        description="what judges the answers: the folder of an exported preference run with objective = reward, on "
+        "the same base; a site looks the name up in its own [models]",
+    )
+    samples_per_prompt: int = Field(default=4, ge=2, le=64, description="answers drawn to each prompt, and compared")
+    max_new_tokens: int = Field(default=48, ge=1, le=4096, description="tokens of an answer at most")
+    temperature: float = Field(default=1.0, gt=0, le=10, description="of the draws; the policy is the model at it")
+    beta: float = Field(default=0.1, gt=0, le=100, description="how much a drift from the bare base weighs")
+    max_kl: float = Field(
+        default=20.0,
+        gt=0,
+        description="nats an answer: while a batch's mean drift from the bare base is more, its rewards do not count, "
+        "and the drift alone does",
+    )
+    missing_end_penalty: float = Field(
+        default=0.0, ge=0, le=1000, description="taken off the reward of an answer that does not end in time"
+    )
+    template: Template = Field(default="auto", description=TEMPLATE_HELP)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The reward."""
+        return (self.reward_adapter,)
+
+    def resolved(self, source: Callable[[str], str]) -> Self:
+        """Return these settings with what stands behind the reward's name."""
+        return self.model_copy(update={"reward_adapter": source(self.reward_adapter)})
+
+
+@TASKS.register("rlhf")
+class Rlhf(Task):
+    """REINFORCE with a leave-one-out baseline (RLOO), against a reward adapter on the same frozen base.
+
+    Of each prompt k answers y_1, ..., y_k are drawn from the policy p, which is the model with the adapter. An answer's
+    return is R(y) = r(y) - beta * (log p(y) - log q(y)), with the reward r and the bare base q; the gradient is that of
+    -mean of (R(y_i) - mean of R(y_j), j != i) * log p(y_i), through log p alone. Source: Ahmadian et al. 2024,
+    arXiv:2402.14740, sections 2 and 3, where an answer is one action; the baseline: Kool et al. 2019, "Buy 4 REINFORCE
+    samples, get a baseline for free!". Each batch is drawn anew and used for one gradient, so no ratio of an old
+    policy to a new one is needed.
+
+    The value of the loss is minus the mean return, which is what its gradient makes smaller; a loss below zero is fine.
+
+    The reward is read at an answer's last token before the one for its end, as it is trained; an answer that does not
+    end within `max_new_tokens` is read where it breaks off, less `missing_end_penalty`. An answer of nothing but the
+    end is read at the prompt's last token.
+
+    An answer is drawn from no row alone, but compared with those to the same prompt: `row_losses` stays False.
+    """
+
+    name = "rlhf"
+    Settings = RlhfSettings
+    lower_is_better = frozenset({"loss", "kl", "kl_above"})
+    signed_loss = True
+
+    @property
+    def monitor(self) -> str:
+        """The mean reward of answers to held-out prompts."""
+        return "reward"
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The prompt, and its input where there is one."""
+        return (Column("prompt", "text"), Column("input", "text", required=False, blank=True))
+
+    def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
+        """Load a decoder, and beside it the reward model, which has its base's tensors; without one it only predicts.
+
+        Raises:
+            ModelError: `model-not-causal`, see `load_decoder`; and what `add_judge` raises.
+        """
+        base = load_decoder(folder, dtype, **how)
+        if self.settings.reward_adapter:
+            add_judge(base, folder, self.settings.reward_adapter, self.settings.template)
+        return base
+
+    def encode(self, shard: Shard, base: Base) -> Encoded:
+        """Tokenise prompts; one too long to leave room for an answer loses its middle: its head and its end stay.
+
+        Noted is `shard-texts-cut:COUNT`.
+        """
+        prompts = encode_prompts(shard, base.tokenizer, self.settings.template)
+        head, room = head_length(base.tokenizer, self.settings.template), self._limit(base) - self._steps(base)
+        cut = sum(len(prompt) > room for prompt in prompts)
+        notes = (f"shard-texts-cut:{cut}",) if cut else ()
+        return Encoded({"prompt": [shorten(prompt, room, head) for prompt in prompts]}, notes=notes)
+
+    def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
+        """Draw answers by torch's global generator, and return them with what they are worth.
+
+        Returns:
+            For each of the k answers, counted from 0, `I.input_ids`, `I.attention_mask` and `I.labels`, the answer's
+            token to come or `NOTHING`, of shape (rows, tokens); and `returns` and `advantages`, of shape (rows, k).
+        """
+        import torch
+
+        many = self.settings.samples_per_prompt
+        prompts = [encoded.texts["prompt"][row] for row in rows] * many
+        numbers = torch.rand(len(prompts), self._steps(base), dtype=torch.float64)
+        judged = judge(base, prompts, numbers, self.settings.temperature)
+        returns = self.returns(judged).view(many, len(rows)).T
+        batch = {
+            f"{index}.{name}": part
+            for name, tensor in sequences(prompts, judged.answers, base).items()
+            for index, part in enumerate(tensor.chunk(many))
+        }
+        return batch | {"returns": returns, "advantages": advantages(returns)}
+
+    def loss(self, network: Any, batch: Batch) -> torch.Tensor:
+        """Return minus the mean return, with the gradient that the class describes; computed in float32."""
+        logps = answer_logps(network, _joined(batch), self.settings.temperature)
+        surrogate = -(batch["advantages"].T.flatten() * logps).mean()
+        return surrogate - surrogate.detach() - batch["returns"].mean()
+
+    def returns(self, judged: Judged) -> torch.Tensor:
+        """Return what the answers of a batch are worth, shape (rows,); above `max_kl` the drift alone counts."""
+        drift = float(judged.drifts.mean())
+        if drift > self.settings.max_kl:
+            log.info("a batch's KL is %.1f nats an answer, above task.max_kl: its rewards do not count", drift)
+            return self._cost(judged)
+        return self._worth(judged)
+
+    def _cost(self, judged: Judged) -> torch.Tensor:
+        cost: torch.Tensor = -self.settings.beta * judged.drifts
+        return cost
+
+    def _worth(self, judged: Judged) -> torch.Tensor:
+        """Return R of the class's text, with what a missing end costs."""
+        return judged.rewards - (1 - judged.ended) * float(self.settings.missing_end_penalty) + self._cost(judged)
+
+    def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
+        """Return what k answers to each prompt are like; the same draws each time, whatever else the file holds.
+
+        Returns:
+            `reward`, the mean over prompts, with `reward_low` and `reward_high`, its 95 % interval over which prompts
+            are asked (Student's t on the means of the prompts; as wide as nothing for one prompt); `kl` in nats an
+            answer, and `kl_above`, the share of prompts where it exceeds `max_kl`; `entropy` in nats a token;
+            `length_tokens` of an answer; `ended`, the share of answers with an end; `loss`, minus the mean return.
+        """
+        import torch
+
+        many, prompts = self.settings.samples_per_prompt, encoded.texts["prompt"]
+        numbers = fixed_numbers(prompts, many, self._steps(base))
+        found: dict[str, list[torch.Tensor]] = {}
+        for rows in by_length([len(prompt) for prompt in prompts], max(1, batch_size // many)):
+            repeated = [prompts[row] for row in rows for _ in range(many)]
+            judged = judge(base, repeated, numbers[rows].flatten(0, 1), self.settings.temperature)
+            told = {"return": self._worth(judged), "reward": judged.rewards, "drift": judged.drifts}
+            told |= {"entropy": judged.entropies, "length": judged.lengths, "ended": judged.ended}
+            for name, values in told.items():
+                found.setdefault(name, []).append(values.view(-1, many).mean(dim=1).double().cpu())
+        means = {name: torch.cat(parts) for name, parts in found.items()}  # a number for each prompt
+        low, high = interval(means["reward"].tolist())
+        return {
+            "reward": float(means["reward"].mean()),
+            "reward_low": low,
+            "reward_high": high,
+            "kl": float(means["drift"].mean()),
+            "kl_above": float((means["drift"] > self.settings.max_kl).double().mean()),
+            "entropy": float(means["entropy"].sum() / means["length"].sum()),
+            "length_tokens": float(means["length"].mean()),
+            "ended": float(means["ended"].mean()),
+            "loss": -float(means["return"].mean()),
+        }
+
+    @property
+    def asked(self) -> tuple[Column, ...]:
+        """What is to be answered."""
+        return self.columns
+
+    def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
+        """Return the policy's `completion` of each row."""
+        prompts = encode_prompts(shard, base.tokenizer, self.settings.template)
+        head = head_length(base.tokenizer, self.settings.template)
+        return [{"completion": text} for text in generate(base, prompts, how, head)]
+
+    def _limit(self, base: Base) -> int:
+        """Return the most tokens of a prompt and its answer."""
+        limit: int = min(self.settings.max_length, base.tokenizer.model_max_length)
+        return limit
+
+    def _steps(self, base: Base) -> int:
+        """Return the most tokens of an answer: at least half of the room is the prompt's."""
+        limit = self._limit(base)
+        steps: int = min(self.settings.max_new_tokens, limit - limit // 2)
+        return steps
+
+    @classmethod
+    def tiny(cls) -> TinyCase:
+        """Prompts whose answers are to end soon, which few do by themselves."""
+        words = ("party", "clause", "alpha", "beta") * 6
+        rows = {"prompt": [f"name the {word} of the {word}s" for word in words]}
+        settings = {
+            "max_length": 32,
+            "template": "plain",
+            "max_new_tokens": 2,
+            "missing_end_penalty": 1.0,
+            "samples_per_prompt": 8,
+            "temperature": 0.2,  # else a random base says anything, and little is learned
+            "beta": 0.02,
+        }
+        reward = {"reward_adapter": {"name": "preference", "max_length": 32, "template": "plain"}}
+        return TinyCase(settings, rows, "llama", exports=reward)
+
+
+def advantages(returns: torch.Tensor) -> torch.Tensor:
+    """Return each answer's return less the mean of the others to its prompt; both of shape (rows, answers)."""
+    others = (returns.sum(dim=1, keepdim=True) - returns) / (returns.shape[1] - 1)
+    return returns - others
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of a mean, by Student's t; the value itself where there is one only."""
+    import numpy as np
+    from scipy.stats import t
+
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, mean
+    half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def _joined(batch: Batch) -> Batch:
+    """Return all answers of a batch as one, shape (answers * rows, tokens)."""
+    import torch
+
+    indices = range(batch["returns"].shape[1])
+    names = ("input_ids", "attention_mask", "labels")
+    return {name: torch.cat([batch[f"{index}.{name}"] for index in indices]) for name in names}

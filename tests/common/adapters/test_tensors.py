@@ -1,0 +1,45 @@
+"""The tensors of a saved adapter."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from common.adapters.tensors import fill, read_tensors
+from common.errors import ModelError
+
+
+def test_all_tensors_are_set_by_name(tmp_path):
+    """Catches: the order of a file in the place of names; another tensor in the place of the one that is there."""
+    wanted = {name: torch.zeros(2, requires_grad=True) for name in "ab"}
+    save_file({"b": torch.full((2,), 2.0), "a": torch.ones(2)}, tmp_path / "x.safetensors")
+    before = dict(wanted)
+    fill(wanted, read_tensors(tmp_path / "x.safetensors"))
+    assert [wanted[name].tolist() for name in "ab"] == [[1, 1], [2, 2]]
+    assert all(wanted[name] is before[name] for name in "ab")
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"a": torch.ones(2)}, "'b': none"),
+        ({"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(2)}, "'c': shape"),
+        ({"a": torch.ones(2), "b": torch.ones(1)}, r"'b': shape \(1,\)"),
+    ],
+)
+def test_nothing_is_set_unless_all_fits(found, words):
+    """Catches: a load that is not strict, or broadcasts; half of an adapter set before the error."""
+    wanted = {name: torch.zeros(2) for name in "ab"}
+    with pytest.raises(ModelError, match=words) as caught:
+        fill(wanted, found)
+    assert caught.value.code == "adapter-invalid"
+    assert not any(tensor.any() for tensor in wanted.values())
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 no tensors"])
+def test_a_file_that_cannot_be_read(tmp_path, content):
+    """Catches: errors of the library or the system, without a code."""
+    if content is not None:
+        (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=r"x\.safetensors") as caught:
+        read_tensors(tmp_path / "x.safetensors")
+    assert caught.value.code == "adapter-invalid"
