@@ -21,8 +21,12 @@ def load_at(site: Site, config: RunConfig) -> Graft:
     Raises:
         ModelError: `model-unknown`, the site does not know a name; and as `load_graft`.
     """
+
+    def source_of(name: str) -> str:
+        return site.model_source(name) if name else ""  # what a run leaves out, `load_graft` refuses by its own name
+
     source = site.model_source(config.model.name)
-    here = {name: getattr(config, name).resolved(site.model_source) for name in ("task", "adapter")}
+    here = {name: getattr(config, name).resolved(source_of) for name in ("task", "adapter")}
     return load_graft(config.model_copy(update=here), source, config.run.seed)
 
 

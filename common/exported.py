@@ -7,28 +7,46 @@ transformers leave out without a word what they do not find: a head of another c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from common.adapters import ADAPTERS, AdapterMethod
-from common.adapters.tensors import fill, read_tensors
+from common.adapters.tensors import fill, read_manifest, read_tensors
 from common.errors import ModelError, RegistryError
 from common.fingerprint import check_base
-from common.model import Graft, assemble, find, quiet_libraries
+from common.model import Graft, assemble, find, find_in_hub, quiet_libraries
 from common.settings import Section
+from common.spec import make_spec
 from common.tasks import TASKS, Task
 from common.tasks.base import Base
+from common.wire import AdapterSpec
 
 EXPORTED_FILE = "tsugiki.json"
 
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
-_HUB_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
-"""The form of a hub id; an export that comes from elsewhere names no folder of this machine."""
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a hub id, such as "org/model", by the hub's own rule."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _hub_id(name: str) -> str:
+    if not is_hub_id(name):
+        raise ValueError("no hub id")
+    return name
 
 
 class Exported(Section):
@@ -38,7 +56,7 @@ class Exported(Section):
     task: dict[str, Any] = Field(description="the task's settings, its name among them")
     adapter: dict[str, Any] = Field(description="the adapter's settings, its method among them")
     heads: tuple[str, ...] = Field(description="modules of the transformer that were trained in full")
-    base_name: str = Field(pattern=_HUB_ID, description="the name under which others find the base")
+    base_name: Annotated[str, AfterValidator(_hub_id)] = Field(description="the name under which others find the base")
     base_fingerprint: _Sha256 = Field(description="of the base, by `common.fingerprint`")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="the type of the frozen weights")
     spec_sha256: _Sha256 = Field(description="of the `AdapterSpec` of what is exported")
@@ -53,6 +71,37 @@ class Exported(Section):
         """Return the method that the adapter in a folder was made with."""
         kind = ADAPTERS.get(str(self.adapter.get("method")))
         return kind(kind.Settings.model_validate(self.adapter)).exported_in(folder)
+
+    def spec_of(self, method: AdapterMethod, shapes: Mapping[str, tuple[int, ...]]) -> AdapterSpec:
+        """Return the spec of an adapter without loading its base.
+
+        Args:
+            method: one that saves what is trained under its own name, and draws no constants.
+            shapes: of the saved tensors, by name.
+        """
+        return make_spec(self.make_task(), method, self.constants, self.base_fingerprint, shapes, self.heads)
+
+    def check_spec(self, spec: AdapterSpec, folder: Path) -> None:
+        """Compare the spec of what was loaded with that of what was exported.
+
+        Args:
+            spec: by `common.spec.describe`, or `spec_of`.
+            folder: the export's.
+
+        Raises:
+            ModelError: `adapter-invalid`.
+        """
+        if spec.sha256 != self.spec_sha256:
+            raise ModelError(
+                f"the adapter in {str(folder)!r}, as it was loaded, has the spec {spec.sha256[:12]}",
+                f"{self.spec_sha256[:12]}, of its run",
+                "export it again with this version",
+                code="adapter-invalid",
+            )
+
+    def write(self, folder: Path) -> None:
+        """Write `tsugiki.json`."""
+        (folder / EXPORTED_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def write_exported(folder: Path, graft: Graft, dtype: str, base_name: str, *, headless: bool = False) -> None:
@@ -80,7 +129,29 @@ def write_exported(folder: Path, graft: Graft, dtype: str, base_name: str, *, he
             "constants": graft.base.constants,
         }
     )
-    (folder / EXPORTED_FILE).write_text(exported.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    exported.write(folder)
+
+
+def find_export(name: str, setting: str) -> Path:
+    """Return the folder of an export that a run names; nothing is looked for elsewhere than on this machine.
+
+    Args:
+        name: of the folder.
+        setting: that names it.
+
+    Raises:
+        ModelError: `adapter-missing`, there is no such folder; `adapter-invalid`, it is no export.
+    """
+    expanded = os.path.expanduser(name)
+    if os.path.isfile(os.path.join(expanded, EXPORTED_FILE)):
+        return Path(expanded).resolve()
+    there = os.path.isdir(expanded)  # Path.is_dir raises on too long a name
+    raise ModelError(
+        f"{setting} names {name!r}, which {f'has no {EXPORTED_FILE}' if there else 'is no folder here'}",
+        "the folder that `tsugiki export` wrote without --merged, such as RUN/adapter",
+        "export the run, and name the export's folder",
+        code="adapter-invalid" if there else "adapter-missing",
+    )
 
 
 def read_exported(folder: Path) -> Exported:
@@ -90,7 +161,7 @@ def read_exported(folder: Path) -> Exported:
         ModelError: `adapter-invalid`, it says nothing that can be read, or names what is not known here.
     """
     try:
-        exported = Exported.model_validate_json((folder / EXPORTED_FILE).read_bytes())
+        exported = Exported.model_validate_json(read_manifest(folder / EXPORTED_FILE))
         exported.make_task(), exported.make_method(folder)
     except (OSError, ValidationError, RegistryError) as error:
         raise ModelError(
@@ -105,9 +176,9 @@ def read_exported(folder: Path) -> Exported:
 def _reason(error: Exception) -> str:
     """Return what is wrong with a file, without what stands in it."""
     if isinstance(error, ValidationError):
-        first = error.errors(include_input=False, include_url=False)[0]
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         return f"{'.'.join(map(str, first['loc'])) or EXPORTED_FILE}: {first['msg']}"
-    return error.what if isinstance(error, RegistryError) else f"no {EXPORTED_FILE}"
+    return error.what if isinstance(error, RegistryError) else f"{EXPORTED_FILE}: {getattr(error, 'strerror', '')}"
 
 
 def load_exported(folder: Path, transformer: Any, exported: Exported | None = None, *, fingerprint: str) -> Any:
@@ -153,7 +224,8 @@ def open_exported(folder: Path, source: str = "", *, beside: Graft | None = None
 
     Args:
         folder: the export's.
-        source: hub id, folder or `package:...` behind its base; by default the name that the export has for it.
+        source: hub id, folder or `package:...` behind its base; by default the name that the export has for it, looked
+            for in the hub and its cache alone: an export from elsewhere opens no folder of this machine.
         beside: another graft on the same base, whose frozen tensors are used: memory holds one base.
         device: as in `common.model.choose_device`.
 
@@ -164,21 +236,28 @@ def open_exported(folder: Path, source: str = "", *, beside: Graft | None = None
     exported = read_exported(folder)
 
     def put(base: Base, fingerprint: str) -> Any:
+        _check_heads(exported, base)
         base.constants = exported.constants  # of adapters that it was trained with, and can do without
         if beside is not None:
             share_frozen(base.transformer, beside.base.transformer)
         return load_exported(folder, base.transformer, exported, fingerprint=fingerprint)
 
-    base_folder = find(source or exported.base_name)
+    base_folder = find(source) if source else find_in_hub(exported.base_name)
     graft = assemble(exported.make_task(), exported.make_method(folder), base_folder, exported.dtype, device, put)
-    if graft.spec.sha256 != exported.spec_sha256:
+    exported.check_spec(graft.spec, folder)
+    return graft
+
+
+def _check_heads(exported: Exported, base: Base) -> None:
+    """Refuse an export that brings other modules in full than its task trains; those of the base stay as they are."""
+    embedder = base.network is not base.transformer  # whose head may stay behind
+    if exported.heads != base.heads and not (embedder and not exported.heads):
         raise ModelError(
-            f"the adapter in {str(folder)!r}, as it was loaded, has the spec {graft.spec.sha256[:12]}",
-            f"{exported.spec_sha256[:12]}, of its run",
-            "export it again with this version",
+            f"the export brings the modules {', '.join(exported.heads) or 'none'} in full",
+            f"the heads of its task on this base: {', '.join(base.heads) or 'none'}",
+            "export the adapter again with this version",
             code="adapter-invalid",
         )
-    return graft
 
 
 def share_frozen(transformer: Any, other: Any) -> None:

@@ -6,7 +6,6 @@ package is located without importing it. Only safetensors are read, and no code 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -24,12 +23,12 @@ from common.adapters import ADAPTERS, AdapterMethod
 from common.config import RunConfig
 from common.device import choose_device, loading, recompute_activations
 from common.errors import ModelError
-from common.factors import MERGED
 from common.fingerprint import check_base, fingerprint
 from common.rng import derive_seed, seed_everything
+from common.spec import describe
 from common.tasks import TASKS, Task
 from common.tasks.base import Base
-from common.wire import AdapterSpec, TensorSpec, Vector, pack, unpack
+from common.wire import AdapterSpec, Vector, pack, unpack
 
 
 @dataclass
@@ -79,40 +78,55 @@ _SHORTEST_TEXT = 8
 _grafts: dict[str, Graft] = {}
 
 
-def load_graft(config: RunConfig, source: str, seed: int) -> Graft:
+def load_graft(config: RunConfig, source: str, seed: int, *, agreed: Mapping[str, str] | None = None) -> Graft:
     """Load the base and attach the adapter, once per process for the same settings.
 
     Args:
         config: the sections model, task, adapter and train.device are used.
         source: hub id, folder or `package:...` behind the run's model name.
         seed: for the initial values of adapter and head.
+        agreed: a finished run's `Base.constants`; with them, the adapters that its task names are left out.
 
     Raises:
         ModelError: the base cannot be found or is not to be trusted, or the adapter does not fit it; `adapter-missing`,
             the task asks for an exported adapter, and the run names none.
     """
     sections = config.model_dump(mode="json", include={"model", "task", "adapter"})
-    key = json.dumps([sections, config.train.device, source, seed], sort_keys=True)
+    stamps = [_stamps(name) for name in (*config.task.models, *config.adapter.models)]
+    key = json.dumps([sections, stamps, config.train.device, source, seed, agreed], sort_keys=True)
     if key not in _grafts:
         _grafts.clear()  # one base at a time: a second would double the memory without anyone asking for it
-        _grafts[key] = _load(config, source, seed)
+        _grafts[key] = _load(config, source, seed, agreed)
     return _grafts[key]
 
 
-def _load(config: RunConfig, source: str, seed: int) -> Graft:
-    if "" in config.task.models:
+def _stamps(name: str) -> list[tuple[str, int, int]]:
+    """Return name, size and time of change of the files in a folder: an export may be replaced under its name."""
+    if not name or not os.path.isdir(folder := os.path.expanduser(name)):
+        return []
+    found = sorted((entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir(folder))
+    return [(file, about.st_size, about.st_mtime_ns) for file, about in found]
+
+
+def _load(config: RunConfig, source: str, seed: int, agreed: Mapping[str, str] | None) -> Graft:
+    if agreed is None and "" in config.task.models:
         raise ModelError(
             f"the task {config.task.name} needs an exported adapter, and the run names none",
             "the folder of an adapter that `tsugiki export` wrote",
             "name it in [task]",
             code="adapter-missing",
         )
-    task = TASKS.get(config.task.name)(config.task)
+    task = TASKS.get(config.task.name)(config.task if agreed is None else config.task.resolved(lambda name: ""))
     method = ADAPTERS.get(config.adapter.method)(config.adapter)
     folder = find(source)
     seed_everything(derive_seed(seed, "initial-values"))
     how, recompute = loading(config), config.model.gradient_checkpointing
-    return assemble(task, method, folder, config.model.dtype, config.train.device, how=how, recompute=recompute)
+
+    def put(base: Base, identity: str) -> Any:
+        base.constants = agreed or base.constants
+        return method.attach(base.transformer, base.heads)
+
+    return assemble(task, method, folder, config.model.dtype, config.train.device, put, how=how, recompute=recompute)
 
 
 def assemble(
@@ -121,7 +135,7 @@ def assemble(
     folder: Path,
     dtype: str,
     device: str,
-    put: Callable[[Base, str], Any] | None = None,
+    put: Callable[[Base, str], Any],
     *,
     how: Mapping[str, Any] | None = None,
     recompute: bool = False,
@@ -134,8 +148,7 @@ def assemble(
         folder: the base's.
         dtype: of the frozen weights.
         device: as in `choose_device`.
-        put: gets the bare base and its fingerprint, and returns what stands in the transformer's place from now on;
-            by default `method` attaches a new adapter.
+        put: gets the bare base and its fingerprint, and returns what stands in the transformer's place from now on.
         how: what else `from_pretrained` has to know (`common.device.loading`).
         recompute: compute activations twice instead of keeping them.
 
@@ -153,7 +166,7 @@ def assemble(
         for name, wanted in method.bases().items():
             check_base(identity, wanted, name)
         _make_room(method, base)
-        task.graft(base, put(base, identity) if put else method.attach(base.transformer, base.heads))
+        task.graft(base, put(base, identity))
         base.untouched = lambda: method.disabled(base.transformer)
     spec = describe(task, method, base, identity)
     place = torch.device(choose_device(device))
@@ -229,29 +242,6 @@ def _make_room(method: AdapterMethod, base: Base) -> None:
         base.network.max_seq_length = min(base.network.max_seq_length or room, room)
 
 
-def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> AdapterSpec:
-    """Return the spec: every parameter that requires a gradient, sorted by name, and what it was made with."""
-    trainable = {name: value for name, value in base.transformer.named_parameters() if value.requires_grad}
-    tensors = tuple(
-        TensorSpec(name, tuple(trainable[name].shape), _part(name, base.heads)) for name in sorted(trainable)
-    )
-    settings = {**method.spec_settings(), **base.constants}
-    if constants := method.constants(base.transformer):
-        digest = hashlib.sha256()
-        for name in sorted(constants):
-            digest.update(name.encode() + constants[name].detach().float().cpu().numpy().tobytes())
-        settings["constants_sha256"] = digest.hexdigest()
-    return AdapterSpec(
-        task.name, method.name, json.dumps(settings, sort_keys=True), identity, method.settings.wire_dtype, tensors
-    )
-
-
-def _part(name: str, heads: tuple[str, ...]) -> Literal["adapter", "head", "merged"]:
-    if any(f".{head}." in f".{name}" for head in heads):
-        return "head"
-    return "merged" if f".{MERGED}." in name else "adapter"
-
-
 def find(source: str) -> Path:
     """Return the folder behind a model source, without importing or running anything of it.
 
@@ -264,6 +254,19 @@ def find(source: str) -> Path:
         folder = Path(expanded).resolve()
     else:
         folder = _in_hub(source)
+    return _trusted(folder, source)
+
+
+def find_in_hub(name: str) -> Path:
+    """Return the folder of a model of the hub, from its cache if it is there, and no other folder of this name.
+
+    Raises:
+        ModelError: as `find`.
+    """
+    return _trusted(_in_hub(name), name)
+
+
+def _trusted(folder: Path, source: str) -> Path:
     pickled = [file for file in folder.rglob("pytorch_model.bin") if not file.with_name("model.safetensors").is_file()]
     if pickled or not list(folder.glob("*.safetensors")):
         raise ModelError(
@@ -306,6 +309,6 @@ def _in_hub(name: str) -> Path:
         raise ModelError(
             f"the model {name!r} is neither a folder here nor in the hub's cache, and could not be fetched",
             'a hub id, a folder, or "package:module/path"',
-            "check the name and the network, or point [models] of site.toml (or model.name) at a local folder",
+            "check the name and the network, or point [models] of site.toml (or model.name, or --model) at a folder",
             code="model-not-found",
         ) from error

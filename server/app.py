@@ -81,7 +81,7 @@ def run_federation(
         if not resume:  # before the first checkpoint: a folder with either can be resumed
             write_atomically(folder / "config.toml", to_toml(config).encode())
         state = _first_state(folder / "checkpoint", config, graft, resume)
-        write_atomically(folder / "spec.json", _describe_spec(graft.spec))
+        write_atomically(folder / "spec.json", _describe_spec(graft))
         _drop_unfinished(folder / "metrics.jsonl", state)
         audit = AuditLog(folder / "audit.jsonl")
         audit.write(
@@ -157,12 +157,14 @@ def _ledger_path(config: RunConfig, folder: Path, simulated: bool) -> Path:
     return (folder if simulated else folder.parent) / "privacy-ledger.jsonl"
 
 
-def _describe_spec(spec: AdapterSpec) -> bytes:
+def _describe_spec(graft: Graft) -> bytes:
     """Return spec.json: what was exchanged, for people and for `tsugiki export`."""
+    spec = graft.spec
     body = {
         "task": spec.task,
         "method": spec.method,
         "settings": json.loads(spec.settings),
+        "constants": dict(graft.base.constants),
         "base_fingerprint": spec.base_fingerprint,
         "wire_dtype": spec.wire_dtype,
         "sha256": spec.sha256,

@@ -11,7 +11,7 @@ from typing import Any
 
 from common.config import RunConfig
 from common.errors import ExportError, StorageError
-from common.exported import write_exported
+from common.exported import is_hub_id, write_exported
 from common.files import read_lines, unwritable
 from common.model import Graft, find
 from server.export_card import Export, Kind, card, is_sentence_transformer, loading_code, loads_itself
@@ -64,15 +64,8 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
 
 def _public_name(config: RunConfig, merged: bool) -> str:
     """Return what the export names as its base: a hub id, never a folder of this machine."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     name = config.model.exported_name
-    try:
-        validate_repo_id(name)
-        public = bool(config.model.public_name) or not Path(name).is_dir()
-    except HFValidationError:
-        public = False
+    public = is_hub_id(name) and (bool(config.model.public_name) or not Path(name).is_dir())
     if not public and not merged:
         raise ExportError(
             f"the run has no public name for its base: model.name = {config.model.name!r}, "

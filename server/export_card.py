@@ -20,8 +20,10 @@ _PIPELINE_TAGS = {
     "sentence-embedding": "sentence-similarity",
     "sequence-classification": "text-classification",
     "causal-lm": "text-generation",
+    "dpo": "text-generation",
+    "rlhf": "text-generation",
 }
-"""The hub's names for tasks; a task that is not here has no tag on its card."""
+"""The hub's names for tasks, and for an objective where a task has several; what is not here has no tag on its card."""
 
 Kind = Literal["peft", "tsugiki", "merged"]
 """What an export is: a PEFT directory, files of our own, or a whole model."""
@@ -153,7 +155,7 @@ def card(graft: Graft, config: RunConfig, export: Export) -> str:
     data = ModelCardData(
         base_model=export.base_name or None,
         library_name=_library(graft, export.kind),
-        pipeline_tag=_PIPELINE_TAGS.get(config.task.name),
+        pipeline_tag=_PIPELINE_TAGS.get(getattr(config.task, "objective", config.task.name)),
         tags=["tsugiki", "federated-learning", config.adapter.method],
     )
     settings = _settings(config, graft.method.exported_settings(), export)

@@ -40,6 +40,8 @@ def read_config(folder: Path) -> RunConfig:
 def open_graft(folder: Path, config: RunConfig) -> Graft:
     """Return the run's graft, on the CPU and unquantised, after checking that it is what the run exchanged.
 
+    What judged the answers of an `rlhf` run is left out: it may be gone, and the policy can do without.
+
     Raises:
         ExportError: `spec-mismatch`, other libraries or another base than the run's.
         StorageError: `run-unfinished`, `run-corrupt`.
@@ -49,8 +51,9 @@ def open_graft(folder: Path, config: RunConfig) -> Graft:
     on_cpu = config.model_copy(
         update={name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
     )
-    graft = load_graft(on_cpu, config.model.name, config.run.seed)
-    recorded = _read_json(folder / "spec.json")["sha256"]
+    spec = _read_json(folder / "spec.json")
+    recorded, agreed = spec["sha256"], spec["constants"] if config.task.models else None
+    graft = load_graft(on_cpu, config.model.name, config.run.seed, agreed=agreed)
     if graft.spec.sha256 != recorded:
         raise ExportError(
             f"the adapter loaded here has the spec {graft.spec.sha256[:12]}",

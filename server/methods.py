@@ -14,8 +14,10 @@ from common.adapters import ADAPTERS
 from common.config import RunConfig
 from common.device import weight_bytes
 from common.errors import TsugikiError, UsageError
-from common.model import describe, find, load_base, quiet_libraries
+from common.fingerprint import check_base, fingerprint
+from common.model import find, load_base, quiet_libraries
 from common.rng import seed_everything
+from common.spec import describe
 from common.tasks import TASKS, Task
 from common.tasks.base import Base
 from server.tables import size_text
@@ -81,13 +83,13 @@ def menu(config: RunConfig, watch: Callable[[str], None] = lambda task: None) ->
             pairs[name], failed = dict.fromkeys(ADAPTERS.names(), Pair(reason=error.what)), error
             continue
         size = max(size, weight_bytes(base, config.model.quantization))
-        pairs[name] = {method: _pair(config, task, base, method) for method in ADAPTERS.names()}
+        pairs[name] = {method: _pair(config, task, base, folder, method) for method in ADAPTERS.names()}
     if failed is not None and not size:
         raise failed
     return Menu(config.model.exported_name or config.model.name, size, pairs)
 
 
-def _pair(config: RunConfig, task: Task, base: Base, name: str) -> Pair:
+def _pair(config: RunConfig, task: Task, base: Base, folder: Path, name: str) -> Pair:
     """Put a method on a copy of the base's modules, which shares its tensors, and count what is trained."""
     kind = ADAPTERS.get(name)
     if reason := kind.why_not(base.transformer.config.model_type):
@@ -96,6 +98,8 @@ def _pair(config: RunConfig, task: Task, base: Base, name: str) -> Pair:
     shared = {id(value): value for value in (*base.transformer.parameters(), *base.transformer.buffers())}
     asked = [value.requires_grad for value in base.transformer.parameters()]
     try:
+        for adapter, wanted in method.bases().items():
+            check_base(fingerprint(folder, base), wanted, adapter)
         with quiet_libraries():
             attached = method.attach(copy.deepcopy(base.transformer, shared), base.heads)
         spec = describe(task, method, replace(base, transformer=attached), "")

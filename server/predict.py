@@ -12,7 +12,7 @@ from common.data import images
 from common.data.shard import Shard, has_surrogates, read
 from common.errors import UsageError
 from common.exported import open_exported, read_exported
-from common.model import Graft
+from common.model import Graft, find_in_hub
 from common.settings import DataFormat
 from common.tasks.generation import Generation
 from server.finished import Which, choose, open_graft, read_config
@@ -59,12 +59,13 @@ def open_adapters(folders: Sequence[Path], source: str = "") -> list[Graft]:
 
     Args:
         folders: of exports; all were trained on the same base.
-        source: hub id, folder or `package:...` behind the base; by default the first export's name for it.
+        source: hub id, folder or `package:...` behind the base; by default the first export's name for it, in the
+            hub and its cache.
 
     Raises:
         ModelError: as `common.exported.open_exported`; `adapter-other-base`, they were trained on different bases.
     """
-    source = source or read_exported(folders[0]).base_name
+    source = source or str(find_in_hub(read_exported(folders[0]).base_name))
     first = open_exported(folders[0], source)
     return [first, *(open_exported(folder, source, beside=first) for folder in folders[1:])]
 

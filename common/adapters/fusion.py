@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,7 +12,7 @@ from pydantic import Field
 
 from common.adapters.base import ADAPTERS
 from common.adapters.houlsby import Houlsby, HoulsbySettings, Place, make_bottleneck, places
-from common.adapters.own import MANIFEST_FILE, OwnMethod
+from common.adapters.own import OwnMethod
 from common.adapters.tensors import fill, read_tensors
 from common.errors import ModelError
 from common.settings import AdapterSettings, Names
@@ -43,6 +44,16 @@ class FusionSettings(AdapterSettings):
         return self.model_copy(update={"adapters": tuple(map(source, self.adapters))})
 
 
+@dataclass(frozen=True)
+class _Part:
+    """An adapter that is fused: what its export says, its own settings, its tensors by name with its heads."""
+
+    name: str
+    exported: Any
+    settings: HoulsbySettings
+    tensors: dict[str, Any]
+
+
 @ADAPTERS.register("fusion")
 class Fusion(OwnMethod):
     """AdapterFusion. Source: Pfeiffer et al. 2021, arXiv:2005.00247, section 3.2.
@@ -66,7 +77,7 @@ class Fusion(OwnMethod):
         Raises:
             ModelError: as `place`, for what the adapters say of themselves.
         """
-        return {str(folder): exported.base_fingerprint for folder, exported in self._read()}
+        return {part.name: part.exported.base_fingerprint for part in self._parts}
 
     def place(self, transformer: Any, heads: tuple[str, ...]) -> None:
         """Put the adapters and an attention over them in each of their places.
@@ -77,20 +88,19 @@ class Fusion(OwnMethod):
         """
         from torch import nn
 
-        adapters = [(folder, _houlsby(exported), exported.heads) for folder, exported in self._read()]
-        chosen = places(transformer, adapters[0][1].placement)
-        stacks = [nn.ModuleList(make_bottleneck(settings, place) for _, settings, _ in adapters) for place in chosen]
+        chosen = places(transformer, self._parts[0].settings.placement)
+        stacks = [nn.ModuleList(make_bottleneck(part.settings, place) for part in self._parts) for place in chosen]
         names = {id(module): name for name, module in transformer.base_model.named_modules()}
-        for number, (folder, _, trained_heads) in enumerate(adapters):
+        for number, part in enumerate(self._parts):
             wanted = {
-                f"{names[id(place.after)]}.bottleneck.{part}": value
+                f"{names[id(place.after)]}.bottleneck.{name}": value
                 for place, stack in zip(chosen, stacks, strict=True)
-                for part, value in stack[number].named_parameters()
+                for name, value in stack[number].named_parameters()
             }
             found = {
                 name.removeprefix(f"{transformer.base_model_prefix}."): value
-                for name, value in read_tensors(folder / Houlsby.tensors_file).items()
-                if not name.startswith(tuple(f"{head}." for head in trained_heads))
+                for name, value in part.tensors.items()
+                if not name.startswith(tuple(f"{head}." for head in part.exported.heads))
             }
             fill(wanted, found)
         for place, stack in zip(chosen, stacks, strict=True):
@@ -102,7 +112,7 @@ class Fusion(OwnMethod):
 
     def spec_settings(self) -> dict[str, Any]:
         """Return the settings of the adapters; each machine has names of its own for them, and their order counts."""
-        return {"adapters": [_houlsby(exported).model_dump(mode="json") for _, exported in self._read()]}
+        return {"adapters": [part.settings.model_dump(mode="json") for part in self._parts]}
 
     def exported_settings(self) -> dict[str, Any]:
         """Return the settings with the places that the adapters have in the export."""
@@ -110,46 +120,59 @@ class Fusion(OwnMethod):
         return {**super().exported_settings(), "adapters": inside}
 
     def exported_in(self, folder: Path) -> Self:
-        """Return this method with the adapters in the export; of their names nothing but their number counts."""
-        inside = [str(folder.absolute() / _FOLDER / str(number)) for number in range(len(self.settings.adapters))]
-        return type(self)(self.settings.model_copy(update={"adapters": tuple(inside)}))
-
-    def save(self, transformer: Any, folder: Path, base_name: str) -> None:
-        """Write what is trained, and the adapters that it needs beside it."""
-        from common.exported import EXPORTED_FILE
-
-        super().save(transformer, folder, base_name)
-        for number, (source, _) in enumerate(self._read()):
-            target = folder / _FOLDER / str(number)
-            target.mkdir(parents=True)
-            for file in (EXPORTED_FILE, MANIFEST_FILE, Houlsby.tensors_file):
-                shutil.copyfile(source / file, target / file)
-
-    def _read(self) -> list[tuple[Path, Any]]:
-        """Return the folder of each adapter, and what it says of itself, after comparing that.
+        """Return this method with the adapters in the export; of their names nothing but their number counts.
 
         Raises:
-            ModelError: `adapter-fusion`, `adapter-invalid`, `model-not-found`.
+            ModelError: `adapter-invalid`, a link leads out of the export.
         """
-        from common.exported import read_exported  # which knows all methods, this one too
-        from common.model import find
+        home = folder.resolve() / _FOLDER
+        inside = [home / str(number) for number in range(len(self.settings.adapters))]
+        if any(place.resolve() != place for place in inside):
+            raise ModelError(
+                f"the adapters in {str(folder)!r} are links",
+                "folders inside the export",
+                "export the adapter again",
+                code="adapter-invalid",
+            )
+        return type(self)(self.settings.model_copy(update={"adapters": tuple(map(str, inside))}))
 
+    def save(self, transformer: Any, folder: Path, base_name: str) -> None:
+        """Write what is trained, and the adapters that it needs beside it: anew, from what was read and checked."""
+        super().save(transformer, folder, base_name)
+        for number, part in enumerate(self._parts):
+            target = folder / _FOLDER / str(number)
+            Houlsby(part.settings).write(part.tensors, part.exported.heads, target, part.exported.base_name)
+            part.exported.write(target)
+
+    @cached_property
+    def _parts(self) -> tuple[_Part, ...]:
+        """The adapters, read once and compared.
+
+        Raises:
+            ModelError: `adapter-fusion`, `adapter-missing`, `adapter-invalid`.
+        """
         if len(self.settings.adapters) < 2:
             raise _unfit("adapter.adapters names fewer than two")
-        folders = [find(name) for name in self.settings.adapters]
-        found = [(folder, read_exported(folder)) for folder in folders]
-        for name, (_, exported) in zip(self.settings.adapters, found, strict=True):
-            if exported.adapter["method"] != Houlsby.name:
-                raise _unfit(f"the adapter {name!r} is of the method {exported.adapter['method']!r}")
-            if _houlsby(exported).train_layer_norm:
-                raise _unfit(f"the adapter {name!r} has layer norms of its own")
-        if len({_houlsby(exported).placement for _, exported in found}) > 1:
+        parts = tuple(map(_read, self.settings.adapters))
+        if len({part.settings.placement for part in parts}) > 1:
             raise _unfit("the adapters differ in their placement")
-        return found
+        return parts
 
 
-def _houlsby(exported: Any) -> HoulsbySettings:
-    return HoulsbySettings.model_validate(exported.adapter)
+def _read(name: str) -> _Part:
+    from common.exported import find_export, read_exported  # which knows all methods, that of this module too
+
+    folder = find_export(name, "adapter.adapters")
+    exported = read_exported(folder)
+    if exported.adapter["method"] != Houlsby.name:
+        raise _unfit(f"the adapter {name!r} is of the method {exported.adapter['method']!r}")
+    settings = HoulsbySettings.model_validate(exported.adapter)
+    if settings.train_layer_norm:
+        raise _unfit(f"the adapter {name!r} has layer norms of its own")
+    tensors = read_tensors(folder / Houlsby.tensors_file)
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    exported.check_spec(exported.spec_of(Houlsby(settings), shapes), folder)
+    return _Part(name, exported, settings, tensors)
 
 
 def _unfit(what: str) -> ModelError:

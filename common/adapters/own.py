@@ -6,7 +6,7 @@ They change the transformer in place and keep the names of its tensors.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from common.adapters.base import ADAPTERS, AdapterMethod
-from common.adapters.tensors import fill, read_tensors
+from common.adapters.tensors import fill, read_manifest, read_tensors
 from common.errors import ExportError, ModelError, RegistryError
 from common.settings import Section
 
@@ -133,16 +133,27 @@ class OwnMethod(AdapterMethod):
         return bare
 
     def save(self, transformer: Any, folder: Path, base_name: str) -> None:
-        """Write what `load_adapter` reads: every trained tensor by name, and a JSON file that describes them."""
+        """Write what `load_adapter` reads."""
+        self.write(self.saved(transformer), transformer.adapter_heads, folder, base_name)
+
+    def write(self, saved: Mapping[str, Any], heads: tuple[str, ...], folder: Path, base_name: str) -> None:
+        """Write every trained tensor by name, and a JSON file that describes them.
+
+        Args:
+            saved: tensors by name, heads included.
+            heads: modules that were trained in full.
+            folder: made if it is not there.
+            base_name: under which others find the base.
+        """
         from safetensors.torch import save_file
 
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.saved(transformer).items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.items()}
         manifest = _Manifest(
             method=self.name,
             settings=self.exported_settings(),
             base_model_name_or_path=base_name,
             tensors={name: tuple(tensor.shape) for name, tensor in tensors.items()},
-            heads=transformer.adapter_heads,
+            heads=heads,
         )
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / self.tensors_file, metadata={"format": "pt"})
@@ -183,7 +194,7 @@ def load_adapter(transformer: Any, folder: str | Path) -> Any:
     """
     folder = Path(folder)
     try:
-        manifest = _Manifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
+        manifest = _Manifest.model_validate_json(read_manifest(folder / MANIFEST_FILE))
         kind = ADAPTERS.get(manifest.method)
         method = kind(kind.Settings.model_validate(manifest.settings)).exported_in(folder)
     except (OSError, ValidationError, RegistryError) as error:

@@ -1,29 +1,55 @@
-"""The tensors of a saved adapter: read from their file, and set only if they are all there and no others."""
+"""The files of a saved adapter, which may come from elsewhere; its tensors are set if all are there and no others."""
 
 from __future__ import annotations
 
+import errno
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common.errors import ModelError
 
+MANIFEST_LIMIT_BYTES = 16 * 2**20
+"""Many times what a manifest needs, and no burden on memory."""
+
+
+def read_manifest(path: Path) -> bytes:
+    """Return what stands in a small file of an export.
+
+    Raises:
+        OSError: it is not there, is a link, which may lead anywhere on this machine, is no regular file, of which some
+            never end, or has more than `MANIFEST_LIMIT_BYTES`.
+    """
+    if _regular_bytes(path) > MANIFEST_LIMIT_BYTES:
+        raise OSError(errno.EFBIG, f"more than {MANIFEST_LIMIT_BYTES // 2**20} MiB", str(path))
+    return path.read_bytes()
+
+
+def _regular_bytes(path: Path) -> int:
+    """Return the size of a file that is neither a link nor a device or pipe."""
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "a link, or no regular file", str(path))
+    return found.st_size
+
 
 def read_tensors(path: Path) -> dict[str, Any]:
     """Return the tensors of a safetensors file by name.
 
     Raises:
-        ModelError: `adapter-invalid`.
+        ModelError: `adapter-invalid`, also for a link and for what is no regular file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
+        _regular_bytes(path)
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"no tensors can be read from {path.name} of the adapter in {str(path.parent)!r}",
-            "a whole safetensors file",
+            "a whole safetensors file, and no link to one",
             "export the adapter again",
             code="adapter-invalid",
         ) from error

@@ -39,17 +39,20 @@ def add_judge(base: Base, folder: Path, reward_adapter: str, template: Template)
 
     Raises:
         ModelError: `reward-adapter`, it is no reward, or one of other prompts; and as `common.exported.load_exported`:
-            `adapter-other-base`, `adapter-invalid`, `head-missing`.
+            `adapter-other-base`, `adapter-invalid`, `head-missing`; `adapter-missing`, there is no such folder.
     """
-    from common.exported import load_exported, read_exported  # which know all tasks, and so this one
-    from common.model import find
+    from common.exported import find_export, load_exported, read_exported  # which know all tasks, and so this one
+    from common.spec import describe
 
-    place = find(reward_adapter)
+    place = find_export(reward_adapter, "task.reward_adapter")
     exported = read_exported(place)
     _check(exported, base, template)
     wanted_gradients = [value for value in base.network.parameters() if value.requires_grad]
     method, judge = exported.make_method(place), classifier(base.network)
-    judge = load_exported(place, judge, exported, fingerprint=fingerprint(folder, base))
+    identity = fingerprint(folder, base)
+    judge = load_exported(place, judge, exported, fingerprint=identity)
+    loaded = Base(judge, judge, None, exported.heads, constants=exported.constants)
+    exported.check_spec(describe(exported.make_task(), method, loaded, identity), place)
     base.constants = {"reward_sha256": _sha256(exported.adapter, method.saved(judge))}
     judge.requires_grad_(False)
     for value in wanted_gradients:  # tensors that both have
@@ -61,12 +64,13 @@ def add_judge(base: Base, folder: Path, reward_adapter: str, template: Template)
 
 
 def _check(exported: Exported, base: Base, template: Template) -> None:
-    name, objective = exported.task.get("name"), exported.task.get("objective")
+    settings = exported.make_task().settings
+    name, objective = settings.name, getattr(settings, "objective", "")
     if name != "preference" or objective != "reward" or exported.heads != (HEAD,):
         what = f"a {name} adapter{f' of the objective {objective}' if objective else ''} used as a reward"
         expected = 'an export of a run with task.name = "preference" and objective = "reward", with its head'
-    elif not same_template(base.tokenizer, template, exported.task["template"]):
-        what = f"a reward of prompts in the template {exported.task['template']!r}, where task.template = {template!r}"
+    elif not same_template(base.tokenizer, template, settings.template):
+        what = f"a reward of prompts in the template {settings.template!r}, where task.template = {template!r}"
         expected = "prompts as the reward has seen them"
     else:
         return

@@ -107,3 +107,13 @@ def test_a_site_says_what_it_loads(tmp_path):
         with pytest.raises(ModelError) as caught:
             load_at(site, other)
         assert caught.value.code == "model-unknown"
+
+
+def test_a_reward_that_a_run_leaves_out_is_missing(tmp_path):
+    """Catches: a site that is asked to allow a model without a name."""
+    base = tiny_llama(tmp_path / "base")
+    (tmp_path / "site.toml").write_text(f'[site]\nname = "a"\n[data]\ntrain = "x.csv"\n[models]\n"base" = "{base}"\n')
+    config = parse({"model": {"name": "base"}, "task": {"name": "rlhf"}, "train": {"device": "cpu"}})
+    with pytest.raises(ModelError) as caught:
+        load_at(read_site(tmp_path / "site.toml"), config)
+    assert caught.value.code == "adapter-missing"

@@ -1,6 +1,7 @@
 """Exports that say what they are: read, checked, and put on their base again."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,15 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from common.adapters import ADAPTERS
 from common.errors import ModelError
-from common.exported import EXPORTED_FILE, load_exported, open_exported, read_exported, share_frozen
+from common.exported import (
+    EXPORTED_FILE,
+    find_export,
+    is_hub_id,
+    load_exported,
+    open_exported,
+    read_exported,
+    share_frozen,
+)
 from tests.support.exports import BASE_NAME, export_tiny
 from tests.support.tiny import tiny_bert, tiny_llama
 
@@ -170,7 +179,7 @@ def test_the_base_is_found_by_the_name_in_the_export(bases, tmp_path, monkeypatc
     """Catches: a source that has to be given, or is taken from elsewhere."""
     exported(bases["bert"], tmp_path)
     asked = []
-    monkeypatch.setattr("common.exported.find", lambda source: asked.append(source) or bases["bert"])
+    monkeypatch.setattr("common.exported.find_in_hub", lambda source: asked.append(source) or bases["bert"])
     open_exported(tmp_path)
     assert asked == [BASE_NAME]
 
@@ -218,3 +227,79 @@ def test_what_differs_or_is_trained_is_not_shared(bases):
     there = {value.data_ptr() for value in one.parameters()}
     own = [name for name, value in two.named_parameters() if value.data_ptr() not in there]
     assert own == ["encoder.layer.0.output.dense.weight", "encoder.layer.1.output.dense.bias"]
+
+
+def test_a_link_is_no_manifest(bases, tmp_path):
+    """Catches: a file of this machine read because an export from elsewhere has a link to it."""
+    exported(bases["bert"], tmp_path)
+    (tmp_path / EXPORTED_FILE).rename(tmp_path / "moved")
+    (tmp_path / EXPORTED_FILE).symlink_to(tmp_path / "moved")
+    assert refused(tmp_path, bases["bert"]).code == "adapter-invalid"
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [("_team/model", True), ("org/_model", True), ("model", True), ("../base", False), ("a/b/c", False), ("", False)],
+)
+def test_a_public_name_is_what_the_hub_takes(bases, tmp_path, name, right):
+    """Catches: a name that one side takes for valid and the other does not; a path of this machine."""
+    assert is_hub_id(name) is right
+    exported(bases["bert"], tmp_path)
+    said = json.loads((tmp_path / EXPORTED_FILE).read_text())
+    (tmp_path / EXPORTED_FILE).write_text(json.dumps(said | {"base_name": name}))
+    if right:
+        assert read_exported(tmp_path).base_name == name
+    else:
+        assert refused(tmp_path, bases["bert"]).code == "adapter-invalid"
+
+
+def test_a_base_by_its_name_is_no_folder_of_this_machine(bases, tmp_path, monkeypatch):
+    """Catches: an export from elsewhere that opens a folder here, because its base has the name of one."""
+    exported(bases["bert"], tmp_path / "export")
+    shutil.copytree(bases["bert"], tmp_path / "runs" / "private")
+    monkeypatch.chdir(tmp_path)
+    said = json.loads((tmp_path / "export" / EXPORTED_FILE).read_text())
+    (tmp_path / "export" / EXPORTED_FILE).write_text(json.dumps(said | {"base_name": "runs/private"}))
+    with pytest.raises(ModelError, match="--model") as caught:
+        open_exported(tmp_path / "export")
+    assert caught.value.code == "model-not-found"
+    assert open_exported(tmp_path / "export", "runs/private").spec.sha256 == said["spec_sha256"]
+
+
+@pytest.mark.parametrize("heads", [["classifier", "bert.embeddings.LayerNorm"], [], ["bert.embeddings.LayerNorm"]])
+def test_heads_that_are_not_the_tasks_are_refused(bases, tmp_path, heads):
+    """Catches: modules of the base replaced by an export whose fingerprint says that the base is the same."""
+    exported(bases["bert"], tmp_path, "bitfit")
+    path = tmp_path / ADAPTERS.get("bitfit").tensors_file
+    tensors = {key: value for key, value in load_file(path).items() if "classifier" not in key or "classifier" in heads}
+    if "bert.embeddings.LayerNorm" in heads:
+        tensors["bert.embeddings.LayerNorm.weight"] = torch.full((32,), 9.0)
+    save_file(tensors, path)
+    said = read_exported(tmp_path).model_copy(update={"heads": tuple(heads)})
+    spec = said.spec_of(said.make_method(tmp_path), {name: tuple(value.shape) for name, value in tensors.items()})
+    said.model_copy(update={"spec_sha256": spec.sha256}).write(tmp_path)
+    error = refused(tmp_path, bases["bert"])
+    assert error.code == "adapter-invalid"
+    assert "the heads of its task" in str(error)
+
+
+@pytest.mark.parametrize("name", ["houlsby", "bitfit", "prompt"])
+def test_a_spec_needs_no_base(bases, tmp_path, name):
+    """Catches: a spec of saved tensors that is another than that of the adapter on its base."""
+    graft = exported(bases["bert"], tmp_path, name)
+    said, method = read_exported(tmp_path), graft.method
+    tensors = load_file(tmp_path / method.tensors_file)
+    assert said.spec_of(method, {key: tuple(value.shape) for key, value in tensors.items()}) == graft.spec
+
+
+def test_what_is_no_export_is_told_so(bases, tmp_path, monkeypatch):
+    """Catches: a run's folder, the likeliest mistake, sent to save_pretrained; a name looked for in the hub."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    exported(bases["bert"], tmp_path / "runs" / "tone" / "adapter")
+    monkeypatch.chdir(tmp_path)
+    assert find_export("runs/tone/adapter", "task.reward_adapter") == tmp_path / "runs" / "tone" / "adapter"
+    codes = {"runs/tone": "adapter-invalid", "runs/reward": "adapter-missing", "": "adapter-missing"}
+    for name, code in {**codes, "x" * 5000: "adapter-missing"}.items():
+        with pytest.raises(ModelError, match=r"task\.reward_adapter names .*RUN/adapter") as caught:
+            find_export(name, "task.reward_adapter")
+        assert caught.value.code == code

@@ -17,6 +17,7 @@ from common.errors import ModelError
 from common.fingerprint import fingerprint
 from common.model import find, load_graft
 from common.tasks import TASKS
+from tests.support.exports import export_tiny, to_fuse
 from tests.support.tiny import tiny_bert, tiny_sentence_transformer
 
 WEIGHTS = "model.safetensors"
@@ -357,3 +358,14 @@ def test_the_spec_tells_random_constants_apart(bert):
     specs = [loaded(bert, seed=seed, adapter={"method": "vera", "rank": 4}).spec for seed in (1, 1, 2)]
     assert specs[0].sha256 == specs[1].sha256 != specs[2].sha256
     assert all("vera_lambda" in tensor.name or "classifier" in tensor.name for tensor in specs[0].tensors)
+
+
+def test_an_export_that_is_replaced_is_loaded_anew(bert, tmp_path):
+    """Catches: the adapters of an earlier run kept under the name of their folder."""
+    adapters = to_fuse(tmp_path, bert)
+    raw = {"model": {"name": str(bert)}, "adapter": {"method": "fusion", "adapters": adapters}}
+    run = parse({**raw, "train": {"device": "cpu"}})
+    first = load_graft(run, str(bert), 1)
+    assert load_graft(run, str(bert), 1) is first
+    export_tiny(tmp_path / "1", bert, {"name": "sequence-classification"}, {"method": "houlsby", "bottleneck": 4}, 7)
+    assert load_graft(run, str(bert), 1).spec.sha256 != first.spec.sha256

@@ -8,19 +8,23 @@ from functools import cache
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+import tsugiki
+from common import config_file
 from common.config import parse
 from common.data.shard import read
 from common.errors import DataError, ModelError, UsageError
+from common.exported import EXPORTED_FILE
 from common.model import load_graft
 from common.settings import DataFormat
 from common.tasks import TASKS
 from common.tasks.base import padding_id
 from server.predict import predict
 from tests.common.tasks.test_sequence_classification import tiny_decoder
-from tests.support.exports import settings_of
+from tests.support.exports import export_of, settings_of
 from tests.support.federation import run_tiny, tiny_config
-from tests.support.tiny import tiny_base, tiny_bert
+from tests.support.tiny import tiny_base, tiny_bert, tiny_llama
 
 CASES = {
     f"{name} {form}".strip(): (name, case)
@@ -217,3 +221,55 @@ def test_a_rank_beyond_the_layer_is_refused_where_it_would_be_no_low_rank(tmp_pa
     assert caught.value.code == "adapter-rank"
     vera = parse({"model": {"name": str(folder)}, "adapter": {"method": "vera", "rank": 64}})
     assert load_graft(vera, str(folder), 1).spec.parameters("adapter") == 2 * 2 * (64 + 32)
+
+
+REWARD = TASKS.get("rlhf").tiny().exports["reward_adapter"]
+
+
+def error_of(*words):
+    """Return what a command ends with."""
+    error = CliRunner().invoke(tsugiki.app, list(map(str, words))).exception
+    assert error is not None
+    return error
+
+
+def test_an_adapter_of_another_base_is_refused_by_the_command(tmp_path, bases):
+    """Catches: answers of an adapter on weights that it was not trained on, whose shapes are the same."""
+    adapter = export_of(bases("llama"), tmp_path / "adapter", {"name": "causal-lm", "max_length": 32})
+    words = ("predict", "--adapter", adapter, "the good clause", "--max-new-tokens", 1, "--model")
+    assert CliRunner().invoke(tsugiki.app, [str(word) for word in (*words, bases("llama"))]).exit_code == 0
+    assert error_of(*words, tiny_llama(tmp_path / "other", seed=8)).code == "adapter-other-base"
+
+
+@pytest.mark.parametrize(
+    ("reward", "code"), [("other", "adapter-other-base"), ("policy", "reward-adapter"), ("gone", "adapter-missing")]
+)
+def test_what_cannot_judge_a_run_stops_it(reward, code, tmp_path, bases):
+    """Catches: a run that learns from numbers that mean nothing: of another base, or of no reward."""
+    tiny = TASKS.get("rlhf").tiny()
+    export_of(tiny_llama(tmp_path / "base", seed=8), tmp_path / "other", REWARD)
+    export_of(bases("llama"), tmp_path / "policy", {"name": "causal-lm", "max_length": 32})
+    config = tiny_config(
+        tmp_path,
+        model={"name": str(bases("llama"))},
+        task={"name": "rlhf", **tiny.settings, "reward_adapter": str(tmp_path / reward)},
+        simulation={"data": str(write(tmp_path / "prompts.jsonl", tiny.rows))},
+        evaluation={"data": ""},
+    )
+    (tmp_path / "run.toml").write_text(config_file.to_toml(config))
+    assert error_of("simulate", tmp_path / "run.toml").code == code
+
+
+def test_a_reward_is_no_policy(tmp_path, bases):
+    """Catches: a head that is dropped without a word, and texts that go on as if a reward had learned to write."""
+    folder = export_of(bases("llama"), tmp_path / "reward", REWARD)
+    words = ("predict", "--adapter", folder, "--model", bases("llama"), "the good clause")
+    error = error_of(*words)
+    assert error.code == "usage"
+    assert "preference reads prompt" in str(error)  # and scores an answer to it
+    said = json.loads((folder / EXPORTED_FILE).read_text())
+    said["task"] = {"name": "causal-lm"}
+    (folder / EXPORTED_FILE).write_text(json.dumps(said))
+    error = error_of(*words)
+    assert error.code == "adapter-invalid"
+    assert "score" in str(error)

@@ -22,13 +22,14 @@ from common.adapters.lora import Lora, LoraSettings
 from common.adapters.prompts import PrefixSettings, PromptSettings, PTuningSettings
 from common.adapters.vera import VeraSettings
 from common.errors import ExportError, StorageError
-from common.exported import open_exported
+from common.exported import open_exported, read_exported
 from common.model import load_graft
+from common.tasks import TASKS
 from common.wire import sha256, unpack
 from server import export_check, export_probe
 from server.export import export
 from server.finished import choose, read_config
-from tests.support.exports import to_fuse
+from tests.support.exports import settings_of, to_fuse
 from tests.support.federation import model_folder, run_tiny, tiny_config
 from tests.support.tiny import PUBLIC_NAME, tiny_llama, tiny_sentence_transformer
 
@@ -103,6 +104,11 @@ def runs(tmp_path_factory):
     kinds |= {f"{method}-embedding": embedding for method in ("dora", "vera", "bitfit", "prompt")}
     kinds |= {method: {"evaluation": by_loss} for method in ("dora", "ia3", "layernorm", "p-tuning", "fusion")}
     kinds["prefix-causal"] = causal
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "the {word} clause"}}\n' for word in WORDS * 2))
+    tiny = TASKS.get("rlhf").tiny()
+    judged = {"name": "rlhf", **settings_of(tiny, Path(causal["model"]["name"]))}
+    kinds["rlhf"] = {**causal, "task": judged, "simulation": {"data": str(prompts)}}
     kinds |= {f"{method}-softmax": softmax for method in ("dora", "bitfit", "prompt")}
     done = {}
 
@@ -177,7 +183,8 @@ def graft_of(folder):
     """Return the graft that an export of this run uses."""
     config = config_file.read(folder / "config.toml")
     on_cpu = config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
-    return load_graft(on_cpu, config.model.name, config.run.seed)
+    agreed = json.loads((folder / "spec.json").read_text())["constants"] if config.task.models else None
+    return load_graft(on_cpu, config.model.name, config.run.seed, agreed=agreed)
 
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -196,6 +203,7 @@ MODULES = {"modules.json", "sentence_bert_config.json", "config_sentence_transfo
         ("causal", PEFT | TOKENIZER),
         ("reward", PEFT | TOKENIZER),
         ("dpo", PEFT | TOKENIZER),
+        ("rlhf", PEFT | TOKENIZER),
         ("houlsby", OWN | TOKENIZER),
         ("dora-embedding", PEFT),
         ("vera-embedding", PEFT),
@@ -327,6 +335,24 @@ def test_a_base_without_a_public_name_is_refused(copied, tmp_path, monkeypatch, 
     assert not (run / "adapter").exists()
 
 
+def test_a_policy_is_exported_without_its_reward(copied, unproved):
+    """Catches: a finished run that depends for ever on a folder that somebody may move or make anew."""
+    run = copied("rlhf")
+    change(run, "task", reward_adapter="/gone/reward")
+    target = export(run)
+    said = read_exported(target)
+    assert said.task["reward_adapter"] == ""
+    assert said.spec_sha256 == json.loads((run / "spec.json").read_text())["sha256"]
+    assert "pipeline_tag: text-generation" in (target / "README.md").read_text()
+
+
+def test_every_name_that_the_hub_takes_is_exported(copied, unproved):
+    """Catches: a finished run that ends in a traceback of pydantic, which has another rule for names."""
+    run = copied("lora")
+    change(run, "model", public_name="_team/_model")
+    assert read_exported(export(run)).base_name == "_team/_model"
+
+
 def test_a_run_in_four_bits_is_exported_on_the_whole_base(copied, unproved):
     """Catches: an export that needs a GPU, or weights that were merged into packed ones."""
     run = copied("lora")
@@ -339,8 +365,8 @@ def test_a_task_without_texts_is_not_exported_yet(copied, monkeypatch):
     """Catches: an AttributeError of the tokenizer that images do not have, after half of the export was written."""
     run = copied("lora")
 
-    def without_tokenizer(*arguments):
-        graft = copy.copy(load_graft(*arguments))
+    def without_tokenizer(*arguments, **options):
+        graft = copy.copy(load_graft(*arguments, **options))
         graft.base = dataclasses.replace(graft.base, tokenizer=None)
         return graft
 

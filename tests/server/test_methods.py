@@ -67,6 +67,15 @@ def test_fusion_needs_adapters_and_is_listed_with_them(found, bert, tmp_path):
     assert (fused.adapter, fused.reason) == (2 * 3 * 32 * 32, "")
 
 
+def test_adapters_of_another_base_do_not_go(bert, tmp_path):
+    """Catches: a pair that is listed as possible, and refused as soon as it is run."""
+    other = tiny_bert(tmp_path / "other", seed=8)
+    adapter = {"method": "fusion", "adapters": to_fuse(tmp_path, other)}
+    listed = menu(parse({"model": {"name": str(bert)}, "adapter": adapter})).pairs["sequence-classification"]
+    assert "fingerprint" in listed["fusion"].reason
+    assert listed["houlsby"].reason == ""
+
+
 def test_one_base_serves_all_methods(bert, monkeypatch):
     """Catches: a base loaded for every method; an adapter that changes the base under the next one."""
     loads, load = [], module.load_base

@@ -246,9 +246,9 @@ def test_adapters_are_asked_by_the_command(adapters, monkeypatch):
     lines = CliRunner().invoke(tsugiki.app, given).stdout.splitlines()
     assert [line.split("\t")[0] for line in lines] == [one["adapter"] for one in expected]
     asked = []
-    monkeypatch.setattr("common.exported.find", lambda source: asked.append(source) or adapters / "base")
+    monkeypatch.setattr("server.predict.find_in_hub", lambda source: asked.append(source) or adapters / "base")
     assert CliRunner().invoke(tsugiki.app, [*options, "good"]).exit_code == 0
-    assert asked == [BASE_NAME] * 2
+    assert asked == [BASE_NAME]
 
 
 def test_adapters_of_another_base_are_refused(adapters, tmp_path):

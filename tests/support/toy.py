@@ -153,7 +153,8 @@ def federate(
 ) -> Outcome:
     """Run a toy federation as `server.app.run_federation` does, from its start to its summary, without a model."""
     task = SimpleNamespace(lower_is_better=frozenset())
-    graft = SimpleNamespace(spec=SPEC, initial=np.zeros(SPEC.size, np.float32), task=task, device="none")
+    base = SimpleNamespace(constants={})
+    graft = SimpleNamespace(spec=SPEC, base=base, initial=np.zeros(SPEC.size, np.float32), task=task, device="none")
     monkeypatch.setattr("server.app.load_graft", lambda *arguments: graft)
     return run_federation(InProcessGrid(app, nodes, fault), config, **options)
 

@@ -128,11 +128,16 @@ def test_the_spec_tells_adapters_apart_and_not_their_folders(base, adapters, tmp
     first = fused(base, adapters).spec
     moved = [shutil.copytree(folder, tmp_path / f"moved-{number}") for number, folder in enumerate(adapters)]
     assert fused(base, moved).spec == first
-    said = json.loads((moved[1] / EXPORTED_FILE).read_text())
-    said["adapter"]["activation"] = "relu"
-    (moved[1] / EXPORTED_FILE).write_text(json.dumps(said))
+    relu = {"method": "houlsby", "bottleneck": 4, "activation": "relu"}
+    export_tiny(tmp_path / "relu", base, CLASSES, relu)
+    shutil.copy(f"{adapters[1]}/tsugiki_adapter.safetensors", tmp_path / "relu")
     export_tiny(tmp_path / "third", base, CLASSES, {"method": "houlsby", "bottleneck": 4}, 9)
-    others = (adapters[::-1], moved, (adapters[0], tmp_path / "third"), (*adapters, tmp_path / "third"))
+    others = (
+        adapters[::-1],
+        (adapters[0], tmp_path / "relu"),
+        (adapters[0], tmp_path / "third"),
+        (*adapters, tmp_path / "third"),
+    )
     assert len({first.sha256, *(fused(base, other).spec.sha256 for other in others)}) == 5
 
 
@@ -143,8 +148,8 @@ def test_what_cannot_be_fused_is_refused(base, adapters, tmp_path):
     norms = to_fuse(tmp_path / "norms", base, train_layer_norm=True)
     for named in ((), adapters[:1], (adapters[0], tmp_path / "lora"), (adapters[0], pfeiffer[1]), norms):
         assert refused(base, named) == "adapter-fusion"
-    assert refused(base, (adapters[0], tmp_path)) == "model-format"
-    assert refused(base, (adapters[0], "package:no_such_package")) == "model-not-found"
+    assert refused(base, (adapters[0], tmp_path)) == "adapter-invalid"
+    assert refused(base, (adapters[0], tmp_path / "gone")) == "adapter-missing"
     damaged = shutil.copytree(adapters[1], tmp_path / "damaged")
     (damaged / EXPORTED_FILE).unlink()
     assert refused(base, (adapters[0], damaged)) == "adapter-invalid"
@@ -192,4 +197,60 @@ def test_an_export_reaches_for_nothing_outside(base, adapters, tmp_path):
     shutil.rmtree(tmp_path / "export" / "adapters")
     with pytest.raises(ModelError) as caught:
         open_exported(tmp_path / "export", str(base))
-    assert caught.value.code == "model-not-found"
+    assert caught.value.code == "adapter-missing"
+
+
+def test_an_export_carries_nothing_away(base, tmp_path):
+    """Catches: a file of this machine, to which an adapter from elsewhere has a link, copied into an export."""
+    adapters = to_fuse(tmp_path / "there", base)
+    (tmp_path / "secret").write_text("the private key of this machine")
+    manifest = tmp_path / "there" / "0" / "tsugiki_adapter.json"
+    manifest.unlink()
+    manifest.symlink_to(tmp_path / "secret")
+    (tmp_path / "there" / "0" / "more.txt").write_text("more")
+    export_tiny(tmp_path / "export", base, CLASSES, {"method": "fusion", "adapters": adapters})
+    written = [path for path in (tmp_path / "export").rglob("*") if path.is_file()]
+    assert len(written) == 3 * 3
+    assert not [path for path in written if b"private key" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("link", ["adapters", "adapters/1"])
+def test_links_out_of_an_export_are_refused(base, adapters, tmp_path, link):
+    """Catches: an export from elsewhere that reads, and hands on, an adapter of this machine."""
+    export_tiny(tmp_path / "export", base, CLASSES, {"method": "fusion", "adapters": adapters})
+    (tmp_path / "export" / link).rename(tmp_path / "private")
+    (tmp_path / "export" / link).symlink_to(tmp_path / "private")
+    with pytest.raises(ModelError) as caught:
+        open_exported(tmp_path / "export", str(base))
+    assert caught.value.code == "adapter-invalid"
+
+
+def test_adapters_are_compared_with_their_own_spec(base, adapters, tmp_path):
+    """Catches: a nonlinearity other than the one that an adapter was trained with, which no shape shows."""
+    moved = shutil.copytree(adapters[1], tmp_path / "moved")
+    said = json.loads((moved / EXPORTED_FILE).read_text())
+    said["adapter"]["activation"] = "relu"
+    (moved / EXPORTED_FILE).write_text(json.dumps(said))
+    assert refused(base, (adapters[0], moved)) == "adapter-invalid"
+
+
+def test_an_embedder_whose_head_stayed_behind_is_fused(base, adapters, tmp_path):
+    """Catches: a spec with the head of a loss, which its export does not have."""
+    from common.exported import write_exported
+
+    task = {"name": "sentence-embedding", "loss": "softmax-nli"}
+    graft = export_tiny(tmp_path / "headless", base, task, {"method": "houlsby", "bottleneck": 4})
+    bare = graft.method.without_heads(graft.base.transformer)
+    graft.method.save(bare, tmp_path / "headless", "tsugiki-tests/base")
+    write_exported(tmp_path / "headless", graft, "float32", "tsugiki-tests/base", headless=True)
+    assert fused(base, (adapters[0], tmp_path / "headless")).spec.parameters("adapter")
+
+
+def test_each_adapter_is_read_once(base, adapters, tmp_path, monkeypatch):
+    """Catches: files that change between what is compared, what is used and what is exported."""
+    from common.adapters import fusion
+
+    read, asked = fusion.read_tensors, []
+    monkeypatch.setattr(fusion, "read_tensors", lambda path: asked.append(path) or read(path))
+    export_tiny(tmp_path / "export", base, CLASSES, {"method": "fusion", "adapters": adapters})
+    assert len(asked) == len(adapters)

@@ -1,10 +1,12 @@
 """The tensors of a saved adapter."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.adapters.tensors import fill, read_tensors
+from common.adapters.tensors import MANIFEST_LIMIT_BYTES, fill, read_manifest, read_tensors
 from common.errors import ModelError
 
 
@@ -42,4 +44,29 @@ def test_a_file_that_cannot_be_read(tmp_path, content):
         (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match=r"x\.safetensors") as caught:
         read_tensors(tmp_path / "x.safetensors")
+    assert caught.value.code == "adapter-invalid"
+
+
+def test_only_a_small_regular_file_is_read(tmp_path):
+    """Catches: a link that leads to a file of this machine; a device that never ends; memory without a bound."""
+    (tmp_path / "good").write_bytes(b"{}")
+    assert read_manifest(tmp_path / "good") == b"{}"
+    (tmp_path / "link").symlink_to(tmp_path / "good")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(MANIFEST_LIMIT_BYTES + 1)
+    for name in ("gone", "link", "endless", "pipe", "folder", "large"):
+        with pytest.raises(OSError, match=name):
+            read_manifest(tmp_path / name)
+
+
+def test_tensors_behind_a_link_are_not_read(tmp_path):
+    """Catches: tensors of this machine loaded, and exported again, as if they came with an adapter."""
+    save_file({"a": torch.zeros(1)}, tmp_path / "private.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "private.safetensors")
+    assert list(read_tensors(tmp_path / "private.safetensors")) == ["a"]
+    with pytest.raises(ModelError) as caught:
+        read_tensors(tmp_path / "link.safetensors")
     assert caught.value.code == "adapter-invalid"

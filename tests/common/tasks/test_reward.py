@@ -1,6 +1,7 @@
 """The reward model beside a policy: one base in memory, what is read, and what is no reward."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -164,3 +165,29 @@ def test_an_encoder_has_no_such_head(tmp_path):
     with pytest.raises(ModelError) as caught:
         classifier(network)
     assert caught.value.code == "model-not-causal"
+
+
+def test_settings_that_an_export_leaves_out_are_the_defaults(base_folder, tmp_path):
+    """Catches: a traceback, or an advice to fetch the base again, where a file of an export has fewer settings."""
+    folder = export_of(base_folder, tmp_path / "reward", {"name": "preference"})
+    said = json.loads((folder / EXPORTED_FILE).read_text())
+    (folder / EXPORTED_FILE).write_text(json.dumps(said | {"task": {"name": "preference"}}))
+    assert judged(base_folder, folder, "auto").judge is not None
+    assert refused(base_folder, folder, "plain").code == "reward-adapter"
+
+
+def test_a_reward_is_compared_with_its_own_spec(base_folder, reward, tmp_path):
+    """Catches: a scale other than the one that a reward was trained with, which no shape shows."""
+    folder = shutil.copytree(reward, tmp_path / "reward")
+    said = json.loads((folder / EXPORTED_FILE).read_text())
+    said["adapter"]["alpha"] = 2 * said["adapter"]["alpha"]
+    (folder / EXPORTED_FILE).write_text(json.dumps(said))
+    assert refused(base_folder, folder).code == "adapter-invalid"
+
+
+def test_a_run_is_no_export(base_folder, tmp_path):
+    """Catches: an advice to convert a model; the hub asked for a folder that is not here."""
+    assert refused(base_folder, tmp_path).code == "adapter-invalid"
+    error = refused(base_folder, "runs/reward")
+    assert error.code == "adapter-missing"
+    assert "task.reward_adapter" in str(error)
