@@ -222,14 +222,14 @@ class Rlhf(Task):
     @classmethod
     def tiny(cls) -> TinyCase:
         """Prompts whose answers are to end soon, which few do by themselves."""
-        words = ("party", "clause", "alpha", "beta") * 6
+        words = ("party", "clause", "alpha", "beta") * 4
         rows = {"prompt": [f"name the {word} of the {word}s" for word in words]}
         settings = {
             "max_length": 32,
             "template": "plain",
             "max_new_tokens": 2,
             "missing_end_penalty": 1.0,
-            "samples_per_prompt": 8,
+            "samples_per_prompt": 4,
             "temperature": 0.2,  # else a random base says anything, and little is learned
             "beta": 0.02,
         }

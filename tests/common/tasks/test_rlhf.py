@@ -165,7 +165,7 @@ def test_padding_changes_no_gradient(folder):
 
 def test_draws_follow_the_global_generator(folder):
     """Catches: the same answers in every batch; answers that a seed does not give again."""
-    graft = opened(folder, max_new_tokens=6, temperature=1.0)
+    graft = opened(folder, samples_per_prompt=8, max_new_tokens=6, temperature=1.0)
     first, again, other = (drawn(graft, seed=seed) for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["returns"], other["returns"])
