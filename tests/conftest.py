@@ -10,8 +10,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models only lose by more, 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import common  # noqa: F401  (switches off what would phone home)
+
+settings.register_profile("tsugiki", deadline=None)  # how long an example takes is a matter of the machine
+settings.load_profile("tsugiki")
 
 
 @pytest.fixture
