@@ -15,7 +15,7 @@ from common.errors import DataError, TrainingError
 from common.model import Graft
 from common.rng import generator
 from common.tasks import Task
-from common.tasks.base import Encoded
+from common.tasks.base import Encoded, at_rest
 
 log = logging.getLogger("tsugiki.client")
 
@@ -129,13 +129,7 @@ class BestOfRound:
         import torch
 
         torch.set_num_threads(self.config.train.threads)
-        network = self.graft.base.network
-        training = network.training
-        network.eval()
-        try:
-            with torch.no_grad():
-                found = self.graft.task.evaluate(self.graft.base, self.rows, self.config.evaluation.batch_size)
-        finally:
-            network.train(training)
+        with torch.no_grad(), at_rest(self.graft.base.network):
+            found = self.graft.task.evaluate(self.graft.base, self.rows, self.config.evaluation.batch_size)
         value = found.get(self.config.monitor, math.nan)
         return -value if self._lower_is_better else value

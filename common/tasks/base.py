@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -233,6 +233,17 @@ class Task(ABC):
     def further(cls) -> dict[str, TinyCase]:
         """Return cases of other forms that the task's settings give it, by name."""
         return {}
+
+
+@contextmanager
+def at_rest(network: Any) -> Iterator[None]:
+    """Eval mode inside a `with` block, where nothing is dropped; then the network's own mode again."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
 
 
 def tokenise(tokenizer: Any, limit: int, *texts: Sequence[str]) -> tuple[Any, int]:

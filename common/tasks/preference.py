@@ -13,7 +13,20 @@ from pydantic import Field
 from common.data.shard import Shard
 from common.errors import ModelError
 from common.settings import TaskSettings
-from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, Tokens, by_length, pad, padding_id
+from common.tasks.base import (
+    TASKS,
+    Base,
+    Batch,
+    Column,
+    Encoded,
+    Task,
+    TinyCase,
+    Tokens,
+    at_rest,
+    by_length,
+    pad,
+    padding_id,
+)
 from common.tasks.causal_lm import NOTHING, limit_length, load_decoder, next_logits
 from common.tasks.generation import Generation, generate
 from common.tasks.prompts import TEMPLATE_HELP, Template, encode_answers, encode_prompts, fit, head_length
@@ -245,12 +258,8 @@ def _without_adapter(base: Base, both: Batch) -> npt.NDArray[np.float32]:
     """Return what the bare base says of the chosen and the rejected answers, shape (rows, 2)."""
     import torch
 
-    device, training = next(base.network.parameters()).device, base.network.training
-    base.network.eval()
-    try:
-        with torch.no_grad(), base.untouched():
-            logps = answer_logps(base.network, {name: tensor.to(device) for name, tensor in both.items()})
-    finally:
-        base.network.train(training)
+    device = next(base.network.parameters()).device
+    with torch.no_grad(), at_rest(base.network), base.untouched():
+        logps = answer_logps(base.network, {name: tensor.to(device) for name, tensor in both.items()})
     found: npt.NDArray[np.float32] = torch.stack(logps.chunk(2), dim=1).cpu().numpy()
     return found

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field
 
 from common.settings import TaskSettings
-from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, by_length
+from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, at_rest, by_length
 from common.tasks.causal_lm import load_decoder
 from common.tasks.generation import Generation, generate
 from common.tasks.preference import answer_logps
 from common.tasks.prompts import TEMPLATE_HELP, Template, encode_prompts, head_length, shorten
 from common.tasks.reward import add_judge
-from common.tasks.rollout import Judged, at_rest, fixed_numbers, judge, sequences
+from common.tasks.rollout import Judged, fixed_numbers, judge, sequences
 
 if TYPE_CHECKING:
     import torch

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.errors import ModelError
 from common.rng import generator
-from common.tasks.base import Base, Batch, Tokens, pad
+from common.tasks.base import Base, Batch, Tokens, at_rest, pad
 from common.tasks.causal_lm import NOTHING
 from common.tasks.generation import draw
 from common.tasks.preference import answer_logps
@@ -91,14 +90,3 @@ def sequences(prompts: Sequence[Tokens], answers: Sequence[Tokens], base: Base) 
     ids, mask = pad([prompt + answer for prompt, answer in pairs], base.tokenizer.pad_token_id or 0)
     labels = [[*[NOTHING] * (len(prompt) - 1), *answer, NOTHING] for prompt, answer in pairs]
     return {"input_ids": ids, "attention_mask": mask, "labels": pad(labels, NOTHING)[0]}
-
-
-@contextmanager
-def at_rest(network: Any) -> Iterator[None]:
-    """Eval mode inside a `with` block: nothing is dropped."""
-    training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(training)

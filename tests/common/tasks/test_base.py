@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.tasks import TASKS
-from common.tasks.base import Encoded, Task, by_length, class_metrics, cut_note, pad, tokenise
+from common.tasks.base import Encoded, Task, at_rest, by_length, class_metrics, cut_note, pad, tokenise
 from tests.support.tiny import _tokenizer
 
 ROWS = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=6)
@@ -110,3 +110,18 @@ def test_texts_that_are_cut_are_counted(fast):
     assert tokenise(tokenizer, 6 + around, ["abc"], ["abc"])[1] == 0
     assert tokenise(tokenizer, 5 + around, ["abc"], ["abc"])[1] == 1
     assert (cut_note(0), cut_note(3)) == ((), ("shard-texts-cut:3",))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_network_at_rest_has_its_own_mode_again(training):
+    """Catches: a network that trains on in eval mode, or one that begins to drop, also after an error."""
+    network = torch.nn.Dropout(0.5).train(training)
+
+    def fail():
+        with at_rest(network):
+            assert not network.training
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert network.training is training
