@@ -136,13 +136,12 @@ class Preference(Task):
         """
         import torch
 
-        pairs = [(encoded.texts["prompt"][row], encoded.texts[side][row]) for side in SIDES for row in rows]
+        prompts = [encoded.texts["prompt"][row] for row in rows] * len(SIDES)
+        answers = [encoded.texts[side][row] for side in SIDES for row in rows]
         pad_id = base.transformer.config.pad_token_id or 0  # decoders look for it to find an answer's end
-        ids, mask = pad([prompt + answer for prompt, answer in pairs], pad_id)
-        both = {"input_ids": ids, "attention_mask": mask}
-        if encoded.reference is not None:
-            labels = [[*[NOTHING] * (len(prompt) - 1), *answer, NOTHING] for prompt, answer in pairs]
-            both["labels"] = pad(labels, NOTHING)[0]
+        both = sequences(prompts, answers, pad_id)
+        if encoded.reference is None:
+            del both["labels"]  # a reward is read at the end
         batch = {
             f"{side}.{name}": half
             for name, tensor in both.items()
@@ -241,6 +240,22 @@ def _both(batch: Batch) -> Batch:
 
     names = [name.partition(".")[2] for name in batch if name.startswith("chosen.")]
     return {name: torch.cat([batch[f"{side}.{name}"] for side in SIDES]) for name in names}
+
+
+def sequences(prompts: Sequence[Tokens], answers: Sequence[Tokens], pad_id: int) -> Batch:
+    """Return prompts with their answers, padded on the right, as `input_ids`, `attention_mask` and `labels`.
+
+    All have the shape (rows, tokens); labels are the answer's token to come, and `NOTHING` elsewhere.
+
+    Args:
+        prompts: token ids.
+        answers: one to each prompt.
+        pad_id: the token of the padding.
+    """
+    pairs = list(zip(prompts, answers, strict=True))
+    ids, mask = pad([prompt + answer for prompt, answer in pairs], pad_id)
+    labels = [[*[NOTHING] * (len(prompt) - 1), *answer, NOTHING] for prompt, answer in pairs]
+    return {"input_ids": ids, "attention_mask": mask, "labels": pad(labels, NOTHING)[0]}
 
 
 def answer_logps(network: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:

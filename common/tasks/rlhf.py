@@ -14,10 +14,10 @@ from common.settings import TaskSettings
 from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, at_rest, by_length
 from common.tasks.causal_lm import load_decoder
 from common.tasks.generation import Generation, generate
-from common.tasks.preference import answer_logps
+from common.tasks.preference import answer_logps, sequences
 from common.tasks.prompts import TEMPLATE_HELP, Template, encode_prompts, head_length, shorten
 from common.tasks.reward import add_judge
-from common.tasks.rollout import Judged, fixed_numbers, judge, sequences
+from common.tasks.rollout import Judged, fixed_numbers, judge
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +134,7 @@ class Rlhf(Task):
         returns = self.returns(judged).view(many, len(rows)).T
         batch = {
             f"{index}.{name}": part
-            for name, tensor in sequences(prompts, judged.answers, base).items()
+            for name, tensor in sequences(prompts, judged.answers, base.tokenizer.pad_token_id or 0).items()
             for index, part in enumerate(tensor.chunk(many))
         }
         return batch | {"returns": returns, "advantages": advantages(returns)}

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 from common.errors import ModelError
 from common.rng import generator
-from common.tasks.base import Base, Batch, Tokens, at_rest, pad
-from common.tasks.causal_lm import NOTHING
+from common.tasks.base import Base, Tokens, at_rest
 from common.tasks.generation import draw
-from common.tasks.preference import answer_logps
+from common.tasks.preference import answer_logps, sequences
 from common.tasks.reward import scores
 
 if TYPE_CHECKING:
@@ -60,7 +59,8 @@ def judge(base: Base, prompts: list[Tokens], uniforms: torch.Tensor, temperature
     with torch.no_grad(), at_rest(base.network):
         drawn = draw(base, prompts, uniforms, temperature)
         device = drawn.logps.device
-        batch = {name: value.to(device) for name, value in sequences(prompts, drawn.answers, base).items()}
+        whole = sequences(prompts, drawn.answers, base.tokenizer.pad_token_id or 0)
+        batch = {name: value.to(device) for name, value in whole.items()}
         with base.untouched():
             reference = answer_logps(base.network, batch, temperature)
         ended = [answer[-1] == base.tokenizer.eos_token_id for answer in drawn.answers]
@@ -82,11 +82,3 @@ def fixed_numbers(prompts: Sequence[Tokens], many: int, steps: int) -> torch.Ten
         found.append(torch.from_numpy(generator(0, "evaluation-answers", text, seen[text]).random((many, steps))))
         seen[text] += 1
     return torch.stack(found)
-
-
-def sequences(prompts: Sequence[Tokens], answers: Sequence[Tokens], base: Base) -> Batch:
-    """Return prompts with their answers, padded on the right, and the answers' tokens as labels."""
-    pairs = list(zip(prompts, answers, strict=True))
-    ids, mask = pad([prompt + answer for prompt, answer in pairs], base.tokenizer.pad_token_id or 0)
-    labels = [[*[NOTHING] * (len(prompt) - 1), *answer, NOTHING] for prompt, answer in pairs]
-    return {"input_ids": ids, "attention_mask": mask, "labels": pad(labels, NOTHING)[0]}

@@ -7,8 +7,7 @@ from common.config import parse
 from common.model import load_graft
 from common.tasks.causal_lm import load_decoder
 from common.tasks.generation import Generation, draw, generate
-from common.tasks.preference import answer_logps
-from common.tasks.rollout import sequences
+from common.tasks.preference import answer_logps, sequences
 from tests.support.architectures import stir
 from tests.support.tiny import MAX_TOKENS, tiny_llama
 
@@ -119,7 +118,7 @@ def test_logps_are_those_of_the_whole_answers(moved):
     """Catches: log-probabilities under generation that are not those which are trained, padded on the right."""
     drawn = draw(moved, PROMPTS, numbers(seed=2), 0.7)
     with torch.no_grad():
-        again = answer_logps(moved.network, sequences(PROMPTS, drawn.answers, moved), 0.7)
+        again = answer_logps(moved.network, sequences(PROMPTS, drawn.answers, 0), 0.7)
     torch.testing.assert_close(drawn.logps, again, rtol=1e-5, atol=1e-4)
 
 
