@@ -144,16 +144,16 @@ def test_a_header_that_does_not_fit_the_file_is_refused(tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    "content",
+    "content",  # named, since gzip writes the time, and all processes have to collect the same tests
     [
-        gzip.compress(struct.pack(">4I", 0x803, 5, 4, 6) + bytes(119)),
-        gzip.compress(struct.pack(">4I", 0x803, 5, 4, 6) + bytes(120))[:-9],
-        gzip.compress(struct.pack(">4I", 0x803, 5, 4, 6) + bytes(120))[:-8] + bytes(8),
-        gzip.compress(struct.pack(">4I", 0x803, 2**20, 1000, 1000) + bytes(120)),
-        gzip.compress(struct.pack(">4I", 0x803, 5, 4, 6) + bytes(50_000_000)),
-        PRIVATE.encode(),
-        b"\x1f\x8b\x08\x00" + PRIVATE.encode(),
-        b"",
+        pytest.param(gzip.compress(struct.pack(">4I", 0x803, 5, 4, 6) + bytes(119)), id="a pixel short"),
+        pytest.param(gzip.compress(struct.pack(">4I", 0x803, 5, 4, 6) + bytes(120))[:-9], id="cut off"),
+        pytest.param(gzip.compress(struct.pack(">4I", 0x803, 5, 4, 6) + bytes(120))[:-8] + bytes(8), id="checksum"),
+        pytest.param(gzip.compress(struct.pack(">4I", 0x803, 2**20, 1000, 1000) + bytes(120)), id="terabytes"),
+        pytest.param(gzip.compress(struct.pack(">4I", 0x803, 5, 4, 6) + bytes(50_000_000)), id="bomb"),
+        pytest.param(PRIVATE.encode(), id="text"),
+        pytest.param(b"\x1f\x8b\x08\x00" + PRIVATE.encode(), id="text behind a header"),
+        pytest.param(b"", id="empty"),
     ],
 )
 def test_gzip_is_opened_as_far_as_its_header_says(tmp_path, content, monkeypatch):
