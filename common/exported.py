@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError
 
 from common.adapters import ADAPTERS, AdapterMethod
+from common.adapters.base import require_heads
 from common.adapters.tensors import fill, read_manifest, read_tensors
 from common.errors import ModelError, RegistryError
 from common.fingerprint import check_base
@@ -200,14 +201,7 @@ def load_exported(folder: Path, transformer: Any, exported: Exported | None = No
     """
     exported = exported or read_exported(folder)
     check_base(fingerprint, exported.base_fingerprint, str(folder))
-    modules = dict(transformer.named_modules())
-    if missing := [head for head in exported.heads if head not in modules]:
-        raise ModelError(
-            f"{type(transformer).__name__} has no module {missing[0]!r}",
-            "a model with this head of the adapter",
-            "load the class of model with which the adapter was trained",
-            code="head-missing",
-        )
+    require_heads(transformer, exported.heads)
     method = exported.make_method(folder)
     tensors = read_tensors(folder / method.tensors_file)
     with quiet_libraries():

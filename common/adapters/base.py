@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+from common.errors import ModelError
 from common.registry import Registry
 from common.settings import AdapterSettings
 
@@ -137,3 +138,20 @@ class AdapterMethod(ABC):
         Raises:
             ExportError: this method cannot be merged into the base's weights.
         """
+
+
+def require_heads(transformer: Any, heads: tuple[str, ...]) -> dict[str, Any]:
+    """Return the modules of a transformer by name, the heads among them.
+
+    Raises:
+        ModelError: `head-missing`.
+    """
+    modules = dict(transformer.named_modules())
+    if missing := [head for head in heads if head not in modules]:
+        raise ModelError(
+            f"{type(transformer).__name__} has no module {missing[0]!r}",
+            "a model with this head",
+            "load the class of model with which the adapter was trained",
+            code="head-missing",
+        )
+    return modules

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from common.adapters.base import ADAPTERS, AdapterMethod
+from common.adapters.base import ADAPTERS, AdapterMethod, require_heads
 from common.adapters.tensors import fill, read_manifest, read_tensors
 from common.errors import ExportError, ModelError, RegistryError
 from common.settings import Section
@@ -48,15 +48,7 @@ class OwnMethod(AdapterMethod):
         """
         from torch import nn
 
-        modules = dict(transformer.named_modules())
-        missing = [head for head in heads if head not in modules]
-        if missing:
-            raise ModelError(
-                f"{type(transformer).__name__} has no module {missing[0]!r}",
-                "a model with this head",
-                "load the class of model with which the adapter was trained",
-                code="head-missing",
-            )
+        modules = require_heads(transformer, heads)
         if hasattr(transformer, "adapter_heads"):
             raise ModelError(
                 f"the transformer has an adapter already ({self.name})",
