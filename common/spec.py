@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Literal
 
 from common.adapters import AdapterMethod
+from common.adapters.tensors import tensors_sha256
 from common.factors import MERGED
 from common.tasks import Task
 from common.tasks.base import Base
@@ -19,10 +19,7 @@ def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> Ad
     shapes = {name: tuple(value.shape) for name, value in base.transformer.named_parameters() if value.requires_grad}
     agreed = dict(base.constants)
     if constants := method.constants(base.transformer):
-        digest = hashlib.sha256()
-        for name in sorted(constants):
-            digest.update(name.encode() + constants[name].detach().float().cpu().numpy().tobytes())
-        agreed["constants_sha256"] = digest.hexdigest()
+        agreed["constants_sha256"] = tensors_sha256(constants)
     return make_spec(task, method, agreed, identity, shapes, base.heads)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,3 +79,11 @@ def fill(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(found[name])
+
+
+def tensors_sha256(tensors: Mapping[str, Any], start: bytes = b"") -> str:
+    """Return the SHA-256 over `start`, and names and float32 values of tensors, in the order of their names."""
+    digest = hashlib.sha256(start)
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

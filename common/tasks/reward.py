@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.adapters.tensors import tensors_sha256
 from common.errors import ModelError
 from common.fingerprint import fingerprint
 from common.tasks.base import Base, Tokens
@@ -53,7 +53,8 @@ def add_judge(base: Base, folder: Path, reward_adapter: str, template: Template)
     judge = load_exported(place, judge, exported, fingerprint=identity)
     loaded = Base(judge, judge, None, exported.heads, constants=exported.constants)
     exported.check_spec(describe(exported.make_task(), method, loaded, identity), place)
-    base.constants = {"reward_sha256": _sha256(exported.adapter, method.saved(judge))}
+    settings = json.dumps(exported.adapter, sort_keys=True).encode()
+    base.constants = {"reward_sha256": tensors_sha256(method.saved(judge), start=settings)}
     judge.requires_grad_(False)
     for value in wanted_gradients:  # tensors that both have
         value.requires_grad_(True)
@@ -108,14 +109,6 @@ def classifier(network: Any) -> Any:
     setattr(shell, HEAD, nn.Linear(head.in_features, 1, bias=head.bias is not None, dtype=network.dtype))
     shell.config.pad_token_id = _NOT_PADDING
     return shell.eval()
-
-
-def _sha256(settings: dict[str, Any], tensors: dict[str, Any]) -> str:
-    """Return a hash over a method's settings and its tensors, heads included."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def scores(judge: Any, sequences: Sequence[Tokens]) -> torch.Tensor:

@@ -1,12 +1,14 @@
 """The tensors of a saved adapter."""
 
+import hashlib
 import os
+import struct
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.adapters.tensors import MANIFEST_LIMIT_BYTES, fill, read_manifest, read_tensors
+from common.adapters.tensors import MANIFEST_LIMIT_BYTES, fill, read_manifest, read_tensors, tensors_sha256
 from common.errors import ModelError
 
 
@@ -70,3 +72,13 @@ def test_tensors_behind_a_link_are_not_read(tmp_path):
     with pytest.raises(ModelError) as caught:
         read_tensors(tmp_path / "link.safetensors")
     assert caught.value.code == "adapter-invalid"
+
+
+def test_the_hash_is_of_names_and_numbers():
+    """Catches: a hash that depends on the order of tensors or their type, or leaves out names, numbers or the start."""
+    pair = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0], requires_grad=True)}
+    found = tensors_sha256(pair)
+    assert found == hashlib.sha256(b"a" + struct.pack("<2f", 1, 2) + b"b" + struct.pack("<f", 3)).hexdigest()
+    assert found == tensors_sha256({"b": pair["b"].double(), "a": pair["a"].bfloat16()})
+    others = [{"a": pair["a"], "c": pair["b"]}, {"a": pair["a"], "b": pair["b"] + 1}, {"a": pair["a"]}]
+    assert found not in {*map(tensors_sha256, others), tensors_sha256(pair, start=b"{}")}
