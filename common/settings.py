@@ -75,20 +75,24 @@ class DataFormat(Section):
     )
 
 
-class TaskSettings(Section):
-    """What every task has."""
-
-    name: str = Field(description="the task")
-    max_length: int = Field(default=128, ge=8, le=8192, description="tokens; longer texts are cut")
+class NamingSettings(Section):
+    """Settings that may name models beside the base."""
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The names in these settings that a site resolves as it does `model.name`; most tasks have none."""
+        """The names in these settings that a site resolves as it does `model.name`; most have none."""
         return ()
 
     def resolved(self, source: Callable[[str], str]) -> Self:
         """Return these settings with what `source` has for each of `models`."""
         return self
+
+
+class TaskSettings(NamingSettings):
+    """What every task has."""
+
+    name: str = Field(description="the task")
+    max_length: int = Field(default=128, ge=8, le=8192, description="tokens; longer texts are cut")
 
 
 class ClassesSettings(TaskSettings):
@@ -104,22 +108,13 @@ class ClassesSettings(TaskSettings):
         return self
 
 
-class AdapterSettings(Section):
+class AdapterSettings(NamingSettings):
     """What every adapter method has."""
 
     method: str = Field(description="the adapter method")
     wire_dtype: Literal["float32", "float16"] = Field(
         default="float32", description="the type of the numbers that travel; float16 halves the bytes"
     )
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The names in these settings that a site resolves as it does `model.name`; most methods have none."""
-        return ()
-
-    def resolved(self, source: Callable[[str], str]) -> Self:
-        """Return these settings with what `source` has for each of `models`."""
-        return self
 
 
 class StrategySettings(Section):
