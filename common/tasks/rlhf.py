@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field
 
 from common.settings import TaskSettings
-from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, at_rest, by_length
+from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, at_rest, by_length, cut_note
 from common.tasks.causal_lm import load_decoder
 from common.tasks.generation import Generation, generate
 from common.tasks.preference import answer_logps, sequences
@@ -115,8 +115,7 @@ class Rlhf(Task):
         prompts = encode_prompts(shard, base.tokenizer, self.settings.template)
         head, room = head_length(base.tokenizer, self.settings.template), self._limit(base) - self._steps(base)
         cut = sum(len(prompt) > room for prompt in prompts)
-        notes = (f"shard-texts-cut:{cut}",) if cut else ()
-        return Encoded({"prompt": [shorten(prompt, room, head) for prompt in prompts]}, notes=notes)
+        return Encoded({"prompt": [shorten(prompt, room, head) for prompt in prompts]}, notes=cut_note(cut))
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
         """Draw answers by torch's global generator, and return them with what they are worth.
