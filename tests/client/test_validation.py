@@ -198,10 +198,8 @@ def test_the_update_is_the_best_adapters_not_the_last_ones(config, graft, monkey
     ends = BestOfRound.ends
 
     def look(self, done, steps):
-        before = len(looks)
         result = ends(self, done, steps)
         looks.append((self.best_step == done, graft.read().copy()))
-        assert len(looks) == before + 1
         return result
 
     monkeypatch.setattr(BestOfRound, "ends", look)
