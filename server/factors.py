@@ -1,7 +1,8 @@
 """Aggregation that knows LoRA: what the mean of B A is, how far the server's choice is from it, and exact choices.
 
-Products are kept as factors, (left, right) with shapes (out, k) and (k, in), and never multiplied out: with the QR
-decompositions of both, whatever is asked of the product is a matter of a k x k matrix. All is done in float64.
+Products are kept as factors, (left, right) with shapes (out, k) and (k, in): with the QR decompositions of both,
+whatever is asked of the product is a matter of a k x k matrix. They are multiplied out only where k would exceed the
+layer's smaller side. All is done in float64.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def aggregation_error(spec: AdapterSpec, before: Vector, after: Vector, accepted
         return None
     start, end, updates, weights = _opened(spec, before, after, accepted)
     apart, whole = [], []
-    with threadpool_limits(1, "blas"):  # its threads cost more than they save here, and change the last bits
+    with threadpool_limits(1, "blas"):  # its threads cost more than they save here
         for layer in layers(spec):
             mean = mean_change(layer, start, updates, weights)
             apart.append(norm(_joined([mean, change(layer, end)], [1.0, -1.0])))
