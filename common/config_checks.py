@@ -33,6 +33,9 @@ def _federation_problems(config: RunConfig) -> list[Problem]:
         )
     if config.evaluation.early_stopping_patience and not config.evaluation.data:
         problems.append(Problem("evaluation.data", "''", "a file, for early stopping", "name the held-out file"))
+    if (rank := getattr(config.adapter, "merged_rank", 0)) and config.strategy.name != "flora":
+        expected = '0 unless strategy.name is "flora": nothing else fills the second pair'
+        problems.append(Problem("adapter.merged_rank", str(rank), expected, 'remove it, or use "flora"'))
     return problems
 
 

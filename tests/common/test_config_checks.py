@@ -27,6 +27,7 @@ CROSS = {
         "privacy": {"examples": {"target_epsilon": 1.0}},
     },
     "train.local_patience": {"train": {"local_patience": 2}},
+    "adapter.merged_rank": {"adapter": {"merged_rank": 4}},
 }
 
 
@@ -111,6 +112,7 @@ def test_all_cross_checks_are_reported_together():
         {"strategy": {"min_clients": 9}, "simulation": {"data": "a.csv", "partition": "by-column", "column": "org"}},
         {"train": {"momentum": 0.9, "optimizer": "sgd"}},
         {"train": {"bf16": True, "device": "cuda"}},
+        {"strategy": {"name": "flora"}, "adapter": {"merged_rank": 4}},
         {"evaluation": {"early_stopping_patience": 2, "data": "dev.csv"}},
         {"train": {"learning_rate": 1, "local_epochs": 2}},  # TOML's 1 is a fine learning rate
     ],
