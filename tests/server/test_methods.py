@@ -59,9 +59,20 @@ def test_what_does_not_go_has_a_reason(found, tmp_path):
     assert {pair.reason for row in llama.pairs.values() for pair in row.values() if pair.reason} == set(numbers)
 
 
+def test_a_setting_that_does_not_go_says_what_would(bert):
+    """Catches: a setting and its value in the place of a reason; candidates that are kept back."""
+    reason = {}
+    for key, value in (("rank", 33), ("target_modules", ["nope"])):
+        listed = menu(parse({"model": {"name": str(bert)}, "adapter": {"method": "lora", key: value}}))
+        reason[key] = listed.pairs["sequence-classification"]["lora"].reason
+    assert reason["rank"] == "adapter.rank = 33; expected at most 32, the width of the layers"
+    assert "expected some of dense, key, query, value" in reason["target_modules"]
+
+
 def test_fusion_needs_adapters_and_is_listed_with_them(found, bert, tmp_path):
     """Catches: a method without a size or a reason; the adapters of the run's own settings ignored."""
-    assert found.pairs["sequence-classification"]["fusion"].reason == "adapter.adapters names fewer than two"
+    reason = found.pairs["sequence-classification"]["fusion"].reason
+    assert reason.startswith("adapter.adapters names fewer than two; expected exports of two or more houlsby runs")
     adapter = {"method": "fusion", "adapters": to_fuse(tmp_path, bert, placement="pfeiffer")}
     fused = menu(parse({"model": {"name": str(bert)}, "adapter": adapter})).pairs["sequence-classification"]["fusion"]
     assert (fused.adapter, fused.reason) == (2 * 3 * 32 * 32, "")
