@@ -7,10 +7,14 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.address import LOOPBACK, split_address
 from common.errors import UsageError
 from common.settings import NAME_PATTERN
+
+if TYPE_CHECKING:
+    from client.lr_find import Sweep
 
 _TEMPLATE = """\
 # A site of a Tsugiki federation. This file and the data that it names never leave the site.
@@ -172,28 +176,34 @@ def lr_find(
     from rich.console import Console
     from rich.progress import Progress
 
-    from client.lr_find import draw, find_rate
+    from client.lr_find import check_plot, draw, find_rate
     from common import config_file
 
+    if plot is not None:
+        check_plot(plot)
     config = config_file.read(file, overrides)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("range test", total=steps)
         sweep = find_rate(config, lowest, highest, steps, central, lambda done: progress.update(bar, completed=done))
-    if plot is not None:
-        draw(sweep, plot)
     if as_json:
         finite = sweep.suggestion if sweep.suggestion == sweep.suggestion else None
         _say(json.dumps({**vars(sweep), "suggestion": finite}))
-        return
+    else:
+        _show(sweep)
+    if plot is not None:  # last: what was found is told also where it cannot be written
+        draw(sweep, plot)
+        if not as_json:
+            _say(str(plot))
+
+
+def _show(sweep: Sweep) -> None:
     _say(f"{len(sweep.rates)} steps in {sweep.seconds:.1f} s, rates from {sweep.rates[0]:.1g} to {sweep.rates[-1]:.1g}")
     _say(f"least smoothed loss {min(sweep.smoothed):.4g}, at {sweep.least:.2g}")
     if sweep.suggestion == sweep.suggestion:
         _say(f"suggestion: train.learning_rate = {sweep.suggestion:.2g}, where the loss falls fastest")
     else:
         _say("no suggestion: the loss never falls; try a wider range, more steps, or larger batches")
-    if plot is not None:
-        _say(str(plot))
 
 
 def _check_security(address: str, insecure: bool, authority: Path | None) -> None:
