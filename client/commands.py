@@ -15,6 +15,8 @@ from common.settings import NAME_PATTERN
 
 if TYPE_CHECKING:
     from client.lr_find import Sweep
+    from client.site import FileSite
+    from common.config import RunConfig
 
 _TEMPLATE = """\
 # A site of a Tsugiki federation. This file and the data that it names never leave the site.
@@ -145,9 +147,9 @@ def dry_run(site_file: Path, run: Path, overrides: Sequence[str]) -> None:
 
     from client.dry_run import replies
     from client.site import read_site
-    from common import config_file
 
-    site, config = read_site(site_file), config_file.read(run, overrides)
+    site = read_site(site_file)
+    config = _as_sent(site, run, overrides)
     for title, content in replies(site, config):
         _say(f"{title}:")
         for name, record in content.items():
@@ -156,6 +158,15 @@ def dry_run(site_file: Path, run: Path, overrides: Sequence[str]) -> None:
                 if isinstance(value, Array):
                     shown = f"{value.dtype} {value.shape}, {len(value.data):,} bytes"
                 _say(f"  {name}.{key} = {shown}")
+
+
+def _as_sent(site: FileSite, run: Path, overrides: Sequence[str]) -> RunConfig:
+    """Return a run as a server on this machine sends it, if the site does not know the names as they stand there."""
+    from common import config_file
+
+    config = config_file.read(run, overrides)
+    known = {config.model.name, *config.task.models, *config.adapter.models} <= set(site.models)
+    return config if known else config_file.with_absolute_paths(config)
 
 
 def lr_find(
@@ -231,7 +242,6 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
         TsugikiError: of the step that fails.
     """
     from client.site import read_site
-    from common import config_file
     from common.tasks import TASKS
 
     site = read_site(file)
@@ -240,7 +250,7 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
         path = site.folder / site.data.train
         _say(f"{site.data.train}: {'there' if path.exists() else 'MISSING'}; --run FILE tries it against a run")
         return
-    config = config_file.read(run, overrides)
+    config = _as_sent(site, run, overrides)
     task = TASKS.get(config.task.name)(config.task)
     shard = site.train_shard(task)
     _say(f"{site.data.train}: {len(shard)} rows for {config.task.name}{_noted(shard.notes)}")
