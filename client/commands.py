@@ -7,10 +7,16 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.address import LOOPBACK, split_address
 from common.errors import UsageError
 from common.settings import NAME_PATTERN
+
+if TYPE_CHECKING:
+    from client.lr_find import Sweep
+    from client.site import FileSite
+    from common.config import RunConfig
 
 _TEMPLATE = """\
 # A site of a Tsugiki federation. This file and the data that it names never leave the site.
@@ -141,9 +147,9 @@ def dry_run(site_file: Path, run: Path, overrides: Sequence[str]) -> None:
 
     from client.dry_run import replies
     from client.site import read_site
-    from common import config_file
 
-    site, config = read_site(site_file), config_file.read(run, overrides)
+    site = read_site(site_file)
+    config = _as_sent(site, run, overrides)
     for title, content in replies(site, config):
         _say(f"{title}:")
         for name, record in content.items():
@@ -152,6 +158,15 @@ def dry_run(site_file: Path, run: Path, overrides: Sequence[str]) -> None:
                 if isinstance(value, Array):
                     shown = f"{value.dtype} {value.shape}, {len(value.data):,} bytes"
                 _say(f"  {name}.{key} = {shown}")
+
+
+def _as_sent(site: FileSite, run: Path, overrides: Sequence[str]) -> RunConfig:
+    """Return a run as a server on this machine sends it, if the site does not know the names as they stand there."""
+    from common import config_file
+
+    config = config_file.read(run, overrides)
+    known = {config.model.name, *config.task.models, *config.adapter.models} <= set(site.models)
+    return config if known else config_file.with_absolute_paths(config)
 
 
 def lr_find(
@@ -172,28 +187,34 @@ def lr_find(
     from rich.console import Console
     from rich.progress import Progress
 
-    from client.lr_find import draw, find_rate
+    from client.lr_find import check_plot, draw, find_rate
     from common import config_file
 
+    if plot is not None:
+        check_plot(plot)
     config = config_file.read(file, overrides)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("range test", total=steps)
         sweep = find_rate(config, lowest, highest, steps, central, lambda done: progress.update(bar, completed=done))
-    if plot is not None:
-        draw(sweep, plot)
     if as_json:
         finite = sweep.suggestion if sweep.suggestion == sweep.suggestion else None
         _say(json.dumps({**vars(sweep), "suggestion": finite}))
-        return
+    else:
+        _show(sweep)
+    if plot is not None:  # last: what was found is told also where it cannot be written
+        draw(sweep, plot)
+        if not as_json:
+            _say(str(plot))
+
+
+def _show(sweep: Sweep) -> None:
     _say(f"{len(sweep.rates)} steps in {sweep.seconds:.1f} s, rates from {sweep.rates[0]:.1g} to {sweep.rates[-1]:.1g}")
     _say(f"least smoothed loss {min(sweep.smoothed):.4g}, at {sweep.least:.2g}")
     if sweep.suggestion == sweep.suggestion:
         _say(f"suggestion: train.learning_rate = {sweep.suggestion:.2g}, where the loss falls fastest")
     else:
         _say("no suggestion: the loss never falls; try a wider range, more steps, or larger batches")
-    if plot is not None:
-        _say(str(plot))
 
 
 def _check_security(address: str, insecure: bool, authority: Path | None) -> None:
@@ -221,7 +242,6 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
         TsugikiError: of the step that fails.
     """
     from client.site import read_site
-    from common import config_file
     from common.tasks import TASKS
 
     site = read_site(file)
@@ -230,7 +250,7 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
         path = site.folder / site.data.train
         _say(f"{site.data.train}: {'there' if path.exists() else 'MISSING'}; --run FILE tries it against a run")
         return
-    config = config_file.read(run, overrides)
+    config = _as_sent(site, run, overrides)
     task = TASKS.get(config.task.name)(config.task)
     shard = site.train_shard(task)
     _say(f"{site.data.train}: {len(shard)} rows for {config.task.name}{_noted(shard.notes)}")

@@ -156,16 +156,20 @@ def suggest(rates: Sequence[float], smoothed: Sequence[float]) -> tuple[float, f
     return rates[FEWEST // 2 + int(np.argmin(looked_at))], rates[least]
 
 
+def check_plot(path: Path) -> None:
+    """Raise a UsageError if a plot cannot have such a name; the test may take minutes, so this is asked before."""
+    if path.suffix not in (".svg", ".png"):
+        raise UsageError(f"--plot {path}", "a .svg or .png", "name one")
+
+
 def draw(sweep: Sweep, path: Path) -> None:
     """Write the losses over the rates, with the suggestion, as .svg or .png.
 
     Raises:
-        UsageError: the file cannot be written, or has another ending.
+        UsageError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 
-    if path.suffix not in (".svg", ".png"):
-        raise UsageError(f"--plot {path}", "a .svg or .png", "name one")
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.plot(sweep.rates, sweep.losses, color="#c8c8c8", linewidth=0.8, label="each step")

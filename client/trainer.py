@@ -172,8 +172,8 @@ def check_divergence(losses: Any, factor: float) -> None:
     """
     if not factor or len(losses) % WINDOW or len(losses) < 2 * WINDOW:
         return
-    first, last = float(losses[:WINDOW].mean()), float(losses[-WINDOW:].mean())
-    if not last <= factor * first:
+    first, last = (finite(float(some.mean())) for some in (losses[:WINDOW], losses[-WINDOW:]))
+    if last > factor * first:
         raise TrainingError(
             f"the loss has risen from {first:.3g} to {last:.3g}",
             f"at most train.divergence_factor = {factor:g} times its start",

@@ -14,6 +14,7 @@ from common.errors import ExportError, StorageError
 from common.exported import is_hub_id, write_exported
 from common.files import read_lines, unwritable
 from common.model import Graft, find
+from common.tasks import TASKS
 from server.export_card import Export, Kind, card, is_sentence_transformer, loading_code, loads_itself
 from server.export_check import expect, prove
 from server.finished import Which, choose, open_graft, read_config
@@ -38,16 +39,10 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
         ModelError: the base model cannot be loaded.
     """
     config = read_config(folder)
+    _check_task(config)
     base_name = _public_name(config, merged)
     target = _empty(target or folder / ("merged" if merged else "adapter"))
     graft = open_graft(folder, config)
-    if graft.base.tokenizer is None:
-        raise ExportError(
-            f"{graft.task.name} cannot be exported yet: an export is proved on sentences",
-            "a task that reads text",
-            "read the adapter from best/adapter.safetensors in the run's folder",
-            code="export-unsupported",
-        )
     chosen = choose(folder, config, graft, which)
     graft.write(chosen.vector)
     kind: Kind = "merged" if merged else graft.method.export_format
@@ -60,6 +55,17 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
         _share(building)
         prove(building, made, graft, expected)
     return target
+
+
+def _check_task(config: RunConfig) -> None:
+    """Refuse what has no export under any name, before a name is asked for."""
+    if any(column.kind == "image" for column in TASKS.get(config.task.name)(config.task).columns):
+        raise ExportError(
+            f"{config.task.name} cannot be exported yet: an export is proved on sentences",
+            "a task that reads text",
+            "read the adapter from best/adapter.safetensors in the run's folder",
+            code="export-unsupported",
+        )
 
 
 def _public_name(config: RunConfig, merged: bool) -> str:

@@ -80,7 +80,7 @@ def menu(config: RunConfig, watch: Callable[[str], None] = lambda task: None) ->
             with quiet_libraries():
                 base = load_base(task, folder, getattr(torch, config.model.dtype))
         except TsugikiError as error:
-            pairs[name], failed = dict.fromkeys(ADAPTERS.names(), Pair(reason=error.what)), error
+            pairs[name], failed = dict.fromkeys(ADAPTERS.names(), Pair(reason=_reason(error))), error
             continue
         size = max(size, weight_bytes(base, config.model.quantization))
         pairs[name] = {method: _pair(config, task, base, folder, method) for method in ADAPTERS.names()}
@@ -105,10 +105,15 @@ def _pair(config: RunConfig, task: Task, base: Base, folder: Path, name: str) ->
         spec = describe(task, method, replace(base, transformer=attached), "")
         return Pair(spec.parameters("adapter"), spec.parameters("head"), spec.size_bytes)
     except TsugikiError as error:
-        return Pair(reason=error.what)
+        return Pair(reason=_reason(error))
     finally:
         for value, wanted in zip(base.transformer.parameters(), asked, strict=True):
             value.requires_grad_(wanted)
+
+
+def _reason(error: TsugikiError) -> str:
+    """Return why it does not go, and what would: the first is at times no more than a setting and its value."""
+    return f"{error.what}; expected {error.expected}"
 
 
 def reasons(pairs: Mapping[str, Mapping[str, Pair]]) -> dict[str, int]:

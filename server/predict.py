@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from common.data import images
 from common.data.shard import Shard, has_surrogates, read
-from common.errors import UsageError
+from common.errors import DataError, UsageError
 from common.exported import open_exported, read_exported
 from common.model import Graft, find_in_hub
 from common.settings import DataFormat
@@ -142,19 +143,34 @@ def _plain(value: Any) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in str(value))
 
 
+def _pictures(names: Sequence[str]) -> images.Images:
+    """Return the pictures of files.
+
+    Raises:
+        DataError: `shard-missing`, a file is not there; and as `images.decode`.
+    """
+    for number, name in enumerate(names, 1):
+        if not os.path.isfile(name):  # Path.is_file raises on too long a name
+            raise DataError(
+                f"picture {number} is no file here", "a PNG or JPEG", "check its path", code="shard-missing"
+            )
+    return images.decode("the given files", [Path(name) for name in names])
+
+
 def _rows(graft: Graft, form: DataFormat, texts: Sequence[str], file: Path | None) -> Shard:
     columns = graft.task.asked
     if not columns:
         return Shard({})  # such a task refuses by itself
     names = ", ".join(column.name for column in columns)
     if bool(texts) == (file is not None):
-        raise UsageError("texts and a file" if texts else "neither texts nor a file", "one of both", "give --file FILE")
+        what, do = ("texts and a file", "leave one out") if texts else ("neither texts nor a file", "give --file FILE")
+        raise UsageError(what, "one of both", do)
     if file is not None:
         picture = columns[0].kind == "image"  # pictures lie in files and folders that have their classes
         kinds = graft.task.columns if picture else columns
         return read(file, kinds, form, labels=graft.task.labels, inside=Path(file.absolute().anchor))
     if columns[0].kind == "image":
-        return Shard({columns[0].name: images.decode(Path("."), [Path(text) for text in texts])})
+        return Shard({columns[0].name: _pictures(texts)})
     wanted = [column for column in columns if column.required]
     if len(wanted) > 1:
         raise UsageError(f"a text alone, where {graft.task.name} reads {names}", "a file of them", "give --file FILE")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common import errors
 from common.adapters import ADAPTERS
+from common.tasks import TASKS
 from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_bert
 
@@ -32,6 +33,7 @@ def codes():
                 given += [constants[one.id] for one in given if isinstance(one, ast.Name) and one.id in constants]
                 if name in ("Rejected", "Unacceptable", "_refusal", "_allow"):
                     given += node.args[-1:] if name != "Rejected" else node.args[1:2]
+                given += node.args[4:5] if name == "refuse" else []
                 found |= {one.value for one in given if isinstance(one, ast.Constant) and isinstance(one.value, str)}
     roster = (ROOT / "server" / "roster.py").read_text("utf-8")
     return {code for code in found | set(re.findall(r'^ +"([a-z-]+)": ', roster, re.M)) if code}
@@ -67,6 +69,13 @@ def test_the_table_of_adapters_is_true(tmp_path):
         settings = kind.Settings(**({key: json.loads(value)} if key else {"adapters": named} if named else {}))
         trained = [value for value in kind(settings).attach(model, ()).parameters() if value.requires_grad]
         assert f"{sum(value.numel() for value in trained):,}" == numbers, (method, key)
+
+
+def test_the_tasks_whose_rows_can_be_protected_are_named():
+    """Catches: a task that is refused under [privacy.examples], or allowed, and nobody can read it."""
+    page = " ".join((ROOT / "docs" / "privacy.md").read_text("utf-8").split())
+    (named,) = re.findall(r"The tasks ([^.]*) can be protected so\.", page)
+    assert re.findall(r"`([a-z-]+)`", named) == [name for name in TASKS.names() if TASKS.get(name).row_losses]
 
 
 def test_links_between_documents_lead_somewhere():

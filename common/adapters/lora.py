@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from common.adapters.base import ADAPTERS
+from common.adapters.base import ADAPTERS, REFUSED
 from common.adapters.peft_methods import PeftMethod, TargetedSettings, check_targets, linear_layers, narrower_side
 from common.errors import ExportError, ModelError
 from common.factors import MERGED, TRAINED
@@ -58,6 +58,13 @@ class LoraSettings(TargetedSettings):
         description="rank of a second pair that sites do not train, at most that of each layer; 0: there is none; "
         "strategy flora sets it",
     )
+
+    @field_validator("init", mode="before")
+    @classmethod
+    def _no_pissa(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("pissa"):  # peft's own place for it
+            raise ValueError(f'"default" or "orthogonal", or {REFUSED["pissa"][0]}')
+        return value
 
     @model_validator(mode="after")
     def _orthogonal_pairs(self) -> LoraSettings:

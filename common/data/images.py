@@ -194,7 +194,8 @@ def _read_folder(
             "move or remove the others",
             code="shard-format",
         )
-    return decode(path, [Path(one) for one, _ in inner]), [number for _, number in inner]
+    pictures = decode(f"{path}, by the sorted names", [Path(one) for one, _ in inner])
+    return pictures, [number for _, number in inner]
 
 
 def _listed(path: Path, folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
@@ -227,8 +228,8 @@ def _refuse_labels(path: Path, unknown: int, of: str, expected: str) -> None:
         raise DataError(f"{path}: {unknown} {of} have an unknown label", expected, do, code="shard-label-range")
 
 
-def decode(path: Path, names: Sequence[Path]) -> Images:
-    """Return pictures of files; `path` is what an error calls the place where they are.
+def decode(place: str, names: Sequence[Path]) -> Images:
+    """Return pictures of files; `place` is what an error calls where they are, and in which order.
 
     Raises:
         DataError: as `read`; which picture it is, and not its name.
@@ -237,7 +238,7 @@ def decode(path: Path, names: Sequence[Path]) -> Images:
     room = MAX_BYTES
     with warnings.catch_warnings(action="ignore"):  # Pillow's, of large pictures and odd palettes: counted here
         for number, name in enumerate(names, 1):
-            image = _picture(name, f"{path}: picture {number} of {len(names)}, by the sorted names,", room)
+            image = _picture(name, f"{place}: picture {number} of {len(names)}", room)
             if isinstance(image, DataError):
                 raise image
             images.append(image)

@@ -24,7 +24,7 @@ from common.tasks.base import (
     cut_note,
     pad,
 )
-from common.tasks.generation import Generation, generate
+from common.tasks.generation import Generation, complete, generate
 from common.tasks.prompts import (
     TEMPLATE_HELP,
     Template,
@@ -182,9 +182,7 @@ class CausalLm(Task):
     def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
         """Return each row's `continuation`, or `completion`."""
         if self.settings.format == "instruction":
-            prompts = encode_prompts(shard, base.tokenizer, self.settings.template)
-            head = head_length(base.tokenizer, self.settings.template)
-            return [{"completion": text} for text in generate(base, prompts, how, head)]
+            return complete(base, shard, self.settings.template, how)
         prompts = encode_texts(shard.columns["text"], base.tokenizer)
         return [{"continuation": text} for text in generate(base, prompts, how, head_length(base.tokenizer, "plain"))]
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from common.tasks.base import Base, Tokens
-from common.tasks.prompts import shorten
+from common.tasks.prompts import Template, encode_prompts, head_length, shorten
 
 if TYPE_CHECKING:
     import torch
+
+    from common.data.shard import Shard
 
 _DRAWING = ("temperature", "top_p", "top_k")
 """What a checkpoint may set for drawing, and `transformers` warns about where nothing is drawn."""
@@ -64,6 +66,12 @@ def generate(base: Base, prompts: Sequence[Tokens], how: Generation, head: int =
             )
         found.append(tokenizer.decode(output[0, len(kept) :], skip_special_tokens=True).strip())
     return found
+
+
+def complete(base: Base, shard: Shard, template: Template, how: Generation) -> list[dict[str, str]]:
+    """Return the `completion` of each row's prompt, which stands in its template; see `generate`."""
+    prompts, head = encode_prompts(shard, base.tokenizer, template), head_length(base.tokenizer, template)
+    return [{"completion": text} for text in generate(base, prompts, how, head)]
 
 
 @dataclass(frozen=True)

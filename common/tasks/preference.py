@@ -28,7 +28,7 @@ from common.tasks.base import (
     padding_id,
 )
 from common.tasks.causal_lm import NOTHING, limit_length, load_decoder, next_logits
-from common.tasks.generation import Generation, generate
+from common.tasks.generation import Generation, complete
 from common.tasks.prompts import TEMPLATE_HELP, Template, encode_answers, encode_prompts, fit, head_length
 
 if TYPE_CHECKING:
@@ -200,9 +200,7 @@ class Preference(Task):
         import torch
 
         if self.settings.objective == "dpo":
-            prompts = encode_prompts(shard, base.tokenizer, self.settings.template)
-            head = head_length(base.tokenizer, self.settings.template)
-            return [{"completion": text} for text in generate(base, prompts, how, head)]
+            return complete(base, shard, self.settings.template, how)
         rows = Shard({**shard.columns, "rejected": shard.columns["chosen"]})
         encoded, device = self.encode(rows, base), next(base.network.parameters()).device
         rewards = []

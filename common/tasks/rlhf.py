@@ -13,7 +13,7 @@ from pydantic import Field
 from common.settings import TaskSettings
 from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, at_rest, by_length, cut_note
 from common.tasks.causal_lm import load_decoder
-from common.tasks.generation import Generation, generate
+from common.tasks.generation import Generation, complete
 from common.tasks.preference import answer_logps, sequences
 from common.tasks.prompts import TEMPLATE_HELP, Template, encode_prompts, head_length, shorten
 from common.tasks.reward import add_judge
@@ -203,9 +203,7 @@ class Rlhf(Task):
 
     def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
         """Return the policy's `completion` of each row."""
-        prompts = encode_prompts(shard, base.tokenizer, self.settings.template)
-        head = head_length(base.tokenizer, self.settings.template)
-        return [{"completion": text} for text in generate(base, prompts, how, head)]
+        return complete(base, shard, self.settings.template, how)
 
     def _limit(self, base: Base) -> int:
         """Return the most tokens of a prompt and its answer."""

@@ -127,6 +127,25 @@ def test_check_says_what_the_hello_notes(tmp_path):
     assert "its number of rows (shard-texts-cut:1), " in shown
 
 
+def test_a_folder_in_the_run_is_asked_for_as_a_server_here_asks(tmp_path, monkeypatch):
+    """Catches: a check, or a dry run, that refuses a site of `site split`, and tells it to allow what nobody asks."""
+    monkeypatch.chdir(tmp_path)
+    tiny_llama(tmp_path / "base")
+    write_rows(tmp_path / "rows.csv", 12)
+    settings = {
+        "model": {"name": "base"},
+        "train": {"local_steps": 1},
+        "simulation": {"data": "rows.csv", "clients": 2},
+    }
+    (tmp_path / "run.toml").write_text(to_toml(tiny_config(tmp_path, **settings)))
+    invoke("site", "split", "run.toml", "sites")
+    file = tmp_path / "sites" / "site-0" / "site.toml"
+    assert f"{tmp_path / 'base'}, fingerprint" in invoke("site", "check", file, "--run", "run.toml")
+    assert "reply.steps = 1" in invoke("client", "--site", file, "--dry-run", "run.toml")
+    file.write_text(file.read_text().replace(f'"{tmp_path / "base"}" =', "base ="))  # a hub id may be a folder here
+    assert "base: " in invoke("site", "check", file, "--run", "run.toml")
+
+
 def test_check_fails_with_the_step_that_fails(tmp_path):
     """Catches: a check that ends well although training would not."""
     run = tmp_path / "run.toml"

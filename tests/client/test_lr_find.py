@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tsugiki
-from client.lr_find import FEWEST, draw, find_rate, smooth, suggest
+from client.lr_find import FEWEST, find_rate, smooth, suggest
 from client.simulated import simulated_sites
 from common import config_file
 from common.config import parse
@@ -91,7 +91,7 @@ def test_a_range_that_cannot_be_and_a_model_that_breaks_at_once_are_refused(conf
 
 
 def test_the_command_prints_and_draws(config, tmp_path):
-    """Catches: a plot that is not there, JSON that no script can read, an ending that matplotlib fails on."""
+    """Catches: a plot that is not there, JSON that no script can read, a result that is lost with the plot."""
     file = tmp_path / "run.toml"
     file.write_text(config_file.to_toml(config))
     words = ["lr-find", str(file), "--lowest", "1e-5", "--steps", "30"]
@@ -101,10 +101,16 @@ def test_the_command_prints_and_draws(config, tmp_path):
     assert (tmp_path / "rates.svg").read_text().count("<svg") == 1
     found = json.loads(CliRunner().invoke(tsugiki.app, [*words, "--json"]).stdout)
     assert len(found["rates"]) == len(found["losses"]) == 30
-    sweep = find_rate(config, 1e-5, 1.0, 30, False, lambda done: None)
-    for path in (tmp_path / "rates.gif", tmp_path / "gone" / "rates.png"):
-        with pytest.raises(UsageError):
-            draw(sweep, path)
+    done = CliRunner().invoke(tsugiki.app, [*words, "--plot", str(tmp_path / "gone" / "rates.png")])
+    assert isinstance(done.exception, UsageError)
+    assert "suggestion: train.learning_rate = " in done.stdout  # not lost with the plot
+
+
+def test_a_plot_with_another_ending_is_refused_before_anything_is_tried(tmp_path):
+    """Catches: minutes of training whose result nobody sees; an ending that matplotlib fails on."""
+    words = ["lr-find", str(tmp_path / "gone.toml"), "--plot", str(tmp_path / "rates.gif")]
+    with pytest.raises(UsageError, match=r"rates\.gif"):
+        CliRunner().invoke(tsugiki.app, words, catch_exceptions=False)
 
 
 def test_a_loss_that_may_be_below_zero_is_refused():

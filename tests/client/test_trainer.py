@@ -311,12 +311,14 @@ def test_a_loss_that_rises_far_above_its_start_is_told(losses, factor, diverged)
     assert not model.base.network.training
 
 
+@pytest.mark.parametrize("factor", [0.0, 3.0])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_an_error(value):
-    """Catches: an update of NaN sent as a result."""
-    model = graft(Regression(iter([1.0, value, 1.0])))
-    with pytest.raises(TrainingError) as caught:
-        train(model, ENCODED, settings(), plan())
+def test_a_loss_that_is_not_finite_is_an_error(value, factor):
+    """Catches: an update of NaN sent as a result; a loss that is said to have risen from nan to nan."""
+    losses = [1.0, value, *[1.0] * 14]
+    model = graft(Regression(iter(losses)))
+    with pytest.raises(TrainingError, match="is not finite") as caught:
+        train(model, ENCODED, settings(local_steps=len(losses), divergence_factor=factor), plan())
     assert caught.value.code == "diverged"
 
 

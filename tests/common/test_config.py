@@ -223,3 +223,10 @@ def test_methods_that_cannot_be_averaged_are_refused_with_the_reason(method, rea
         parse({"adapter": {"method": method, "rank": 4}})
     assert [problem.key for problem in caught.value.problems] == ["adapter.method"]
     assert '"lora"' in caught.value.problems[0].do
+
+
+def test_pissa_is_refused_with_the_reason_where_peft_has_it_too():
+    """Catches: a bare list of names for somebody who writes what peft calls an initialisation."""
+    with pytest.raises(ConfigError, match="it rewrites the base's weights") as caught:
+        parse({"adapter": {"method": "lora", "init": "pissa_niter_4"}})
+    assert [problem.key for problem in caught.value.problems] == ["adapter.init"]

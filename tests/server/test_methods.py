@@ -14,6 +14,7 @@ from common.model import load_graft
 from common.tasks import TASKS
 from server import methods as module
 from server.methods import menu, methods, reasons
+from server.tables import size_text
 from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_bert, tiny_llama
 
@@ -59,9 +60,20 @@ def test_what_does_not_go_has_a_reason(found, tmp_path):
     assert {pair.reason for row in llama.pairs.values() for pair in row.values() if pair.reason} == set(numbers)
 
 
+def test_a_setting_that_does_not_go_says_what_would(bert):
+    """Catches: a setting and its value in the place of a reason; candidates that are kept back."""
+    reason = {}
+    for key, value in (("rank", 33), ("target_modules", ["nope"])):
+        listed = menu(parse({"model": {"name": str(bert)}, "adapter": {"method": "lora", key: value}}))
+        reason[key] = listed.pairs["sequence-classification"]["lora"].reason
+    assert reason["rank"] == "adapter.rank = 33; expected at most 32, the width of the layers"
+    assert "expected some of dense, key, query, value" in reason["target_modules"]
+
+
 def test_fusion_needs_adapters_and_is_listed_with_them(found, bert, tmp_path):
     """Catches: a method without a size or a reason; the adapters of the run's own settings ignored."""
-    assert found.pairs["sequence-classification"]["fusion"].reason == "adapter.adapters names fewer than two"
+    reason = found.pairs["sequence-classification"]["fusion"].reason
+    assert reason.startswith("adapter.adapters names fewer than two; expected exports of two or more houlsby runs")
     adapter = {"method": "fusion", "adapters": to_fuse(tmp_path, bert, placement="pfeiffer")}
     fused = menu(parse({"model": {"name": str(bert)}, "adapter": adapter})).pairs["sequence-classification"]["fusion"]
     assert (fused.adapter, fused.reason) == (2 * 3 * 32 * 32, "")
@@ -117,6 +129,21 @@ def test_the_command_prints_a_table_or_json(bert, tmp_path):
     )
     pair = [menu_["pairs"]["sequence-classification"]["lora"]["adapter"] for menu_ in (small, large)]
     assert pair[1] == 4 * pair[0]
+
+
+def test_memory_is_that_of_the_base_and_of_what_adam_keeps(found, bert, capsys):
+    """Catches: gradients or moments left out; the head counted for another pair than its adapter; half a base."""
+    base = module.load_base(
+        TASKS.get("sequence-classification")(TASKS.get("sequence-classification").Settings()), bert, torch.float32
+    )
+    assert found.base_bytes == 4 * sum(value.numel() for value in base.transformer.parameters())
+    module.show(found, as_json=False)
+    most = max(pair.adapter + pair.head for row in found.pairs.values() for pair in row.values())
+    value, gradient, moments = 4, 4, 2 * 4
+    trained = size_text((value + gradient + moments) * most)
+    assert f"{size_text(found.base_bytes)} of frozen weights, at most {trained} for what is trained" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_base_that_is_not_there_is_an_error(tmp_path):

@@ -121,7 +121,7 @@ def test_equal_sentences_have_cosine_1(runs, tmp_path):
 
 
 def test_pictures_are_named_by_their_files(runs, tmp_path):
-    """Catches: a picture that needs a class before it can get one; a missing picture that is a traceback."""
+    """Catches: a picture that needs a class before it can get one; a missing picture that is called a broken one."""
     from PIL import Image
 
     folder, _ = runs("image-classification")
@@ -134,8 +134,12 @@ def test_pictures_are_named_by_their_files(runs, tmp_path):
         Image.fromarray(picture).save(names[-1])
     found = predict(folder, names, None, HOW, which="last")
     assert [one["label"] for one in found] == ["1", "0"]
-    with pytest.raises(DataError):
-        predict(folder, [str(tmp_path / "gone.png")], None, HOW)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    for name, code in (("gone.png", "shard-missing"), ("broken.png", "shard-image-broken")):
+        with pytest.raises(DataError, match="picture 2") as caught:
+            predict(folder, [names[0], str(tmp_path / name)], None, HOW)
+        assert caught.value.code == code
+        assert "sorted" not in str(caught.value)  # they come as they were named
 
 
 def test_best_and_last_are_told_apart(runs, tmp_path):

@@ -170,6 +170,17 @@ def test_equal_answers_are_counted_and_left_out_of_metrics(folder):
         assert task.evaluate(base, encoded.take([2]), 2) == {"accuracy": 0.0, "margin": 0.0, "loss": math.log(2)}
 
 
+def test_a_pair_is_cut_where_its_longer_answer_does_not_fit(folder):
+    """Catches: a pair that just fits counted as cut; a rejected answer that is the longer one and cut unseen."""
+    _, base, whole = loaded(folder, "dpo", max_length=128)
+    prompt, chosen, rejected = (whole.texts[name][1] for name in ("prompt", "chosen", "rejected"))
+    exact = len(prompt) + len(rejected)
+    assert len(chosen) < len(rejected)
+    for limit, cut in ((exact, []), (exact - 1, ["shard-texts-cut:1"])):
+        notes = make(objective="dpo", max_length=limit).encode(PAIRS.take([1]), base).notes
+        assert list(notes) == cut
+
+
 def test_both_answers_see_the_same_part_of_a_long_prompt(folder):
     """Catches: a long answer that has lost more of its prompt than its rival; a pair that is too long, unseen."""
     rows = {"prompt": ["clause " * 30], "chosen": ["good " * 20], "rejected": ["bad"]}
