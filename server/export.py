@@ -10,11 +10,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from common.config import RunConfig
+from common.data.pixels import PREPROCESSING
 from common.errors import ExportError, StorageError
 from common.exported import is_hub_id, write_exported
 from common.files import read_lines, unwritable
 from common.model import Graft, find
-from common.tasks import TASKS
 from server.export_card import Export, Kind, card, is_sentence_transformer, loading_code, loads_itself
 from server.export_check import expect, prove
 from server.finished import Which, choose, open_graft, read_config
@@ -39,7 +39,6 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
         ModelError: the base model cannot be loaded.
     """
     config = read_config(folder)
-    _check_task(config)
     base_name = _public_name(config, merged)
     target = _empty(target or folder / ("merged" if merged else "adapter"))
     graft = open_graft(folder, config)
@@ -50,22 +49,11 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
     code, lines = loading_code(graft, config, kind, base_folder), read_lines(folder / "metrics.jsonl")
     made = Export(kind, code, base_name, base_folder, chosen.round, lines, expected.effect > 0)
     with _built(target) as building:
-        _write(graft, building, kind, config.model.dtype, base_name)
+        _write(graft, building, made, config.model.dtype)
         (building / "README.md").write_text(card(graft, config, made), "utf-8")
         _share(building)
         prove(building, made, graft, expected)
     return target
-
-
-def _check_task(config: RunConfig) -> None:
-    """Refuse what has no export under any name, before a name is asked for."""
-    if any(column.kind == "image" for column in TASKS.get(config.task.name)(config.task).columns):
-        raise ExportError(
-            f"{config.task.name} cannot be exported yet: an export is proved on sentences",
-            "a task that reads text",
-            "read the adapter from best/adapter.safetensors in the run's folder",
-            code="export-unsupported",
-        )
 
 
 def _public_name(config: RunConfig, merged: bool) -> str:
@@ -116,12 +104,13 @@ def _built(target: Path) -> Iterator[Path]:
         ) from error
 
 
-def _write(graft: Graft, folder: Path, kind: Kind, dtype: str, base_name: str) -> None:
+def _write(graft: Graft, folder: Path, export: Export, dtype: str) -> None:
     """Write everything but the card. A sentence embedder's head, which its loss alone reads, stays behind."""
+    kind, base_name = export.kind, export.base_name
     transformer, network = graft.base.transformer, graft.base.network
     headless = is_sentence_transformer(graft) and bool(graft.base.heads)
     written = graft.method.without_heads(transformer) if headless else transformer
-    if not is_sentence_transformer(graft):
+    if graft.base.tokenizer is not None and not is_sentence_transformer(graft):
         graft.base.tokenizer.save_pretrained(folder)
     if kind == "merged":
         whole = graft.method.merge(written)
@@ -133,6 +122,8 @@ def _write(graft: Graft, folder: Path, kind: Kind, dtype: str, base_name: str) -
                 graft.task.graft(graft.base, transformer)
         else:
             whole.save_pretrained(folder)
+            if (said := export.base_folder / PREPROCESSING).is_file():  # how the model wants its images
+                (folder / PREPROCESSING).write_bytes(said.read_bytes())
         return
     if kind == "peft" and loads_itself(graft, kind):
         transformer.save_pretrained = _nothing  # the method writes the adapter, under the public name of its base

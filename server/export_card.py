@@ -14,12 +14,15 @@ import tomli_w
 from common import __version__
 from common.config import RunConfig
 from common.config_file import PATH_KEYS
+from common.data.pixels import Pixels
 from common.model import Graft
+from common.tasks.image_classification import MODEL_TYPE
 
 _PIPELINE_TAGS = {
     "sentence-embedding": "sentence-similarity",
     "sequence-classification": "text-classification",
     "causal-lm": "text-generation",
+    "image-classification": "image-classification",
     "dpo": "text-generation",
     "rlhf": "text-generation",
 }
@@ -62,6 +65,11 @@ def loads_itself(graft: Graft, kind: Kind) -> bool:
     return is_sentence_transformer(graft) and (kind == "merged" or (kind == "peft" and graft.method.loads_anywhere))
 
 
+def needs_tsugiki(graft: Graft, kind: Kind) -> bool:
+    """Return whether an export of this kind needs this program: for a method of our own, or a network of our own."""
+    return kind == "tsugiki" or graft.base.transformer.config.model_type == MODEL_TYPE
+
+
 def reads_pairs(graft: Graft) -> bool:
     """Return whether the task reads two texts as one sequence."""
     return bool(getattr(graft.task.settings, "pair", False))
@@ -75,7 +83,7 @@ def token_limit(graft: Graft) -> int:
 def loading_code(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path) -> str:
     """Return Python that loads an export from the working folder and uses it.
 
-    It leaves `model` and, beside a model that does not bring its own, `tokenizer`.
+    It leaves `model` and, beside a model that reads texts and does not bring its own, `tokenizer`.
 
     Args:
         graft: what is exported.
@@ -96,11 +104,11 @@ def loading_code(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path)
         transformer, use = "model[0].model", ['vectors = model.encode(["One text.", "Another one."])']
     else:
         auto = _auto_class(graft.base.transformer)
-        imports = [f"from transformers import {auto}, AutoTokenizer"]
+        imports, first, use = _of_texts(graft, auto) if graft.base.pixels is None else _of_images(graft, auto)
         source, settings = ("folder", {}) if kind == "merged" else (base_name, _own_settings(graft, base_folder))
         arguments = [source, f"dtype={dtype}", *(f"{name}={value!r}" for name, value in settings.items())]
-        lines = [f"model = {auto}.from_pretrained(", *(f"    {argument}," for argument in arguments), ")"]
-        transformer, use = "model", _use_of_tokenizer(graft)
+        lines = [*first, f"model = {auto}.from_pretrained(", *(f"    {argument}," for argument in arguments), ")"]
+        transformer = "model"
         if kind == "peft":
             imports = ["from peft import PeftModel", *imports]
             lines.append("model = PeftModel.from_pretrained(model, folder).eval()")
@@ -110,19 +118,40 @@ def loading_code(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path)
     return "\n".join([*imports, "", 'folder = "."  # the one with this card', *lines, *use]) + "\n"
 
 
-def _use_of_tokenizer(graft: Graft) -> list[str]:
+def _of_texts(graft: Graft, auto: str) -> tuple[list[str], list[str], list[str]]:
+    """Return imports, what comes first, and the use of a model that reads texts and brings no tokenizer."""
     texts = '"One text.", "The other one."' if reads_pairs(graft) else '"One text."'
     limit = f"truncation=True, max_length={token_limit(graft)}"
-    return [
+    use = [
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         f'logits = model(**tokenizer({texts}, {limit}, return_tensors="pt")).logits',
     ]
+    return [f"from transformers import {auto}, AutoTokenizer"], [], use
+
+
+def _of_images(graft: Graft, auto: str) -> tuple[list[str], list[str], list[str]]:
+    """Return the same for a model that reads images."""
+    want: Pixels = graft.base.pixels
+    shape = ", ".join(map(str, (1, want.channels, *want.size)))
+    mean, std = (f"torch.tensor({list(values)}).reshape(-1, 1, 1)" for values in (want.mean, want.std))
+    use = [
+        f"images = torch.zeros({shape})  # bytes from 0 to 255: rows, channels, height, width",
+        f"mean, std = {mean}, {std}",
+        f"logits = model(pixel_values=((images * {want.scale!r} - mean) / std).to(model.dtype)).logits",
+    ]
+    imports, first = ["import torch", f"from transformers import {auto}"], []
+    if graft.base.transformer.config.model_type == MODEL_TYPE:
+        imports.insert(1, "from common.tasks.image_classification import small_cnn  # of Tsugiki")
+        first = ["small_cnn()  # now transformers knows this network"]
+    return imports, first, use
 
 
 def _auto_class(transformer: Any) -> str:
     """Return the name of the Auto class that loads models like this one."""
     plain = getattr(transformer, "get_base_model", lambda: transformer)()
     matched = re.search(r"For[A-Z]\w+$", type(plain).__name__)
+    if plain.main_input_name == "pixel_values":  # our own network as well
+        return "AutoModelForImageClassification"
     if matched is None and plain.can_generate():  # GPT2LMHeadModel
         return "AutoModelForCausalLM"
     return f"AutoModel{matched.group()}" if matched else "AutoModel"
@@ -143,7 +172,7 @@ def _own_settings(graft: Graft, base_folder: Path) -> dict[str, Any]:
     own, base = graft.base.transformer.config, AutoConfig.from_pretrained(base_folder)
     if graft.base.heads and not labels and own.num_labels != base.num_labels:
         settings["num_labels"] = own.num_labels  # a head without classes: a score
-    if base.pad_token_id != own.pad_token_id:
+    if graft.base.tokenizer is not None and base.pad_token_id != own.pad_token_id:
         settings["pad_token_id"] = own.pad_token_id
     return settings
 
@@ -165,7 +194,7 @@ def card(graft: Graft, config: RunConfig, export: Export) -> str:
 
 def _library(graft: Graft, kind: Kind) -> str:
     """Return the hub's name for the library that loads an export."""
-    if kind == "tsugiki":
+    if needs_tsugiki(graft, kind):
         return "tsugiki"
     if loads_itself(graft, kind):
         return "sentence-transformers"

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from common.errors import ExportError
 from common.model import Graft
 from server import export_probe
-from server.export_card import Export, Kind, is_sentence_transformer, reads_pairs, token_limit
+from server.export_card import Export, is_sentence_transformer, needs_tsugiki, reads_pairs, token_limit
 
 log = logging.getLogger("tsugiki.server")
 
@@ -72,6 +72,8 @@ def expect(graft: Graft) -> Expected:
 
 
 def _probe_settings(graft: Graft) -> dict[str, Any]:
+    if (want := graft.base.pixels) is not None:
+        return {"pixels": (want.channels, *want.size)}
     return {"pair": reads_pairs(graft), "max_length": token_limit(graft)}
 
 
@@ -92,6 +94,7 @@ def prove(folder: Path, export: Export, graft: Graft, expected: Expected) -> Non
 
     if not expected.effect:
         log.warning("the adapter changes nothing: the outputs are exactly those of the base")
+    ours = needs_tsugiki(graft, export.kind)
     with TemporaryDirectory(prefix="tsugiki-export-") as name:
         workshop = Path(name)
         if export.kind != "merged":  # a whole model has to do without its base
@@ -101,11 +104,11 @@ def prove(folder: Path, export: Export, graft: Graft, expected: Expected) -> Non
             "code": str(workshop / "load.py"),
             "outputs": str(workshop / "outputs.npy"),
             "threads": torch.get_num_threads(),
-            "alone": export.kind != "tsugiki",
-            **_probe_settings(graft),
+            "alone": not ours,
+            "probe": _probe_settings(graft),
         }
         (workshop / "job.json").write_text(json.dumps(job), "utf-8")
-        run_probe(workshop / "job.json", folder, _environment(workshop, export.kind))
+        run_probe(workshop / "job.json", folder, _environment(workshop, ours))
         _compare(np.load(workshop / "outputs.npy", allow_pickle=False), expected)
 
 
@@ -148,8 +151,13 @@ def run_probe(job_file: Path, folder: Path, environment: dict[str, str]) -> None
         )
 
 
-def _environment(workshop: Path, kind: Kind) -> dict[str, str]:
-    """Return the fresh process's environment: offline, on the CPU, with the workshop's hub cache and no other."""
+def _environment(workshop: Path, ours: bool) -> dict[str, str]:
+    """Return the fresh process's environment: offline, on the CPU, with the workshop's hub cache and no other.
+
+    Args:
+        workshop: holds the cache.
+        ours: this program has to be found as well.
+    """
     private = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "SENTENCE_TRANSFORMERS_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(private)}
     environment |= {
@@ -158,7 +166,7 @@ def _environment(workshop: Path, kind: Kind) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    if kind == "tsugiki":
+    if ours:
         here = str(Path(__file__).resolve().parents[1])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [here, environment.get("PYTHONPATH")]))
     return environment

@@ -1,8 +1,8 @@
 """The fresh process in which an export is tried, and the outputs that both processes compute.
 
 `server.export_check` runs this file as a script inside the exported folder. It runs the code of the model card and puts
-a few sentences through what that code loads. Nothing of this project is imported here, so that an export is seen to
-work without it.
+a few sentences, or images of noise, through what that code loads. Nothing of this project is imported here, so that an
+export is seen to work without it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,25 @@ TEXTS = (
 _PROJECT = ("common", "client", "server", "tsugiki")
 
 
-def outputs(model: Any, tokenizer: Any, *, pair: bool, max_length: int) -> npt.NDArray[np.float32]:
-    """Return what a model makes of `TEXTS`, as one flat array.
+def outputs(
+    model: Any, tokenizer: Any, *, pair: bool = False, max_length: int = 0, pixels: Sequence[int] = ()
+) -> npt.NDArray[np.float32]:
+    """Return what a model makes of `TEXTS`, or of noise in the place of images, as one flat array.
 
     Args:
         model: a `SentenceTransformer`, or a transformers model with logits.
-        tokenizer: the model's; None for a `SentenceTransformer`, which brings its own.
+        tokenizer: the model's; None for a `SentenceTransformer`, which brings its own, and where there are no texts.
         pair: every text is read with the one before it as its second part.
         max_length: tokens, for a model with logits.
+        pixels: channels, height and width of the images that the model reads; empty: it reads texts.
     """
     import torch
 
+    if pixels:
+        noise = torch.from_numpy(np.random.default_rng(0).standard_normal((4, *pixels), np.float32))
+        with torch.no_grad():
+            logits = model(pixel_values=noise.to(model.device, model.dtype)).logits
+        return np.asarray(logits.float().cpu().numpy()).ravel()
     if tokenizer is None:
         vectors = model.encode(list(TEXTS), convert_to_tensor=True, show_progress_bar=False)
         return np.asarray(vectors.float().cpu().numpy()).ravel()
@@ -50,7 +59,7 @@ def outputs(model: Any, tokenizer: Any, *, pair: bool, max_length: int) -> npt.N
 
 
 def main(job_file: str) -> None:
-    """Do what a job file says: `code`, `outputs`, `pair`, `max_length`, `threads`, and whether to do it `alone`."""
+    """Do what a job file says: `code`, `outputs`, `probe` (see `outputs`), `threads`, and whether to do it `alone`."""
     import torch
 
     job = json.loads(Path(job_file).read_text("utf-8"))
@@ -60,7 +69,7 @@ def main(job_file: str) -> None:
             sys.modules[package] = None  # type: ignore[assignment]  # None makes an import fail
     loaded = runpy.run_path(job["code"])
     model = loaded["model"].to("cpu")
-    found = outputs(model, loaded.get("tokenizer"), pair=job["pair"], max_length=job["max_length"])
+    found = outputs(model, loaded.get("tokenizer"), **job["probe"])
     np.save(job["outputs"], found, allow_pickle=False)
 
 

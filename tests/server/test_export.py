@@ -29,7 +29,7 @@ from server.export import export
 from server.finished import choose, read_config
 from tests.support.exports import settings_of, to_fuse
 from tests.support.federation import model_folder, run_tiny, tiny_config
-from tests.support.tiny import PUBLIC_NAME, tiny_llama, tiny_sentence_transformer
+from tests.support.tiny import PUBLIC_NAME, tiny_cnn, tiny_llama, tiny_sentence_transformer, tiny_vit, write_case
 
 MENU = {
     "houlsby": HoulsbySettings(bottleneck=4),
@@ -108,6 +108,13 @@ def runs(tmp_path_factory):
     judged = {"name": "rlhf", **settings_of(tiny, Path(causal["model"]["name"]))}
     kinds["rlhf"] = {**causal, "task": judged, "simulation": {"data": str(prompts)}}
     kinds |= {f"{method}-softmax": softmax for method in ("dora", "bitfit", "prompt")}
+    images = {
+        "task": {"name": "image-classification", "num_labels": 2},
+        "evaluation": {"data": ""},
+        "simulation": {"data": str(write_case(folder, TASKS.get("image-classification").tiny().rows))},
+    }
+    kinds["cnn"] = {**images, "model": {"name": str(tiny_cnn(folder / "cnn"))}}
+    kinds["vit"] = {**images, "model": {"name": str(tiny_vit(folder / "vit"))}}
     done = {}
 
     def run(kind):
@@ -207,6 +214,8 @@ MODULES = {"modules.json", "sentence_bert_config.json", "config_sentence_transfo
         ("vera-embedding", PEFT),
         ("prompt-embedding", OWN),
         ("prefix-causal", OWN | TOKENIZER),
+        ("vit", PEFT),
+        ("cnn", PEFT),
     ],
 )
 def test_a_fresh_process_finds_the_outputs_of_the_run(copied, caplog, kind, expected):
@@ -272,7 +281,8 @@ def test_an_export_without_one_tensor_leaves_nothing(runs, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "kind", ["lora", "embedding", "softmax", "causal", "dora-embedding", "vera-embedding", "bitfit-softmax"]
+    "kind",
+    ["lora", "embedding", "softmax", "causal", "dora-embedding", "vera-embedding", "bitfit-softmax", "vit", "cnn"],
 )
 def test_a_merged_model_needs_no_adapter_and_spares_the_graft(runs, tmp_path, proved_here, kind):
     """Catches: a model that still wants peft or its base, and a graft that was merged itself."""
@@ -282,6 +292,7 @@ def test_a_merged_model_needs_no_adapter_and_spares_the_graft(runs, tmp_path, pr
     assert "model.safetensors" in names
     assert not [name for name in names if "adapter" in name]
     assert not [name for name in load_file(target / "model.safetensors") if "lora" in name]
+    assert (kind == "vit") == ("preprocessor_config.json" in names)
     assert export_check.expect(graft).effect > 1e-4
 
 
@@ -357,18 +368,6 @@ def test_a_run_in_four_bits_is_exported_on_the_whole_base(copied, unproved):
     change(run, "model", quantization="nf4", gradient_checkpointing=True)
     assert (export(run) / "adapter_model.safetensors").is_file()
     assert (export(run, merged=True) / "model.safetensors").is_file()
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_a_task_without_texts_is_not_exported_yet(copied, merged):
-    """Catches: an AttributeError of the tokenizer that images do not have; advice on names that leads nowhere."""
-    run = copied("lora")
-    config = config_file.parse({"task": {"name": "image-classification"}, "model": {"name": "package:tiny/model"}})
-    (run / "config.toml").write_text(config_file.to_toml(config))
-    with pytest.raises(ExportError) as caught:
-        export(run, merged=merged)
-    assert caught.value.code == "export-unsupported"
-    assert not (run / "adapter").exists()
 
 
 def test_a_merged_model_needs_no_public_name(copied, unproved):

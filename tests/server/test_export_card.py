@@ -15,7 +15,7 @@ from common.model import load_graft
 from server import export_check, export_probe
 from server.export import _write
 from server.export_card import Export, _auto_class, card, loading_code
-from tests.support.tiny import PUBLIC_NAME, tiny_bert, tiny_llama
+from tests.support.tiny import PUBLIC_NAME, tiny_bert, tiny_cnn, tiny_llama, tiny_vit
 
 LINES = (
     {"round": 0, "eval": {"accuracy": 0.5, "loss": 0.7}},
@@ -107,6 +107,22 @@ def test_the_hub_is_told_which_library_loads_it(base, sections, kind, library, t
     assert (data["library_name"], data["pipeline_tag"]) == (library, tag)
 
 
+def test_the_code_says_how_a_model_wants_its_images(tmp_path):
+    """Catches: texts asked of a model of images; our own network called one that others know; its numbers left out."""
+    images = {"task": {"name": "image-classification", "num_labels": 2}}
+    for make, library, numbers in (
+        (tiny_cnn, "tsugiki", "(1, 1, 12, 12)"),
+        (tiny_vit, "peft", "tensor([0.4, 0.5, 0.6])"),
+    ):
+        base = make(tmp_path / library)
+        graft, config, export = made(base, model={"name": str(base), "public_name": PUBLIC_NAME}, **images)
+        data, _ = parts(card(graft, config, export))
+        assert (data["library_name"], data["pipeline_tag"]) == (library, "image-classification")
+        assert numbers in export.code
+        assert ("of Tsugiki" in export.code) == (library == "tsugiki")
+        assert "okenizer" not in export.code
+
+
 def test_a_card_without_evaluation_effect_or_base_says_so(base):
     """Catches: a crash, or an invented number, where there is nothing to tell."""
     data, page = parts(card(*made(base, "merged", lines=(), has_effect=False, base_name="")))
@@ -119,12 +135,12 @@ def test_a_card_without_evaluation_effect_or_base_says_so(base):
 def test_the_code_loads_named_classes_and_pairs(base, tmp_path, monkeypatch, kind):
     """Catches: code that forgets names of classes or the second text, or leaves the head at random."""
     task = {"name": "sequence-classification", "labels": ["it's no", "maybe", "yes"], "pair": True, "max_length": 24}
-    graft, config, _ = made(base, task=task)
+    graft, config, export = made(base, kind, task=task)
     config = config.model_copy(update={"model": config.model.model_copy(update={"public_name": str(base)})})
     rng = np.random.default_rng(5)
     graft.write(graft.initial + rng.normal(0, 0.1, graft.spec.size).astype(np.float32))
     expected = export_check.expect(graft)
-    _write(graft, tmp_path, kind, "float32", PUBLIC_NAME)
+    _write(graft, tmp_path, export, "float32")
     (tmp_path / "load.py").write_text(loading_code(graft, config, kind, base))
     monkeypatch.chdir(tmp_path)
     loaded = runpy.run_path("load.py")

@@ -19,7 +19,9 @@ BASE = np.linspace(-1, 1, 8, dtype=np.float32)
 def graft():
     """Return what a proof asks of a graft."""
     task = SimpleNamespace(settings=SimpleNamespace(max_length=16))
-    return SimpleNamespace(task=task, base=SimpleNamespace(tokenizer=SimpleNamespace(model_max_length=64)))
+    transformer = SimpleNamespace(config=SimpleNamespace(model_type="bert"))
+    tokenizer = SimpleNamespace(model_max_length=64)
+    return SimpleNamespace(task=task, base=SimpleNamespace(tokenizer=tokenizer, transformer=transformer, pixels=None))
 
 
 def prove_with(monkeypatch, folder, found, expected):
