@@ -126,7 +126,7 @@ class CausalLm(Task):
             add_special_tokens=False,
             split_special_tokens=True,
             truncation=True,
-            max_length=limit + 1,  # one more than there is room for, to see that a text is too long
+            max_length=limit,  # beside so many the end has no room: such a text counts as cut
         )
         whole = [[*first, *tokens, tokenizer.eos_token_id] for tokens in found["input_ids"]]
         cut = sum(len(tokens) > limit for tokens in whole)
