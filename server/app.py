@@ -27,7 +27,7 @@ from server.evaluate import make_evaluator
 from server.loop import initial_state, run_rounds
 from server.parts import Parts
 from server.privacy import Privacy, open_privacy, rows_summary
-from server.progress import Progress, choose
+from server.progress import Progress, choose, describe_notes
 from server.roster import Roster
 from server.storage import run_folder
 
@@ -100,6 +100,8 @@ def run_federation(
                 progress.note(f"privacy.enrolled_clients is not set: no more than min_clients = {most} may join")
             roster = Roster(grid, config, graft.spec, audit, stop, names)
             roster.wait(lambda count: progress.note(f"{count} of {config.strategy.min_clients} nodes connected"))
+            for line in describe_notes({name: member.notes for name, member in roster.members().items()}):
+                progress.note(line)
             lower = config.monitor in graft.task.lower_is_better
             parts = Parts(config, graft.spec, grid, roster, evaluator, lower, folder, audit, progress, stop, privacy)
             state = run_rounds(parts, state)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from server.privacy_words import NOT_PRIVATE
 
 Record = dict[str, Any]
+
+_SHOWN = 4
+"""Names of sites on one line."""
 
 
 class Progress:
@@ -80,7 +84,7 @@ class Bars(Progress):
         """Start the sites' bar anew."""
         self._bars.update(self._rounds, total=rounds, completed=round_ - 1)
         self._bars.reset(
-            self._sites, total=len(cohort), note=", ".join(cohort[:4]) + ("..." if len(cohort) > 4 else "")
+            self._sites, total=len(cohort), note=", ".join(cohort[:_SHOWN]) + ("..." if len(cohort) > _SHOWN else "")
         )
 
     def reply(self, site: str, outcome: str) -> None:
@@ -123,3 +127,21 @@ def describe(record: Record) -> str:
     parts += _privacy(record.get("privacy"))
     parts.append(f"{sum(record['seconds'].values()):.1f} s")
     return ", ".join(parts) + (" (best)" if record.get("best") else "")
+
+
+def describe_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return a line about each kind of note.
+
+    Args:
+        notes: of each site's hello, as `shard-texts-cut:12`.
+    """
+    found: dict[str, list[str]] = {}
+    for site in sorted(notes):
+        for note in notes[site]:
+            code, _, count = note.partition(":")
+            found.setdefault(code, []).append(f"{site} ({count})" if count else site)
+    lines = []
+    for code, sites in sorted(found.items()):
+        more = f" and {len(sites) - _SHOWN} more sites" if len(sites) > _SHOWN else ""
+        lines.append(f"{code}: {', '.join(sites[:_SHOWN])}{more}")
+    return lines

@@ -32,19 +32,25 @@ MOST_CLIENTS = 10**6
 """Of one site in a run without privacy: a gateway that says more is not believed."""
 GREETING_S = 5.0
 """How long nodes wait for others before they are greeted: as gateways, a few may bring clients enough."""
+_NOTE = r"[a-z-]{1,40}(:[0-9]{1,9})?"
+"""A note that may be shown on a terminal; it comes from a site."""
 HELLO_PATIENCE_S = 20.0
 """How long a round waits for the hello of a node that is new to it."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A site that passed the hello. In a private run its numbers of rows are withheld, and 0."""
+    """A site that passed the hello. In a private run its numbers of rows are withheld, and 0.
+
+    Notes are what is unusual about its rows, as `shard-texts-cut:12`; only those that look like one.
+    """
 
     name: str
     node_id: int
     rows: int
     evaluation_rows: int
     clients: int = 1
+    notes: tuple[str, ...] = ()
 
 
 class Roster:
@@ -211,7 +217,8 @@ class Roster:
             libraries=hello.libraries[:200],
             notes=hello.notes[:200],
         )
-        return Member(hello.site, node, hello.rows, hello.evaluation_rows, hello.clients)
+        notes = tuple(note for note in hello.notes[:200].split(",") if re.fullmatch(_NOTE, note))
+        return Member(hello.site, node, hello.rows, hello.evaluation_rows, hello.clients, notes)
 
     def _refuse(self, node: int, code: str, theirs: str = "", ours: str = "") -> str:
         self._audit.write("refused", node=str(node), key=self._key(node), code=code, theirs=theirs, ours=ours)

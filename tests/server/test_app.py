@@ -174,7 +174,7 @@ def test_the_flower_app_reads_its_run_config(tmp_path, capsys):
 
 
 def test_progress_is_told(tmp_path):
-    """Catches: a run that shows nothing."""
+    """Catches: a run that shows nothing; what is unusual about the rows told to the audit log alone."""
     told = []
 
     class Recorder(Progress):
@@ -185,7 +185,8 @@ def test_progress_is_told(tmp_path):
             told.append((site, outcome))
 
     run_tiny(tiny_config(tmp_path, run={"rounds": 1}), progress=Recorder())
-    assert told == ["2 of 2 nodes connected", ("site-0", "accepted"), ("site-1", "accepted")]
+    replies = [("site-0", "accepted"), ("site-1", "accepted")]
+    assert told == ["2 of 2 nodes connected", "shard-texts-cut: site-0 (12), site-1 (12)", *replies]
 
 
 def test_a_deployed_private_run_says_whom_it_will_refuse(tmp_path):

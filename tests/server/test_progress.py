@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from server import progress
-from server.progress import Bars, Lines, Progress, describe
+from server.progress import Bars, Lines, Progress, describe, describe_notes
 
 RECORD = {
     "round": 3,
@@ -31,6 +31,15 @@ def test_a_voided_round_is_described_too():
     """Catches: a mean loss of no replies formatted as a number."""
     record = {"round": 1, "voided": True, "accepted": {}, "rejected": {}, "train_loss": None, "seconds": {"wait": 2.0}}
     assert describe(record) == "round 1, voided, 2.0 s"
+
+
+def test_notes_are_told_by_kind():
+    """Catches: a line for each of a thousand sites; a count given to another site; a site that hides another."""
+    notes = {f"site-{n}": (f"shard-texts-cut:{n}",) for n in range(1, 7)} | {"a": ("shard-one-class",), "b": ()}
+    assert describe_notes(notes) == [
+        "shard-one-class: a",
+        "shard-texts-cut: site-1 (1), site-2 (2), site-3 (3), site-4 (4) and 2 more sites",
+    ]
 
 
 def play(shown):
