@@ -65,7 +65,7 @@ def _public_name(config: RunConfig, merged: bool) -> str:
             f"the run has no public name for its base: model.name = {config.model.name!r}, "
             f"model.public_name = {config.model.public_name!r}",
             'a hub id under which others find the base, as "org/model"',
-            "set model.public_name in the run's config.toml, or export a merged model, which needs no base",
+            "set model.public_name in the run's config.toml, or use --merged, if the method can be merged",
             code="no-public-name",
         )
     return name if public else ""

@@ -15,8 +15,10 @@ from common import __version__
 from common.config import RunConfig
 from common.config_file import PATH_KEYS
 from common.data.pixels import Pixels
+from common.data.shard import Shard
 from common.model import Graft
 from common.tasks.image_classification import MODEL_TYPE
+from common.tasks.prompts import encode_prompts, prompt_text
 
 _PIPELINE_TAGS = {
     "sentence-embedding": "sentence-similarity",
@@ -122,11 +124,24 @@ def _of_texts(graft: Graft, auto: str) -> tuple[list[str], list[str], list[str]]
     """Return imports, what comes first, and the use of a model that reads texts and brings no tokenizer."""
     texts = '"One text.", "The other one."' if reads_pairs(graft) else '"One text."'
     limit = f"truncation=True, max_length={token_limit(graft)}"
+    if any(column.name == "prompt" for column in graft.task.columns):
+        texts = _prompt(graft)
     use = [
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         f'logits = model(**tokenizer({texts}, {limit}, return_tensors="pt")).logits',
     ]
     return [f"from transformers import {auto}, AutoTokenizer"], [], use
+
+
+def _prompt(graft: Graft) -> str:
+    """Return the first arguments of a tokenizer for a prompt in the template in which the adapter has seen prompts."""
+    tokenizer, template, prompt = graft.base.tokenizer, graft.task.settings.template, "One prompt."
+    tokens = encode_prompts(Shard({"prompt": [prompt]}), tokenizer, template)[0]
+    text = prompt_text(prompt, tokenizer, template)
+    ways = [(text, True), (text, False), (f"{tokenizer.bos_token}{text}", False)]
+    same = [way for way in ways if tokenizer(way[0], add_special_tokens=way[1])["input_ids"] == tokens]
+    text, added = (same or ways)[0]
+    return f"{json.dumps(text)}, add_special_tokens={added}"
 
 
 def _of_images(graft: Graft, auto: str) -> tuple[list[str], list[str], list[str]]:

@@ -60,6 +60,13 @@ def head_length(tokenizer: Any, template: Template) -> int:
     return int(tokenizer.bos_token_id is not None) if isinstance(head, str) else len(head)
 
 
+def prompt_text(prompt: str, tokenizer: Any, template: Template) -> str:
+    """Return a prompt in its template as text; where that is a chat, its special tokens are spelt out."""
+    head, _, tail = _around(tokenizer, template)
+    before, after = (head, tail) if isinstance(head, str) else _chat(tokenizer)
+    return f"{before}{prompt}{after}"
+
+
 def same_template(tokenizer: Any, one: Template, other: Template) -> bool:
     """Return whether two templates put the same around a prompt."""
     return _around(tokenizer, one) == _around(tokenizer, other)
@@ -96,11 +103,11 @@ def _around(tokenizer: Any, template: Template) -> tuple[str, str, str] | tuple[
         return "", "\n", "\n"
     if template == "alpaca" or (template == "auto" and not tokenizer.chat_template):
         return "### Instruction:\n", "\n\n### Input:\n", "\n\n### Response:\n"
-    head, tail = _chat(tokenizer)
+    head, tail = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in _chat(tokenizer))
     return head, "\n\n", tail
 
 
-def _chat(tokenizer: Any) -> tuple[Tokens, Tokens]:
+def _chat(tokenizer: Any) -> list[str]:
     """Return what a chat template puts before and after what a user says, with its special tokens."""
     mark = secrets.token_hex(8)  # nothing that a template would change, or have itself
     message = [{"role": "user", "content": mark}]
@@ -110,8 +117,7 @@ def _chat(tokenizer: Any) -> tuple[Tokens, Tokens]:
         raise _no_template("it has none, or one that fails") from error
     if len(parts) != 2:
         raise _no_template("it says a message more than once, or not at all")
-    head, tail = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
-    return head, tail
+    return list(parts)
 
 
 def _no_template(why: str) -> ModelError:

@@ -11,7 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from common.config import parse
+from common.data.shard import Shard
 from common.model import load_graft
+from common.tasks.prompts import encode_prompts
 from server import export_check, export_probe
 from server.export import _write
 from server.export_card import Export, _auto_class, card, loading_code
@@ -169,6 +171,22 @@ def test_the_code_loads_a_language_model_with_its_output_layer(tmp_path, method)
     graft, config, export = made(folder, kind, task={"name": "causal-lm"}, adapter={"method": method})
     assert f'AutoModelForCausalLM.from_pretrained(\n    "{PUBLIC_NAME}",\n    dtype="float32",\n)' in export.code
     assert parts(card(graft, config, export))[0]["pipeline_tag"] == "text-generation"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_code_asks_in_the_adapters_own_template(tmp_path, chat):
+    """Catches: a reward or an answer to a bare text, where all that was trained stood in a template."""
+    folder = tiny_llama(tmp_path / "base", bos=not chat)
+    if chat:
+        template = "{% for one in messages %}user: {{ one['content'] }}{{ eos_token }}{% endfor %}"
+        (folder / "chat_template.jinja").write_text(template)
+    graft, _, export = made(folder, task={"name": "preference"})
+    last = export.code.splitlines()[-1]
+    call = f"{last[last.index('tokenizer(') : last.index(', return_tensors')]})"
+    asked = eval(call, {"tokenizer": graft.base.tokenizer})  # noqa: S307
+    shard = Shard({"prompt": ["One prompt."]})
+    assert asked["input_ids"] == encode_prompts(shard, graft.base.tokenizer, graft.task.settings.template)[0]
+    assert ("Instruction" in last) != chat
 
 
 def test_language_models_under_older_names_have_an_auto_class_too():
