@@ -1,5 +1,6 @@
 """Model cards: what they say, what they keep to themselves, and code that does what it says."""
 
+import ast
 import json
 import runpy
 import shutil
@@ -182,8 +183,10 @@ def test_the_code_asks_in_the_adapters_own_template(tmp_path, chat):
         (folder / "chat_template.jinja").write_text(template)
     graft, _, export = made(folder, task={"name": "preference"})
     last = export.code.splitlines()[-1]
-    call = f"{last[last.index('tokenizer(') : last.index(', return_tensors')]})"
-    asked = eval(call, {"tokenizer": graft.base.tokenizer})  # noqa: S307
+    calls = [one for one in ast.walk(ast.parse(last)) if isinstance(one, ast.Call)]
+    (call,) = (one for one in calls if isinstance(one.func, ast.Name) and one.func.id == "tokenizer")
+    how = {one.arg: ast.literal_eval(one.value) for one in call.keywords if one.arg != "return_tensors"}
+    asked = graft.base.tokenizer(ast.literal_eval(call.args[0]), **how)
     shard = Shard({"prompt": ["One prompt."]})
     assert asked["input_ids"] == encode_prompts(shard, graft.base.tokenizer, graft.task.settings.template)[0]
     assert ("Instruction" in last) != chat
