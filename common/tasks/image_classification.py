@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from common.adapters.base import require_heads
 from common.data.pixels import Pixels, fit, read_pixels
 from common.errors import ModelError
 from common.settings import ClassesSettings
@@ -91,10 +92,7 @@ class ImageClassification(Task):
             ignore_mismatched_sizes=True,
             **safe,
         )
-        if not hasattr(network, "classifier"):
-            raise ModelError(
-                f"{type(network).__name__} has no module 'classifier'", "one with this head", code="head-missing"
-            )
+        require_heads(network, ("classifier",))
         _keep_statistics(network)
         return Base(network, network, None, ("classifier",), pixels)
 
