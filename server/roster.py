@@ -32,10 +32,10 @@ MOST_CLIENTS = 10**6
 """Of one site in a run without privacy: a gateway that says more is not believed."""
 GREETING_S = 5.0
 """How long nodes wait for others before they are greeted: as gateways, a few may bring clients enough."""
-_NOTE = r"[a-z-]{1,40}(:[0-9]{1,9})?"
-"""A note that may be shown on a terminal; it comes from a site."""
 HELLO_PATIENCE_S = 20.0
 """How long a round waits for the hello of a node that is new to it."""
+_NOTE = r"[a-z-]{1,40}(:[0-9]{1,9})?"
+"""A note that may be shown on a terminal; it comes from a site."""
 
 
 @dataclass(frozen=True)
