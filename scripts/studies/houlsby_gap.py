@@ -8,9 +8,9 @@ them: the task knows no prefix) on multilingual-e5-small, of which FOLDER is a c
 the same rows in the same order with the same new head: AdamW, warm-up over the first tenth of the steps, linear decay.
 With Houlsby modules the layer norms are trained, as in the original (Houlsby et al. 2019, arXiv:1902.00751, section
 2.1); full fine-tuning trains every parameter of the base. Each kind has its own learning rate for each task, chosen
-with seed 7 on rows kept out of the training part (`--part dev --seeds 7`), but for SST-2, whose first choice collapsed on
-the reported rows (docs/studies/houlsby_gap.md). The last weights count. Every training prints a line of JSON; `--read`
-takes such lines of other processes for the table.
+with seed 7 on rows kept out of the training part (`--part dev --seeds 7`), but for SST-2, whose first choice collapsed
+on the reported rows (docs/studies/houlsby_gap.md). The last weights count. Every training prints a line of JSON;
+`--read` takes such lines of other processes for the table.
 
 SNLI's own training part is not used: its `validation` file is the training pool, without its last 600 rows, which
 are the dev part. Full fine-tuning meets a copy of the base whose vocabulary is cut to the tokens of the rows at hand:
