@@ -18,7 +18,11 @@ Source: Dettmers et al. 2023, arXiv:2305.14314, section 3, "Double Quantization"
 """
 
 _QUANTISED_ON = ("cuda",)
-_HEADS = ["pre_classifier", "classifier", "score", "lm_head"]
+_HEADS = (
+    *("pre_classifier", "classifier", "score", "lm_head"),
+    *("pooler", "head", "classification_head", "logits_proj", "sequence_summary"),
+)
+"""What tasks train in full, or may: 4 bits can hold no such thing. `lm_head` is the output layer."""
 
 
 def choose_device(wanted: str) -> str:
@@ -63,7 +67,7 @@ def loading(config: RunConfig) -> dict[str, Any]:
             bnb_4bit_quant_type=config.model.quantization,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, config.model.dtype),
-            llm_int8_skip_modules=_HEADS,
+            llm_int8_skip_modules=[rf"(.*\.)?{head}" for head in _HEADS],  # at any depth: BERT's pooler is in its base
         )
     }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from common.errors import ModelError
 from common.settings import ClassesSettings
 from common.tasks.base import (
     TASKS,
@@ -39,6 +40,11 @@ class SequenceClassificationSettings(ClassesSettings):
 
     name: Literal["sequence-classification"] = Field(default="sequence-classification", description="the task")
     pair: bool = Field(default=False, description="classify pairs, from the columns text and text_pair")
+    train_pooler: bool = Field(
+        default=False,
+        description="also train and exchange the base's pooler (BERT's: a dense layer on the first token), which "
+        "otherwise stays as the checkpoint has it; worth its h * (h + 1) numbers where pre-training did not use it",
+    )
 
 
 @TASKS.register("sequence-classification")
@@ -66,7 +72,11 @@ class SequenceClassification(Task):
         return self.settings.labels or tuple(str(label) for label in range(self.settings.num_labels))
 
     def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
-        """Load the base; its head is new unless the checkpoint has one of the same shape."""
+        """Load the base; its head is new unless the checkpoint has one of the same shape.
+
+        Raises:
+            ModelError: `head-missing`, the pooler is to be trained, and there is none.
+        """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -83,8 +93,8 @@ class SequenceClassification(Task):
         )
         if network.config.pad_token_id is None:
             network.config.pad_token_id = padding_id(tokenizer)
-        heads = tuple(name for name, _ in network.named_children() if name in ("pre_classifier", "classifier", "score"))
-        return Base(network, network, tokenizer, heads)
+        heads = _pooler(network) if self.settings.train_pooler else ()
+        return Base(network, network, tokenizer, (*heads, *_after_the_backbone(network)))
 
     def encode(self, shard: Shard, base: Base) -> Encoded:
         """Tokenise the texts; a pair becomes one sequence with its segments marked.
@@ -155,8 +165,34 @@ class SequenceClassification(Task):
 
     @classmethod
     def further(cls) -> dict[str, TinyCase]:
-        """Pairs of texts that agree or do not."""
+        """Pairs of texts that agree or do not; texts whose pooler is trained."""
         first = [f"the {word} clause" for word in ("good", "bad") * 12]
         second = ["a good one"] * 24
         settings = {"num_labels": 2, "max_length": 24, "pair": True}
-        return {"pair": TinyCase(settings, {"text": first, "text_pair": second, "label": [1, 0] * 12})}
+        pooled = {"num_labels": 2, "max_length": 16, "train_pooler": True}
+        return {
+            "pair": TinyCase(settings, {"text": first, "text_pair": second, "label": [1, 0] * 12}),
+            "pooler": TinyCase(pooled, cls.tiny().rows),
+        }
+
+
+def _after_the_backbone(network: Any) -> tuple[str, ...]:
+    """Return the modules that a classifier has beside its backbone: most are new, DeBERTa's own pooler among them."""
+    backbone = network.base_model_prefix
+    return tuple(name for name, part in network.named_children() if name != backbone and list(part.parameters()))
+
+
+def _pooler(network: Any) -> tuple[str, ...]:
+    """Return the name of the backbone's pooler.
+
+    Raises:
+        ModelError: `head-missing`.
+    """
+    if getattr(network.base_model, "pooler", None) is None:
+        raise ModelError(
+            f"task.train_pooler, and {type(network).__name__} has no pooler in its base",
+            "a base with one, as BERT's; the heads of others are trained whole without it",
+            "set task.train_pooler = false",
+            code="head-missing",
+        )
+    return (f"{network.base_model_prefix}.pooler",)

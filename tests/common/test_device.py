@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from client.trainer import Plan, train
 from common import device, model
@@ -168,6 +170,17 @@ def test_what_is_missing_is_told(monkeypatch):
         loading(config)
     assert "tsugiki[quantized]" in str(caught.value)
     assert loading(config_of("causal-lm")) == {}
+
+
+@pytest.mark.parametrize("name", ["bert.pooler.dense", "pooler.dense", "classifier", "classifier.dense", "lm_head"])
+def test_what_may_be_trained_whole_is_never_in_four_bits(name, monkeypatch):
+    """Catches: a pooler inside the base held in 4 bits, which takes no gradient; blocks that stay whole."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(BitsAndBytesConfig, "post_init", lambda self: None)  # it looks for bitsandbytes' version
+    skipped = loading(config_of("causal-lm", quantization="nf4"))["quantization_config"].llm_int8_skip_modules
+    assert not should_convert_module(name, skipped)
+    assert should_convert_module("bert.encoder.layer.0.attention.self.query", skipped)
 
 
 @pytest.fixture

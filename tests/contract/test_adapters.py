@@ -86,9 +86,10 @@ def no_graft_is_left(monkeypatch):
     monkeypatch.setattr(model, "_grafts", {})
 
 
-def run(folder, task, method, **adapter):
-    """Return the run of a tiny case, at a rate that moves; a batch is all rows."""
-    settings = settings_of(TASKS.get(task).tiny(), folder)
+def run(folder, task, method, form="", **adapter):
+    """Return the run of a tiny case, or of one of its further forms, at a rate that moves; a batch is all rows."""
+    kind = TASKS.get(task)
+    settings = settings_of(kind.further()[form] if form else kind.tiny(), folder)
     train_settings = {
         "learning_rate": 0.01,
         "local_steps": 15,
@@ -357,3 +358,28 @@ def test_the_gradient_of_each_row_is_right_or_refused(task, method, folder):
         site.task.loss(site.graft.base.network, site.task.batch(site.encoded, [row], site.graft.base)).backward()
         for value, samples in zip(site.graft.parameters, together, strict=True):
             torch.testing.assert_close(samples[row], value.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("task", "method"), [pair for pair in PAIRS if pair[0] == "sequence-classification"])
+def test_a_head_inside_the_base_is_trained_and_comes_back(task, method, folder, tmp_path):
+    """Catches: a pooler that a method freezes, counts as its own, or exports as the checkpoint has it."""
+    site = Site(folder, task, method, form="pooler")
+    tensors = {tensor.name: tensor.part for tensor in site.graft.spec.tensors if ".pooler." in tensor.name}
+    assert list(tensors.values()) == ["head", "head"]
+    before = site.frozen()
+    update, _ = site.train()
+    assert site.frozen() == before
+    assert all(unpack(update, site.graft.spec)[name].any() for name in tensors)
+    vector, on = site.graft.read(), site.loss()
+    site.graft.method.save(site.graft.base.transformer, tmp_path, "tiny/base")
+    write_exported(tmp_path, site.graft, "float32", "tiny/base")
+    identity = site.graft.spec.base_fingerprint
+    with site.graft.untouched():
+        off = site.loss()
+    assert off != on
+    site.graft = open_exported(tmp_path, str(folder))
+    assert site.graft.read().tobytes() == vector.tobytes()
+    assert site.loss() == on
+    with site.graft.untouched():
+        assert site.loss() == off
+    assert site.graft.spec.base_fingerprint == identity == Site(folder, task, method).graft.spec.base_fingerprint

@@ -7,6 +7,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
     DistilBertConfig,
     DistilBertModel,
     GPT2Config,
@@ -16,7 +20,7 @@ from transformers import (
 
 from common.config import parse
 from common.data.shard import Shard
-from common.errors import ConfigError
+from common.errors import ConfigError, ModelError
 from common.tasks.base import Encoded
 from common.tasks.sequence_classification import SequenceClassification, SequenceClassificationSettings
 from tests.support.tiny import MAX_TOKENS, tiny_bert
@@ -192,15 +196,38 @@ def test_a_checkpoints_own_head_is_kept_if_it_fits(tmp_path, base, seed):
     assert other.weight.shape == (3, 32)
 
 
-def test_heads_are_all_new_layers(folder, tmp_path, base):
-    """Catches: DistilBERT's pre_classifier, which is new as well, frozen at its random values."""
-    assert base.heads == ("classifier",)
+NARROW = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("model", "heads"),
+    [
+        (
+            lambda: DistilBertModel(DistilBertConfig(vocab_size=99, dim=16, n_layers=1, n_heads=2, hidden_dim=16)),
+            ("pre_classifier", "classifier"),
+        ),
+        (lambda: DebertaV2Model(DebertaV2Config(vocab_size=99, **NARROW)), ("pooler", "classifier")),
+        (lambda: BertModel(BertConfig(vocab_size=99, **NARROW)), ("classifier",)),
+    ],
+)
+def test_heads_are_all_new_layers(tmp_path, base, model, heads):
+    """Catches: DistilBERT's pre_classifier or DeBERTa's pooler, which are new as well, frozen at random values."""
     base.tokenizer.save_pretrained(tmp_path)
-    DistilBertModel(DistilBertConfig(vocab_size=99, dim=16, n_layers=1, n_heads=2, hidden_dim=16)).save_pretrained(
-        tmp_path
-    )
-    assert make().load(tmp_path, torch.float32).heads == ("pre_classifier", "classifier")
-    assert make().load(tiny_decoder(tmp_path / "gpt2"), torch.float32).heads == ("score",)
+    model().save_pretrained(tmp_path)
+    assert make().load(tmp_path, torch.float32).heads == heads
+
+
+def test_the_head_of_a_decoder(tmp_path):
+    """Catches: a head known by an encoder's name only."""
+    assert make().load(tiny_decoder(tmp_path), torch.float32).heads == ("score",)
+
+
+def test_the_bases_own_pooler_is_trained_on_demand(folder, tmp_path):
+    """Catches: a setting without effect; one that is ignored where there is no pooler."""
+    assert make(train_pooler=True).load(folder, torch.float32).heads == ("bert.pooler", "classifier")
+    with pytest.raises(ModelError, match="GPT2ForSequenceClassification has no pooler in its base") as caught:
+        make(train_pooler=True).load(tiny_decoder(tmp_path), torch.float32)
+    assert caught.value.code == "head-missing"
 
 
 def test_a_decoder_looks_at_the_last_token_of_each_text(tmp_path):
