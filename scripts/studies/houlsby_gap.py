@@ -7,10 +7,11 @@ them: the task knows no prefix) on multilingual-e5-small, of which FOLDER is a c
 `--tasks ledgar` also LEDGAR, which has no target. Both kinds of training go through the program's own local loop, on
 the same rows in the same order with the same new head: AdamW, warm-up over the first tenth of the steps, linear decay.
 With Houlsby modules the layer norms are trained, as in the original (Houlsby et al. 2019, arXiv:1902.00751, section
-2.1); full fine-tuning trains every parameter of the base. Each kind has its own learning rate for each task, chosen
-with seed 7 on rows kept out of the training part (`--part dev --seeds 7`), but for SST-2, whose first choice collapsed
-on the reported rows (docs/studies/houlsby_gap.md). The last weights count. Every training prints a line of JSON;
-`--read` takes such lines of other processes for the table.
+2.1), and BERT's pooler with the head (`task.train_pooler`; `--no-train-pooler --bottleneck 80` is as many numbers
+without it); full fine-tuning trains every parameter of the base. Each kind has its own learning rate for each task,
+chosen with seed 7 on rows kept out of the training part (`--part dev --seeds 7`), but for SST-2, whose first choice
+collapsed on the reported rows (docs/studies/houlsby_gap.md). The last weights count. Every training prints a line of
+JSON; `--read` takes such lines of other processes for the table.
 
 SNLI's own training part is not used: its `validation` file is the training pool, without its last 600 rows, which
 are the dev part. Full fine-tuning meets a copy of the base whose vocabulary is cut to the tokens of the rows at hand:
@@ -84,7 +85,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Result:
-    """What one training gave: accuracy in percent, numbers trained (the head's apart), seconds of the processor."""
+    """What one training gave: accuracy in percent, numbers trained (`full`: of a cut vocabulary), CPU seconds."""
 
     task: str
     kind: str
@@ -93,7 +94,6 @@ class Result:
     accuracy: float
     macro_f1: float
     parameters: int
-    head: int
     base: int
     seconds: float
 
@@ -150,6 +150,7 @@ def configure(task: str, kind: str, rows: Rows, options: argparse.Namespace) -> 
                 "labels": list(labels),
                 "max_length": case.max_length,
                 "pair": len(rows[0]) == 3,
+                "train_pooler": options.train_pooler,
             },
             "adapter": {"method": "houlsby", "bottleneck": options.bottleneck, "train_layer_norm": True},
             "train": {
@@ -227,8 +228,6 @@ def run(task: str, kind: str, seed: int, options: argparse.Namespace) -> Result:
     train(graft, training, config.train, Plan(seed, "centre", 1, 0.0, 1.0))
     with torch.no_grad():
         metrics = graft.task.evaluate(graft.base, held_out, 64)
-    sizes = {part: sum(t.size for t in graft.spec.tensors if t.part == part) for part in ("adapter", "head")}
-    base = base_parameters(config)
     result = Result(
         task,
         kind,
@@ -236,9 +235,8 @@ def run(task: str, kind: str, seed: int, options: argparse.Namespace) -> Result:
         config.train.learning_rate,
         100 * metrics["accuracy"],
         metrics["macro_f1"],
-        base if kind == "full" else sizes["adapter"],
-        sizes["head"],
-        base,
+        graft.spec.size,
+        base_parameters(config),
         time.process_time() - started,
     )
     print(json.dumps(vars(result)), flush=True)
@@ -266,8 +264,8 @@ def overall(results: list[Result], tasks: list[str]) -> tuple[float, float, floa
 def table(results: list[Result], tasks: list[str]) -> str:
     """Return the table in Markdown."""
     lines = [
-        "| task | rows, passes | full | Houlsby | gap, 95 % interval | trained | of the base | head | CPU seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| task | rows, passes | full | Houlsby | gap, 95 % interval | trained | of the base | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for task in tasks:
         full, houlsby = (of(results, task, kind) for kind in KINDS)
@@ -280,7 +278,7 @@ def table(results: list[Result], tasks: list[str]) -> str:
         lines.append(
             f"| {task} | {CASES[task].rows:,} x {CASES[task].passes} | {told[0]} | {told[1]} "
             f"| {centre:.2f} ({low:.2f} to {high:.2f}) | {one.parameters:,} | {100 * one.parameters / one.base:.2f} % "
-            f"| {one.head:,} | {seconds[0]:.0f} and {seconds[1]:.0f} |"
+            f"| {seconds[0]:.0f} and {seconds[1]:.0f} |"
         )
     return "\n".join(lines)
 
@@ -298,7 +296,7 @@ def judge(results: list[Result], tasks: list[str]) -> list[Figure]:
         note = f"95 % interval {low:.2f} to {high:.2f}"
         figures.append(Figure(f"{task}: gap, full minus houlsby", centre, "points", CASES[task].target, note))
         one = of(results, task, "houlsby")[0]
-        note = f"{one.parameters} of {one.base}, and {one.head} in the head, which both kinds train"
+        note = f"{one.parameters}, with the head, of {one.base}"
         figures.append(Figure(f"{task}: parameters", 100 * one.parameters / one.base, "%", "<= 3.6", note))
     if told := [task for task in tasks if CASES[task].target]:
         centre, low, high = overall(results, told)
@@ -321,7 +319,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--part", choices=["dev", "test"], default="test", help="to evaluate on; dev to choose")
-    parser.add_argument("--bottleneck", type=int, default=80, help="width of the Houlsby modules")
+    parser.add_argument("--bottleneck", type=int, default=64, help="width of the Houlsby modules")
+    parser.add_argument("--train-pooler", action=argparse.BooleanOptionalAction, default=True, help="with the head")
     parser.add_argument("--passes", type=int, default=0, help="over the rows; 0: each task's own")
     parser.add_argument("--read", type=Path, nargs="+", default=[], help="what other processes printed; nothing is run")
     for kind in KINDS:
