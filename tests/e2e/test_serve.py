@@ -6,8 +6,11 @@ import pytest
 
 from client.app import simulated_app
 from common.audit import verify
+from common.tasks import TASKS
 from server.simulate import simulate
+from tests.support.exports import settings_of, to_fuse
 from tests.support.serving import CANARY, make_identity, serve_and_join, started, summary, tiny_run
+from tests.support.tiny import tiny_bert, tiny_llama, write_case
 
 pytestmark = pytest.mark.e2e
 
@@ -47,3 +50,31 @@ def test_with_tls_and_keys_the_adapter_is_that_of_the_in_process_engine(tmp_path
     assert len(written) > 8
     for path in written:
         assert not [secret for secret in secrets if secret in path.read_bytes()], path
+
+
+def rlhf(folder):
+    """Return the base of a run that is judged by an exported reward, and the sections of it."""
+    case, base = TASKS.get("rlhf").tiny(), tiny_llama(folder / "base")
+    prompts = {"data": str(write_case(folder, case.rows))}
+    task = {"name": "rlhf", **settings_of(case, base)}
+    return str(base), {"task": task, "simulation": prompts, "evaluation": prompts}
+
+
+def fusion(folder):
+    """Return the base of a run that fuses exported adapters, and the sections of it."""
+    base = tiny_bert(folder / "base")
+    return str(base), {"adapter": {"method": "fusion", "adapters": to_fuse(folder / "made", base)}}
+
+
+@pytest.mark.parametrize("made", [rlhf, fusion])
+def test_a_run_on_earlier_exports_is_that_of_the_in_process_engine(tmp_path, made):
+    """Catches: exports that a site resolves otherwise than the server; answers that are drawn by another seed."""
+    base, sections = made(tmp_path)
+    here = simulate(tiny_run(tmp_path, base, "here", **sections), simulated_app)
+    config = tiny_run(tmp_path, base, "there", **sections)
+    with started() as start:
+        server, _ = serve_and_join(start, tmp_path, config, ["--insecure"], ["--insecure"])
+        assert server.wait(150) == 0, server.text()[-3000:]
+    there = summary(config)
+    assert there["adapter_sha256"] == here.summary["adapter_sha256"]
+    assert there["after"] == here.summary["after"]
