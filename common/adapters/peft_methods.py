@@ -48,6 +48,7 @@ class PeftMethod(AdapterMethod):
         config.task_type = _task_type(transformer, heads)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)  # norms have no width for peft
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)  # `_untie` sees to it
             model = get_peft_model(transformer, config)
         for name, value in model.named_parameters():
             if name in self.constants(model):
@@ -106,7 +107,8 @@ class PeftMethod(AdapterMethod):
     def merge(self, transformer: Any) -> Any:
         """Return a copy of the base whose weights carry the adapter, and whose heads are the trained ones.
 
-        The heads come first: peft's own unloading fails on heads of more than one layer beside (IA)^3 and VeRA.
+        The heads come first: peft's own unloading fails on heads of more than one layer beside (IA)^3 and VeRA. An
+        output layer that is adapted and shares the embeddings' weights gets weights of its own.
         """
         import copy
 
@@ -117,7 +119,18 @@ class PeftMethod(AdapterMethod):
         for name, module in list(plain.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
                 plain.set_submodule(name, module.modules_to_save["default"])
+        _untie(plain)
         return merged.merge_and_unload(safe_merge=True)
+
+
+def _untie(transformer: Any) -> None:
+    """Give an adapted output layer weights of its own: what is merged into them is not for the embeddings."""
+    from torch import nn
+
+    layer = getattr(transformer.get_output_embeddings(), "base_layer", None)
+    if layer is not None and layer.weight is transformer.get_input_embeddings().weight:
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        transformer.config.tie_word_embeddings = False
 
 
 def _task_type(transformer: Any, heads: tuple[str, ...]) -> str | None:

@@ -115,6 +115,20 @@ def test_merge_gives_a_plain_model_and_leaves_the_original(model_type, kind):
     assert torch.allclose(outputs(merged), on, atol=1e-9)
 
 
+def test_a_tied_output_layer_is_merged_into_weights_of_its_own(tmp_path):
+    """Catches: what the output layer has learned merged into the embeddings as well, which are the same tensor."""
+    base = make("llama", AutoModelForCausalLM, tie_word_embeddings=True)
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    lora = ADAPTERS.get("lora")
+    method = lora(lora.Settings(rank=2, target_modules=("q_proj", "lm_head")))
+    model = stir(method.attach(base, ()).eval())
+    method.merge(model).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.allclose(outputs(again), outputs(model), atol=1e-5)
+    assert torch.equal(again.get_input_embeddings().weight, base.get_input_embeddings().weight)
+    assert not torch.allclose(again.lm_head.weight, again.model.embed_tokens.weight, atol=1e-2)
+
+
 @each_pair
 def test_save_writes_what_peft_loads(model_type, kind, tmp_path):
     """Catches: a folder without the heads; a local path named as the base; peft's empty model card."""
