@@ -274,6 +274,9 @@ def predict(
     ] = None,
     model: Annotated[str, typer.Option(help="With --adapter: the base, if not under its public name.")] = "",
     file: Annotated[Path | None, typer.Option(help="A file of rows instead, in the run's own data format.")] = None,
+    columns: Annotated[
+        str, typer.Option(help='With --adapter: how the columns of --file are called, as "text=sentence".')
+    ] = "",
     which: Annotated[Literal["best", "last"], typer.Option(help="Which round's adapter.")] = "best",
     without_adapter: Annotated[bool, typer.Option("--without-adapter", help="Ask the bare base, to compare.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=8192, help="Of a continuation or an answer.")] = 64,
@@ -288,7 +291,7 @@ def predict(
     from server.predict import ask, show
 
     how, on = Generation(max_new_tokens, temperature, seed), not without_adapter
-    found = ask(words or [], adapters or [], model, file, how, which=which, adapter=on)
+    found = ask(words or [], adapters or [], model, file, how, which=which, adapter=on, columns=columns)
     typer.echo(show(found, as_json), nl=False)
 
 

@@ -9,6 +9,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from common.data import images
 from common.data.shard import Shard, has_surrogates, read
 from common.errors import DataError, UsageError
@@ -72,7 +74,7 @@ def open_adapters(folders: Sequence[Path], source: str = "") -> list[Graft]:
 
 
 def predict_each(
-    folders: Sequence[Path], source: str, texts: Sequence[str], file: Path | None, how: Generation
+    folders: Sequence[Path], source: str, texts: Sequence[str], file: Path | None, how: Generation, columns: str = ""
 ) -> list[dict[str, Any]]:
     """Return what each of several exported adapters makes of each row: `adapter`, its folder, and then the answer.
 
@@ -80,8 +82,9 @@ def predict_each(
         folders: as `open_adapters`.
         source: as `open_adapters`.
         texts: rows, for tasks that ask for one text.
-        file: or a file of rows; its columns have the tasks' own names.
+        file: or a file of rows; its columns have the tasks' own names, or are mapped.
         how: texts are continued.
+        columns: maps the file's columns, as "text=sentence, text_pair=2"; numbers count from 0.
 
     Returns:
         The answers of all adapters to the first row, in the order of `folders`, then to the second, and so on.
@@ -92,7 +95,8 @@ def predict_each(
         ModelError: as `open_adapters`.
     """
     grafts = open_adapters(folders, source)
-    rows = [_rows(graft, DataFormat(), texts, file) for graft in grafts]
+    form = _mapped(columns, [column.name for graft in grafts for column in graft.task.columns])
+    rows = [_rows(graft, form, texts, file) for graft in grafts]
     answers = [graft.task.predict(graft.base, asked, how) for graft, asked in zip(grafts, rows, strict=True)]
     return [
         {"adapter": str(folder), **answer}
@@ -110,6 +114,7 @@ def ask(
     *,
     which: Which,
     adapter: bool,
+    columns: str = "",
 ) -> list[dict[str, Any]]:
     """Do what the command's words and options say: ask a run, which is the first word, or exported adapters.
 
@@ -117,8 +122,9 @@ def ask(
         UsageError: they do not go together; and what `predict` and `predict_each` raise.
     """
     if not adapters:
-        if source:
-            raise UsageError("--model without --adapter", "a run, which knows its base", "leave it out")
+        if source or columns:
+            what = "--model" if source else "--columns"
+            raise UsageError(f"{what} without --adapter", "a run, which knows its base and its data", "leave it out")
         if not words:
             raise UsageError("neither a run nor adapters", "one of both", "name the run's folder, or --adapter FOLDER")
         return predict(Path(words[0]), words[1:], file, how, which=which, adapter=adapter)
@@ -126,7 +132,7 @@ def ask(
         raise UsageError(f"the run {words[0]} and --adapter", "one of both", "export the run, and name its export")
     if which != "best" or not adapter:
         raise UsageError("--which or --without-adapter with --adapter", "a run for these", "leave them out")
-    return predict_each(adapters, source, words, file, how)
+    return predict_each(adapters, source, words, file, how, columns)
 
 
 def show(found: Sequence[dict[str, Any]], as_json: bool) -> str:
@@ -155,6 +161,22 @@ def _pictures(names: Sequence[str]) -> images.Images:
                 f"picture {number} is no file here", "a PNG or JPEG", "check its path", code="shard-missing"
             )
     return images.decode("the given files", [Path(name) for name in names])
+
+
+def _mapped(columns: str, known: Sequence[str]) -> DataFormat:
+    """Return the form of a file whose columns are mapped as `[data] columns` of a run would be.
+
+    Raises:
+        UsageError: no task reads such a column, or it is no mapping.
+    """
+    names = ", ".join(sorted(set(known)))
+    try:
+        form = DataFormat(columns=columns)  # type: ignore[arg-type]  # the type splits text
+    except ValidationError as error:
+        raise UsageError(f"--columns {columns!r} is no mapping", f'as "text=sentence", for {names}') from error
+    if unknown := [name for name in form.columns if name not in known]:
+        raise UsageError(f"--columns maps {unknown[0]!r}, which no task here reads", f"some of {names}")
+    return form
 
 
 def _rows(graft: Graft, form: DataFormat, texts: Sequence[str], file: Path | None) -> Shard:

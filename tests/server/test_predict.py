@@ -225,6 +225,23 @@ def test_several_adapters_answer_each_row_in_turn(adapters, tmp_path):
     assert predict_each(folders[::-1], base, [], file, HOW)[3] == pytest.approx(found[0])
 
 
+def test_the_files_columns_are_mapped(adapters, tmp_path):
+    """Catches: an option that is not handed on; one that maps what nobody reads, which a typing error would do."""
+    file = tmp_path / "rows.csv"
+    file.write_text("sentence,name\nthe good clause,a\nno bad number,b\n")
+    options = ["predict", "--adapter", str(adapters / "tone"), "--model", str(adapters / "base"), "--file", str(file)]
+    done = CliRunner().invoke(tsugiki.app, [*options, "--columns", "text=sentence", "--json"])
+    expected = predict_each(
+        [adapters / "tone"], str(adapters / "base"), ["the good clause", "no bad number"], None, HOW
+    )
+    assert [json.loads(line) for line in done.stdout.splitlines()] == expected
+    with pytest.raises(DataError, match='--columns "text='):
+        predict_each([adapters / "tone"], str(adapters / "base"), [], file, HOW)
+    for wrong in ("texts=sentence", "{", "{1}"):
+        with pytest.raises(UsageError, match="--columns"):
+            predict_each([adapters / "tone"], str(adapters / "base"), [], file, HOW, wrong)
+
+
 def test_one_base_is_in_memory(adapters):
     """Catches: a base for each adapter."""
     names = ["tone", "topic", "reward", "words"]
@@ -271,6 +288,7 @@ def test_adapters_of_another_base_are_refused(adapters, tmp_path):
         ([], False, {}),
         (["RUN", "good"], True, {}),
         (["RUN", "good"], False, {"source": "base"}),
+        (["RUN", "good"], False, {"columns": "text=sentence"}),
         (["good"], True, {"which": "last"}),
         (["good"], True, {"adapter": False}),
         ([], True, {}),
