@@ -20,6 +20,7 @@ from client.simulated import SimulatedSite, simulated_sites
 from client.site import Site, site_of_node
 from common import __version__, minor
 from common.config import RunConfig
+from common.device import device_notes
 from common.errors import DataError, SecureAggregationError, SpecError, TsugikiError
 from common.factors import narrow
 from common.messages import (
@@ -118,6 +119,8 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
     clients = prepare.clients(site, config, plan)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft"))
     rows, kept = prepare.train_rows(site, config), prepare.desk.rows(site, config, "evaluation")
+    hidden = plan is not None or config.privacy.examples.enabled
+    notes = (*device_notes(config, graft.device.type), *(() if hidden else prepare.desk.notes.get(site.name, ())))
     reply = HelloReply(
         site=site.name,
         version=__version__,
@@ -127,7 +130,7 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
         base_fingerprint=graft.spec.base_fingerprint,
         spec_sha256=graft.spec.sha256,
         libraries=f"python {platform.python_version()}, {libraries}",
-        notes="" if plan or config.privacy.examples.enabled else ",".join(prepare.desk.notes.get(site.name, ())),
+        notes=",".join(notes),
     )
     site.record("hello", run=config.run.name, rows=len(rows), spec_sha256=reply.spec_sha256)
     return to_record(reply)

@@ -258,6 +258,7 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
     _say(f"{site.data.evaluation}: {len(kept)} rows" if kept else "no evaluation rows")
     from client.desk import load_at
     from client.prepare import own_rank
+    from common.device import device_notes
     from common.factors import sent
 
     graft, source = load_at(site, config), site.model_source(config.model.name)
@@ -266,7 +267,8 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
         _say(f"trains {rank} of the {config.adapter.rank} components of each LoRA pair (site.max_rank)")  # type: ignore[attr-defined]
     most = max(sent(graft.spec, config.strategy.name, number).size_bytes for number in (1, 2))
     sizes = f"{graft.spec.parameters('adapter')} adapter and {graft.spec.parameters('head')} head parameters"
-    rows = f"its number of rows{_noted(shard.notes + graft.task.encode(shard, graft.base).notes)}"
+    notes = device_notes(config, graft.device.type) + shard.notes + graft.task.encode(shard, graft.base).notes
+    rows = f"its number of rows{_noted(notes)}"
     _say(f"would leave this site in the hello: its name, {rows}, fingerprints, versions of libraries")
     _say(f"would leave it in each round: {sizes}, {most:,} bytes, and loss, rows, steps, seconds")
     if kept:

@@ -37,6 +37,11 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
+def device_notes(config: RunConfig, device: str) -> tuple[str, ...]:
+    """Return what a run asks of a device of this type and does not get: `no-bf16`, autocast is for CUDA only."""
+    return ("no-bf16",) if config.train.bf16 and device != "cuda" else ()
+
+
 def loading(config: RunConfig) -> dict[str, Any]:
     """Return what a base's `from_pretrained` has to know of the run, beside the type: how to hold weights in 4 bits.
 

@@ -101,6 +101,17 @@ def test_hello_notes_what_was_cut(tmp_path):
     assert (hello.rows, hello.notes) == (3, "shard-texts-cut:2")
 
 
+def test_hello_notes_that_autocast_is_not_for_this_device(tmp_path):
+    """Catches: a run that asks for bfloat16, trains in float32 on a CPU, and says nothing."""
+    config = tiny_config(tmp_path, train={"bf16": True, "device": "auto"})
+    there = torch.cuda.is_available()
+    hello = from_record(
+        HelloReply, ask(config, "query", to_record(HelloRequest(config.for_sites(), __version__))).content
+    )
+    assert ("no-bf16" in hello.notes.split(",")) == (not there)
+    assert "shard-texts-cut:12" in hello.notes.split(",")
+
+
 def test_training_answers_with_the_update_alone(config, graft):
     """Catches: weights in the place of their change, another round's nonce, anything more in the reply."""
     reply = ask(config, "train", train_request(config, graft, round=1))

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import tsugiki
@@ -125,6 +126,9 @@ def test_check_says_what_the_hello_notes(tmp_path):
     shown = invoke("site", "check", file, "--run", run)
     assert "titles.txt: 2 rows for causal-lm\n" in shown
     assert "its number of rows (shard-texts-cut:1), " in shown
+    options = ["--set", "train.bf16=true", "--set", "train.device=auto"]
+    noted = "" if torch.cuda.is_available() else "no-bf16, "
+    assert f"rows ({noted}shard-texts-cut:1), " in invoke("site", "check", file, "--run", run, *options)
 
 
 def test_a_folder_in_the_run_is_asked_for_as_a_server_here_asks(tmp_path, monkeypatch):
