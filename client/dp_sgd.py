@@ -164,6 +164,9 @@ def check_supported(graft: Graft) -> None:
         raise _unsupported("a batch norm that is not frozen", "layers that do not mix the rows of a batch")
     if _hooks().validate(network, strict=False):
         raise _unsupported("a trained layer with buffers", "layers that hold nothing but parameters")
+    norms = [dict(one.named_parameters()) for one in network.modules() if isinstance(one, torch.nn.LayerNorm)]
+    if any(norm.keys() == {"weight"} and norm["weight"].requires_grad for norm in norms):
+        raise _unsupported("a trained layer norm without a bias", "norms that have one, or that are not trained")
     if any(value.dtype != torch.float32 for value in graft.parameters):
         raise _unsupported("trained numbers in half precision", "float32: noise is rounded away in others")
 

@@ -287,7 +287,7 @@ def explain(prefix: str, section: type[Section], detail: Any) -> Problem:
         known = ", ".join(section.model_fields)
         return Problem(key, value, f"a known key: {known}", _did_you_mean(str(detail["loc"][-1]), known))
     if detail["type"] == "tuple_type":  # TOML has no tuples
-        return Problem(key, value, "a list", f"write [{value}]")
+        return Problem(key, value, "a list in brackets")
     expected = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
     return Problem(key, value, expected[:1].lower() + expected[1:])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ModelError
@@ -18,11 +19,13 @@ Source: Dettmers et al. 2023, arXiv:2305.14314, section 3, "Double Quantization"
 """
 
 _QUANTISED_ON = ("cuda",)
-_HEADS = (
-    *("pre_classifier", "classifier", "score", "lm_head"),
-    *("pooler", "head", "classification_head", "logits_proj", "sequence_summary"),
-)
-"""What tasks train in full, or may: 4 bits can hold no such thing. `lm_head` is the output layer."""
+_HEADS = ("pre_classifier", "classifier", "score", "head", "classification_head", "logits_proj", "sequence_summary")
+_WHOLE = [*(rf"(.*\.)?{name}" for name in (*_HEADS, "pooler", "lm_head")), "^dense"]
+"""Patterns for what tasks train in full, or may, as 4 bits take no gradient, and for the output layer.
+
+They match from the start of a name to the end of one of its parts. A head called `dense`, as EuroBERT's, is one at the
+top alone: blocks have layers of that name.
+"""
 
 
 def choose_device(wanted: str) -> str:
@@ -72,7 +75,7 @@ def loading(config: RunConfig) -> dict[str, Any]:
             bnb_4bit_quant_type=config.model.quantization,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, config.model.dtype),
-            llm_int8_skip_modules=[rf"(.*\.)?{head}" for head in _HEADS],  # at any depth: BERT's pooler is in its base
+            llm_int8_skip_modules=_WHOLE,
         )
     }
 
@@ -103,6 +106,6 @@ def weight_bytes(base: Base, quantization: str) -> int:
     sizes = {id(value): value.numel() * value.element_size() for value in base.transformer.parameters()}
     if quantization != "none":
         for name, module in base.transformer.named_modules():
-            if isinstance(module, nn.Linear) and not any(f".{head}." in f".{name}." for head in _HEADS):
+            if isinstance(module, nn.Linear) and not any(re.match(rf"{part}(\.|$)", name) for part in _WHOLE):
                 sizes[id(module.weight)] = round(module.weight.numel() * BITS_PER_WEIGHT / 8)
     return sum(sizes.values())

@@ -41,7 +41,7 @@ class HelloReply:
     """What a site says of itself. `notes` are codes, separated by commas.
 
     `clients` is how many clients train at this site: 1, or those behind a gateway. In a private run, `rows`,
-    `evaluation_rows` and `notes` are withheld: 0, 0 and empty.
+    `evaluation_rows` and the notes about rows are withheld: 0, 0 and none.
     """
 
     site: str

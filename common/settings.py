@@ -39,7 +39,7 @@ def _split_pairs(value: Any) -> Any:
         return value
     if value.startswith("{"):
         return json.loads(value)
-    pairs = dict(part.split("=", 1) if "=" in part else (part, "") for part in _split(value))
+    pairs = {key: name for key, _, name in (str(part).partition("=") for part in _split(value))}
     return {key.strip(): int(name) if name.strip().isdigit() else name.strip() for key, name in pairs.items()}
 
 

@@ -90,13 +90,21 @@ def predict_each(
         The answers of all adapters to the first row, in the order of `folders`, then to the second, and so on.
 
     Raises:
-        UsageError: as `predict`, for one of the adapters.
+        UsageError: as `predict`, for one of the adapters; `columns` is no mapping, or there is no file.
         DataError: the file cannot be used.
         ModelError: as `open_adapters`.
     """
     grafts = open_adapters(folders, source)
-    form = _mapped(columns, [column.name for graft in grafts for column in graft.task.columns])
-    rows = [_rows(graft, form, texts, file) for graft in grafts]
+    if columns and file is None:
+        raise UsageError("--columns without --file", "a file whose columns they are", "give --file FILE")
+    form = _mapped(columns, [column.name for graft in grafts for column in graft.task.asked])
+    try:
+        rows = [_rows(graft, form, texts, file) for graft in grafts]
+    except DataError as error:
+        if error.code != "shard-columns":
+            raise
+        do = 'say how the file calls them: --columns "text=NAME IN THE FILE"'
+        raise DataError(error.what, error.expected, do, code=error.code) from error
     answers = [graft.task.predict(graft.base, asked, how) for graft, asked in zip(grafts, rows, strict=True)]
     return [
         {"adapter": str(folder), **answer}
@@ -174,8 +182,8 @@ def _mapped(columns: str, known: Sequence[str]) -> DataFormat:
         form = DataFormat(columns=columns)  # type: ignore[arg-type]  # the type splits text
     except ValidationError as error:
         raise UsageError(f"--columns {columns!r} is no mapping", f'as "text=sentence", for {names}') from error
-    if unknown := [name for name in form.columns if name not in known]:
-        raise UsageError(f"--columns maps {unknown[0]!r}, which no task here reads", f"some of {names}")
+    if wrong := [name for name, column in form.columns.items() if name not in known or column == ""]:
+        raise UsageError(f"--columns maps {wrong[0]!r} to nothing, or no task here reads it", f"some of {names}")
     return form
 
 

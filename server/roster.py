@@ -34,7 +34,7 @@ GREETING_S = 5.0
 """How long nodes wait for others before they are greeted: as gateways, a few may bring clients enough."""
 HELLO_PATIENCE_S = 20.0
 """How long a round waits for the hello of a node that is new to it."""
-_NOTE = r"[a-z-]{1,40}(:[0-9]{1,9})?"
+_NOTE = r"[a-z0-9-]{1,40}(:[0-9]{1,9})?"
 """A note that may be shown on a terminal; it comes from a site."""
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import inspect
 import types
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from pydantic import Field
@@ -188,8 +190,11 @@ def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
         inputs["inputs_embeds"] = _join(module.virtual_tokens(numbers).to(words.dtype), words)
         inputs["input_ids"] = None
     _adjust(module, inputs, numbers, inside=first and not prefix)
-    output = plain(module, **inputs)
-    return _cut(module, output, count) if first and not prefix else output
+    if prefix or not first:
+        return plain(module, **inputs)
+    with _without_pooler(module) as pooler:
+        output = plain(module, **inputs)
+    return _cut(pooler, output, count)
 
 
 def _numbers(count: int, text: Any) -> Any:
@@ -241,11 +246,29 @@ def _adjust(module: Any, inputs: dict[str, Any], numbers: Any, *, inside: bool) 
         inputs["attention_mask"] = mask
 
 
-def _cut(module: Any, output: Any, count: int) -> Any:
-    """Take the virtual tokens out of the hidden states, and pool again what is pooled from the first word."""
+@contextmanager
+def _without_pooler(module: Any) -> Iterator[Any]:
+    """Take a base model's pooler away inside a `with` block, and give it: the first token is a virtual one there.
+
+    In its place is what keeps its place in the output.
+    """
+    from torch import nn
+
+    pooler = getattr(module, "pooler", None)
+    try:
+        if pooler is not None:
+            module.pooler = nn.Identity()
+        yield pooler
+    finally:
+        if pooler is not None:
+            module.pooler = pooler
+
+
+def _cut(pooler: Any, output: Any, count: int) -> Any:
+    """Take the virtual tokens out of the hidden states, and pool from the first word."""
     output.last_hidden_state = output.last_hidden_state[:, count:]
     if output.get("hidden_states") is not None:
         output.hidden_states = tuple(states[:, count:] for states in output.hidden_states)
-    if output.get("pooler_output") is not None:
-        output.pooler_output = module.pooler(output.last_hidden_state)
+    if pooler is not None:
+        output.pooler_output = pooler(output.last_hidden_state)
     return output

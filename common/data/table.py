@@ -119,8 +119,7 @@ def _missing_columns(names: Sequence[str], missing: list[str], request: Request)
         f"{request.path} has no column {' and no column '.join(sources)}; it has {has}",
         "the task's own names, or a mapping",
         f'map each under [data.columns], as in {missing[0]} = "NAME IN THE FILE"; for a CSV or TSV file without a '
-        f"header set [data] header = false and give positions, as in {missing[0]} = 0; "
-        f'`tsugiki predict --adapter` takes --columns "{missing[0]}=NAME IN THE FILE"',
+        f"header set [data] header = false and give positions, as in {missing[0]} = 0",
         code="shard-columns",
     )
 

@@ -188,9 +188,10 @@ def _pooler(network: Any) -> tuple[str, ...]:
     Raises:
         ModelError: `head-missing`.
     """
-    if getattr(network.base_model, "pooler", None) is None:
+    pooler = getattr(network.base_model, "pooler", None)
+    if pooler is None or not list(pooler.parameters()):
         raise ModelError(
-            f"task.train_pooler, and {type(network).__name__} has no pooler in its base",
+            f"task.train_pooler, and {type(network).__name__} has no pooler in its base that could be trained",
             "a base with one, as BERT's; the heads of others are trained whole without it",
             "set task.train_pooler = false",
             code="head-missing",

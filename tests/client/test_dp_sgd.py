@@ -658,6 +658,7 @@ class Counting(nn.Linear):
         (Windows, "for each row"),
         (Hidden, "for each row"),
         (Counting, "buffers"),
+        (lambda: nn.Sequential(nn.LayerNorm(WIDTH, bias=False), nn.Linear(WIDTH, 1)), "layer norm without a bias"),
         (lambda: nn.Linear(WIDTH, 1, dtype=torch.bfloat16), "half precision"),
     ],
 )

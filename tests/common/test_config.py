@@ -108,15 +108,22 @@ def test_values_out_of_range(section, values):
         ({"train": {"learning_rte": 0.1}}, "train.learning_rte", "write 'learning_rate', if that is what you mean"),
         ({"adapter": {"Rank": 4}}, "adapter.Rank", "write 'rank', if that is what you mean"),
         ({"simulaton": {}}, "simulaton", "write 'simulation', if that is what you mean"),
-        ({"strategy": {"name": "svd"}, "simulation": {"ranks": 8}}, "simulation.ranks", "write [8]"),
         ({"train": {"qqq": 1}}, "train.qqq", "remove it"),
     ],
 )
-def test_a_typing_error_is_named_with_what_may_be_meant(raw, key, hint):
-    """Catches: one that is ignored, so that the run goes on with the default; a type that only Python has."""
+def test_an_unknown_key_is_named_with_what_may_be_meant(raw, key, hint):
+    """Catches: a typing error that is ignored, so that the run goes on with the default."""
     found = problems(raw)
     assert set(found) == {key}
     assert found[key].do == hint
+
+
+def test_a_list_is_asked_for_in_the_words_of_a_file():
+    """Catches: "expected tuple", which a TOML file does not have."""
+    found = problems({"strategy": {"name": "svd"}, "simulation": {"ranks": 8}, "task": {"labels": 3}})
+    assert {key: found[key].expected for key in found} == dict.fromkeys(
+        ("simulation.ranks", "task.labels"), "a list in brackets"
+    )
 
 
 def test_long_values_are_cut():

@@ -172,7 +172,9 @@ def test_what_is_missing_is_told(monkeypatch):
     assert loading(config_of("causal-lm")) == {}
 
 
-@pytest.mark.parametrize("name", ["bert.pooler.dense", "pooler.dense", "classifier", "classifier.dense", "lm_head"])
+@pytest.mark.parametrize(
+    "name", ["bert.pooler.dense", "pooler.dense", "classifier", "classifier.dense", "lm_head", "dense"]
+)
 def test_what_may_be_trained_whole_is_never_in_four_bits(name, monkeypatch):
     """Catches: a pooler inside the base held in 4 bits, which takes no gradient; blocks that stay whole."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -181,6 +183,7 @@ def test_what_may_be_trained_whole_is_never_in_four_bits(name, monkeypatch):
     skipped = loading(config_of("causal-lm", quantization="nf4"))["quantization_config"].llm_int8_skip_modules
     assert not should_convert_module(name, skipped)
     assert should_convert_module("bert.encoder.layer.0.attention.self.query", skipped)
+    assert should_convert_module("bert.encoder.layer.0.attention.output.dense", skipped)
 
 
 @pytest.fixture

@@ -335,11 +335,19 @@ def test_the_proximal_term_holds_the_update_back(task, method, folder):
     assert site.train(**sgd)[0].tobytes() == updates[0].tobytes()
 
 
-@pytest.mark.parametrize(("task", "method"), [pair for pair in PAIRS if TASKS.get(pair[0]).row_losses])
-def test_the_gradient_of_each_row_is_right_or_refused(task, method, folder):
+@pytest.mark.parametrize(
+    ("task", "method", "form"),
+    [
+        (*pair, form)
+        for pair in PAIRS
+        for form in ("", "pooler")
+        if TASKS.get(pair[0]).row_losses and form in ("", *TASKS.get(pair[0]).further())
+    ],
+)
+def test_the_gradient_of_each_row_is_right_or_refused(task, method, form, folder):
     """Catches: a method whose numbers Opacus overlooks or counts twice: a row's gradient that escapes the clipping."""
     pytest.importorskip("opacus", reason="Opacus, of the extra [privacy], is not installed")
-    site = Site(folder, task, method)
+    site = Site(folder, task, method, form=form)
     site.train(local_steps=3)
     if not site.graft.method.row_gradients:
         with pytest.raises(TrainingError, match="adapter") as caught:

@@ -1,10 +1,12 @@
 """`tsugiki serve` and `tsugiki client` as real processes on loopback."""
 
+import shutil
 import signal
 
 import pytest
 
 from client.app import simulated_app
+from client.split import split
 from common.audit import verify
 from common.tasks import TASKS
 from server.simulate import simulate
@@ -68,12 +70,18 @@ def fusion(folder):
 
 @pytest.mark.parametrize("made", [rlhf, fusion])
 def test_a_run_on_earlier_exports_is_that_of_the_in_process_engine(tmp_path, made):
-    """Catches: exports that a site resolves otherwise than the server; answers that are drawn by another seed."""
+    """Catches: exports that [models] of a site has elsewhere, not found; answers that are drawn by another seed."""
     base, sections = made(tmp_path)
     here = simulate(tiny_run(tmp_path, base, "here", **sections), simulated_app)
     config = tiny_run(tmp_path, base, "there", **sections)
+    sites = split(config, tmp_path / "sites")
+    for name in (*config.task.models, *config.adapter.models):
+        shutil.copytree(name, f"{name}-elsewhere")
+        for site in sites:
+            site.write_text(site.read_text().replace(f'= "{name}"', f'= "{name}-elsewhere"'))
+    assert "-elsewhere" in sites[0].read_text()
     with started() as start:
-        server, _ = serve_and_join(start, tmp_path, config, ["--insecure"], ["--insecure"])
+        server, _ = serve_and_join(start, tmp_path, config, ["--insecure"], ["--insecure"], sites)
         assert server.wait(150) == 0, server.text()[-3000:]
     there = summary(config)
     assert there["adapter_sha256"] == here.summary["adapter_sha256"]

@@ -237,7 +237,7 @@ def test_the_files_columns_are_mapped(adapters, tmp_path):
     assert [json.loads(line) for line in done.stdout.splitlines()] == expected
     with pytest.raises(DataError, match='--columns "text='):
         predict_each([adapters / "tone"], str(adapters / "base"), [], file, HOW)
-    for wrong in ("texts=sentence", "{", "{1}"):
+    for wrong in ("texts=sentence", "label=sentence", "text", "{", "{1}", "[1]"):
         with pytest.raises(UsageError, match="--columns"):
             predict_each([adapters / "tone"], str(adapters / "base"), [], file, HOW, wrong)
 

@@ -87,9 +87,9 @@ def test_a_mismatch_is_recorded_with_both_values(tmp_path):
 
 def test_only_what_looks_like_a_note_is_kept(tmp_path):
     """Catches: a site that writes what it likes on the operator's terminal."""
-    said = "shard-one-class,shard-texts-cut:12,\x1b[2Jgone,All is well,:3"
+    said = "no-bf16,shard-one-class,shard-texts-cut:12,\x1b[2Jgone,All is well,:3"
     member = greeted(tmp_path, ["clinic"], forging_hello(1, notes=said)).roster.members()["clinic"]
-    assert member.notes == ("shard-one-class", "shard-texts-cut:12")
+    assert member.notes == ("no-bf16", "shard-one-class", "shard-texts-cut:12")
 
 
 def test_another_patch_version_fits(tmp_path):

@@ -15,6 +15,8 @@ from transformers import (
     DistilBertModel,
     GPT2Config,
     GPT2Model,
+    MobileBertConfig,
+    MobileBertModel,
     PreTrainedTokenizerFast,
 )
 
@@ -222,12 +224,16 @@ def test_the_head_of_a_decoder(tmp_path):
     assert make().load(tiny_decoder(tmp_path), torch.float32).heads == ("score",)
 
 
-def test_the_bases_own_pooler_is_trained_on_demand(folder, tmp_path):
+def test_the_bases_own_pooler_is_trained_on_demand(folder, tmp_path, base):
     """Catches: a setting without effect; one that is ignored where there is no pooler."""
     assert make(train_pooler=True).load(folder, torch.float32).heads == ("bert.pooler", "classifier")
-    with pytest.raises(ModelError, match="GPT2ForSequenceClassification has no pooler in its base") as caught:
-        make(train_pooler=True).load(tiny_decoder(tmp_path), torch.float32)
-    assert caught.value.code == "head-missing"
+    base.tokenizer.save_pretrained(tmp_path / "first")
+    first = MobileBertConfig(vocab_size=99, classifier_activation=False, embedding_size=16, **NARROW)
+    MobileBertModel(first).save_pretrained(tmp_path / "first")  # its pooler is the first token as it is
+    for other in (tiny_decoder(tmp_path), tmp_path / "first"):
+        with pytest.raises(ModelError, match="has no pooler in its base that could be trained") as caught:
+            make(train_pooler=True).load(other, torch.float32)
+        assert caught.value.code == "head-missing"
 
 
 def test_a_decoder_looks_at_the_last_token_of_each_text(tmp_path):
