@@ -79,7 +79,7 @@ CASES = {
     "sst2": Case(MINILM, ("0", "1"), 2_400, 3, {"full": 1e-4, "houlsby": 5e-4}),
     "snli": Case(MINILM, ("0", "1", "2"), 4_000, 4, {"full": 1e-4, "houlsby": 5e-4}),
     "reviews": Case(JAPANESE, ("1", "0", "-1"), 1_600, 4, {"full": 1e-4, "houlsby": 5e-4}, max_length=24),
-    "ledgar": Case(MINILM, (), 600, 4, {"full": 2e-4, "houlsby": 4e-3}, max_length=128, target=""),
+    "ledgar": Case(MINILM, (), 600, 8, {"full": 2e-4, "houlsby": 1e-3}, max_length=128, target=""),
 }
 
 
