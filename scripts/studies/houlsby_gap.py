@@ -9,9 +9,9 @@ the same rows in the same order with the same new head: AdamW, warm-up over the 
 With Houlsby modules the layer norms are trained, as in the original (Houlsby et al. 2019, arXiv:1902.00751, section
 2.1), and BERT's pooler with the head (`task.train_pooler`; `--no-train-pooler --bottleneck 80` is as many numbers
 without it); full fine-tuning trains every parameter of the base. Each kind has its own learning rate for each task,
-chosen with seed 7 on rows kept out of the training part (`--part dev --seeds 7`), but for SST-2, whose first choice
-collapsed on the reported rows (docs/studies/houlsby_gap.md). The last weights count. Every training prints a line of
-JSON; `--read` takes such lines of other processes for the table.
+chosen with seed 7 on rows kept out of the training part (`--part dev --seeds 7`); what the reported rows had shown
+before is told in docs/studies/houlsby_gap.md. The last weights count. Every training prints a line of JSON; `--read`
+takes such lines of other processes for the table.
 
 SNLI's own training part is not used: its `validation` file is the training pool, without its last 600 rows, which
 are the dev part. Full fine-tuning meets a copy of the base whose vocabulary is cut to the tokens of the rows at hand:
