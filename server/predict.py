@@ -94,16 +94,17 @@ def predict_each(
         DataError: the file cannot be used.
         ModelError: as `open_adapters`.
     """
-    grafts = open_adapters(folders, source)
     if columns and file is None:
         raise UsageError("--columns without --file", "a file whose columns they are", "give --file FILE")
-    form = _mapped(columns, [column.name for graft in grafts for column in graft.task.asked])
+    grafts = open_adapters(folders, source)
+    known = [column.name for graft in grafts for column in graft.task.asked]
+    form = _mapped(columns, known)
     try:
         rows = [_rows(graft, form, texts, file) for graft in grafts]
     except DataError as error:
         if error.code != "shard-columns":
             raise
-        do = 'say how the file calls them: --columns "text=NAME IN THE FILE"'
+        do = f'say how the file calls them: --columns "{known[0]}=NAME IN THE FILE"'
         raise DataError(error.what, error.expected, do, code=error.code) from error
     answers = [graft.task.predict(graft.base, asked, how) for graft, asked in zip(grafts, rows, strict=True)]
     return [

@@ -240,6 +240,10 @@ def test_the_files_columns_are_mapped(adapters, tmp_path):
     for wrong in ("texts=sentence", "label=sentence", "text", "{", "{1}", "[1]"):
         with pytest.raises(UsageError, match="--columns"):
             predict_each([adapters / "tone"], str(adapters / "base"), [], file, HOW, wrong)
+    with pytest.raises(DataError, match='--columns "prompt='):
+        predict_each([adapters / "reward"], str(adapters / "base"), [], file, HOW)
+    with pytest.raises(UsageError, match="--columns without --file"):
+        predict_each([adapters / "tone"], str(adapters / "base"), ["good"], None, HOW, "text=sentence")
 
 
 def test_one_base_is_in_memory(adapters):
