@@ -19,8 +19,10 @@ Source: Dettmers et al. 2023, arXiv:2305.14314, section 3, "Double Quantization"
 """
 
 _QUANTISED_ON = ("cuda",)
-_HEADS = ("pre_classifier", "classifier", "score", "head", "classification_head", "logits_proj", "sequence_summary")
-_WHOLE = [*(rf"(.*\.)?{name}" for name in (*_HEADS, "pooler", "lm_head")), "^dense"]
+_WHOLE = [
+    r"(.*\.)?(pre_classifier|classifier|score|head|classification_head|logits_proj|sequence_summary|pooler|lm_head)",
+    "^dense",
+]
 """Patterns for what tasks train in full, or may, as 4 bits take no gradient, and for the output layer.
 
 They match from the start of a name to the end of one of its parts. A head called `dense`, as EuroBERT's, is one at the
