@@ -6,8 +6,8 @@ The first argument names a file of examples/: nextword, instructions, reward, dp
 `transformers` saves it (stories260K or SmolLM2-135M for the language models, what scripts/studies/pretrain_cnn.py
 writes for mnist). Rows for training and rows held out are those that the header of the example names. All metrics are
 of the last round: nothing is chosen on the rows held out. The centralised run takes the steps of all sites in one
-place, with the same batch size; `--central KEY=VALUE` gives it a setting of its own, as a learning rate. rlhf has none:
-it takes `--set task.reward_adapter=FOLDER`, an export of the example reward on the same base.
+place, with the same batch size; `--central KEY=VALUE` gives it a setting of its own, as a learning rate. rlhf takes
+`--set task.reward_adapter=FOLDER`, an export of the example reward on the same base.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ class Study:
         target: on the metric after the federated run; empty for none.
         share: the least share of the centralised improvement in the metric; 0 for none.
         beside: other metrics to print.
-        central: whether it is compared with training in one place.
         rows: the published file, and the names of the two files that the example reads; none: it reads the data itself.
     """
 
@@ -55,7 +54,6 @@ class Study:
     target: str = ""
     share: float = 0.0
     beside: tuple[str, ...] = ()
-    central: bool = True
     rows: tuple[str, str, str] | None = None
 
 
@@ -87,7 +85,6 @@ STUDIES = {
     "rlhf": Study(
         "reward",
         beside=("reward_low", "reward_high", "kl", "kl_above", "entropy", "length_tokens", "ended"),
-        central=False,
         rows=("preference/rasbt_preference_1100.json", "judged-train.jsonl", "judged-test.jsonl"),
     ),
     "mnist": Study("accuracy"),
@@ -125,11 +122,9 @@ def run_seed(name: str, config: RunConfig, central: Sequence[str]) -> dict[str, 
     started = time.perf_counter()
     outcome = simulate(config, simulated_app, progress=Lines())
     lines = read_lines(outcome.folder / "metrics.jsonl")
-    found: dict[str, Any] = {}
-    if STUDIES[name].central:
-        sites = [f"site-{number}" for number in range(config.simulation.clients)]
-        told = parse(override(config.model_dump(mode="json"), list(central)))
-        found = run_baselines(told, outcome.folder, simulated_app, sites, ["centralised"], Lines())
+    sites = [f"site-{number}" for number in range(config.simulation.clients)]
+    told = parse(override(config.model_dump(mode="json"), list(central)))
+    found = run_baselines(told, outcome.folder, simulated_app, sites, ["centralised"], Lines())
     result = {
         "study": name,
         "seed": config.run.seed,
@@ -148,12 +143,12 @@ def figures_of(study: Study, results: Sequence[dict[str, Any]]) -> list[Figure]:
     """Return what the seeds have shown, in the mean."""
     found = []
     for metric in (study.metric, *study.beside):
-        for kind in ("before", "federated", *(["centralised"] if study.central else [])):
+        for kind in ("before", "federated", "centralised"):
             values = [result[kind][metric] for result in results]
             target = study.target if (metric, kind) == (study.metric, "federated") else ""
             note = f"seeds {[result['seed'] for result in results]}: {[round(value, 4) for value in values]}"
             found.append(Figure(f"{metric}, {kind}", mean(values), "", target, note))
-    if not study.central:
+    if "reward_low" in study.beside:
         gains = [result["federated"][study.metric] - result["before"][study.metric] for result in results]
         found.append(
             Figure(f"rise of {study.metric}", mean(gains), "", ">= 0", f"{[round(gain, 3) for gain in gains]}")
