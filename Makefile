@@ -54,12 +54,16 @@ format: $(VENV)/.dev  ## Mend style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-types: $(VENV)/.dev  ## Check types
+types: $(VENV)/.dev .typing  ## Check types
 	$(BIN)/mypy
+
+.typing:  # the folders as the one package that a wheel makes of them, for mypy and pyright
+	mkdir -p .typing/tsugiki
+	ln -sfn $(addprefix ../../,$(wildcard tsugiki/*.py tsugiki/py.typed) common client server) .typing/tsugiki/
 
 bench: $(VENV)/.dev  ## Measure start-up and simulation
 	$(BIN)/python scripts/bench/startup.py
 	$(BIN)/python scripts/bench/simulation.py
 
 clean:  ## Remove the environment and what builds and checks left
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage*
+	rm -rf $(VENV) .typing build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage*

@@ -13,17 +13,17 @@ from typing import Any
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client import prepare, secagg
-from client.cohort import train_openly, train_privately
-from client.job import Job
-from client.simulated import SimulatedSite, simulated_sites
-from client.site import Site, site_of_node
-from common import __version__, minor
-from common.config import RunConfig
-from common.device import device_notes
-from common.errors import DataError, SecureAggregationError, SpecError, TsugikiError
-from common.factors import narrow
-from common.messages import (
+from tsugiki.client import prepare, secagg
+from tsugiki.client.cohort import train_openly, train_privately
+from tsugiki.client.job import Job
+from tsugiki.client.simulated import SimulatedSite, simulated_sites
+from tsugiki.client.site import Site, site_of_node
+from tsugiki.common import __version__, minor
+from tsugiki.common.config import RunConfig
+from tsugiki.common.device import device_notes
+from tsugiki.common.errors import DataError, SecureAggregationError, SpecError, TsugikiError
+from tsugiki.common.factors import narrow
+from tsugiki.common.messages import (
     EvaluateReply,
     EvaluateRequest,
     HelloReply,
@@ -39,9 +39,9 @@ from common.messages import (
     site_config,
     to_record,
 )
-from common.privacy.clipping import Levels
-from common.privacy.plan import Plan
-from common.wire import encode, encode_levels, sha256
+from tsugiki.common.privacy.clipping import Levels
+from tsugiki.common.privacy.plan import Plan
+from tsugiki.common.wire import encode, encode_levels, sha256
 
 log = logging.getLogger("tsugiki.client")
 

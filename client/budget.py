@@ -1,6 +1,6 @@
 """A site's own account: what its updates have cost it so far, in all runs, written down before one leaves.
 
-The server keeps accounts too (`server.privacy`), but a site believes its own. It charges a masked upload when it is
+The server keeps accounts too (`server/privacy.py`), but a site believes its own. It charges a masked upload when it is
 sent: whether the sum is opened afterwards is not in this site's hands alone.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from client.policy import SitePolicy
-from common.errors import BudgetError, PolicyError
-from common.privacy.accounting import Release
-from common.privacy.ledger import Ledger
-from common.privacy.mechanisms import Adversary
-from common.privacy.plan import Plan
+from tsugiki.client.policy import SitePolicy
+from tsugiki.common.errors import BudgetError, PolicyError
+from tsugiki.common.privacy.accounting import Release
+from tsugiki.common.privacy.ledger import Ledger
+from tsugiki.common.privacy.mechanisms import Adversary
+from tsugiki.common.privacy.plan import Plan
 
 
 def site_ledger(path: Path, policy: SitePolicy, plan: Plan | None, seeded: bool = False) -> Ledger:

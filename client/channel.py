@@ -1,7 +1,7 @@
 """Calls to the SuperLink's gRPC Fleet API, repeated while the network fails, for as long as a site wants.
 
 Flower's own link leaves calls without deadlines and ends the process when something is wrong. Here every try has a
-deadline, and what no repetition can mend becomes one error that names the cause (`client.diagnosis`).
+deadline, and what no repetition can mend becomes one error that names the cause (`client/diagnosis.py`).
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Channel:
             RunOver: it says that the run has ended.
             Stopping: there is no answer, and no time to wait for one.
         """
-        from client.diagnosis import refused
+        from tsugiki.client.diagnosis import refused
 
         started, pause_s, reported = time.monotonic(), FIRST_RETRY_S, False
         while True:
@@ -151,7 +151,7 @@ class Channel:
             LinkError: it is no use.
             Stopping: it is not wanted any more.
         """
-        from client.diagnosis import why_not
+        from tsugiki.client.diagnosis import why_not
 
         if not reported:
             problem = why_not(self.link)

@@ -9,21 +9,21 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from client import dp_sgd
-from client.job import Group, Job
-from client.trainer import Plan, Trained, steps_per_round, train
-from client.update import ProtectedSum, make_update
-from client.validation import BestOfRound
-from client.vectorised import can_train_together, train_together
-from common.config import RunConfig
-from common.errors import TrainingError, TsugikiError, WireError
-from common.factors import only, truncate
-from common.privacy.accounting import Release, epsilon
-from common.privacy.mechanisms import Adversary
-from common.privacy.plan import Plan as PrivacyPlan
-from common.privacy.settings import ExamplePrivacySection
-from common.tasks.base import Encoded
-from common.wire import Vector
+from tsugiki.client import dp_sgd
+from tsugiki.client.job import Group, Job
+from tsugiki.client.trainer import Plan, Trained, steps_per_round, train
+from tsugiki.client.update import ProtectedSum, make_update
+from tsugiki.client.validation import BestOfRound
+from tsugiki.client.vectorised import can_train_together, train_together
+from tsugiki.common.config import RunConfig
+from tsugiki.common.errors import TrainingError, TsugikiError, WireError
+from tsugiki.common.factors import only, truncate
+from tsugiki.common.privacy.accounting import Release, epsilon
+from tsugiki.common.privacy.mechanisms import Adversary
+from tsugiki.common.privacy.plan import Plan as PrivacyPlan
+from tsugiki.common.privacy.settings import ExamplePrivacySection
+from tsugiki.common.tasks.base import Encoded
+from tsugiki.common.wire import Vector
 
 log = logging.getLogger("tsugiki.client")
 

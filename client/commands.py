@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.address import LOOPBACK, split_address
-from common.errors import UsageError
-from common.settings import NAME_PATTERN
+from tsugiki.common.address import LOOPBACK, split_address
+from tsugiki.common.errors import UsageError
+from tsugiki.common.settings import NAME_PATTERN
 
 if TYPE_CHECKING:
-    from client.lr_find import Sweep
-    from client.site import FileSite
-    from common.config import RunConfig
+    from tsugiki.client.lr_find import Sweep
+    from tsugiki.client.site import FileSite
+    from tsugiki.common.config import RunConfig
 
 _TEMPLATE = """\
 # A site of a Tsugiki federation. This file and the data that it names never leave the site.
@@ -86,8 +86,8 @@ def site_split(file: Path, folder: Path, overrides: Sequence[str]) -> None:
     Raises:
         TsugikiError: the run cannot be split, or a folder cannot be written.
     """
-    from client.split import split
-    from common import config_file
+    from tsugiki.client.split import split
+    from tsugiki.common import config_file
 
     for path in split(config_file.read(file, overrides), folder):
         _say(str(path))
@@ -99,14 +99,14 @@ def client(server: str, site_file: Path, ca: Path | None, key: Path | None, inse
     Raises:
         TsugikiError: the site's file is wrong, or the server cannot be reached or refuses this node.
     """
-    from client import status
-    from client.app import app
-    from client.channel import Link, Stopping
-    from client.connection import Connection
-    from client.node import Ending, Node
-    from client.prepare import watch_training
-    from client.site import read_site
-    from common.keys import read_private_key
+    from tsugiki.client import status
+    from tsugiki.client.app import app
+    from tsugiki.client.channel import Link, Stopping
+    from tsugiki.client.connection import Connection
+    from tsugiki.client.node import Ending, Node
+    from tsugiki.client.prepare import watch_training
+    from tsugiki.client.site import read_site
+    from tsugiki.common.keys import read_private_key
 
     site = read_site(site_file)
     address = server or site.server.address
@@ -145,8 +145,8 @@ def dry_run(site_file: Path, run: Path, overrides: Sequence[str]) -> None:
     """
     from flwr.app import Array
 
-    from client.dry_run import replies
-    from client.site import read_site
+    from tsugiki.client.dry_run import replies
+    from tsugiki.client.site import read_site
 
     site = read_site(site_file)
     config = _as_sent(site, run, overrides)
@@ -162,7 +162,7 @@ def dry_run(site_file: Path, run: Path, overrides: Sequence[str]) -> None:
 
 def _as_sent(site: FileSite, run: Path, overrides: Sequence[str]) -> RunConfig:
     """Return a run as a server on this machine sends it, if the site does not know the names as they stand there."""
-    from common import config_file
+    from tsugiki.common import config_file
 
     config = config_file.read(run, overrides)
     known = {config.model.name, *config.task.models, *config.adapter.models} <= set(site.models)
@@ -187,8 +187,8 @@ def lr_find(
     from rich.console import Console
     from rich.progress import Progress
 
-    from client.lr_find import check_plot, draw, find_rate
-    from common import config_file
+    from tsugiki.client.lr_find import check_plot, draw, find_rate
+    from tsugiki.common import config_file
 
     if plot is not None:
         check_plot(plot)
@@ -241,8 +241,8 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
     Raises:
         TsugikiError: of the step that fails.
     """
-    from client.site import read_site
-    from common.tasks import TASKS
+    from tsugiki.client.site import read_site
+    from tsugiki.common.tasks import TASKS
 
     site = read_site(file)
     _say(f"{file}: site {site.name}, {len(site.models)} models")
@@ -256,10 +256,10 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
     _say(f"{site.data.train}: {len(shard)} rows for {config.task.name}{_noted(shard.notes)}")
     kept = site.evaluation_shard(task)
     _say(f"{site.data.evaluation}: {len(kept)} rows" if kept else "no evaluation rows")
-    from client.desk import load_at
-    from client.prepare import own_rank
-    from common.device import device_notes
-    from common.factors import sent
+    from tsugiki.client.desk import load_at
+    from tsugiki.client.prepare import own_rank
+    from tsugiki.common.device import device_notes
+    from tsugiki.common.factors import sent
 
     graft, source = load_at(site, config), site.model_source(config.model.name)
     _say(f"{config.model.name}: {source}, fingerprint {graft.spec.base_fingerprint[:12]}, on {graft.device}")

@@ -1,8 +1,8 @@
 """A node's link to the SuperLink: Flower's own gRPC Fleet API, with bounds on every wait.
 
 It speaks the protocol of Flower's `grpc_request_response`, through the same stubs and interceptors: become a node, look
-for messages, pull their objects, push replies, say every few seconds that the node is alive. `client.channel` makes the
-calls.
+for messages, pull their objects, push replies, say every few seconds that the node is alive. The calls are in
+`client/channel.py`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 
-from client.channel import CALL_TIMEOUT_S, TEMPORARY, Channel, Forgotten, Link, RunOver, Stopping
-from common.errors import LinkError, WireError
-from common.inflate import inflate
+from tsugiki.client.channel import CALL_TIMEOUT_S, TEMPORARY, Channel, Forgotten, Link, RunOver, Stopping
+from tsugiki.common.errors import LinkError, WireError
+from tsugiki.common.inflate import inflate
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -51,7 +51,7 @@ log = logging.getLogger("tsugiki.client")
 SLOWEST_BYTES_PER_S = 8_000.0
 """A transfer that is slower than this has stopped."""
 MOST_BYTES = 2**30
-"""More than any adapter; `common.wire` compares with the one that was agreed."""
+"""More than any adapter; `common/wire.py` compares with the one that was agreed."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
 """Between looks at an object that the server is still uploading."""
 HEARTBEAT_TIMEOUT_S = 5.0

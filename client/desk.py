@@ -1,18 +1,18 @@
-"""What a client process keeps between messages: tokenised shards; the base model itself is kept in `common.model`."""
+"""What a client process keeps between messages: tokenised shards. `common/model.py` keeps the base model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from client import validation
-from client.site import Site
-from client.trainer import Watch
-from common.config import RunConfig
-from common.data.shard import Shard
-from common.model import Graft, load_graft
-from common.tasks import Task
-from common.tasks.base import Encoded, Tail
+from tsugiki.client import validation
+from tsugiki.client.site import Site
+from tsugiki.client.trainer import Watch
+from tsugiki.common.config import RunConfig
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.model import Graft, load_graft
+from tsugiki.common.tasks import Task
+from tsugiki.common.tasks.base import Encoded, Tail
 
 
 def load_at(site: Site, config: RunConfig) -> Graft:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from flwr.supercore.error import ApiErrorCode, FlowerError
 
-from common.address import split_address
-from common.errors import LinkError
+from tsugiki.common.address import split_address
+from tsugiki.common.errors import LinkError
 
 if TYPE_CHECKING:
-    from client.channel import Link
+    from tsugiki.client.channel import Link
 
 PROBE_TIMEOUT_S = 4.0
 

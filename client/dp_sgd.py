@@ -6,9 +6,10 @@ number drawn. A step that drew no row is noise alone; it is taken, and counted. 
 one has, and the other has without any gradient. Source: Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
 
 All randomness comes from the operating system, not from the run's seed, which the server knows. The noise is drawn by
-ChaCha20 (`common.privacy.noise`) and added in float64; attacks on the lowest bits of floats (Mironov 2012) remain. Rows
-and dropout are drawn by torch's generators, which are not cryptographic. Their whole state is filled, because the one
-for CPUs keeps 32 bits of a seed, and so many can be tried. Dropout has to be secret because a row's place and length
+ChaCha20 (`common/privacy/noise.py`) and added in float64; attacks on the lowest bits of floats (Mironov 2012) remain.
+Rows and dropout are drawn by torch's generators, which are not cryptographic. Their whole state is filled, because the
+one for CPUs keeps 32 bits of a seed, and so many can be tried. Dropout has to be secret because a row's place and
+length
 decide which masks the others get: with known masks, neighbours differ by more than one clipped gradient.
 """
 
@@ -26,16 +27,16 @@ from typing import Any
 
 import numpy as np
 
-from client import trainer
-from client.trainer import Plan, Trained, Watch
-from common.config import TrainSection
-from common.errors import TrainingError, UsageError
-from common.model import Graft
-from common.privacy.accounting import Release, calibrate
-from common.privacy.noise import gaussian, noise_generator
-from common.privacy.settings import ExamplePrivacySection
-from common.rng import derive_seed, seed_everything
-from common.tasks.base import Encoded
+from tsugiki.client import trainer
+from tsugiki.client.trainer import Plan, Trained, Watch
+from tsugiki.common.config import TrainSection
+from tsugiki.common.errors import TrainingError, UsageError
+from tsugiki.common.model import Graft
+from tsugiki.common.privacy.accounting import Release, calibrate
+from tsugiki.common.privacy.noise import gaussian, noise_generator
+from tsugiki.common.privacy.settings import ExamplePrivacySection
+from tsugiki.common.rng import derive_seed, seed_everything
+from tsugiki.common.tasks.base import Encoded
 
 _MOST_NOISE = 1000.0  # what [privacy.examples] takes
 _WORDS = 624  # of the Mersenne twister behind torch's CPU generator, 8 bytes each, from byte 24 of its state on

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from client.app import make_app
-from client.desk import load_at
-from client.policy import SitePolicy
-from client.site import FileSite
-from common import __version__
-from common.config import RunConfig
-from common.errors import UsageError
-from common.messages import EvaluateRequest, HelloRequest, TrainRequest, error_code, to_record
-from common.privacy.plan import resolve
-from common.wire import encode
+from tsugiki.client.app import make_app
+from tsugiki.client.desk import load_at
+from tsugiki.client.policy import SitePolicy
+from tsugiki.client.site import FileSite
+from tsugiki.common import __version__
+from tsugiki.common.config import RunConfig
+from tsugiki.common.errors import UsageError
+from tsugiki.common.messages import EvaluateRequest, HelloRequest, TrainRequest, error_code, to_record
+from tsugiki.common.privacy.plan import resolve
+from tsugiki.common.wire import encode
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from client.trainer import Plan, Watch
-from common.config import RunConfig
-from common.factors import sent
-from common.messages import TrainRequest
-from common.model import Graft
-from common.tasks.base import Encoded, Tail
-from common.wire import AdapterSpec, Vector
+from tsugiki.client.trainer import Plan, Watch
+from tsugiki.common.config import RunConfig
+from tsugiki.common.factors import sent
+from tsugiki.common.messages import TrainRequest
+from tsugiki.common.model import Graft
+from tsugiki.common.tasks.base import Encoded, Tail
+from tsugiki.common.wire import AdapterSpec, Vector
 
 
 @dataclass(frozen=True)

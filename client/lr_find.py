@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from client.simulated import SimulatedSite, simulated_sites
-from client.trainer import Plan, batches, make_optimizer, uncorrected
-from common.config import RunConfig, parse
-from common.errors import TrainingError, UsageError
-from common.model import Graft, load_graft
-from common.rng import derive_seed, seed_everything
-from common.tasks import TASKS
-from common.tasks.base import Encoded
+from tsugiki.client.simulated import SimulatedSite, simulated_sites
+from tsugiki.client.trainer import Plan, batches, make_optimizer, uncorrected
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.errors import TrainingError, UsageError
+from tsugiki.common.model import Graft, load_graft
+from tsugiki.common.rng import derive_seed, seed_everything
+from tsugiki.common.tasks import TASKS
+from tsugiki.common.tasks.base import Encoded
 
 SMOOTHING = 0.9
 """Share of the loss so far in the next smoothed one."""

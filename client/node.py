@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from common.errors import Interrupted
+from tsugiki.common.errors import Interrupted
 
 if TYPE_CHECKING:
     from flwr.app import Context, Message, RecordDict
     from flwr.clientapp import ClientApp
 
-    from client.connection import Connection
-    from client.status import Lines
+    from tsugiki.client.connection import Connection
+    from tsugiki.client.status import Lines
 
 log = logging.getLogger("tsugiki.client")
 
@@ -123,7 +123,7 @@ class Node:
                 pause_s = SHORTEST_PAUSE_S
 
     def _answer(self, envelope: Message, tree: Any) -> None:
-        from client.channel import RunOver
+        from tsugiki.client.channel import RunOver
 
         kind, group = envelope.metadata.message_type, envelope.metadata.group_id
         down, up, started = self._connection.bytes_down, self._connection.bytes_up, time.perf_counter()
@@ -153,7 +153,7 @@ class Node:
         """
         from flwr.app import Message, RecordDict
 
-        from common.messages import error_reply
+        from tsugiki.common.messages import error_reply
 
         try:
             run_id, kind = message.metadata.run_id, message.metadata.message_type

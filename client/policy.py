@@ -1,7 +1,7 @@
 """What a site allows, whatever a run asks for: `[policy]` of site.toml, enforced before anything is trained.
 
 A refusal is a code to the server and a line in the site's own audit log. Every limit is off by default but one: a model
-is only loaded under a name that [models] has, which `client.site` sees to.
+is only loaded under a name that [models] has, which `client/site.py` sees to.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from common.config import RunConfig
-from common.errors import PolicyError
-from common.settings import Names, Section
+from tsugiki.common.config import RunConfig
+from tsugiki.common.errors import PolicyError
+from tsugiki.common.settings import Names, Section
 
 if TYPE_CHECKING:
-    from common.privacy.plan import Plan
-    from common.privacy.settings import PrivacySection
+    from tsugiki.common.privacy.plan import Plan
+    from tsugiki.common.privacy.settings import PrivacySection
 
 ALL = "*"
 
@@ -96,7 +96,7 @@ class SitePolicy(Section):
             )
 
     def check_privacy(self, plan: Plan | None, settings: PrivacySection) -> None:
-        """Do nothing if a run protects this site as its policy demands. The budgets are `client.budget`'s.
+        """Do nothing if a run protects this site as its policy demands. The budgets are `client/budget.py`'s.
 
         Args:
             plan: of the run, made here; None for a run without privacy.

@@ -7,23 +7,23 @@ from functools import partial
 
 from flwr.app import ArrayRecord, RecordDict
 
-from client import dp_sgd
-from client.budget import site_ledger, spend
-from client.cohort import asked_clients, row_releases
-from client.desk import Desk
-from client.job import Job
-from client.site import Site
-from client.trainer import Watch, steps_per_round
-from common.config import RunConfig
-from common.errors import DataError, PolicyError, SpecError, WireError
-from common.messages import EvaluateRequest, TrainRequest, site_config
-from common.model import Graft
-from common.privacy.accounting import Release
-from common.privacy.mechanisms import Adversary
-from common.privacy.plan import Plan, make_plan
-from common.strategies import EXACT_PRODUCTS
-from common.tasks.base import Encoded
-from common.wire import Vector, decode
+from tsugiki.client import dp_sgd
+from tsugiki.client.budget import site_ledger, spend
+from tsugiki.client.cohort import asked_clients, row_releases
+from tsugiki.client.desk import Desk
+from tsugiki.client.job import Job
+from tsugiki.client.site import Site
+from tsugiki.client.trainer import Watch, steps_per_round
+from tsugiki.common.config import RunConfig
+from tsugiki.common.errors import DataError, PolicyError, SpecError, WireError
+from tsugiki.common.messages import EvaluateRequest, TrainRequest, site_config
+from tsugiki.common.model import Graft
+from tsugiki.common.privacy.accounting import Release
+from tsugiki.common.privacy.mechanisms import Adversary
+from tsugiki.common.privacy.plan import Plan, make_plan
+from tsugiki.common.strategies import EXACT_PRODUCTS
+from tsugiki.common.tasks.base import Encoded
+from tsugiki.common.wire import Vector, decode
 
 desk = Desk()
 """One for each process. Ray pickles the app for every message, so it must not hang on the app."""

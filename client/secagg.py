@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from common.errors import SecureAggregationError
-from common.privacy import secagg
-from common.privacy.clipping import Levels
-from common.privacy.plan import Plan
-from common.privacy.secagg_clients import check_sum, fewest_sites
-from common.privacy.secagg_messages import (
+from tsugiki.common.errors import SecureAggregationError
+from tsugiki.common.privacy import secagg
+from tsugiki.common.privacy.clipping import Levels
+from tsugiki.common.privacy.plan import Plan
+from tsugiki.common.privacy.secagg_clients import check_sum, fewest_sites
+from tsugiki.common.privacy.secagg_messages import (
     KEYS_BYTES,
     SEALED_BYTES,
     SESSION_BYTES,

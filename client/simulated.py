@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from client.policy import SitePolicy
-from common.config import RunConfig, parse
-from common.data import partition
-from common.data.shard import Shard
-from common.data.shard import read as read_shard
-from common.errors import ConfigError, DataError, Problem
-from common.rng import generator
-from common.tasks import TASKS, Task
+from tsugiki.client.policy import SitePolicy
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.data import partition
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.data.shard import read as read_shard
+from tsugiki.common.errors import ConfigError, DataError, Problem
+from tsugiki.common.rng import generator
+from tsugiki.common.tasks import TASKS, Task
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field, ValidationError
 
-from client.policy import SitePolicy
-from common.audit import AuditLog, locked
-from common.config import explain
-from common.config_file import read_toml
-from common.data import images
-from common.data.shard import Shard
-from common.data.shard import read as read_shard
-from common.errors import ConfigError, ModelError, Problem
-from common.settings import DataFormat, Name, Section
-from common.tasks import Task
+from tsugiki.client.policy import SitePolicy
+from tsugiki.common.audit import AuditLog, locked
+from tsugiki.common.config import explain
+from tsugiki.common.config_file import read_toml
+from tsugiki.common.data import images
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.data.shard import read as read_shard
+from tsugiki.common.errors import ConfigError, ModelError, Problem
+from tsugiki.common.settings import DataFormat, Name, Section
+from tsugiki.common.tasks import Task
 
 if TYPE_CHECKING:
     from flwr.app import Context

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from client.simulated import simulated_sites
-from common.config import RunConfig
-from common.config_file import with_absolute_paths
-from common.data import images
-from common.data.shard import Shard
-from common.data.table import class_numbers
-from common.errors import UsageError
-from common.files import unwritable
-from common.tasks import TASKS
-from common.tasks.base import Task
+from tsugiki.client.simulated import simulated_sites
+from tsugiki.common.config import RunConfig
+from tsugiki.common.config_file import with_absolute_paths
+from tsugiki.common.data import images
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.data.table import class_numbers
+from tsugiki.common.errors import UsageError
+from tsugiki.common.files import unwritable
+from tsugiki.common.tasks import TASKS
+from tsugiki.common.tasks.base import Task
 
 
 def split(config: RunConfig, folder: Path) -> list[Path]:

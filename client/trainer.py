@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.config import TrainSection
-from common.errors import TrainingError
-from common.model import Graft
-from common.rng import derive_seed, generator, seed_everything
-from common.tasks.base import Encoded
+from tsugiki.common.config import TrainSection
+from tsugiki.common.errors import TrainingError
+from tsugiki.common.model import Graft
+from tsugiki.common.rng import derive_seed, generator, seed_everything
+from tsugiki.common.tasks.base import Encoded
 
 
 @dataclass(frozen=True)

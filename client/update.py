@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.privacy.clipping import Levels, clip
-from common.privacy.noise import noise_generator
-from common.privacy.plan import Plan
-from common.wire import Vector
+from tsugiki.common.privacy.clipping import Levels, clip
+from tsugiki.common.privacy.noise import noise_generator
+from tsugiki.common.privacy.plan import Plan
+from tsugiki.common.wire import Vector
 
 
 def make_update(local: Vector, received: Vector) -> Vector:
@@ -28,7 +28,7 @@ class ProtectedSum:
 
     Args:
         plan: the privacy plan.
-        insecure_noise_seed: tests only; see `common.privacy.noise`.
+        insecure_noise_seed: tests only; see `common/privacy/noise.py`.
         levels: the sum so far, shape (size,).
         clients: in it.
         clipped: of them, how many were longer than the clip norm. Stays at the site.

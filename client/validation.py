@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 import math
 
-from client.site import Site
-from common.config import RunConfig
-from common.data.shard import Shard
-from common.errors import DataError, TrainingError
-from common.model import Graft
-from common.rng import generator
-from common.tasks import Task
-from common.tasks.base import Encoded, at_rest
+from tsugiki.client.site import Site
+from tsugiki.common.config import RunConfig
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.errors import DataError, TrainingError
+from tsugiki.common.model import Graft
+from tsugiki.common.rng import generator
+from tsugiki.common.tasks import Task
+from tsugiki.common.tasks.base import Encoded, at_rest
 
 log = logging.getLogger("tsugiki.client")
 

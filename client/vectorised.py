@@ -1,8 +1,8 @@
-"""Train many clients at once: the same steps as `client.trainer`, on parameters stacked over clients.
+"""Train many clients at once: the same steps as `client/trainer.py`, on parameters stacked over clients.
 
-It is possible where all that is trained stands at the end of the network (`common.tasks.base.Tail`): the frozen trunk's
-features are computed once and kept, and a batch of clients is one batched matrix product. The results are those of
-training one client after the other, to rounding; tests compare them.
+It is possible where all that is trained stands at the end of the network (`tsugiki.common.tasks.base.Tail`): the frozen
+trunk's features are computed once and kept, and a batch of clients is one batched matrix product. The results are those
+of training one client after the other, to rounding; tests compare them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from client.job import Group, Job
-from client.trainer import batches, set_learning_rate, steps_per_round
-from common.tasks.base import Tail
-from common.wire import unpack
+from tsugiki.client.job import Group, Job
+from tsugiki.client.trainer import batches, set_learning_rate, steps_per_round
+from tsugiki.common.tasks.base import Tail
+from tsugiki.common.wire import unpack
 
 if TYPE_CHECKING:
     import torch
@@ -165,7 +165,7 @@ class _Stack:
 
 
 def _optimizer(stacked: dict[str, Any], job: Job) -> Any:
-    """Return an optimiser over stacked parameters, as `client.trainer.make_optimizer` makes it for single ones."""
+    """Return an optimiser over stacked parameters, as the trainer's `make_optimizer` makes it for single ones."""
     import torch
 
     settings = job.config.train

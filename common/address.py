@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.errors import UsageError
+from tsugiki.common.errors import UsageError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

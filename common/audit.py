@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common.errors import StorageError
-from common.files import append_line, read_lines, unwritable, write_atomically
+from tsugiki.common.errors import StorageError
+from tsugiki.common.files import append_line, read_lines, unwritable, write_atomically
 
 _START = "0" * 64
 

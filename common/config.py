@@ -13,15 +13,15 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError
 
-from common.adapters import ADAPTERS, REFUSED
-from common.config_checks import cross_checks
-from common.errors import ConfigError, Problem
-from common.privacy.checks import privacy_problems
-from common.privacy.settings import PrivacySection
-from common.registry import Registry
-from common.settings import AdapterSettings, DataFormat, Name, Ranks, Section, StrategySettings, TaskSettings
-from common.strategies import STRATEGY_SETTINGS, WHOLE_RANK, strategy_problems
-from common.tasks import TASKS
+from tsugiki.common.adapters import ADAPTERS, REFUSED
+from tsugiki.common.config_checks import cross_checks
+from tsugiki.common.errors import ConfigError, Problem
+from tsugiki.common.privacy.checks import privacy_problems
+from tsugiki.common.privacy.settings import PrivacySection
+from tsugiki.common.registry import Registry
+from tsugiki.common.settings import AdapterSettings, DataFormat, Name, Ranks, Section, StrategySettings, TaskSettings
+from tsugiki.common.strategies import STRATEGY_SETTINGS, WHOLE_RANK, strategy_problems
+from tsugiki.common.tasks import TASKS
 
 
 class RunSection(Section):

@@ -1,14 +1,14 @@
-"""What is wrong between settings that are right by themselves; of `[privacy]`: `common.privacy.checks`."""
+"""What is wrong between settings that are right by themselves; of `[privacy]`: `common/privacy/checks.py`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from common.errors import Problem
-from common.tasks import TASKS
+from tsugiki.common.errors import Problem
+from tsugiki.common.tasks import TASKS
 
 if TYPE_CHECKING:
-    from common.config import RunConfig
+    from tsugiki.common.config import RunConfig
 
 
 def cross_checks(config: RunConfig) -> list[Problem]:

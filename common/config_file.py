@@ -13,9 +13,9 @@ from typing import Any
 import tomli_w
 from pydantic_core import PydanticUndefined
 
-from common.config import RunConfig, families, parse, section_classes
-from common.errors import ConfigError, Problem
-from common.settings import Section
+from tsugiki.common.config import RunConfig, families, parse, section_classes
+from tsugiki.common.errors import ConfigError, Problem
+from tsugiki.common.settings import Section
 
 PATH_KEYS = ("run.output_dir", "privacy.ledger", "evaluation.data", "simulation.data")
 

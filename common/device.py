@@ -6,11 +6,11 @@ import importlib.util
 import re
 from typing import TYPE_CHECKING, Any
 
-from common.errors import ModelError
+from tsugiki.common.errors import ModelError
 
 if TYPE_CHECKING:
-    from common.config import RunConfig
-    from common.tasks.base import Base
+    from tsugiki.common.config import RunConfig
+    from tsugiki.common.tasks.base import Base
 
 BITS_PER_WEIGHT = 4 + 8 / 64 + 32 / (64 * 256)
 """Of a linear layer as `nf4`: each block of 64 has a constant of 8 bits, and 256 of these one of 32.

@@ -15,17 +15,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from common.adapters import ADAPTERS, AdapterMethod
-from common.adapters.base import require_heads
-from common.adapters.tensors import fill, read_manifest, read_tensors
-from common.errors import ModelError, RegistryError
-from common.fingerprint import check_base
-from common.model import Graft, assemble, find, find_in_hub, quiet_libraries
-from common.settings import Section
-from common.spec import make_spec
-from common.tasks import TASKS, Task
-from common.tasks.base import Base
-from common.wire import AdapterSpec
+from tsugiki.common.adapters import ADAPTERS, AdapterMethod
+from tsugiki.common.adapters.base import require_heads
+from tsugiki.common.adapters.tensors import fill, read_manifest, read_tensors
+from tsugiki.common.errors import ModelError, RegistryError
+from tsugiki.common.fingerprint import check_base
+from tsugiki.common.model import Graft, assemble, find, find_in_hub, quiet_libraries
+from tsugiki.common.settings import Section
+from tsugiki.common.spec import make_spec
+from tsugiki.common.tasks import TASKS, Task
+from tsugiki.common.tasks.base import Base
+from tsugiki.common.wire import AdapterSpec
 
 EXPORTED_FILE = "tsugiki.json"
 
@@ -58,7 +58,7 @@ class Exported(Section):
     adapter: dict[str, Any] = Field(description="the adapter's settings, its method among them")
     heads: tuple[str, ...] = Field(description="modules of the transformer that were trained in full")
     base_name: Annotated[str, AfterValidator(_hub_id)] = Field(description="the name under which others find the base")
-    base_fingerprint: _Sha256 = Field(description="of the base, by `common.fingerprint`")
+    base_fingerprint: _Sha256 = Field(description="of the base, by `common/fingerprint.py`")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="the type of the frozen weights")
     spec_sha256: _Sha256 = Field(description="of the `AdapterSpec` of what is exported")
     constants: dict[str, str] = Field(default={}, description="what the spec has from the task's `Base.constants`")
@@ -86,7 +86,7 @@ class Exported(Section):
         """Compare the spec of what was loaded with that of what was exported.
 
         Args:
-            spec: by `common.spec.describe`, or `spec_of`.
+            spec: by `tsugiki.common.spec.describe`, or `spec_of`.
             folder: the export's.
 
         Raises:
@@ -189,7 +189,7 @@ def load_exported(folder: Path, transformer: Any, exported: Exported | None = No
         folder: the export's.
         transformer: a `PreTrainedModel` of the class that was trained.
         exported: what the export says of itself, if it was read already.
-        fingerprint: of the base that the transformer was loaded from, by `common.fingerprint`.
+        fingerprint: of the base that the transformer was loaded from, by `common/fingerprint.py`.
 
     Returns:
         What stands in the transformer's place from now on, in eval mode, with the adapter on.
@@ -221,7 +221,7 @@ def open_exported(folder: Path, source: str = "", *, beside: Graft | None = None
         source: hub id, folder or `package:...` behind its base; by default the name that the export has for it, looked
             for in the hub and its cache alone: an export from elsewhere opens no folder of this machine.
         beside: another graft on the same base, whose frozen tensors are used: memory holds one base.
-        device: as in `common.model.choose_device`.
+        device: as in `tsugiki.common.model.choose_device`.
 
     Raises:
         ModelError: the base cannot be found, or as `load_exported`; `adapter-invalid` also where its frozen numbers or

@@ -1,7 +1,7 @@
 """LoRA's factors in an adapter: which tensors are a pair, and what of an adapter sites train and send in a round.
 
 A layer's weight gets s * B A, with A of shape (rank, in) and B of shape (out, rank). A mean of the factors is not the
-factors of the mean, which is why some strategies look into an adapter (`server.factors`).
+factors of the mean, which is why some strategies look into an adapter (`server/factors.py`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.wire import AdapterSpec, Vector, unpack
+from tsugiki.common.wire import AdapterSpec, Vector, unpack
 
 if TYPE_CHECKING:
-    from common.model import Graft
+    from tsugiki.common.model import Graft
 
 TRAINED, MERGED = "default", "merged"
 """The pair that sites train, by the name that peft gives to an only adapter; and the frozen one of `flora`."""

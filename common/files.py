@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common.errors import StorageError
+from tsugiki.common.errors import StorageError
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.errors import ModelError
+from tsugiki.common.errors import ModelError
 
 if TYPE_CHECKING:
-    from common.tasks.base import Base  # tasks read fingerprints
+    from tsugiki.common.tasks.base import Base  # tasks read fingerprints
 
 
 def fingerprint(folder: Path, base: Base) -> str:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from common.errors import WireError
+from tsugiki.common.errors import WireError
 
 if TYPE_CHECKING:
     from flwr.app import Message

@@ -1,8 +1,8 @@
 """The messages between server and sites: what each holds, and how it stands in Flower's records.
 
 A request carries a `request` record of plain values, a reply a `reply` record; the adapter or an update travels beside
-it as the one array of `common.wire`. A site that cannot answer sends a Flower error whose reason is a code and nothing
-else.
+it as the one array of `common/wire.py`. A site that cannot answer sends a Flower error whose reason is a code and
+nothing else.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-from common.config import RunConfig, parse
-from common.errors import WireError
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.errors import WireError
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, Message, RecordDict
@@ -82,7 +82,9 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class StageRequest:
-    """Do one of the steps of secure aggregation; its flat fields travel beside it (`common.privacy.secagg_messages`).
+    """Do one of the steps of secure aggregation.
+
+    Its flat fields travel beside it (`common/privacy/secagg_messages.py`).
 
     Args:
         config: the run as sites see it, JSON.
@@ -217,7 +219,7 @@ def site_config(text: str) -> RunConfig:
 
 def is_private(content: RecordDict) -> bool:
     """Return whether a request belongs to a run that protects clients or rows; also if it cannot be read."""
-    from common.errors import TsugikiError
+    from tsugiki.common.errors import TsugikiError
 
     try:
         privacy = site_config(str(content.config_records["request"]["config"])).privacy

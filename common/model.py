@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from common.adapters import ADAPTERS, AdapterMethod
-from common.config import RunConfig
-from common.device import choose_device, loading, recompute_activations
-from common.errors import ModelError
-from common.fingerprint import check_base, fingerprint
-from common.rng import derive_seed, seed_everything
-from common.spec import describe
-from common.tasks import TASKS, Task
-from common.tasks.base import Base
-from common.wire import AdapterSpec, Vector, pack, unpack
+from tsugiki.common.adapters import ADAPTERS, AdapterMethod
+from tsugiki.common.config import RunConfig
+from tsugiki.common.device import choose_device, loading, recompute_activations
+from tsugiki.common.errors import ModelError
+from tsugiki.common.fingerprint import check_base, fingerprint
+from tsugiki.common.rng import derive_seed, seed_everything
+from tsugiki.common.spec import describe
+from tsugiki.common.tasks import TASKS, Task
+from tsugiki.common.tasks.base import Base
+from tsugiki.common.wire import AdapterSpec, Vector, pack, unpack
 
 
 @dataclass
@@ -149,7 +149,7 @@ def assemble(
         dtype: of the frozen weights.
         device: as in `choose_device`.
         put: gets the bare base and its fingerprint, and returns what stands in the transformer's place from now on.
-        how: what else `from_pretrained` has to know (`common.device.loading`).
+        how: what else `from_pretrained` has to know (`tsugiki.common.device.loading`).
         recompute: compute activations twice instead of keeping them.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from common.errors import RegistryError
+from tsugiki.common.errors import RegistryError
 
 T = TypeVar("T")
 

@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import Literal
 
-from common.adapters import AdapterMethod
-from common.adapters.tensors import tensors_sha256
-from common.factors import MERGED
-from common.tasks import Task
-from common.tasks.base import Base
-from common.wire import AdapterSpec, TensorSpec
+from tsugiki.common.adapters import AdapterMethod
+from tsugiki.common.adapters.tensors import tensors_sha256
+from tsugiki.common.factors import MERGED
+from tsugiki.common.tasks import Task
+from tsugiki.common.tasks.base import Base
+from tsugiki.common.wire import AdapterSpec, TensorSpec
 
 
 def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> AdapterSpec:

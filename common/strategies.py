@@ -1,6 +1,6 @@
 """The settings of the strategies, by which the server averages updates, and what they need of a run.
 
-`server.strategy` runs what is named here.
+`server/strategy.py` runs what is named here.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from common.errors import Problem
-from common.registry import Registry
-from common.settings import StrategySettings
+from tsugiki.common.errors import Problem
+from tsugiki.common.registry import Registry
+from tsugiki.common.settings import StrategySettings
 
 if TYPE_CHECKING:
-    from common.config import RunConfig
+    from tsugiki.common.config import RunConfig
 
 STRATEGY_SETTINGS: Registry[type[StrategySettings]] = Registry("strategy")
 

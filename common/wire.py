@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import SpecError, WireError
+from tsugiki.common.errors import SpecError, WireError
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord
@@ -57,7 +57,7 @@ class AdapterSpec:
         task: name of the task.
         method: name of the adapter method.
         settings: the method's settings, as sorted JSON.
-        base_fingerprint: SHA-256 of the frozen base (`common.fingerprint`).
+        base_fingerprint: SHA-256 of the frozen base (`common/fingerprint.py`).
         wire_dtype: the type of the numbers that travel.
         tensors: in the order in which they are packed.
     """
@@ -175,7 +175,7 @@ def decode_levels(record: ArrayRecord, size: int, bits: int) -> npt.NDArray[np.i
     Raises:
         WireError: as `decode`; every value that fits is allowed.
     """
-    from common.privacy.masks import ring_from_bytes, signed
+    from tsugiki.common.privacy.masks import ring_from_bytes, signed
 
     octets = _payload(record, np.dtype(np.uint8), size * (bits // 8))
     return signed(ring_from_bytes(octets.tobytes(), size, bits), bits)

@@ -11,25 +11,25 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common import __version__
-from common.audit import AuditLog
-from common.config import RunConfig
-from common.config_file import from_run_config, to_toml, with_absolute_paths
-from common.errors import StorageError
-from common.files import read_lines, write_atomically
-from common.model import Graft, load_graft
-from common.privacy.plan import make_plan, resolve
-from common.wire import AdapterSpec, sha256, unpack
-from server import checkpoint
-from server.checkpoint import State
-from server.engines.grid import Stop
-from server.evaluate import make_evaluator
-from server.loop import initial_state, run_rounds
-from server.parts import Parts
-from server.privacy import Privacy, open_privacy, rows_summary
-from server.progress import Progress, choose, describe_notes
-from server.roster import Roster
-from server.storage import run_folder
+from tsugiki.common import __version__
+from tsugiki.common.audit import AuditLog
+from tsugiki.common.config import RunConfig
+from tsugiki.common.config_file import from_run_config, to_toml, with_absolute_paths
+from tsugiki.common.errors import StorageError
+from tsugiki.common.files import read_lines, write_atomically
+from tsugiki.common.model import Graft, load_graft
+from tsugiki.common.privacy.plan import make_plan, resolve
+from tsugiki.common.wire import AdapterSpec, sha256, unpack
+from tsugiki.server import checkpoint
+from tsugiki.server.checkpoint import State
+from tsugiki.server.engines.grid import Stop
+from tsugiki.server.evaluate import make_evaluator
+from tsugiki.server.loop import initial_state, run_rounds
+from tsugiki.server.parts import Parts
+from tsugiki.server.privacy import Privacy, open_privacy, rows_summary
+from tsugiki.server.progress import Progress, choose, describe_notes
+from tsugiki.server.roster import Roster
+from tsugiki.server.storage import run_folder
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run as a Flower app: the run config is the configuration."""
     from flwr.superlink.grid import HttpGrid
 
-    from server.engines.superlink import SuperlinkGrid
+    from tsugiki.server.engines.superlink import SuperlinkGrid
 
     grid = SuperlinkGrid.adopt(grid) if isinstance(grid, HttpGrid) else grid
     run_federation(grid, from_run_config(context.run_config), progress=choose())

@@ -14,15 +14,15 @@ from typing import Any
 
 from flwr.clientapp import ClientApp
 
-from common.config import RunConfig, parse
-from common.files import write_atomically
-from common.model import load_graft
-from server.app import run_federation
-from server.engines.grid import Stop
-from server.engines.in_process import InProcessGrid
-from server.evaluate import evaluate_untouched, make_evaluator
-from server.progress import Progress
-from server.simulate import SimulatedApp
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.files import write_atomically
+from tsugiki.common.model import load_graft
+from tsugiki.server.app import run_federation
+from tsugiki.server.engines.grid import Stop
+from tsugiki.server.engines.in_process import InProcessGrid
+from tsugiki.server.evaluate import evaluate_untouched, make_evaluator
+from tsugiki.server.progress import Progress
+from tsugiki.server.simulate import SimulatedApp
 
 Metrics = dict[str, float]
 

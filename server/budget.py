@@ -1,7 +1,8 @@
 """Privacy planning: what a run's plan costs, and whether anything can be learned under it, before anybody trains.
 
     run file -> the plan that the run itself would make -> Budget, all numbers -> words, JSON, a figure
-    server.budget_plan: that plan     server.budget_alternatives: others     server.budget_text     server.budget_figure
+    tsugiki.server.budget_plan: that plan     tsugiki.server.budget_alternatives: others     tsugiki.server.budget_text
+    tsugiki.server.budget_figure
 
 Symbols in brackets are those of docs/privacy.md.
 """
@@ -16,14 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import config_file
-from common.config import RunConfig
-from common.errors import ConfigError, UsageError
-from common.files import write_atomically
-from common.privacy.accounting import epsilon
-from common.privacy.plan import Plan, make_plan, resolve
-from server.budget_alternatives import Row, budgeted_release, table
-from server.budget_plan import Assessment, assess
+from tsugiki.common import config_file
+from tsugiki.common.config import RunConfig
+from tsugiki.common.errors import ConfigError, UsageError
+from tsugiki.common.files import write_atomically
+from tsugiki.common.privacy.accounting import epsilon
+from tsugiki.common.privacy.plan import Plan, make_plan, resolve
+from tsugiki.server.budget_alternatives import Row, budgeted_release, table
+from tsugiki.server.budget_plan import Assessment, assess
 
 ASSUMED_EPSILON = 8.0
 """Planned for where a run file has no budget: usual in the literature, and a weak promise."""
@@ -156,7 +157,7 @@ def measure(config: RunConfig) -> Size:
     Raises:
         ModelError: the base cannot be found or is not to be trusted, or the adapter does not fit it.
     """
-    from common.model import load_graft
+    from tsugiki.common.model import load_graft
 
     freeze_a, otherwise = getattr(config.adapter, "freeze_a", None), None
     if freeze_a is not None:
@@ -182,12 +183,12 @@ def budget(file: Path, overrides: Sequence[str], dimension: int, plot: Path | No
     config, mode, assumed = read(file, overrides)
     found = make_budget(config, Size(dimension) if dimension else measure(config), mode, assumed)
     if plot is not None:
-        from server.budget_figure import draw
+        from tsugiki.server.budget_figure import draw
 
         write_atomically(plot, draw(found, plot.suffix.lower()[1:]))
     if as_json:
         sys.stdout.write(json.dumps(found.as_json(), indent=1) + "\n")
     else:
-        from server.budget_text import show
+        from tsugiki.server.budget_text import show
 
         show(found, file, plot)

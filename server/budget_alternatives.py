@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.privacy.accounting import Release, calibrate, epsilon
-from common.privacy.mechanisms import ADVERSARIES, MECHANISMS, Adversary
-from common.privacy.plan import Plan
+from tsugiki.common.privacy.accounting import Release, calibrate, epsilon
+from tsugiki.common.privacy.mechanisms import ADVERSARIES, MECHANISMS, Adversary
+from tsugiki.common.privacy.plan import Plan
 
 TABLE_CLIENTS = (100, 1_000, 10_000)
 

@@ -1,6 +1,6 @@
 """The privacy budget drawn: what can be learned with how many clients, and what rounds cost.
 
-The look is that of the report's figures (`server.figures`).
+The look is that of the report's figures (`server/figures.py`).
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from common.privacy.accounting import epsilon
-from common.privacy.mechanisms import Adversary
-from common.privacy.plan import Plan
-from server import figures
-from server.budget_alternatives import everything_seen, noise_on_mean, without_slack
-from server.figures import BLUE, GREEN, GREY, ORANGE, RED
+from tsugiki.common.privacy.accounting import epsilon
+from tsugiki.common.privacy.mechanisms import Adversary
+from tsugiki.common.privacy.plan import Plan
+from tsugiki.server import figures
+from tsugiki.server.budget_alternatives import everything_seen, noise_on_mean, without_slack
+from tsugiki.server.figures import BLUE, GREEN, GREY, ORANGE, RED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from server.budget import Budget
+    from tsugiki.server.budget import Budget
 
 Points = dict[int, float]
 

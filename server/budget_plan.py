@@ -9,10 +9,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.privacy.accounting import epsilon
-from common.privacy.mechanisms import ADVERSARIES, Adversary
-from common.privacy.plan import Plan
-from server.budget_alternatives import Lever, Noise, everything_seen, levers, most_rounds, noise_on_mean
+from tsugiki.common.privacy.accounting import epsilon
+from tsugiki.common.privacy.mechanisms import ADVERSARIES, Adversary
+from tsugiki.common.privacy.plan import Plan
+from tsugiki.server.budget_alternatives import Lever, Noise, everything_seen, levers, most_rounds, noise_on_mean
 
 HOPELESS, HARD = 0.1, 1.0
 """Rules of thumb for the signal-to-noise bound: below the first nothing is learned, below the second little."""

@@ -14,14 +14,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from common.privacy.mechanisms import MECHANISMS, Adversary
-from server.budget_alternatives import Lever, Row
+from tsugiki.common.privacy.mechanisms import MECHANISMS, Adversary
+from tsugiki.server.budget_alternatives import Lever, Row
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from server.budget import Budget, Size
-    from server.budget_plan import Assessment, View
+    from tsugiki.server.budget import Budget, Size
+    from tsugiki.server.budget_plan import Assessment, View
 
 _UNPROTECTED: dict[Adversary, str] = {
     "release": "none: they see the means as they are",

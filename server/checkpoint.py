@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import StorageError
-from common.files import unwritable, write_atomically
-from common.wire import Vector
+from tsugiki.common.errors import StorageError
+from tsugiki.common.files import unwritable, write_atomically
+from tsugiki.common.wire import Vector
 
 FORMAT_VERSION = 2
 

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from common.errors import NotEnoughSites
-from common.factors import sent
-from common.messages import EvaluateRequest, TrainRequest, to_record
-from common.rng import generator
-from common.wire import encode
-from server.checkpoint import State
-from server.engines.grid import exchange
-from server.guard import (
+from tsugiki.common.errors import NotEnoughSites
+from tsugiki.common.factors import sent
+from tsugiki.common.messages import EvaluateRequest, TrainRequest, to_record
+from tsugiki.common.rng import generator
+from tsugiki.common.wire import encode
+from tsugiki.server.checkpoint import State
+from tsugiki.server.engines.grid import exchange
+from tsugiki.server.guard import (
     DROPOUT,
     Accepted,
     AcceptedStep,
@@ -26,8 +26,8 @@ from server.guard import (
     check_evaluation,
     check_private,
 )
-from server.parts import Collected, Parts
-from server.roster import Member
+from tsugiki.server.parts import Collected, Parts
+from tsugiki.server.roster import Member
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from common import config_file
-from common.config import RunConfig, parse
-from common.errors import ExportError, UsageError
-from common.files import unwritable
-from server.engines.grid import Stop
-from server.privacy_words import headline
-from server.simulate import SimulatedApp
+from tsugiki.common import config_file
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.errors import ExportError, UsageError
+from tsugiki.common.files import unwritable
+from tsugiki.server.engines.grid import Stop
+from tsugiki.server.privacy_words import headline
+from tsugiki.server.simulate import SimulatedApp
 
 
 def simulate(
@@ -31,8 +31,8 @@ def simulate(
     client: SimulatedApp,
 ) -> None:
     """Run a federation on this machine, or go on with one; then export and report."""
-    from server import progress
-    from server.simulate import simulate as run
+    from tsugiki.server import progress
+    from tsugiki.server.simulate import simulate as run
 
     if (file is None) == (resume is None):
         raise UsageError("either FILE or --resume RUN", do="tsugiki simulate --help")
@@ -83,8 +83,8 @@ def stop_on_signals() -> Iterator[Stop]:
 
 def finish(folder: Path, summary: dict[str, Any], with_export: bool, as_json: bool) -> None:
     """Write the report, export the adapter, and show what came out."""
-    from server.export import export as write_export
-    from server.report import write_report
+    from tsugiki.server.export import export as write_export
+    from tsugiki.server.report import write_report
 
     summary = {**summary, "report": str(write_report(folder)), "folder": str(folder)}
     if with_export:
@@ -124,10 +124,10 @@ def show_summary(summary: dict[str, Any]) -> None:
 
 def compare(file: Path, overrides: Sequence[str], as_json: bool, client: SimulatedApp) -> None:
     """Run the federation and all baselines; one table, one report."""
-    from server import progress
-    from server.baselines import run_baselines
-    from server.report import write_report
-    from server.simulate import simulate as run
+    from tsugiki.server import progress
+    from tsugiki.server.baselines import run_baselines
+    from tsugiki.server.report import write_report
+    from tsugiki.server.simulate import simulate as run
 
     config = config_file.read(file, overrides)
     if not config.evaluation.data:
@@ -148,14 +148,14 @@ def compare(file: Path, overrides: Sequence[str], as_json: bool, client: Simulat
 
 def site_names(folder: Path) -> list[str]:
     """Return the sites that passed the hello, from the audit log."""
-    from common.audit import verify
+    from tsugiki.common.audit import verify
 
     return sorted({event["site"] for event in verify(folder / "audit.jsonl") if event["event"] == "hello"})
 
 
 def last_evaluation(folder: Path) -> dict[str, float]:
     """Return the metrics of the last evaluated round."""
-    from common.files import read_lines
+    from tsugiki.common.files import read_lines
 
     found: dict[str, float] = [line["eval"] for line in read_lines(folder / "metrics.jsonl") if "eval" in line][-1]
     return found
@@ -166,7 +166,7 @@ def show_comparison(monitor: str, federated: dict[str, float], results: dict[str
     from rich.console import Console
     from rich.table import Table
 
-    from server.baselines import average
+    from tsugiki.server.baselines import average
 
     table = Table(title="the same rows, the same steps")
     table.add_column("training")
@@ -191,12 +191,12 @@ def demo(seed: int, output_dir: Path, baselines: bool, as_json: bool, client: Si
     """Make the data, run the federation, compare, export, report."""
     from rich.console import Console
 
-    from server import demo as parts
-    from server import progress
-    from server.baselines import run_baselines
-    from server.export import export as write_export
-    from server.report import write_report
-    from server.simulate import simulate as run
+    from tsugiki.server import demo as parts
+    from tsugiki.server import progress
+    from tsugiki.server.baselines import run_baselines
+    from tsugiki.server.export import export as write_export
+    from tsugiki.server.report import write_report
+    from tsugiki.server.simulate import simulate as run
 
     started = time.perf_counter()
     output_dir = output_dir.absolute()
@@ -226,7 +226,7 @@ def demo(seed: int, output_dir: Path, baselines: bool, as_json: bool, client: Si
 
 def demo_data(seed: int, output_dir: Path) -> None:
     """Write the demo's data and run file."""
-    from server.demo import write_files
+    from tsugiki.server.demo import write_files
 
     file, files = write_files(output_dir, seed)
     for path in (file, files.train, files.test_retrieval, files.test_scored):
@@ -235,14 +235,14 @@ def demo_data(seed: int, output_dir: Path) -> None:
 
 def export(run: Path, target: Path | None, which: Literal["best", "last"], merged: bool) -> None:
     """Export a run's adapter."""
-    from server.export import export as write_export
+    from tsugiki.server.export import export as write_export
 
     sys.stdout.write(f"{write_export(run, target, which=which, merged=merged)}\n")
 
 
 def report(run: Path) -> None:
     """Write a run's report."""
-    from server.report import write_report
+    from tsugiki.server.report import write_report
 
     sys.stdout.write(f"{write_report(run)}\n")
 
@@ -279,8 +279,8 @@ def config_show(file: Path, overrides: Sequence[str], as_json: bool) -> None:
 
 def config_schema() -> None:
     """Print a JSON schema; task, adapter and strategy each allow what is registered."""
-    from common.config import families, section_classes
-    from common.errors import Problem
+    from tsugiki.common.config import families, section_classes
+    from tsugiki.common.errors import Problem
 
     properties: dict[str, Any] = {}
     for name, section in section_classes({}).items():
@@ -293,7 +293,7 @@ def config_schema() -> None:
 
 def doctor(as_json: bool) -> None:
     """Print what this machine has, and what to do about what it lacks. Exit status 1 if something needed is missing."""
-    from server.doctor import examine
+    from tsugiki.server.doctor import examine
 
     findings = examine()
     if as_json:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common.config import RunConfig, parse
-from common.config_file import override, to_toml
-from common.data.demo import DemoFiles, generate, write
-from common.files import write_atomically
-from common.model import load_graft
-from common.wire import Vector
-from server.evaluate import evaluate_untouched, make_evaluator
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.config_file import override, to_toml
+from tsugiki.common.data.demo import DemoFiles, generate, write
+from tsugiki.common.files import write_atomically
+from tsugiki.common.model import load_graft
+from tsugiki.common.wire import Vector
+from tsugiki.server.evaluate import evaluate_untouched, make_evaluator
 
 DEMO_TOML = """\
 # The run of `tsugiki demo`: four companies with different contracts learn one search for similar clauses.

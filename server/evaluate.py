@@ -6,13 +6,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from common.config import RunConfig
-from common.data.shard import Shard, read
-from common.errors import ConfigError, DataError, Problem
-from common.model import Graft
-from common.tasks import Task
-from common.tasks.base import Encoded
-from common.wire import Vector
+from tsugiki.common.config import RunConfig
+from tsugiki.common.data.shard import Shard, read
+from tsugiki.common.errors import ConfigError, DataError, Problem
+from tsugiki.common.model import Graft
+from tsugiki.common.tasks import Task
+from tsugiki.common.tasks.base import Encoded
+from tsugiki.common.wire import Vector
 
 Evaluator = Callable[[Vector], dict[str, float]]
 

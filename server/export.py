@@ -9,15 +9,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from common.config import RunConfig
-from common.data.pixels import PREPROCESSING
-from common.errors import ExportError, StorageError
-from common.exported import is_hub_id, write_exported
-from common.files import read_lines, unwritable
-from common.model import Graft, find
-from server.export_card import Export, Kind, card, is_sentence_transformer, loading_code, loads_itself
-from server.export_check import expect, prove
-from server.finished import Which, choose, open_graft, read_config
+from tsugiki.common.config import RunConfig
+from tsugiki.common.data.pixels import PREPROCESSING
+from tsugiki.common.errors import ExportError, StorageError
+from tsugiki.common.exported import is_hub_id, write_exported
+from tsugiki.common.files import read_lines, unwritable
+from tsugiki.common.model import Graft, find
+from tsugiki.server.export_card import Export, Kind, card, is_sentence_transformer, loading_code, loads_itself
+from tsugiki.server.export_check import expect, prove
+from tsugiki.server.finished import Which, choose, open_graft, read_config
 
 
 def export(folder: Path, target: Path | None = None, *, which: Which = "best", merged: bool = False) -> Path:
@@ -34,7 +34,7 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
 
     Raises:
         ExportError: `no-public-name`, `export-unsupported`, `merge-unsupported`, `spec-mismatch`, or the proof failed:
-            see `server.export_check.prove`. Nothing is left behind.
+            see `tsugiki.server.export_check.prove`. Nothing is left behind.
         StorageError: the run's files or the target cannot be used.
         ModelError: the base model cannot be loaded.
     """

@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import tomli_w
 
-from common import __version__
-from common.config import RunConfig
-from common.config_file import PATH_KEYS
-from common.data.pixels import Pixels
-from common.data.shard import Shard
-from common.model import Graft
-from common.tasks.image_classification import MODEL_TYPE
-from common.tasks.prompts import encode_prompts, prompt_text
+from tsugiki.common import __version__
+from tsugiki.common.config import RunConfig
+from tsugiki.common.config_file import PATH_KEYS
+from tsugiki.common.data.pixels import Pixels
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.model import Graft
+from tsugiki.common.tasks.image_classification import MODEL_TYPE
+from tsugiki.common.tasks.prompts import encode_prompts, prompt_text
 
 _PIPELINE_TAGS = {
     "sentence-embedding": "sentence-similarity",
@@ -115,7 +115,7 @@ def loading_code(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path)
             imports = ["from peft import PeftModel", *imports]
             lines.append("model = PeftModel.from_pretrained(model, folder).eval()")
     if kind == "tsugiki":
-        imports = ["from common.adapters import load_adapter  # of Tsugiki", *imports]
+        imports = ["from tsugiki.common.adapters import load_adapter  # of Tsugiki", *imports]
         lines.append(f"load_adapter({transformer}, folder)")
     return "\n".join([*imports, "", 'folder = "."  # the one with this card', *lines, *use]) + "\n"
 
@@ -156,7 +156,7 @@ def _of_images(graft: Graft, auto: str) -> tuple[list[str], list[str], list[str]
     ]
     imports, first = ["import torch", f"from transformers import {auto}"], []
     if graft.base.transformer.config.model_type == MODEL_TYPE:
-        imports.insert(1, "from common.tasks.image_classification import small_cnn  # of Tsugiki")
+        imports.insert(1, "from tsugiki.common.tasks.image_classification import small_cnn  # of Tsugiki")
         first = ["small_cnn()  # now transformers knows this network"]
     return imports, first, use
 

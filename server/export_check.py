@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import ExportError
-from common.model import Graft
-from server import export_probe
-from server.export_card import Export, is_sentence_transformer, needs_tsugiki, reads_pairs, token_limit
+from tsugiki.common.errors import ExportError
+from tsugiki.common.model import Graft
+from tsugiki.server import export_probe
+from tsugiki.server.export_card import Export, is_sentence_transformer, needs_tsugiki, reads_pairs, token_limit
 
 log = logging.getLogger("tsugiki.server")
 
@@ -127,7 +127,7 @@ def _compare(found: npt.NDArray[np.float32], expected: Expected) -> None:
 
 
 def run_probe(job_file: Path, folder: Path, environment: dict[str, str]) -> None:
-    """Run `server.export_probe` in a fresh process whose working folder is the export.
+    """Run `server/export_probe.py` in a fresh process whose working folder is the export.
 
     Raises:
         ExportError: `proof-timeout` or `proof-crashed`.

@@ -1,8 +1,8 @@
 """The fresh process in which an export is tried, and the outputs that both processes compute.
 
-`server.export_check` runs this file as a script inside the exported folder. It runs the code of the model card and puts
-a few sentences, or images of noise, through what that code loads. Nothing of this project is imported here, so that an
-export is seen to work without it.
+`server/export_check.py` runs this file as a script inside the exported folder. It runs the code of the model card and
+puts a few sentences, or images of noise, through what that code loads. Nothing of this project is imported here, so
+that an export is seen to work without it.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from common.factors import MERGED, TRAINED, Pair, pairs
-from common.rng import generator
-from common.wire import AdapterSpec, Vector, l2_norm, pack, unpack
-from server.guard import Accepted
+from tsugiki.common.factors import MERGED, TRAINED, Pair, pairs
+from tsugiki.common.rng import generator
+from tsugiki.common.wire import AdapterSpec, Vector, l2_norm, pack, unpack
+from tsugiki.server.guard import Accepted
 
 Matrix = npt.NDArray[np.float64]
 Tensors = Mapping[str, npt.NDArray[Any]]

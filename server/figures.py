@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from server.results import REPLY_STATES, Curve, drawable
+from tsugiki.server.results import REPLY_STATES, Curve, drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from common import config_file
-from common.config import RunConfig
-from common.errors import ExportError, StorageError
-from common.model import Graft, load_graft
-from common.wire import Vector, pack, sha256
-from server import checkpoint
+from tsugiki.common import config_file
+from tsugiki.common.config import RunConfig
+from tsugiki.common.errors import ExportError, StorageError
+from tsugiki.common.model import Graft, load_graft
+from tsugiki.common.wire import Vector, pack, sha256
+from tsugiki.server import checkpoint
 
 Which = Literal["best", "last"]
 

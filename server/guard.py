@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common.errors import SecureAggregationError, WireError
-from common.factors import widen
-from common.messages import BESIDE, EvaluateReply, PrivateReply, TrainReply, beside, error_code, from_record
-from common.privacy.clipping import LEVELS, Levels
-from common.privacy.plan import Plan
-from common.wire import AdapterSpec, Vector, decode, decode_levels, l2_norm
+from tsugiki.common.errors import SecureAggregationError, WireError
+from tsugiki.common.factors import widen
+from tsugiki.common.messages import BESIDE, EvaluateReply, PrivateReply, TrainReply, beside, error_code, from_record
+from tsugiki.common.privacy.clipping import LEVELS, Levels
+from tsugiki.common.privacy.plan import Plan
+from tsugiki.common.wire import AdapterSpec, Vector, decode, decode_levels, l2_norm
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict

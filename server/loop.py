@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import BudgetError, QuorumNotMet, TrainingError
-from common.files import append_line
-from common.wire import Vector, l2_norm, sha256
-from server import checkpoint
-from server.checkpoint import State
-from server.collect import collect, evaluate_at_sites, sample
-from server.factors import aggregation_error, combine
-from server.guard import DROPOUT, Accepted, AcceptedSum
-from server.parts import Collected, Parts
-from server.privacy import Privacy
-from server.roster import Member
-from server.secagg import collect_sum
-from server.strategy import aggregate
+from tsugiki.common.errors import BudgetError, QuorumNotMet, TrainingError
+from tsugiki.common.files import append_line
+from tsugiki.common.wire import Vector, l2_norm, sha256
+from tsugiki.server import checkpoint
+from tsugiki.server.checkpoint import State
+from tsugiki.server.collect import collect, evaluate_at_sites, sample
+from tsugiki.server.factors import aggregation_error, combine
+from tsugiki.server.guard import DROPOUT, Accepted, AcceptedSum
+from tsugiki.server.parts import Collected, Parts
+from tsugiki.server.privacy import Privacy
+from tsugiki.server.roster import Member
+from tsugiki.server.secagg import collect_sum
+from tsugiki.server.strategy import aggregate
 
 ATTEMPTS = 2
 """A voided round is tried once more, then the run stops."""

@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.adapters import ADAPTERS
-from common.config import RunConfig
-from common.device import weight_bytes
-from common.errors import TsugikiError, UsageError
-from common.fingerprint import check_base, fingerprint
-from common.model import find, load_base, quiet_libraries
-from common.rng import seed_everything
-from common.spec import describe
-from common.tasks import TASKS, Task
-from common.tasks.base import Base
-from server.tables import size_text
+from tsugiki.common.adapters import ADAPTERS
+from tsugiki.common.config import RunConfig
+from tsugiki.common.device import weight_bytes
+from tsugiki.common.errors import TsugikiError, UsageError
+from tsugiki.common.fingerprint import check_base, fingerprint
+from tsugiki.common.model import find, load_base, quiet_libraries
+from tsugiki.common.rng import seed_everything
+from tsugiki.common.spec import describe
+from tsugiki.common.tasks import TASKS, Task
+from tsugiki.common.tasks.base import Base
+from tsugiki.server.tables import size_text
 
 OPTIMISER_BYTES = 4 + 4 + 8
 """Of each trained number while it is trained in float32: itself, its gradient, Adam's two moments."""
@@ -168,8 +168,8 @@ def methods(file: Path | None, model: str, overrides: list[str], as_json: bool) 
     """
     from rich.console import Console
 
-    from common import config_file
-    from common.config import parse
+    from tsugiki.common import config_file
+    from tsugiki.common.config import parse
 
     if file is None and overrides:
         raise UsageError("--set without a file", "a run's TOML file", "give FILE, or --model alone")

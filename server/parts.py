@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.audit import AuditLog
-from common.config import RunConfig
-from common.privacy.clipping import Levels
-from common.wire import AdapterSpec
-from server.engines.grid import Stop
-from server.evaluate import Evaluator
-from server.guard import Accepted, AcceptedSum, Rejected
-from server.privacy import Privacy
-from server.progress import Progress
-from server.roster import Roster
+from tsugiki.common.audit import AuditLog
+from tsugiki.common.config import RunConfig
+from tsugiki.common.privacy.clipping import Levels
+from tsugiki.common.wire import AdapterSpec
+from tsugiki.server.engines.grid import Stop
+from tsugiki.server.evaluate import Evaluator
+from tsugiki.server.guard import Accepted, AcceptedSum, Rejected
+from tsugiki.server.privacy import Privacy
+from tsugiki.server.progress import Progress
+from tsugiki.server.roster import Roster
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid

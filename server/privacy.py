@@ -8,15 +8,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common.audit import AuditLog
-from common.config import RunConfig
-from common.errors import BudgetError, StorageError
-from common.privacy.clipping import LEVELS, Levels, to_float
-from common.privacy.ledger import Ledger
-from common.privacy.mechanisms import Adversary
-from common.privacy.noise import noise_generator
-from common.privacy.plan import Plan, make_plan
-from common.wire import Vector, l2_norm
+from tsugiki.common.audit import AuditLog
+from tsugiki.common.config import RunConfig
+from tsugiki.common.errors import BudgetError, StorageError
+from tsugiki.common.privacy.clipping import LEVELS, Levels, to_float
+from tsugiki.common.privacy.ledger import Ledger
+from tsugiki.common.privacy.mechanisms import Adversary
+from tsugiki.common.privacy.noise import noise_generator
+from tsugiki.common.privacy.plan import Plan, make_plan
+from tsugiki.common.wire import Vector, l2_norm
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def open_privacy(config: RunConfig, dimension: int, path: Path, audit: AuditLog,
     """Return the private part of a run; None for a run without.
 
     Args:
-        config: resolved (`common.privacy.plan.resolve`).
+        config: resolved (`tsugiki.common.privacy.plan.resolve`).
         dimension: coordinates of an update.
         path: the ledger's.
         audit: told what the ledger holds already.

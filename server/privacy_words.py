@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from common.privacy.mechanisms import ADVERSARIES, MECHANISMS, Adversary
+from tsugiki.common.privacy.mechanisms import ADVERSARIES, MECHANISMS, Adversary
 
 NOT_PRIVATE = "NOT PRIVATE"
 """Stands in every output of a run whose noise hides nothing."""

@@ -9,11 +9,11 @@ import math
 from html import escape
 from pathlib import Path
 
-from common.errors import UsageError
-from common.files import write_atomically
-from server import figures, tables
-from server.privacy_words import rows_statement, statement
-from server.results import (
+from tsugiki.common.errors import UsageError
+from tsugiki.common.files import write_atomically
+from tsugiki.server import figures, tables
+from tsugiki.server.privacy_words import rows_statement, statement
+from tsugiki.server.results import (
     Run,
     baseline_metrics,
     bytes_by_round,

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import StorageError
-from common.files import read_lines
-from server.guard import DROPOUT
+from tsugiki.common.errors import StorageError
+from tsugiki.common.files import read_lines
+from tsugiki.server.guard import DROPOUT
 
 Line = dict[str, Any]
 """One line of metrics.jsonl."""

@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common import __version__, minor
-from common.audit import AuditLog
-from common.config import RunConfig
-from common.errors import NotEnoughSites, WireError
-from common.messages import HelloReply, HelloRequest, error_code, from_record, to_record
-from common.privacy.plan import enrolled, most_clients_of_a_site
-from common.settings import NAME_PATTERN
-from common.wire import AdapterSpec
-from server.engines.grid import LONGEST_PAUSE_S, RETURN_S, Stop, exchange, wait_for_nodes
-from server.guard import GONE
+from tsugiki.common import __version__, minor
+from tsugiki.common.audit import AuditLog
+from tsugiki.common.config import RunConfig
+from tsugiki.common.errors import NotEnoughSites, WireError
+from tsugiki.common.messages import HelloReply, HelloRequest, error_code, from_record, to_record
+from tsugiki.common.privacy.plan import enrolled, most_clients_of_a_site
+from tsugiki.common.settings import NAME_PATTERN
+from tsugiki.common.wire import AdapterSpec
+from tsugiki.server.engines.grid import LONGEST_PAUSE_S, RETURN_S, Stop, exchange, wait_for_nodes
+from tsugiki.server.guard import GONE
 
 if TYPE_CHECKING:
     from flwr.app import Message

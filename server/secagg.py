@@ -7,7 +7,7 @@
     unmask     shares of the lists' secrets     is in the sum, as long as enough others answer
 
 Opening the sum is the release, and costs privacy: it is written down before the last step is asked. An attempt that
-ends before has shown the server nothing, and costs nothing. The protocol: `common.privacy.secagg`.
+ends before has shown the server nothing, and costs nothing. The protocol: `common/privacy/secagg.py`.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.errors import SecureAggregationError
-from common.messages import StageRequest, to_record
-from common.privacy import masks, secagg
-from common.privacy.clipping import LEVELS
-from common.privacy.masks import Ring
-from common.privacy.plan import Plan
-from common.privacy.secagg_clients import check_sum, fewest_sites
-from common.privacy.secagg_messages import KEYS_BYTES, SEALED_BYTES, Answer, exactly, from_fields, to_fields
-from common.wire import encode, l2_norm
-from server.checkpoint import State
-from server.collect import address, receive, train_request
-from server.guard import AcceptedStep, AcceptedSum, Asked, Rejected, check_private, check_step
-from server.parts import Collected, Parts
-from server.privacy import Privacy
-from server.roster import Member
+from tsugiki.common.errors import SecureAggregationError
+from tsugiki.common.messages import StageRequest, to_record
+from tsugiki.common.privacy import masks, secagg
+from tsugiki.common.privacy.clipping import LEVELS
+from tsugiki.common.privacy.masks import Ring
+from tsugiki.common.privacy.plan import Plan
+from tsugiki.common.privacy.secagg_clients import check_sum, fewest_sites
+from tsugiki.common.privacy.secagg_messages import KEYS_BYTES, SEALED_BYTES, Answer, exactly, from_fields, to_fields
+from tsugiki.common.wire import encode, l2_norm
+from tsugiki.server.checkpoint import State
+from tsugiki.server.collect import address, receive, train_request
+from tsugiki.server.guard import AcceptedStep, AcceptedSum, Asked, Rejected, check_private, check_step
+from tsugiki.server.parts import Collected, Parts
+from tsugiki.server.privacy import Privacy
+from tsugiki.server.roster import Member
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict

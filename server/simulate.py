@@ -6,11 +6,11 @@ from typing import Protocol
 
 from flwr.clientapp import ClientApp
 
-from common.config import RunConfig
-from server.app import Outcome, run_federation
-from server.engines.grid import Stop
-from server.engines.in_process import Fault, InProcessGrid
-from server.progress import Progress
+from tsugiki.common.config import RunConfig
+from tsugiki.server.app import Outcome, run_federation
+from tsugiki.server.engines.grid import Stop
+from tsugiki.server.engines.in_process import Fault, InProcessGrid
+from tsugiki.server.progress import Progress
 
 
 class SimulatedApp(Protocol):
@@ -51,7 +51,7 @@ def simulate(
             grid, config, resume=resume, previous=previous, progress=progress, stop=stop, simulated=True
         )
 
-    from server.engines import ray
+    from tsugiki.server.engines import ray
 
     outcomes: list[Outcome] = []
     stop = stop or Stop()

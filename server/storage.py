@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import StorageError
-from common.files import unwritable
+from tsugiki.common.errors import StorageError
+from tsugiki.common.files import unwritable
 
 LEAST_FREE_BYTES = 64 * 2**20
 """A run is not started on a disk with less: a checkpoint that does not fit is found out too late."""

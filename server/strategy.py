@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from common.registry import Registry
-from common.settings import StrategySettings
-from common.strategies import STRATEGY_SETTINGS
-from common.wire import ARRAY_KEY, Vector
-from server.guard import Accepted
+from tsugiki.common.registry import Registry
+from tsugiki.common.settings import StrategySettings
+from tsugiki.common.strategies import STRATEGY_SETTINGS
+from tsugiki.common.wire import ARRAY_KEY, Vector
+from tsugiki.server.guard import Accepted
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import FedAvg
@@ -30,7 +30,7 @@ Moments = dict[str, npt.NDArray[np.float64]]
 """What a strategy remembers between rounds (`m_t`, `v_t`, `momentum_vector`), by attribute name."""
 
 STRATEGIES: Registry[Maker] = Registry("strategy")
-"""Makers of Flower strategies, under the names of `common.strategies.STRATEGY_SETTINGS`."""
+"""Makers of Flower strategies, under the names of `tsugiki.common.strategies.STRATEGY_SETTINGS`."""
 
 _MOMENTS = {"m_t": dict, "v_t": dict, "momentum_vector": list}
 """In what Flower's strategies keep them: arrays by name, or in order. There is one array here."""
@@ -42,7 +42,7 @@ _MOMENTS = {"m_t": dict, "v_t": dict, "momentum_vector": list}
 @STRATEGIES.register("ffa")
 @STRATEGIES.register("fedavg")
 def _fedavg(settings: Any) -> FedAvg:
-    """McMahan et al. 2017, arXiv:1602.05629, algorithm 1; what `flora` and `svd` add to it is in `server.factors`."""
+    """McMahan et al. 2017, arXiv:1602.05629, algorithm 1; `server/factors.py` has what `flora` and `svd` add."""
     from flwr.serverapp.strategy import FedAvg
 
     return FedAvg()

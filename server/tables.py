@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from server.results import Run, SiteSum, baseline_metrics, central_curves, drawable, judged_line, sum_sites
+from tsugiki.server.results import Run, SiteSum, baseline_metrics, central_curves, drawable, judged_line, sum_sites
 
 MOST_OPEN_ROWS = 30
 """A longer table is folded away."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-import common  # noqa: F401  (switches off what would phone home)
+import tsugiki.common  # noqa: F401  (switches off what would phone home)
 
 settings.register_profile("tsugiki", deadline=None)  # how long an example takes is a matter of the machine
 settings.load_profile("tsugiki")

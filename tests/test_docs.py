@@ -5,11 +5,11 @@ import json
 import re
 from pathlib import Path
 
-from common import errors
-from common.adapters import ADAPTERS
-from common.tasks import TASKS
 from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_bert
+from tsugiki.common import errors
+from tsugiki.common.adapters import ADAPTERS
+from tsugiki.common.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,7 +96,7 @@ def test_commands_in_the_documents_exist():
     """Catches: a page that tells people to run what is not there."""
     from typer.main import get_command
 
-    from tsugiki import app
+    from tsugiki.cli import app
 
     commands = get_command(app).commands
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.toml")]

@@ -11,7 +11,8 @@ import typer
 from typer.testing import CliRunner
 
 import tsugiki
-from common import __version__
+from tsugiki import cli
+from tsugiki.common import __version__
 
 
 def commands():
@@ -24,13 +25,13 @@ def commands():
             if hasattr(command, "commands"):
                 walk(command, (*words, name))
 
-    walk(typer.main.get_command(tsugiki.app), ())
+    walk(typer.main.get_command(cli.app), ())
     return found
 
 
 def help_of(*words):
     """Return the help text of a command, as on a wide terminal."""
-    result = CliRunner().invoke(tsugiki.app, [*words, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    result = CliRunner().invoke(cli.app, [*words, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert result.exit_code == 0
     return result.stdout
 
@@ -46,7 +47,7 @@ def test_the_commands_are_there():
 
 def test_the_version_is_the_packages():
     """Catches: a version of the command line's own."""
-    assert CliRunner().invoke(tsugiki.app, ["--version"]).stdout == f"{__version__}\n"
+    assert CliRunner().invoke(cli.app, ["--version"]).stdout == f"{__version__}\n"
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
@@ -63,12 +64,12 @@ def test_every_command_has_help_with_an_example(words):
 def test_importing_the_command_line_imports_nothing_heavy():
     """Catches: a heavy import at the top of a module: `tsugiki --help` has to answer in half a second."""
     script = (
-        "import sys, json, tsugiki\n"
+        "import sys, json\nfrom tsugiki import cli\n"
         "from typer.testing import CliRunner\n"
-        "assert CliRunner().invoke(tsugiki.app, ['simulate', '--help']).exit_code == 0\n"
+        "assert CliRunner().invoke(cli.app, ['simulate', '--help']).exit_code == 0\n"
         "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     heavy = {"torch", "flwr", "transformers", "peft", "sentence_transformers", "numpy", "pyarrow", "matplotlib", "ray"}
     assert heavy & set(json.loads(done.stdout)) == set()

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from common.errors import ModelError
-from common.registry import Registry
-from common.settings import AdapterSettings
+from tsugiki.common.errors import ModelError
+from tsugiki.common.registry import Registry
+from tsugiki.common.settings import AdapterSettings
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,12 +10,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from common.adapters.base import ADAPTERS
-from common.adapters.houlsby import Houlsby, HoulsbySettings, Place, make_bottleneck, places
-from common.adapters.own import OwnMethod
-from common.adapters.tensors import fill, read_tensors
-from common.errors import ModelError
-from common.settings import AdapterSettings, Names
+from tsugiki.common.adapters.base import ADAPTERS
+from tsugiki.common.adapters.houlsby import Houlsby, HoulsbySettings, Place, make_bottleneck, places
+from tsugiki.common.adapters.own import OwnMethod
+from tsugiki.common.adapters.tensors import fill, read_tensors
+from tsugiki.common.errors import ModelError
+from tsugiki.common.settings import AdapterSettings, Names
 
 _STD = 0.02
 """Initial standard deviation of queries and keys, as in the authors' code: at first all adapters weigh much alike."""
@@ -160,7 +160,7 @@ class Fusion(OwnMethod):
 
 
 def _read(name: str) -> _Part:
-    from common.exported import find_export, read_exported  # which knows all methods, that of this module too
+    from tsugiki.common.exported import find_export, read_exported  # which knows all methods, that of this module too
 
     folder = find_export(name, "adapter.adapters")
     exported = read_exported(folder)

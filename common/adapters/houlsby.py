@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from common.adapters.base import ADAPTERS
-from common.adapters.own import OwnMethod
-from common.errors import ModelError
-from common.settings import AdapterSettings
+from tsugiki.common.adapters.base import ADAPTERS
+from tsugiki.common.adapters.own import OwnMethod
+from tsugiki.common.errors import ModelError
+from tsugiki.common.settings import AdapterSettings
 
 _DOWN_STD = 0.02
 """BERT's own initial standard deviation (Devlin et al. 2019, `initializer_range`)."""

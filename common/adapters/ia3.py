@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from common.adapters.base import ADAPTERS
-from common.adapters.peft_methods import PeftMethod, TargetedSettings, check_targets, linear_layers
-from common.settings import Names
+from tsugiki.common.adapters.base import ADAPTERS
+from tsugiki.common.adapters.peft_methods import PeftMethod, TargetedSettings, check_targets, linear_layers
+from tsugiki.common.settings import Names
 
 _BERT = (("key", "value"), (r"\d+\.output\.dense",))
 _LLAMA = (("k_proj", "v_proj"), ("down_proj",))

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from common.adapters.base import ADAPTERS
-from common.adapters.peft_methods import PeftMethod, check_targets
-from common.settings import AdapterSettings
+from tsugiki.common.adapters.base import ADAPTERS
+from tsugiki.common.adapters.peft_methods import PeftMethod, check_targets
+from tsugiki.common.settings import AdapterSettings
 
 
 class LayerNormSettings(AdapterSettings):

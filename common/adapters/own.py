@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from common.adapters.base import ADAPTERS, AdapterMethod, require_heads
-from common.adapters.tensors import fill, read_manifest, read_tensors
-from common.errors import ExportError, ModelError, RegistryError
-from common.settings import Section
+from tsugiki.common.adapters.base import ADAPTERS, AdapterMethod, require_heads
+from tsugiki.common.adapters.tensors import fill, read_manifest, read_tensors
+from tsugiki.common.errors import ExportError, ModelError, RegistryError
+from tsugiki.common.settings import Section
 
 TENSORS_FILE = "tsugiki_adapter.safetensors"
 MANIFEST_FILE = "tsugiki_adapter.json"
@@ -164,7 +164,7 @@ class OwnMethod(AdapterMethod):
         raise ExportError(
             f'what adapter.method = "{self.name}" adds cannot be merged into the base\'s weights',
             "an export that keeps them apart",
-            "export without --merged, and load the export with common.adapters.load_adapter",
+            "export without --merged, and load the export with tsugiki.common.adapters.load_adapter",
             code="merge-unsupported",
         )
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import Field
 
-from common.adapters.base import AdapterMethod
-from common.errors import ModelError
-from common.settings import AdapterSettings, Names
+from tsugiki.common.adapters.base import AdapterMethod
+from tsugiki.common.errors import ModelError
+from tsugiki.common.settings import AdapterSettings, Names
 
 
 class TargetedSettings(AdapterSettings):

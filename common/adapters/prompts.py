@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from common.adapters.base import ADAPTERS
-from common.adapters.own import OwnMethod
-from common.errors import ModelError
-from common.settings import AdapterSettings
+from tsugiki.common.adapters.base import ADAPTERS
+from tsugiki.common.adapters.own import OwnMethod
+from tsugiki.common.errors import ModelError
+from tsugiki.common.settings import AdapterSettings
 
 _ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "electra"})
 _DECODERS = frozenset({"llama", "mistral", "qwen2", "gpt2"})

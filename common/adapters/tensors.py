@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import ModelError
+from tsugiki.common.errors import ModelError
 
 MANIFEST_LIMIT_BYTES = 16 * 2**20
 """Many times what a manifest needs, and no burden on memory."""

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from common.adapters.base import ADAPTERS
-from common.adapters.lora import attention_targets
-from common.adapters.peft_methods import PeftMethod, TargetedSettings
+from tsugiki.common.adapters.base import ADAPTERS
+from tsugiki.common.adapters.lora import attention_targets
+from tsugiki.common.adapters.peft_methods import PeftMethod, TargetedSettings
 
 
 class VeraSettings(TargetedSettings):

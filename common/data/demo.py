@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.demo_clauses import Meaning, Part, draw_contract, render
-from common.data.demo_test_clauses import TEST
-from common.data.demo_training_clauses import TRAINING
-from common.errors import StorageError, UsageError
-from common.rng import generator
+from tsugiki.common.data.demo_clauses import Meaning, Part, draw_contract, render
+from tsugiki.common.data.demo_test_clauses import TEST
+from tsugiki.common.data.demo_training_clauses import TRAINING
+from tsugiki.common.errors import StorageError, UsageError
+from tsugiki.common.rng import generator
 
 COMPANIES = ("logistics", "software", "clinic", "retail")
 KINDS = tuple(TRAINING.texts)

@@ -1,6 +1,6 @@
 """Wordings of contract clauses for the demo's test data, none of which the training data uses."""
 
-from common.data.demo_clauses import Part
+from tsugiki.common.data.demo_clauses import Part
 
 _TEXTS = {
     "termination-for-convenience": """

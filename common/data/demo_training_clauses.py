@@ -1,6 +1,6 @@
-"""Wordings of contract clauses for the demo's training data; `common.data.demo_clauses` explains the notation."""
+"""Wordings of contract clauses for the demo's training data; `common/data/demo_clauses.py` explains the notation."""
 
-from common.data.demo_clauses import Part
+from tsugiki.common.data.demo_clauses import Part
 
 _TEXTS = {
     "termination-for-convenience": """

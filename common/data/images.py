@@ -1,6 +1,6 @@
 """Pictures as data: idx files, as MNIST's, and folders with one subfolder a class.
 
-Sizes are checked before anything is decoded. As in `common.data.table`, an error holds counts and positions, never a
+Sizes are checked before anything is decoded. As in `common/data/table.py`, an error holds counts and positions, never a
 picture or the name of one, and is not chained to the exception of a decoder.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import DataError
+from tsugiki.common.errors import DataError
 
 Picture = npt.NDArray[np.uint8]
 Images = Picture | list[Picture]

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import DataError
-from common.rng import generator
+from tsugiki.common.errors import DataError
+from tsugiki.common.rng import generator
 
 Rows = npt.NDArray[np.int64]
 
@@ -107,9 +107,9 @@ def _deal(classes: list[Rows], clients: int, alpha: float, shares: np.random.Gen
 def by_column(values: Sequence[str]) -> dict[str, Rows]:
     """Split by a column: one part for each of its values, under a name made from the value, sorted by name.
 
-    A name matches `common.settings.NAME_PATTERN`: the value in lower case, without accents and other characters that
-    are not ASCII, `-` in the place of the rest that no name may have; if nothing is left, `group-` and eight digits of
-    the value's SHA-256.
+    A name matches `tsugiki.common.settings.NAME_PATTERN`: the value in lower case, without accents and other characters
+    that are not ASCII, `-` in the place of the rest that no name may have; if nothing is left, `group-` and eight
+    digits of the value's SHA-256.
 
     Raises:
         DataError: `shard-partition`, a value is blank, two values get one name, or there are more than 1000.

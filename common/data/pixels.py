@@ -1,4 +1,4 @@
-"""From images, as `common.data.images` reads them, to what a model reads: one size, its channels, its scale."""
+"""From images, as `common/data/images.py` reads them, to what a model reads: one size, its channels, its scale."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from common.data.images import Images
-from common.errors import ModelError
+from tsugiki.common.data.images import Images
+from tsugiki.common.errors import ModelError
 
 PREPROCESSING = "preprocessor_config.json"
 

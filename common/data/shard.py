@@ -1,6 +1,6 @@
 """A site's private data file: columns of checked values, or a coded refusal.
 
-As in `common.data.table`, an error never repeats the content of a cell.
+As in `common/data/table.py`, an error never repeats the content of a cell.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.data import images
-from common.data.table import MAX_LINE_BYTES, Request, Table, class_numbers, load
-from common.errors import DataError
-from common.settings import DataFormat
+from tsugiki.common.data import images
+from tsugiki.common.data.table import MAX_LINE_BYTES, Request, Table, class_numbers, load
+from tsugiki.common.errors import DataError
+from tsugiki.common.settings import DataFormat
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from common.tasks.base import Column
+    from tsugiki.common.tasks.base import Column
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.errors import DataError
-from common.settings import DataFormat
+from tsugiki.common.errors import DataError
+from tsugiki.common.settings import DataFormat
 
 MAX_LINE_BYTES = 2**20
 """The longest line, its end included. A line is held in memory before anything about it is known."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from common.privacy.clipping import LEVELS
+from tsugiki.common.privacy.clipping import LEVELS
 
 RELATION = "zero-out (REPLACE_SPECIAL)"
 _DISCRETIZATION = 1e-3

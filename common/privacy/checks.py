@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from common.errors import Problem
-from common.privacy.secagg_messages import MOST_CLIENTS
+from tsugiki.common.errors import Problem
+from tsugiki.common.privacy.secagg_messages import MOST_CLIENTS
 
 if TYPE_CHECKING:
-    from common.config import RunConfig
+    from tsugiki.common.config import RunConfig
 
 _LINEAR_STRATEGIES = ("fedadam", "fedavg", "fedavgm", "fedprox", "ffa")
 """What works on the mean of the updates: anything after it is post-processing and costs nothing."""
@@ -70,7 +70,7 @@ def _mode_problems(config: RunConfig) -> list[Problem]:
 
 
 def _count_problems(config: RunConfig) -> list[Problem]:
-    from common.privacy.plan import enrolled
+    from tsugiki.common.privacy.plan import enrolled
 
     privacy, clients, found = config.privacy, enrolled(config), []
     if privacy.delta * clients >= 1:

@@ -14,10 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from common.audit import AuditLog, locked, verify
-from common.errors import BudgetError
-from common.privacy.accounting import Release, epsilon
-from common.privacy.mechanisms import ADVERSARIES, Adversary
+from tsugiki.common.audit import AuditLog, locked, verify
+from tsugiki.common.errors import BudgetError
+from tsugiki.common.privacy.accounting import Release, epsilon
+from tsugiki.common.privacy.mechanisms import ADVERSARIES, Adversary
 
 EVENT = "charged"
 _EXHAUSTED: dict[Adversary, str] = {"rows": "rows-exhausted"}

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import SecureAggregationError
+from tsugiki.common.errors import SecureAggregationError
 
 Ring = npt.NDArray[np.uint64]
 """Integers modulo 2^bits; shape (size,)."""

@@ -1,13 +1,13 @@
 """Who adds which noise, and what each adversary sees of it: one class a mode.
 
-Each step of a mechanism says how much noise it adds; the plan (`common.privacy.plan`) holds the numbers. There are
+Each step of a mechanism says how much noise it adds; the plan (`common/privacy/plan.py`) holds the numbers. There are
 three adversaries, each with a ledger of its own:
 
 - `release`: whoever sees the models that the run releases; also every other site.
 - `sums`: a curious server under secure aggregation; it sees the sums that were opened, and who is in them.
 - `uploads`: a curious server without secure aggregation; it sees what each site sends.
 
-A fourth ledger, `rows`, belongs to another promise: DP-SGD at a site protects one row of it (`client.dp_sgd`). It is
+A fourth ledger, `rows`, belongs to another promise: DP-SGD at a site protects one row of it (`client/dp_sgd.py`). It is
 kept by the site alone and never added to the others, which protect a whole client.
 """
 
@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from common.privacy.accounting import Release
-from common.privacy.clipping import LEVELS, Levels
-from common.privacy.noise import gaussian, skellam
-from common.registry import Registry
+from tsugiki.common.privacy.accounting import Release
+from tsugiki.common.privacy.clipping import LEVELS, Levels
+from tsugiki.common.privacy.noise import gaussian, skellam
+from tsugiki.common.registry import Registry
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from common.privacy.plan import Plan
+    from tsugiki.common.privacy.plan import Plan
 
 Adversary = Literal["release", "sums", "uploads", "rows"]
 ADVERSARIES: dict[Adversary, str] = {

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from common.rng import generator
+from tsugiki.common.rng import generator
 
 if TYPE_CHECKING:
-    from common.privacy.clipping import Levels
+    from tsugiki.common.privacy.clipping import Levels
 
 MOST_VARIANCE = 2e12
 """The largest Skellam variance drawn at once, in levels^2. At 2e12 the sampler passes a Kolmogorov-Smirnov test against

@@ -12,14 +12,14 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from common import __version__
-from common.errors import ConfigError, Problem
-from common.privacy.accounting import RELATION, Release, calibrate, epsilon
-from common.privacy.clipping import LEVELS
-from common.privacy.mechanisms import MECHANISMS, Adversary, Mechanism
+from tsugiki.common import __version__
+from tsugiki.common.errors import ConfigError, Problem
+from tsugiki.common.privacy.accounting import RELATION, Release, calibrate, epsilon
+from tsugiki.common.privacy.clipping import LEVELS
+from tsugiki.common.privacy.mechanisms import MECHANISMS, Adversary, Mechanism
 
 if TYPE_CHECKING:
-    from common.config import RunConfig
+    from tsugiki.common.config import RunConfig
 
 _WIDTHS_BITS = (32, 40, 48, 56)
 

@@ -31,9 +31,9 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from common.privacy import masks
-from common.privacy.masks import SECRET_BYTES, Ring
-from common.privacy.secagg_messages import (
+from tsugiki.common.privacy import masks
+from tsugiki.common.privacy.masks import SECRET_BYTES, Ring
+from tsugiki.common.privacy.secagg_messages import (
     KEYS_BYTES,
     MOST_CLIENTS,
     SEALED_BYTES,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from common.errors import SecureAggregationError
+from tsugiki.common.errors import SecureAggregationError
 
 
 def fewest_sites(counts: Mapping[str, int], min_clients: int, min_sites: int = 2) -> int:

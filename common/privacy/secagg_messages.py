@@ -11,10 +11,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.errors import SecureAggregationError
-from common.privacy import masks
-from common.privacy.masks import SECRET_BYTES
-from common.settings import NAME_PATTERN
+from tsugiki.common.errors import SecureAggregationError
+from tsugiki.common.privacy import masks
+from tsugiki.common.privacy.masks import SECRET_BYTES
+from tsugiki.common.settings import NAME_PATTERN
 
 SESSION_BYTES = 16
 MOST_CLIENTS = 255

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from common.settings import Section
+from tsugiki.common.settings import Section
 
 
 def _from_json(value: Any) -> Any:

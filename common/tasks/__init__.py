@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from common.tasks.base import TASKS, Task
+from tsugiki.common.tasks.base import TASKS, Task
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import UsageError
-from common.registry import Registry
-from common.settings import TaskSettings
+from tsugiki.common.errors import UsageError
+from tsugiki.common.registry import Registry
+from tsugiki.common.settings import TaskSettings
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from common.data.shard import Shard
-    from common.tasks.generation import Generation
+    from tsugiki.common.data.shard import Shard
+    from tsugiki.common.tasks.generation import Generation
 
 TASKS: Registry[type[Task]] = Registry("task")
 
@@ -179,7 +179,7 @@ class Task(ABC):
         Args:
             folder: of the checkpoint.
             dtype: of the frozen weights.
-            how: what else `from_pretrained` has to know; see `common.device.loading`.
+            how: what else `from_pretrained` has to know; see `tsugiki.common.device.loading`.
         """
 
     def graft(self, base: Base, transformer: nn.Module) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from common.errors import ModelError
-from common.settings import TaskSettings
-from common.tasks.base import (
+from tsugiki.common.errors import ModelError
+from tsugiki.common.settings import TaskSettings
+from tsugiki.common.tasks.base import (
     TASKS,
     Base,
     Batch,
@@ -24,8 +24,8 @@ from common.tasks.base import (
     cut_note,
     pad,
 )
-from common.tasks.generation import Generation, complete, generate
-from common.tasks.prompts import (
+from tsugiki.common.tasks.generation import Generation, complete, generate
+from tsugiki.common.tasks.prompts import (
     TEMPLATE_HELP,
     Template,
     encode_answers,
@@ -38,7 +38,7 @@ from common.tasks.prompts import (
 if TYPE_CHECKING:
     import torch
 
-    from common.data.shard import Shard
+    from tsugiki.common.data.shard import Shard
 
 NOTHING = -100
 """The label of a position after which nothing is predicted: what PyTorch's cross-entropy leaves out."""

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.tasks.base import Base, Tokens
-from common.tasks.prompts import Template, encode_prompts, head_length, shorten
+from tsugiki.common.tasks.base import Base, Tokens
+from tsugiki.common.tasks.prompts import Template, encode_prompts, head_length, shorten
 
 if TYPE_CHECKING:
     import torch
 
-    from common.data.shard import Shard
+    from tsugiki.common.data.shard import Shard
 
 _DRAWING = ("temperature", "top_p", "top_k")
 """What a checkpoint may set for drawing, and `transformers` warns about where nothing is drawn."""

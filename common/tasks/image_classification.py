@@ -11,17 +11,28 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from common.adapters.base import require_heads
-from common.data.pixels import Pixels, fit, read_pixels
-from common.errors import ModelError
-from common.settings import ClassesSettings
-from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Tail, Task, TinyCase, class_metrics, named_classes
+from tsugiki.common.adapters.base import require_heads
+from tsugiki.common.data.pixels import Pixels, fit, read_pixels
+from tsugiki.common.errors import ModelError
+from tsugiki.common.settings import ClassesSettings
+from tsugiki.common.tasks.base import (
+    TASKS,
+    Base,
+    Batch,
+    Column,
+    Encoded,
+    Tail,
+    Task,
+    TinyCase,
+    class_metrics,
+    named_classes,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from common.data.shard import Shard
-    from common.tasks.generation import Generation
+    from tsugiki.common.data.shard import Shard
+    from tsugiki.common.tasks.generation import Generation
 
 MODEL_TYPE = "tsugiki-cnn"
 """`config.model_type` of our own network."""

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from common.data.shard import Shard
-from common.errors import ModelError
-from common.settings import TaskSettings
-from common.tasks.base import (
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.errors import ModelError
+from tsugiki.common.settings import TaskSettings
+from tsugiki.common.tasks.base import (
     TASKS,
     Base,
     Batch,
@@ -27,9 +27,9 @@ from common.tasks.base import (
     pad,
     padding_id,
 )
-from common.tasks.causal_lm import NOTHING, limit_length, load_decoder, next_logits
-from common.tasks.generation import Generation, complete
-from common.tasks.prompts import TEMPLATE_HELP, Template, encode_answers, encode_prompts, fit, head_length
+from tsugiki.common.tasks.causal_lm import NOTHING, limit_length, load_decoder, next_logits
+from tsugiki.common.tasks.generation import Generation, complete
+from tsugiki.common.tasks.prompts import TEMPLATE_HELP, Template, encode_answers, encode_prompts, fit, head_length
 
 if TYPE_CHECKING:
     import torch

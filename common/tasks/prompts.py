@@ -6,11 +6,11 @@ import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from common.errors import ModelError
-from common.tasks.base import Tokens, cut_note
+from tsugiki.common.errors import ModelError
+from tsugiki.common.tasks.base import Tokens, cut_note
 
 if TYPE_CHECKING:
-    from common.data.shard import Shard
+    from tsugiki.common.data.shard import Shard
 
 Template = Literal["auto", "chat", "alpaca", "plain"]
 TEMPLATE_HELP = (

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.adapters.tensors import tensors_sha256
-from common.errors import ModelError
-from common.fingerprint import fingerprint
-from common.tasks.base import Base, Tokens
-from common.tasks.prompts import Template, same_template
+from tsugiki.common.adapters.tensors import tensors_sha256
+from tsugiki.common.errors import ModelError
+from tsugiki.common.fingerprint import fingerprint
+from tsugiki.common.tasks.base import Base, Tokens
+from tsugiki.common.tasks.prompts import Template, same_template
 
 if TYPE_CHECKING:
     import torch
 
-    from common.exported import Exported
+    from tsugiki.common.exported import Exported
 
 HEAD = "score"
 """What decoders call the head of their `AutoModelForSequenceClassification`."""
@@ -38,11 +38,16 @@ def add_judge(base: Base, folder: Path, reward_adapter: str, template: Template)
         template: in which the prompts will be; the reward has to know it.
 
     Raises:
-        ModelError: `reward-adapter`, it is no reward, or one of other prompts; and as `common.exported.load_exported`:
+        ModelError: `reward-adapter`, it is no reward, or one of other prompts; and as
+        `tsugiki.common.exported.load_exported`:
             `adapter-other-base`, `adapter-invalid`, `head-missing`; `adapter-missing`, there is no such folder.
     """
-    from common.exported import find_export, load_exported, read_exported  # which know all tasks, and so this one
-    from common.spec import describe
+    from tsugiki.common.exported import (
+        find_export,
+        load_exported,
+        read_exported,
+    )  # which know all tasks, and so this one
+    from tsugiki.common.spec import describe
 
     place = find_export(reward_adapter, "task.reward_adapter")
     exported = read_exported(place)

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field
 
-from common.settings import TaskSettings
-from common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, at_rest, by_length, cut_note
-from common.tasks.causal_lm import load_decoder
-from common.tasks.generation import Generation, complete
-from common.tasks.preference import answer_logps, sequences
-from common.tasks.prompts import TEMPLATE_HELP, Template, encode_prompts, head_length, shorten
-from common.tasks.reward import add_judge
-from common.tasks.rollout import Judged, fixed_numbers, judge
+from tsugiki.common.settings import TaskSettings
+from tsugiki.common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, at_rest, by_length, cut_note
+from tsugiki.common.tasks.causal_lm import load_decoder
+from tsugiki.common.tasks.generation import Generation, complete
+from tsugiki.common.tasks.preference import answer_logps, sequences
+from tsugiki.common.tasks.prompts import TEMPLATE_HELP, Template, encode_prompts, head_length, shorten
+from tsugiki.common.tasks.reward import add_judge
+from tsugiki.common.tasks.rollout import Judged, fixed_numbers, judge
 
 if TYPE_CHECKING:
     import torch
 
-    from common.data.shard import Shard
+    from tsugiki.common.data.shard import Shard
 
 log = logging.getLogger("tsugiki.client")
 

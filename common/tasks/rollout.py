@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.errors import ModelError
-from common.rng import generator
-from common.tasks.base import Base, Tokens, at_rest
-from common.tasks.generation import draw
-from common.tasks.preference import answer_logps, sequences
-from common.tasks.reward import scores
+from tsugiki.common.errors import ModelError
+from tsugiki.common.rng import generator
+from tsugiki.common.tasks.base import Base, Tokens, at_rest
+from tsugiki.common.tasks.generation import draw
+from tsugiki.common.tasks.preference import answer_logps, sequences
+from tsugiki.common.tasks.reward import scores
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from common.settings import ClassesSettings
-from common.tasks.base import (
+from tsugiki.common.settings import ClassesSettings
+from tsugiki.common.tasks.base import (
     TASKS,
     Base,
     Batch,
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from common.data.shard import Shard
-    from common.tasks.generation import Generation
+    from tsugiki.common.data.shard import Shard
+    from tsugiki.common.tasks.generation import Generation
 
 
 class SentenceEmbeddingSettings(ClassesSettings):

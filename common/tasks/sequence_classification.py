@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from common.errors import ModelError
-from common.settings import ClassesSettings
-from common.tasks.base import (
+from tsugiki.common.errors import ModelError
+from tsugiki.common.settings import ClassesSettings
+from tsugiki.common.tasks.base import (
     TASKS,
     Base,
     Batch,
@@ -31,8 +31,8 @@ from common.tasks.base import (
 if TYPE_CHECKING:
     import torch
 
-    from common.data.shard import Shard
-    from common.tasks.generation import Generation
+    from tsugiki.common.data.shard import Shard
+    from tsugiki.common.tasks.generation import Generation
 
 
 class SequenceClassificationSettings(ClassesSettings):

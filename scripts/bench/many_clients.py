@@ -22,12 +22,12 @@ from figures import Figure, show
 from orchestration import processes, resident_trivial, run_trivial, trivial_bundle
 from trivial import FLOATS, trivial_spec
 
-import common  # noqa: F401  (first: it switches off what would phone home)
-from common.config import parse
-from common.files import read_lines
-from server.deploy.control import Control, executed
-from server.deploy.superlink import free_port, superlink
-from server.progress import Progress
+import tsugiki  # noqa: F401  (first: it switches off what would phone home)
+from tsugiki.common.config import parse
+from tsugiki.common.files import read_lines
+from tsugiki.server.deploy.control import Control, executed
+from tsugiki.server.deploy.superlink import free_port, superlink
+from tsugiki.server.progress import Progress
 
 FROM_ROUND = 5
 

@@ -28,21 +28,21 @@ import tomli_w
 from figures import Figure, mean, median, show
 from trivial import FLOATS, trivial_spec
 
-import common  # noqa: F401  (first: it switches off what would phone home)
-from common.audit import AuditLog
-from common.config import RunConfig, parse
-from common.wire import AdapterSpec
-from server.app import run_federation
-from server.deploy import bundle
-from server.deploy.control import Control, executed
-from server.deploy.superlink import free_port, superlink
-from server.engines.grid import Stop
-from server.engines.superlink import SuperlinkGrid
-from server.loop import initial_state, run_rounds
-from server.parts import Parts
-from server.progress import Progress
-from server.roster import Roster
+import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tests.support.processes import BIN, end_group, quiet_environment
+from tsugiki.common.audit import AuditLog
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.wire import AdapterSpec
+from tsugiki.server.app import run_federation
+from tsugiki.server.deploy import bundle
+from tsugiki.server.deploy.control import Control, executed
+from tsugiki.server.deploy.superlink import free_port, superlink
+from tsugiki.server.engines.grid import Stop
+from tsugiki.server.engines.superlink import SuperlinkGrid
+from tsugiki.server.loop import initial_state, run_rounds
+from tsugiki.server.parts import Parts
+from tsugiki.server.progress import Progress
+from tsugiki.server.roster import Roster
 
 CLIENTS = 4
 

@@ -28,25 +28,25 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 from trivial import trivial_spec
 
-import common
-from client import secagg
-from client.split import split
-from client.update import ProtectedSum
-from common.audit import AuditLog
-from common.config import RunConfig, parse
-from common.config_file import read
-from common.files import read_lines
-from common.messages import HelloReply, PrivateReply, StageRequest, TrainRequest, beside, from_record, to_record
-from common.privacy.plan import Plan, make_plan, resolve
-from common.wire import AdapterSpec, encode_levels
-from server.demo import write_files
-from server.engines.grid import Stop
-from server.engines.in_process import InProcessGrid
-from server.loop import initial_state, run_rounds
-from server.parts import Parts
-from server.privacy import open_privacy
-from server.roster import Roster
+import tsugiki  # first: it switches off what would phone home
 from tests.support.serving import metrics, serve_and_join, started
+from tsugiki.client import secagg
+from tsugiki.client.split import split
+from tsugiki.client.update import ProtectedSum
+from tsugiki.common.audit import AuditLog
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.config_file import read
+from tsugiki.common.files import read_lines
+from tsugiki.common.messages import HelloReply, PrivateReply, StageRequest, TrainRequest, beside, from_record, to_record
+from tsugiki.common.privacy.plan import Plan, make_plan, resolve
+from tsugiki.common.wire import AdapterSpec, encode_levels
+from tsugiki.server.demo import write_files
+from tsugiki.server.engines.grid import Stop
+from tsugiki.server.engines.in_process import InProcessGrid
+from tsugiki.server.loop import initial_state, run_rounds
+from tsugiki.server.parts import Parts
+from tsugiki.server.privacy import open_privacy
+from tsugiki.server.roster import Roster
 
 SITES, LEAST, FLOATS = 30, 26, 150_000
 DEPLOYED = 5
@@ -70,7 +70,7 @@ def private_app(spec: AdapterSpec, plan: Plan, seconds: dict[str, float]) -> Cli
 
     @app.query()
     def hello(message: Any, context: Any) -> Any:
-        reply = HelloReply(name(context), common.__version__, 1, 0, 0, "0" * 64, spec.sha256, "", "")
+        reply = HelloReply(name(context), tsugiki.__version__, 1, 0, 0, "0" * 64, spec.sha256, "", "")
         return Message(to_record(reply), reply_to=message)
 
     @app.train()

@@ -22,19 +22,19 @@ import numpy as np
 from figures import Figure, median, show, spread
 from trivial import trivial_app, trivial_spec
 
-import common  # noqa: F401  (first: it switches off what would phone home)
-from client import trainer
-from client.app import simulated_app
-from common.audit import AuditLog
-from common.config import RunConfig, parse
-from common.model import load_graft
-from common.rng import generator
-from server.engines.grid import Stop
-from server.engines.in_process import InProcessGrid
-from server.loop import initial_state, run_rounds
-from server.parts import Parts
-from server.roster import Roster
-from server.simulate import simulate
+import tsugiki  # noqa: F401  (first: it switches off what would phone home)
+from tsugiki.client import trainer
+from tsugiki.client.app import simulated_app
+from tsugiki.common.audit import AuditLog
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.model import load_graft
+from tsugiki.common.rng import generator
+from tsugiki.server.engines.grid import Stop
+from tsugiki.server.engines.in_process import InProcessGrid
+from tsugiki.server.loop import initial_state, run_rounds
+from tsugiki.server.parts import Parts
+from tsugiki.server.roster import Roster
+from tsugiki.server.simulate import simulate
 
 SITES, ROUNDS = 100, 10
 FLOWER_ROUNDS = 3
@@ -144,7 +144,7 @@ def bare_steps(graft: Any, batches: list[Any], settings: Any) -> float:
 
 def site_batches(config: RunConfig, graft: Any) -> dict[str, list[Any]]:
     """Return, for each site, the batches of all rounds as the client draws them."""
-    from client.simulated import simulated_sites
+    from tsugiki.client.simulated import simulated_sites
 
     batches: dict[str, list[Any]] = {}
     for site in simulated_sites(config):
@@ -165,7 +165,7 @@ def local_loop_ratios(folder: Path, pairs: int) -> list[float]:
     config = text_config(folder)
     torch.set_num_threads(config.train.threads)
     graft = load_graft(config, config.model.name, config.run.seed)
-    from client.simulated import simulated_sites
+    from tsugiki.client.simulated import simulated_sites
 
     site = simulated_sites(config)[0]
     encoded = graft.task.encode(site.train_shard(graft.task), graft.base)

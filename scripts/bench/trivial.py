@@ -12,9 +12,9 @@ import numpy as np
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
-from common import __version__
-from common.messages import HelloReply, TrainReply, TrainRequest, from_record, to_record
-from common.wire import AdapterSpec, TensorSpec, encode
+from tsugiki.common import __version__
+from tsugiki.common.messages import HelloReply, TrainReply, TrainRequest, from_record, to_record
+from tsugiki.common.wire import AdapterSpec, TensorSpec, encode
 
 FLOATS = 75_000
 
@@ -53,10 +53,10 @@ app = trivial_app(trivial_spec(FLOATS))
 
 def main() -> None:
     """Run a resident node until it is ended."""
-    from client.channel import Link, Stopping
-    from client.connection import Connection
-    from client.node import Ending, Node
-    from client.status import Lines
+    from tsugiki.client.channel import Link, Stopping
+    from tsugiki.client.connection import Connection
+    from tsugiki.client.node import Ending, Node
+    from tsugiki.client.status import Lines
 
     address, number, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else FLOATS
     ending, status = Ending(), Lines()

@@ -27,17 +27,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from figures import Figure, median, show, spread
 
-import common  # noqa: F401  (first: it switches off what would phone home)
-from client.app import simulated_app
-from client.cohort import asked_clients, train_privately
-from client.desk import Desk
-from client.job import Job
-from client.simulated import simulated_sites
-from common.config import RunConfig, parse
-from common.files import read_lines
-from common.messages import TrainRequest
-from common.privacy.plan import make_plan, resolve
-from server.simulate import simulate
+import tsugiki  # noqa: F401  (first: it switches off what would phone home)
+from tsugiki.client.app import simulated_app
+from tsugiki.client.cohort import asked_clients, train_privately
+from tsugiki.client.desk import Desk
+from tsugiki.client.job import Job
+from tsugiki.client.simulated import simulated_sites
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.files import read_lines
+from tsugiki.common.messages import TrainRequest
+from tsugiki.common.privacy.plan import make_plan, resolve
+from tsugiki.server.simulate import simulate
 
 CLIENTS = 10_000
 
@@ -99,7 +99,7 @@ def flower(run: RunConfig, base: Path, count: int, rounds: int = 2) -> float:
         import numpy as np
         import torch
 
-        from common.tasks.image_classification import small_cnn
+        from tsugiki.common.tasks.image_classification import small_cnn
 
         torch.set_num_threads(1)
         network = small_cnn()[1].from_pretrained(base)

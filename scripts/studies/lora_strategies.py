@@ -26,11 +26,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from figures import Figure, mean, show
 
-import common  # noqa: F401  (first: it switches off what would phone home)
-from client.app import simulated_app
-from common.config import RunConfig, parse
-from common.files import read_lines
-from server.simulate import simulate
+import tsugiki  # noqa: F401  (first: it switches off what would phone home)
+from tsugiki.client.app import simulated_app
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.files import read_lines
+from tsugiki.server.simulate import simulate
 
 SITES, FULL_RANK = 10, 10
 EXACT = 1e-5

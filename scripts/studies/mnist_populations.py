@@ -34,11 +34,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from figures import Figure, interval, mean, show
 
-import common  # noqa: F401  (first: it switches off what would phone home)
-from client.app import simulated_app
-from common.config import RunConfig, parse
-from common.files import read_lines
-from server.simulate import simulate
+import tsugiki  # noqa: F401  (first: it switches off what would phone home)
+from tsugiki.client.app import simulated_app
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.files import read_lines
+from tsugiki.server.simulate import simulate
 
 CLIENTS = (100, 1_000, 10_000)
 EPSILONS = (2.0, 8.0)

@@ -26,13 +26,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from figures import Figure, mean, show
 
-import common  # noqa: F401  (first: it switches off what would phone home)
-from client.app import simulated_app
-from common.config import RunConfig, parse
-from common.files import read_lines
-from common.privacy.plan import make_plan
-from common.rng import generator
-from server.simulate import simulate
+import tsugiki  # noqa: F401  (first: it switches off what would phone home)
+from tsugiki.client.app import simulated_app
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.files import read_lines
+from tsugiki.common.privacy.plan import make_plan
+from tsugiki.common.rng import generator
+from tsugiki.server.simulate import simulate
 
 HELD_OUT = 2_000
 GATEWAYS = 5

@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import common  # noqa: F401  (first: it switches off what would phone home)
+import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 
 SIDE, CLASSES, EACH, ACROSS = 28, 10, 90, 30
 
@@ -46,7 +46,7 @@ def pretrain(tiles: Any, labels: Any, seed: int, epochs: int) -> tuple[Any, floa
     import torch
     from torch.nn.functional import cross_entropy
 
-    from common.tasks.image_classification import small_cnn
+    from tsugiki.common.tasks.image_classification import small_cnn
 
     configuration, network_class = small_cnn()
     torch.manual_seed(seed)

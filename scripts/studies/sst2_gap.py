@@ -24,13 +24,13 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from figures import Figure, interval, mean, show
 
-import common  # noqa: F401  (first: it switches off what would phone home)
-from client.app import simulated_app
-from common.config import RunConfig, parse
-from common.config_file import expand, override, read_toml
-from server.baselines import run_baselines
-from server.progress import Lines
-from server.simulate import simulate
+import tsugiki  # noqa: F401  (first: it switches off what would phone home)
+from tsugiki.client.app import simulated_app
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.config_file import expand, override, read_toml
+from tsugiki.server.baselines import run_baselines
+from tsugiki.server.progress import Lines
+from tsugiki.server.simulate import simulate
 
 TARGETS = {"lora": (">= 83.5", "<= 1.0"), "houlsby": ("", "")}
 CENTRAL = {"learning_rate": 1e-3, "per_device_train_batch_size": 16, "local_steps": 10}

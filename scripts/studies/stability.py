@@ -38,13 +38,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from figures import Figure, interval, mean, show
 
-import common  # noqa: F401  (first: it switches off what would phone home)
-from client.app import simulated_app
-from common.config import RunConfig, parse
-from common.files import read_lines
-from common.rng import generator
-from server.baselines import centralised
-from server.simulate import simulate
+import tsugiki  # noqa: F401  (first: it switches off what would phone home)
+from tsugiki.client.app import simulated_app
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.files import read_lines
+from tsugiki.common.rng import generator
+from tsugiki.server.baselines import centralised
+from tsugiki.server.simulate import simulate
 
 SITES, ROUNDS, ROWS, PASSES = 4, 10, 800, 2
 BATCH = {"centralised": 8, "federated": 4}

@@ -20,12 +20,12 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from figures import Figure, interval, mean, show
 
-import common  # noqa: F401  (first: it switches off what would phone home)
-from client.app import simulated_app
-from common.config_file import read
-from server.baselines import run_baselines
-from server.progress import Lines
-from server.simulate import simulate
+import tsugiki  # noqa: F401  (first: it switches off what would phone home)
+from tsugiki.client.app import simulated_app
+from tsugiki.common.config_file import read
+from tsugiki.server.baselines import run_baselines
+from tsugiki.server.progress import Lines
+from tsugiki.server.simulate import simulate
 
 
 def run_seed(seed: int, folder: Path, overrides: list[str]) -> dict[str, float]:

@@ -28,14 +28,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from figures import Figure, interval, mean, show
 
-import common  # noqa: F401  (first: it switches off what would phone home)
-from client.app import simulated_app
-from common.config import RunConfig, parse
-from common.config_file import expand, override, read_toml
-from common.files import read_lines
-from server.baselines import run_baselines
-from server.progress import Lines
-from server.simulate import simulate
+import tsugiki  # noqa: F401  (first: it switches off what would phone home)
+from tsugiki.client.app import simulated_app
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.config_file import expand, override, read_toml
+from tsugiki.common.files import read_lines
+from tsugiki.server.baselines import run_baselines
+from tsugiki.server.progress import Lines
+from tsugiki.server.simulate import simulate
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import tomli_w
 
-from common import __version__
-from common.config_file import run_config_defaults
+from tsugiki.common import __version__
+from tsugiki.common.config_file import run_config_defaults
 
-PACKAGES = ("common", "client", "server")
-COMPONENTS = {"serverapp": "server.app:app", "clientapp": "client.app:app"}
+FOLDERS = ("tsugiki", "common", "client", "server")
+"""As they lie in a checkout: `tsugiki` holds the bridge and the command line, the others its subpackages."""
+COMPONENTS = {"serverapp": "tsugiki.server.app:app", "clientapp": "tsugiki.client.app:app"}
 
 
 def build() -> bytes:
@@ -22,10 +23,13 @@ def build() -> bytes:
     from flwr.cli.build import build_fab_from_files
 
     files: dict[str, bytes | Path] = {"pyproject.toml": tomli_w.dumps(_project()).encode()}
-    for package in PACKAGES:
-        root = Path(next(iter(import_module(package).__path__)))
-        for path in sorted(root.rglob("*.py")):
-            files[f"{package}/{path.relative_to(root).as_posix()}"] = path
+    for folder in FOLDERS:
+        package = import_module("tsugiki" if folder == "tsugiki" else f"tsugiki.{folder}")
+        root = Path(next(iter(package.__path__)))
+        # An installed `tsugiki` has the other folders inside it; in the bundle they lie beside it, as in a checkout.
+        modules = root.glob("*.py") if folder == "tsugiki" else root.rglob("*.py")
+        for path in sorted(modules):
+            files[f"{folder}/{path.relative_to(root).as_posix()}"] = path
     return build_fab_from_files(files)[0]
 
 
@@ -33,7 +37,7 @@ def _project() -> dict[str, object]:
     """Return the bundle's pyproject.toml: what Flower reads, and no more."""
     app = {
         "publisher": "tsugiki",
-        "fab-include": [f"{package}/**/*.py" for package in PACKAGES],
+        "fab-include": [f"{folder}/**/*.py" for folder in FOLDERS],
         "components": COMPONENTS,
         "config": run_config_defaults(),
     }

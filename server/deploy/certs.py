@@ -14,8 +14,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import UsageError
-from common.keys import read_private, write_private
+from tsugiki.common.errors import UsageError
+from tsugiki.common.keys import read_private, write_private
 
 if TYPE_CHECKING:
     from cryptography import x509

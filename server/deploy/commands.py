@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import config_file
-from common.errors import UsageError
+from tsugiki.common import config_file
+from tsugiki.common.errors import UsageError
 
 
 def serve(
@@ -25,11 +25,11 @@ def serve(
     as_json: bool,
 ) -> None:
     """Serve a federation, or go on with one; then export and report."""
-    from server import progress
-    from server.commands import at_folder, finish, stop_on_signals
-    from server.deploy.certs import CertificateFiles
-    from server.deploy.serve import Deployment
-    from server.deploy.serve import serve as run
+    from tsugiki.server import progress
+    from tsugiki.server.commands import at_folder, finish, stop_on_signals
+    from tsugiki.server.deploy.certs import CertificateFiles
+    from tsugiki.server.deploy.serve import Deployment
+    from tsugiki.server.deploy.serve import serve as run
 
     if (file is None) == (resume is None):
         raise UsageError("either FILE or --resume RUN", do="tsugiki serve --help")
@@ -49,7 +49,7 @@ def serve(
 
 def certs(folder: Path, hosts: Sequence[str], days: int) -> None:
     """Make the server's certificate."""
-    from server.deploy.certs import make_certificates, names_in
+    from tsugiki.server.deploy.certs import make_certificates, names_in
 
     fresh = not (folder / "ca.crt").exists()
     files = make_certificates(folder, list(hosts), days)
@@ -61,7 +61,7 @@ def certs(folder: Path, hosts: Sequence[str], days: int) -> None:
 
 def keys_new(path: Path) -> None:
     """Make a key pair."""
-    from common.keys import fingerprint, new_key_pair, read_public_key
+    from tsugiki.common.keys import fingerprint, new_key_pair, read_public_key
 
     public = new_key_pair(path)
     _say(f"{path}: the private key; it stays here")
@@ -71,7 +71,7 @@ def keys_new(path: Path) -> None:
 
 def keys_register(public: Path, name: str, folder: Path) -> None:
     """Add a node to the keyring."""
-    from server.deploy.keyring import register
+    from tsugiki.server.deploy.keyring import register
 
     registered_name, shown = register(folder, public, name)
     _say(f"{registered_name} {shown}")
@@ -80,8 +80,8 @@ def keys_register(public: Path, name: str, folder: Path) -> None:
 
 def keys_list(folder: Path) -> None:
     """Print the keyring."""
-    from common.keys import fingerprint, read_public_key
-    from server.deploy.keyring import registered
+    from tsugiki.common.keys import fingerprint, read_public_key
+    from tsugiki.server.deploy.keyring import registered
 
     for name, path in registered(folder).items():
         _say(f"{name:<24} {fingerprint(read_public_key(path))}")
@@ -89,7 +89,7 @@ def keys_list(folder: Path) -> None:
 
 def keys_revoke(name: str, folder: Path) -> None:
     """Remove a node from the keyring."""
-    from server.deploy.keyring import revoke
+    from tsugiki.server.deploy.keyring import revoke
 
     revoke(folder, name)
     _say(f"{name} is revoked; a running server shuts it out within seconds")

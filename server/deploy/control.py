@@ -39,11 +39,11 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from common.errors import DeployError, UsageError
-from common.keys import read_public_key
-from server.deploy.keyring import registered
-from server.deploy.superlink import Endpoint
-from server.engines.superlink import SuperlinkGrid
+from tsugiki.common.errors import DeployError, UsageError
+from tsugiki.common.keys import read_public_key
+from tsugiki.server.deploy.keyring import registered
+from tsugiki.server.deploy.superlink import Endpoint
+from tsugiki.server.engines.superlink import SuperlinkGrid
 
 CLAIM_TIMEOUT_S = 20.0
 HEARTBEAT_S = 10.0

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from common.errors import UsageError
-from common.files import unwritable, write_atomically
-from common.keys import fingerprint, read_public_key
-from common.settings import NAME_PATTERN
+from tsugiki.common.errors import UsageError
+from tsugiki.common.files import unwritable, write_atomically
+from tsugiki.common.keys import fingerprint, read_public_key
+from tsugiki.common.settings import NAME_PATTERN
 
 
 def register(folder: Path, public: Path, name: str = "") -> tuple[str, str]:

@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.address import LOOPBACK, split_address
-from common.config import RunConfig
-from common.config_file import to_run_config, with_absolute_paths
-from common.errors import TsugikiError, UsageError
-from server.app import Outcome, run_federation
-from server.deploy import bundle
-from server.deploy.certs import CertificateFiles
-from server.deploy.control import Control, executed
-from server.deploy.superlink import Endpoint, Superlink, superlink
-from server.engines.grid import Stop
-from server.progress import Progress
+from tsugiki.common.address import LOOPBACK, split_address
+from tsugiki.common.config import RunConfig
+from tsugiki.common.config_file import to_run_config, with_absolute_paths
+from tsugiki.common.errors import TsugikiError, UsageError
+from tsugiki.server.app import Outcome, run_federation
+from tsugiki.server.deploy import bundle
+from tsugiki.server.deploy.certs import CertificateFiles
+from tsugiki.server.deploy.control import Control, executed
+from tsugiki.server.deploy.superlink import Endpoint, Superlink, superlink
+from tsugiki.server.engines.grid import Stop
+from tsugiki.server.progress import Progress
 
 log = logging.getLogger("tsugiki.server")
 

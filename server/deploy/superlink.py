@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.address import LOOPBACK, split_address
-from common.errors import DeployError, UsageError
-from common.keys import write_private
-from server.deploy.certs import CertificateFiles
+from tsugiki.common.address import LOOPBACK, split_address
+from tsugiki.common.errors import DeployError, UsageError
+from tsugiki.common.keys import write_private
+from tsugiki.server.deploy.certs import CertificateFiles
 
 START_TIMEOUT_S, STOP_TIMEOUT_S = 60.0, 8.0
 

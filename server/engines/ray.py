@@ -9,7 +9,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from common.errors import UsageError
+from tsugiki.common.errors import UsageError
 
 
 def run(client_app: ClientApp, nodes: int, threads: int, gpus: float, main: Callable[[Grid], None]) -> None:

@@ -35,10 +35,10 @@ from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.superlink.grid import HttpGrid
 
-from common.errors import WireError
-from common.inflate import inflate
-from common.messages import SITE_ERROR
-from server.engines.grid import NODE_UNAVAILABLE, RETURN_S
+from tsugiki.common.errors import WireError
+from tsugiki.common.inflate import inflate
+from tsugiki.common.messages import SITE_ERROR
+from tsugiki.server.engines.grid import NODE_UNAVAILABLE, RETURN_S
 
 log = logging.getLogger("tsugiki.server")
 

@@ -6,13 +6,15 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from client import cohort
-from client.app import simulated_app
-from client.simulated import simulated_sites
-from common import __version__
-from common.audit import verify
-from common.errors import DataError, SpecError
-from common.messages import (
+from tests.support.federation import CANARIES, CANARY, app_of_sites, site_folder, tiny_config, write_rows
+from tests.support.tiny import tiny_llama
+from tsugiki.client import cohort
+from tsugiki.client.app import simulated_app
+from tsugiki.client.simulated import simulated_sites
+from tsugiki.common import __version__
+from tsugiki.common.audit import verify
+from tsugiki.common.errors import DataError, SpecError
+from tsugiki.common.messages import (
     EvaluateReply,
     EvaluateRequest,
     HelloReply,
@@ -22,11 +24,9 @@ from common.messages import (
     from_record,
     to_record,
 )
-from common.model import load_graft
-from common.wire import decode, encode, sha256
-from server.engines.in_process import InProcessGrid
-from tests.support.federation import CANARIES, CANARY, app_of_sites, site_folder, tiny_config, write_rows
-from tests.support.tiny import tiny_llama
+from tsugiki.common.model import load_graft
+from tsugiki.common.wire import decode, encode, sha256
+from tsugiki.server.engines.in_process import InProcessGrid
 
 NONCE = "0123456789abcdef"
 
@@ -310,7 +310,7 @@ def test_a_failure_in_a_private_run_has_one_code_for_all(tmp_path, monkeypatch, 
     def fail(job, plan):
         raise UnicodeDecodeError("utf-8", CANARY.encode(), 0, 1, CANARY)
 
-    monkeypatch.setattr("client.app.train_privately", fail)
+    monkeypatch.setattr("tsugiki.client.app.train_privately", fail)
     private = tiny_config(tmp_path, privacy={"mode": "central", "noise_multiplier": 1.0, "delta": 1e-3})
     loaded = load_graft(private, private.model.name, private.run.seed)
     assert code(ask(private, "train", train_request(private, loaded))) == "client-error"

@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
-from client.budget import site_ledger, spend
-from client.policy import SitePolicy
-from client.update import ProtectedSum
-from common.audit import verify
-from common.errors import PolicyError, StorageError
-from common.messages import TrainRequest, to_record
-from common.model import load_graft
-from common.privacy.accounting import Release, epsilon
-from common.privacy.plan import resolve
-from common.wire import encode
-from server.engines.in_process import InProcessGrid
 from tests.support.federation import app_of_sites, leaks, site_folder, tiny_config
 from tests.support.private import LEDGER, plan_of, unchanged
+from tsugiki.client.budget import site_ledger, spend
+from tsugiki.client.policy import SitePolicy
+from tsugiki.client.update import ProtectedSum
+from tsugiki.common.audit import verify
+from tsugiki.common.errors import PolicyError, StorageError
+from tsugiki.common.messages import TrainRequest, to_record
+from tsugiki.common.model import load_graft
+from tsugiki.common.privacy.accounting import Release, epsilon
+from tsugiki.common.privacy.plan import resolve
+from tsugiki.common.wire import encode
+from tsugiki.server.engines.in_process import InProcessGrid
 
 NOISY = Release("gaussian", 4.0)
 DELTA = 1e-5
@@ -162,7 +162,7 @@ def test_every_upload_is_in_the_ledger_before_it_leaves(acme, monkeypatch):
     def fail(*arguments):
         raise StorageError("no disk", code="disk-full")
 
-    monkeypatch.setattr("common.audit.append_line", fail)
+    monkeypatch.setattr("tsugiki.common.audit.append_line", fail)
     assert refused(ask("local", noise_multiplier=4.0)) == "disk-full"
 
 
@@ -203,7 +203,7 @@ def test_a_larger_delta_of_the_site_is_not_the_runs_either(acme):
 def test_a_policy_refuses_before_anything_is_trained_or_charged(acme, monkeypatch, policy, mode, privacy, code):
     """Catches: a policy that is asked after training, and a refusal that shows up as a cost."""
     folder, ask = acme(policy)
-    monkeypatch.setattr("client.cohort.train", lambda *arguments: pytest.fail("it has trained"))
+    monkeypatch.setattr("tsugiki.client.cohort.train", lambda *arguments: pytest.fail("it has trained"))
     assert refused(ask(mode, **privacy)) == code
     assert not (folder / LEDGER).exists()
 
@@ -220,14 +220,14 @@ def test_uploads_without_noise_of_their_own_are_infinite_in_the_ledger(acme):
 
 def test_a_simulated_site_keeps_no_ledger(tmp_path):
     """Catches: ledgers of clients that exist in one run only, in the current folder."""
-    from client.simulated import simulated_sites
+    from tsugiki.client.simulated import simulated_sites
 
     assert all(site.ledger_path() is None for site in simulated_sites(tiny_config(tmp_path)))
 
 
 def test_where_the_ledger_is(tmp_path):
     """Catches: a ledger in the current folder, so that a site started elsewhere begins at zero."""
-    from client.site import read_site
+    from tsugiki.client.site import read_site
 
     file = site_folder(tmp_path / "acme", "acme")
     assert read_site(file).ledger_path() == tmp_path / "acme" / LEDGER
@@ -257,7 +257,7 @@ def test_a_site_that_was_asked_knows_it(tmp_path):
     rounds, asked = 100, 10  # of them, on average
     config = tiny_config(tmp_path)
     ledger = site_ledger(tmp_path / LEDGER, SitePolicy(), plan)
-    from client import app
+    from tsugiki.client import app
 
     class Site:
         name, policy = "acme", SitePolicy()
@@ -273,7 +273,7 @@ def test_a_site_that_was_asked_knows_it(tmp_path):
 
 
 def _job(config, request):
-    from client.job import Job
+    from tsugiki.client.job import Job
 
     return Job(None, None, {"acme": [0]}, config, request, np.zeros(1, np.float32), lambda *arguments: None)
 

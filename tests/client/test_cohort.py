@@ -6,19 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from client import cohort, dp_sgd
-from client.app import simulated_app
-from client.cohort import asked_clients, row_releases, train_openly, train_privately
-from client.job import Job
-from client.simulated import simulated_sites
-from common.errors import TrainingError, WireError
-from common.messages import TrainRequest
-from common.model import load_graft
-from common.privacy.accounting import epsilon
-from common.privacy.clipping import LEVELS, clip
-from common.wire import decode_levels
 from tests.support.federation import leaks, run_tiny, tiny_config
 from tests.support.private import plan_of
+from tsugiki.client import cohort, dp_sgd
+from tsugiki.client.app import simulated_app
+from tsugiki.client.cohort import asked_clients, row_releases, train_openly, train_privately
+from tsugiki.client.job import Job
+from tsugiki.client.simulated import simulated_sites
+from tsugiki.common.errors import TrainingError, WireError
+from tsugiki.common.messages import TrainRequest
+from tsugiki.common.model import load_graft
+from tsugiki.common.privacy.accounting import epsilon
+from tsugiki.common.privacy.clipping import LEVELS, clip
+from tsugiki.common.wire import decode_levels
 
 ROWS = {"site-0/0": [0, 1, 2, 3], "site-0/1": [4, 5, 6, 7, 8, 9], "site-0/2": [10, 11]}
 

@@ -2,18 +2,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import tsugiki
-from client.policy import SitePolicy
-from client.site import read_site
-from common.config_file import to_toml
-from common.errors import ConfigError, DataError, ModelError, UsageError
 from tests.support.federation import leaks, model_folder, site_folder, tiny_config, write_rows
 from tests.support.tiny import tiny_llama
+from tsugiki import cli
+from tsugiki.client.policy import SitePolicy
+from tsugiki.client.site import read_site
+from tsugiki.common.config_file import to_toml
+from tsugiki.common.errors import ConfigError, DataError, ModelError, UsageError
 
 
 def invoke(*arguments):
     """Run the command line in this process; an error of ours is raised."""
-    result = CliRunner().invoke(tsugiki.app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
     if result.exception is not None:
         raise result.exception
     return result.stdout
@@ -171,8 +171,8 @@ def test_check_fails_with_the_step_that_fails(tmp_path):
 
 def test_a_dry_run_prints_names_and_values_and_no_rows(tmp_path):
     """Catches: an array printed in full; a field that is left out."""
-    from common.config_file import to_toml
     from tests.support.federation import CANARIES, site_folder, tiny_config
+    from tsugiki.common.config_file import to_toml
 
     config = tiny_config(tmp_path)
     (tmp_path / "run.toml").write_text(to_toml(config))

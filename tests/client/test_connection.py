@@ -12,14 +12,14 @@ from flwr.proto import fleet_pb2
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from client import channel
-from client import connection as module
-from client.channel import Link, RunOver, Stopping
-from client.connection import Connection
-from common.errors import LinkError
-from server.deploy.certs import make_certificates
-from server.engines.in_process import identify_process
 from tests.support.fleet import Fleet, listening
+from tsugiki.client import channel
+from tsugiki.client import connection as module
+from tsugiki.client.channel import Link, RunOver, Stopping
+from tsugiki.client.connection import Connection
+from tsugiki.common.errors import LinkError
+from tsugiki.server.deploy.certs import make_certificates
+from tsugiki.server.engines.in_process import identify_process
 
 
 @pytest.fixture

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from client.desk import Desk, load_at
-from client.simulated import simulated_sites
-from client.site import read_site
-from common.config import parse
-from common.errors import ModelError
-from common.model import load_graft
-from common.tasks import TASKS
 from tests.support.exports import export_of, settings_of, to_fuse
 from tests.support.federation import model_folder, tiny_config, write_rows
 from tests.support.tiny import tiny_llama
+from tsugiki.client.desk import Desk, load_at
+from tsugiki.client.simulated import simulated_sites
+from tsugiki.client.site import read_site
+from tsugiki.common.config import parse
+from tsugiki.common.errors import ModelError
+from tsugiki.common.model import load_graft
+from tsugiki.common.tasks import TASKS
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from client.channel import Link
-from client.diagnosis import PROBE_TIMEOUT_S, refused, why_not
-from server.deploy.certs import make_certificates
 from tests.support.fleet import Fleet, listening
+from tsugiki.client.channel import Link
+from tsugiki.client.diagnosis import PROBE_TIMEOUT_S, refused, why_not
+from tsugiki.server.deploy.certs import make_certificates
 
 
 def link(port, authority=None, host="127.0.0.1"):

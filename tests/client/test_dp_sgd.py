@@ -14,8 +14,9 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
-from client import dp_sgd, trainer
-from client.dp_sgd import (
+from tests.support.tiny import tiny_base, tiny_bert
+from tsugiki.client import dp_sgd, trainer
+from tsugiki.client.dp_sgd import (
     backward,
     calibrated,
     check_supported,
@@ -25,19 +26,18 @@ from client.dp_sgd import (
     sampling_probability,
     train_privately,
 )
-from client.trainer import Plan, train
-from common import model
-from common.config import TrainSection, parse
-from common.data.shard import Shard
-from common.errors import TrainingError, UsageError
-from common.model import Graft, load_graft
-from common.privacy.accounting import epsilon
-from common.privacy.ledger import Ledger
-from common.privacy.settings import ExamplePrivacySection
-from common.tasks import TASKS
-from common.tasks.base import Base, Encoded
-from common.wire import AdapterSpec, TensorSpec
-from tests.support.tiny import tiny_base, tiny_bert
+from tsugiki.client.trainer import Plan, train
+from tsugiki.common import model
+from tsugiki.common.config import TrainSection, parse
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.errors import TrainingError, UsageError
+from tsugiki.common.model import Graft, load_graft
+from tsugiki.common.privacy.accounting import epsilon
+from tsugiki.common.privacy.ledger import Ledger
+from tsugiki.common.privacy.settings import ExamplePrivacySection
+from tsugiki.common.tasks import TASKS
+from tsugiki.common.tasks.base import Base, Encoded
+from tsugiki.common.wire import AdapterSpec, TensorSpec
 
 ROWS, WIDTH = 12, 3
 INPUTS = torch.from_numpy(np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32))

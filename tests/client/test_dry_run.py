@@ -2,11 +2,11 @@
 
 import pytest
 
-from client.dry_run import replies
-from client.site import read_site
-from common.errors import UsageError
-from server.simulate import simulate
 from tests.support.federation import CANARIES, app_of_sites, site_folder, tiny_config
+from tsugiki.client.dry_run import replies
+from tsugiki.client.site import read_site
+from tsugiki.common.errors import UsageError
+from tsugiki.server.simulate import simulate
 
 
 def test_it_shows_what_is_sent(tmp_path):

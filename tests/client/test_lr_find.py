@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import tsugiki
-from client.lr_find import FEWEST, find_rate, smooth, suggest
-from client.simulated import simulated_sites
-from common import config_file
-from common.config import parse
-from common.errors import TrainingError, UsageError
-from common.model import load_graft
 from tests.support.federation import tiny_config
+from tsugiki import cli
+from tsugiki.client.lr_find import FEWEST, find_rate, smooth, suggest
+from tsugiki.client.simulated import simulated_sites
+from tsugiki.common import config_file
+from tsugiki.common.config import parse
+from tsugiki.common.errors import TrainingError, UsageError
+from tsugiki.common.model import load_graft
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_range_that_cannot_be_and_a_model_that_breaks_at_once_are_refused(conf
     """Catches: an empty sweep, and NaN suggested."""
     with pytest.raises(UsageError):
         find_rate(config, 1e-2, 1e-3, 20, False, lambda done: None)
-    monkeypatch.setattr("client.lr_find.math.isfinite", lambda value: False)
+    monkeypatch.setattr("tsugiki.client.lr_find.math.isfinite", lambda value: False)
     with pytest.raises(TrainingError) as caught:
         find_rate(config, 1e-3, 1e-2, 20, False, lambda done: None)
     assert caught.value.code == "diverged"
@@ -95,13 +95,13 @@ def test_the_command_prints_and_draws(config, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(config_file.to_toml(config))
     words = ["lr-find", str(file), "--lowest", "1e-5", "--steps", "30"]
-    done = CliRunner().invoke(tsugiki.app, [*words, "--plot", str(tmp_path / "rates.svg")])
+    done = CliRunner().invoke(cli.app, [*words, "--plot", str(tmp_path / "rates.svg")])
     assert done.exit_code == 0, done.output
     assert "suggestion: train.learning_rate = " in done.stdout
     assert (tmp_path / "rates.svg").read_text().count("<svg") == 1
-    found = json.loads(CliRunner().invoke(tsugiki.app, [*words, "--json"]).stdout)
+    found = json.loads(CliRunner().invoke(cli.app, [*words, "--json"]).stdout)
     assert len(found["rates"]) == len(found["losses"]) == 30
-    done = CliRunner().invoke(tsugiki.app, [*words, "--plot", str(tmp_path / "gone" / "rates.png")])
+    done = CliRunner().invoke(cli.app, [*words, "--plot", str(tmp_path / "gone" / "rates.png")])
     assert isinstance(done.exception, UsageError)
     assert "suggestion: train.learning_rate = " in done.stdout  # not lost with the plot
 
@@ -110,7 +110,7 @@ def test_a_plot_with_another_ending_is_refused_before_anything_is_tried(tmp_path
     """Catches: minutes of training whose result nobody sees; an ending that matplotlib fails on."""
     words = ["lr-find", str(tmp_path / "gone.toml"), "--plot", str(tmp_path / "rates.gif")]
     with pytest.raises(UsageError, match=r"rates\.gif"):
-        CliRunner().invoke(tsugiki.app, words, catch_exceptions=False)
+        CliRunner().invoke(cli.app, words, catch_exceptions=False)
 
 
 def test_a_loss_that_may_be_below_zero_is_refused():

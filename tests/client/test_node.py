@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from client.channel import RunOver
-from client.node import LONGEST_PAUSE_S, PAUSE_GROWTH, SHORTEST_PAUSE_S, Ending, Node
-from common.errors import Interrupted, LinkError
-from server.engines.in_process import identify_process
+from tsugiki.client.channel import RunOver
+from tsugiki.client.node import LONGEST_PAUSE_S, PAUSE_GROWTH, SHORTEST_PAUSE_S, Ending, Node
+from tsugiki.common.errors import Interrupted, LinkError
+from tsugiki.server.engines.in_process import identify_process
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -234,7 +234,7 @@ def test_a_signal_lets_the_message_at_work_finish():
 
 def test_the_grace_period_ends_what_takes_longer(monkeypatch):
     """Catches: a service manager that has to kill; a site that leaves the server waiting for the deadline."""
-    monkeypatch.setattr("client.node.GRACE_S", 0.1)
+    monkeypatch.setattr("tsugiki.client.node.GRACE_S", 0.1)
 
     def app(message, context):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -250,7 +250,7 @@ def test_the_grace_period_ends_what_takes_longer(monkeypatch):
 @pytest.mark.parametrize(("upload_s", "sent"), [(0.3, 1), (30.0, 0)])
 def test_sending_has_a_grace_period_of_its_own(monkeypatch, upload_s, sent):
     """Catches: a reply cut off by a clock that ran for the work; a stalled upload that nothing ends."""
-    monkeypatch.setattr("client.node.GRACE_S", 0.5)
+    monkeypatch.setattr("tsugiki.client.node.GRACE_S", 0.5)
 
     def app(message, context):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -283,7 +283,7 @@ def test_a_second_signal_ends_at_once():
     """Catches: a node that cannot be stopped while its app swallows every exception."""
     script = """
 import os, signal, time
-from client.node import Ending
+from tsugiki.client.node import Ending
 ending = Ending()
 with ending.handling_signals(), ending.interruptible():
     os.kill(os.getpid(), signal.SIGTERM)

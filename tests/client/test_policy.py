@@ -2,11 +2,11 @@
 
 import pytest
 
-from client.policy import SitePolicy, guaranteed_noise
-from common.config import parse
-from common.errors import PolicyError
-from common.privacy.settings import PrivacySection
 from tests.support.private import plan_of, private_config
+from tsugiki.client.policy import SitePolicy, guaranteed_noise
+from tsugiki.common.config import parse
+from tsugiki.common.errors import PolicyError
+from tsugiki.common.privacy.settings import PrivacySection
 
 FINGERPRINT = "0123456789abcdef" * 4
 

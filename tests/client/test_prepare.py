@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from flwr.app import RecordDict
 
-from client import prepare
-from client.cohort import train_openly
-from client.desk import Desk
-from client.policy import SitePolicy
-from client.simulated import simulated_sites
-from common.errors import DataError, PolicyError, SpecError, WireError
-from common.messages import TrainRequest, to_record
-from common.model import load_graft
-from common.wire import encode
 from tests.support.federation import tiny_config
 from tests.support.private import plan_of
+from tsugiki.client import prepare
+from tsugiki.client.cohort import train_openly
+from tsugiki.client.desk import Desk
+from tsugiki.client.policy import SitePolicy
+from tsugiki.client.simulated import simulated_sites
+from tsugiki.common.errors import DataError, PolicyError, SpecError, WireError
+from tsugiki.common.messages import TrainRequest, to_record
+from tsugiki.common.model import load_graft
+from tsugiki.common.wire import encode
 
 
 @pytest.fixture(scope="module")

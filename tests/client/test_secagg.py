@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
-from client import secagg
-from common.errors import SecureAggregationError
-from common.privacy.plan import make_plan
-from common.privacy.secagg import new_session
 from tests.support.federation import tiny_config
+from tsugiki.client import secagg
+from tsugiki.common.errors import SecureAggregationError
+from tsugiki.common.privacy.plan import make_plan
+from tsugiki.common.privacy.secagg import new_session
 
 NAMES = ("a", "b", "c", "d")
 SIZE, BITS = 40, 32

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import tsugiki
-from client.simulated import simulated_sites
-from common.config_file import to_toml
-from common.errors import ConfigError, DataError
-from common.tasks import TASKS
 from tests.support.federation import tiny_config, write_rows
+from tsugiki.client.simulated import simulated_sites
+from tsugiki.common.config_file import to_toml
+from tsugiki.common.errors import ConfigError, DataError
+from tsugiki.common.tasks import TASKS
 
 
 @pytest.fixture
@@ -78,11 +78,11 @@ def test_the_split_is_the_same_in_every_process(tmp_path):
     (tmp_path / "run.toml").write_text(to_toml(config))
     script = (
         "import sys, json; from pathlib import Path\n"
-        "from common.config_file import read; from client.simulated import simulated_sites\n"
+        "from tsugiki.common.config_file import read; from tsugiki.client.simulated import simulated_sites\n"
         "sites = simulated_sites(read(Path(sys.argv[1])))\n"
         "print(json.dumps([[site.name, *map(list, (site.rows, *site.split_rows()))] for site in sites]))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parent), "PYTHONHASHSEED": "77"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parents[1]), "PYTHONHASHSEED": "77"}
     command = [sys.executable, "-c", script, str(tmp_path / "run.toml")]
     there = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
     here = [[site.name, list(site.rows), *site.split_rows()] for site in simulated_sites(config)]

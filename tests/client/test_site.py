@@ -5,11 +5,11 @@ import pytest
 from flwr.app import Context, RecordDict
 from PIL import Image
 
-from client.site import read_site, site_of_node
-from common.data.images import write_idx
-from common.errors import ConfigError, DataError, ModelError
-from common.tasks import TASKS
 from tests.support.federation import CANARY, tiny_config, write_rows
+from tsugiki.client.site import read_site, site_of_node
+from tsugiki.common.data.images import write_idx
+from tsugiki.common.errors import ConfigError, DataError, ModelError
+from tsugiki.common.tasks import TASKS
 
 
 def site(folder, text=None, **values):

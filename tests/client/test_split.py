@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from client.app import simulated_app
-from client.site import read_site
-from client.split import split
-from common.adapters.fusion import FusionSettings
-from common.config_file import with_absolute_paths
-from common.errors import UsageError
-from common.tasks import TASKS
-from server.simulate import simulate
 from tests.support.exports import to_fuse
 from tests.support.federation import app_of_sites, leaks, model_folder, tiny_config, write_rows
 from tests.support.tiny import tiny_cnn, write_case
+from tsugiki.client.app import simulated_app
+from tsugiki.client.site import read_site
+from tsugiki.client.split import split
+from tsugiki.common.adapters.fusion import FusionSettings
+from tsugiki.common.config_file import with_absolute_paths
+from tsugiki.common.errors import UsageError
+from tsugiki.common.tasks import TASKS
+from tsugiki.server.simulate import simulate
 
 
 def test_the_folders_train_as_the_simulation_does(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from client.status import Lines, Live, choose, describe, size
+from tsugiki.client.status import Lines, Live, choose, describe, size
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from client import trainer
-from client.trainer import Plan, batches, batches_per_epoch, make_optimizer, schedule, steps_per_round, train
-from common.config import TrainSection
-from common.errors import TrainingError
-from common.model import Graft
-from common.tasks.base import Base, Encoded
-from common.wire import AdapterSpec, TensorSpec
+from tsugiki.client import trainer
+from tsugiki.client.trainer import Plan, batches, batches_per_epoch, make_optimizer, schedule, steps_per_round, train
+from tsugiki.common.config import TrainSection
+from tsugiki.common.errors import TrainingError
+from tsugiki.common.model import Graft
+from tsugiki.common.tasks.base import Base, Encoded
+from tsugiki.common.wire import AdapterSpec, TensorSpec
 
 ROWS = 12
 INPUTS = torch.from_numpy(np.random.default_rng(0).normal(size=(ROWS, 3)).astype(np.float32))

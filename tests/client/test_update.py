@@ -3,10 +3,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from client.update import ProtectedSum, make_update
-from common.privacy.clipping import LEVELS, clip
-from common.wire import l2_norm
 from tests.support.private import plan_of
+from tsugiki.client.update import ProtectedSum, make_update
+from tsugiki.common.privacy.clipping import LEVELS, clip
+from tsugiki.common.wire import l2_norm
 
 
 def test_the_update_is_local_minus_received():

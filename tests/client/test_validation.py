@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from client import prepare
-from client.cohort import train_openly
-from client.desk import Desk
-from client.simulated import simulated_sites
-from client.site import read_site
-from client.validation import BestOfRound, held_out, training_shard, validation_shard
-from common.errors import DataError, TrainingError
-from common.messages import TrainRequest, to_record
-from common.model import load_graft
-from common.tasks import TASKS
-from common.wire import encode
 from tests.support.federation import site_folder, tiny_config, write_rows
+from tsugiki.client import prepare
+from tsugiki.client.cohort import train_openly
+from tsugiki.client.desk import Desk
+from tsugiki.client.simulated import simulated_sites
+from tsugiki.client.site import read_site
+from tsugiki.client.validation import BestOfRound, held_out, training_shard, validation_shard
+from tsugiki.common.errors import DataError, TrainingError
+from tsugiki.common.messages import TrainRequest, to_record
+from tsugiki.common.model import load_graft
+from tsugiki.common.tasks import TASKS
+from tsugiki.common.wire import encode
 
 STEPS = 6
 

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from client.cohort import asked_clients, train_openly, train_privately
-from client.desk import Desk
-from client.job import Job
-from client.simulated import simulated_sites
-from client.vectorised import can_train_together, train_together
-from common.config import parse
-from common.data.images import write_idx
-from common.messages import TrainRequest
-from common.privacy.plan import make_plan
 from tests.support.tiny import tiny_cnn
+from tsugiki.client.cohort import asked_clients, train_openly, train_privately
+from tsugiki.client.desk import Desk
+from tsugiki.client.job import Job
+from tsugiki.client.simulated import simulated_sites
+from tsugiki.client.vectorised import can_train_together, train_together
+from tsugiki.common.config import parse
+from tsugiki.common.data.images import write_idx
+from tsugiki.common.messages import TrainRequest
+from tsugiki.common.privacy.plan import make_plan
 
 ROWS, CLIENTS = 60, 7
 

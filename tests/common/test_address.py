@@ -1,7 +1,7 @@
 import pytest
 
-from common.address import split_address
-from common.errors import UsageError
+from tsugiki.common.address import split_address
+from tsugiki.common.errors import UsageError
 
 
 @pytest.mark.parametrize(

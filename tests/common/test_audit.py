@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from common.audit import AuditLog, verify
-from common.errors import StorageError
+from tsugiki.common.audit import AuditLog, verify
+from tsugiki.common.errors import StorageError
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 
-from common.config import RunConfig, parse, section_classes
-from common.errors import ConfigError, Problem
-from common.privacy.settings import PrivacySection
+from tsugiki.common.config import RunConfig, parse, section_classes
+from tsugiki.common.errors import ConfigError, Problem
+from tsugiki.common.privacy.settings import PrivacySection
 
 EMBEDDING = {"name": "sentence-embedding", "loss": "cosine-similarity"}
 

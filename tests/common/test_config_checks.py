@@ -2,9 +2,9 @@
 
 import pytest
 
-from common.config import parse
-from common.config_checks import cross_checks
-from common.errors import ConfigError
+from tsugiki.common.config import parse
+from tsugiki.common.config_checks import cross_checks
+from tsugiki.common.errors import ConfigError
 
 
 def problems(raw):

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.adapters import ADAPTERS
-from common.config import parse
-from common.config_file import (
+from tsugiki.common.adapters import ADAPTERS
+from tsugiki.common.config import parse
+from tsugiki.common.config_file import (
     changes,
     commented,
     expand,
@@ -22,9 +22,9 @@ from common.config_file import (
     to_toml,
     with_absolute_paths,
 )
-from common.errors import ConfigError
-from common.strategies import LORA_ONLY, STRATEGY_SETTINGS
-from common.tasks import TASKS
+from tsugiki.common.errors import ConfigError
+from tsugiki.common.strategies import LORA_ONLY, STRATEGY_SETTINGS
+from tsugiki.common.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 COMBINATIONS = [

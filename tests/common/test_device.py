@@ -14,17 +14,17 @@ from transformers import BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from client.trainer import Plan, train
-from common import device, model
-from common.adapters import ADAPTERS
-from common.config import parse
-from common.data.shard import Shard
-from common.device import BITS_PER_WEIGHT, choose_device, loading, weight_bytes
-from common.errors import ConfigError, ModelError
-from common.model import load_graft
-from common.tasks import TASKS
 from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_base, tiny_cnn, tiny_llama, tiny_sentence_transformer
+from tsugiki.client.trainer import Plan, train
+from tsugiki.common import device, model
+from tsugiki.common.adapters import ADAPTERS
+from tsugiki.common.config import parse
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.device import BITS_PER_WEIGHT, choose_device, loading, weight_bytes
+from tsugiki.common.errors import ConfigError, ModelError
+from tsugiki.common.model import load_graft
+from tsugiki.common.tasks import TASKS
 
 SMALL = {"lora": {"rank": 2}, "vera": {"rank": 8}, "houlsby": {"bottleneck": 4}}
 VIRTUAL = ("prompt", "p-tuning", "prefix")

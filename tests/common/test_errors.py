@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from common import errors
-from common.errors import ConfigError, Problem, TsugikiError, WireError
+from tsugiki.common import errors
+from tsugiki.common.errors import ConfigError, Problem, TsugikiError, WireError
 
 LINE = re.compile(r"^(?P<lead>[│├└─ ]*)(?P<name>[A-Z]\w+)(?: +(?P<status>\d+)  \S.*)?$")
 
@@ -26,7 +26,7 @@ def drawn():
 def written():
     """Return the same of the classes that the module defines."""
     classes = inspect.getmembers(
-        errors, lambda member: inspect.isclass(member) and member.__module__ == "common.errors"
+        errors, lambda member: inspect.isclass(member) and member.__module__ == "tsugiki.common.errors"
     )
     return {name: kind for name, kind in classes if issubclass(kind, Exception)}
 
@@ -41,13 +41,15 @@ def test_the_tree_in_the_docstring_is_the_tree():
 
 def test_public_names():
     """Catches: a helper that leaks out of the module that everybody imports from."""
-    public = {name for name, member in vars(errors).items() if getattr(member, "__module__", "") == "common.errors"}
+    public = {
+        name for name, member in vars(errors).items() if getattr(member, "__module__", "") == "tsugiki.common.errors"
+    }
     assert {name for name in public if not name.startswith("_")} == {*drawn(), "Problem"}
 
 
 def test_codes_are_kebab_case_and_statuses_are_sane():
     """Catches: a code that cannot cross the network; an exit status that a shell takes for success or for a signal."""
-    from common.messages import _CODE
+    from tsugiki.common.messages import _CODE
 
     kinds = written().values()
     assert all(_CODE.fullmatch(kind.code) for kind in kinds)

@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from common.adapters import ADAPTERS
-from common.errors import ModelError
-from common.exported import (
+from tests.support.exports import BASE_NAME, export_tiny
+from tests.support.tiny import tiny_bert, tiny_llama
+from tsugiki.common.adapters import ADAPTERS
+from tsugiki.common.errors import ModelError
+from tsugiki.common.exported import (
     EXPORTED_FILE,
     find_export,
     is_hub_id,
@@ -19,8 +21,6 @@ from common.exported import (
     read_exported,
     share_frozen,
 )
-from tests.support.exports import BASE_NAME, export_tiny
-from tests.support.tiny import tiny_bert, tiny_llama
 
 CLASSES = {"name": "sequence-classification", "max_length": 16}
 REWARD = {"name": "preference", "max_length": 16}
@@ -179,7 +179,7 @@ def test_the_base_is_found_by_the_name_in_the_export(bases, tmp_path, monkeypatc
     """Catches: a source that has to be given, or is taken from elsewhere."""
     exported(bases["bert"], tmp_path)
     asked = []
-    monkeypatch.setattr("common.exported.find_in_hub", lambda source: asked.append(source) or bases["bert"])
+    monkeypatch.setattr("tsugiki.common.exported.find_in_hub", lambda source: asked.append(source) or bases["bert"])
     open_exported(tmp_path)
     assert asked == [BASE_NAME]
 

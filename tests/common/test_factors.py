@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from common.factors import Pair, narrow, only, pairs, sent, truncate, widen
-from common.model import load_graft
-from common.wire import AdapterSpec, TensorSpec, unpack
 from tests.support.federation import tiny_config
+from tsugiki.common.factors import Pair, narrow, only, pairs, sent, truncate, widen
+from tsugiki.common.model import load_graft
+from tsugiki.common.wire import AdapterSpec, TensorSpec, unpack
 
 
 def spec(*names):

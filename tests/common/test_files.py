@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from common import files
-from common.errors import StorageError
-from common.files import append_line, read_lines, write_atomically
+from tsugiki.common import files
+from tsugiki.common.errors import StorageError
+from tsugiki.common.files import append_line, read_lines, write_atomically
 
 
 def failing(number):

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from common.config import parse
-from common.errors import ModelError
-from common.fingerprint import fingerprint
-from common.model import load_graft
-from common.tasks import TASKS
 from tests.support.tiny import tiny_bert, tiny_sentence_transformer, tiny_vit
+from tsugiki.common.config import parse
+from tsugiki.common.errors import ModelError
+from tsugiki.common.fingerprint import fingerprint
+from tsugiki.common.model import load_graft
+from tsugiki.common.tasks import TASKS
 
 WEIGHTS = "model.safetensors"
 

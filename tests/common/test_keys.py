@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.serialization import (
 from flwr.cli.supernode.register import try_load_public_key
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from common.errors import LinkError, UsageError
-from common.keys import fingerprint, new_key_pair, read_private_key, read_public_key, write_private
+from tsugiki.common.errors import LinkError, UsageError
+from tsugiki.common.keys import fingerprint, new_key_pair, read_private_key, read_public_key, write_private
 
 
 def refusal(path):

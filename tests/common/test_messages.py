@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-from common.config import parse
-from common.errors import ConfigError, WireError
-from common.messages import (
+from tsugiki.common.config import parse
+from tsugiki.common.errors import ConfigError, WireError
+from tsugiki.common.messages import (
     SITE_ERROR,
     EvaluateReply,
     EvaluateRequest,
@@ -112,7 +112,7 @@ def test_site_config_refuses_what_it_does_not_know():
 @pytest.fixture
 def request_message():
     """A message to reply to."""
-    from server.engines.in_process import identify_process
+    from tsugiki.server.engines.in_process import identify_process
 
     identify_process()
     message = Message(RecordDict(), dst_node_id=1, message_type="train")

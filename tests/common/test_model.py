@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from common import model
-from common.config import parse
-from common.data.shard import Shard
-from common.errors import ModelError
-from common.fingerprint import fingerprint
-from common.model import find, load_graft
-from common.tasks import TASKS
 from tests.support.exports import export_tiny, to_fuse
 from tests.support.tiny import tiny_bert, tiny_sentence_transformer
+from tsugiki.common import model
+from tsugiki.common.config import parse
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.errors import ModelError
+from tsugiki.common.fingerprint import fingerprint
+from tsugiki.common.model import find, load_graft
+from tsugiki.common.tasks import TASKS
 
 WEIGHTS = "model.safetensors"
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from common.errors import RegistryError
-from common.registry import Registry
+from tsugiki.common.errors import RegistryError
+from tsugiki.common.registry import Registry
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.rng import derive_seed, generator, seed_everything
+from tsugiki.common.rng import derive_seed, generator, seed_everything
 
 PARTS = st.lists(st.one_of(st.text(max_size=6), st.integers(-5, 5)), max_size=4)
 

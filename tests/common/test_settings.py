@@ -3,7 +3,16 @@
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from common.settings import AdapterSettings, Columns, DataFormat, Name, Names, Section, StrategySettings, TaskSettings
+from tsugiki.common.settings import (
+    AdapterSettings,
+    Columns,
+    DataFormat,
+    Name,
+    Names,
+    Section,
+    StrategySettings,
+    TaskSettings,
+)
 
 NAME, NAMES, COLUMNS = (TypeAdapter(kind) for kind in (Name, Names, Columns))
 

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from common.adapters import ADAPTERS
-from common.spec import make_spec
-from common.tasks import TASKS
+from tsugiki.common.adapters import ADAPTERS
+from tsugiki.common.spec import make_spec
+from tsugiki.common.tasks import TASKS
 
 SHAPES = {"bert.up.weight": (2, 3), "classifier.bias": (2,), "bert.classifiers.weight": (4,), "a.classifier.x": (5,)}
 

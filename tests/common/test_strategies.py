@@ -3,9 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
-from common.config import parse
-from common.errors import ConfigError
-from common.strategies import STRATEGY_SETTINGS
+from tsugiki.common.config import parse
+from tsugiki.common.errors import ConfigError
+from tsugiki.common.strategies import STRATEGY_SETTINGS
 
 
 def test_a_run_finds_its_strategys_settings():

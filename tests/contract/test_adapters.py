@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from client.dp_sgd import backward, check_supported, row_gradients
-from client.trainer import Plan, train
-from client.update import make_update
-from common import model
-from common.adapters import ADAPTERS, AdapterMethod
-from common.config import parse
-from common.config_file import commented
-from common.data.shard import Shard
-from common.errors import ModelError, TrainingError
-from common.exported import open_exported, write_exported
-from common.model import load_graft
-from common.registry import Registry
-from common.tasks import TASKS
-from common.wire import decode, encode, unpack
 from tests.support.exports import settings_of, to_fuse
 from tests.support.tiny import tiny_base
+from tsugiki.client.dp_sgd import backward, check_supported, row_gradients
+from tsugiki.client.trainer import Plan, train
+from tsugiki.client.update import make_update
+from tsugiki.common import model
+from tsugiki.common.adapters import ADAPTERS, AdapterMethod
+from tsugiki.common.config import parse
+from tsugiki.common.config_file import commented
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.errors import ModelError, TrainingError
+from tsugiki.common.exported import open_exported, write_exported
+from tsugiki.common.model import load_graft
+from tsugiki.common.registry import Registry
+from tsugiki.common.tasks import TASKS
+from tsugiki.common.wire import decode, encode, unpack
 
 SMALL = {
     "lora": {"rank": 2},

@@ -7,21 +7,21 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
-from client.cohort import train_openly
-from client.prepare import make_job
-from client.simulated import simulated_sites
-from common.factors import pairs
-from common.files import read_lines
-from common.messages import TrainRequest, to_record
-from common.model import load_graft
-from common.registry import Registry
-from common.strategies import STRATEGY_SETTINGS
-from common.wire import ARRAY_KEY, encode, unpack
-from server.engines.in_process import identify_process
-from server.guard import Accepted
-from server.progress import Progress
-from server.strategy import STRATEGIES, aggregate, missing_implementations
 from tests.support.federation import run_tiny, tiny_config
+from tsugiki.client.cohort import train_openly
+from tsugiki.client.prepare import make_job
+from tsugiki.client.simulated import simulated_sites
+from tsugiki.common.factors import pairs
+from tsugiki.common.files import read_lines
+from tsugiki.common.messages import TrainRequest, to_record
+from tsugiki.common.model import load_graft
+from tsugiki.common.registry import Registry
+from tsugiki.common.strategies import STRATEGY_SETTINGS
+from tsugiki.common.wire import ARRAY_KEY, encode, unpack
+from tsugiki.server.engines.in_process import identify_process
+from tsugiki.server.guard import Accepted
+from tsugiki.server.progress import Progress
+from tsugiki.server.strategy import STRATEGIES, aggregate, missing_implementations
 
 SIZE = 40
 each_strategy = pytest.mark.parametrize("name", STRATEGIES.names())

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from common.data.shard import Shard, read
-from common.registry import Registry
-from common.settings import DataFormat
-from common.tasks import TASKS, Task
 from tests.support.exports import settings_of
 from tests.support.tiny import tiny_base, write_case
+from tsugiki.common.data.shard import Shard, read
+from tsugiki.common.registry import Registry
+from tsugiki.common.settings import DataFormat
+from tsugiki.common.tasks import TASKS, Task
 
 CASES = {
     f"{name} {form}".strip(): (name, case)

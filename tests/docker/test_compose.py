@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.data.demo import COMPANIES
+from tsugiki.common.data.demo import COMPANIES
 
 FOLDER = Path(__file__).resolve().parents[2] / "docker"
 

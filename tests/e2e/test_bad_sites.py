@@ -8,13 +8,13 @@ import tomllib
 import pytest
 import tomli_w
 
-from client.split import split
-from common.audit import verify
-from server.deploy.superlink import free_port
 from tests.support.federation import leaks
 from tests.support.processes import BIN, quiet_environment, running, wait_for_port
 from tests.support.serving import CANARY, hostile, metrics, serve_and_join, started, tiny_run
 from tests.support.tiny import tiny_bert
+from tsugiki.client.split import split
+from tsugiki.common.audit import verify
+from tsugiki.server.deploy.superlink import free_port
 
 pytestmark = pytest.mark.e2e
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from client.app import simulated_app
-from common.files import read_lines
-from server.simulate import simulate
 from tests.support.three import COMPANIES, demo_of_three
+from tsugiki.client.app import simulated_app
+from tsugiki.common.files import read_lines
+from tsugiki.server.simulate import simulate
 
 pytestmark = pytest.mark.e2e
 

@@ -4,11 +4,11 @@ import subprocess
 
 import pytest
 
-from client.app import simulated_app
-from server.simulate import simulate
 from tests.support.processes import ROOT, quiet_environment
 from tests.support.serving import Place, serve_and_join, started, summary, tiny_run
 from tests.support.wheel import build_wheel, installed
+from tsugiki.client.app import simulated_app
+from tsugiki.server.simulate import simulate
 
 pytestmark = pytest.mark.e2e
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.e2e
 def test_the_wheel_serves_and_joins(tmp_path, model):
     """Catches: a run that needs the checkout: its files, its bundle, a path relative to it."""
     programs = installed(build_wheel(tmp_path), tmp_path / "environment")
-    ask = [programs / "python", "-c", "import server, client, tsugiki; print(server.__file__, tsugiki.__file__)"]
+    ask = [programs / "python", "-c", "from tsugiki import client, server; print(client.__file__, server.__file__)"]
     environment = quiet_environment(tmp_path / "home")
     loaded = subprocess.run(ask, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment).stdout
     assert loaded.count(str(tmp_path / "environment")) == 2, loaded

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from client.app import simulated_app
-from client.simulated import simulated_sites
-from common.audit import verify
-from common.config import RunConfig, parse
-from common.config_file import to_run_config
-from server.simulate import simulate
 from tests.support.loopback import deployment
 from tests.support.tiny import tiny_bert
+from tsugiki.client.app import simulated_app
+from tsugiki.client.simulated import simulated_sites
+from tsugiki.common.audit import verify
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.config_file import to_run_config
+from tsugiki.server.simulate import simulate
 
 MODEL = "tsugiki-tests/tiny-bert"
 

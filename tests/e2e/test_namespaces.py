@@ -4,9 +4,6 @@ import time
 
 import pytest
 
-from client.app import simulated_app
-from client.split import split
-from server.simulate import simulate
 from tests.support.namespaces import hosts, why_not
 from tests.support.serving import (
     BIN,
@@ -19,6 +16,9 @@ from tests.support.serving import (
     tiny_run,
 )
 from tests.support.three import COMPANIES, demo_of_three
+from tsugiki.client.app import simulated_app
+from tsugiki.client.split import split
+from tsugiki.server.simulate import simulate
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(bool(why_not()), reason=why_not() or "namespaces can be made")]
 

@@ -5,12 +5,12 @@ import signal
 
 import pytest
 
-from client.app import simulated_app
-from client.split import split
-from common.files import read_lines
-from common.privacy.ledger import Ledger
-from server.simulate import simulate
 from tests.support.serving import metrics, serve_and_join, started, summary, tiny_run
+from tsugiki.client.app import simulated_app
+from tsugiki.client.split import split
+from tsugiki.common.files import read_lines
+from tsugiki.common.privacy.ledger import Ledger
+from tsugiki.server.simulate import simulate
 
 pytestmark = pytest.mark.e2e
 

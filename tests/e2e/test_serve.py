@@ -5,14 +5,14 @@ import signal
 
 import pytest
 
-from client.app import simulated_app
-from client.split import split
-from common.audit import verify
-from common.tasks import TASKS
-from server.simulate import simulate
 from tests.support.exports import settings_of, to_fuse
 from tests.support.serving import CANARY, make_identity, serve_and_join, started, summary, tiny_run
 from tests.support.tiny import tiny_bert, tiny_llama, write_case
+from tsugiki.client.app import simulated_app
+from tsugiki.client.split import split
+from tsugiki.common.audit import verify
+from tsugiki.common.tasks import TASKS
+from tsugiki.server.simulate import simulate
 
 pytestmark = pytest.mark.e2e
 

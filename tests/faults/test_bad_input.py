@@ -10,21 +10,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import tsugiki
-from common import config_file
-from common.config import parse
-from common.data.shard import read
-from common.errors import DataError, ModelError, UsageError
-from common.exported import EXPORTED_FILE
-from common.model import load_graft
-from common.settings import DataFormat
-from common.tasks import TASKS
-from common.tasks.base import padding_id
-from server.predict import predict
 from tests.common.tasks.test_sequence_classification import tiny_decoder
 from tests.support.exports import export_of, settings_of
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import tiny_base, tiny_bert, tiny_llama
+from tsugiki import cli
+from tsugiki.common import config_file
+from tsugiki.common.config import parse
+from tsugiki.common.data.shard import read
+from tsugiki.common.errors import DataError, ModelError, UsageError
+from tsugiki.common.exported import EXPORTED_FILE
+from tsugiki.common.model import load_graft
+from tsugiki.common.settings import DataFormat
+from tsugiki.common.tasks import TASKS
+from tsugiki.common.tasks.base import padding_id
+from tsugiki.server.predict import predict
 
 CASES = {
     f"{name} {form}".strip(): (name, case)
@@ -228,7 +228,7 @@ REWARD = TASKS.get("rlhf").tiny().exports["reward_adapter"]
 
 def error_of(*words):
     """Return what a command ends with."""
-    error = CliRunner().invoke(tsugiki.app, list(map(str, words))).exception
+    error = CliRunner().invoke(cli.app, list(map(str, words))).exception
     assert error is not None
     return error
 
@@ -237,7 +237,7 @@ def test_an_adapter_of_another_base_is_refused_by_the_command(tmp_path, bases):
     """Catches: answers of an adapter on weights that it was not trained on, whose shapes are the same."""
     adapter = export_of(bases("llama"), tmp_path / "adapter", {"name": "causal-lm", "max_length": 32})
     words = ("predict", "--adapter", adapter, "the good clause", "--max-new-tokens", 1, "--model")
-    assert CliRunner().invoke(tsugiki.app, [str(word) for word in (*words, bases("llama"))]).exit_code == 0
+    assert CliRunner().invoke(cli.app, [str(word) for word in (*words, bases("llama"))]).exit_code == 0
     assert error_of(*words, tiny_llama(tmp_path / "other", seed=8)).code == "adapter-other-base"
 
 

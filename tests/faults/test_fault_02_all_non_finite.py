@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from common.audit import verify
-from common.errors import QuorumNotMet
-from common.files import read_lines
-from server import checkpoint
 from tests.support.toy import SPEC, federate, is_train, of_array, toy_app, toy_config, with_arrays
+from tsugiki.common.audit import verify
+from tsugiki.common.errors import QuorumNotMet
+from tsugiki.common.files import read_lines
+from tsugiki.server import checkpoint
 
 
 def test_the_run_stops_with_the_last_good_model(tmp_path, monkeypatch):

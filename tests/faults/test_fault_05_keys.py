@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from server.guard import check
 from tests.support.federation import CANARY
 from tests.support.toy import ASKED, SPEC, check_only_rejected, run_with_bad_site, train_reply, with_arrays
+from tsugiki.server.guard import check
 
 GOOD = np.ones(SPEC.size, np.float32)
 

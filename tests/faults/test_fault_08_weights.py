@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 
-from server.guard import check
 from tests.support.toy import (
     ASKED,
     SPEC,
@@ -19,6 +18,7 @@ from tests.support.toy import (
     toy_config,
     train_reply,
 )
+from tsugiki.server.guard import check
 
 WRONG = {
     "zero": (0, "weight"),

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 
-from server.guard import Accepted, check
 from tests.support.toy import (
     ASKED,
     SPEC,
@@ -18,6 +17,7 @@ from tests.support.toy import (
     train_reply,
     with_arrays,
 )
+from tsugiki.server.guard import Accepted, check
 
 
 def verdict(value, bound=100.0):

@@ -7,8 +7,8 @@ of at most 0.1 in each coordinate. The metric is the distance that is left after
 import numpy as np
 import pytest
 
-from common.audit import verify
 from tests.support.toy import SPEC, run_toy, toy_app, toy_config
+from tsugiki.common.audit import verify
 
 COLLUDERS = ("y", "z")
 TARGET = (np.ones(SPEC.size) * 10 / np.sqrt(SPEC.size)).astype(np.float32)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
-from server.guard import check
 from tests.support.toy import (
     ASKED,
     SPEC,
@@ -19,6 +18,7 @@ from tests.support.toy import (
     toy_config,
     train_reply,
 )
+from tsugiki.server.guard import check
 
 
 @pytest.mark.parametrize("fields", [{"round": 2}, {"round": 4}, {"nonce": "0" * 16}, {"nonce": ""}])

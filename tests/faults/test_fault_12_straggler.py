@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from client import trainer
-from common.audit import verify
-from common.errors import QuorumNotMet
 from tests.support.federation import hurry, leaks, run_tiny, tiny_config
 from tests.support.toy import SPEC, is_train, mostly_two, run_toy, toy_app, toy_config
+from tsugiki.client import trainer
+from tsugiki.common.audit import verify
+from tsugiki.common.errors import QuorumNotMet
 
 
 @pytest.mark.parametrize("late_first", [True, False])

@@ -2,9 +2,9 @@
 
 import pytest
 
-from client.split import split
-from common.audit import verify
 from tests.support.serving import metrics, serve_and_join, started, tiny_run
+from tsugiki.client.split import split
+from tsugiki.common.audit import verify
 
 pytestmark = pytest.mark.e2e
 

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from server.deploy.superlink import free_port
 from tests.support.serving import serve_and_join, started, tiny_run, write_run
+from tsugiki.server.deploy.superlink import free_port
 
 pytestmark = pytest.mark.e2e
 

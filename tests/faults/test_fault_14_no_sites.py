@@ -5,12 +5,12 @@ import threading
 import numpy as np
 import pytest
 
-from common.errors import NotEnoughSites, QuorumNotMet
-from common.files import read_lines
-from server.engines.grid import Stop, wait_for_nodes
-from server.engines.in_process import InProcessGrid
 from tests.support.federation import hurry
 from tests.support.toy import SPEC, federate, is_train, toy_app, toy_config
+from tsugiki.common.errors import NotEnoughSites, QuorumNotMet
+from tsugiki.common.files import read_lines
+from tsugiki.server.engines.grid import Stop, wait_for_nodes
+from tsugiki.server.engines.in_process import InProcessGrid
 
 
 @pytest.fixture(autouse=True)

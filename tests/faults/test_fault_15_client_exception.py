@@ -4,10 +4,10 @@ import logging
 
 import pytest
 
-from client import app, cohort, prepare
-from common.audit import verify
-from common.files import read_lines
 from tests.support.federation import CANARY, leaks, run_tiny, server_log, tiny_config
+from tsugiki.client import app, cohort, prepare
+from tsugiki.common.audit import verify
+from tsugiki.common.files import read_lines
 
 RAISED = {
     "client-error:ValueError": ValueError(CANARY),
@@ -32,7 +32,7 @@ def test_a_code_and_nothing_else_reaches_the_server(tmp_path, monkeypatch, caplo
         return train(graft, rows, settings, plan, *watching)
 
     monkeypatch.setattr(cohort, "train", fail_at_one)
-    from server.progress import Lines
+    from tsugiki.server.progress import Lines
 
     with caplog.at_level(logging.DEBUG):
         done = run_tiny(tiny_config(tmp_path, strategy={"min_clients": 1}), progress=Lines())

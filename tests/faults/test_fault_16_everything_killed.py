@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from client.app import simulated_app
-from server.simulate import simulate
 from tests.support.serving import serve_and_join, started, summary, superlinks, tiny_run
+from tsugiki.client.app import simulated_app
+from tsugiki.server.simulate import simulate
 
 pytestmark = pytest.mark.e2e
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import tsugiki
-from common.audit import verify
-from common.files import read_lines
 from tests.support.federation import leaks, run_tiny, tiny_config
 from tests.support.tiny import tiny_bert
+from tsugiki.common.audit import verify
+from tsugiki.common.files import read_lines
 
 ROUNDS, KILLED = 3, 2
 
@@ -23,7 +23,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import torch, transformers, peft, sklearn.metrics
-from server import checkpoint, loop
+from tsugiki.server import checkpoint, loop
 from tests.faults.test_fault_16_resume_after_kill import CASES, KILLED, config
 from tests.support.federation import run_tiny
 
@@ -105,7 +105,7 @@ def folder(tmp_path_factory):
     tiny_bert(folder / "model")
     for strategy in ("fedavg", "fedadam"):
         run_tiny(config(folder, strategy, strategy))
-    environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parents[1])}
     command = [sys.executable, "-c", CHILD, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == [f"{name} killed" for _, _, name in CASES], done.stderr[-2000:]

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.audit import verify
-from common.errors import StorageError
-from common.files import read_lines
-from server import checkpoint, storage
 from tests.support.toy import SPEC, federate, toy_app, toy_config
+from tsugiki.common.audit import verify
+from tsugiki.common.errors import StorageError
+from tsugiki.common.files import read_lines
+from tsugiki.server import checkpoint, storage
 
 
 def update(site, round_, received):

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from common.errors import StorageError
-from server import checkpoint
-from server.checkpoint import State
 from tests.support.toy import SPEC, federate, toy_app, toy_config
+from tsugiki.common.errors import StorageError
+from tsugiki.server import checkpoint
+from tsugiki.server.checkpoint import State
 
 CONFIG = "c" * 64
 

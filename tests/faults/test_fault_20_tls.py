@@ -7,13 +7,13 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from common.keys import new_key_pair
-from server.deploy.certs import make_certificates
-from server.deploy.control import Control
-from server.deploy.keyring import register
-from server.deploy.superlink import free_port, superlink
 from tests.support.processes import end_group
 from tests.support.serving import Process
+from tsugiki.common.keys import new_key_pair
+from tsugiki.server.deploy.certs import make_certificates
+from tsugiki.server.deploy.control import Control
+from tsugiki.server.deploy.keyring import register
+from tsugiki.server.deploy.superlink import free_port, superlink
 
 pytestmark = pytest.mark.e2e
 

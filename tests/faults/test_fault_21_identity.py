@@ -6,14 +6,14 @@ import pytest
 from flwr.client.grpc_rere_client import node_auth_client_interceptor as signing
 from flwr.proto.node_pb2 import Node
 
-from client.channel import Link
-from client.connection import Connection
-from common.errors import LinkError
-from common.keys import new_key_pair, read_private_key
-from server.deploy.certs import make_certificates
-from server.deploy.control import Control
-from server.deploy.keyring import register, revoke
-from server.deploy.superlink import free_port, superlink
+from tsugiki.client.channel import Link
+from tsugiki.client.connection import Connection
+from tsugiki.common.errors import LinkError
+from tsugiki.common.keys import new_key_pair, read_private_key
+from tsugiki.server.deploy.certs import make_certificates
+from tsugiki.server.deploy.control import Control
+from tsugiki.server.deploy.keyring import register, revoke
+from tsugiki.server.deploy.superlink import free_port, superlink
 
 pytestmark = pytest.mark.e2e
 

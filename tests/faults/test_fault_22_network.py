@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from client.app import simulated_app
-from server.deploy.superlink import free_port
-from server.simulate import simulate
 from tests.support.proxy import Proxy, proxied
 from tests.support.serving import CANARY, Place, metrics, serve_and_join, started, summary, tiny_run
+from tsugiki.client.app import simulated_app
+from tsugiki.server.deploy.superlink import free_port
+from tsugiki.server.simulate import simulate
 
 pytestmark = pytest.mark.e2e
 

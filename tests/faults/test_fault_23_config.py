@@ -4,9 +4,9 @@ import pytest
 import tomli_w
 from typer.testing import CliRunner
 
-import tsugiki
-from common.config import parse
-from common.errors import ConfigError
+from tsugiki import cli
+from tsugiki.common.config import parse
+from tsugiki.common.errors import ConfigError
 
 WRONG = [
     ({"train": {"learning_rte": 1.0}}, "train.learning_rte", "1.0", "learning_rate"),
@@ -47,7 +47,7 @@ def test_a_wrong_setting_is_named_with_its_value_and_what_is_allowed(raw, key, v
 def test_all_problems_are_told_at_once_and_nothing_is_started(tmp_path, monkeypatch):
     """Catches: an operator who corrects one line after the other, and a run that has begun by then."""
     touched = []
-    monkeypatch.setattr("client.app.simulated_app", lambda *arguments: touched.append(arguments))
+    monkeypatch.setattr("tsugiki.client.app.simulated_app", lambda *arguments: touched.append(arguments))
     monkeypatch.chdir(tmp_path)
     raw = {
         "run": {"rounds": 0, "nmae": "x"},
@@ -56,7 +56,7 @@ def test_all_problems_are_told_at_once_and_nothing_is_started(tmp_path, monkeypa
         "strategy": {"name": "fedmagic"},
     }
     (tmp_path / "run.toml").write_text(tomli_w.dumps(raw))
-    result = CliRunner().invoke(tsugiki.app, ["simulate", "run.toml"])
+    result = CliRunner().invoke(cli.app, ["simulate", "run.toml"])
     assert isinstance(result.exception, ConfigError)
     keys = {problem.key for problem in result.exception.problems}
     assert keys == {"run.rounds", "run.nmae", "train.learning_rate", "adapter.rank", "strategy.name"}

@@ -4,12 +4,12 @@ import logging
 
 import pytest
 
-from common.audit import verify
-from common.files import read_lines
-from server.progress import Lines
 from tests.faults.test_fault_24_data_shard import FAULTS, one_class
 from tests.support.federation import app_of_sites, leaks, run_tiny, server_log, site_folder, tiny_config
 from tests.support.toy import is_train
+from tsugiki.common.audit import verify
+from tsugiki.common.files import read_lines
+from tsugiki.server.progress import Lines
 
 
 def federation(folder, spoil):

@@ -3,16 +3,16 @@
 import pytest
 import tomli_w
 
-from client.site import read_site
-from common.audit import verify
-from common.config import parse
-from common.data.partition import by_column
-from common.errors import ConfigError, DataError, ModelError
-from common.files import read_lines
-from common.model import find
 from tests.support.federation import app_of_sites, leaks, model_folder, run_tiny, site_folder, tiny_config, write_rows
 from tests.support.tiny import tiny_bert
 from tests.support.toy import federate, rewritten, toy_app, toy_config
+from tsugiki.client.site import read_site
+from tsugiki.common.audit import verify
+from tsugiki.common.config import parse
+from tsugiki.common.data.partition import by_column
+from tsugiki.common.errors import ConfigError, DataError, ModelError
+from tsugiki.common.files import read_lines
+from tsugiki.common.model import find
 
 NAMES = ["../../etc/x", "a/b", "CON", "x" * 300, "..", ".", "", " ", "a\nb", "a\0b", "~root", "C:\\x", "\u202ea", "a b"]
 

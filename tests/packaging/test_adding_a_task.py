@@ -17,10 +17,10 @@ PAGE = ROOT / "docs" / "adding-a-task.md"
 RUN = """
 import sys, tomllib
 from pathlib import Path
-from client.app import simulated_app
-from common.config import parse
-from common.tasks import TASKS
-from server.simulate import simulate
+from tsugiki.client.app import simulated_app
+from tsugiki.common.config import parse
+from tsugiki.common.tasks import TASKS
+from tsugiki.server.simulate import simulate
 
 assert "text-regression" in TASKS.names()
 raw = tomllib.loads(Path("run.toml").read_text())
@@ -34,8 +34,9 @@ def test_the_page_makes_a_task_that_trains(tmp_path: Path) -> None:
     """Catches: a list of tasks that has to be edited, a page that has fallen behind the code."""
     blocks = re.findall(r"```(python|toml)\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert [kind for kind, _ in blocks] == ["python", "toml"]
-    for package in ("common", "client", "server"):
+    for package in ("tsugiki", "common", "client", "server"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)  # a checkout is known by it
     (tmp_path / "common" / "tasks" / "text_regression.py").write_text(blocks[0][1])
     rows = [f"the {word} clause number {n},{score}" for n in range(12) for word, score in (("good", 1.0), ("bad", 0.0))]
     (tmp_path / "data.csv").write_text("\n".join(["text,score", *rows]) + "\n")

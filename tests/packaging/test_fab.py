@@ -36,10 +36,10 @@ def allowed():
     """Return the paths that the bundle has to hold."""
     modules = (
         path.relative_to(ROOT).as_posix()
-        for name in ("common", "client", "server")
+        for name in ("tsugiki", "common", "client", "server")
         for path in (ROOT / name).rglob("*.py")
     )
-    return {"tsugiki.py", "LICENSE", *modules}
+    return {"LICENSE", *modules}
 
 
 def names(folder):
@@ -53,9 +53,9 @@ def tree(tmp_path):
     """A copy of the project with secrets lying about."""
     target = tmp_path / "tsugiki"
     target.mkdir()
-    for name in ("pyproject.toml", "LICENSE", "tsugiki.py", ".gitignore"):
+    for name in ("pyproject.toml", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, target / name)
-    for name in ("common", "client", "server"):
+    for name in ("tsugiki", "common", "client", "server"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in SECRETS:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -88,13 +88,13 @@ def test_the_bundle_names_the_apps_and_the_defaults(tree):
     """Catches: components that do not exist; a bundle without the run config's keys, which Flower refuses to set."""
     from flwr.common.config import flatten_dict
 
-    import client.app
-    import server.app
-    from common.config_file import run_config_defaults
+    from tsugiki.client import app as client_app
+    from tsugiki.common.config_file import run_config_defaults
+    from tsugiki.server import app as server_app
 
     with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tree))) as bundle:
         app = tomli.loads(bundle.read("pyproject.toml").decode())["tool"]["flwr"]["app"]
-    assert app["components"] == {"serverapp": "server.app:app", "clientapp": "client.app:app"}
-    assert type(server.app.app).__name__ == "ServerApp"
-    assert type(client.app.app).__name__ == "ClientApp"
+    assert app["components"] == {"serverapp": "tsugiki.server.app:app", "clientapp": "tsugiki.client.app:app"}
+    assert type(server_app.app).__name__ == "ServerApp"
+    assert type(client_app.app).__name__ == "ClientApp"
     assert flatten_dict(app["config"]) == run_config_defaults()

@@ -60,7 +60,13 @@ def probe(first, tmp_path, **extra):
 
 
 @pytest.mark.parametrize(
-    "first", ["import common", "import client.app", "import server.app", "import flwr.supercore.telemetry, common"]
+    "first",
+    [
+        "import tsugiki",
+        "import tsugiki.client.app",
+        "import tsugiki.server.app",
+        "import flwr.supercore.telemetry, tsugiki",
+    ],
 )
 def test_nothing_leaves(first, tmp_path):
     """Catches: switches set after Flower read them: it does at import, and Flower's processes import it before us."""
@@ -70,7 +76,7 @@ def test_nothing_leaves(first, tmp_path):
 
 def test_a_users_own_setting_does_not_switch_it_on(tmp_path):
     """Catches: setdefault, which an environment that says otherwise would win over."""
-    seen = probe("import common", tmp_path, FLWR_TELEMETRY_ENABLED="1", RAY_USAGE_STATS_ENABLED="1")
+    seen = probe("import tsugiki", tmp_path, FLWR_TELEMETRY_ENABLED="1", RAY_USAGE_STATS_ENABLED="1")
     assert (seen["flag"], seen["attempts"], seen["environment"]) == ("0", [], EXPECTED)
 
 
@@ -85,7 +91,7 @@ def test_ray_and_the_hub_read_the_switches():
     """Catches: a switch that was renamed by its library."""
     from huggingface_hub import constants
 
-    import common  # noqa: F401
+    import tsugiki  # noqa: F401
 
     assert constants.HF_HUB_DISABLE_TELEMETRY
     usage = pytest.importorskip("ray._common.usage.usage_lib", reason="ray is not installed")

@@ -7,18 +7,18 @@ import pytest
 from flwr.app import Context, RecordDict
 from safetensors.numpy import load_file
 
-from client.app import simulated_app
-from common.audit import verify
-from common.config_file import read as read_config
-from common.config_file import to_run_config
-from common.errors import ModelError, NotEnoughSites, StorageError
-from common.files import read_lines
-from common.privacy.plan import resolve
-from common.wire import sha256
-from server.app import app, deployed, run_federation
-from server.engines.in_process import InProcessGrid
-from server.progress import Progress
 from tests.support.federation import leaks, run_tiny, tiny_config
+from tsugiki.client.app import simulated_app
+from tsugiki.common.audit import verify
+from tsugiki.common.config_file import read as read_config
+from tsugiki.common.config_file import to_run_config
+from tsugiki.common.errors import ModelError, NotEnoughSites, StorageError
+from tsugiki.common.files import read_lines
+from tsugiki.common.privacy.plan import resolve
+from tsugiki.common.wire import sha256
+from tsugiki.server.app import app, deployed, run_federation
+from tsugiki.server.engines.in_process import InProcessGrid
+from tsugiki.server.progress import Progress
 
 AT_SITES = {"evaluation": {"at_sites": True}, "simulation": {"evaluation_fraction": 0.25}}
 
@@ -141,7 +141,7 @@ def test_a_start_that_failed_can_be_tried_again(tmp_path):
 
 def test_lines_of_rounds_that_a_crash_undid_are_dropped_and_voided_ones_kept(ran, tmp_path):
     """Catches: two lines for one round after a resume, and attempts forgotten."""
-    from server.app import _drop_unfinished
+    from tsugiki.server.app import _drop_unfinished
 
     path = tmp_path / "metrics.jsonl"
     lines = [{"round": 0}, {"round": 1}, {"round": 2, "voided": True}, {"round": 2}]

@@ -2,12 +2,12 @@ import json
 
 import pytest
 
-from client.app import simulated_app
-from common.errors import Interrupted
-from server.baselines import average, centralised, local_only, run_baselines
-from server.engines.grid import Stop
-from server.progress import Progress
 from tests.support.federation import run_tiny, tiny_config
+from tsugiki.client.app import simulated_app
+from tsugiki.common.errors import Interrupted
+from tsugiki.server.baselines import average, centralised, local_only, run_baselines
+from tsugiki.server.engines.grid import Stop
+from tsugiki.server.progress import Progress
 
 SITES = ["site-0", "site-1"]
 

@@ -11,13 +11,14 @@ import pytest
 from typer.testing import CliRunner
 
 import tsugiki
-from common.config import parse
-from common.config_file import read, to_toml
-from common.errors import ConfigError, StorageError, UsageError
-from common.model import load_graft
-from common.privacy.plan import make_plan, resolve
-from server import budget
 from tests.support.federation import tiny_config
+from tsugiki import cli
+from tsugiki.common.config import parse
+from tsugiki.common.config_file import read, to_toml
+from tsugiki.common.errors import ConfigError, StorageError, UsageError
+from tsugiki.common.model import load_graft
+from tsugiki.common.privacy.plan import make_plan, resolve
+from tsugiki.server import budget
 
 PRIVATE = ["--set", "privacy.mode=distributed", "--set", "privacy.target_epsilon=8"]
 
@@ -32,7 +33,7 @@ def file(tmp_path):
 
 def invoke(*arguments):
     """Run the command line in this process; an error of ours is raised."""
-    result = CliRunner().invoke(tsugiki.app, ["budget", *map(str, arguments)], env={"COLUMNS": "80"})
+    result = CliRunner().invoke(cli.app, ["budget", *map(str, arguments)], env={"COLUMNS": "80"})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -178,12 +179,12 @@ def test_with_a_dimension_nothing_heavy_is_loaded(file):
     script = (
         "import json, sys, tsugiki\n"
         "from typer.testing import CliRunner\n"
-        "done = CliRunner().invoke(tsugiki.app, sys.argv[1:])\n"
+        "done = CliRunner().invoke(cli.app, sys.argv[1:])\n"
         "assert done.exit_code == 0, done.output\n"
         "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))\n"
     )
     command = [sys.executable, "-c", script, "budget", str(file), *PRIVATE, "--dimension", "1000"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parents[1])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert {"torch", "transformers", "peft", "flwr", "matplotlib"} & set(json.loads(done.stdout)) == set()
 
@@ -191,7 +192,7 @@ def test_with_a_dimension_nothing_heavy_is_loaded(file):
 def test_errors_of_the_real_program_are_one_message(tmp_path):
     """Catches: a traceback instead of an exit status."""
     command = [sys.executable, "-m", "tsugiki", "budget", "missing.toml"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parents[1])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[0] == "tsugiki: config-invalid: missing.toml: 1 problem"

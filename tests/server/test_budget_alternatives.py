@@ -6,9 +6,10 @@ from dataclasses import replace
 import dp_accounting
 import pytest
 
-from common.privacy.accounting import Release
-from common.privacy.plan import make_plan, resolve
-from server.budget_alternatives import (
+from tests.support.budget import independent_epsilon, private_config, private_plan
+from tsugiki.common.privacy.accounting import Release
+from tsugiki.common.privacy.plan import make_plan, resolve
+from tsugiki.server.budget_alternatives import (
     calibrated,
     everything_seen,
     levers,
@@ -18,7 +19,6 @@ from server.budget_alternatives import (
     table,
     without_slack,
 )
-from tests.support.budget import independent_epsilon, private_config, private_plan
 
 MODES = ("central", "distributed", "local")
 SAMPLED = {"sampling": "poisson", "strategy": {"fraction_train": 0.1}}

@@ -2,9 +2,9 @@
 
 import pytest
 
-from server.budget import Size, make_budget
-from server.budget_figure import bounds, draw, epsilons
 from tests.support.budget import independent_epsilon, private_config, private_plan
+from tsugiki.server.budget import Size, make_budget
+from tsugiki.server.budget_figure import bounds, draw, epsilons
 
 
 def budget_of(mode, *arguments, shown="", **settings):

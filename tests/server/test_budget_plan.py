@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from server.budget_alternatives import noise_on_mean
-from server.budget_plan import _scaled_epsilon, assess, judge
 from tests.support.budget import independent_epsilon, private_plan, skellam_epsilon
+from tsugiki.server.budget_alternatives import noise_on_mean
+from tsugiki.server.budget_plan import _scaled_epsilon, assess, judge
 
 
 def assessed(mode, clients=100, **settings):

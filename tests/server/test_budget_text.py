@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from server.budget import Size, make_budget
-from server.budget_text import show
 from tests.support.budget import private_config
+from tsugiki.server.budget import Size, make_budget
+from tsugiki.server.budget_text import show
 
 FILE = Path("my runs/run.toml")
 

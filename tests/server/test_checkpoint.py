@@ -5,9 +5,9 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from common.errors import StorageError
-from server import checkpoint
-from server.checkpoint import State, load, promote_previous, save
+from tsugiki.common.errors import StorageError
+from tsugiki.server import checkpoint
+from tsugiki.server.checkpoint import State, load, promote_previous, save
 
 CONFIG, SPEC = "c" * 64, "d" * 64
 

@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 from flwr.app import RecordDict
 
-from common.audit import verify
-from common.errors import NotEnoughSites, StorageError
-from common.messages import TrainRequest, from_record, to_record
-from common.wire import encode
-from server.collect import address, collect, receive, sample, train_request
-from server.engines.in_process import identify_process
-from server.guard import Accepted, Rejected
-from server.roster import Member
 from tests.support.federation import hurry
 from tests.support.private import LEDGER, private_app, private_config, private_parts
 from tests.support.toy import SPEC, toy_app, toy_config, toy_parts, toy_state
+from tsugiki.common.audit import verify
+from tsugiki.common.errors import NotEnoughSites, StorageError
+from tsugiki.common.messages import TrainRequest, from_record, to_record
+from tsugiki.common.wire import encode
+from tsugiki.server.collect import address, collect, receive, sample, train_request
+from tsugiki.server.engines.in_process import identify_process
+from tsugiki.server.guard import Accepted, Rejected
+from tsugiki.server.roster import Member
 
 SITES = ["a", "b", "c", "d"]
 POISSON = {
@@ -92,7 +92,7 @@ def test_under_poisson_sampling_each_client_has_a_coin_of_its_own(tmp_path):
 def test_a_site_of_which_nobody_was_drawn_is_not_asked(tmp_path, monkeypatch):
     """Catches: an empty list, which means all clients."""
     asked, draws = [], iter([[], [4, 7], [0], []])
-    monkeypatch.setattr("server.privacy.Privacy.sampled", lambda self, clients, site, number: next(draws))
+    monkeypatch.setattr("tsugiki.server.privacy.Privacy.sampled", lambda self, clients, site, number: next(draws))
     collected = round_of(tmp_path, private_app(SITES, clients=50, asked=asked), 4, **POISSON)
     assert asked == [("b", 1, "4,7"), ("c", 1, "0")]
     assert [(reply.site, reply.clients) for reply in collected.accepted] == [("b", 2), ("c", 1)]
@@ -142,7 +142,7 @@ def test_a_ledger_that_cannot_be_written_stops_the_round_before_anybody_is_asked
     def fail(*arguments):
         raise StorageError("no disk", code="disk-full")
 
-    monkeypatch.setattr("common.audit.append_line", fail)
+    monkeypatch.setattr("tsugiki.common.audit.append_line", fail)
     with pytest.raises(StorageError):
         collect(parts, toy_state(), 1, sample(parts, 1, 0))
     assert asked == []

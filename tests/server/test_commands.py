@@ -10,22 +10,23 @@ import tomli_w
 from typer.testing import CliRunner
 
 import tsugiki
-from client.app import simulated_app
-from common.adapters import ADAPTERS
-from common.config import RunConfig, parse
-from common.config_file import read, to_toml
-from common.errors import ConfigError, ExportError, RegistryError, TsugikiError, UsageError
-from common.files import read_lines
-from common.strategies import STRATEGY_SETTINGS
-from common.tasks import TASKS
-from server import commands, demo, doctor
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import tiny_sentence_transformer
+from tsugiki import cli
+from tsugiki.client.app import simulated_app
+from tsugiki.common.adapters import ADAPTERS
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.config_file import read, to_toml
+from tsugiki.common.errors import ConfigError, ExportError, RegistryError, TsugikiError, UsageError
+from tsugiki.common.files import read_lines
+from tsugiki.common.strategies import STRATEGY_SETTINGS
+from tsugiki.common.tasks import TASKS
+from tsugiki.server import commands, demo, doctor
 
 
 def invoke(*arguments):
     """Run the command line in this process; an error of ours is raised."""
-    result = CliRunner().invoke(tsugiki.app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -34,8 +35,8 @@ def invoke(*arguments):
 @pytest.fixture
 def no_export(monkeypatch):
     """Put quick stand-ins in the place of export and report, which have tests of their own."""
-    monkeypatch.setattr("server.export.export", lambda folder, *_, **__: folder / "adapter")
-    monkeypatch.setattr("server.report.write_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr("tsugiki.server.export.export", lambda folder, *_, **__: folder / "adapter")
+    monkeypatch.setattr("tsugiki.server.report.write_report", lambda folder: folder / "report.html")
 
 
 def test_init_writes_every_setting_at_its_default(tmp_path):
@@ -164,7 +165,7 @@ def test_a_run_without_evaluation_or_public_name_ends_well(tmp_path, no_export, 
     def refuse(folder):
         raise ExportError("it cannot be", code=code)
 
-    monkeypatch.setattr("server.export.export", refuse)
+    monkeypatch.setattr("tsugiki.server.export.export", refuse)
     file = write_tiny(tmp_path, evaluation={"data": ""}, run={"rounds": 1})
     result = invoke("simulate", file)
     assert "accuracy" not in result.stdout
@@ -281,7 +282,7 @@ def test_an_error_becomes_one_message_and_an_exit_status(tmp_path):
     """Catches: a traceback, a message on standard output, the wrong exit status of the real program."""
     (tmp_path / "wrong.toml").write_text(tomli_w.dumps({"train": {"learning_rate": -1.0, "stepz": 3}}))
     command = [sys.executable, "-m", "tsugiki", "config", "show", "wrong.toml"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parents[1])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     lines = done.stderr.splitlines()

@@ -1,12 +1,12 @@
 import tomllib
 from pathlib import Path
 
-from common.config import parse
-from common.config_file import read
-from common.data.demo import COMPANIES
-from common.model import load_graft
-from server.demo import DEMO_TOML, demo_config, free_name, make_data, scored, write_files
 from tests.support.tiny import tiny_sentence_transformer
+from tsugiki.common.config import parse
+from tsugiki.common.config_file import read
+from tsugiki.common.data.demo import COMPANIES
+from tsugiki.common.model import load_graft
+from tsugiki.server.demo import DEMO_TOML, demo_config, free_name, make_data, scored, write_files
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "demo.toml"
 

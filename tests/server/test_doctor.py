@@ -2,8 +2,8 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
-from server import doctor
-from server.doctor import examine
+from tsugiki.server import doctor
+from tsugiki.server.doctor import examine
 
 
 def found(name):

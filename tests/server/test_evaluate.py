@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from common.errors import ConfigError, DataError
-from common.model import load_graft
-from common.tasks.base import Column
-from server.evaluate import evaluate_untouched, make_evaluator, read_evaluation
 from tests.support.federation import tiny_config
+from tsugiki.common.errors import ConfigError, DataError
+from tsugiki.common.model import load_graft
+from tsugiki.common.tasks.base import Column
+from tsugiki.server.evaluate import evaluate_untouched, make_evaluator, read_evaluation
 
 
 def loaded(config):

@@ -10,26 +10,26 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from common import config_file
-from common.adapters.bitfit import BitfitSettings
-from common.adapters.fusion import FusionSettings
-from common.adapters.houlsby import HoulsbySettings
-from common.adapters.ia3 import Ia3Settings
-from common.adapters.layernorm import LayerNormSettings
-from common.adapters.lora import Lora, LoraSettings
-from common.adapters.prompts import PrefixSettings, PromptSettings, PTuningSettings
-from common.adapters.vera import VeraSettings
-from common.errors import ExportError, StorageError
-from common.exported import open_exported, read_exported
-from common.model import load_graft
-from common.tasks import TASKS
-from common.wire import sha256, unpack
-from server import export_check, export_probe
-from server.export import export
-from server.finished import choose, read_config
 from tests.support.exports import settings_of, to_fuse
 from tests.support.federation import model_folder, run_tiny, tiny_config
 from tests.support.tiny import PUBLIC_NAME, tiny_cnn, tiny_llama, tiny_sentence_transformer, tiny_vit, write_case
+from tsugiki.common import config_file
+from tsugiki.common.adapters.bitfit import BitfitSettings
+from tsugiki.common.adapters.fusion import FusionSettings
+from tsugiki.common.adapters.houlsby import HoulsbySettings
+from tsugiki.common.adapters.ia3 import Ia3Settings
+from tsugiki.common.adapters.layernorm import LayerNormSettings
+from tsugiki.common.adapters.lora import Lora, LoraSettings
+from tsugiki.common.adapters.prompts import PrefixSettings, PromptSettings, PTuningSettings
+from tsugiki.common.adapters.vera import VeraSettings
+from tsugiki.common.errors import ExportError, StorageError
+from tsugiki.common.exported import open_exported, read_exported
+from tsugiki.common.model import load_graft
+from tsugiki.common.tasks import TASKS
+from tsugiki.common.wire import sha256, unpack
+from tsugiki.server import export_check, export_probe
+from tsugiki.server.export import export
+from tsugiki.server.finished import choose, read_config
 
 MENU = {
     "houlsby": HoulsbySettings(bottleneck=4),
@@ -140,7 +140,7 @@ def copied(runs, tmp_path):
 @pytest.fixture
 def unproved(monkeypatch):
     """Exports without their proof: a fresh process takes seconds."""
-    monkeypatch.setattr("server.export.prove", lambda *_: None)
+    monkeypatch.setattr("tsugiki.server.export.prove", lambda *_: None)
 
 
 @pytest.fixture
@@ -397,7 +397,7 @@ def test_best_and_last_are_told_apart(copied, tmp_path, unproved):
 
 def graft_vector(run, graft):
     """Return the adapter of a run's last checkpoint."""
-    from server import checkpoint
+    from tsugiki.server import checkpoint
 
     config = config_file.read(run / "config.toml")
     return checkpoint.load(run / "checkpoint", config.sha256, graft.spec.sha256).vector

@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from common.config import parse
-from common.data.shard import Shard
-from common.model import load_graft
-from common.tasks.prompts import encode_prompts
-from server import export_check, export_probe
-from server.export import _write
-from server.export_card import Export, _auto_class, card, loading_code
 from tests.support.tiny import PUBLIC_NAME, tiny_bert, tiny_cnn, tiny_llama, tiny_vit
+from tsugiki.common.config import parse
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.model import load_graft
+from tsugiki.common.tasks.prompts import encode_prompts
+from tsugiki.server import export_check, export_probe
+from tsugiki.server.export import _write
+from tsugiki.server.export_card import Export, _auto_class, card, loading_code
 
 LINES = (
     {"round": 0, "eval": {"accuracy": 0.5, "loss": 0.7}},

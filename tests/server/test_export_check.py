@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from common.errors import ExportError
-from server import export_check
-from server.export_card import Export
-from server.export_check import TOLERANCE, Expected, prove, seed_hub_cache
+from tsugiki.common.errors import ExportError
+from tsugiki.server import export_check
+from tsugiki.server.export_card import Export
+from tsugiki.server.export_check import TOLERANCE, Expected, prove, seed_hub_cache
 
 BASE = np.linspace(-1, 1, 8, dtype=np.float32)
 

@@ -4,7 +4,7 @@ import ast
 import sys
 from pathlib import Path
 
-from server import export_probe
+from tsugiki.server import export_probe
 
 
 def test_it_imports_nothing_of_this_project():

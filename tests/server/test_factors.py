@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from common.rng import generator
-from common.wire import AdapterSpec, TensorSpec, pack, unpack
-from server.factors import aggregation_error, combine, norm, project
-from server.guard import Accepted
+from tsugiki.common.rng import generator
+from tsugiki.common.wire import AdapterSpec, TensorSpec, pack, unpack
+from tsugiki.server.factors import aggregation_error, combine, norm, project
+from tsugiki.server.guard import Accepted
 
 OUT, IN = 6, 7
 WEIGHTS = {"a": 10, "b": 30, "c": 5}

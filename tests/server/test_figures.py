@@ -2,7 +2,7 @@
 
 import re
 
-from server.figures import inline, plot_comparison, small_curves
+from tsugiki.server.figures import inline, plot_comparison, small_curves
 
 
 def test_the_comparison_is_one_inline_figure():

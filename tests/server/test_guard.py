@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord
 
-from client.update import ProtectedSum
-from common.messages import EvaluateReply, PrivateReply, error_reply, to_record
-from common.privacy.clipping import LEVELS
-from common.wire import encode, encode_levels
-from server.guard import Accepted, AcceptedSum, Rejected, check, check_evaluation, check_private
 from tests.support.private import plan_of
 from tests.support.toy import ASKED, SPEC, of_array, of_bytes, rewritten, train_reply, with_arrays
+from tsugiki.client.update import ProtectedSum
+from tsugiki.common.messages import EvaluateReply, PrivateReply, error_reply, to_record
+from tsugiki.common.privacy.clipping import LEVELS
+from tsugiki.common.wire import encode, encode_levels
+from tsugiki.server.guard import Accepted, AcceptedSum, Rejected, check, check_evaluation, check_private
 
 
 def verdict(reply, max_update_norm=100.0):

@@ -6,17 +6,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import tsugiki
-from common.adapters import ADAPTERS
-from common.config import parse
-from common.errors import ModelError, UsageError
-from common.model import load_graft
-from common.tasks import TASKS
-from server import methods as module
-from server.methods import menu, methods, reasons
-from server.tables import size_text
 from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_bert, tiny_llama
+from tsugiki import cli
+from tsugiki.common.adapters import ADAPTERS
+from tsugiki.common.config import parse
+from tsugiki.common.errors import ModelError, UsageError
+from tsugiki.common.model import load_graft
+from tsugiki.common.tasks import TASKS
+from tsugiki.server import methods as module
+from tsugiki.server.methods import menu, methods, reasons
+from tsugiki.server.tables import size_text
 
 
 @pytest.fixture(scope="module")
@@ -112,21 +112,19 @@ def test_one_base_serves_all_methods(bert, monkeypatch):
 
 def test_the_command_prints_a_table_or_json(bert, tmp_path):
     """Catches: a cell without its bytes; JSON that no script can read; settings that nothing takes."""
-    done = CliRunner().invoke(tsugiki.app, ["methods", "--model", str(bert)])
+    done = CliRunner().invoke(cli.app, ["methods", "--model", str(bert)])
     assert done.exit_code == 0, done.output
     assert "houlsby" in done.stdout
     assert "(1)" in done.stdout
     assert "Memory at a site" in done.stdout
-    body = json.loads(CliRunner().invoke(tsugiki.app, ["methods", "--model", str(bert), "--json"]).stdout)
+    body = json.loads(CliRunner().invoke(cli.app, ["methods", "--model", str(bert), "--json"]).stdout)
     assert body["pairs"]["sequence-classification"]["lora"]["adapter"] > 0
     with pytest.raises(UsageError):
         methods(None, str(bert), ["adapter.rank=2"], False)
     file = tmp_path / "run.toml"
     file.write_text(f'[model]\nname = "{bert}"\n[adapter]\nmethod = "lora"\nrank = 1\n')
     words = ["methods", str(file), "--json", "--set"]
-    small, large = (
-        json.loads(CliRunner().invoke(tsugiki.app, [*words, f"adapter.rank={rank}"]).stdout) for rank in (1, 4)
-    )
+    small, large = (json.loads(CliRunner().invoke(cli.app, [*words, f"adapter.rank={rank}"]).stdout) for rank in (1, 4))
     pair = [menu_["pairs"]["sequence-classification"]["lora"]["adapter"] for menu_ in (small, large)]
     assert pair[1] == 4 * pair[0]
 

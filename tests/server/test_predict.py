@@ -8,17 +8,17 @@ import pytest
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-import tsugiki
-from common.errors import DataError, ModelError, StorageError, UsageError
-from common.files import read_lines
-from common.tasks import TASKS, Task
-from common.tasks.generation import Generation
-from common.wire import sha256, unpack
-from server.finished import choose, open_graft, read_config
-from server.predict import ask, open_adapters, predict, predict_each, show
 from tests.support.exports import BASE_NAME, export_tiny, settings_of
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import tiny_base, tiny_llama, write_case
+from tsugiki import cli
+from tsugiki.common.errors import DataError, ModelError, StorageError, UsageError
+from tsugiki.common.files import read_lines
+from tsugiki.common.tasks import TASKS, Task
+from tsugiki.common.tasks.generation import Generation
+from tsugiki.common.wire import sha256, unpack
+from tsugiki.server.finished import choose, open_graft, read_config
+from tsugiki.server.predict import ask, open_adapters, predict, predict_each, show
 
 HOW = Generation(max_new_tokens=4)
 INPUTS = {
@@ -96,7 +96,7 @@ def test_the_command_prints_lines(runs):
     folder, _ = runs("sequence-classification")
     texts = INPUTS["sequence-classification"]["text"]
     for adapter, words in ((True, []), (False, ["--without-adapter"])):
-        done = CliRunner().invoke(tsugiki.app, ["predict", str(folder), *texts, "--json", *words])
+        done = CliRunner().invoke(cli.app, ["predict", str(folder), *texts, "--json", *words])
         assert done.exit_code == 0
         found = [json.loads(line) for line in done.stdout.splitlines()]
         assert found == predict(folder, texts, None, HOW, adapter=adapter)
@@ -230,7 +230,7 @@ def test_the_files_columns_are_mapped(adapters, tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("sentence,name\nthe good clause,a\nno bad number,b\n")
     options = ["predict", "--adapter", str(adapters / "tone"), "--model", str(adapters / "base"), "--file", str(file)]
-    done = CliRunner().invoke(tsugiki.app, [*options, "--columns", "text=sentence", "--json"])
+    done = CliRunner().invoke(cli.app, [*options, "--columns", "text=sentence", "--json"])
     expected = predict_each(
         [adapters / "tone"], str(adapters / "base"), ["the good clause", "no bad number"], None, HOW
     )
@@ -266,13 +266,13 @@ def test_adapters_are_asked_by_the_command(adapters, monkeypatch):
     options = ["predict", *(word for name in ("tone", "topic") for word in ("--adapter", str(adapters / name)))]
     given = [*options, "--model", str(adapters / "base"), "good", "bad"]
     expected = predict_each([adapters / "tone", adapters / "topic"], str(adapters / "base"), ["good", "bad"], None, HOW)
-    done = CliRunner().invoke(tsugiki.app, [*given, "--json"])
+    done = CliRunner().invoke(cli.app, [*given, "--json"])
     assert [json.loads(line) for line in done.stdout.splitlines()] == expected
-    lines = CliRunner().invoke(tsugiki.app, given).stdout.splitlines()
+    lines = CliRunner().invoke(cli.app, given).stdout.splitlines()
     assert [line.split("\t")[0] for line in lines] == [one["adapter"] for one in expected]
     asked = []
-    monkeypatch.setattr("server.predict.find_in_hub", lambda source: asked.append(source) or adapters / "base")
-    assert CliRunner().invoke(tsugiki.app, [*options, "good"]).exit_code == 0
+    monkeypatch.setattr("tsugiki.server.predict.find_in_hub", lambda source: asked.append(source) or adapters / "base")
+    assert CliRunner().invoke(cli.app, [*options, "good"]).exit_code == 0
     assert asked == [BASE_NAME]
 
 

@@ -8,19 +8,19 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from common.audit import AuditLog, verify
-from common.errors import BudgetError, QuorumNotMet, StorageError
-from common.files import read_lines
-from common.privacy.accounting import Release, epsilon
-from common.privacy.ledger import Ledger
-from common.privacy.mechanisms import MECHANISMS
-from common.privacy.plan import resolve
-from common.rng import seed_everything
-from server.privacy import open_privacy, rows_summary
-from server.report import write_report
 from tests.support.federation import hurry
 from tests.support.private import LEDGER, plan_of, privacy_of, private_app, private_config, run_private, unchanged
 from tests.support.toy import SPEC, federate, forging
+from tsugiki.common.audit import AuditLog, verify
+from tsugiki.common.errors import BudgetError, QuorumNotMet, StorageError
+from tsugiki.common.files import read_lines
+from tsugiki.common.privacy.accounting import Release, epsilon
+from tsugiki.common.privacy.ledger import Ledger
+from tsugiki.common.privacy.mechanisms import MECHANISMS
+from tsugiki.common.privacy.plan import resolve
+from tsugiki.common.rng import seed_everything
+from tsugiki.server.privacy import open_privacy, rows_summary
+from tsugiki.server.report import write_report
 
 SITES = ["a", "b", "c", "d"]
 Z = 4.0

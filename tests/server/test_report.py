@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from common.errors import StorageError, UsageError
-from server.report import save_curve_png, write_report
-from server.results import worst_site
 from tests.support.runs import BASELINES, accepted, line, run_folder, start, usual, voided
+from tsugiki.common.errors import StorageError, UsageError
+from tsugiki.server.report import save_curve_png, write_report
+from tsugiki.server.results import worst_site
 
 HOSTILE = '<script>alert("x")</script>'
 

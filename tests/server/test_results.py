@@ -2,9 +2,9 @@
 
 import pytest
 
-from common.errors import StorageError
-from server.results import baseline_metrics, read_run, replies_by_site, sum_sites
 from tests.support.runs import BASELINES, usual
+from tsugiki.common.errors import StorageError
+from tsugiki.server.results import baseline_metrics, read_run, replies_by_site, sum_sites
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\udcff"])

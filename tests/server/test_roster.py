@@ -2,13 +2,13 @@ import dataclasses
 
 import pytest
 
-from common import __version__
-from common.audit import verify
-from common.errors import NotEnoughSites
-from common.messages import error_reply
-from server.engines.in_process import InProcessGrid
 from tests.support.federation import hurry
 from tests.support.toy import SPEC, rewritten, toy_app, toy_config, toy_parts
+from tsugiki.common import __version__
+from tsugiki.common.audit import verify
+from tsugiki.common.errors import NotEnoughSites
+from tsugiki.common.messages import error_reply
+from tsugiki.server.engines.in_process import InProcessGrid
 
 
 @pytest.fixture(autouse=True)

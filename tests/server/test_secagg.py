@@ -6,14 +6,14 @@ from flwr.app import Error
 from flwr.app.message import make_message
 from scipy import stats
 
-from common.audit import verify
-from common.errors import QuorumNotMet
-from common.files import read_lines
-from common.messages import SITE_ERROR
-from common.privacy.ledger import Ledger
-from common.wire import decode_levels
-from server import secagg
 from tests.support.federation import hurry, run_tiny, tiny_config, write_rows
+from tsugiki.common.audit import verify
+from tsugiki.common.errors import QuorumNotMet
+from tsugiki.common.files import read_lines
+from tsugiki.common.messages import SITE_ERROR
+from tsugiki.common.privacy.ledger import Ledger
+from tsugiki.common.wire import decode_levels
+from tsugiki.server import secagg
 
 BITS = 32
 STEPS = ("query.keys", "query.shares", "train.masked", "query.unmask")

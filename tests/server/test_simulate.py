@@ -1,9 +1,9 @@
 import pytest
 
-from client.app import simulated_app
-from common.errors import DataError
-from common.files import read_lines
 from tests.support.federation import run_tiny, tiny_config
+from tsugiki.client.app import simulated_app
+from tsugiki.common.errors import DataError
+from tsugiki.common.files import read_lines
 
 
 @pytest.fixture(scope="module")

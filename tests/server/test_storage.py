@@ -3,9 +3,9 @@ import shutil
 
 import pytest
 
-from common.errors import StorageError
-from server import storage
-from server.storage import run_folder
+from tsugiki.common.errors import StorageError
+from tsugiki.server import storage
+from tsugiki.server.storage import run_folder
 
 
 def code_of(action):

@@ -3,10 +3,10 @@ import logging
 import numpy as np
 import pytest
 
-from common.strategies import STRATEGY_SETTINGS
-from server.engines.in_process import identify_process
-from server.guard import Accepted
-from server.strategy import STRATEGIES, aggregate, missing_implementations
+from tsugiki.common.strategies import STRATEGY_SETTINGS
+from tsugiki.server.engines.in_process import identify_process
+from tsugiki.server.guard import Accepted
+from tsugiki.server.strategy import STRATEGIES, aggregate, missing_implementations
 
 SIZE = 6
 

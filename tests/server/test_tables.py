@@ -1,8 +1,8 @@
 """The report's sentences."""
 
-from server.results import read_run
-from server.tables import story
 from tests.support.runs import line, run_folder, start
+from tsugiki.server.results import read_run
+from tsugiki.server.tables import story
 
 
 def test_training_that_made_it_worse_is_said(tmp_path):

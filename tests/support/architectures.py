@@ -19,7 +19,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from common.tasks.image_classification import MODEL_TYPE, small_cnn
+from tsugiki.common.tasks.image_classification import MODEL_TYPE, small_cnn
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 CONFIGS = {

@@ -8,9 +8,9 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
 
-from common.config import RunConfig, parse
-from common.privacy.accounting import Release
-from common.privacy.plan import Plan, make_plan, resolve
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.privacy.accounting import Release
+from tsugiki.common.privacy.plan import Plan, make_plan, resolve
 
 RELATION = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
 LEVELS = 2**16

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from common.config import parse
-from common.exported import write_exported
-from common.model import Graft, load_graft
-from common.tasks.base import TinyCase
 from tests.support.architectures import stir
+from tsugiki.common.config import parse
+from tsugiki.common.exported import write_exported
+from tsugiki.common.model import Graft, load_graft
+from tsugiki.common.tasks.base import TinyCase
 
 BASE_NAME = "tsugiki-tests/base"
 

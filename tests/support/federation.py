@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 from flwr.app import Context
 
-from client.app import make_app, simulated_app
-from client.site import read_site
-from common.config import RunConfig, parse
-from server.app import Outcome
-from server.simulate import SimulatedApp, simulate
 from tests.support.tiny import tiny_bert
+from tsugiki.client.app import make_app, simulated_app
+from tsugiki.client.site import read_site
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.server.app import Outcome
+from tsugiki.server.simulate import SimulatedApp, simulate
 
 CANARY = "patient Jane hf_abc123"
 CANARIES = ("patient Jane", "patient jane", "hf_abc123")
@@ -78,7 +78,7 @@ def tiny_config(folder: Path, **sections: Mapping[str, Any]) -> RunConfig:
 
 
 def run_tiny(config: RunConfig, client: SimulatedApp = simulated_app, **options: Any) -> Outcome:
-    """Run the tiny federation; options go to `server.simulate.simulate`."""
+    """Run the tiny federation; options go to `tsugiki.server.simulate.simulate`."""
     return simulate(config, client, **options)
 
 
@@ -121,5 +121,5 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a second pass at every look at the server's clock: its waits end at once, and always alike."""
     ticks = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: float(next(ticks)), sleep=lambda pause: None)
-    monkeypatch.setattr("server.engines.grid.time", clock)
-    monkeypatch.setattr("server.roster.time", clock)
+    monkeypatch.setattr("tsugiki.server.engines.grid.time", clock)
+    monkeypatch.setattr("tsugiki.server.roster.time", clock)

@@ -16,7 +16,7 @@ from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
 from flwr.proto.fleet_pb2_grpc import FleetServicer, add_FleetServicer_to_server
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from server.deploy.certs import CertificateFiles
+from tsugiki.server.deploy.certs import CertificateFiles
 
 
 class Fleet(FleetServicer):  # type: ignore[misc]  # generated, without types

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import tsugiki
-from client import app, cohort
-from client.channel import RunOver
-from client.connection import Connection
+from tsugiki.cli import main
+from tsugiki.client import app, cohort
+from tsugiki.client.channel import RunOver
+from tsugiki.client.connection import Connection
 
 PRIVATE = "patient Jane hf_abc123"
 
@@ -49,4 +49,4 @@ def fail() -> None:
 
 if __name__ == "__main__":
     {"replay": replay, "twice": twice, "fail": fail}[sys.argv.pop(1)]()
-    tsugiki.main()
+    main()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import tomli_w
 
-from server.deploy.superlink import free_port
 from tests.support.processes import BIN, ROOT, quiet_environment, running, wait_for_port
+from tsugiki.server.deploy.superlink import free_port
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,18 @@ import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.update import ProtectedSum
-from common.audit import AuditLog
-from common.config import RunConfig, parse
-from common.messages import PrivateReply, TrainRequest, from_record, site_config, to_record
-from common.privacy.ledger import Ledger
-from common.privacy.plan import Plan, make_plan, resolve
-from common.wire import decode, encode_levels
-from server.engines.in_process import Fault
-from server.loop import initial_state, run_rounds
-from server.parts import Parts
-from server.privacy import Privacy, open_privacy
 from tests.support.toy import SPEC, Ran, Update, ones, toy_app, toy_parts
+from tsugiki.client.update import ProtectedSum
+from tsugiki.common.audit import AuditLog
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.messages import PrivateReply, TrainRequest, from_record, site_config, to_record
+from tsugiki.common.privacy.ledger import Ledger
+from tsugiki.common.privacy.plan import Plan, make_plan, resolve
+from tsugiki.common.wire import decode, encode_levels
+from tsugiki.server.engines.in_process import Fault
+from tsugiki.server.loop import initial_state, run_rounds
+from tsugiki.server.parts import Parts
+from tsugiki.server.privacy import Privacy, open_privacy
 
 LEDGER = "privacy-ledger.jsonl"
 

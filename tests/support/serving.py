@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.split import split
-from common.config import RunConfig, parse
-from common.config_file import to_toml
-from common.files import read_lines
-from server.deploy.superlink import free_port
 from tests.support.federation import CANARY
 from tests.support.processes import BIN, ROOT, end_group, group_alive, quiet_environment
+from tsugiki.client.split import split
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.config_file import to_toml
+from tsugiki.common.files import read_lines
+from tsugiki.server.deploy.superlink import free_port
 
 HOSTILE = ROOT / "tests" / "support" / "hostile.py"
 

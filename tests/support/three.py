@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from common.config import RunConfig
-from common.config_file import read
-from server.demo import write_files
+from tsugiki.common.config import RunConfig
+from tsugiki.common.config_file import read
+from tsugiki.server.demo import write_files
 
 COMPANIES = ("clinic", "logistics", "software")
 

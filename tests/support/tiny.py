@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.data.images import write_idx
-from common.tasks.image_classification import MODEL_TYPE
+from tsugiki.common.data.images import write_idx
+from tsugiki.common.tasks.image_classification import MODEL_TYPE
 
 PUBLIC_NAME = "tsugiki-tests/tiny-bert"
 """A hub id that no hub has: what the runs of tests set as `model.public_name`."""
@@ -96,7 +96,7 @@ def tiny_cnn(folder: Path, *, channels: int = 1, size: int = 12, classes: int = 
     """
     import torch
 
-    from common.tasks.image_classification import small_cnn
+    from tsugiki.common.tasks.image_classification import small_cnn
 
     configuration, network = small_cnn()
     with torch.random.fork_rng(devices=[]):
@@ -188,7 +188,7 @@ def tiny_base(folder: Path, model_type: str) -> Path:
 
 
 def write_case(folder: Path, rows: dict[str, Any]) -> Path:
-    """Write the rows of a tiny case as a file that `common.data.shard.read` reads; return its path."""
+    """Write the rows of a tiny case as a file that `tsugiki.common.data.shard.read` reads; return its path."""
     if "image" in rows:
         return folder / write_idx(folder, "train", rows["image"], rows["label"])
     lines = [tuple(rows), *zip(*(map(str, values) for values in rows.values()), strict=True)]

@@ -13,21 +13,29 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from common import __version__
-from common.audit import AuditLog, verify
-from common.config import RunConfig
-from common.files import read_lines
-from common.messages import EvaluateReply, HelloReply, HelloRequest, TrainReply, TrainRequest, from_record, to_record
-from common.wire import ARRAY_KEY, AdapterSpec, TensorSpec, Vector, decode, encode
-from server.app import Outcome, run_federation
-from server.checkpoint import State
-from server.engines.grid import Stop
-from server.engines.in_process import Fault, InProcessGrid, identify_process
-from server.guard import Asked
-from server.loop import initial_state, run_rounds
-from server.parts import Parts
-from server.roster import Roster
 from tests.support.federation import leaks, merged
+from tsugiki.common import __version__
+from tsugiki.common.audit import AuditLog, verify
+from tsugiki.common.config import RunConfig
+from tsugiki.common.files import read_lines
+from tsugiki.common.messages import (
+    EvaluateReply,
+    HelloReply,
+    HelloRequest,
+    TrainReply,
+    TrainRequest,
+    from_record,
+    to_record,
+)
+from tsugiki.common.wire import ARRAY_KEY, AdapterSpec, TensorSpec, Vector, decode, encode
+from tsugiki.server.app import Outcome, run_federation
+from tsugiki.server.checkpoint import State
+from tsugiki.server.engines.grid import Stop
+from tsugiki.server.engines.in_process import Fault, InProcessGrid, identify_process
+from tsugiki.server.guard import Asked
+from tsugiki.server.loop import initial_state, run_rounds
+from tsugiki.server.parts import Parts
+from tsugiki.server.roster import Roster
 
 SPEC = AdapterSpec(
     "sequence-classification",
@@ -151,11 +159,11 @@ def federate(
     fault: Fault | None = None,
     **options: Any,
 ) -> Outcome:
-    """Run a toy federation as `server.app.run_federation` does, from its start to its summary, without a model."""
+    """Run a toy federation as `run_federation` does, from its start to its summary, without a model."""
     task = SimpleNamespace(lower_is_better=frozenset())
     base = SimpleNamespace(constants={})
     graft = SimpleNamespace(spec=SPEC, base=base, initial=np.zeros(SPEC.size, np.float32), task=task, device="none")
-    monkeypatch.setattr("server.app.load_graft", lambda *arguments: graft)
+    monkeypatch.setattr("tsugiki.server.app.load_graft", lambda *arguments: graft)
     return run_federation(InProcessGrid(app, nodes, fault), config, **options)
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from tests.support.processes import ROOT
 
-PACKAGES = ("common", "client", "server")
+PACKAGES = ("tsugiki", "common", "client", "server")
 
 
 def build_wheel(folder: Path) -> Path:
     """Build the wheel from a copy of the tree, without the network; return its path."""
     tree = folder / "tree"
     tree.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "tsugiki.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
     for name in PACKAGES:
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))

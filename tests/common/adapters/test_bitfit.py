@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig
 
-from common.adapters.bitfit import NO_BIASES, Bitfit, BitfitSettings
-from common.errors import ModelError
-from common.tasks.image_classification import MODEL_TYPE
 from tests.support.architectures import CONFIGS, heads_of, make, outputs, stir, trained
+from tsugiki.common.adapters.bitfit import NO_BIASES, Bitfit, BitfitSettings
+from tsugiki.common.errors import ModelError
+from tsugiki.common.tasks.image_classification import MODEL_TYPE
 
 WITH_BIASES = sorted(set(CONFIGS) - {"llama", "mistral"})
 

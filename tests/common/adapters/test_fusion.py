@@ -8,16 +8,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from common import model
-from common.adapters import load_adapter
-from common.adapters.fusion import Fusion, FusionSettings
-from common.config import parse
-from common.errors import ModelError
-from common.exported import EXPORTED_FILE, open_exported
-from common.model import load_graft
 from tests.support.architectures import make, outputs, stir
 from tests.support.exports import export_tiny, to_fuse
 from tests.support.tiny import tiny_bert, tiny_sentence_transformer
+from tsugiki.common import model
+from tsugiki.common.adapters import load_adapter
+from tsugiki.common.adapters.fusion import Fusion, FusionSettings
+from tsugiki.common.config import parse
+from tsugiki.common.errors import ModelError
+from tsugiki.common.exported import EXPORTED_FILE, open_exported
+from tsugiki.common.model import load_graft
 
 CLASSES = {"name": "sequence-classification"}
 
@@ -236,7 +236,7 @@ def test_adapters_are_compared_with_their_own_spec(base, adapters, tmp_path):
 
 def test_an_embedder_whose_head_stayed_behind_is_fused(base, adapters, tmp_path):
     """Catches: a spec with the head of a loss, which its export does not have."""
-    from common.exported import write_exported
+    from tsugiki.common.exported import write_exported
 
     task = {"name": "sentence-embedding", "loss": "softmax-nli"}
     graft = export_tiny(tmp_path / "headless", base, task, {"method": "houlsby", "bottleneck": 4})
@@ -248,7 +248,7 @@ def test_an_embedder_whose_head_stayed_behind_is_fused(base, adapters, tmp_path)
 
 def test_each_adapter_is_read_once(base, adapters, tmp_path, monkeypatch):
     """Catches: files that change between what is compared, what is used and what is exported."""
-    from common.adapters import fusion
+    from tsugiki.common.adapters import fusion
 
     read, asked = fusion.read_tensors, []
     monkeypatch.setattr(fusion, "read_tensors", lambda path: asked.append(path) or read(path))

@@ -17,10 +17,10 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from common.adapters import ADAPTERS
-from common.adapters.houlsby import Houlsby, HoulsbySettings
-from common.adapters.own import load_adapter
-from common.errors import ModelError
+from tsugiki.common.adapters import ADAPTERS
+from tsugiki.common.adapters.houlsby import Houlsby, HoulsbySettings
+from tsugiki.common.adapters.own import load_adapter
+from tsugiki.common.errors import ModelError
 
 HIDDEN, BLOCKS, WIDTH = 32, 2, 5
 SIZES = {"hidden_size": HIDDEN, "num_hidden_layers": BLOCKS, "num_attention_heads": 2, "intermediate_size": 48}

@@ -2,9 +2,9 @@
 
 import pytest
 
-from common.adapters.ia3 import _DEFAULT_TARGETS, Ia3, Ia3Settings
-from common.errors import ModelError
 from tests.support.architectures import CONFIGS, heads_of, make, trained
+from tsugiki.common.adapters.ia3 import _DEFAULT_TARGETS, Ia3, Ia3Settings
+from tsugiki.common.errors import ModelError
 
 
 def attach(model, heads=("classifier",), **settings):

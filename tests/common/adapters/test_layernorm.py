@@ -3,10 +3,10 @@
 import pytest
 from transformers import AutoModel
 
-from common.adapters.layernorm import LayerNorm, LayerNormSettings
-from common.errors import ModelError
-from common.tasks.image_classification import MODEL_TYPE
 from tests.support.architectures import heads_of, make, trained
+from tsugiki.common.adapters.layernorm import LayerNorm, LayerNormSettings
+from tsugiki.common.errors import ModelError
+from tsugiki.common.tasks.image_classification import MODEL_TYPE
 
 
 def attach(model, heads=()):

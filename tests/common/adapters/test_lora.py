@@ -5,11 +5,11 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModel
 
-from common.adapters import ADAPTERS
-from common.adapters.lora import ATTENTION_TARGETS, Lora, LoraSettings
-from common.errors import ExportError, ModelError
-from common.tasks.image_classification import MODEL_TYPE
 from tests.support.architectures import CONFIGS, heads_of, make, trained
+from tsugiki.common.adapters import ADAPTERS
+from tsugiki.common.adapters.lora import ATTENTION_TARGETS, Lora, LoraSettings
+from tsugiki.common.errors import ExportError, ModelError
+from tsugiki.common.tasks.image_classification import MODEL_TYPE
 
 LAYERS = {MODEL_TYPE: 1}
 """How often each target is there, if not in every one of two blocks."""

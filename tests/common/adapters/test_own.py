@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from common.adapters import ADAPTERS, load_adapter
-from common.adapters.own import MANIFEST_FILE, TENSORS_FILE, OwnMethod
-from common.errors import ExportError, ModelError
 from tests.support.architectures import make, outputs, stir, trained
 from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_bert
+from tsugiki.common.adapters import ADAPTERS, load_adapter
+from tsugiki.common.adapters.own import MANIFEST_FILE, TENSORS_FILE, OwnMethod
+from tsugiki.common.errors import ExportError, ModelError
 
 SETTINGS = {
     "houlsby": {"bottleneck": 3},

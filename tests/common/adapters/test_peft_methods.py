@@ -8,10 +8,10 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from common.adapters import ADAPTERS
-from common.adapters.peft_methods import PeftMethod
-from common.tasks.image_classification import MODEL_TYPE
 from tests.support.architectures import CONFIGS, heads_of, make, outputs, stir, trained
+from tsugiki.common.adapters import ADAPTERS
+from tsugiki.common.adapters.peft_methods import PeftMethod
+from tsugiki.common.tasks.image_classification import MODEL_TYPE
 
 KINDS = {
     "lora": {"rank": 2},

@@ -8,11 +8,11 @@ from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM
 
-from common.adapters import ADAPTERS
-from common.adapters.prompts import VirtualTokens
-from common.errors import ModelError
-from common.tasks.image_classification import MODEL_TYPE
 from tests.support.architectures import CONFIGS, heads_of, make, outputs, stir, trained
+from tsugiki.common.adapters import ADAPTERS
+from tsugiki.common.adapters.prompts import VirtualTokens
+from tsugiki.common.errors import ModelError
+from tsugiki.common.tasks.image_classification import MODEL_TYPE
 
 SETTINGS = {"prompt": {}, "p-tuning": {"encoder_hidden_size": 8}, "prefix": {}}
 COUNT = 3

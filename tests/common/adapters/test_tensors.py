@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.adapters.tensors import MANIFEST_LIMIT_BYTES, fill, read_manifest, read_tensors, tensors_sha256
-from common.errors import ModelError
+from tsugiki.common.adapters.tensors import MANIFEST_LIMIT_BYTES, fill, read_manifest, read_tensors, tensors_sha256
+from tsugiki.common.errors import ModelError
 
 
 def test_all_tensors_are_set_by_name(tmp_path):

@@ -2,8 +2,8 @@
 
 import torch
 
-from common.adapters.vera import Vera, VeraSettings
 from tests.support.architectures import make, stir, trained
+from tsugiki.common.adapters.vera import Vera, VeraSettings
 
 
 def attach(seed, **settings):

@@ -7,14 +7,24 @@ from collections import Counter
 
 import pytest
 
-from common.data.demo import _COMMON_KINDS, _RARE_KINDS, COMPANIES, DIFFERENT, KINDS, NEAR_MISS, SAME, generate, write
-from common.data.demo_clauses import NAMES, surfaces
-from common.data.demo_test_clauses import TEST
-from common.data.demo_training_clauses import TRAINING
-from common.data.shard import read
-from common.errors import StorageError, UsageError
-from common.settings import DataFormat
-from common.tasks import TASKS
+from tsugiki.common.data.demo import (
+    _COMMON_KINDS,
+    _RARE_KINDS,
+    COMPANIES,
+    DIFFERENT,
+    KINDS,
+    NEAR_MISS,
+    SAME,
+    generate,
+    write,
+)
+from tsugiki.common.data.demo_clauses import NAMES, surfaces
+from tsugiki.common.data.demo_test_clauses import TEST
+from tsugiki.common.data.demo_training_clauses import TRAINING
+from tsugiki.common.data.shard import read
+from tsugiki.common.errors import StorageError, UsageError
+from tsugiki.common.settings import DataFormat
+from tsugiki.common.tasks import TASKS
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.data.demo_clauses import Contract, Part, draw_contract, render, spell, surfaces
+from tsugiki.common.data.demo_clauses import Contract, Part, draw_contract, render, spell, surfaces
 
 PART = Part(
     texts={"notice": "{provider} gives\n    notice of {days}.\n\n[who: nobody | {recipient}] pays {loss}. on time"},

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.partition import by_column, dirichlet, iid, site_names
-from common.errors import DataError
-from common.rng import generator
-from common.settings import NAME_PATTERN
+from tsugiki.common.data.partition import by_column, dirichlet, iid, site_names
+from tsugiki.common.errors import DataError
+from tsugiki.common.rng import generator
+from tsugiki.common.settings import NAME_PATTERN
 
 STEADY = settings(deadline=None, derandomize=True)
 

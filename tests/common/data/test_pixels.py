@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.data.pixels import PREPROCESSING, Pixels, fit, read_pixels
-from common.errors import ModelError
+from tsugiki.common.data.pixels import PREPROCESSING, Pixels, fit, read_pixels
+from tsugiki.common.errors import ModelError
 
 GREY = np.random.default_rng(1).integers(0, 256, (3, 8, 10)).astype(np.uint8)
 COLOURED = np.random.default_rng(2).integers(0, 256, (3, 8, 10, 3)).astype(np.uint8)

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from common.data.shard import read
-from common.settings import DataFormat
-from common.tasks import TASKS
+from tsugiki.common.data.shard import read
+from tsugiki.common.settings import DataFormat
+from tsugiki.common.tasks import TASKS
 
 pytestmark = pytest.mark.data
 

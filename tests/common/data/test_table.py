@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from common.data.table import Request, class_numbers, load
-from common.errors import DataError
-from common.settings import DataFormat
+from tsugiki.common.data.table import Request, class_numbers, load
+from tsugiki.common.errors import DataError
+from tsugiki.common.settings import DataFormat
 
 PRIVATE = "patient Jane hf_abc"
 NAMES = {"text": "text", "label": "label"}

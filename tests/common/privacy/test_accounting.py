@@ -13,7 +13,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from scipy import stats
 
-from common.privacy.accounting import LEVELS, RELATION, Release, epsilon, skellam_zcdp
+from tsugiki.common.privacy.accounting import LEVELS, RELATION, Release, epsilon, skellam_zcdp
 
 RELATIONS = dp.NeighboringRelation
 ZERO_OUT = RELATIONS.REPLACE_SPECIAL

@@ -8,7 +8,7 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation, ZCDpEvent
 from dp_accounting.rdp import RdpAccountant
 from scipy import stats
 
-from common.privacy.accounting import Release, calibrate, epsilon, skellam_zcdp
+from tsugiki.common.privacy.accounting import Release, calibrate, epsilon, skellam_zcdp
 
 DELTA = 1e-5
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from client.update import ProtectedSum
 from tests.support.private import plan_of, privacy_of
+from tsugiki.client.update import ProtectedSum
 
 CANARIES, SIZE, DELTA = 500, 10_000, 1e-5
 CLAIMED = 2.0

@@ -2,9 +2,9 @@
 
 import pytest
 
-from common.config import parse
-from common.errors import ConfigError
-from common.privacy.checks import privacy_problems
+from tsugiki.common.config import parse
+from tsugiki.common.errors import ConfigError
+from tsugiki.common.privacy.checks import privacy_problems
 
 NOISY = {"mode": "central", "noise_multiplier": 1.0}
 HIDDEN = {"mode": "distributed", "secure_aggregation": True}

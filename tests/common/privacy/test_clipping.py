@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from common.privacy import clipping
-from common.privacy.clipping import LEVELS, clip, squared_norm, to_float
+from tsugiki.common.privacy import clipping
+from tsugiki.common.privacy.clipping import LEVELS, clip, squared_norm, to_float
 
 SIZE = 1000
 SPIKE = np.eye(1, SIZE)[0]

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from common.audit import verify
-from common.errors import BudgetError, StorageError
-from common.privacy.accounting import Release, epsilon
-from common.privacy.ledger import Ledger
-from common.privacy.mechanisms import ADVERSARIES
 from tests.support.private import unchanged
+from tsugiki.common.audit import verify
+from tsugiki.common.errors import BudgetError, StorageError
+from tsugiki.common.privacy.accounting import Release, epsilon
+from tsugiki.common.privacy.ledger import Ledger
+from tsugiki.common.privacy.mechanisms import ADVERSARIES
 
 NOISY = Release("gaussian", 4.0)
 SHARE = Release("skellam", 0.5, dimension=40)
@@ -160,7 +160,7 @@ def test_a_charge_is_on_the_disk_when_it_returns(path, monkeypatch):
         assert path.read_text().count("\n") == len(order)  # flushed before
         real(number)
 
-    monkeypatch.setattr("common.files.os.fsync", fsync)
+    monkeypatch.setattr("tsugiki.common.files.os.fsync", fsync)
     for _ in range(2):
         Ledger(path, DELTA, {}).charge("release", NOISY)
     assert order == [str(path)] * 2
@@ -172,7 +172,7 @@ def test_without_the_disk_nothing_may_leave(path, monkeypatch):
     def fsync(number):
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr("common.files.os.fsync", fsync)
+    monkeypatch.setattr("tsugiki.common.files.os.fsync", fsync)
     with pytest.raises(StorageError) as caught:
         Ledger(path, DELTA, {}).charge("release", NOISY)
     assert caught.value.code == "disk-full"
@@ -228,9 +228,9 @@ def test_after_a_crash_in_the_middle_of_a_line_it_goes_on(path):
 CHARGE = """
 import sys
 from pathlib import Path
-from common.errors import BudgetError
-from common.privacy.accounting import Release
-from common.privacy.ledger import Ledger
+from tsugiki.common.errors import BudgetError
+from tsugiki.common.privacy.accounting import Release
+from tsugiki.common.privacy.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]), 1e-5, {"release": float(sys.argv[2])})
 sys.stdin.readline()  # both begin together
 try:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from common.errors import SecureAggregationError
-from common.privacy import masks
+from tsugiki.common.errors import SecureAggregationError
+from tsugiki.common.privacy import masks
 
 SESSION = bytes(range(16))
 KEY = bytes(range(32))

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from client.update import ProtectedSum
-from common.privacy.accounting import Release, epsilon
-from common.privacy.clipping import LEVELS, clip
-from common.privacy.mechanisms import ADVERSARIES, MECHANISMS, Adversary
-from common.privacy.noise import noise_generator
-from common.privacy.settings import PrivacySection
 from tests.support.private import plan_of, privacy_of
+from tsugiki.client.update import ProtectedSum
+from tsugiki.common.privacy.accounting import Release, epsilon
+from tsugiki.common.privacy.clipping import LEVELS, clip
+from tsugiki.common.privacy.mechanisms import ADVERSARIES, MECHANISMS, Adversary
+from tsugiki.common.privacy.noise import noise_generator
+from tsugiki.common.privacy.settings import PrivacySection
 
 MODES = MECHANISMS.names()
 SIZE, CLIENTS, Z = 100_000, 50, 6.0023

@@ -8,8 +8,8 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from scipy import stats
 
-from common.privacy.noise import MOST_VARIANCE, gaussian, noise_generator, skellam
-from common.rng import generator, seed_everything
+from tsugiki.common.privacy.noise import MOST_VARIANCE, gaussian, noise_generator, skellam
+from tsugiki.common.rng import generator, seed_everything
 
 LEAST_P = 1e-7
 """A right sampler fails a test of shape once in ten million runs."""
@@ -81,7 +81,7 @@ def test_a_key_is_256_bits_of_the_operating_system_and_the_stream_is_chacha20(mo
         asked.append(count)
         return bytes(range(count))
 
-    monkeypatch.setattr("common.privacy.noise.secrets.token_bytes", token)
+    monkeypatch.setattr("tsugiki.common.privacy.noise.secrets.token_bytes", token)
     found = noise_generator().bit_generator.random_raw(64)
     stream = Cipher(algorithms.ChaCha20(bytes(range(32)), bytes(16)), mode=None).encryptor().update(bytes(512))
     assert asked == [32]
@@ -93,7 +93,7 @@ def test_every_bit_of_the_key_counts(monkeypatch, bit):
     """Catches: a key of which only 32 or 64 bits are used."""
     found = []
     for key in (bytes(32), (1 << bit).to_bytes(32, "little")):
-        monkeypatch.setattr("common.privacy.noise.secrets.token_bytes", lambda count, key=key: key)
+        monkeypatch.setattr("tsugiki.common.privacy.noise.secrets.token_bytes", lambda count, key=key: key)
         found.append(draws())
     assert found[0] != found[1]
 

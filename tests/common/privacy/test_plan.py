@@ -6,15 +6,15 @@ from dataclasses import asdict, fields, replace
 import numpy as np
 import pytest
 
-from common.config import parse
-from common.errors import ConfigError
-from common.messages import site_config
-from common.privacy.accounting import epsilon
-from common.privacy.clipping import LEVELS
-from common.privacy.mechanisms import MECHANISMS
-from common.privacy.plan import enrolled, make_plan, resolve
-from common.wire import decode_levels, encode_levels
 from tests.support.private import plan_of, private_config
+from tsugiki.common.config import parse
+from tsugiki.common.errors import ConfigError
+from tsugiki.common.messages import site_config
+from tsugiki.common.privacy.accounting import epsilon
+from tsugiki.common.privacy.clipping import LEVELS
+from tsugiki.common.privacy.mechanisms import MECHANISMS
+from tsugiki.common.privacy.plan import enrolled, make_plan, resolve
+from tsugiki.common.wire import decode_levels, encode_levels
 
 SIZE = 1000
 each_mode = pytest.mark.parametrize("mode", MECHANISMS.names())

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare, ks_2samp
 
-from common.errors import SecureAggregationError
-from common.privacy import masks, secagg
-from common.privacy.secagg_messages import Answer, from_fields, to_fields
+from tsugiki.common.errors import SecureAggregationError
+from tsugiki.common.privacy import masks, secagg
+from tsugiki.common.privacy.secagg_messages import Answer, from_fields, to_fields
 
 BITS = 40
 SIZE = 50

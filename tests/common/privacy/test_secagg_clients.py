@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import SecureAggregationError
-from common.privacy.secagg_clients import check_sum, fewest_sites
+from tsugiki.common.errors import SecureAggregationError
+from tsugiki.common.privacy.secagg_clients import check_sum, fewest_sites
 
 
 @pytest.mark.parametrize(

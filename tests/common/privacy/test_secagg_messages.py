@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from common.errors import SecureAggregationError
-from common.privacy import secagg
-from common.privacy.secagg_messages import (
+from tsugiki.common.errors import SecureAggregationError
+from tsugiki.common.privacy import secagg
+from tsugiki.common.privacy.secagg_messages import (
     KEYS_BYTES,
     SEALED_BYTES,
     Answer,

@@ -3,12 +3,12 @@
 import pytest
 from pydantic import ValidationError
 
-from common.config import RunConfig, parse
-from common.config_file import from_run_config, read, to_run_config, to_toml
-from common.errors import ConfigError
-from common.messages import site_config
-from common.privacy.mechanisms import MECHANISMS
-from common.privacy.settings import ExamplePrivacySection, PrivacySection
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.config_file import from_run_config, read, to_run_config, to_toml
+from tsugiki.common.errors import ConfigError
+from tsugiki.common.messages import site_config
+from tsugiki.common.privacy.mechanisms import MECHANISMS
+from tsugiki.common.privacy.settings import ExamplePrivacySection, PrivacySection
 
 EXAMPLES = {"target_epsilon": 3.0, "delta": 1e-4}
 

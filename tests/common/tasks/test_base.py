@@ -6,9 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.tasks import TASKS
-from common.tasks.base import Encoded, Task, at_rest, by_length, class_metrics, cut_note, pad, tokenise
 from tests.support.tiny import _tokenizer
+from tsugiki.common import tasks
+from tsugiki.common.tasks import TASKS
+from tsugiki.common.tasks.base import Encoded, Task, at_rest, by_length, class_metrics, cut_note, pad, tokenise
 
 ROWS = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=6)
 
@@ -76,12 +77,10 @@ def test_importing_the_folder_registers_every_file():
     """Catches: a task that exists and cannot be chosen."""
     from pathlib import Path
 
-    import common.tasks
-
-    files = {path.stem for path in Path(common.tasks.__file__).parent.glob("*.py")}
+    files = {path.stem for path in Path(tasks.__file__).parent.glob("*.py")}
     files -= {"__init__", "base", "generation", "prompts", "reward", "rollout"}  # what tasks share
     assert files
-    assert {TASKS.get(name).__module__ for name in TASKS.names()} == {f"common.tasks.{file}" for file in files}
+    assert {TASKS.get(name).__module__ for name in TASKS.names()} == {f"tsugiki.common.tasks.{file}" for file in files}
     assert all(issubclass(TASKS.get(name), Task) and TASKS.get(name).name == name for name in TASKS.names())
 
 

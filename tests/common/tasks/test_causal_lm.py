@@ -9,17 +9,17 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from client.trainer import Plan, train
-from common.config import parse
-from common.data.shard import Shard, read
-from common.errors import DataError, ModelError
-from common.files import read_lines
-from common.model import load_graft
-from common.settings import DataFormat
-from common.tasks.base import Base, Encoded
-from common.tasks.causal_lm import CausalLm, CausalLmSettings
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import MAX_TOKENS, tiny_bert, tiny_llama
+from tsugiki.client.trainer import Plan, train
+from tsugiki.common.config import parse
+from tsugiki.common.data.shard import Shard, read
+from tsugiki.common.errors import DataError, ModelError
+from tsugiki.common.files import read_lines
+from tsugiki.common.model import load_graft
+from tsugiki.common.settings import DataFormat
+from tsugiki.common.tasks.base import Base, Encoded
+from tsugiki.common.tasks.causal_lm import CausalLm, CausalLmSettings
 
 TEXTS = ["good clause", "the bad clause number nine of a party", "a", "alpha beta gamma delta shall not", "on"]
 ROWS = Shard({"text": TEXTS})

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from common.config import parse
-from common.model import load_graft
-from common.tasks.causal_lm import load_decoder
-from common.tasks.generation import Generation, draw, generate
-from common.tasks.preference import answer_logps, sequences
 from tests.support.architectures import stir
 from tests.support.tiny import MAX_TOKENS, tiny_llama
+from tsugiki.common.config import parse
+from tsugiki.common.model import load_graft
+from tsugiki.common.tasks.causal_lm import load_decoder
+from tsugiki.common.tasks.generation import Generation, draw, generate
+from tsugiki.common.tasks.preference import answer_logps, sequences
 
 BOS, EOS = 1, 2
 

@@ -10,20 +10,20 @@ from sklearn.metrics import f1_score
 from torch import nn
 from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTModel
 
-from common.config import parse
-from common.data.shard import Shard, read
-from common.errors import ConfigError, ModelError
-from common.model import load_graft
-from common.settings import DataFormat
-from common.tasks.base import Encoded
-from common.tasks.image_classification import (
+from tests.support.tiny import tiny_cnn, tiny_vit
+from tsugiki.common.config import parse
+from tsugiki.common.data.shard import Shard, read
+from tsugiki.common.errors import ConfigError, ModelError
+from tsugiki.common.model import load_graft
+from tsugiki.common.settings import DataFormat
+from tsugiki.common.tasks.base import Encoded
+from tsugiki.common.tasks.image_classification import (
     MODEL_TYPE,
     ImageClassification,
     ImageClassificationSettings,
     _keep_statistics,
     small_cnn,
 )
-from tests.support.tiny import tiny_cnn, tiny_vit
 
 
 def make(**settings):

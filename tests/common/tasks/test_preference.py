@@ -7,15 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from common.config import parse
-from common.data.shard import Shard, read
-from common.errors import DataError, ModelError
-from common.files import read_lines
-from common.model import load_graft
-from common.settings import DataFormat
-from common.tasks.preference import Preference, PreferenceSettings, answer_logps
 from tests.support.federation import run_tiny
 from tests.support.tiny import tiny_bert, tiny_llama
+from tsugiki.common.config import parse
+from tsugiki.common.data.shard import Shard, read
+from tsugiki.common.errors import DataError, ModelError
+from tsugiki.common.files import read_lines
+from tsugiki.common.model import load_graft
+from tsugiki.common.settings import DataFormat
+from tsugiki.common.tasks.preference import Preference, PreferenceSettings, answer_logps
 
 EOS = 2
 PAIRS = Shard(
@@ -144,8 +144,8 @@ def test_the_bare_base_is_asked_once_for_each_pair(folder, monkeypatch):
     task, base, encoded = loaded(folder, "dpo")
     base.network.train()
     calls = []
-    ask = "common.tasks.preference._without_adapter"
-    from common.tasks import preference
+    ask = "tsugiki.common.tasks.preference._without_adapter"
+    from tsugiki.common.tasks import preference
 
     whole = preference._without_adapter
     monkeypatch.setattr(ask, lambda base, both: calls.append(1) or whole(base, both))

@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from common.data.shard import Shard
-from common.errors import ModelError
-from common.tasks.prompts import encode_answers, encode_prompts, fit, fit_all, head_length, shorten
 from tests.support.tiny import tiny_llama
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.errors import ModelError
+from tsugiki.common.tasks.prompts import encode_answers, encode_prompts, fit, fit_all, head_length, shorten
 
 CHAT = (
     "{% for message in messages %}{{ '<s>' + message['role'] + ' ' + message['content'] + '</s>' }}{% endfor %}"

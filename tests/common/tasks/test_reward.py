@@ -6,15 +6,15 @@ import shutil
 import pytest
 import torch
 
-from common.config import parse
-from common.errors import ModelError
-from common.exported import EXPORTED_FILE, open_exported
-from common.model import load_graft
-from common.tasks.causal_lm import load_decoder
-from common.tasks.reward import add_judge, classifier, scores
 from tests.support.architectures import stir
 from tests.support.exports import export_of
 from tests.support.tiny import tiny_llama
+from tsugiki.common.config import parse
+from tsugiki.common.errors import ModelError
+from tsugiki.common.exported import EXPORTED_FILE, open_exported
+from tsugiki.common.model import load_graft
+from tsugiki.common.tasks.causal_lm import load_decoder
+from tsugiki.common.tasks.reward import add_judge, classifier, scores
 
 REWARD = {"name": "preference", "max_length": 32, "template": "plain"}
 ANSWERS = [[1, 5, 6, 7], [1, 9, 10], [1, 20, 21, 22], [1, 30]]

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from common.config import parse
-from common.errors import ModelError
-from common.model import load_graft
-from common.tasks.causal_lm import load_decoder
-from common.tasks.reward import scores
-from common.tasks.rollout import fixed_numbers, judge
 from tests.support.architectures import stir
 from tests.support.exports import export_of
 from tests.support.tiny import tiny_llama
+from tsugiki.common.config import parse
+from tsugiki.common.errors import ModelError
+from tsugiki.common.model import load_graft
+from tsugiki.common.tasks.causal_lm import load_decoder
+from tsugiki.common.tasks.reward import scores
+from tsugiki.common.tasks.rollout import fixed_numbers, judge
 
 EOS = 2
 PROMPTS = [[1, 5, 6], [1, 9, 10, 11, 12], [1, 20], [1, 5, 6]]

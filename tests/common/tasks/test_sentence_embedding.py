@@ -8,17 +8,17 @@ import scipy.stats
 import torch
 from sentence_transformers.sentence_transformer import losses
 
-from client.trainer import Plan, train
-from common import model
-from common.adapters import ADAPTERS
-from common.config import parse
-from common.data.shard import Shard
-from common.model import load_graft
-from common.tasks.base import Encoded
-from common.tasks.sentence_embedding import SentenceEmbedding, SentenceEmbeddingSettings, embed, recall_at
-from common.wire import unpack
 from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_sentence_transformer
+from tsugiki.client.trainer import Plan, train
+from tsugiki.common import model
+from tsugiki.common.adapters import ADAPTERS
+from tsugiki.common.config import parse
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.model import load_graft
+from tsugiki.common.tasks.base import Encoded
+from tsugiki.common.tasks.sentence_embedding import SentenceEmbedding, SentenceEmbeddingSettings, embed, recall_at
+from tsugiki.common.wire import unpack
 
 TRIPLETS = Shard(
     {

@@ -20,12 +20,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from common.config import parse
-from common.data.shard import Shard
-from common.errors import ConfigError, ModelError
-from common.tasks.base import Encoded
-from common.tasks.sequence_classification import SequenceClassification, SequenceClassificationSettings
 from tests.support.tiny import MAX_TOKENS, tiny_bert
+from tsugiki.common.config import parse
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.errors import ConfigError, ModelError
+from tsugiki.common.tasks.base import Encoded
+from tsugiki.common.tasks.sequence_classification import SequenceClassification, SequenceClassificationSettings
 
 ROWS = Shard({"text": ["good clause", "a bad clause number nine", "the party", "bad"], "label": [1, 0, 1, 0]})
 

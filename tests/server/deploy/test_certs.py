@@ -7,8 +7,8 @@ import threading
 import pytest
 from cryptography import x509
 
-from common.errors import LinkError, UsageError
-from server.deploy.certs import ALWAYS, make_certificates
+from tsugiki.common.errors import LinkError, UsageError
+from tsugiki.server.deploy.certs import ALWAYS, make_certificates
 
 
 def names(files):

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from common.errors import UsageError
-from tsugiki import app
+from tsugiki.cli import app
+from tsugiki.common.errors import UsageError
 
 
 def call(*arguments):

@@ -4,15 +4,15 @@ import httpx
 import pytest
 from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest
 
-from common.config_file import run_config_defaults
-from common.errors import DeployError
-from common.keys import new_key_pair
-from server.deploy import bundle, control
-from server.deploy.certs import make_certificates
-from server.deploy.control import Control, executed
-from server.deploy.keyring import register, revoke
-from server.deploy.superlink import free_port, superlink
-from server.engines.superlink import SuperlinkGrid
+from tsugiki.common.config_file import run_config_defaults
+from tsugiki.common.errors import DeployError
+from tsugiki.common.keys import new_key_pair
+from tsugiki.server.deploy import bundle, control
+from tsugiki.server.deploy.certs import make_certificates
+from tsugiki.server.deploy.control import Control, executed
+from tsugiki.server.deploy.keyring import register, revoke
+from tsugiki.server.deploy.superlink import free_port, superlink
+from tsugiki.server.engines.superlink import SuperlinkGrid
 
 pytestmark = pytest.mark.e2e
 

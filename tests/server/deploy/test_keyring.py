@@ -2,9 +2,9 @@
 
 import pytest
 
-from common.errors import UsageError
-from common.keys import fingerprint, new_key_pair, read_public_key
-from server.deploy.keyring import register, registered, revoke
+from tsugiki.common.errors import UsageError
+from tsugiki.common.keys import fingerprint, new_key_pair, read_public_key
+from tsugiki.server.deploy.keyring import register, registered, revoke
 
 
 @pytest.fixture

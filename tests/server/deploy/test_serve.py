@@ -2,12 +2,12 @@
 
 import pytest
 
-from common.errors import UsageError
-from server.deploy.certs import CertificateFiles, make_certificates
-from server.deploy.serve import Deployment, serve
-from server.engines.grid import Stop
-from server.progress import Progress
 from tests.support.federation import tiny_config
+from tsugiki.common.errors import UsageError
+from tsugiki.server.deploy.certs import CertificateFiles, make_certificates
+from tsugiki.server.deploy.serve import Deployment, serve
+from tsugiki.server.engines.grid import Stop
+from tsugiki.server.progress import Progress
 
 
 def refused(tmp_path, files):

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import DeployError, UsageError
-from server.deploy.superlink import free_port, superlink
 from tests.support.processes import ROOT, group_alive
+from tsugiki.common.errors import DeployError, UsageError
+from tsugiki.server.deploy.superlink import free_port, superlink
 
 START = """
 import sys, time
 from pathlib import Path
-from server.deploy.superlink import superlink
+from tsugiki.server.deploy.superlink import superlink
 with superlink(sys.argv[1], None, Path(sys.argv[2])) as child:
     print(child.process.pid, flush=True)
     time.sleep(600)

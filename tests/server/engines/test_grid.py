@@ -3,10 +3,10 @@ from types import SimpleNamespace
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from common.errors import Interrupted
-from server.engines import grid as module
-from server.engines.grid import FIRST_PAUSE_S, LONGEST_PAUSE_S, RETURN_S, Stop, exchange, wait_for_nodes
-from server.engines.in_process import identify_process
+from tsugiki.common.errors import Interrupted
+from tsugiki.server.engines import grid as module
+from tsugiki.server.engines.grid import FIRST_PAUSE_S, LONGEST_PAUSE_S, RETURN_S, Stop, exchange, wait_for_nodes
+from tsugiki.server.engines.in_process import identify_process
 
 
 class Clock:

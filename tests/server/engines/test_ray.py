@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from client.app import simulated_app
-from common.errors import UsageError
-from server import simulate as simulation
-from server.engines import ray as engine
 from tests.support.federation import tiny_config
+from tsugiki.client.app import simulated_app
+from tsugiki.common.errors import UsageError
+from tsugiki.server import simulate as simulation
+from tsugiki.server.engines import ray as engine
 
 ROOT = Path(__file__).parents[3]
 

@@ -31,12 +31,12 @@ from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 
-from common.errors import WireError
-from common.messages import SITE_ERROR
-from server.engines import superlink as module
-from server.engines.grid import Stop, exchange
-from server.engines.in_process import identify_process
-from server.engines.superlink import SPARE_BYTES, SuperlinkGrid
+from tsugiki.common.errors import WireError
+from tsugiki.common.messages import SITE_ERROR
+from tsugiki.server.engines import superlink as module
+from tsugiki.server.engines.grid import Stop, exchange
+from tsugiki.server.engines.in_process import identify_process
+from tsugiki.server.engines.superlink import SPARE_BYTES, SuperlinkGrid
 
 
 class Superlink:

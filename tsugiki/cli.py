@@ -1,7 +1,7 @@
 """The command line of Tsugiki. Imports nothing heavy: `tsugiki --help` answers at once.
 
-Commands live in `server.commands` and `client.commands`; here they are declared, and server and client composed: the
-engines get the simulated sites' ClientApp as an argument, because the server does not know the client.
+Commands live in `server/commands.py` and `client/commands.py`; here they are declared, and server and client composed:
+the engines get the simulated sites' ClientApp as an argument, because the server does not know the client.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Keys = Annotated[Path, typer.Option("--keys", metavar="DIR", help="The registere
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from common import __version__
+        from tsugiki.common import __version__
 
         print(__version__)
         raise typer.Exit
@@ -62,14 +62,14 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run the whole thing on generated contract clauses: four companies, one search for similar clauses."""
-    from server import commands
+    from tsugiki.server import commands
 
     if data_only:
         if as_json or not baselines:
             raise typer.BadParameter("--data-only goes with --seed and --output-dir only")
         commands.demo_data(seed, output_dir)
         return
-    from client.app import simulated_app
+    from tsugiki.client.app import simulated_app
 
     commands.demo(seed, output_dir, baselines, as_json, simulated_app)
 
@@ -85,8 +85,8 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Run a whole federation on this machine."""
-    from client.app import simulated_app
-    from server import commands
+    from tsugiki.client.app import simulated_app
+    from tsugiki.server import commands
 
     commands.simulate(file, resume, previous, engine, overrides or [], export, as_json, simulated_app)
 
@@ -107,7 +107,7 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Run a federation over a network: a SuperLink, and the run on it, until the run is over."""
-    from server.deploy import commands
+    from tsugiki.server.deploy import commands
 
     commands.serve(
         file, resume, previous, listen, tls, keys, insecure, superlink, wait, overrides or [], export, as_json
@@ -129,7 +129,7 @@ def client(
     overrides: Set = None,
 ) -> None:
     """Take part with this site's data: connect to a server and answer it until stopped."""
-    from client import commands
+    from tsugiki.client import commands
 
     if dry_run is not None:
         commands.dry_run(site, dry_run, overrides or [])
@@ -146,7 +146,7 @@ def certs(
     days: Annotated[int, typer.Option(min=1, max=3650, help="How long the certificate is good for.")] = 397,
 ) -> None:
     """Make the server's certificate, and the CA that signs it if there is none yet."""
-    from server.deploy import commands
+    from tsugiki.server.deploy import commands
 
     commands.certs(tls, host or [], days)
 
@@ -154,7 +154,7 @@ def certs(
 @keys_app.command("new", epilog="Example: tsugiki keys new acme")
 def keys_new(path: Annotated[Path, typer.Argument(help="The private key; PATH.pub is the public one.")]) -> None:
     """Make a node's key pair, at the site."""
-    from server.deploy import commands
+    from tsugiki.server.deploy import commands
 
     commands.keys_new(path)
 
@@ -166,7 +166,7 @@ def keys_register(
     keys: Keys = Path("keys"),
 ) -> None:
     """Let a node take part."""
-    from server.deploy import commands
+    from tsugiki.server.deploy import commands
 
     commands.keys_register(public, name, keys)
 
@@ -174,7 +174,7 @@ def keys_register(
 @keys_app.command("list", epilog="Example: tsugiki keys list")
 def keys_list(keys: Keys = Path("keys")) -> None:
     """List the registered nodes and their keys' fingerprints."""
-    from server.deploy import commands
+    from tsugiki.server.deploy import commands
 
     commands.keys_list(keys)
 
@@ -182,7 +182,7 @@ def keys_list(keys: Keys = Path("keys")) -> None:
 @keys_app.command("revoke", epilog="Example: tsugiki keys revoke acme")
 def keys_revoke(name: Annotated[str, typer.Argument(help="The node's name.")], keys: Keys = Path("keys")) -> None:
     """Shut a node out."""
-    from server.deploy import commands
+    from tsugiki.server.deploy import commands
 
     commands.keys_revoke(name, keys)
 
@@ -190,8 +190,8 @@ def keys_revoke(name: Annotated[str, typer.Argument(help="The node's name.")], k
 @app.command(epilog="Example: tsugiki compare examples/sst2.toml --set run.rounds=3")
 def compare(file: RunFile, overrides: Set = None, as_json: Json = False) -> None:
     """Compare federated training with centralised, local-only and no training, on the same data and steps."""
-    from client.app import simulated_app
-    from server import commands
+    from tsugiki.client.app import simulated_app
+    from tsugiki.server import commands
 
     commands.compare(file, overrides or [], as_json, simulated_app)
 
@@ -205,7 +205,7 @@ def budget(
     as_json: Json = False,
 ) -> None:
     """Plan privacy, and train nothing: the noise for a budget, what each adversary sees, what is left to learn."""
-    from server.budget import budget as plan
+    from tsugiki.server.budget import budget as plan
 
     plan(file, overrides or [], dimension, plot, as_json)
 
@@ -224,7 +224,7 @@ def lr_find(
     as_json: Json = False,
 ) -> None:
     """Suggest a learning rate: train a little while the rate grows, and see where the loss falls fastest."""
-    from client import commands
+    from tsugiki.client import commands
 
     commands.lr_find(file, overrides or [], lowest, highest, steps, central, plot, as_json)
 
@@ -241,7 +241,7 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List which adapter methods go with which tasks on a base, with sizes, and why the others do not."""
-    from server.methods import methods as list_methods
+    from tsugiki.server.methods import methods as list_methods
 
     list_methods(file, model, overrides or [], as_json)
 
@@ -254,7 +254,7 @@ def export(
     merged: Annotated[bool, typer.Option(help="Write a whole model with the adapter in its weights.")] = False,
 ) -> None:
     """Write a run's adapter in a form that others load, and prove in a fresh process that it works."""
-    from server import commands
+    from tsugiki.server import commands
 
     commands.export(run, target, which, merged)
 
@@ -287,8 +287,8 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Ask a run's model, or exported adapters on one base: for labels, scores, cosines, or how a text goes on."""
-    from common.tasks.generation import Generation
-    from server.predict import ask, show
+    from tsugiki.common.tasks.generation import Generation
+    from tsugiki.server.predict import ask, show
 
     how, on = Generation(max_new_tokens, temperature, seed), not without_adapter
     found = ask(words or [], adapters or [], model, file, how, which=which, adapter=on, columns=columns)
@@ -298,7 +298,7 @@ def predict(
 @app.command(epilog="Example: tsugiki report runs/sst2")
 def report(run: RunFolder) -> None:
     """Write report.html: curves, bytes, seconds, and who was rejected why. It needs no network to read."""
-    from server import commands
+    from tsugiki.server import commands
 
     commands.report(run)
 
@@ -311,7 +311,7 @@ def config_init(
     strategy: Annotated[str, typer.Option(help="The strategy.")] = "fedavg",
 ) -> None:
     """Write a run file with every setting, its default and its meaning."""
-    from server import commands
+    from tsugiki.server import commands
 
     commands.config_init(file, task, method, strategy)
 
@@ -319,7 +319,7 @@ def config_init(
 @config_app.command("show", epilog="Example: tsugiki config show examples/sst2.toml --set train.learning_rate=1e-4")
 def config_show(file: RunFile, overrides: Set = None, as_json: Json = False) -> None:
     """Show what a run file resolves to, and which settings differ from their defaults."""
-    from server import commands
+    from tsugiki.server import commands
 
     commands.config_show(file, overrides or [], as_json)
 
@@ -327,7 +327,7 @@ def config_show(file: RunFile, overrides: Set = None, as_json: Json = False) -> 
 @config_app.command("schema", epilog="Example: tsugiki config schema > schema.json")
 def config_schema() -> None:
     """Print the JSON schema of all settings, of every task, method and strategy."""
-    from server import commands
+    from tsugiki.server import commands
 
     commands.config_schema()
 
@@ -339,7 +339,7 @@ def site_init(
     train: Annotated[str, typer.Option(help="The file with the private rows.")] = "train.csv",
 ) -> None:
     """Write a commented site.toml."""
-    from client import commands
+    from tsugiki.client import commands
 
     commands.site_init(file, name, train)
 
@@ -351,7 +351,7 @@ def site_check(
     overrides: Set = None,
 ) -> None:
     """Try a site.toml: is the file right, can the data be read, does the model load?"""
-    from client import commands
+    from tsugiki.client import commands
 
     commands.site_check(file, run, overrides or [])
 
@@ -363,7 +363,7 @@ def site_split(
     overrides: Set = None,
 ) -> None:
     """Write a simulation's sites as folders with rows and a site.toml: to try a deployment out."""
-    from client import commands
+    from tsugiki.client import commands
 
     commands.site_split(file, folder, overrides or [])
 
@@ -371,21 +371,17 @@ def site_split(
 @app.command(epilog="Example: tsugiki doctor --json")
 def doctor(as_json: Json = False) -> None:
     """Look at this machine: versions, devices, what is missing, and what to do about it."""
-    from server import commands
+    from tsugiki.server import commands
 
     commands.doctor(as_json)
 
 
 def main() -> None:
     """Run the command line. Errors become one message and an exit status."""
-    from common.errors import TsugikiError
+    from tsugiki.common.errors import TsugikiError
 
     try:
         app()
     except TsugikiError as error:
         print(f"tsugiki: {error.code}: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-
-
-if __name__ == "__main__":
-    main()
