@@ -7,41 +7,27 @@ from pathlib import Path
 
 import pytest
 
+from scripts import structure
+
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(
-    [
-        "tsugiki.py",
-        *(
-            p.relative_to(ROOT).as_posix()
-            for side in ("common", "client", "server")
-            for p in (ROOT / side).rglob("*.py")
-        ),
-    ]
+    path.relative_to(ROOT).as_posix()
+    for folder in ("tsugiki", "common", "client", "server")
+    for path in (ROOT / folder).rglob("*.py")
 )
 
 HEAVY = {"torch", "transformers", "peft", "sentence_transformers", "sklearn", "scipy", "matplotlib", "pyarrow", "ray"}
 """What takes long to import. `tsugiki --help` and a refused run file answer without any of them."""
 
 FORBIDDEN = {
-    "common": {"client", "server", "tsugiki", "tests"},
-    "client": {"server", "tsugiki", "tests"},
-    "server": {"client", "tsugiki", "tests"},
-    "tsugiki.py": {"tests"},
+    "tsugiki": {"tests"},
+    "common": {"tsugiki.client", "tsugiki.server", "tsugiki.cli", "tests"},
+    "client": {"tsugiki.server", "tsugiki.cli", "tests"},
+    "server": {"tsugiki.client", "tsugiki.cli", "tests"},
 }
 
-WITHOUT_A_TEST_FILE = {
-    "client/channel.py": "tests/client/test_connection.py calls it over real gRPC, as a node does",
-    "client/job.py": "data alone; tests/client/test_cohort.py and test_vectorised.py build and read it",
-    "common/adapters/base.py": "abstract; tests/contract/test_adapters.py tests every class behind it",
-    "common/data/demo_test_clauses.py": "prose; tests/common/data/test_demo.py reads it",
-    "common/data/demo_training_clauses.py": "prose; tests/common/data/test_demo.py reads it",
-    "server/finished.py": "tests/server/test_export.py and test_predict.py open finished and damaged runs with it",
-    "server/parts.py": "data alone; tests/server/test_collect.py and test_loop.py build and read it",
-}
-
-MOST_LINES = 320
-MOST_DECLARATIONS = 400
-"""Lines of tsugiki.py, which declares each command with its options, and does nothing else."""
+ALARM_LINES = 600
+"""A module may be as long as its subject; beyond this it is probably two."""
 
 each_module = pytest.mark.parametrize("module", MODULES)
 
@@ -52,15 +38,21 @@ def parsed(module):
 
 
 def imported(nodes):
-    """Return the top-level names of all imports among syntax nodes."""
+    """Return the names of all imports among syntax nodes, shortened."""
     names = set()
     for node in nodes:
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {short(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            names.add(node.module.split(".")[0])
+            names |= {short(f"{node.module}.{alias.name}") for alias in node.names}
     return names
+
+
+def short(name):
+    """Return the first part of a dotted name, and of our own names the first two."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "tsugiki" else parts[0]
 
 
 def run_at_import(body):
@@ -90,8 +82,9 @@ def test_imports_go_one_way(module):
 
 def test_the_command_line_composes_both_sides():
     """Catches: a server that fetches the client behind the scenes."""
-    assert {"client", "server"} <= imported(ast.walk(parsed("tsugiki.py")))
-    assert not imported(run_at_import(parsed("tsugiki.py").body)) & {"client", "server", "common"}
+    tree = parsed("tsugiki/cli.py")
+    assert {"tsugiki.client", "tsugiki.server"} <= imported(ast.walk(tree))
+    assert not imported(run_at_import(tree.body)) & {"tsugiki.client", "tsugiki.server"}
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module.startswith(("common/", "tsugiki"))])
@@ -102,8 +95,8 @@ def test_nothing_heavy_is_imported_with_a_module(module):
 
 def test_nothing_heavy_is_imported_by_way_of_others():
     """Catches: a light library that imports a heavy one, or starts to with its next version."""
-    names = [module.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for module in MODULES]
-    wanted = [name for name in names if name.startswith(("common", "tsugiki"))]
+    wanted = [name for name in structure.modules() if not name.startswith(("tsugiki.client", "tsugiki.server"))]
+    wanted.remove("tsugiki.__main__")
     code = f"import sys; from importlib import import_module; list(map(import_module, {wanted!r}));"
     code += f"print(*sorted(set(sys.modules) & {HEAVY!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -134,25 +127,47 @@ def function():
     assert imported(ast.walk(tree)) == {"a", "c", "d", "e", "h", "i", "j", "k"}
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if not module.endswith("__init__.py")])
-def test_every_module_has_its_test_file(module):
-    """Catches: a module that nobody thought to test; an exception that is none any more."""
-    path = Path(module)
-    mirror = ROOT / "tests" / path.parent / f"test_{path.name}"
-    assert mirror.is_file() != (module in WITHOUT_A_TEST_FILE), mirror.relative_to(ROOT)
+@pytest.mark.xfail(reason="five circles, until modules are where they belong", strict=True)
+def test_no_module_imports_itself_by_way_of_others():
+    """Catches: modules that cannot be read one after the other; imports inside functions and for annotations count."""
+    edges = structure.graph()
+    assert len(edges) > 100
+    assert [structure.drawn(circle, edges) for circle in structure.circles(edges)] == []
 
 
-def test_exceptions_exist():
-    """Catches: a list of exceptions that outlives its modules."""
-    assert set(WITHOUT_A_TEST_FILE) <= set(MODULES)
-    assert all(WITHOUT_A_TEST_FILE.values())
+def test_circles_are_found_and_drawn():
+    """Catches: a search that overlooks a circle, with which the test above would prove nothing."""
+    edges = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"e"}, "e": set(), "f": {"g"}, "g": {"f"}}
+    assert structure.circles(edges) == [["a", "b", "c"], ["f", "g"]]
+    assert structure.drawn(["a", "b", "c"], edges) == "a -> b -> c -> a"
+    known = {"tsugiki.common", "tsugiki.common.a", "tsugiki.common.b"}
+    inside = "if TYPE_CHECKING:\n    from tsugiki.common import a\ndef f():\n    from tsugiki.common.b import g\n"
+    assert structure.imports("x", inside, known) == {"tsugiki.common.a", "tsugiki.common.b"}
+    assert structure.imports("x", "from tsugiki.common import VERSION", known) == {"tsugiki.common"}
+
+
+def test_floors_and_arrows_upwards():
+    """Catches: a floor that is counted from the top; an arrow upwards that is not seen."""
+    arrows = {"roof": {"hall"}, "hall": {"cellar"}, "cellar": set(), "tower": {"hall", "roof"}}
+    assert structure.floors(arrows) == {"cellar": 1, "hall": 2, "roof": 3, "tower": 4}
+    assert structure.arrows_up(arrows) == []
+    assert len(structure.arrows_up({**arrows, "cellar": {"tower"}})) == 1
+
+
+def test_every_folder_has_its_tests():
+    """Catches: a folder that nobody thought to test; tests that stay behind when their folder moves."""
+    folders = {Path(module).parent for module in MODULES if not module.endswith("__init__.py")} - {Path("tsugiki")}
+    assert len(folders) > 8
+    mirrors = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    assert folders <= mirrors
+    sides = {folder for folder in mirrors if folder.parts and folder.parts[0] in ("common", "client", "server")}
+    assert sides <= folders
 
 
 @each_module
-def test_modules_stay_short(module):
+def test_modules_are_not_two(module):
     """Catches: a module that has become two."""
-    most = MOST_DECLARATIONS if module == "tsugiki.py" else MOST_LINES
-    assert len((ROOT / module).read_text("utf-8").splitlines()) <= most
+    assert len((ROOT / module).read_text("utf-8").splitlines()) <= ALARM_LINES
 
 
 @each_module
