@@ -1,6 +1,7 @@
 """A site's own account: what its updates have cost it so far, in all runs, written down before one leaves.
 
-The server keeps accounts too (`server/privacy.py`), but a site believes its own. It charges a masked upload when it is
+The server keeps accounts too (`server/run/privacy.py`), but a site believes its own. It charges a masked upload when it
+is
 sent: whether the sum is opened afterwards is not in this site's hands alone.
 """
 

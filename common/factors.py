@@ -1,7 +1,7 @@
 """LoRA's factors in an adapter: which tensors are a pair, and what of an adapter sites train and send in a round.
 
 A layer's weight gets s * B A, with A of shape (rank, in) and B of shape (out, rank). A mean of the factors is not the
-factors of the mean, which is why some strategies look into an adapter (`server/factors.py`).
+factors of the mean, which is why some strategies look into an adapter (`server/run/factors.py`).
 """
 
 from __future__ import annotations

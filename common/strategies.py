@@ -1,6 +1,6 @@
 """The settings of the strategies, by which the server averages updates, and what they need of a run.
 
-`server/strategy.py` runs what is named here.
+`server/run/aggregate.py` runs what is named here.
 """
 
 from __future__ import annotations

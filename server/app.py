@@ -20,16 +20,16 @@ from tsugiki.common.files import read_lines, write_atomically
 from tsugiki.common.model import Graft, load_graft
 from tsugiki.common.privacy.plan import make_plan, resolve
 from tsugiki.common.wire import AdapterSpec, sha256, unpack
-from tsugiki.server import checkpoint
-from tsugiki.server.checkpoint import State
 from tsugiki.server.engines.grid import Stop
-from tsugiki.server.evaluate import make_evaluator
-from tsugiki.server.loop import initial_state, run_rounds
-from tsugiki.server.parts import Parts
-from tsugiki.server.privacy import Privacy, open_privacy, rows_summary
-from tsugiki.server.progress import Progress, choose, describe_notes
-from tsugiki.server.roster import Roster
-from tsugiki.server.storage import run_folder
+from tsugiki.server.run import checkpoint
+from tsugiki.server.run.checkpoint import State
+from tsugiki.server.run.context import Parts
+from tsugiki.server.run.evaluate import make_evaluator
+from tsugiki.server.run.loop import initial_state, run_rounds
+from tsugiki.server.run.privacy import Privacy, open_privacy, rows_summary
+from tsugiki.server.run.progress import Progress, choose, describe_notes
+from tsugiki.server.run.roster import Roster
+from tsugiki.server.run.storage import run_folder
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from tsugiki.common.model import load_graft
 from tsugiki.server.app import run_federation
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid
-from tsugiki.server.evaluate import evaluate_untouched, make_evaluator
-from tsugiki.server.progress import Progress
-from tsugiki.server.simulate import SimulatedApp
+from tsugiki.server.run.evaluate import evaluate_untouched, make_evaluator
+from tsugiki.server.run.progress import Progress
+from tsugiki.server.run.simulate import SimulatedApp
 
 Metrics = dict[str, float]
 

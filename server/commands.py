@@ -16,8 +16,8 @@ from tsugiki.common.config import RunConfig, parse
 from tsugiki.common.errors import ExportError, UsageError
 from tsugiki.common.files import unwritable
 from tsugiki.server.engines.grid import Stop
-from tsugiki.server.privacy_words import headline
-from tsugiki.server.simulate import SimulatedApp
+from tsugiki.server.run.privacy_words import headline
+from tsugiki.server.run.simulate import SimulatedApp
 
 
 def simulate(
@@ -31,8 +31,8 @@ def simulate(
     client: SimulatedApp,
 ) -> None:
     """Run a federation on this machine, or go on with one; then export and report."""
-    from tsugiki.server import progress
-    from tsugiki.server.simulate import simulate as run
+    from tsugiki.server.run import progress
+    from tsugiki.server.run.simulate import simulate as run
 
     if (file is None) == (resume is None):
         raise UsageError("either FILE or --resume RUN", do="tsugiki simulate --help")
@@ -124,10 +124,10 @@ def show_summary(summary: dict[str, Any]) -> None:
 
 def compare(file: Path, overrides: Sequence[str], as_json: bool, client: SimulatedApp) -> None:
     """Run the federation and all baselines; one table, one report."""
-    from tsugiki.server import progress
     from tsugiki.server.baselines import run_baselines
     from tsugiki.server.report import write_report
-    from tsugiki.server.simulate import simulate as run
+    from tsugiki.server.run import progress
+    from tsugiki.server.run.simulate import simulate as run
 
     config = config_file.read(file, overrides)
     if not config.evaluation.data:
@@ -192,11 +192,11 @@ def demo(seed: int, output_dir: Path, baselines: bool, as_json: bool, client: Si
     from rich.console import Console
 
     from tsugiki.server import demo as parts
-    from tsugiki.server import progress
     from tsugiki.server.baselines import run_baselines
     from tsugiki.server.export import export as write_export
     from tsugiki.server.report import write_report
-    from tsugiki.server.simulate import simulate as run
+    from tsugiki.server.run import progress
+    from tsugiki.server.run.simulate import simulate as run
 
     started = time.perf_counter()
     output_dir = output_dir.absolute()

@@ -11,7 +11,7 @@ from tsugiki.common.data.demo import DemoFiles, generate, write
 from tsugiki.common.files import write_atomically
 from tsugiki.common.model import load_graft
 from tsugiki.common.wire import Vector
-from tsugiki.server.evaluate import evaluate_untouched, make_evaluator
+from tsugiki.server.run.evaluate import evaluate_untouched, make_evaluator
 
 DEMO_TOML = """\
 # The run of `tsugiki demo`: four companies with different contracts learn one search for similar clauses.

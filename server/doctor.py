@@ -13,7 +13,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from tsugiki.server.storage import LEAST_FREE_BYTES
+from tsugiki.server.run.storage import LEAST_FREE_BYTES
 
 
 @dataclass(frozen=True)

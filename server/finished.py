@@ -12,7 +12,7 @@ from tsugiki.common.config import RunConfig
 from tsugiki.common.errors import ExportError, StorageError
 from tsugiki.common.model import Graft, load_graft
 from tsugiki.common.wire import Vector, pack, sha256
-from tsugiki.server import checkpoint
+from tsugiki.server.run import checkpoint
 
 Which = Literal["best", "last"]
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from tsugiki.common.errors import UsageError
 from tsugiki.common.files import write_atomically
 from tsugiki.server import figures, tables
-from tsugiki.server.privacy_words import rows_statement, statement
 from tsugiki.server.results import (
     Run,
     baseline_metrics,
@@ -29,6 +28,7 @@ from tsugiki.server.results import (
     weighted_mean,
     worst_site,
 )
+from tsugiki.server.run.privacy_words import rows_statement, statement
 
 MOST_MAPPED_SITES, MOST_MAPPED_ROUNDS = 30, 60
 """With more, replies are counted by round instead of shown one by one."""

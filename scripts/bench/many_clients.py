@@ -27,7 +27,7 @@ from tsugiki.common.config import parse
 from tsugiki.common.files import read_lines
 from tsugiki.server.deploy.control import Control, executed
 from tsugiki.server.deploy.superlink import free_port, superlink
-from tsugiki.server.progress import Progress
+from tsugiki.server.run.progress import Progress
 
 FROM_ROUND = 5
 

@@ -39,10 +39,10 @@ from tsugiki.server.deploy.control import Control, executed
 from tsugiki.server.deploy.superlink import free_port, superlink
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.superlink import SuperlinkGrid
-from tsugiki.server.loop import initial_state, run_rounds
-from tsugiki.server.parts import Parts
-from tsugiki.server.progress import Progress
-from tsugiki.server.roster import Roster
+from tsugiki.server.run.context import Parts
+from tsugiki.server.run.loop import initial_state, run_rounds
+from tsugiki.server.run.progress import Progress
+from tsugiki.server.run.roster import Roster
 
 CLIENTS = 4
 

@@ -43,10 +43,10 @@ from tsugiki.common.wire import AdapterSpec, encode_levels
 from tsugiki.server.demo import write_files
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid
-from tsugiki.server.loop import initial_state, run_rounds
-from tsugiki.server.parts import Parts
-from tsugiki.server.privacy import open_privacy
-from tsugiki.server.roster import Roster
+from tsugiki.server.run.context import Parts
+from tsugiki.server.run.loop import initial_state, run_rounds
+from tsugiki.server.run.privacy import open_privacy
+from tsugiki.server.run.roster import Roster
 
 SITES, LEAST, FLOATS = 30, 26, 150_000
 DEPLOYED = 5

@@ -31,10 +31,10 @@ from tsugiki.common.model import load_graft
 from tsugiki.common.rng import generator
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid
-from tsugiki.server.loop import initial_state, run_rounds
-from tsugiki.server.parts import Parts
-from tsugiki.server.roster import Roster
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.context import Parts
+from tsugiki.server.run.loop import initial_state, run_rounds
+from tsugiki.server.run.roster import Roster
+from tsugiki.server.run.simulate import simulate
 
 SITES, ROUNDS = 100, 10
 FLOWER_ROUNDS = 3

@@ -37,7 +37,7 @@ from tsugiki.common.config import RunConfig, parse
 from tsugiki.common.files import read_lines
 from tsugiki.common.messages import TrainRequest
 from tsugiki.common.privacy.plan import make_plan, resolve
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.simulate import simulate
 
 CLIENTS = 10_000
 

@@ -30,7 +30,7 @@ import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.client.app import simulated_app
 from tsugiki.common.config import RunConfig, parse
 from tsugiki.common.files import read_lines
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.simulate import simulate
 
 SITES, FULL_RANK = 10, 10
 EXACT = 1e-5

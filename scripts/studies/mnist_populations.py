@@ -38,7 +38,7 @@ import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.client.app import simulated_app
 from tsugiki.common.config import RunConfig, parse
 from tsugiki.common.files import read_lines
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.simulate import simulate
 
 CLIENTS = (100, 1_000, 10_000)
 EPSILONS = (2.0, 8.0)

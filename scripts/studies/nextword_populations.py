@@ -32,7 +32,7 @@ from tsugiki.common.config import RunConfig, parse
 from tsugiki.common.files import read_lines
 from tsugiki.common.privacy.plan import make_plan
 from tsugiki.common.rng import generator
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.simulate import simulate
 
 HELD_OUT = 2_000
 GATEWAYS = 5

@@ -29,8 +29,8 @@ from tsugiki.client.app import simulated_app
 from tsugiki.common.config import RunConfig, parse
 from tsugiki.common.config_file import expand, override, read_toml
 from tsugiki.server.baselines import run_baselines
-from tsugiki.server.progress import Lines
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.progress import Lines
+from tsugiki.server.run.simulate import simulate
 
 TARGETS = {"lora": (">= 83.5", "<= 1.0"), "houlsby": ("", "")}
 CENTRAL = {"learning_rate": 1e-3, "per_device_train_batch_size": 16, "local_steps": 10}

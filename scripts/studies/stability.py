@@ -44,7 +44,7 @@ from tsugiki.common.config import RunConfig, parse
 from tsugiki.common.files import read_lines
 from tsugiki.common.rng import generator
 from tsugiki.server.baselines import centralised
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.simulate import simulate
 
 SITES, ROUNDS, ROWS, PASSES = 4, 10, 800, 2
 BATCH = {"centralised": 8, "federated": 4}

@@ -24,8 +24,8 @@ import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.client.app import simulated_app
 from tsugiki.common.config_file import read
 from tsugiki.server.baselines import run_baselines
-from tsugiki.server.progress import Lines
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.progress import Lines
+from tsugiki.server.run.simulate import simulate
 
 
 def run_seed(seed: int, folder: Path, overrides: list[str]) -> dict[str, float]:

@@ -34,8 +34,8 @@ from tsugiki.common.config import RunConfig, parse
 from tsugiki.common.config_file import expand, override, read_toml
 from tsugiki.common.files import read_lines
 from tsugiki.server.baselines import run_baselines
-from tsugiki.server.progress import Lines
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.progress import Lines
+from tsugiki.server.run.simulate import simulate
 
 
 @dataclass(frozen=True)

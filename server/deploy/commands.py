@@ -25,11 +25,11 @@ def serve(
     as_json: bool,
 ) -> None:
     """Serve a federation, or go on with one; then export and report."""
-    from tsugiki.server import progress
     from tsugiki.server.commands import at_folder, finish, stop_on_signals
     from tsugiki.server.deploy.certs import CertificateFiles
     from tsugiki.server.deploy.serve import Deployment
     from tsugiki.server.deploy.serve import serve as run
+    from tsugiki.server.run import progress
 
     if (file is None) == (resume is None):
         raise UsageError("either FILE or --resume RUN", do="tsugiki serve --help")

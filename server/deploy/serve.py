@@ -19,7 +19,7 @@ from tsugiki.server.deploy.certs import CertificateFiles
 from tsugiki.server.deploy.control import Control, executed
 from tsugiki.server.deploy.superlink import Endpoint, Superlink, superlink
 from tsugiki.server.engines.grid import Stop
-from tsugiki.server.progress import Progress
+from tsugiki.server.run.progress import Progress
 
 log = logging.getLogger("tsugiki.server")
 

@@ -6,7 +6,7 @@ from tests.support.federation import CANARIES, app_of_sites, site_folder, tiny_c
 from tsugiki.client.dry_run import replies
 from tsugiki.client.site import read_site
 from tsugiki.common.errors import UsageError
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.simulate import simulate
 
 
 def test_it_shows_what_is_sent(tmp_path):

@@ -15,7 +15,7 @@ from tsugiki.common.adapters.fusion import FusionSettings
 from tsugiki.common.config_file import with_absolute_paths
 from tsugiki.common.errors import UsageError
 from tsugiki.common.tasks import TASKS
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.simulate import simulate
 
 
 def test_the_folders_train_as_the_simulation_does(tmp_path):

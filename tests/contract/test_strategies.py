@@ -19,9 +19,9 @@ from tsugiki.common.registry import Registry
 from tsugiki.common.strategies import STRATEGY_SETTINGS
 from tsugiki.common.wire import ARRAY_KEY, encode, unpack
 from tsugiki.server.engines.in_process import identify_process
-from tsugiki.server.guard import Accepted
-from tsugiki.server.progress import Progress
-from tsugiki.server.strategy import STRATEGIES, aggregate, missing_implementations
+from tsugiki.server.run.aggregate import STRATEGIES, aggregate, missing_implementations
+from tsugiki.server.run.guard import Accepted
+from tsugiki.server.run.progress import Progress
 
 SIZE = 40
 each_strategy = pytest.mark.parametrize("name", STRATEGIES.names())

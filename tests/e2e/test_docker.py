@@ -9,7 +9,7 @@ import pytest
 from tests.support.three import COMPANIES, demo_of_three
 from tsugiki.client.app import simulated_app
 from tsugiki.common.files import read_lines
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.simulate import simulate
 
 pytestmark = pytest.mark.e2e
 

@@ -8,7 +8,7 @@ from tests.support.processes import ROOT, quiet_environment
 from tests.support.serving import Place, serve_and_join, started, summary, tiny_run
 from tests.support.wheel import build_wheel, installed
 from tsugiki.client.app import simulated_app
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.simulate import simulate
 
 pytestmark = pytest.mark.e2e
 

@@ -15,7 +15,7 @@ from tsugiki.client.simulated import simulated_sites
 from tsugiki.common.audit import verify
 from tsugiki.common.config import RunConfig, parse
 from tsugiki.common.config_file import to_run_config
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.simulate import simulate
 
 MODEL = "tsugiki-tests/tiny-bert"
 

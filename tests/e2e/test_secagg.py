@@ -10,7 +10,7 @@ from tsugiki.client.app import simulated_app
 from tsugiki.client.split import split
 from tsugiki.common.files import read_lines
 from tsugiki.common.privacy.ledger import Ledger
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.simulate import simulate
 
 pytestmark = pytest.mark.e2e
 

@@ -12,7 +12,7 @@ from tsugiki.client.app import simulated_app
 from tsugiki.client.split import split
 from tsugiki.common.audit import verify
 from tsugiki.common.tasks import TASKS
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.simulate import simulate
 
 pytestmark = pytest.mark.e2e
 

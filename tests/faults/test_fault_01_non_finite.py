@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.support.toy import ASKED, SPEC, check_only_rejected, of_array, run_with_bad_site, train_reply, with_arrays
-from tsugiki.server.guard import check
+from tsugiki.server.run.guard import check
 
 
 def spoiled(value, place):

@@ -7,7 +7,7 @@ from tests.support.toy import SPEC, federate, is_train, of_array, toy_app, toy_c
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import QuorumNotMet
 from tsugiki.common.files import read_lines
-from tsugiki.server import checkpoint
+from tsugiki.server.run import checkpoint
 
 
 def test_the_run_stops_with_the_last_good_model(tmp_path, monkeypatch):

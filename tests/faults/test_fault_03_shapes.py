@@ -13,7 +13,7 @@ from tests.support.toy import (
     train_reply,
     with_arrays,
 )
-from tsugiki.server.guard import check
+from tsugiki.server.run.guard import check
 
 SHAPES = [(), (1,), (1, SPEC.size), (SPEC.size, 1), (SPEC.size - 1,), (SPEC.size + 1,), (0,), (8, SPEC.size // 8)]
 

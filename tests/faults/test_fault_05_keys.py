@@ -6,7 +6,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from tests.support.federation import CANARY
 from tests.support.toy import ASKED, SPEC, check_only_rejected, run_with_bad_site, train_reply, with_arrays
-from tsugiki.server.guard import check
+from tsugiki.server.run.guard import check
 
 GOOD = np.ones(SPEC.size, np.float32)
 

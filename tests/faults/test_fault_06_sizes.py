@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support.toy import ASKED, SPEC, check_only_rejected, of_bytes, run_with_bad_site, train_reply, with_arrays
-from tsugiki.server.guard import check
+from tsugiki.server.run.guard import check
 
 
 def saved(array):

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.federation import CANARY
 from tests.support.toy import ASKED, SPEC, check_only_rejected, of_bytes, run_with_bad_site, train_reply, with_arrays
-from tsugiki.server.guard import check
+from tsugiki.server.run.guard import check
 
 LENGTH = SPEC.size * 4 + 128
 

@@ -18,7 +18,7 @@ from tests.support.toy import (
     toy_config,
     train_reply,
 )
-from tsugiki.server.guard import check
+from tsugiki.server.run.guard import check
 
 WRONG = {
     "zero": (0, "weight"),

@@ -17,7 +17,7 @@ from tests.support.toy import (
     train_reply,
     with_arrays,
 )
-from tsugiki.server.guard import Accepted, check
+from tsugiki.server.run.guard import Accepted, check
 
 
 def verdict(value, bound=100.0):

@@ -18,7 +18,7 @@ from tests.support.toy import (
     toy_config,
     train_reply,
 )
-from tsugiki.server.guard import check
+from tsugiki.server.run.guard import check
 
 
 @pytest.mark.parametrize("fields", [{"round": 2}, {"round": 4}, {"nonce": "0" * 16}, {"nonce": ""}])

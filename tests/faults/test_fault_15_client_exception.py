@@ -32,7 +32,7 @@ def test_a_code_and_nothing_else_reaches_the_server(tmp_path, monkeypatch, caplo
         return train(graft, rows, settings, plan, *watching)
 
     monkeypatch.setattr(cohort, "train", fail_at_one)
-    from tsugiki.server.progress import Lines
+    from tsugiki.server.run.progress import Lines
 
     with caplog.at_level(logging.DEBUG):
         done = run_tiny(tiny_config(tmp_path, strategy={"min_clients": 1}), progress=Lines())

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.serving import serve_and_join, started, summary, superlinks, tiny_run
 from tsugiki.client.app import simulated_app
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.simulate import simulate
 
 pytestmark = pytest.mark.e2e
 

@@ -23,7 +23,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import torch, transformers, peft, sklearn.metrics
-from tsugiki.server import checkpoint, loop
+from tsugiki.server.run import checkpoint, loop
 from tests.faults.test_fault_16_resume_after_kill import CASES, KILLED, config
 from tests.support.federation import run_tiny
 

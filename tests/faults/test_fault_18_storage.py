@@ -13,7 +13,7 @@ from tests.support.toy import SPEC, federate, toy_app, toy_config
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import StorageError
 from tsugiki.common.files import read_lines
-from tsugiki.server import checkpoint, storage
+from tsugiki.server.run import checkpoint, storage
 
 
 def update(site, round_, received):

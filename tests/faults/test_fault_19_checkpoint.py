@@ -7,8 +7,8 @@ import pytest
 
 from tests.support.toy import SPEC, federate, toy_app, toy_config
 from tsugiki.common.errors import StorageError
-from tsugiki.server import checkpoint
-from tsugiki.server.checkpoint import State
+from tsugiki.server.run import checkpoint
+from tsugiki.server.run.checkpoint import State
 
 CONFIG = "c" * 64
 

@@ -10,7 +10,7 @@ from tests.support.proxy import Proxy, proxied
 from tests.support.serving import CANARY, Place, metrics, serve_and_join, started, summary, tiny_run
 from tsugiki.client.app import simulated_app
 from tsugiki.server.deploy.superlink import free_port
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.simulate import simulate
 
 pytestmark = pytest.mark.e2e
 

@@ -9,7 +9,7 @@ from tests.support.federation import app_of_sites, leaks, run_tiny, server_log, 
 from tests.support.toy import is_train
 from tsugiki.common.audit import verify
 from tsugiki.common.files import read_lines
-from tsugiki.server.progress import Lines
+from tsugiki.server.run.progress import Lines
 
 
 def federation(folder, spoil):

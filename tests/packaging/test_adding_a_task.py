@@ -20,7 +20,7 @@ from pathlib import Path
 from tsugiki.client.app import simulated_app
 from tsugiki.common.config import parse
 from tsugiki.common.tasks import TASKS
-from tsugiki.server.simulate import simulate
+from tsugiki.server.run.simulate import simulate
 
 assert "text-regression" in TASKS.names()
 raw = tomllib.loads(Path("run.toml").read_text())

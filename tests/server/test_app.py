@@ -18,7 +18,7 @@ from tsugiki.common.privacy.plan import resolve
 from tsugiki.common.wire import sha256
 from tsugiki.server.app import app, deployed, run_federation
 from tsugiki.server.engines.in_process import InProcessGrid
-from tsugiki.server.progress import Progress
+from tsugiki.server.run.progress import Progress
 
 AT_SITES = {"evaluation": {"at_sites": True}, "simulation": {"evaluation_fraction": 0.25}}
 

@@ -7,7 +7,7 @@ from tsugiki.client.app import simulated_app
 from tsugiki.common.errors import Interrupted
 from tsugiki.server.baselines import average, centralised, local_only, run_baselines
 from tsugiki.server.engines.grid import Stop
-from tsugiki.server.progress import Progress
+from tsugiki.server.run.progress import Progress
 
 SITES = ["site-0", "site-1"]
 

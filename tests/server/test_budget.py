@@ -177,7 +177,7 @@ def test_a_budget_that_cannot_be_kept_is_an_error(file):
 def test_with_a_dimension_nothing_heavy_is_loaded(file):
     """Catches: seconds of waiting for a model or a drawing that nobody asked for."""
     script = (
-        "import json, sys, tsugiki\n"
+        "import json, sys; from tsugiki import cli\n"
         "from typer.testing import CliRunner\n"
         "done = CliRunner().invoke(cli.app, sys.argv[1:])\n"
         "assert done.exit_code == 0, done.output\n"

@@ -397,7 +397,7 @@ def test_best_and_last_are_told_apart(copied, tmp_path, unproved):
 
 def graft_vector(run, graft):
     """Return the adapter of a run's last checkpoint."""
-    from tsugiki.server import checkpoint
+    from tsugiki.server.run import checkpoint
 
     config = config_file.read(run / "config.toml")
     return checkpoint.load(run / "checkpoint", config.sha256, graft.spec.sha256).vector

@@ -24,7 +24,7 @@ from tsugiki.client.app import make_app, simulated_app
 from tsugiki.client.site import read_site
 from tsugiki.common.config import RunConfig, parse
 from tsugiki.server.app import Outcome
-from tsugiki.server.simulate import SimulatedApp, simulate
+from tsugiki.server.run.simulate import SimulatedApp, simulate
 
 CANARY = "patient Jane hf_abc123"
 CANARIES = ("patient Jane", "patient jane", "hf_abc123")
@@ -78,7 +78,7 @@ def tiny_config(folder: Path, **sections: Mapping[str, Any]) -> RunConfig:
 
 
 def run_tiny(config: RunConfig, client: SimulatedApp = simulated_app, **options: Any) -> Outcome:
-    """Run the tiny federation; options go to `tsugiki.server.simulate.simulate`."""
+    """Run the tiny federation; options go to `tsugiki.server.run.simulate.simulate`."""
     return simulate(config, client, **options)
 
 
@@ -122,4 +122,4 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: float(next(ticks)), sleep=lambda pause: None)
     monkeypatch.setattr("tsugiki.server.engines.grid.time", clock)
-    monkeypatch.setattr("tsugiki.server.roster.time", clock)
+    monkeypatch.setattr("tsugiki.server.run.roster.time", clock)

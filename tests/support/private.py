@@ -21,9 +21,9 @@ from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.privacy.plan import Plan, make_plan, resolve
 from tsugiki.common.wire import decode, encode_levels
 from tsugiki.server.engines.in_process import Fault
-from tsugiki.server.loop import initial_state, run_rounds
-from tsugiki.server.parts import Parts
-from tsugiki.server.privacy import Privacy, open_privacy
+from tsugiki.server.run.context import Parts
+from tsugiki.server.run.loop import initial_state, run_rounds
+from tsugiki.server.run.privacy import Privacy, open_privacy
 
 LEDGER = "privacy-ledger.jsonl"
 

@@ -29,13 +29,13 @@ from tsugiki.common.messages import (
 )
 from tsugiki.common.wire import ARRAY_KEY, AdapterSpec, TensorSpec, Vector, decode, encode
 from tsugiki.server.app import Outcome, run_federation
-from tsugiki.server.checkpoint import State
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import Fault, InProcessGrid, identify_process
-from tsugiki.server.guard import Asked
-from tsugiki.server.loop import initial_state, run_rounds
-from tsugiki.server.parts import Parts
-from tsugiki.server.roster import Roster
+from tsugiki.server.run.checkpoint import State
+from tsugiki.server.run.context import Parts
+from tsugiki.server.run.guard import Asked
+from tsugiki.server.run.loop import initial_state, run_rounds
+from tsugiki.server.run.roster import Roster
 
 SPEC = AdapterSpec(
     "sequence-classification",

@@ -7,7 +7,7 @@ from tsugiki.common.errors import UsageError
 from tsugiki.server.deploy.certs import CertificateFiles, make_certificates
 from tsugiki.server.deploy.serve import Deployment, serve
 from tsugiki.server.engines.grid import Stop
-from tsugiki.server.progress import Progress
+from tsugiki.server.run.progress import Progress
 
 
 def refused(tmp_path, files):

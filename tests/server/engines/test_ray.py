@@ -9,8 +9,8 @@ import pytest
 from tests.support.federation import tiny_config
 from tsugiki.client.app import simulated_app
 from tsugiki.common.errors import UsageError
-from tsugiki.server import simulate as simulation
 from tsugiki.server.engines import ray as engine
+from tsugiki.server.run import simulate as simulation
 
 ROOT = Path(__file__).parents[3]
 

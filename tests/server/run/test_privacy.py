@@ -19,8 +19,8 @@ from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.privacy.mechanisms import MECHANISMS
 from tsugiki.common.privacy.plan import resolve
 from tsugiki.common.rng import seed_everything
-from tsugiki.server.privacy import open_privacy, rows_summary
 from tsugiki.server.report import write_report
+from tsugiki.server.run.privacy import open_privacy, rows_summary
 
 SITES = ["a", "b", "c", "d"]
 Z = 4.0

@@ -21,7 +21,7 @@ from tsugiki.common.privacy.plan import enrolled, most_clients_of_a_site
 from tsugiki.common.settings import NAME_PATTERN
 from tsugiki.common.wire import AdapterSpec
 from tsugiki.server.engines.grid import LONGEST_PAUSE_S, RETURN_S, Stop, exchange, wait_for_nodes
-from tsugiki.server.guard import GONE
+from tsugiki.server.run.guard import GONE
 
 if TYPE_CHECKING:
     from flwr.app import Message

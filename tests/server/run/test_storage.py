@@ -4,8 +4,8 @@ import shutil
 import pytest
 
 from tsugiki.common.errors import StorageError
-from tsugiki.server import storage
-from tsugiki.server.storage import run_folder
+from tsugiki.server.run import storage
+from tsugiki.server.run.storage import run_folder
 
 
 def code_of(action):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from tsugiki.server.privacy_words import NOT_PRIVATE
+from tsugiki.server.run.privacy_words import NOT_PRIVATE
 
 Record = dict[str, Any]
 

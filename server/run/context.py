@@ -12,11 +12,11 @@ from tsugiki.common.config import RunConfig
 from tsugiki.common.privacy.clipping import Levels
 from tsugiki.common.wire import AdapterSpec
 from tsugiki.server.engines.grid import Stop
-from tsugiki.server.evaluate import Evaluator
-from tsugiki.server.guard import Accepted, AcceptedSum, Rejected
-from tsugiki.server.privacy import Privacy
-from tsugiki.server.progress import Progress
-from tsugiki.server.roster import Roster
+from tsugiki.server.run.evaluate import Evaluator
+from tsugiki.server.run.guard import Accepted, AcceptedSum, Rejected
+from tsugiki.server.run.privacy import Privacy
+from tsugiki.server.run.progress import Progress
+from tsugiki.server.run.roster import Roster
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid

@@ -19,7 +19,7 @@ from tsugiki.common.registry import Registry
 from tsugiki.common.settings import StrategySettings
 from tsugiki.common.strategies import STRATEGY_SETTINGS
 from tsugiki.common.wire import ARRAY_KEY, Vector
-from tsugiki.server.guard import Accepted
+from tsugiki.server.run.guard import Accepted
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import FedAvg
@@ -42,7 +42,7 @@ _MOMENTS = {"m_t": dict, "v_t": dict, "momentum_vector": list}
 @STRATEGIES.register("ffa")
 @STRATEGIES.register("fedavg")
 def _fedavg(settings: Any) -> FedAvg:
-    """McMahan et al. 2017, arXiv:1602.05629, algorithm 1; `server/factors.py` has what `flora` and `svd` add."""
+    """McMahan et al. 2017, arXiv:1602.05629, algorithm 1; `server/run/factors.py` has what `flora` and `svd` add."""
     from flwr.serverapp.strategy import FedAvg
 
     return FedAvg()

@@ -10,7 +10,7 @@ from tsugiki.common.config import RunConfig
 from tsugiki.server.app import Outcome, run_federation
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import Fault, InProcessGrid
-from tsugiki.server.progress import Progress
+from tsugiki.server.run.progress import Progress
 
 
 class SimulatedApp(Protocol):

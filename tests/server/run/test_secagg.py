@@ -13,7 +13,7 @@ from tsugiki.common.files import read_lines
 from tsugiki.common.messages import SITE_ERROR
 from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.wire import decode_levels
-from tsugiki.server import secagg
+from tsugiki.server.run import secagg
 
 BITS = 32
 STEPS = ("query.keys", "query.shares", "train.masked", "query.unmask")

@@ -13,7 +13,7 @@ from tsugiki.client.update import ProtectedSum
 from tsugiki.common.messages import EvaluateReply, PrivateReply, error_reply, to_record
 from tsugiki.common.privacy.clipping import LEVELS
 from tsugiki.common.wire import encode, encode_levels
-from tsugiki.server.guard import Accepted, AcceptedSum, Rejected, check, check_evaluation, check_private
+from tsugiki.server.run.guard import Accepted, AcceptedSum, Rejected, check, check_evaluation, check_private
 
 
 def verdict(reply, max_update_norm=100.0):

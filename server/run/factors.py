@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from tsugiki.common.factors import MERGED, TRAINED, Pair, pairs
 from tsugiki.common.rng import generator
 from tsugiki.common.wire import AdapterSpec, Vector, l2_norm, pack, unpack
-from tsugiki.server.guard import Accepted
+from tsugiki.server.run.guard import Accepted
 
 Matrix = npt.NDArray[np.float64]
 Tensors = Mapping[str, npt.NDArray[Any]]

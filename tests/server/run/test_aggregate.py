@@ -5,8 +5,8 @@ import pytest
 
 from tsugiki.common.strategies import STRATEGY_SETTINGS
 from tsugiki.server.engines.in_process import identify_process
-from tsugiki.server.guard import Accepted
-from tsugiki.server.strategy import STRATEGIES, aggregate, missing_implementations
+from tsugiki.server.run.aggregate import STRATEGIES, aggregate, missing_implementations
+from tsugiki.server.run.guard import Accepted
 
 SIZE = 6
 

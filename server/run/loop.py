@@ -13,16 +13,16 @@ import numpy as np
 from tsugiki.common.errors import BudgetError, QuorumNotMet, TrainingError
 from tsugiki.common.files import append_line
 from tsugiki.common.wire import Vector, l2_norm, sha256
-from tsugiki.server import checkpoint
-from tsugiki.server.checkpoint import State
-from tsugiki.server.collect import collect, evaluate_at_sites, sample
-from tsugiki.server.factors import aggregation_error, combine
-from tsugiki.server.guard import DROPOUT, Accepted, AcceptedSum
-from tsugiki.server.parts import Collected, Parts
-from tsugiki.server.privacy import Privacy
-from tsugiki.server.roster import Member
-from tsugiki.server.secagg import collect_sum
-from tsugiki.server.strategy import aggregate
+from tsugiki.server.run import checkpoint
+from tsugiki.server.run.aggregate import aggregate
+from tsugiki.server.run.checkpoint import State
+from tsugiki.server.run.collect import collect, evaluate_at_sites, sample
+from tsugiki.server.run.context import Collected, Parts
+from tsugiki.server.run.factors import aggregation_error, combine
+from tsugiki.server.run.guard import DROPOUT, Accepted, AcceptedSum
+from tsugiki.server.run.privacy import Privacy
+from tsugiki.server.run.roster import Member
+from tsugiki.server.run.secagg import collect_sum
 
 ATTEMPTS = 2
 """A voided round is tried once more, then the run stops."""

@@ -3,8 +3,8 @@ import io
 import pytest
 from rich.console import Console
 
-from tsugiki.server import progress
-from tsugiki.server.progress import Bars, Lines, Progress, describe, describe_notes
+from tsugiki.server.run import progress
+from tsugiki.server.run.progress import Bars, Lines, Progress, describe, describe_notes
 
 RECORD = {
     "round": 3,

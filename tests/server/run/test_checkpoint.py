@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tsugiki.common.errors import StorageError
-from tsugiki.server import checkpoint
-from tsugiki.server.checkpoint import State, load, promote_previous, save
+from tsugiki.server.run import checkpoint
+from tsugiki.server.run.checkpoint import State, load, promote_previous, save
 
 CONFIG, SPEC = "c" * 64, "d" * 64
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tsugiki.server.privacy_words import NOT_PRIVATE, OPEN, headline, statement, told
+from tsugiki.server.run.privacy_words import NOT_PRIVATE, OPEN, headline, statement, told
 
 
 def summary(mode="distributed", private=True, **changes):

@@ -13,9 +13,10 @@ from tsugiki.common.factors import sent
 from tsugiki.common.messages import EvaluateRequest, TrainRequest, to_record
 from tsugiki.common.rng import generator
 from tsugiki.common.wire import encode
-from tsugiki.server.checkpoint import State
 from tsugiki.server.engines.grid import exchange
-from tsugiki.server.guard import (
+from tsugiki.server.run.checkpoint import State
+from tsugiki.server.run.context import Collected, Parts
+from tsugiki.server.run.guard import (
     DROPOUT,
     Accepted,
     AcceptedStep,
@@ -26,8 +27,7 @@ from tsugiki.server.guard import (
     check_evaluation,
     check_private,
 )
-from tsugiki.server.parts import Collected, Parts
-from tsugiki.server.roster import Member
+from tsugiki.server.run.roster import Member
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict

@@ -11,10 +11,10 @@ from tsugiki.common.audit import verify
 from tsugiki.common.errors import NotEnoughSites, StorageError
 from tsugiki.common.messages import TrainRequest, from_record, to_record
 from tsugiki.common.wire import encode
-from tsugiki.server.collect import address, collect, receive, sample, train_request
 from tsugiki.server.engines.in_process import identify_process
-from tsugiki.server.guard import Accepted, Rejected
-from tsugiki.server.roster import Member
+from tsugiki.server.run.collect import address, collect, receive, sample, train_request
+from tsugiki.server.run.guard import Accepted, Rejected
+from tsugiki.server.run.roster import Member
 
 SITES = ["a", "b", "c", "d"]
 POISSON = {
@@ -92,7 +92,7 @@ def test_under_poisson_sampling_each_client_has_a_coin_of_its_own(tmp_path):
 def test_a_site_of_which_nobody_was_drawn_is_not_asked(tmp_path, monkeypatch):
     """Catches: an empty list, which means all clients."""
     asked, draws = [], iter([[], [4, 7], [0], []])
-    monkeypatch.setattr("tsugiki.server.privacy.Privacy.sampled", lambda self, clients, site, number: next(draws))
+    monkeypatch.setattr("tsugiki.server.run.privacy.Privacy.sampled", lambda self, clients, site, number: next(draws))
     collected = round_of(tmp_path, private_app(SITES, clients=50, asked=asked), 4, **POISSON)
     assert asked == [("b", 1, "4,7"), ("c", 1, "0")]
     assert [(reply.site, reply.clients) for reply in collected.accepted] == [("b", 2), ("c", 1)]

@@ -7,8 +7,8 @@ import pytest
 
 from tsugiki.common.rng import generator
 from tsugiki.common.wire import AdapterSpec, TensorSpec, pack, unpack
-from tsugiki.server.factors import aggregation_error, combine, norm, project
-from tsugiki.server.guard import Accepted
+from tsugiki.server.run.factors import aggregation_error, combine, norm, project
+from tsugiki.server.run.guard import Accepted
 
 OUT, IN = 6, 7
 WEIGHTS = {"a": 10, "b": 30, "c": 5}

@@ -29,12 +29,12 @@ from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.secagg_clients import check_sum, fewest_sites
 from tsugiki.common.privacy.secagg_messages import KEYS_BYTES, SEALED_BYTES, Answer, exactly, from_fields, to_fields
 from tsugiki.common.wire import encode, l2_norm
-from tsugiki.server.checkpoint import State
-from tsugiki.server.collect import address, receive, train_request
-from tsugiki.server.guard import AcceptedStep, AcceptedSum, Asked, Rejected, check_private, check_step
-from tsugiki.server.parts import Collected, Parts
-from tsugiki.server.privacy import Privacy
-from tsugiki.server.roster import Member
+from tsugiki.server.run.checkpoint import State
+from tsugiki.server.run.collect import address, receive, train_request
+from tsugiki.server.run.context import Collected, Parts
+from tsugiki.server.run.guard import AcceptedStep, AcceptedSum, Asked, Rejected, check_private, check_step
+from tsugiki.server.run.privacy import Privacy
+from tsugiki.server.run.roster import Member
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
