@@ -20,7 +20,7 @@ from tsugiki.common.rng import seed_everything
 from tsugiki.common.spec import describe
 from tsugiki.common.tasks import TASKS, Task
 from tsugiki.common.tasks.base import Base
-from tsugiki.server.tables import size_text
+from tsugiki.server.report.tables import size_text
 
 OPTIMISER_BYTES = 4 + 4 + 8
 """Of each trained number while it is trained in float32: itself, its gradient, Adam's two moments."""

@@ -18,7 +18,7 @@ from tsugiki.common.exported import open_exported, read_exported
 from tsugiki.common.model import Graft, find_in_hub
 from tsugiki.common.settings import DataFormat
 from tsugiki.common.tasks.generation import Generation
-from tsugiki.server.finished import Which, choose, open_graft, read_config
+from tsugiki.server.export.finished import Which, choose, open_graft, read_config
 
 
 def predict(

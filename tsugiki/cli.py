@@ -1,7 +1,7 @@
 """The command line of Tsugiki. Imports nothing heavy: `tsugiki --help` answers at once.
 
-Commands live in `server/commands.py` and `client/commands.py`; here they are declared, and server and client composed:
-the engines get the simulated sites' ClientApp as an argument, because the server does not know the client.
+Commands live in `server/commands/runs.py` and `client/commands.py`; here they are declared, and server and client
+composed: the engines get the simulated sites' ClientApp as an argument, because the server does not know the client.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run the whole thing on generated contract clauses: four companies, one search for similar clauses."""
-    from tsugiki.server import commands
+    from tsugiki.server.commands import runs as commands
 
     if data_only:
         if as_json or not baselines:
@@ -86,7 +86,7 @@ def simulate(
 ) -> None:
     """Run a whole federation on this machine."""
     from tsugiki.client.app import simulated_app
-    from tsugiki.server import commands
+    from tsugiki.server.commands import runs as commands
 
     commands.simulate(file, resume, previous, engine, overrides or [], export, as_json, simulated_app)
 
@@ -107,7 +107,7 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Run a federation over a network: a SuperLink, and the run on it, until the run is over."""
-    from tsugiki.server.deploy import commands
+    from tsugiki.server.commands import deployment as commands
 
     commands.serve(
         file, resume, previous, listen, tls, keys, insecure, superlink, wait, overrides or [], export, as_json
@@ -146,7 +146,7 @@ def certs(
     days: Annotated[int, typer.Option(min=1, max=3650, help="How long the certificate is good for.")] = 397,
 ) -> None:
     """Make the server's certificate, and the CA that signs it if there is none yet."""
-    from tsugiki.server.deploy import commands
+    from tsugiki.server.commands import deployment as commands
 
     commands.certs(tls, host or [], days)
 
@@ -154,7 +154,7 @@ def certs(
 @keys_app.command("new", epilog="Example: tsugiki keys new acme")
 def keys_new(path: Annotated[Path, typer.Argument(help="The private key; PATH.pub is the public one.")]) -> None:
     """Make a node's key pair, at the site."""
-    from tsugiki.server.deploy import commands
+    from tsugiki.server.commands import deployment as commands
 
     commands.keys_new(path)
 
@@ -166,7 +166,7 @@ def keys_register(
     keys: Keys = Path("keys"),
 ) -> None:
     """Let a node take part."""
-    from tsugiki.server.deploy import commands
+    from tsugiki.server.commands import deployment as commands
 
     commands.keys_register(public, name, keys)
 
@@ -174,7 +174,7 @@ def keys_register(
 @keys_app.command("list", epilog="Example: tsugiki keys list")
 def keys_list(keys: Keys = Path("keys")) -> None:
     """List the registered nodes and their keys' fingerprints."""
-    from tsugiki.server.deploy import commands
+    from tsugiki.server.commands import deployment as commands
 
     commands.keys_list(keys)
 
@@ -182,7 +182,7 @@ def keys_list(keys: Keys = Path("keys")) -> None:
 @keys_app.command("revoke", epilog="Example: tsugiki keys revoke acme")
 def keys_revoke(name: Annotated[str, typer.Argument(help="The node's name.")], keys: Keys = Path("keys")) -> None:
     """Shut a node out."""
-    from tsugiki.server.deploy import commands
+    from tsugiki.server.commands import deployment as commands
 
     commands.keys_revoke(name, keys)
 
@@ -191,7 +191,7 @@ def keys_revoke(name: Annotated[str, typer.Argument(help="The node's name.")], k
 def compare(file: RunFile, overrides: Set = None, as_json: Json = False) -> None:
     """Compare federated training with centralised, local-only and no training, on the same data and steps."""
     from tsugiki.client.app import simulated_app
-    from tsugiki.server import commands
+    from tsugiki.server.commands import runs as commands
 
     commands.compare(file, overrides or [], as_json, simulated_app)
 
@@ -205,7 +205,7 @@ def budget(
     as_json: Json = False,
 ) -> None:
     """Plan privacy, and train nothing: the noise for a budget, what each adversary sees, what is left to learn."""
-    from tsugiki.server.budget import budget as plan
+    from tsugiki.server.budget.budget import budget as plan
 
     plan(file, overrides or [], dimension, plot, as_json)
 
@@ -254,7 +254,7 @@ def export(
     merged: Annotated[bool, typer.Option(help="Write a whole model with the adapter in its weights.")] = False,
 ) -> None:
     """Write a run's adapter in a form that others load, and prove in a fresh process that it works."""
-    from tsugiki.server import commands
+    from tsugiki.server.commands import runs as commands
 
     commands.export(run, target, which, merged)
 
@@ -298,7 +298,7 @@ def predict(
 @app.command(epilog="Example: tsugiki report runs/sst2")
 def report(run: RunFolder) -> None:
     """Write report.html: curves, bytes, seconds, and who was rejected why. It needs no network to read."""
-    from tsugiki.server import commands
+    from tsugiki.server.commands import runs as commands
 
     commands.report(run)
 
@@ -311,7 +311,7 @@ def config_init(
     strategy: Annotated[str, typer.Option(help="The strategy.")] = "fedavg",
 ) -> None:
     """Write a run file with every setting, its default and its meaning."""
-    from tsugiki.server import commands
+    from tsugiki.server.commands import runs as commands
 
     commands.config_init(file, task, method, strategy)
 
@@ -319,7 +319,7 @@ def config_init(
 @config_app.command("show", epilog="Example: tsugiki config show examples/sst2.toml --set train.learning_rate=1e-4")
 def config_show(file: RunFile, overrides: Set = None, as_json: Json = False) -> None:
     """Show what a run file resolves to, and which settings differ from their defaults."""
-    from tsugiki.server import commands
+    from tsugiki.server.commands import runs as commands
 
     commands.config_show(file, overrides or [], as_json)
 
@@ -327,7 +327,7 @@ def config_show(file: RunFile, overrides: Set = None, as_json: Json = False) -> 
 @config_app.command("schema", epilog="Example: tsugiki config schema > schema.json")
 def config_schema() -> None:
     """Print the JSON schema of all settings, of every task, method and strategy."""
-    from tsugiki.server import commands
+    from tsugiki.server.commands import runs as commands
 
     commands.config_schema()
 
@@ -371,7 +371,7 @@ def site_split(
 @app.command(epilog="Example: tsugiki doctor --json")
 def doctor(as_json: Json = False) -> None:
     """Look at this machine: versions, devices, what is missing, and what to do about it."""
-    from tsugiki.server import commands
+    from tsugiki.server.commands import runs as commands
 
     commands.doctor(as_json)
 

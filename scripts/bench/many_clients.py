@@ -26,7 +26,7 @@ import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.common.config import parse
 from tsugiki.common.files import read_lines
 from tsugiki.server.deploy.control import Control, executed
-from tsugiki.server.deploy.superlink import free_port, superlink
+from tsugiki.server.deploy.superlink_process import free_port, superlink
 from tsugiki.server.run.progress import Progress
 
 FROM_ROUND = 5

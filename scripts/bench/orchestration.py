@@ -36,7 +36,7 @@ from tsugiki.common.wire import AdapterSpec
 from tsugiki.server.app import run_federation
 from tsugiki.server.deploy import bundle
 from tsugiki.server.deploy.control import Control, executed
-from tsugiki.server.deploy.superlink import free_port, superlink
+from tsugiki.server.deploy.superlink_process import free_port, superlink
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.superlink import SuperlinkGrid
 from tsugiki.server.run.context import Parts

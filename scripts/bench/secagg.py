@@ -40,7 +40,7 @@ from tsugiki.common.files import read_lines
 from tsugiki.common.messages import HelloReply, PrivateReply, StageRequest, TrainRequest, beside, from_record, to_record
 from tsugiki.common.privacy.plan import Plan, make_plan, resolve
 from tsugiki.common.wire import AdapterSpec, encode_levels
-from tsugiki.server.demo import write_files
+from tsugiki.server.demo.run import write_files
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid
 from tsugiki.server.run.context import Parts

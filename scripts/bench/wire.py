@@ -28,8 +28,8 @@ from tests.support.serving import metrics, started, write_run
 from tsugiki.client.split import split
 from tsugiki.common.config import RunConfig
 from tsugiki.common.config_file import read
-from tsugiki.server.demo import write_files
-from tsugiki.server.deploy.superlink import free_port
+from tsugiki.server.demo.run import write_files
+from tsugiki.server.deploy.superlink_process import free_port
 
 CANARY = "the heron reads old letters"
 SITES = ("clinic", "logistics")

@@ -72,7 +72,7 @@ def main() -> None:
     ]
     show(f"The demo, seeds {options.seeds}", figures)
     if options.figure:
-        from tsugiki.server.figures import plot_comparison
+        from tsugiki.server.report.figures import plot_comparison
 
         rows = {
             "untouched": mean(values("untouched")),

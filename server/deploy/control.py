@@ -42,7 +42,7 @@ from flwr.superlink.grid import HttpGrid
 from tsugiki.common.errors import DeployError, UsageError
 from tsugiki.common.keys import read_public_key
 from tsugiki.server.deploy.keyring import registered
-from tsugiki.server.deploy.superlink import Endpoint
+from tsugiki.server.deploy.superlink_process import Endpoint
 from tsugiki.server.engines.superlink import SuperlinkGrid
 
 CLAIM_TIMEOUT_S = 20.0

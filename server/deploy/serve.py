@@ -17,7 +17,7 @@ from tsugiki.server.app import Outcome, run_federation
 from tsugiki.server.deploy import bundle
 from tsugiki.server.deploy.certs import CertificateFiles
 from tsugiki.server.deploy.control import Control, executed
-from tsugiki.server.deploy.superlink import Endpoint, Superlink, superlink
+from tsugiki.server.deploy.superlink_process import Endpoint, Superlink, superlink
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.run.progress import Progress
 

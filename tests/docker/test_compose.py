@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tsugiki.common.data.demo import COMPANIES
+from tsugiki.server.demo.data import COMPANIES
 
 FOLDER = Path(__file__).resolve().parents[2] / "docker"
 

@@ -14,7 +14,7 @@ from tests.support.serving import CANARY, hostile, metrics, serve_and_join, star
 from tests.support.tiny import tiny_bert
 from tsugiki.client.split import split
 from tsugiki.common.audit import verify
-from tsugiki.server.deploy.superlink import free_port
+from tsugiki.server.deploy.superlink_process import free_port
 
 pytestmark = pytest.mark.e2e
 

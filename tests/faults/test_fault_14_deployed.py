@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tests.support.serving import serve_and_join, started, tiny_run, write_run
-from tsugiki.server.deploy.superlink import free_port
+from tsugiki.server.deploy.superlink_process import free_port
 
 pytestmark = pytest.mark.e2e
 

@@ -13,7 +13,7 @@ from tsugiki.common.keys import new_key_pair, read_private_key
 from tsugiki.server.deploy.certs import make_certificates
 from tsugiki.server.deploy.control import Control
 from tsugiki.server.deploy.keyring import register, revoke
-from tsugiki.server.deploy.superlink import free_port, superlink
+from tsugiki.server.deploy.superlink_process import free_port, superlink
 
 pytestmark = pytest.mark.e2e
 

@@ -9,7 +9,7 @@ import pytest
 from tests.support.proxy import Proxy, proxied
 from tests.support.serving import CANARY, Place, metrics, serve_and_join, started, summary, tiny_run
 from tsugiki.client.app import simulated_app
-from tsugiki.server.deploy.superlink import free_port
+from tsugiki.server.deploy.superlink_process import free_port
 from tsugiki.server.run.simulate import simulate
 
 pytestmark = pytest.mark.e2e

@@ -16,7 +16,7 @@ from tsugiki.common.model import load_graft
 from tsugiki.common.tasks import TASKS
 from tsugiki.server import methods as module
 from tsugiki.server.methods import menu, methods, reasons
-from tsugiki.server.tables import size_text
+from tsugiki.server.report.tables import size_text
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tsugiki.common.files import read_lines
 from tsugiki.common.tasks import TASKS, Task
 from tsugiki.common.tasks.generation import Generation
 from tsugiki.common.wire import sha256, unpack
-from tsugiki.server.finished import choose, open_graft, read_config
+from tsugiki.server.export.finished import choose, open_graft, read_config
 from tsugiki.server.predict import ask, open_adapters, predict, predict_each, show
 
 HOW = Generation(max_new_tokens=4)

@@ -11,7 +11,7 @@ from pathlib import Path
 import tomli_w
 
 from tests.support.processes import BIN, ROOT, quiet_environment, running, wait_for_port
-from tsugiki.server.deploy.superlink import free_port
+from tsugiki.server.deploy.superlink_process import free_port
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tsugiki.client.split import split
 from tsugiki.common.config import RunConfig, parse
 from tsugiki.common.config_file import to_toml
 from tsugiki.common.files import read_lines
-from tsugiki.server.deploy.superlink import free_port
+from tsugiki.server.deploy.superlink_process import free_port
 
 HOSTILE = ROOT / "tests" / "support" / "hostile.py"
 

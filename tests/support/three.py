@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tsugiki.common.config import RunConfig
 from tsugiki.common.config_file import read
-from tsugiki.server.demo import write_files
+from tsugiki.server.demo.run import write_files
 
 COMPANIES = ("clinic", "logistics", "software")
 

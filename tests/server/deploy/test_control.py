@@ -11,7 +11,7 @@ from tsugiki.server.deploy import bundle, control
 from tsugiki.server.deploy.certs import make_certificates
 from tsugiki.server.deploy.control import Control, executed
 from tsugiki.server.deploy.keyring import register, revoke
-from tsugiki.server.deploy.superlink import free_port, superlink
+from tsugiki.server.deploy.superlink_process import free_port, superlink
 from tsugiki.server.engines.superlink import SuperlinkGrid
 
 pytestmark = pytest.mark.e2e

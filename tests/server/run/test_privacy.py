@@ -19,7 +19,7 @@ from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.privacy.mechanisms import MECHANISMS
 from tsugiki.common.privacy.plan import resolve
 from tsugiki.common.rng import seed_everything
-from tsugiki.server.report import write_report
+from tsugiki.server.report.page import write_report
 from tsugiki.server.run.privacy import open_privacy, rows_summary
 
 SITES = ["a", "b", "c", "d"]

@@ -1,0 +1,1 @@
+"""Plans of private runs, before anybody trains."""

@@ -1,0 +1,138 @@
+"""The privacy budget drawn: what can be learned with how many clients, and what rounds cost.
+
+The look is that of the report's figures (`server/report/figures.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from tsugiki.common.privacy.accounting import epsilon
+from tsugiki.common.privacy.mechanisms import Adversary
+from tsugiki.common.privacy.plan import Plan
+from tsugiki.server.budget.alternatives import everything_seen, noise_on_mean, without_slack
+from tsugiki.server.report import figures
+from tsugiki.server.report.figures import BLUE, GREEN, GREY, ORANGE, RED
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from tsugiki.server.budget.budget import Budget
+
+Points = dict[int, float]
+
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
+"""Lines that lie on each other stay visible."""
+_MODES = {"central": (BLUE, _DASHES[0]), "distributed": (ORANGE, _DASHES[1]), "local": (GREEN, _DASHES[0])}
+_VIEWS: dict[Adversary, tuple[str, str]] = {
+    "release": (BLUE, "models"),
+    "sums": (ORANGE, "server, secure aggregation"),
+    "uploads": (RED, "server, each upload"),
+}
+_FEW_DECADES = 500.0
+"""An axis that spans less has its 2 and 5 labelled, too."""
+_POINTS, _SAMPLED_POINTS = 25, 8  # an epsilon under sampling takes a tenth of a second
+
+
+def draw(budget: Budget, format_: str) -> bytes:
+    """Return a figure: the bound over the number of clients, and epsilon over the number of rounds.
+
+    Args:
+        budget: the numbers.
+        format_: `svg` or `png`.
+    """
+    from matplotlib.figure import Figure
+
+    with figures._style():
+        figure = Figure(figsize=(9.2, 4.4))
+        left, right = figure.subplots(1, 2)
+        _draw_bounds(left, budget)
+        _draw_epsilons(right, budget)
+        return figures._render(figure, format_)
+
+
+def bounds(budget: Budget) -> dict[str, Points]:
+    """Return each mode's signal-to-noise bound by the number of clients, all of which take part."""
+    found: dict[str, Points] = {}
+    most = max(10_000, 4 * budget.clients)
+    for row in budget.table:
+        if row.clients == budget.clients and row.noise_multiplier is not None:
+            plan = replace(budget.base, noise_multiplier=row.noise_multiplier)
+            counts = _geometric(min(10, budget.clients), most, _POINTS)
+            found[row.mode] = {n: noise_on_mean(without_slack(plan, row.mode, n), n).bound for n in counts}
+    return found
+
+
+def epsilons(plan: Plan) -> dict[Adversary, Points]:
+    """Return what each adversary's epsilon is after a number of rounds, for those to whom there is one."""
+    points = _SAMPLED_POINTS if plan.sampling_probability < 1 else _POINTS
+    rounds = {*_geometric(1, max(10, 2 * plan.rounds), points), plan.rounds}
+    seen = {who: release for who, release in everything_seen(plan).items() if release.noise_multiplier > 0}
+    return {
+        who: {count: epsilon({release: count}, plan.delta) for count in sorted(rounds)} for who, release in seen.items()
+    }
+
+
+def _geometric(first: int, last: int, points: int) -> list[int]:
+    ratio = (last / first) ** (1 / (points - 1))
+    return list(dict.fromkeys(round(first * ratio**index) for index in range(points)))
+
+
+def _draw_bounds(axes: Axes, budget: Budget) -> None:
+    for mode, points in bounds(budget).items():
+        colour, dashes = _MODES.get(mode, (GREY, "-"))
+        axes.plot(list(points), list(points.values()), color=colour, linestyle=dashes, label=mode)
+    axes.axhline(1.0, color=GREY, linestyle=":", label="noise as long as the longest mean")
+    if budget.assessment is None:
+        axes.axvline(
+            budget.clients, color=GREY, linestyle="-.", linewidth=1.2, label=f"this run: n = {budget.clients:,}"
+        )
+    elif math.isfinite(bound := budget.assessment.noise[-1].bound):
+        label = f"this plan: n = {budget.clients:,}, {bound:.3g}"
+        axes.plot([budget.clients], [bound], "*", color=RED, markersize=12, linestyle="none", label=label, zorder=4)
+    title = f"epsilon {budget.target_epsilon:.4g}, {budget.base.rounds:,} rounds, {budget.size.total:,} parameters"
+    axes.set_title(title, loc="left", fontsize=10)
+    _finish(axes, "clients in a round (n)", "signal / noise, at most")
+
+
+def _draw_epsilons(axes: Axes, budget: Budget) -> None:
+    plan = _shown(budget)
+    for (who, points), dashes in zip(epsilons(plan).items(), _DASHES, strict=False):
+        colour, label = _VIEWS[who]
+        axes.plot(list(points), list(points.values()), color=colour, linestyle=dashes, label=label)
+    for who, release in everything_seen(plan).items():
+        if release.noise_multiplier <= 0:
+            axes.plot([], [], linestyle="none", label=f"{_VIEWS[who][1]}: no limit")
+    axes.axhline(budget.target_epsilon, color=GREY, linestyle=":", label=f"epsilon {budget.target_epsilon:.4g}")
+    axes.axvline(plan.rounds, color=GREY, linestyle="-.", linewidth=1.2, label=f"this run: T = {plan.rounds:,}")
+    title = f"mode {plan.mode}, z = {plan.noise_multiplier:g}, delta = {plan.delta:g}"
+    axes.set_title(title, loc="left", fontsize=10)
+    _finish(axes, "rounds (T)", "epsilon after T rounds")
+
+
+def _shown(budget: Budget) -> Plan:
+    """Return the run's plan; where it has no noise, that of the table's in mode distributed, if there is one."""
+    if budget.assessment is not None and budget.base.noise_multiplier > 0:
+        return budget.assessment.plan
+    for row in budget.table:
+        if row.mode == "distributed" and row.clients == budget.clients and row.noise_multiplier is not None:
+            plan = without_slack(budget.base, row.mode, row.clients)
+            return replace(plan, noise_multiplier=row.noise_multiplier)
+    return budget.base
+
+
+def _finish(axes: Axes, horizontal: str, vertical: str) -> None:
+    """Make both axes logarithmic, with plain numbers, and put the legend below."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < _FEW_DECADES else (1,)))
+        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))  # the usual one writes mathematics
+        axis.set_minor_locator(NullLocator())
+    axes.set_xlabel(horizontal)
+    axes.set_ylabel(vertical)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2, borderaxespad=0)

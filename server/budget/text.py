@@ -1,0 +1,245 @@
+"""The privacy budget in words and tables, for a terminal of 80 columns or a log."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from tsugiki.common.privacy.mechanisms import MECHANISMS, Adversary
+from tsugiki.server.budget.alternatives import Lever, Row
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from tsugiki.server.budget.assessment import Assessment, View
+    from tsugiki.server.budget.budget import Budget, Size
+
+_UNPROTECTED: dict[Adversary, str] = {
+    "release": "none: they see the means as they are",
+    "sums": "none: it sees the sums as they are",
+    "uploads": "none: it sees the updates as they are",
+}
+_VERDICTS = {
+    "hopeless": ("red", "Nothing can be learned like this."),
+    "hard": ("yellow", "Hard: little can be learned like this."),
+    "possible": ("green", "Something can be learned like this."),
+    "no-noise": ("yellow", "No noise: learning is not disturbed, and nothing bounds what the models give away."),
+}
+_LEVERS = {"clients": "clients in a round (n)", "parameters": "parameters (d)", "rounds": "rounds (T)"}
+
+_EMPTY_PROMISE = 20.0
+"""At a larger epsilon, what was believed possible one time in 10^8 may become likely."""
+
+
+def show(budget: Budget, file: Path, plot: Path | None = None, console: Console | None = None) -> None:
+    """Print everything.
+
+    Args:
+        budget: the numbers.
+        file: the run's, for a command to try next.
+        plot: a figure that was written.
+        console: None: standard output.
+    """
+    console = console or Console(highlight=False)
+    for part in _parts(budget, file):
+        console.print(part, soft_wrap=isinstance(part, Text))
+    if plot is not None:
+        console.print(f"plot: {plot}", soft_wrap=True, markup=False)
+
+
+def _parts(budget: Budget, file: Path) -> Iterator[RenderableType]:
+    found = budget.assessment
+    if found is None:
+        yield from _unprotected(budget, file)
+    else:
+        yield _heading(f"{budget.run}: mode {budget.mode}, {MECHANISMS.get(budget.mode).title}")
+        yield from _plan(budget, found)
+        yield _heading("What each adversary may learn about a client in all rounds together (epsilon)")
+        yield from _adversaries(found)
+        yield _heading("What the noise leaves of a round's mean update")
+        yield from _learning(found)
+        if found.growth > 1 or found.dropouts:
+            yield _heading("What it costs if clients drop out, and if none does")
+            yield from _dropouts(found)
+    yield _heading("Other modes, other numbers of clients")
+    yield from _table(budget)
+
+
+def _heading(text: str) -> Text:
+    return Text(f"\n{text}", style="bold")
+
+
+def _indented(content: RenderableType) -> Padding:
+    return Padding(content, (0, 0, 0, 2), expand=False)
+
+
+def _paragraph(*sentences: str, style: str = "") -> Padding:
+    return _indented(Text(" ".join(sentence for sentence in sentences if sentence), style=style))
+
+
+def _pairs(rows: list[tuple[str, str]]) -> Padding:
+    grid = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        grid.add_row(Text(name), Text(value))
+    return _indented(grid)
+
+
+def _unprotected(budget: Budget, file: Path) -> Iterator[RenderableType]:
+    yield _heading(f"{budget.run}: mode none, nothing bounds what an update gives away")
+    yield _pairs([("rounds (T)", f"{budget.base.rounds:,}"), ("parameters (d)", _size(budget.size))])
+    yield _paragraph(
+        f"Below is what each mode would cost at epsilon {_short(budget.target_epsilon)}. More about one of them:"
+    )
+    settings = f"--set privacy.mode=distributed --set privacy.target_epsilon={_short(budget.target_epsilon)}"
+    yield Text(f"  tsugiki budget {shlex.quote(str(file))} {settings}")
+
+
+def _plan(budget: Budget, found: Assessment) -> Iterator[RenderableType]:
+    plan = found.plan
+    source = f"calibrated for epsilon {_short(plan.target_epsilon)}" if found.calibrated else "as given"
+    source += " (assumed: the run file has no budget)" if found.calibrated and budget.assumed else ""
+    average = f", on average: each with q = {plan.sampling_probability:g}" if plan.denominator else ""
+    honest = f", {plan.honest_fraction:.4g} of them honest (h)" if plan.honest_fraction < 1 else ""
+    rows = [
+        ("clients enrolled (N)", f"{plan.enrolled_clients:,}"),
+        ("clients in a round (n)", f"{budget.clients:,}{average}"),
+        ("least clients in a sum (n_min)", f"{plan.min_clients:,}{honest}"),
+        ("rounds (T)", f"{plan.rounds:,}"),
+        ("clip norm (C)", f"{plan.clip_norm:g}"),
+        ("noise multiplier (z)", f"{plan.noise_multiplier:g}, {source}" if plan.noise_multiplier else "0: no noise"),
+        ("delta", f"{plan.delta:g}"),
+        ("parameters (d)", _size(budget.size)),
+        ("integers", f"modulo 2^{plan.modulus_bits}, {plan.levels:,} to a clip norm"),
+    ]
+    secure = [("secure aggregation", "yes" if plan.secure_aggregation else "no")]
+    yield _pairs(rows + (secure if plan.mode == "distributed" else []))
+    if found.rounds_allowed < plan.rounds:
+        ends = f"The budget of {_short(plan.target_epsilon)} ends the run after {found.rounds_allowed:,} of its rounds."
+        yield _paragraph(ends, style="red")
+    if not plan.private and plan.noise_multiplier:
+        yield _paragraph("NOT PRIVATE: the noise follows from privacy.insecure_noise_seed.", style="red")
+
+
+def _size(size: Size) -> str:
+    parts = "" if not size.head else f": {size.adapter:,} of the adapter, {size.head:,} of the head"
+    other = "no" if size.freeze_a == "yes" else "yes"
+    return f"{size.total:,}{parts}" + (
+        "" if size.otherwise is None else f'\n{size.otherwise:,} with adapter.freeze_a = "{other}"'
+    )
+
+
+def _adversaries(found: Assessment) -> Iterator[RenderableType]:
+    plan = found.plan
+    rows = [(_who(view), _spoken(view)) for view in found.views]
+    if found.strict_epsilon is not None:
+        rows.append(("the same between any two updates, where z counts half", _epsilon(found.strict_epsilon)))
+    yield _pairs(rows)
+    if plan.sampling_probability < 1:
+        cohort = "Who is in a round is drawn by secret coins, and the epsilon of the models counts on that secret."
+    else:
+        cohort = "The cohort counts as fixed and known: no amplification by sampling, every client in every round."
+    compared = f"Delta is {plan.delta:g}; a client that takes part is compared with one that takes part with nothing."
+    yield _paragraph(cohort, compared, "Earlier runs on the same clients and repeated rounds come on top.")
+
+
+def _who(view: View) -> str:
+    switched = {"sums": "with", "uploads": "without"}.get(view.who, "")
+    return view.words if view.here else f"{view.words} ({switched} secure aggregation)"
+
+
+def _spoken(view: View) -> str:
+    if math.isinf(view.epsilon):
+        return _UNPROTECTED[view.who]
+    return _epsilon(view.epsilon) + ("" if view.budget is None else f", budget {_short(view.budget)}")
+
+
+def _learning(found: Assessment) -> Iterator[RenderableType]:
+    table = Table(box=SIMPLE, pad_edge=False)
+    for name in ("clients", "noise on a coordinate", "norm of the noise", "signal / noise at most"):
+        table.add_column(name, justify="right")
+    for noise in found.noise:
+        table.add_row(f"{noise.clients:,}", _short(noise.coordinate), _short(noise.norm), _ratio(noise.bound))
+    yield _indented(table)
+    colour, verdict = _VERDICTS[found.verdict]
+    bound, rounds = found.noise[-1].bound, found.plan.rounds
+    why = f"In a round, signal / noise is at most {_ratio(bound)}, because no mean update is longer than the clip norm"
+    total = f"; summed over {rounds:,} rounds that all pull the same way, at most {_ratio(bound * math.sqrt(rounds))}."
+    yield _paragraph(verdict, "" if math.isinf(bound) else why + total, style=colour)
+    if found.levers:
+        yield _paragraph("Each of these alone, with the noise found anew, would make the bound of a round 1:")
+        yield _pairs([(f"  {_LEVERS.get(lever.name, lever.name)}", _lever(lever)) for lever in found.levers])
+        if found.plan.min_clients < found.noise[-1].clients:
+            yield _paragraph("The least number of clients in a sum is to grow in proportion.")
+
+
+def _lever(lever: Lever) -> str:
+    if lever.needed is None:
+        return f"no number is enough, now {_short(lever.now)}"
+    delta = "" if lever.delta is None else f", and delta {lever.delta:g}"
+    empty = ", which promises nothing" if lever.name == "epsilon" and lever.needed > _EMPTY_PROMISE else ""
+    return f"{_short(lever.needed)} instead of {_short(lever.now)}{delta}{empty}"
+
+
+def _dropouts(found: Assessment) -> Iterator[RenderableType]:
+    least = found.plan.min_clients
+    if found.dropouts:
+        yield _paragraph(f"A sum over fewer than {least:,} clients lacks noise. Opened all the same in every round:")
+        rows = [(f"  {one.clients:,} of {least:,} clients", _epsilon(one.epsilon)) for one in found.dropouts]
+        yield _pairs([(clients, f"epsilon of the models {spent}") for clients, spent in rows])
+        yield _paragraph("The program refuses to open such a sum; the round is void.")
+    if found.growth > 1:
+        every = f"With all {found.noise[-1].clients:,} clients, a sum has {found.growth:.3g} times the noise it needs"
+        yield _paragraph(f"{every}, sqrt(n / (h n_min)).")
+
+
+def _table(budget: Budget) -> Iterator[RenderableType]:
+    plan, modes = budget.base, len(MECHANISMS.names())
+    assumed = " (assumed)" if budget.assumed else ""
+    yield _paragraph(
+        f"At epsilon {_short(budget.target_epsilon)}{assumed}, delta {plan.delta:g}, {plan.rounds:,} rounds, clip norm "
+        f"{plan.clip_norm:g}, {plan.dimension:,} parameters; with all n clients in every sum."
+    )
+    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("n", "mode", "z", "noise", "bound", "release", "sums", "uploads"):
+        table.add_column(name, justify="left" if name == "mode" else "right")
+    for number, row in enumerate(budget.table, 1):
+        style = "bold" if row.clients == budget.clients else ""
+        table.add_row(*_cells(row), end_section=number % modes == 0, style=style)
+    yield _indented(table)
+    yield _paragraph(
+        "noise: standard deviation on a coordinate of the mean. bound: signal / noise at most, in a round. release, "
+        "sums, uploads: epsilon of those who see the models, of the server with secure aggregation and without; "
+        "none: it sees updates as they are.",
+        "refused: delta is not below 1 / N, or the noise too much to be drawn."
+        if any(not row.noise for row in budget.table)
+        else "",
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    if row.noise is None or row.noise_multiplier is None:
+        return [f"{row.clients:,}", row.mode, "refused"]
+    numbers = [f"{row.noise_multiplier:g}", f"{row.noise.coordinate:.3g}", _ratio(row.noise.bound)]
+    spent = ["-" if who not in row.epsilon else _epsilon(row.epsilon[who]) for who in _UNPROTECTED]
+    return [f"{row.clients:,}", row.mode, *numbers, *spent]
+
+
+def _epsilon(value: float) -> str:
+    return "none" if math.isinf(value) else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def _ratio(value: float) -> str:
+    return "no limit" if math.isinf(value) else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) or value >= 10_000 else f"{value:.4g}"

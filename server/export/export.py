@@ -1,0 +1,155 @@
+"""Export a run's adapter: written for the libraries that will load it, and proved before it is in place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tsugiki.common.config import RunConfig
+from tsugiki.common.data.pixels import PREPROCESSING
+from tsugiki.common.errors import ExportError, StorageError
+from tsugiki.common.exported import is_hub_id, write_exported
+from tsugiki.common.files import read_lines, unwritable
+from tsugiki.common.model import Graft, find
+from tsugiki.server.export.card import Export, Kind, card, is_sentence_transformer, loading_code, loads_itself
+from tsugiki.server.export.check import expect, prove
+from tsugiki.server.export.finished import Which, choose, open_graft, read_config
+
+
+def export(folder: Path, target: Path | None = None, *, which: Which = "best", merged: bool = False) -> Path:
+    """Write a run's adapter so that other programs can load it, and return where.
+
+    A fresh process loads what was written, by its base's public name, and has to find the outputs of the run's own
+    model; only then does the export get its place.
+
+    Args:
+        folder: the run's.
+        target: a new or empty folder; by default `adapter/`, or `merged/`, in the run's folder.
+        which: the best adapter, or that of the last checkpoint.
+        merged: add the adapter to the base's weights and write a whole model.
+
+    Raises:
+        ExportError: `no-public-name`, `export-unsupported`, `merge-unsupported`, `spec-mismatch`, or the proof failed:
+            see `tsugiki.server.export.check.prove`. Nothing is left behind.
+        StorageError: the run's files or the target cannot be used.
+        ModelError: the base model cannot be loaded.
+    """
+    config = read_config(folder)
+    base_name = _public_name(config, merged)
+    target = _empty(target or folder / ("merged" if merged else "adapter"))
+    graft = open_graft(folder, config)
+    chosen = choose(folder, config, graft, which)
+    graft.write(chosen.vector)
+    kind: Kind = "merged" if merged else graft.method.export_format
+    base_folder, expected = find(config.model.name), expect(graft)
+    code, lines = loading_code(graft, config, kind, base_folder), read_lines(folder / "metrics.jsonl")
+    made = Export(kind, code, base_name, base_folder, chosen.round, lines, expected.effect > 0)
+    with _built(target) as building:
+        _write(graft, building, made, config.model.dtype)
+        (building / "README.md").write_text(card(graft, config, made), "utf-8")
+        _share(building)
+        prove(building, made, graft, expected)
+    return target
+
+
+def _public_name(config: RunConfig, merged: bool) -> str:
+    """Return what the export names as its base: a hub id, never a folder of this machine."""
+    name = config.model.exported_name
+    public = is_hub_id(name) and (bool(config.model.public_name) or not Path(name).is_dir())
+    if not public and not merged:
+        raise ExportError(
+            f"the run has no public name for its base: model.name = {config.model.name!r}, "
+            f"model.public_name = {config.model.public_name!r}",
+            'a hub id under which others find the base, as "org/model"',
+            "set model.public_name in the run's config.toml, or use --merged, if the method can be merged",
+            code="no-public-name",
+        )
+    return name if public else ""
+
+
+def _empty(target: Path) -> Path:
+    """Return the target as an absolute path, if nothing is there."""
+    target = target.absolute()
+    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+        raise StorageError(
+            f"{target} is there already",
+            "a new or empty folder",
+            "remove it, or export to another",
+            code="export-exists",
+        )
+    return target
+
+
+@contextmanager
+def _built(target: Path) -> Iterator[Path]:
+    """Lend a folder beside the target, which becomes the target if the `with` block ends well, and else is gone."""
+    from safetensors import SafetensorError
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as workshop:
+            building = Path(workshop) / "export"
+            building.mkdir()
+            yield building
+            building.rename(target)
+    except OSError as error:
+        raise unwritable(target, error) from error
+    except SafetensorError as error:  # what a full disk becomes in that library
+        raise StorageError(
+            f"cannot write {target}: {error}", "a writable folder with free space", "free some space", code="disk-full"
+        ) from error
+
+
+def _write(graft: Graft, folder: Path, export: Export, dtype: str) -> None:
+    """Write everything but the card. A sentence embedder's head, which its loss alone reads, stays behind."""
+    kind, base_name = export.kind, export.base_name
+    transformer, network = graft.base.transformer, graft.base.network
+    headless = is_sentence_transformer(graft) and bool(graft.base.heads)
+    written = graft.method.without_heads(transformer) if headless else transformer
+    if graft.base.tokenizer is not None and not is_sentence_transformer(graft):
+        graft.base.tokenizer.save_pretrained(folder)
+    if kind == "merged":
+        whole = graft.method.merge(written)
+        if is_sentence_transformer(graft):
+            graft.task.graft(graft.base, whole)
+            try:
+                network.save(str(folder), create_model_card=False)
+            finally:
+                graft.task.graft(graft.base, transformer)
+        else:
+            whole.save_pretrained(folder)
+            if (said := export.base_folder / PREPROCESSING).is_file():  # how the model wants its images
+                (folder / PREPROCESSING).write_bytes(said.read_bytes())
+        return
+    if kind == "peft" and loads_itself(graft, kind):
+        transformer.save_pretrained = _nothing  # the method writes the adapter, under the public name of its base
+        try:
+            network.save(str(folder), create_model_card=False)
+        finally:
+            del transformer.save_pretrained
+    graft.method.save(written, folder, base_name)
+    write_exported(folder, graft, dtype, base_name, headless=headless)
+    if kind == "peft":
+        _sort(folder / "adapter_config.json")
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _sort(path: Path) -> None:
+    """Give a PEFT configuration the same bytes in every process: peft writes sets in the order of their hashes."""
+    body = json.loads(path.read_bytes())
+    body |= {key: sorted(body[key]) for key in ("target_modules", "feedforward_modules") if body.get(key)}
+    path.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _share(folder: Path) -> None:
+    """Give the tensors the card's permissions: safetensors writes files that only their owner can read."""
+    mode = (folder / "README.md").stat().st_mode
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(mode)

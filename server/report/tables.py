@@ -1,0 +1,226 @@
+"""The report's words and tables: what happened, site by site, against the baselines, and with which fingerprints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from tsugiki.server.report.run_files import (
+    Run,
+    SiteSum,
+    baseline_metrics,
+    central_curves,
+    drawable,
+    judged_line,
+    sum_sites,
+)
+
+MOST_OPEN_ROWS = 30
+"""A longer table is folded away."""
+
+Cell = str | int | float | None
+
+
+def story(run: Run) -> list[str]:
+    """Return what happened, in sentences."""
+    return [sentence for sentence in (_training(run), _outcome(run), _voided(run), _traffic(run)) if sentence]
+
+
+def _training(run: Run) -> str:
+    rounds, sites = run.summary.get("rounds", 0), len({site for line in run.attempts for site in line["cohort"]})
+    what = f"{run.summary.get('method', 'an')} adapter for {run.summary.get('task', 'its task')}"
+    if not rounds:
+        return f"No round was completed: the {what} is as it was before training."
+    early = ", stopping before the rounds that were planned" if run.summary.get("stopped") == "early" else ""
+    averaged = f"with {run.summary.get('strategy', 'the server')} averaging their updates"
+    return f"{_count(sites, 'site')} trained one {what} in {_count(rounds, 'round')}, {averaged}{early}."
+
+
+def _outcome(run: Run) -> str:
+    before, after, metric = run.summary.get("before"), run.summary.get("after"), run.monitor
+    if not before or not after or metric not in before or metric not in after:
+        return "There was no central evaluation, so nothing here says whether the model became better."
+    start, end = before[metric], after[metric]
+    if run.best_round == 0:
+        return f"No round was better than the start: {metric} {start:.4g} on the operator's held-out rows."
+    change = f"from {start:.4g} before training to {end:.4g} ({end - start:+.3g})"
+    return f"On the operator's held-out rows {metric} went {change}, best after round {run.best_round}."
+
+
+def _voided(run: Run) -> str:
+    voided = len(run.lines) - len(run.completed)
+    if not voided:
+        return ""
+    were = "attempt at a round was" if voided == 1 else "attempts at rounds were"
+    return f"{voided} {were} voided, because too few replies were accepted; that left the model unchanged."
+
+
+def _traffic(run: Run) -> str:
+    adapter, head = (run.summary.get(f"{part}_parameters", 0) for part in ("adapter", "head"))
+    head_too = f" and {head:,} of the task's head" if head else ""
+    asked = sum(len(line["cohort"]) for line in run.attempts)
+    size = sum(line.get("bytes_down", 0) for line in run.attempts) / asked if asked else run.spec.get("size_bytes", 0)
+    return (
+        f"Only the adapter travelled: {adapter:,} parameters{head_too}, {size_text(size)} to each site in a round, "
+        "and as much back. The base model stayed frozen."
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def size_text(size_bytes: float) -> str:
+    """Return a number of bytes with a decimal prefix."""
+    for unit in ("B", "kB", "MB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.3g} GB"
+
+
+def compared(run: Run) -> dict[str, dict[str, float]]:
+    """Return the federated metrics among the baselines, by label, from the least shared to the most."""
+    rows = baseline_metrics(run)
+    after = run.summary.get("after")
+    if after:
+        rows[f"federated, round {run.best_round}"] = after
+    order = ("untouched", "local-only", "federated", "centralised")
+    return dict(
+        sorted(rows.items(), key=lambda row: next(i for i, label in enumerate(order) if row[0].startswith(label)))
+    )
+
+
+def sections(run: Run) -> list[str]:
+    """Return the tables, each under its heading."""
+    return [
+        section
+        for section in (_comparison(run), _sites(run), _rounds(run), _config(run), _fingerprints(run))
+        if section
+    ]
+
+
+def _comparison(run: Run) -> str:
+    rows = compared(run)
+    if not run.baselines or not rows:
+        return ""
+    metrics = list(dict.fromkeys(name for found in rows.values() for name in found))
+    return (
+        "<h2>Against the baselines</h2>\n<p>All measured on the operator's held-out rows. Local-only: each site "
+        "trained alone, and its own adapter was measured. Centralised: all rows in one place.</p>\n"
+        + _table(["", *metrics], [[name, *(found.get(m) for m in metrics)] for name, found in rows.items()])
+        + _local(run)
+    )
+
+
+def _local(run: Run) -> str:
+    local = run.baselines.get("local", {})
+    if not local:
+        return ""
+    return _folded("Each site alone", _by_site(local))
+
+
+def _sites(run: Run) -> str:
+    sites = sum_sites(run)
+    if not sites:
+        return ""
+    head = ["site", "rows", "asked", "accepted", "rejected", "why", "mean seconds", "last loss", "bytes up"]
+    table = _table(head, [_site(site) for site in sites])
+    note = (
+        "<p>Rows, seconds and loss are what the sites report; rows never count for more than a site announced. "
+        "Rejected includes requests without a reply (dropout). Bytes are those of accepted updates.</p>\n"
+    )
+    many = len(sites) > MOST_OPEN_ROWS
+    return f"<h2>Sites</h2>\n{note}" + (_folded(_count(len(sites), "site"), table) if many else table) + _at_sites(run)
+
+
+def _at_sites(run: Run) -> str:
+    judged = judged_line(run)
+    if not judged:
+        return ""
+    found = judged["sites_eval"]
+    return _folded(f"On each site's own evaluation rows, after round {judged['round']}", _by_site(found))
+
+
+def _by_site(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a table with a line for each site and a column for each metric."""
+    metrics = list(dict.fromkeys(name for entry in found.values() for name in entry))
+    return _table(["site", *metrics], [[site, *(found[site].get(m) for m in metrics)] for site in sorted(found)])
+
+
+def _site(site: SiteSum) -> list[Cell]:
+    why = ", ".join(f"{reason} × {count}" for reason, count in site.rejected.items())  # noqa: RUF001  # a multiplication sign
+    if site.detail:
+        why += f" (last: {site.detail[:160]})"
+    refused = sum(site.rejected.values())
+    return [
+        site.name, site.rows, site.asked, site.accepted, refused, why, site.mean_seconds, site.last_loss, site.bytes_up
+    ]  # fmt: skip
+
+
+def _rounds(run: Run) -> str:
+    """Return the numbers behind the figures."""
+    metrics = list(central_curves(run))
+    lora = ["aggregation error"] if any("aggregation_error" in line for line in run.lines) else []
+    head = ["round", "asked", "accepted", "training loss", *lora, *metrics, "seconds", ""]
+    rows: list[list[Cell]] = [
+        [
+            line["round"],
+            len(line.get("cohort", ())),
+            len(line.get("accepted", ())),
+            line.get("train_loss"),
+            *(line.get("aggregation_error") for _ in lora),
+            *(line.get("eval", {}).get(metric) for metric in metrics),
+            sum(map(drawable, line.get("seconds", {}).values())),
+            "voided" if line.get("voided") else "best" if line["round"] == run.best_round else "",
+        ]
+        for line in run.lines
+    ]
+    return f"<h2>Rounds</h2>\n{_folded('The numbers behind the figures', _table(head, rows))}"
+
+
+def _config(run: Run) -> str:
+    text = escape(run.config) if run.config else "config.toml is missing."
+    return f"<h2>Configuration</h2>\n{_folded('config.toml, with every default filled in', f'<pre>{text}</pre>')}"
+
+
+def _fingerprints(run: Run) -> str:
+    rows: list[list[Cell]] = [
+        ["base model (SHA-256 of its tensors)", run.summary.get("base_fingerprint")],
+        ["adapter spec", run.spec.get("sha256")],
+        ["adapter after the last round", run.summary.get("adapter_sha256")],
+        ["best adapter", run.summary.get("best_sha256")],
+        ["device and threads of the server", f"{run.summary.get('device', '?')}, {run.summary.get('threads', '?')}"],
+    ]
+    return f"<h2>Fingerprints</h2>\n{_table(['of', 'value'], rows)}"
+
+
+def _folded(title: str, body: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>\n{body}</details>\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """Return a table; everything in it is escaped, and columns with numbers are set right."""
+    kinds = ["number" if any(_is_number(row[column]) for row in rows) else "text" for column in range(len(head))]
+    cells = [f'<th class="{kind}">{_text(name)}</th>' for kind, name in zip(kinds, head, strict=True)]
+    lines = [f"<tr>{''.join(cells)}</tr>"]
+    for row in rows:
+        cells = [f'<td class="{kind}">{_text(cell)}</td>' for kind, cell in zip(kinds, row, strict=True)]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>\n"
+
+
+def _is_number(cell: Any) -> bool:
+    return isinstance(cell, int | float)
+
+
+def _text(cell: Cell) -> str:
+    """Return a cell as escaped text, without characters that could disguise their neighbours."""
+    if cell is None:
+        return "–"  # noqa: RUF001  # a dash for a value that is not there
+    if isinstance(cell, float):
+        return f"{cell:.4g}"
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    return escape("".join(letter if letter.isprintable() else "?" for letter in cell))
