@@ -14,10 +14,10 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from tsugiki.client import prepare, secagg
-from tsugiki.client.cohort import train_openly, train_privately
-from tsugiki.client.job import Job
-from tsugiki.client.simulated import SimulatedSite, simulated_sites
-from tsugiki.client.site import Site, site_of_node
+from tsugiki.client.site.simulated import SimulatedSite, simulated_sites
+from tsugiki.client.site.site import Site, site_of_node
+from tsugiki.client.training.cohort import train_openly, train_privately
+from tsugiki.client.training.job import Job
 from tsugiki.common import __version__, minor
 from tsugiki.common.config import RunConfig
 from tsugiki.common.device import device_notes

@@ -14,8 +14,8 @@ from tsugiki.common.errors import UsageError
 from tsugiki.common.settings import NAME_PATTERN
 
 if TYPE_CHECKING:
-    from tsugiki.client.lr_find import Sweep
-    from tsugiki.client.site import FileSite
+    from tsugiki.client.site.site import FileSite
+    from tsugiki.client.training.lr_find import Sweep
     from tsugiki.common.config import RunConfig
 
 _TEMPLATE = """\
@@ -86,7 +86,7 @@ def site_split(file: Path, folder: Path, overrides: Sequence[str]) -> None:
     Raises:
         TsugikiError: the run cannot be split, or a folder cannot be written.
     """
-    from tsugiki.client.split import split
+    from tsugiki.client.site.split import split
     from tsugiki.common import config_file
 
     for path in split(config_file.read(file, overrides), folder):
@@ -99,13 +99,13 @@ def client(server: str, site_file: Path, ca: Path | None, key: Path | None, inse
     Raises:
         TsugikiError: the site's file is wrong, or the server cannot be reached or refuses this node.
     """
-    from tsugiki.client import status
     from tsugiki.client.app import app
-    from tsugiki.client.channel import Link, Stopping
-    from tsugiki.client.connection import Connection
-    from tsugiki.client.node import Ending, Node
+    from tsugiki.client.node import status
+    from tsugiki.client.node.channel import Link, Stopping
+    from tsugiki.client.node.connection import Connection
+    from tsugiki.client.node.node import Ending, Node
     from tsugiki.client.prepare import watch_training
-    from tsugiki.client.site import read_site
+    from tsugiki.client.site.site import read_site
     from tsugiki.common.keys import read_private_key
 
     site = read_site(site_file)
@@ -146,7 +146,7 @@ def dry_run(site_file: Path, run: Path, overrides: Sequence[str]) -> None:
     from flwr.app import Array
 
     from tsugiki.client.dry_run import replies
-    from tsugiki.client.site import read_site
+    from tsugiki.client.site.site import read_site
 
     site = read_site(site_file)
     config = _as_sent(site, run, overrides)
@@ -187,7 +187,7 @@ def lr_find(
     from rich.console import Console
     from rich.progress import Progress
 
-    from tsugiki.client.lr_find import check_plot, draw, find_rate
+    from tsugiki.client.training.lr_find import check_plot, draw, find_rate
     from tsugiki.common import config_file
 
     if plot is not None:
@@ -241,7 +241,7 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
     Raises:
         TsugikiError: of the step that fails.
     """
-    from tsugiki.client.site import read_site
+    from tsugiki.client.site.site import read_site
     from tsugiki.common.tasks import TASKS
 
     site = read_site(file)
@@ -256,7 +256,7 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
     _say(f"{site.data.train}: {len(shard)} rows for {config.task.name}{_noted(shard.notes)}")
     kept = site.evaluation_shard(task)
     _say(f"{site.data.evaluation}: {len(kept)} rows" if kept else "no evaluation rows")
-    from tsugiki.client.desk import load_at
+    from tsugiki.client.cache import load_at
     from tsugiki.client.prepare import own_rank
     from tsugiki.common.device import device_notes
     from tsugiki.common.factors import sent

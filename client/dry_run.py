@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tsugiki.client.app import make_app
-from tsugiki.client.desk import load_at
-from tsugiki.client.policy import SitePolicy
-from tsugiki.client.site import FileSite
+from tsugiki.client.cache import load_at
+from tsugiki.client.site.policy import SitePolicy
+from tsugiki.client.site.site import FileSite
 from tsugiki.common import __version__
 from tsugiki.common.config import RunConfig
 from tsugiki.common.errors import UsageError

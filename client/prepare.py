@@ -7,13 +7,13 @@ from functools import partial
 
 from flwr.app import ArrayRecord, RecordDict
 
-from tsugiki.client import dp_sgd
-from tsugiki.client.budget import site_ledger, spend
-from tsugiki.client.cohort import asked_clients, row_releases
-from tsugiki.client.desk import Desk
-from tsugiki.client.job import Job
-from tsugiki.client.site import Site
-from tsugiki.client.trainer import Watch, steps_per_round
+from tsugiki.client.cache import Desk
+from tsugiki.client.site.ledger import site_ledger, spend
+from tsugiki.client.site.site import Site
+from tsugiki.client.training import dp_sgd
+from tsugiki.client.training.cohort import asked_clients, row_releases
+from tsugiki.client.training.job import Job
+from tsugiki.client.training.trainer import Watch, steps_per_round
 from tsugiki.common.config import RunConfig
 from tsugiki.common.errors import DataError, PolicyError, SpecError, WireError
 from tsugiki.common.messages import EvaluateRequest, TrainRequest, site_config

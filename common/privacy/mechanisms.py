@@ -7,8 +7,8 @@ three adversaries, each with a ledger of its own:
 - `sums`: a curious server under secure aggregation; it sees the sums that were opened, and who is in them.
 - `uploads`: a curious server without secure aggregation; it sees what each site sends.
 
-A fourth ledger, `rows`, belongs to another promise: DP-SGD at a site protects one row of it (`client/dp_sgd.py`). It is
-kept by the site alone and never added to the others, which protect a whole client.
+A fourth ledger, `rows`, belongs to another promise: DP-SGD at a site protects one row of it
+(`client/training/dp_sgd.py`). It is kept by the site alone and never added to the others, which protect a whole client.
 """
 
 from __future__ import annotations

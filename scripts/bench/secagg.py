@@ -31,8 +31,8 @@ from trivial import trivial_spec
 import tsugiki  # first: it switches off what would phone home
 from tests.support.serving import metrics, serve_and_join, started
 from tsugiki.client import secagg
-from tsugiki.client.split import split
-from tsugiki.client.update import ProtectedSum
+from tsugiki.client.site.split import split
+from tsugiki.client.training.update import ProtectedSum
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config import RunConfig, parse
 from tsugiki.common.config_file import read

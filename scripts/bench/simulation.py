@@ -23,8 +23,8 @@ from figures import Figure, median, show, spread
 from trivial import trivial_app, trivial_spec
 
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
-from tsugiki.client import trainer
 from tsugiki.client.app import simulated_app
+from tsugiki.client.training import trainer
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config import RunConfig, parse
 from tsugiki.common.model import load_graft
@@ -144,7 +144,7 @@ def bare_steps(graft: Any, batches: list[Any], settings: Any) -> float:
 
 def site_batches(config: RunConfig, graft: Any) -> dict[str, list[Any]]:
     """Return, for each site, the batches of all rounds as the client draws them."""
-    from tsugiki.client.simulated import simulated_sites
+    from tsugiki.client.site.simulated import simulated_sites
 
     batches: dict[str, list[Any]] = {}
     for site in simulated_sites(config):
@@ -165,7 +165,7 @@ def local_loop_ratios(folder: Path, pairs: int) -> list[float]:
     config = text_config(folder)
     torch.set_num_threads(config.train.threads)
     graft = load_graft(config, config.model.name, config.run.seed)
-    from tsugiki.client.simulated import simulated_sites
+    from tsugiki.client.site.simulated import simulated_sites
 
     site = simulated_sites(config)[0]
     encoded = graft.task.encode(site.train_shard(graft.task), graft.base)

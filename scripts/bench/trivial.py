@@ -53,10 +53,10 @@ app = trivial_app(trivial_spec(FLOATS))
 
 def main() -> None:
     """Run a resident node until it is ended."""
-    from tsugiki.client.channel import Link, Stopping
-    from tsugiki.client.connection import Connection
-    from tsugiki.client.node import Ending, Node
-    from tsugiki.client.status import Lines
+    from tsugiki.client.node.channel import Link, Stopping
+    from tsugiki.client.node.connection import Connection
+    from tsugiki.client.node.node import Ending, Node
+    from tsugiki.client.node.status import Lines
 
     address, number, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else FLOATS
     ending, status = Ending(), Lines()

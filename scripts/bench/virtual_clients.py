@@ -29,10 +29,10 @@ from figures import Figure, median, show, spread
 
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.client.app import simulated_app
-from tsugiki.client.cohort import asked_clients, train_privately
-from tsugiki.client.desk import Desk
-from tsugiki.client.job import Job
-from tsugiki.client.simulated import simulated_sites
+from tsugiki.client.cache import Desk
+from tsugiki.client.site.simulated import simulated_sites
+from tsugiki.client.training.cohort import asked_clients, train_privately
+from tsugiki.client.training.job import Job
 from tsugiki.common.config import RunConfig, parse
 from tsugiki.common.files import read_lines
 from tsugiki.common.messages import TrainRequest

@@ -25,7 +25,7 @@ from figures import Figure, show
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tests.support.proxy import Proxy, proxied
 from tests.support.serving import metrics, started, write_run
-from tsugiki.client.split import split
+from tsugiki.client.site.split import split
 from tsugiki.common.config import RunConfig
 from tsugiki.common.config_file import read
 from tsugiki.server.demo.run import write_files

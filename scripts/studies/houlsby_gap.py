@@ -37,7 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from figures import Figure, interval, mean, show
 
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
-from tsugiki.client.trainer import Plan, train
+from tsugiki.client.training.trainer import Plan, train
 from tsugiki.common.adapters.own import OwnMethod
 from tsugiki.common.config import RunConfig, parse
 from tsugiki.common.data.shard import Shard

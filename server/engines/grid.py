@@ -50,7 +50,7 @@ def exchange(grid: Grid, messages: list[Message], timeout_s: float, stop: Stop) 
     """Yield the replies to `messages` as they come, until all are there or the time is up.
 
     A SuperLink hands a message out once: if a node loses it, with its connection or its process, nobody tells. Such a
-    node leaves and comes back (`client/connection.py`), and is asked again.
+    node leaves and comes back (`client/node/connection.py`), and is asked again.
 
     Args:
         grid: an in-process grid answers one message each time it is polled, and counts each site's time by itself.

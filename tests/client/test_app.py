@@ -8,9 +8,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from tests.support.federation import CANARIES, CANARY, app_of_sites, site_folder, tiny_config, write_rows
 from tests.support.tiny import tiny_llama
-from tsugiki.client import cohort
 from tsugiki.client.app import simulated_app
-from tsugiki.client.simulated import simulated_sites
+from tsugiki.client.site.simulated import simulated_sites
+from tsugiki.client.training import cohort
 from tsugiki.common import __version__
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import DataError, SpecError

@@ -5,8 +5,8 @@ from typer.testing import CliRunner
 from tests.support.federation import leaks, model_folder, site_folder, tiny_config, write_rows
 from tests.support.tiny import tiny_llama
 from tsugiki import cli
-from tsugiki.client.policy import SitePolicy
-from tsugiki.client.site import read_site
+from tsugiki.client.site.policy import SitePolicy
+from tsugiki.client.site.site import read_site
 from tsugiki.common.config_file import to_toml
 from tsugiki.common.errors import ConfigError, DataError, ModelError, UsageError
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.federation import CANARIES, app_of_sites, site_folder, tiny_config
 from tsugiki.client.dry_run import replies
-from tsugiki.client.site import read_site
+from tsugiki.client.site.site import read_site
 from tsugiki.common.errors import UsageError
 from tsugiki.server.run.simulate import simulate
 

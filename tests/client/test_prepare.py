@@ -9,10 +9,10 @@ from flwr.app import RecordDict
 from tests.support.federation import tiny_config
 from tests.support.private import plan_of
 from tsugiki.client import prepare
-from tsugiki.client.cohort import train_openly
-from tsugiki.client.desk import Desk
-from tsugiki.client.policy import SitePolicy
-from tsugiki.client.simulated import simulated_sites
+from tsugiki.client.cache import Desk
+from tsugiki.client.site.policy import SitePolicy
+from tsugiki.client.site.simulated import simulated_sites
+from tsugiki.client.training.cohort import train_openly
 from tsugiki.common.errors import DataError, PolicyError, SpecError, WireError
 from tsugiki.common.messages import TrainRequest, to_record
 from tsugiki.common.model import load_graft

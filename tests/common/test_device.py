@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_base, tiny_cnn, tiny_llama, tiny_sentence_transformer
-from tsugiki.client.trainer import Plan, train
+from tsugiki.client.training.trainer import Plan, train
 from tsugiki.common import device, model
 from tsugiki.common.adapters import ADAPTERS
 from tsugiki.common.config import parse

@@ -10,9 +10,9 @@ import torch
 
 from tests.support.exports import settings_of, to_fuse
 from tests.support.tiny import tiny_base
-from tsugiki.client.dp_sgd import backward, check_supported, row_gradients
-from tsugiki.client.trainer import Plan, train
-from tsugiki.client.update import make_update
+from tsugiki.client.training.dp_sgd import backward, check_supported, row_gradients
+from tsugiki.client.training.trainer import Plan, train
+from tsugiki.client.training.update import make_update
 from tsugiki.common import model
 from tsugiki.common.adapters import ADAPTERS, AdapterMethod
 from tsugiki.common.config import parse

@@ -8,9 +8,9 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
 from tests.support.federation import run_tiny, tiny_config
-from tsugiki.client.cohort import train_openly
 from tsugiki.client.prepare import make_job
-from tsugiki.client.simulated import simulated_sites
+from tsugiki.client.site.simulated import simulated_sites
+from tsugiki.client.training.cohort import train_openly
 from tsugiki.common.factors import pairs
 from tsugiki.common.files import read_lines
 from tsugiki.common.messages import TrainRequest, to_record

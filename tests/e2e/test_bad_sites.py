@@ -12,7 +12,7 @@ from tests.support.federation import leaks
 from tests.support.processes import BIN, quiet_environment, running, wait_for_port
 from tests.support.serving import CANARY, hostile, metrics, serve_and_join, started, tiny_run
 from tests.support.tiny import tiny_bert
-from tsugiki.client.split import split
+from tsugiki.client.site.split import split
 from tsugiki.common.audit import verify
 from tsugiki.server.deploy.superlink_process import free_port
 

@@ -11,7 +11,7 @@ import pytest
 from tests.support.loopback import deployment
 from tests.support.tiny import tiny_bert
 from tsugiki.client.app import simulated_app
-from tsugiki.client.simulated import simulated_sites
+from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.common.audit import verify
 from tsugiki.common.config import RunConfig, parse
 from tsugiki.common.config_file import to_run_config

@@ -17,7 +17,7 @@ from tests.support.serving import (
 )
 from tests.support.three import COMPANIES, demo_of_three
 from tsugiki.client.app import simulated_app
-from tsugiki.client.split import split
+from tsugiki.client.site.split import split
 from tsugiki.server.run.simulate import simulate
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(bool(why_not()), reason=why_not() or "namespaces can be made")]

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.serving import metrics, serve_and_join, started, summary, tiny_run
 from tsugiki.client.app import simulated_app
-from tsugiki.client.split import split
+from tsugiki.client.site.split import split
 from tsugiki.common.files import read_lines
 from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.server.run.simulate import simulate

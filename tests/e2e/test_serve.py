@@ -9,7 +9,7 @@ from tests.support.exports import settings_of, to_fuse
 from tests.support.serving import CANARY, make_identity, serve_and_join, started, summary, tiny_run
 from tests.support.tiny import tiny_bert, tiny_llama, write_case
 from tsugiki.client.app import simulated_app
-from tsugiki.client.split import split
+from tsugiki.client.site.split import split
 from tsugiki.common.audit import verify
 from tsugiki.common.tasks import TASKS
 from tsugiki.server.run.simulate import simulate

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.federation import hurry, leaks, run_tiny, tiny_config
 from tests.support.toy import SPEC, is_train, mostly_two, run_toy, toy_app, toy_config
-from tsugiki.client import trainer
+from tsugiki.client.training import trainer
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import QuorumNotMet
 

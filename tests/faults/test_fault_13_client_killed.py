@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.serving import metrics, serve_and_join, started, tiny_run
-from tsugiki.client.split import split
+from tsugiki.client.site.split import split
 from tsugiki.common.audit import verify
 
 pytestmark = pytest.mark.e2e

@@ -5,7 +5,8 @@ import logging
 import pytest
 
 from tests.support.federation import CANARY, leaks, run_tiny, server_log, tiny_config
-from tsugiki.client import app, cohort, prepare
+from tsugiki.client import app, prepare
+from tsugiki.client.training import cohort
 from tsugiki.common.audit import verify
 from tsugiki.common.files import read_lines
 

@@ -6,7 +6,7 @@ import tomli_w
 from tests.support.federation import app_of_sites, leaks, model_folder, run_tiny, site_folder, tiny_config, write_rows
 from tests.support.tiny import tiny_bert
 from tests.support.toy import federate, rewritten, toy_app, toy_config
-from tsugiki.client.site import read_site
+from tsugiki.client.site.site import read_site
 from tsugiki.common.audit import verify
 from tsugiki.common.config import parse
 from tsugiki.common.data.partition import by_column

@@ -6,9 +6,10 @@ import sys
 from typing import Any
 
 from tsugiki.cli import main
-from tsugiki.client import app, cohort
-from tsugiki.client.channel import RunOver
-from tsugiki.client.connection import Connection
+from tsugiki.client import app
+from tsugiki.client.node.channel import RunOver
+from tsugiki.client.node.connection import Connection
+from tsugiki.client.training import cohort
 
 PRIVATE = "patient Jane hf_abc123"
 

@@ -13,7 +13,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from tests.support.toy import SPEC, Ran, Update, ones, toy_app, toy_parts
-from tsugiki.client.update import ProtectedSum
+from tsugiki.client.training.update import ProtectedSum
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config import RunConfig, parse
 from tsugiki.common.messages import PrivateReply, TrainRequest, from_record, site_config, to_record

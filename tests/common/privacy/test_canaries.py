@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from tests.support.private import plan_of, privacy_of
-from tsugiki.client.update import ProtectedSum
+from tsugiki.client.training.update import ProtectedSum
 
 CANARIES, SIZE, DELTA = 500, 10_000, 1e-5
 CLAIMED = 2.0

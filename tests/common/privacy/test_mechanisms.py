@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from tests.support.private import plan_of, privacy_of
-from tsugiki.client.update import ProtectedSum
+from tsugiki.client.training.update import ProtectedSum
 from tsugiki.common.privacy.accounting import Release, epsilon
 from tsugiki.common.privacy.clipping import LEVELS, clip
 from tsugiki.common.privacy.mechanisms import ADVERSARIES, MECHANISMS, Adversary

@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer import losses
 
 from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_sentence_transformer
-from tsugiki.client.trainer import Plan, train
+from tsugiki.client.training.trainer import Plan, train
 from tsugiki.common import model
 from tsugiki.common.adapters import ADAPTERS
 from tsugiki.common.config import parse

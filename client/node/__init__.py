@@ -1,0 +1,1 @@
+"""The resident client and its link to the server."""

@@ -1,0 +1,167 @@
+"""Calls to the SuperLink's gRPC Fleet API, repeated while the network fails, for as long as a site wants.
+
+Flower's own link leaves calls without deadlines and ends the process when something is wrong. Here every try has a
+deadline, and what no repetition can mend becomes one error that names the cause (`client/node/diagnosis.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
+from flwr.proto.fleet_pb2_grpc import FleetStub
+from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+CALL_TIMEOUT_S = 20.0
+FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 10.0
+MOST_MESSAGE_BYTES = 2**26
+"""Of one call; Flower cuts what is larger than 5 MB."""
+
+TEMPORARY = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.CANCELLED,  # by a server that is shutting down
+)
+
+
+class Stopping(Exception):
+    """The node was asked to stop while the server could not be reached."""
+
+
+class RunOver(Exception):
+    """The run of a message has ended, or the message is gone: there is nobody to answer."""
+
+
+class Forgotten(Exception):
+    """The server does not know this node any more: it was restarted."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where the SuperLink is, and how to talk to it.
+
+    Args:
+        address: HOST:PORT of the Fleet API.
+        root_certificates: PEM of the CA that signed the server's certificate; None: no TLS.
+        private_key: the node's; None: a new one for each connection, for servers that take unknown nodes.
+        retry_s: how long to try again after the connection was lost.
+    """
+
+    address: str
+    root_certificates: bytes | None
+    private_key: EllipticCurvePrivateKey | None
+    retry_s: float
+
+
+class Channel:
+    """An open channel; `repeated` tells whether the last answer took more than one try.
+
+    Args:
+        link: the SuperLink.
+        keys: the node's private and public key, with which every call is signed.
+        stopped: asked between tries; True ends them.
+        note: told what an operator of the site would want to see.
+    """
+
+    def __init__(
+        self, link: Link, keys: tuple[Any, Any], stopped: Callable[[], bool], note: Callable[[str], None]
+    ) -> None:
+        self.link, self._keys, self._stopped, self._note = link, keys, stopped, note
+        self.repeated = False
+        self._channel: grpc.Channel | None = None
+        self._open()
+
+    def _open(self) -> None:
+        """Open a channel with Flower's interceptors, in place of the one that there was."""
+        self.close()
+        options = [(f"grpc.max_{way}_message_length", MOST_MESSAGE_BYTES) for way in ("send", "receive")]
+        if self.link.root_certificates is None:
+            channel = grpc.insecure_channel(self.link.address, options)
+        else:
+            credentials = grpc.ssl_channel_credentials(self.link.root_certificates)
+            channel = grpc.secure_channel(self.link.address, credentials, options)
+        interceptors = [RuntimeVersionClientInterceptor("SuperNode"), NodeAuthClientInterceptor(*self._keys)]
+        self._channel = channel
+        self._stub = FleetStub(grpc.intercept_channel(channel, *interceptors))
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._channel is not None:
+            self._channel.close()
+
+    def once(self, method: str, request: Any, timeout_s: float) -> Any:
+        """Call the server once.
+
+        Raises:
+            grpc.RpcError: it does not answer, or says no.
+            ValueError: the channel was replaced meanwhile.
+        """
+        return getattr(self._stub, method)(request, timeout=timeout_s)
+
+    def call(self, method: str, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """Call the server, again and again while the network fails.
+
+        Args:
+            method: of the Fleet API.
+            request: what to send.
+            timeout_s: of one try.
+
+        Raises:
+            LinkError: it refuses, or cannot be reached for `retry_s`.
+            Forgotten: it does not know this node.
+            RunOver: it says that the run has ended.
+            Stopping: there is no answer, and no time to wait for one.
+        """
+        from tsugiki.client.node.diagnosis import refused
+
+        started, pause_s, reported = time.monotonic(), FIRST_RETRY_S, False
+        while True:
+            try:
+                answer = self.once(method, request, timeout_s)
+            except grpc.RpcError as error:
+                status, details = error.code(), str(error.details())
+                if status == grpc.StatusCode.PERMISSION_DENIED:
+                    raise RunOver("the run has ended") from error
+                if status == grpc.StatusCode.UNAUTHENTICATED and "node ID" in details:
+                    raise Forgotten from error
+                if status not in TEMPORARY:
+                    raise refused(self.link, details) from error
+                self._give_up_or_wait(error, started, pause_s, reported)
+                if status == grpc.StatusCode.DEADLINE_EXCEEDED:
+                    self._open()  # the old connection may lead nowhere, without anybody having closed it
+                pause_s, reported = min(2 * pause_s, LONGEST_RETRY_S), True
+            else:
+                self.repeated = reported
+                if reported:
+                    self._note(f"connected again after {time.monotonic() - started:.0f} s")
+                return answer
+
+    def _give_up_or_wait(self, error: grpc.RpcError, started: float, pause_s: float, reported: bool) -> None:
+        """Sleep before another try.
+
+        Raises:
+            LinkError: it is no use.
+            Stopping: it is not wanted any more.
+        """
+        from tsugiki.client.node.diagnosis import why_not
+
+        if not reported:
+            problem = why_not(self.link)
+            if problem.code != "server-unreachable":
+                raise problem from error
+            self._note(f"{problem.what}: trying again for {self.link.retry_s:g} s")
+        if time.monotonic() - started + pause_s > self.link.retry_s:
+            raise why_not(self.link) from error
+        ends = time.monotonic() + pause_s
+        while time.monotonic() < ends:
+            if self._stopped():
+                raise Stopping
+            time.sleep(0.1)

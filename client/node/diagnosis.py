@@ -1,0 +1,145 @@
+"""Why a node cannot connect, in one line: gRPC only says that a handshake failed, TLS itself knows why.
+
+After a failed call the server's port is tried by hand with Python's own TLS, and its verdict is put into words.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from typing import TYPE_CHECKING
+
+from flwr.supercore.error import ApiErrorCode, FlowerError
+
+from tsugiki.common.address import split_address
+from tsugiki.common.errors import LinkError
+
+if TYPE_CHECKING:
+    from tsugiki.client.node.channel import Link
+
+PROBE_TIMEOUT_S = 4.0
+
+_EXPIRED, _NOT_YET, _WRONG_NAMES = 10, 9, (62, 64)  # X509_V_ERR_* of OpenSSL's x509_vfy.h
+
+
+def why_not(link: Link) -> LinkError:
+    """Return what stands between this node and the server; `server-unreachable` if nothing but the network."""
+    host, port = split_address(link.address)
+    try:
+        with socket.create_connection((host, port), PROBE_TIMEOUT_S) as raw:
+            return _without_tls(link, raw) if link.root_certificates is None else _with_tls(link, raw, host)
+    except socket.gaierror:
+        return LinkError(
+            f"no machine is called {host!r}",
+            "the server's host name or address",
+            "check --server",
+            code="server-unknown",
+        )
+    except OSError as error:
+        reason = "timed out" if isinstance(error, TimeoutError) else (error.strerror or type(error).__name__)
+        return _unreachable(link, reason.lower())
+
+
+def _without_tls(link: Link, raw: socket.socket) -> LinkError:
+    """Return the verdict on a server that is spoken to in the clear: does it want TLS?"""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    try:
+        with context.wrap_socket(raw):
+            return LinkError(
+                f"{link.address} speaks TLS, this client does not",
+                "the same on both sides",
+                "give the CA's certificate with --ca, and leave --insecure out",
+                code="tls-required",
+            )
+    except (OSError, ssl.SSLError):
+        return _unreachable(link, "it does not answer as a server of this kind")
+
+
+def _with_tls(link: Link, raw: socket.socket, host: str) -> LinkError:
+    """Return the verdict on a server's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_alpn_protocols(["h2"])
+    try:
+        context.load_verify_locations(cadata=(link.root_certificates or b"").decode("ascii"))
+    except (ssl.SSLError, ValueError):
+        return LinkError("the file given with --ca holds no certificate", "a PEM file", code="tls-ca-invalid")
+    try:
+        with context.wrap_socket(raw, server_hostname=host):
+            return _unreachable(link, "it does not answer as a server of this kind")
+    except ssl.SSLCertVerificationError as error:
+        return _certificate_problem(link, host, error)
+    except ssl.SSLError as error:
+        if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
+            return LinkError(
+                f"{link.address} does not speak TLS",
+                "a server with a certificate",
+                "start the server without --insecure; --insecure here is for loopback only",
+                code="tls-missing",
+            )
+        return _unreachable(link, f"TLS fails: {error.reason}")
+
+
+def _certificate_problem(link: Link, host: str, error: ssl.SSLCertVerificationError) -> LinkError:
+    """Return what is wrong with a certificate, from OpenSSL's number."""
+    if error.verify_code in (_EXPIRED, _NOT_YET):
+        word = "has expired" if error.verify_code == _EXPIRED else "is not valid yet"
+        return LinkError(
+            f"the certificate of {link.address} {word}",
+            "a valid one, and the right time on both machines",
+            "have the operator run `tsugiki certs` again and restart the server",
+            code="tls-expired",
+        )
+    if error.verify_code in _WRONG_NAMES:
+        return LinkError(
+            f"the certificate of {link.address} is not for {host!r}",
+            "a server certificate with this name or address in it (subjectAltName)",
+            f"have the operator run `tsugiki certs --host {host}`, or connect by a name that is in it",
+            code="tls-wrong-name",
+        )
+    return LinkError(
+        f"the certificate of {link.address} was not signed by the CA given with --ca",
+        "the CA of this federation",
+        "ask the operator for its ca.crt, over a channel that you trust",
+        code="tls-wrong-ca",
+    )
+
+
+def refused(link: Link, details: str) -> LinkError:
+    """Return what a server that answered has against this node."""
+    error = FlowerError.from_json(details)
+    if error is not None and error.code == ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED:
+        return LinkError(
+            f"{link.address} takes registered keys only, and this client has none",
+            "the private key of a registered node",
+            "`tsugiki keys new`, send the public part to the operator, then --key",
+            code="key-required",
+        )
+    if error is not None and error.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+        return LinkError(
+            f"{link.address} does not accept this node's key: not registered, revoked, or in use by another process",
+            "the key of a registered node, used once at a time",
+            "have the operator run `tsugiki keys list`, and see that no other client runs with it",
+            code="key-refused",
+        )
+    if "timestamp" in details:
+        return LinkError(
+            "the clocks of this machine and the server differ too much",
+            "at most 5 s ahead of the server, or 5 minutes behind",
+            "set the time, best with NTP",
+            code="clock-skew",
+        )
+    if error is not None and error.code == ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE:
+        return LinkError("the server runs another version of Flower", "the same", code="version-mismatch")
+    said = f"{error.code}: {error.message}" if error is not None else details[:120]
+    return LinkError(f"{link.address} refuses this node ({said})", "a server that takes it", code="server-refused")
+
+
+def _unreachable(link: Link, reason: str) -> LinkError:
+    return LinkError(
+        f"{link.address} cannot be reached: {reason}",
+        "a running server",
+        "check the address, the firewall, and that the server runs",
+        code="server-unreachable",
+    )

@@ -1,0 +1,1 @@
+"""A site: its file, its data, its policy, its ledger."""

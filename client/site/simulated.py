@@ -1,0 +1,162 @@
+"""Simulated sites: parts of one file, split over them by the run's seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import cycle, repeat, starmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tsugiki.client.site.policy import SitePolicy
+from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.data import partition
+from tsugiki.common.data.shard import Shard
+from tsugiki.common.data.shard import read as read_shard
+from tsugiki.common.errors import ConfigError, DataError, Problem
+from tsugiki.common.rng import generator
+from tsugiki.common.tasks import TASKS, Task
+
+
+@dataclass(frozen=True)
+class SimulatedSite:
+    """A part of the file that a simulation splits, or, as a gateway, several: one for each of its clients.
+
+    Args:
+        name: of the site.
+        config: the run.
+        parts: the rows of each client.
+        max_rank: how many components of LoRA it trains; 0: all.
+    """
+
+    name: str
+    config: RunConfig
+    parts: tuple[tuple[int, ...], ...]
+    max_rank: int = 0
+
+    policy = SitePolicy(seeded_noise=True)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The rows of all its clients, one client after the other."""
+        return tuple(row for part in self.parts for row in part)
+
+    def record(self, event: str, **details: Any) -> None:
+        """Keep no log: the operator's says it all."""
+
+    def identity(self) -> str:
+        """The split and the part."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str:
+        body = self.config.model_dump_json(include={"simulation": True, "data": True, "task": True, "run": {"seed"}})
+        return f"{self.name}:{hashlib.sha256(body.encode()).hexdigest()}"
+
+    def model_source(self, model_name: str) -> str:
+        """Everything is on one machine here: the operator's model is the site's."""
+        return model_name
+
+    def train_shard(self, task: Task) -> Shard:
+        """Return this site's rows but for those kept for evaluation."""
+        return _whole(self.config).take(self.split_rows()[0])
+
+    def evaluation_shard(self, task: Task) -> Shard | None:
+        """Return the share `simulation.evaluation_fraction` of this site's rows."""
+        kept = self.split_rows()[1]
+        return _whole(self.config).take(kept) if kept else None
+
+    def clients(self, shard: Shard) -> list[list[int]]:
+        """Return where the rows of each client stand in the training shard."""
+        kept, start, found = set(self.split_rows()[1]), 0, []
+        for part in self.parts:
+            count = sum(row not in kept for row in part)
+            found.append(list(range(start, start + count)))
+            start += count
+        return found
+
+    def ledger_path(self) -> Path | None:
+        """A simulation's clients exist in it alone: the operator's ledger is theirs, but for what DP-SGD costs rows."""
+        if not self.config.privacy.examples.enabled:
+            return None
+        folder = Path(self.config.run.output_dir) / self.config.run.name / "site-ledgers"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{self.name}.jsonl"
+
+    def split_rows(self) -> tuple[list[int], list[int]]:
+        """Return the rows to train on, and those kept for evaluation."""
+        kept = int(len(self.rows) * self.config.simulation.evaluation_fraction)
+        order = generator(self.config.run.seed, "evaluation-rows", self.name).permutation(len(self.rows))
+        chosen = {self.rows[index] for index in order[:kept]}
+        return [row for row in self.rows if row not in chosen], [row for row in self.rows if row in chosen]
+
+
+def _whole(config: RunConfig) -> Shard:
+    """Return the file that a simulation splits, read once per process."""
+    return _read_whole(config.model_dump_json())
+
+
+@lru_cache(maxsize=2)
+def _read_whole(text: str) -> Shard:
+    config = parse(json.loads(text))
+    task = TASKS.get(config.task.name)(config.task)
+    column = config.simulation.column
+    shard = read_shard(
+        Path(config.simulation.data),
+        task.columns,
+        config.data,
+        labels=task.labels,
+        extra_columns=(column,) if config.simulation.partition == "by-column" else (),
+    )
+    wanted = config.simulation.rows
+    if wanted > len(shard):
+        raise DataError(
+            f"simulation.rows = {wanted}", f"at most the {len(shard)} rows of the file", code="shard-too-small"
+        )
+    if wanted:
+        drawn = generator(config.run.seed, "rows").choice(len(shard), wanted, replace=False)
+        return shard.take(sorted(int(row) for row in drawn))
+    return shard
+
+
+def simulated_sites(config: RunConfig) -> tuple[SimulatedSite, ...]:
+    """Split the simulation's file over its sites, by name; the same split in every process of a run.
+
+    Raises:
+        ConfigError, DataError: the file cannot be split as asked.
+    """
+    return _split(config.model_dump_json())
+
+
+@lru_cache(maxsize=2)
+def _split(text: str) -> tuple[SimulatedSite, ...]:
+    config = parse(json.loads(text))
+    if not config.simulation.data:
+        problem = Problem("simulation.data", "''", "the file to split over the sites", "name it")
+        raise ConfigError("run file", [problem])
+    shard, simulation, seed = _whole(config), config.simulation, config.run.seed
+    parts: dict[str, Any]
+    if simulation.partition == "by-column":
+        parts = dict(partition.by_column(shard.extra[simulation.column]))
+    elif simulation.partition == "dirichlet":
+        labels = shard.columns.get("label")
+        if labels is None:
+            problem = Problem("simulation.partition", "'dirichlet'", "a task with a label column", 'use "iid"')
+            raise ConfigError("run file", [problem])
+        split = partition.dirichlet(
+            np.asarray(labels), simulation.clients, simulation.dirichlet_alpha, simulation.min_rows, seed
+        )
+        parts = dict(zip(partition.site_names(simulation.clients), split, strict=True))
+    else:
+        split = partition.iid(len(shard), simulation.clients, seed)
+        parts = dict(zip(partition.site_names(simulation.clients), split, strict=True))
+    rows = [tuple(int(row) for row in parts[name]) for name in sorted(parts)]
+    each = simulation.clients_per_site
+    groups = [tuple(rows[start : start + each]) for start in range(0, len(rows), each)]
+    names = sorted(parts) if each == 1 else partition.site_names(len(groups))
+    ranks = cycle(simulation.ranks or (0,))
+    return tuple(starmap(SimulatedSite, zip(names, repeat(config), groups, ranks, strict=False)))

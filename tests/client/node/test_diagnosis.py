@@ -1,0 +1,130 @@
+"""One line that names the cause, for each way in which a connection fails (fault 20)."""
+
+import json
+import socket
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from tests.support.fleet import Fleet, listening
+from tsugiki.client.node.channel import Link
+from tsugiki.client.node.diagnosis import PROBE_TIMEOUT_S, refused, why_not
+from tsugiki.server.deploy.certs import make_certificates
+
+
+def link(port, authority=None, host="127.0.0.1"):
+    """Return a link with or without TLS."""
+    return Link(f"{host}:{port}", authority.ca.read_bytes() if authority else None, None, 0.0)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Certificates of a federation."""
+    return make_certificates(tmp_path_factory.mktemp("tls"), [])
+
+
+def test_a_plain_client_at_a_tls_server(files):
+    """Catches: gRPC's "failed to connect to all addresses"."""
+    with listening(Fleet(), files) as port:
+        assert why_not(link(port)).code == "tls-required"
+
+
+def test_a_tls_client_at_a_plain_server(files):
+    """Catches: "wrong version number"."""
+    with listening(Fleet()) as port:
+        assert why_not(link(port, files)).code == "tls-missing"
+
+
+def test_another_federations_ca(files, tmp_path):
+    """Catches: "certificate verify failed"."""
+    with listening(Fleet(), files) as port:
+        assert why_not(link(port, make_certificates(tmp_path, []))).code == "tls-wrong-ca"
+
+
+@pytest.mark.parametrize("days", [-400, 400])
+def test_a_certificate_out_of_its_time(tmp_path, days):
+    """Catches: an expired certificate reported as a wrong CA."""
+    old = make_certificates(tmp_path, [], 90, datetime.now(UTC) + timedelta(days=days))
+    with listening(Fleet(), old) as port:
+        problem = why_not(link(port, old))
+    assert problem.code == "tls-expired"
+    assert ("has expired" if days < 0 else "not valid yet") in problem.what
+
+
+def test_a_name_that_is_not_in_the_certificate(files):
+    """Catches: a wrong name reported as a wrong CA. 127.0.0.2 is loopback too, and in no certificate of ours."""
+    with listening(Fleet(), files) as port:
+        try:
+            forward = socket.create_server(("127.0.0.2", 0))
+        except OSError:
+            pytest.skip("127.0.0.2 is no address of this machine")
+        with forward:
+            import threading
+
+            def pump():
+                one, _ = forward.accept()
+                with one, socket.create_connection(("127.0.0.1", port)) as other:
+                    for source, target in ((one, other), (other, one)):
+                        threading.Thread(target=copy, args=(source, target), daemon=True).start()
+                    time.sleep(2)
+
+            def copy(source, target):
+                try:
+                    while data := source.recv(65536):
+                        target.sendall(data)
+                except OSError:
+                    return
+
+            threading.Thread(target=pump, daemon=True).start()
+            problem = why_not(link(forward.getsockname()[1], files, "127.0.0.2"))
+    assert problem.code == "tls-wrong-name"
+    assert "127.0.0.2" in problem.what
+
+
+def test_nobody_listens():
+    """Catches: a cause that is not the real one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert why_not(link(port)).code == "server-unreachable"
+    assert "refused" in why_not(link(port)).what
+
+
+def test_a_host_that_does_not_exist():
+    """Catches: a typing error reported as a firewall's."""
+    assert why_not(link(9092, host="no-such-host.invalid")).code == "server-unknown"
+
+
+def test_something_else_listens(files):
+    """Catches: a probe that hangs on a server that says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        started = time.monotonic()
+        assert {why_not(link(port)).code, why_not(link(port, files)).code} == {"server-unreachable"}
+        assert time.monotonic() - started < 2 * PROBE_TIMEOUT_S + 2
+
+
+def test_a_ca_file_that_is_none(files, tmp_path):
+    """Catches: the server's key or a text given as --ca, reported as a wrong CA."""
+    with listening(Fleet(), files) as port:
+        wrong = Link(f"127.0.0.1:{port}", b"hello", None, 0.0)
+        assert why_not(wrong).code == "tls-ca-invalid"
+
+
+@pytest.mark.parametrize(
+    ("details", "code"),
+    [
+        (json.dumps({"code": 2001, "public_message": "x"}), "key-required"),
+        (json.dumps({"code": 2004, "public_message": "x"}), "key-refused"),
+        (json.dumps({"code": 1001, "public_message": "x"}), "version-mismatch"),
+        ("Invalid timestamp", "clock-skew"),
+        ("something else", "server-refused"),
+        ("", "server-refused"),
+    ],
+)
+def test_what_a_server_says(details, code):
+    """Catches: Flower's numbers shown to people."""
+    error = refused(link(1), details)
+    assert error.code == code
+    assert error.expected

@@ -1,0 +1,305 @@
+"""The resident node with a link that is a list, and an app that is a function."""
+
+import itertools
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from tsugiki.client.node.channel import RunOver
+from tsugiki.client.node.node import LONGEST_PAUSE_S, PAUSE_GROWTH, SHORTEST_PAUSE_S, Ending, Node
+from tsugiki.common.errors import Interrupted, LinkError
+from tsugiki.server.engines.in_process import identify_process
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Link:
+    """Has messages; keeps what is sent."""
+
+    node_id = 5
+
+    def __init__(self, messages=(), before_end=0):
+        self.messages, self.sent, self.empty = list(messages), [], before_end
+        self.bytes_down = self.bytes_up = 0
+        self.ending = None
+
+    def receive(self):
+        """Return the next message; after the last, some empty looks, and then the node is told to end."""
+        if self.messages:
+            return self.messages.pop(0), None
+        self.empty -= 1
+        if self.empty < 0:
+            self.ending.requested = True
+        return None
+
+    def pull(self, envelope, tree, timeout_s):
+        """Return it."""
+        if isinstance(envelope, RunOver):
+            raise envelope
+        self.bytes_down += 100
+        return envelope
+
+    def send(self, reply):
+        """Keep it."""
+        self.bytes_up += 10
+        self.sent.append(reply)
+
+
+class Seen:
+    """Keeps what a status is told."""
+
+    def __init__(self):
+        self.events = []
+
+    def note(self, text):
+        """Keep it."""
+
+    def begins(self, kind, group):
+        """Keep it."""
+        self.events.append((kind, group))
+
+    def ends(self, kind, group, outcome, seconds, bytes_down, bytes_up):
+        """Keep it."""
+        self.events.append((kind, group, outcome, bytes_down, bytes_up))
+
+
+def message(run_id=1, kind="train", group="1"):
+    """Return a message as a SuperLink's."""
+    identify_process()
+    one = Message(RecordDict({"request": ConfigRecord({"x": 1})}), 5, kind, group_id=group)
+    one.metadata.__dict__.update(_run_id=run_id, _message_id=f"{run_id}-{group}")
+    return one
+
+
+def echo(message, context):
+    """Answer with what the context says."""
+    seen = {"run": str(context.run_id), "site": context.node_config["site"]}
+    return Message(RecordDict({"reply": ConfigRecord(seen)}), reply_to=message)
+
+
+def run(link, app=echo, ending=None):
+    """Run a node to its end; return (what the status saw, the pauses)."""
+    link.ending = ending or Ending()
+    seen, pauses = Seen(), []
+    Node(app, link, {"site": "/s/site.toml"}, seen, link.ending).run(pauses.append)
+    return seen.events, pauses
+
+
+def test_messages_are_answered_in_order():
+    """Catches: a context of another run; a reply that is not sent; bytes that are counted twice."""
+    link = Link([message(1, group="1"), message(2, group="1"), message(2, group="2")])
+    events, _ = run(link)
+    assert [reply.content["reply"]["run"] for reply in link.sent] == ["1", "2", "2"]
+    assert {reply.content["reply"]["site"] for reply in link.sent} == {"/s/site.toml"}
+    assert events[1::2] == [("train", group, "done", 100, 10) for group in ("1", "1", "2")]
+
+
+def test_a_round_that_is_asked_for_twice_is_trained_once():
+    """Catches: a site that trains twice, and draws its noise twice, because its connection broke; old hellos."""
+    calls = []
+
+    def app(message, context):
+        calls.append(message.metadata.message_type)
+        return Message(RecordDict({"reply": ConfigRecord({"n": len(calls)})}), reply_to=message)
+
+    again, other = message(), message()
+    other.content["request"]["x"] = 2
+    link = Link([message(), again, other, message(2), message(2, "query"), message(2, "query")])
+    run(link, app)
+    assert [reply.content["reply"]["n"] for reply in link.sent] == [1, 1, 2, 3, 4, 5]
+    assert [reply.metadata.reply_to_message_id for reply in link.sent[:2]] == ["1-1", "1-1"]
+
+
+def test_runs_at_the_same_time_keep_what_they_remember():
+    """Catches: a session of secure aggregation lost, or a round trained twice, because another run asked between."""
+    calls = []
+
+    def app(message, context):
+        calls.append(message.metadata.run_id)
+        context.state[f"call-{len(calls)}"] = ConfigRecord({"n": len(calls)})
+        return Message(RecordDict({"reply": ConfigRecord({"kept": len(context.state)})}), reply_to=message)
+
+    def asked(run_id, x):
+        one = message(run_id)
+        one.content["request"]["x"] = x
+        return one
+
+    order = [(1, 1), (2, 1), (1, 1), (1, 2), (3, 1), (4, 1), (1, 3), (5, 1), (1, 4), (2, 1)]
+    link = Link([asked(*one) for one in order])
+    run(link, app)
+    assert calls == [1, 2, 1, 3, 4, 1, 5, 1, 2]  # the repeated one was answered as before
+    # Run 2 had been used least lately, and was forgotten when run 5 came; run 1, the first, was not.
+    assert [reply.content["reply"]["kept"] for reply in link.sent] == [1, 1, 1, 2, 1, 1, 3, 1, 4, 1]
+
+
+def test_greetings_push_no_run_out_and_a_run_that_is_over_is_forgotten():
+    """Catches: hellos of other runs that cost a live session its secrets; secrets kept of a run that has ended."""
+    kept = []
+
+    def app(message, context):
+        if message.metadata.message_type == "train":
+            context.state[f"round-{len(context.state)}"] = ConfigRecord({"n": 1})
+        kept.append((message.metadata.run_id, len(context.state)))
+        return Message(RecordDict({"reply": ConfigRecord({"n": len(kept)})}), reply_to=message)
+
+    over = RunOver("the run has ended")
+    over.metadata = message(1, "train", "2").metadata
+    greetings = [message(run_id, "query", "0") for run_id in range(2, 9)]
+    run(Link([message(1, "train", "1"), *greetings, message(1, "query", "0"), over, message(1, "query", "1")]), app)
+    assert kept[-2:] == [(1, 1), (1, 0)]
+
+
+def test_answers_are_forgotten_with_their_runs():
+    """Catches: the last reply of every run that a node has ever served, kept because an evaluation came after it."""
+    link = Link([message(run, kind, kind) for run in range(1, 10) for kind in ("query", "train", "evaluate")])
+    node = Node(echo, link, {"site": "/s/site.toml"}, Seen(), Ending())
+    link.ending = node._ending
+    node.run(lambda pause: None)
+    assert set(node._contexts) == {6, 7, 8, 9}
+    assert set(node._answers) == {(run, "train") for run in (6, 7, 8, 9)}
+
+
+def test_looks_are_frequent_after_a_message_and_seldom_when_idle():
+    """Catches: a constant pause: either slow rounds, or a server that is asked 50 times a second for days."""
+    link = Link(before_end=100)
+    late = message()
+    look = link.receive
+    link.receive = lambda: (late, None) if len(waited) == 60 and not link.sent else look()
+    waited = []
+    link.ending = Ending()
+    Node(echo, link, {"site": "x"}, Seen(), link.ending).run(waited.append)
+    before, pauses = waited[:60], waited[60:]
+    assert before[-1] > 10 * SHORTEST_PAUSE_S
+    assert pauses[0] == SHORTEST_PAUSE_S
+    assert waited[-1] <= LONGEST_PAUSE_S
+    assert max(run(Link(before_end=100))[1]) == LONGEST_PAUSE_S
+    assert all(later <= earlier * PAUSE_GROWTH + 1e-9 for earlier, later in itertools.pairwise(pauses))
+
+
+def test_an_app_that_fails_is_a_code_and_the_node_lives_on(caplog):
+    """Catches: a node that dies of one bad message; an exception's text, which may hold data, in the reply."""
+
+    def app(message, context):
+        if message.metadata.group_id == "1":
+            raise ValueError("patient Jane")
+        return echo(message, context)
+
+    link = Link([message(group="1"), message(group="2")])
+    with caplog.at_level(logging.ERROR):
+        events, _ = run(link, app)
+    assert link.sent[0].error.reason == "client-error:ValueError"
+    assert link.sent[1].has_content()
+    assert events[1][2] == "client-error:ValueError"
+
+
+def test_a_message_of_a_run_that_is_over_is_dropped():
+    """Catches: a node that dies, or sends to nobody for ever, because the operator stopped the run."""
+    over = RunOver("an object is gone")
+    over.metadata = message().metadata
+    link = Link([over, message(group="2")])
+    events, _ = run(link)
+    assert events[1][2] == "not sent: an object is gone"
+    assert len(link.sent) == 1
+
+
+def test_a_lost_server_ends_the_node():
+    """Catches: an error that is swallowed, and a node that looks alive."""
+    link = Link()
+    link.receive = lambda: (_ for _ in ()).throw(LinkError("gone"))
+    with pytest.raises(LinkError):
+        run(link)
+
+
+def test_a_signal_lets_the_message_at_work_finish():
+    """Catches: a round that is thrown away although it needed a moment only; a node that goes on after it."""
+
+    def app(message, context):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        return echo(message, context)
+
+    link, ending = Link([message(), message(group="2")]), Ending()
+    with ending.handling_signals():
+        run(link, app, ending)
+    assert len(link.sent) == 1
+    assert len(link.messages) == 1
+
+
+def test_the_grace_period_ends_what_takes_longer(monkeypatch):
+    """Catches: a service manager that has to kill; a site that leaves the server waiting for the deadline."""
+    monkeypatch.setattr("tsugiki.client.node.node.GRACE_S", 0.1)
+
+    def app(message, context):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    link, ending, started = Link([message()]), Ending(), time.monotonic()
+    with ending.handling_signals():
+        run(link, app, ending)
+    assert time.monotonic() - started < 5
+    assert link.sent[0].error.reason == "site-stopping"
+
+
+@pytest.mark.parametrize(("upload_s", "sent"), [(0.3, 1), (30.0, 0)])
+def test_sending_has_a_grace_period_of_its_own(monkeypatch, upload_s, sent):
+    """Catches: a reply cut off by a clock that ran for the work; a stalled upload that nothing ends."""
+    monkeypatch.setattr("tsugiki.client.node.node.GRACE_S", 0.5)
+
+    def app(message, context):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.4)
+        return echo(message, context)
+
+    class Slow(Link):
+        def send(self, reply):
+            time.sleep(upload_s)
+            super().send(reply)
+
+    link, ending, started = Slow([message()]), Ending(), time.monotonic()
+    with ending.handling_signals():
+        events, _ = run(link, app, ending)
+    assert len(link.sent) == sent
+    assert events[1][2] == ("done" if sent else "not sent: stopping")
+    assert time.monotonic() - started < 5
+
+
+def test_the_clock_ends_nothing_but_what_may_be_ended():
+    """Catches: an alarm that hits the node between two messages, and ends it with a traceback."""
+    ending = Ending()
+    with ending.handling_signals():
+        os.kill(os.getpid(), signal.SIGALRM)
+        with ending.interruptible(), pytest.raises(Interrupted):
+            ending._grace_is_over(signal.SIGALRM, None)
+
+
+def test_a_second_signal_ends_at_once():
+    """Catches: a node that cannot be stopped while its app swallows every exception."""
+    script = """
+import os, signal, time
+from tsugiki.client.node.node import Ending
+ending = Ending()
+with ending.handling_signals(), ending.interruptible():
+    os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+    except BaseException:
+        time.sleep(30)
+"""
+    done = subprocess.run([sys.executable, "-c", script], timeout=20, check=False, cwd=ROOT)
+    assert done.returncode == 130
+
+
+def test_signals_are_given_back():
+    """Catches: a test process, or a caller, that cannot be interrupted any more."""
+    before = signal.getsignal(signal.SIGTERM)
+    with Ending().handling_signals():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before

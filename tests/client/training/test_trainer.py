@@ -1,0 +1,367 @@
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tsugiki.client.training import trainer
+from tsugiki.client.training.trainer import (
+    Plan,
+    batches,
+    batches_per_epoch,
+    make_optimizer,
+    schedule,
+    steps_per_round,
+    train,
+)
+from tsugiki.common.config import TrainSection
+from tsugiki.common.errors import TrainingError
+from tsugiki.common.model import Graft
+from tsugiki.common.tasks.base import Base, Encoded
+from tsugiki.common.wire import AdapterSpec, TensorSpec
+
+ROWS = 12
+INPUTS = torch.from_numpy(np.random.default_rng(0).normal(size=(ROWS, 3)).astype(np.float32))
+TARGETS = INPUTS @ torch.tensor([1.0, -2.0, 0.5]) + 0.3
+ENCODED = Encoded({"text": [[row] for row in range(ROWS)]})
+
+
+class Regression:
+    """A task whose loss is the mean squared error of a linear layer; it remembers its batches."""
+
+    def __init__(self, losses=None):
+        self.seen, self.losses = [], losses
+
+    def batch(self, encoded, rows, base):
+        """Return the inputs and targets of the rows."""
+        self.seen.append(list(rows))
+        return {"inputs": INPUTS[rows], "targets": TARGETS[rows]}
+
+    def loss(self, network, batch):
+        """Return the mean squared error, or what it is told to."""
+        error = ((network(batch["inputs"])[:, 0] - batch["targets"]) ** 2).mean()
+        return error if self.losses is None else error * 0 + next(self.losses)
+
+
+def graft(task=None):
+    """Return a linear layer at zero in the place of a model."""
+    network = nn.Linear(3, 1)
+    nn.init.zeros_(network.weight)
+    nn.init.zeros_(network.bias)
+    tensors = (TensorSpec("bias", (1,), "adapter"), TensorSpec("weight", (1, 3), "adapter"))
+    spec = AdapterSpec("t", "m", "{}", "0" * 64, "float32", tensors)
+    return Graft(task or Regression(), None, Base(network, network, None), spec, torch.device("cpu"))
+
+
+def settings(**values):
+    """Return the settings of plain SGD without warm-up, unless told otherwise."""
+    plain = {"optimizer": "sgd", "learning_rate": 0.1, "lr_schedule": "constant", "warmup_ratio": 0.0, "threads": 1}
+    small = {"per_device_train_batch_size": 4, "local_steps": 3, "max_grad_norm": 0.0}
+    return TrainSection(**{**plain, **small, **values})
+
+
+def plan(round_=1, rounds=1, **values):
+    """Return the plan of one round of a run."""
+    return Plan(42, "site-0", round_, (round_ - 1) / rounds, round_ / rounds, **values)
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """The learning rate of every step that is taken."""
+    seen = []
+    step = torch.optim.SGD.step
+
+    def watched(self, *arguments):
+        seen.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    return seen
+
+
+@pytest.mark.parametrize("lr_schedule", ["linear", "cosine", "constant"])
+def test_rounds_divide_one_schedule_and_one_sequence_of_batches(rates, lr_schedule):
+    """Catches: a schedule, a warm-up or a shuffle that starts anew in every round."""
+
+    def run(rounds, steps):
+        model = graft()
+        chosen = settings(local_steps=steps, lr_schedule=lr_schedule, warmup_ratio=0.25)
+        rates.clear()
+        for number in range(1, rounds + 1):
+            train(model, ENCODED, chosen, plan(number, rounds))
+        return list(rates), model.task.seen, model.read()
+
+    (one_rates, one_seen, one), (many_rates, many_seen, many) = run(1, 12), run(4, 3)
+    assert many_seen == one_seen
+    assert np.allclose(many_rates, one_rates, rtol=1e-12)
+    assert np.allclose(many, one, atol=1e-6)
+
+
+@pytest.mark.parametrize("lr_schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("steps", [1, 7, 100])
+def test_every_step_moves_and_none_more_than_the_peak(lr_schedule, warmup, steps):
+    """Catches: a first warm-up step at 0, a last step at 0, a rate above the given one."""
+    chosen = settings(lr_schedule=lr_schedule, warmup_ratio=warmup)
+    factors = [schedule(step / steps, 1 / steps, chosen) for step in range(steps)]
+    assert all(0 < factor <= 1 for factor in factors)
+    peak = factors.index(max(factors))
+    assert factors[: peak + 1] == sorted(factors[: peak + 1])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+
+
+def test_the_shapes_of_the_schedules():
+    """Catches: warm-up that does not reach the peak, a decay from elsewhere, a cosine of another period."""
+    linear, cosine, constant = (
+        settings(lr_schedule=name, warmup_ratio=0.2) for name in ("linear", "cosine", "constant")
+    )
+    assert [schedule(position / 10, 0.1, linear) for position in range(10)] == pytest.approx(
+        [0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    )
+    assert schedule(0.6, 0.1, cosine) == pytest.approx(0.5)
+    assert schedule(0.4, 0.1, cosine) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert schedule(0.9, 0.1, constant) == 1.0
+
+
+def first(rows, chosen, count, at=None):
+    """Return the first batches of a round."""
+    at = at or plan()
+    return list(itertools.islice(batches(rows, chosen, at, steps_per_round(rows, chosen)), count))
+
+
+def test_a_pass_sees_every_row_once():
+    """Catches: rows drawn with replacement, a short last batch dropped, the same order in every pass."""
+    seen = first(10, settings(), 6)
+    assert [len(batch) for batch in seen] == [4, 4, 2, 4, 4, 2]
+    passes = [[row for batch in part for row in batch] for part in (seen[:3], seen[3:])]
+    assert all(sorted(rows) == list(range(10)) for rows in passes)
+    assert passes[0] != passes[1]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"local_steps": 2},
+        {"local_steps": 5, "gradient_accumulation_steps": 3},
+        {"local_epochs": 1},
+        {"local_epochs": 2, "gradient_accumulation_steps": 2},
+        {"local_epochs": 1, "gradient_accumulation_steps": 5},
+    ],
+)
+def test_rounds_walk_on_through_the_shard(values):
+    """Catches: a round that starts its pass anew, so that some rows are never seen, or seen twice before others."""
+    chosen, rounds = settings(**values), 7
+    taken = steps_per_round(10, chosen) * chosen.gradient_accumulation_steps
+    seen = [batch for number in range(1, rounds + 1) for batch in first(10, chosen, taken, plan(number, rounds))]
+    assert seen == first(10, chosen, rounds * taken)
+
+
+def test_batches_follow_from_seed_site_and_round():
+    """Catches: a global generator, and one shuffle for all sites."""
+    chosen = settings()
+    assert first(10, chosen, 5) == first(10, chosen, 5)
+    assert first(10, chosen, 3) != first(10, chosen, 3, Plan(7, "site-0", 1, 0.0, 1.0))
+    assert first(10, chosen, 3) != first(10, chosen, 3, Plan(42, "site-1", 1, 0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("values", "rows", "steps"),
+    [
+        ({"local_steps": 7}, 10, 7),
+        ({"local_steps": 7, "local_epochs": 1}, 10, 3),
+        ({"local_epochs": 2}, 8, 4),
+        ({"local_epochs": 2, "gradient_accumulation_steps": 2}, 10, 3),
+        ({"local_epochs": 1, "gradient_accumulation_steps": 8}, 10, 1),
+    ],
+)
+def test_steps_of_a_round(values, rows, steps):
+    """Catches: epochs counted in batches, or passes that are longer because steps are rounded up in each."""
+    assert steps_per_round(rows, settings(**values)) == steps
+
+
+def test_batches_of_a_pass():
+    """Catches: a short last batch that is not counted, and an empty one that is."""
+    assert [batches_per_epoch(rows, settings()) for rows in (1, 4, 5, 8)] == [1, 1, 2, 2]
+
+
+def test_accumulation_equals_one_large_batch():
+    """Catches: gradients summed instead of averaged, or zeroed between the parts."""
+    small, large = graft(), graft()
+    parts = settings(per_device_train_batch_size=2, gradient_accumulation_steps=6, local_steps=3)
+    whole = settings(per_device_train_batch_size=12, local_steps=3)
+    of_parts, of_whole = train(small, ENCODED, parts, plan()), train(large, ENCODED, whole, plan())
+    assert np.allclose(small.read(), large.read(), atol=1e-6)
+    assert of_parts.loss == pytest.approx(of_whole.loss, abs=1e-6)
+    assert (of_parts.steps, of_whole.steps) == (3, 3)
+
+
+def test_the_loss_is_the_mean_over_steps():
+    """Catches: the last step's loss, or a sum, reported."""
+    model = graft(Regression(itertools.cycle([1.0, 2.0, 6.0])))
+    assert train(model, ENCODED, settings(), plan()).loss == pytest.approx(3.0)
+
+
+def test_the_proximal_term_has_the_gradient_of_its_definition():
+    """Catches: a missing factor, a pull towards zero instead of the received values, a term at the first step."""
+    mu, rate = 0.7, 0.1
+    model, free = graft(), graft()
+    start = np.array([0.5, -1.0, 2.0, 0.25], np.float32)
+    for one in (model, free):
+        one.write(start)
+    whole = settings(per_device_train_batch_size=12, local_steps=1)
+    train(free, ENCODED, whole, plan())
+    moved = free.read()
+    train(free, ENCODED, whole, plan())
+    train(model, ENCODED, settings(per_device_train_batch_size=12, local_steps=2), plan(proximal_mu=mu))
+    assert np.allclose(model.read(), free.read() - rate * mu * (moved - start), atol=1e-6)
+    assert not np.allclose(model.read(), free.read(), atol=1e-3)
+
+
+def test_gradients_are_clipped_as_one_vector():
+    """Catches: clipping of each tensor by itself, and a limit that is not applied."""
+    model = graft()
+    train(model, ENCODED, settings(max_grad_norm=0.01, local_steps=1, learning_rate=1.0), plan())
+    assert np.linalg.norm(model.read()) == pytest.approx(0.01, rel=1e-4)
+    unclipped = graft()
+    train(unclipped, ENCODED, settings(max_grad_norm=0.0, local_steps=1, learning_rate=1.0), plan())
+    assert np.linalg.norm(unclipped.read()) > 0.1
+    assert np.allclose(model.read() / 0.01, unclipped.read() / np.linalg.norm(unclipped.read()), atol=1e-3)
+
+
+@pytest.mark.parametrize(("optimizer", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_weight_decay_spares_one_dimensional_parameters(optimizer, kind):
+    """Catches: decay of biases and norms, and a parameter that no group has."""
+    made = make_optimizer(graft(), settings(optimizer=optimizer, weight_decay=0.1))
+    assert type(made) is kind
+    decays = {tuple(value.shape): group["weight_decay"] for group in made.param_groups for value in group["params"]}
+    assert decays == {(1, 3): 0.1, (1,): 0.0}
+
+
+def test_momentum_is_passed_on():
+    """Catches: a setting that does nothing."""
+    assert make_optimizer(graft(), settings(momentum=0.9)).param_groups[0]["momentum"] == 0.9
+
+
+def test_without_bias_correction_adam_is_berts_first():
+    """Catches: a switch that does nothing; a factor of another step; betas taken for each other."""
+    model, lr, beta_1, beta_2 = graft(), 0.01, 0.9, 0.999
+    train(model, ENCODED, settings(optimizer="adamw", learning_rate=lr, bias_correction=False, local_steps=5), plan())
+    other = graft()
+    mean, square = [0, 0], [0, 0]
+    stream = batches(ROWS, settings(), plan(), 5)
+    for _ in range(5):
+        loss = other.task.loss(other.base.network, other.task.batch(ENCODED, next(stream), None))
+        grads = torch.autograd.grad(loss, other.parameters)
+        with torch.no_grad():
+            for at, (value, grad) in enumerate(zip(other.parameters, grads, strict=True)):
+                mean[at] = beta_1 * mean[at] + (1 - beta_1) * grad
+                square[at] = beta_2 * square[at] + (1 - beta_2) * grad**2
+                value -= lr * mean[at] / (square[at].sqrt() + 1e-8)
+    assert all(torch.allclose(*pair, rtol=1e-4) for pair in zip(model.parameters, other.parameters, strict=True))
+    corrected = graft()
+    train(corrected, ENCODED, settings(optimizer="adamw", learning_rate=lr, local_steps=5), plan())
+    assert (np.abs(model.read()) > 2 * np.abs(corrected.read())).all()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_moments_that_are_kept_make_two_rounds_one(optimizer):
+    """Catches: an optimiser that begins anew although it is told not to, or that keeps what it should forget."""
+    chosen = settings(optimizer=optimizer, momentum=0.9 if optimizer == "sgd" else 0.0, local_steps=6)
+    half = chosen.model_copy(update={"local_steps": 3})
+    whole, kept, anew = graft(), graft(), graft()
+    train(whole, ENCODED, chosen, plan())
+    moments = {}
+    for round_ in (1, 2):
+        train(kept, ENCODED, half, plan(round_, 2, moments=moments))
+        train(anew, ENCODED, half, plan(round_, 2))
+    assert np.allclose(kept.read(), whole.read(), atol=1e-6)
+    assert not np.allclose(anew.read(), whole.read(), atol=1e-4)
+
+
+def test_a_round_that_fails_leaves_the_moments_of_the_one_before():
+    """Catches: moments of NaN that are kept, with which a client can never train again."""
+    chosen, moments, model = settings(optimizer="adamw"), {}, graft()
+    train(model, ENCODED, chosen, plan(1, 3, moments=moments))
+    kept = {key: value["exp_avg"].clone() for key, value in moments["state"].items()}
+    model.task.losses = iter([math.nan] * 3)
+    with pytest.raises(TrainingError):
+        train(model, ENCODED, chosen, plan(2, 3, moments=moments))
+    assert kept
+    assert all(torch.equal(moments["state"][key]["exp_avg"], value) for key, value in kept.items())
+    model.task.losses = None
+    model.write(np.zeros(4, np.float32))
+    assert math.isfinite(train(model, ENCODED, chosen, plan(3, 3, moments=moments)).loss)
+
+
+@pytest.mark.parametrize(
+    ("losses", "factor", "diverged"),
+    [
+        ([1.0] * 8 + [3.1] * 8, 3.0, True),
+        ([1.0] * 8 + [2.9] * 8, 3.0, False),
+        ([1.0] * 8 + [3.1] * 7 + [0.1], 3.0, False),
+        ([0.1] + [1.0] * 7 + [2.0] * 8, 3.0, False),
+        ([1.0] * 8 + [99.0] * 8, 0.0, False),
+        ([1.0] * 4 + [99.0] * 4, 3.0, False),
+    ],
+)
+def test_a_loss_that_rises_far_above_its_start_is_told(losses, factor, diverged):
+    """Catches: a single bad batch taken for divergence; a rise that is never looked at; a watch that cannot be off."""
+    model, chosen = graft(Regression(iter(losses))), settings(local_steps=len(losses), divergence_factor=factor)
+    if not diverged:
+        assert train(model, ENCODED, chosen, plan()).steps == len(losses)
+        return
+    with pytest.raises(TrainingError) as caught:
+        train(model, ENCODED, chosen, plan())
+    assert caught.value.code == "diverged"
+    assert not model.base.network.training
+
+
+@pytest.mark.parametrize("factor", [0.0, 3.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_an_error(value, factor):
+    """Catches: an update of NaN sent as a result; a loss that is said to have risen from nan to nan."""
+    losses = [1.0, value, *[1.0] * 14]
+    model = graft(Regression(iter(losses)))
+    with pytest.raises(TrainingError, match="is not finite") as caught:
+        train(model, ENCODED, settings(local_steps=len(losses), divergence_factor=factor), plan())
+    assert caught.value.code == "diverged"
+
+
+def test_the_deadline_ends_training(monkeypatch):
+    """Catches: a site that goes on training for a round that is over."""
+    ticks = itertools.count()
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    model = graft()
+    with pytest.raises(TrainingError, match="step 3 of 8 after 2 s") as caught:
+        train(model, ENCODED, settings(local_steps=8), plan(deadline_s=2.0))
+    assert caught.value.code == "deadline"
+    assert not model.base.network.training
+
+
+def test_the_model_is_left_ready_for_evaluation():
+    """Catches: dropout left on, and gradients left for the next round."""
+    model = graft()
+    train(model, ENCODED, settings(), plan())
+    assert not model.base.network.training
+    assert all(value.grad is None for value in model.parameters)
+
+
+def test_training_learns():
+    """Catches: a loop that goes through the motions."""
+    model = graft()
+    train(model, ENCODED, settings(local_steps=400), plan())
+    assert np.allclose(model.read(), [0.3, 1.0, -2.0, 0.5], atol=1e-2)
+    assert Regression().loss(model.base.network, {"inputs": INPUTS, "targets": TARGETS}) < 1e-3
+
+
+def test_gradients_left_by_a_failed_site_do_not_reach_the_next():
+    """Catches: the shared model's leftover gradients, one site's data, added to another site's first step."""
+    clean, shared = graft(), graft()
+    for value in shared.parameters:
+        value.grad = torch.ones_like(value)
+    for one in (clean, shared):
+        train(one, ENCODED, settings(), plan())
+    assert np.array_equal(clean.read(), shared.read())
