@@ -19,11 +19,14 @@ from tsugiki.client.site.site import Site, site_of_node
 from tsugiki.client.training.cohort import train_openly, train_privately
 from tsugiki.client.training.job import Job
 from tsugiki.common import __version__, minor
-from tsugiki.common.config import RunConfig
-from tsugiki.common.device import device_notes
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import DataError, SecureAggregationError, SpecError, TsugikiError
-from tsugiki.common.factors import narrow
-from tsugiki.common.messages import (
+from tsugiki.common.model.device import device_notes
+from tsugiki.common.privacy.clipping import Levels
+from tsugiki.common.privacy.plan import Plan
+from tsugiki.common.strategies.factors import narrow
+from tsugiki.common.wire.arrays import encode, encode_levels, sha256
+from tsugiki.common.wire.messages import (
     EvaluateReply,
     EvaluateRequest,
     HelloReply,
@@ -39,9 +42,6 @@ from tsugiki.common.messages import (
     site_config,
     to_record,
 )
-from tsugiki.common.privacy.clipping import Levels
-from tsugiki.common.privacy.plan import Plan
-from tsugiki.common.wire import encode, encode_levels, sha256
 
 log = logging.getLogger("tsugiki.client")
 

@@ -1,4 +1,4 @@
-"""What a client process keeps between messages: tokenised shards. `common/model.py` keeps the base model."""
+"""What a client process keeps between messages: tokenised shards. `common/model/load.py` keeps the base model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 from tsugiki.client.site.site import Site
 from tsugiki.client.training import validation
 from tsugiki.client.training.trainer import Watch
-from tsugiki.common.config import RunConfig
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data.shard import Shard
-from tsugiki.common.model import Graft, load_graft
+from tsugiki.common.model.load import Graft, load_graft
 from tsugiki.common.tasks import Task
 from tsugiki.common.tasks.base import Encoded, Tail
 

@@ -16,7 +16,7 @@ from tsugiki.common.settings import NAME_PATTERN
 if TYPE_CHECKING:
     from tsugiki.client.site.site import FileSite
     from tsugiki.client.training.lr_find import Sweep
-    from tsugiki.common.config import RunConfig
+    from tsugiki.common.config.run import RunConfig
 
 _TEMPLATE = """\
 # A site of a Tsugiki federation. This file and the data that it names never leave the site.
@@ -87,7 +87,7 @@ def site_split(file: Path, folder: Path, overrides: Sequence[str]) -> None:
         TsugikiError: the run cannot be split, or a folder cannot be written.
     """
     from tsugiki.client.site.split import split
-    from tsugiki.common import config_file
+    from tsugiki.common.config import files as config_file
 
     for path in split(config_file.read(file, overrides), folder):
         _say(str(path))
@@ -162,7 +162,7 @@ def dry_run(site_file: Path, run: Path, overrides: Sequence[str]) -> None:
 
 def _as_sent(site: FileSite, run: Path, overrides: Sequence[str]) -> RunConfig:
     """Return a run as a server on this machine sends it, if the site does not know the names as they stand there."""
-    from tsugiki.common import config_file
+    from tsugiki.common.config import files as config_file
 
     config = config_file.read(run, overrides)
     known = {config.model.name, *config.task.models, *config.adapter.models} <= set(site.models)
@@ -188,7 +188,7 @@ def lr_find(
     from rich.progress import Progress
 
     from tsugiki.client.training.lr_find import check_plot, draw, find_rate
-    from tsugiki.common import config_file
+    from tsugiki.common.config import files as config_file
 
     if plot is not None:
         check_plot(plot)
@@ -258,8 +258,8 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
     _say(f"{site.data.evaluation}: {len(kept)} rows" if kept else "no evaluation rows")
     from tsugiki.client.cache import load_at
     from tsugiki.client.prepare import own_rank
-    from tsugiki.common.device import device_notes
-    from tsugiki.common.factors import sent
+    from tsugiki.common.model.device import device_notes
+    from tsugiki.common.strategies.factors import sent
 
     graft, source = load_at(site, config), site.model_source(config.model.name)
     _say(f"{config.model.name}: {source}, fingerprint {graft.spec.base_fingerprint[:12]}, on {graft.device}")

@@ -11,11 +11,11 @@ from tsugiki.client.cache import load_at
 from tsugiki.client.site.policy import SitePolicy
 from tsugiki.client.site.site import FileSite
 from tsugiki.common import __version__
-from tsugiki.common.config import RunConfig
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import UsageError
-from tsugiki.common.messages import EvaluateRequest, HelloRequest, TrainRequest, error_code, to_record
 from tsugiki.common.privacy.plan import resolve
-from tsugiki.common.wire import encode
+from tsugiki.common.wire.arrays import encode
+from tsugiki.common.wire.messages import EvaluateRequest, HelloRequest, TrainRequest, error_code, to_record
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tsugiki.common.errors import SecureAggregationError
-from tsugiki.common.privacy import secagg
 from tsugiki.common.privacy.clipping import Levels
 from tsugiki.common.privacy.plan import Plan
-from tsugiki.common.privacy.secagg_clients import check_sum, fewest_sites
-from tsugiki.common.privacy.secagg_messages import (
+from tsugiki.common.privacy.secagg import protocol as secagg
+from tsugiki.common.privacy.secagg.counts import check_sum, fewest_sites
+from tsugiki.common.privacy.secagg.messages import (
     KEYS_BYTES,
     SEALED_BYTES,
     SESSION_BYTES,

@@ -1,7 +1,7 @@
 """The base classes of all settings, and the pieces that several sections share.
 
 A task, an adapter method or a strategy brings a class of its own that adds fields to `TaskSettings`,
-`AdapterSettings` or `StrategySettings`; `common/config.py` finds it through the registries.
+`AdapterSettings` or `StrategySettings`; `common/config/run.py` finds it through the registries.
 """
 
 from __future__ import annotations

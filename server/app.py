@@ -13,13 +13,13 @@ from flwr.serverapp import Grid, ServerApp
 
 from tsugiki.common import __version__
 from tsugiki.common.audit import AuditLog
-from tsugiki.common.config import RunConfig
-from tsugiki.common.config_file import from_run_config, to_toml, with_absolute_paths
+from tsugiki.common.config.files import from_run_config, to_toml, with_absolute_paths
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import StorageError
 from tsugiki.common.files import read_lines, write_atomically
-from tsugiki.common.model import Graft, load_graft
+from tsugiki.common.model.load import Graft, load_graft
 from tsugiki.common.privacy.plan import make_plan, resolve
-from tsugiki.common.wire import AdapterSpec, sha256, unpack
+from tsugiki.common.wire.arrays import AdapterSpec, sha256, unpack
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.checkpoint import State

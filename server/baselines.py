@@ -14,9 +14,9 @@ from typing import Any
 
 from flwr.clientapp import ClientApp
 
-from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.config.run import RunConfig, parse
 from tsugiki.common.files import write_atomically
-from tsugiki.common.model import load_graft
+from tsugiki.common.model.load import load_graft
 from tsugiki.server.app import run_federation
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.common.adapters import ADAPTERS
-from tsugiki.common.config import RunConfig
-from tsugiki.common.device import weight_bytes
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import TsugikiError, UsageError
-from tsugiki.common.fingerprint import check_base, fingerprint
-from tsugiki.common.model import find, load_base, quiet_libraries
+from tsugiki.common.model.device import weight_bytes
+from tsugiki.common.model.fingerprint import check_base, fingerprint
+from tsugiki.common.model.load import find, load_base, quiet_libraries
+from tsugiki.common.model.spec import describe
 from tsugiki.common.rng import seed_everything
-from tsugiki.common.spec import describe
 from tsugiki.common.tasks import TASKS, Task
 from tsugiki.common.tasks.base import Base
 from tsugiki.server.report.tables import size_text
@@ -168,8 +168,8 @@ def methods(file: Path | None, model: str, overrides: list[str], as_json: bool) 
     """
     from rich.console import Console
 
-    from tsugiki.common import config_file
-    from tsugiki.common.config import parse
+    from tsugiki.common.config import files as config_file
+    from tsugiki.common.config.run import parse
 
     if file is None and overrides:
         raise UsageError("--set without a file", "a run's TOML file", "give FILE, or --model alone")

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from tsugiki.common.data import images
 from tsugiki.common.data.shard import Shard, has_surrogates, read
 from tsugiki.common.errors import DataError, UsageError
-from tsugiki.common.exported import open_exported, read_exported
-from tsugiki.common.model import Graft, find_in_hub
+from tsugiki.common.model.exported import open_exported, read_exported
+from tsugiki.common.model.load import Graft, find_in_hub
 from tsugiki.common.settings import DataFormat
-from tsugiki.common.tasks.generation import Generation
+from tsugiki.common.tasks.decoding.generate import Generation
 from tsugiki.server.export.finished import Which, choose, open_graft, read_config
 
 
@@ -66,8 +66,8 @@ def open_adapters(folders: Sequence[Path], source: str = "") -> list[Graft]:
             hub and its cache.
 
     Raises:
-        ModelError: as `tsugiki.common.exported.open_exported`; `adapter-other-base`, they were trained on different
-        bases.
+        ModelError: as `tsugiki.common.model.exported.open_exported`; `adapter-other-base`, they were trained on
+        different bases.
     """
     source = source or str(find_in_hub(read_exported(folders[0]).base_name))
     first = open_exported(folders[0], source)

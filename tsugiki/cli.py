@@ -287,7 +287,7 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Ask a run's model, or exported adapters on one base: for labels, scores, cosines, or how a text goes on."""
-    from tsugiki.common.tasks.generation import Generation
+    from tsugiki.common.tasks.decoding.generate import Generation
     from tsugiki.server.predict import ask, show
 
     how, on = Generation(max_new_tokens, temperature, seed), not without_adapter

@@ -41,7 +41,7 @@ from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_
 
 from tsugiki.client.node.channel import CALL_TIMEOUT_S, TEMPORARY, Channel, Forgotten, Link, RunOver, Stopping
 from tsugiki.common.errors import LinkError, WireError
-from tsugiki.common.inflate import inflate
+from tsugiki.common.wire.inflate import inflate
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -51,7 +51,7 @@ log = logging.getLogger("tsugiki.client")
 SLOWEST_BYTES_PER_S = 8_000.0
 """A transfer that is slower than this has stopped."""
 MOST_BYTES = 2**30
-"""More than any adapter; `common/wire.py` compares with the one that was agreed."""
+"""More than any adapter; `common/wire/arrays.py` compares with the one that was agreed."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
 """Between looks at an object that the server is still uploading."""
 HEARTBEAT_TIMEOUT_S = 5.0

@@ -153,7 +153,7 @@ class Node:
         """
         from flwr.app import Message, RecordDict
 
-        from tsugiki.common.messages import error_reply
+        from tsugiki.common.wire.messages import error_reply
 
         try:
             run_id, kind = message.metadata.run_id, message.metadata.message_type

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from tsugiki.common.config import RunConfig
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import PolicyError
 from tsugiki.common.settings import Names, Section
 

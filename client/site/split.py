@@ -11,8 +11,8 @@ import numpy as np
 import tomli_w
 
 from tsugiki.client.site.simulated import simulated_sites
-from tsugiki.common.config import RunConfig
-from tsugiki.common.config_file import with_absolute_paths
+from tsugiki.common.config.files import with_absolute_paths
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data import images
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.data.table import class_numbers

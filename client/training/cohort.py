@@ -15,15 +15,15 @@ from tsugiki.client.training.trainer import Plan, Trained, steps_per_round, trai
 from tsugiki.client.training.update import ProtectedSum, make_update
 from tsugiki.client.training.validation import BestOfRound
 from tsugiki.client.training.vectorised import can_train_together, train_together
-from tsugiki.common.config import RunConfig
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import TrainingError, TsugikiError, WireError
-from tsugiki.common.factors import only, truncate
 from tsugiki.common.privacy.accounting import Release, epsilon
 from tsugiki.common.privacy.mechanisms import Adversary
 from tsugiki.common.privacy.plan import Plan as PrivacyPlan
 from tsugiki.common.privacy.settings import ExamplePrivacySection
+from tsugiki.common.strategies.factors import only, truncate
 from tsugiki.common.tasks.base import Encoded
-from tsugiki.common.wire import Vector
+from tsugiki.common.wire.arrays import Vector
 
 log = logging.getLogger("tsugiki.client")
 

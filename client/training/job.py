@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tsugiki.client.training.trainer import Plan, Watch
-from tsugiki.common.config import RunConfig
-from tsugiki.common.factors import sent
-from tsugiki.common.messages import TrainRequest
-from tsugiki.common.model import Graft
+from tsugiki.common.config.run import RunConfig
+from tsugiki.common.model.load import Graft
+from tsugiki.common.strategies.factors import sent
 from tsugiki.common.tasks.base import Encoded, Tail
-from tsugiki.common.wire import AdapterSpec, Vector
+from tsugiki.common.wire.arrays import AdapterSpec, Vector
+from tsugiki.common.wire.messages import TrainRequest
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tsugiki.common.config import TrainSection
+from tsugiki.common.config.run import TrainSection
 from tsugiki.common.errors import TrainingError
-from tsugiki.common.model import Graft
+from tsugiki.common.model.load import Graft
 from tsugiki.common.rng import derive_seed, generator, seed_everything
 from tsugiki.common.tasks.base import Encoded
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tsugiki.common.privacy.clipping import Levels, clip
 from tsugiki.common.privacy.noise import noise_generator
 from tsugiki.common.privacy.plan import Plan
-from tsugiki.common.wire import Vector
+from tsugiki.common.wire.arrays import Vector
 
 
 def make_update(local: Vector, received: Vector) -> Vector:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from tsugiki.common.adapters.base import ADAPTERS
 from tsugiki.common.adapters.houlsby import Houlsby, HoulsbySettings, Place, make_bottleneck, places
-from tsugiki.common.adapters.own import OwnMethod
+from tsugiki.common.adapters.own_base import OwnMethod
 from tsugiki.common.adapters.tensors import fill, read_tensors
 from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import AdapterSettings, Names
@@ -160,7 +160,10 @@ class Fusion(OwnMethod):
 
 
 def _read(name: str) -> _Part:
-    from tsugiki.common.exported import find_export, read_exported  # which knows all methods, that of this module too
+    from tsugiki.common.model.exported import (
+        find_export,
+        read_exported,
+    )  # which knows all methods, that of this module too
 
     folder = find_export(name, "adapter.adapters")
     exported = read_exported(folder)

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from tsugiki.common.adapters.base import ADAPTERS
-from tsugiki.common.adapters.own import OwnMethod
+from tsugiki.common.adapters.own_base import OwnMethod
 from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import AdapterSettings
 

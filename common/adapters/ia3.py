@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tsugiki.common.adapters.base import ADAPTERS
-from tsugiki.common.adapters.peft_methods import PeftMethod, TargetedSettings, check_targets, linear_layers
+from tsugiki.common.adapters.peft_base import PeftMethod, TargetedSettings, check_targets, linear_layers
 from tsugiki.common.settings import Names
 
 _BERT = (("key", "value"), (r"\d+\.output\.dense",))

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tsugiki.common.adapters.base import ADAPTERS
-from tsugiki.common.adapters.peft_methods import PeftMethod, check_targets
+from tsugiki.common.adapters.peft_base import PeftMethod, check_targets
 from tsugiki.common.settings import AdapterSettings
 
 

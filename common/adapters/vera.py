@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tsugiki.common.adapters.base import ADAPTERS
 from tsugiki.common.adapters.lora import attention_targets
-from tsugiki.common.adapters.peft_methods import PeftMethod, TargetedSettings
+from tsugiki.common.adapters.peft_base import PeftMethod, TargetedSettings
 
 
 class VeraSettings(TargetedSettings):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tsugiki.common.errors import Problem
-from tsugiki.common.privacy.secagg_messages import MOST_CLIENTS
+from tsugiki.common.privacy.secagg.messages import MOST_CLIENTS
 
 if TYPE_CHECKING:
-    from tsugiki.common.config import RunConfig
+    from tsugiki.common.config.run import RunConfig
 
 _LINEAR_STRATEGIES = ("fedadam", "fedavg", "fedavgm", "fedprox", "ffa")
 """What works on the mean of the updates: anything after it is post-processing and costs nothing."""

@@ -19,7 +19,7 @@ from tsugiki.common.privacy.clipping import LEVELS
 from tsugiki.common.privacy.mechanisms import MECHANISMS, Adversary, Mechanism
 
 if TYPE_CHECKING:
-    from tsugiki.common.config import RunConfig
+    from tsugiki.common.config.run import RunConfig
 
 _WIDTHS_BITS = (32, 40, 48, 56)
 

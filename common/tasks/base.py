@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tsugiki.common.data.shard import Shard
-    from tsugiki.common.tasks.generation import Generation
+    from tsugiki.common.tasks.decoding.generate import Generation
 
 TASKS: Registry[type[Task]] = Registry("task")
 
@@ -179,7 +179,7 @@ class Task(ABC):
         Args:
             folder: of the checkpoint.
             dtype: of the frozen weights.
-            how: what else `from_pretrained` has to know; see `tsugiki.common.device.loading`.
+            how: what else `from_pretrained` has to know; see `tsugiki.common.model.device.loading`.
         """
 
     def graft(self, base: Base, transformer: nn.Module) -> None:

@@ -24,8 +24,8 @@ from tsugiki.common.tasks.base import (
     cut_note,
     pad,
 )
-from tsugiki.common.tasks.generation import Generation, complete, generate
-from tsugiki.common.tasks.prompts import (
+from tsugiki.common.tasks.decoding.generate import Generation, complete, generate
+from tsugiki.common.tasks.decoding.templates import (
     TEMPLATE_HELP,
     Template,
     encode_answers,

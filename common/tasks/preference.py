@@ -28,8 +28,15 @@ from tsugiki.common.tasks.base import (
     padding_id,
 )
 from tsugiki.common.tasks.causal_lm import NOTHING, limit_length, load_decoder, next_logits
-from tsugiki.common.tasks.generation import Generation, complete
-from tsugiki.common.tasks.prompts import TEMPLATE_HELP, Template, encode_answers, encode_prompts, fit, head_length
+from tsugiki.common.tasks.decoding.generate import Generation, complete
+from tsugiki.common.tasks.decoding.templates import (
+    TEMPLATE_HELP,
+    Template,
+    encode_answers,
+    encode_prompts,
+    fit,
+    head_length,
+)
 
 if TYPE_CHECKING:
     import torch

@@ -13,11 +13,11 @@ from pydantic import Field
 from tsugiki.common.settings import TaskSettings
 from tsugiki.common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, at_rest, by_length, cut_note
 from tsugiki.common.tasks.causal_lm import load_decoder
-from tsugiki.common.tasks.generation import Generation, complete
+from tsugiki.common.tasks.decoding.generate import Generation, complete
+from tsugiki.common.tasks.decoding.reward import add_judge
+from tsugiki.common.tasks.decoding.rollout import Judged, fixed_numbers, judge
+from tsugiki.common.tasks.decoding.templates import TEMPLATE_HELP, Template, encode_prompts, head_length, shorten
 from tsugiki.common.tasks.preference import answer_logps, sequences
-from tsugiki.common.tasks.prompts import TEMPLATE_HELP, Template, encode_prompts, head_length, shorten
-from tsugiki.common.tasks.reward import add_judge
-from tsugiki.common.tasks.rollout import Judged, fixed_numbers, judge
 
 if TYPE_CHECKING:
     import torch

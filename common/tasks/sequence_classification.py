@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from tsugiki.common.data.shard import Shard
-    from tsugiki.common.tasks.generation import Generation
+    from tsugiki.common.tasks.decoding.generate import Generation
 
 
 class SequenceClassificationSettings(ClassesSettings):

@@ -31,8 +31,8 @@ from trivial import FLOATS, trivial_spec
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tests.support.processes import BIN, end_group, quiet_environment
 from tsugiki.common.audit import AuditLog
-from tsugiki.common.config import RunConfig, parse
-from tsugiki.common.wire import AdapterSpec
+from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.wire.arrays import AdapterSpec
 from tsugiki.server.app import run_federation
 from tsugiki.server.deploy import bundle
 from tsugiki.server.deploy.control import Control, executed

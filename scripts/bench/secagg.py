@@ -34,12 +34,20 @@ from tsugiki.client import secagg
 from tsugiki.client.site.split import split
 from tsugiki.client.training.update import ProtectedSum
 from tsugiki.common.audit import AuditLog
-from tsugiki.common.config import RunConfig, parse
-from tsugiki.common.config_file import read
+from tsugiki.common.config.files import read
+from tsugiki.common.config.run import RunConfig, parse
 from tsugiki.common.files import read_lines
-from tsugiki.common.messages import HelloReply, PrivateReply, StageRequest, TrainRequest, beside, from_record, to_record
 from tsugiki.common.privacy.plan import Plan, make_plan, resolve
-from tsugiki.common.wire import AdapterSpec, encode_levels
+from tsugiki.common.wire.arrays import AdapterSpec, encode_levels
+from tsugiki.common.wire.messages import (
+    HelloReply,
+    PrivateReply,
+    StageRequest,
+    TrainRequest,
+    beside,
+    from_record,
+    to_record,
+)
 from tsugiki.server.demo.run import write_files
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid

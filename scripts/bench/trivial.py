@@ -13,8 +13,8 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from tsugiki.common import __version__
-from tsugiki.common.messages import HelloReply, TrainReply, TrainRequest, from_record, to_record
-from tsugiki.common.wire import AdapterSpec, TensorSpec, encode
+from tsugiki.common.wire.arrays import AdapterSpec, TensorSpec, encode
+from tsugiki.common.wire.messages import HelloReply, TrainReply, TrainRequest, from_record, to_record
 
 FLOATS = 75_000
 

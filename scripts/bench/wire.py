@@ -26,8 +26,8 @@ import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tests.support.proxy import Proxy, proxied
 from tests.support.serving import metrics, started, write_run
 from tsugiki.client.site.split import split
-from tsugiki.common.config import RunConfig
-from tsugiki.common.config_file import read
+from tsugiki.common.config.files import read
+from tsugiki.common.config.run import RunConfig
 from tsugiki.server.demo.run import write_files
 from tsugiki.server.deploy.superlink_process import free_port
 

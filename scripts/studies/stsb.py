@@ -22,7 +22,7 @@ from figures import Figure, interval, mean, show
 
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.client.app import simulated_app
-from tsugiki.common.config_file import read
+from tsugiki.common.config.files import read
 from tsugiki.server.baselines import run_baselines
 from tsugiki.server.run.progress import Lines
 from tsugiki.server.run.simulate import simulate

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tsugiki.common import config_file
-from tsugiki.common.config import RunConfig
+from tsugiki.common.config import files as config_file
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError, UsageError
 from tsugiki.common.files import write_atomically
 from tsugiki.common.privacy.accounting import epsilon
@@ -157,7 +157,7 @@ def measure(config: RunConfig) -> Size:
     Raises:
         ModelError: the base cannot be found or is not to be trusted, or the adapter does not fit it.
     """
-    from tsugiki.common.model import load_graft
+    from tsugiki.common.model.load import load_graft
 
     freeze_a, otherwise = getattr(config.adapter, "freeze_a", None), None
     if freeze_a is not None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tsugiki.common import config_file
+from tsugiki.common.config import files as config_file
 from tsugiki.common.errors import UsageError
 
 

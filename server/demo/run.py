@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tsugiki.common.config import RunConfig, parse
-from tsugiki.common.config_file import override, to_toml
+from tsugiki.common.config.files import override, to_toml
+from tsugiki.common.config.run import RunConfig, parse
 from tsugiki.common.files import write_atomically
-from tsugiki.common.model import load_graft
-from tsugiki.common.wire import Vector
+from tsugiki.common.model.load import load_graft
+from tsugiki.common.wire.arrays import Vector
 from tsugiki.server.demo.data import DemoFiles, generate, write
 from tsugiki.server.run.evaluate import evaluate_untouched, make_evaluator
 

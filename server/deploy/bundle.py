@@ -11,7 +11,7 @@ from pathlib import Path
 import tomli_w
 
 from tsugiki.common import __version__
-from tsugiki.common.config_file import run_config_defaults
+from tsugiki.common.config.files import run_config_defaults
 
 FOLDERS = ("tsugiki", "common", "client", "server")
 """As they lie in a checkout: `tsugiki` holds the bridge and the command line, the others its subpackages."""

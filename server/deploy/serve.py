@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tsugiki.common.address import LOOPBACK, split_address
-from tsugiki.common.config import RunConfig
-from tsugiki.common.config_file import to_run_config, with_absolute_paths
+from tsugiki.common.config.files import to_run_config, with_absolute_paths
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import TsugikiError, UsageError
 from tsugiki.server.app import Outcome, run_federation
 from tsugiki.server.deploy import bundle

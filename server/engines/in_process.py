@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from tsugiki.common.messages import error_reply
+from tsugiki.common.wire.messages import error_reply
 
 Fault = Callable[[int, Message], list[Message]]
 """What becomes of a node's reply: usually [reply]; tests lose, repeat or forge it."""

@@ -36,8 +36,8 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.superlink.grid import HttpGrid
 
 from tsugiki.common.errors import WireError
-from tsugiki.common.inflate import inflate
-from tsugiki.common.messages import SITE_ERROR
+from tsugiki.common.wire.inflate import inflate
+from tsugiki.common.wire.messages import SITE_ERROR
 from tsugiki.server.engines.grid import NODE_UNAVAILABLE, RETURN_S
 
 log = logging.getLogger("tsugiki.server")

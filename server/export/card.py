@@ -12,13 +12,13 @@ from typing import Any, Literal
 import tomli_w
 
 from tsugiki.common import __version__
-from tsugiki.common.config import RunConfig
-from tsugiki.common.config_file import PATH_KEYS
+from tsugiki.common.config.files import PATH_KEYS
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data.pixels import Pixels
 from tsugiki.common.data.shard import Shard
-from tsugiki.common.model import Graft
+from tsugiki.common.model.load import Graft
+from tsugiki.common.tasks.decoding.templates import encode_prompts, prompt_text
 from tsugiki.common.tasks.image_classification import MODEL_TYPE
-from tsugiki.common.tasks.prompts import encode_prompts, prompt_text
 
 _PIPELINE_TAGS = {
     "sentence-embedding": "sentence-similarity",

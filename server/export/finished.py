@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tsugiki.common import config_file
-from tsugiki.common.config import RunConfig
+from tsugiki.common.config import files as config_file
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ExportError, StorageError
-from tsugiki.common.model import Graft, load_graft
-from tsugiki.common.wire import Vector, pack, sha256
+from tsugiki.common.model.load import Graft, load_graft
+from tsugiki.common.wire.arrays import Vector, pack, sha256
 from tsugiki.server.run import checkpoint
 
 Which = Literal["best", "last"]

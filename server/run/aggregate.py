@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from tsugiki.common.registry import Registry
 from tsugiki.common.settings import StrategySettings
-from tsugiki.common.strategies import STRATEGY_SETTINGS
-from tsugiki.common.wire import ARRAY_KEY, Vector
+from tsugiki.common.strategies.settings import STRATEGY_SETTINGS
+from tsugiki.common.wire.arrays import ARRAY_KEY, Vector
 from tsugiki.server.run.guard import Accepted
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ Moments = dict[str, npt.NDArray[np.float64]]
 """What a strategy remembers between rounds (`m_t`, `v_t`, `momentum_vector`), by attribute name."""
 
 STRATEGIES: Registry[Maker] = Registry("strategy")
-"""Makers of Flower strategies, under the names of `tsugiki.common.strategies.STRATEGY_SETTINGS`."""
+"""Makers of Flower strategies, under the names of `tsugiki.common.strategies.settings.STRATEGY_SETTINGS`."""
 
 _MOMENTS = {"m_t": dict, "v_t": dict, "momentum_vector": list}
 """In what Flower's strategies keep them: arrays by name, or in order. There is one array here."""

@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from tsugiki.common.errors import NotEnoughSites
-from tsugiki.common.factors import sent
-from tsugiki.common.messages import EvaluateRequest, TrainRequest, to_record
 from tsugiki.common.rng import generator
-from tsugiki.common.wire import encode
+from tsugiki.common.strategies.factors import sent
+from tsugiki.common.wire.arrays import encode
+from tsugiki.common.wire.messages import EvaluateRequest, TrainRequest, to_record
 from tsugiki.server.engines.grid import exchange
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import Collected, Parts

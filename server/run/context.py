@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsugiki.common.audit import AuditLog
-from tsugiki.common.config import RunConfig
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.privacy.clipping import Levels
-from tsugiki.common.wire import AdapterSpec
+from tsugiki.common.wire.arrays import AdapterSpec
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.run.evaluate import Evaluator
 from tsugiki.server.run.guard import Accepted, AcceptedSum, Rejected

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from tsugiki.common.factors import MERGED, TRAINED, Pair, pairs
 from tsugiki.common.rng import generator
-from tsugiki.common.wire import AdapterSpec, Vector, l2_norm, pack, unpack
+from tsugiki.common.strategies.factors import MERGED, TRAINED, Pair, pairs
+from tsugiki.common.wire.arrays import AdapterSpec, Vector, l2_norm, pack, unpack
 from tsugiki.server.run.guard import Accepted
 
 Matrix = npt.NDArray[np.float64]

@@ -12,11 +12,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tsugiki.common.errors import SecureAggregationError, WireError
-from tsugiki.common.factors import widen
-from tsugiki.common.messages import BESIDE, EvaluateReply, PrivateReply, TrainReply, beside, error_code, from_record
 from tsugiki.common.privacy.clipping import LEVELS, Levels
 from tsugiki.common.privacy.plan import Plan
-from tsugiki.common.wire import AdapterSpec, Vector, decode, decode_levels, l2_norm
+from tsugiki.common.strategies.factors import widen
+from tsugiki.common.wire.arrays import AdapterSpec, Vector, decode, decode_levels, l2_norm
+from tsugiki.common.wire.messages import (
+    BESIDE,
+    EvaluateReply,
+    PrivateReply,
+    TrainReply,
+    beside,
+    error_code,
+    from_record,
+)
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict

@@ -12,7 +12,7 @@ import numpy as np
 
 from tsugiki.common.errors import BudgetError, QuorumNotMet, TrainingError
 from tsugiki.common.files import append_line
-from tsugiki.common.wire import Vector, l2_norm, sha256
+from tsugiki.common.wire.arrays import Vector, l2_norm, sha256
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.aggregate import aggregate
 from tsugiki.server.run.checkpoint import State

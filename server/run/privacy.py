@@ -9,14 +9,14 @@ from statistics import median
 from typing import Any
 
 from tsugiki.common.audit import AuditLog
-from tsugiki.common.config import RunConfig
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import BudgetError, StorageError
 from tsugiki.common.privacy.clipping import LEVELS, Levels, to_float
 from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.privacy.mechanisms import Adversary
 from tsugiki.common.privacy.noise import noise_generator
 from tsugiki.common.privacy.plan import Plan, make_plan
-from tsugiki.common.wire import Vector, l2_norm
+from tsugiki.common.wire.arrays import Vector, l2_norm
 
 
 @dataclass(frozen=True)

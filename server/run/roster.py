@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from tsugiki.common import __version__, minor
 from tsugiki.common.audit import AuditLog
-from tsugiki.common.config import RunConfig
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import NotEnoughSites, WireError
-from tsugiki.common.messages import HelloReply, HelloRequest, error_code, from_record, to_record
 from tsugiki.common.privacy.plan import enrolled, most_clients_of_a_site
 from tsugiki.common.settings import NAME_PATTERN
-from tsugiki.common.wire import AdapterSpec
+from tsugiki.common.wire.arrays import AdapterSpec
+from tsugiki.common.wire.messages import HelloReply, HelloRequest, error_code, from_record, to_record
 from tsugiki.server.engines.grid import LONGEST_PAUSE_S, RETURN_S, Stop, exchange, wait_for_nodes
 from tsugiki.server.run.guard import GONE
 

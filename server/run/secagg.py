@@ -7,7 +7,7 @@
     unmask     shares of the lists' secrets     is in the sum, as long as enough others answer
 
 Opening the sum is the release, and costs privacy: it is written down before the last step is asked. An attempt that
-ends before has shown the server nothing, and costs nothing. The protocol: `common/privacy/secagg.py`.
+ends before has shown the server nothing, and costs nothing. The protocol: `common/privacy/secagg/protocol.py`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tsugiki.common.errors import SecureAggregationError
-from tsugiki.common.messages import StageRequest, to_record
-from tsugiki.common.privacy import masks, secagg
 from tsugiki.common.privacy.clipping import LEVELS
-from tsugiki.common.privacy.masks import Ring
 from tsugiki.common.privacy.plan import Plan
-from tsugiki.common.privacy.secagg_clients import check_sum, fewest_sites
-from tsugiki.common.privacy.secagg_messages import KEYS_BYTES, SEALED_BYTES, Answer, exactly, from_fields, to_fields
-from tsugiki.common.wire import encode, l2_norm
+from tsugiki.common.privacy.secagg import primitives as masks
+from tsugiki.common.privacy.secagg import protocol as secagg
+from tsugiki.common.privacy.secagg.counts import check_sum, fewest_sites
+from tsugiki.common.privacy.secagg.messages import KEYS_BYTES, SEALED_BYTES, Answer, exactly, from_fields, to_fields
+from tsugiki.common.privacy.secagg.primitives import Ring
+from tsugiki.common.wire.arrays import encode, l2_norm
+from tsugiki.common.wire.messages import StageRequest, to_record
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.collect import address, receive, train_request
 from tsugiki.server.run.context import Collected, Parts

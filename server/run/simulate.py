@@ -6,7 +6,7 @@ from typing import Protocol
 
 from flwr.clientapp import ClientApp
 
-from tsugiki.common.config import RunConfig
+from tsugiki.common.config.run import RunConfig
 from tsugiki.server.app import Outcome, run_federation
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import Fault, InProcessGrid

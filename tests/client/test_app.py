@@ -14,7 +14,9 @@ from tsugiki.client.training import cohort
 from tsugiki.common import __version__
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import DataError, SpecError
-from tsugiki.common.messages import (
+from tsugiki.common.model.load import load_graft
+from tsugiki.common.wire.arrays import decode, encode, sha256
+from tsugiki.common.wire.messages import (
     EvaluateReply,
     EvaluateRequest,
     HelloReply,
@@ -24,8 +26,6 @@ from tsugiki.common.messages import (
     from_record,
     to_record,
 )
-from tsugiki.common.model import load_graft
-from tsugiki.common.wire import decode, encode, sha256
 from tsugiki.server.engines.in_process import InProcessGrid
 
 NONCE = "0123456789abcdef"

@@ -7,7 +7,7 @@ from tests.support.tiny import tiny_llama
 from tsugiki import cli
 from tsugiki.client.site.policy import SitePolicy
 from tsugiki.client.site.site import read_site
-from tsugiki.common.config_file import to_toml
+from tsugiki.common.config.files import to_toml
 from tsugiki.common.errors import ConfigError, DataError, ModelError, UsageError
 
 
@@ -172,7 +172,7 @@ def test_check_fails_with_the_step_that_fails(tmp_path):
 def test_a_dry_run_prints_names_and_values_and_no_rows(tmp_path):
     """Catches: an array printed in full; a field that is left out."""
     from tests.support.federation import CANARIES, site_folder, tiny_config
-    from tsugiki.common.config_file import to_toml
+    from tsugiki.common.config.files import to_toml
 
     config = tiny_config(tmp_path)
     (tmp_path / "run.toml").write_text(to_toml(config))

@@ -14,9 +14,9 @@ from tsugiki.client.site.policy import SitePolicy
 from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.client.training.cohort import train_openly
 from tsugiki.common.errors import DataError, PolicyError, SpecError, WireError
-from tsugiki.common.messages import TrainRequest, to_record
-from tsugiki.common.model import load_graft
-from tsugiki.common.wire import encode
+from tsugiki.common.model.load import load_graft
+from tsugiki.common.wire.arrays import encode
+from tsugiki.common.wire.messages import TrainRequest, to_record
 
 
 @pytest.fixture(scope="module")

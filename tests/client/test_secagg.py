@@ -10,7 +10,7 @@ from tests.support.federation import tiny_config
 from tsugiki.client import secagg
 from tsugiki.common.errors import SecureAggregationError
 from tsugiki.common.privacy.plan import make_plan
-from tsugiki.common.privacy.secagg import new_session
+from tsugiki.common.privacy.secagg.protocol import new_session
 
 NAMES = ("a", "b", "c", "d")
 SIZE, BITS = 40, 32

@@ -49,7 +49,7 @@ def test_public_names():
 
 def test_codes_are_kebab_case_and_statuses_are_sane():
     """Catches: a code that cannot cross the network; an exit status that a shell takes for success or for a signal."""
-    from tsugiki.common.messages import _CODE
+    from tsugiki.common.wire.messages import _CODE
 
     kinds = written().values()
     assert all(_CODE.fullmatch(kind.code) for kind in kinds)

@@ -13,17 +13,17 @@ from tests.support.tiny import tiny_base
 from tsugiki.client.training.dp_sgd import backward, check_supported, row_gradients
 from tsugiki.client.training.trainer import Plan, train
 from tsugiki.client.training.update import make_update
-from tsugiki.common import model
 from tsugiki.common.adapters import ADAPTERS, AdapterMethod
-from tsugiki.common.config import parse
-from tsugiki.common.config_file import commented
+from tsugiki.common.config.files import commented
+from tsugiki.common.config.run import parse
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import ModelError, TrainingError
-from tsugiki.common.exported import open_exported, write_exported
-from tsugiki.common.model import load_graft
+from tsugiki.common.model import load as model
+from tsugiki.common.model.exported import open_exported, write_exported
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.registry import Registry
 from tsugiki.common.tasks import TASKS
-from tsugiki.common.wire import decode, encode, unpack
+from tsugiki.common.wire.arrays import decode, encode, unpack
 
 SMALL = {
     "lora": {"rank": 2},

@@ -11,13 +11,13 @@ from tests.support.federation import run_tiny, tiny_config
 from tsugiki.client.prepare import make_job
 from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.client.training.cohort import train_openly
-from tsugiki.common.factors import pairs
 from tsugiki.common.files import read_lines
-from tsugiki.common.messages import TrainRequest, to_record
-from tsugiki.common.model import load_graft
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.registry import Registry
-from tsugiki.common.strategies import STRATEGY_SETTINGS
-from tsugiki.common.wire import ARRAY_KEY, encode, unpack
+from tsugiki.common.strategies.factors import pairs
+from tsugiki.common.strategies.settings import STRATEGY_SETTINGS
+from tsugiki.common.wire.arrays import ARRAY_KEY, encode, unpack
+from tsugiki.common.wire.messages import TrainRequest, to_record
 from tsugiki.server.engines.in_process import identify_process
 from tsugiki.server.run.aggregate import STRATEGIES, aggregate, missing_implementations
 from tsugiki.server.run.guard import Accepted

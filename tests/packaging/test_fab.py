@@ -89,7 +89,7 @@ def test_the_bundle_names_the_apps_and_the_defaults(tree):
     from flwr.common.config import flatten_dict
 
     from tsugiki.client import app as client_app
-    from tsugiki.common.config_file import run_config_defaults
+    from tsugiki.common.config.files import run_config_defaults
     from tsugiki.server import app as server_app
 
     with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tree))) as bundle:

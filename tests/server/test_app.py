@@ -10,12 +10,12 @@ from safetensors.numpy import load_file
 from tests.support.federation import leaks, run_tiny, tiny_config
 from tsugiki.client.app import simulated_app
 from tsugiki.common.audit import verify
-from tsugiki.common.config_file import read as read_config
-from tsugiki.common.config_file import to_run_config
+from tsugiki.common.config.files import read as read_config
+from tsugiki.common.config.files import to_run_config
 from tsugiki.common.errors import ModelError, NotEnoughSites, StorageError
 from tsugiki.common.files import read_lines
 from tsugiki.common.privacy.plan import resolve
-from tsugiki.common.wire import sha256
+from tsugiki.common.wire.arrays import sha256
 from tsugiki.server.app import app, deployed, run_federation
 from tsugiki.server.engines.in_process import InProcessGrid
 from tsugiki.server.run.progress import Progress

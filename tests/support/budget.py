@@ -8,7 +8,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
 
-from tsugiki.common.config import RunConfig, parse
+from tsugiki.common.config.run import RunConfig, parse
 from tsugiki.common.privacy.accounting import Release
 from tsugiki.common.privacy.plan import Plan, make_plan, resolve
 

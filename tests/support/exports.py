@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from tests.support.architectures import stir
-from tsugiki.common.config import parse
-from tsugiki.common.exported import write_exported
-from tsugiki.common.model import Graft, load_graft
+from tsugiki.common.config.run import parse
+from tsugiki.common.model.exported import write_exported
+from tsugiki.common.model.load import Graft, load_graft
 from tsugiki.common.tasks.base import TinyCase
 
 BASE_NAME = "tsugiki-tests/base"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from tsugiki.common.config import RunConfig
-from tsugiki.common.config_file import read
+from tsugiki.common.config.files import read
+from tsugiki.common.config.run import RunConfig
 from tsugiki.server.demo.run import write_files
 
 COMPANIES = ("clinic", "logistics", "software")

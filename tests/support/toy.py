@@ -16,9 +16,10 @@ from flwr.clientapp import ClientApp
 from tests.support.federation import leaks, merged
 from tsugiki.common import __version__
 from tsugiki.common.audit import AuditLog, verify
-from tsugiki.common.config import RunConfig
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.files import read_lines
-from tsugiki.common.messages import (
+from tsugiki.common.wire.arrays import ARRAY_KEY, AdapterSpec, TensorSpec, Vector, decode, encode
+from tsugiki.common.wire.messages import (
     EvaluateReply,
     HelloReply,
     HelloRequest,
@@ -27,7 +28,6 @@ from tsugiki.common.messages import (
     from_record,
     to_record,
 )
-from tsugiki.common.wire import ARRAY_KEY, AdapterSpec, TensorSpec, Vector, decode, encode
 from tsugiki.server.app import Outcome, run_federation
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import Fault, InProcessGrid, identify_process

@@ -14,11 +14,11 @@ from tsugiki.client.site.policy import SitePolicy
 from tsugiki.client.training.update import ProtectedSum
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import PolicyError, StorageError
-from tsugiki.common.messages import TrainRequest, to_record
-from tsugiki.common.model import load_graft
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.privacy.accounting import Release, epsilon
 from tsugiki.common.privacy.plan import resolve
-from tsugiki.common.wire import encode
+from tsugiki.common.wire.arrays import encode
+from tsugiki.common.wire.messages import TrainRequest, to_record
 from tsugiki.server.engines.in_process import InProcessGrid
 
 NOISY = Release("gaussian", 4.0)

@@ -9,7 +9,7 @@ import pytest
 import tsugiki
 from tests.support.federation import tiny_config, write_rows
 from tsugiki.client.site.simulated import simulated_sites
-from tsugiki.common.config_file import to_toml
+from tsugiki.common.config.files import to_toml
 from tsugiki.common.errors import ConfigError, DataError
 from tsugiki.common.tasks import TASKS
 
@@ -78,7 +78,7 @@ def test_the_split_is_the_same_in_every_process(tmp_path):
     (tmp_path / "run.toml").write_text(to_toml(config))
     script = (
         "import sys, json; from pathlib import Path\n"
-        "from tsugiki.common.config_file import read; from tsugiki.client.site.simulated import simulated_sites\n"
+        "from tsugiki.common.config.files import read; from tsugiki.client.site.simulated import simulated_sites\n"
         "sites = simulated_sites(read(Path(sys.argv[1])))\n"
         "print(json.dumps([[site.name, *map(list, (site.rows, *site.split_rows()))] for site in sites]))\n"
     )

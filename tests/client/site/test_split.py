@@ -12,7 +12,7 @@ from tsugiki.client.app import simulated_app
 from tsugiki.client.site.site import read_site
 from tsugiki.client.site.split import split
 from tsugiki.common.adapters.fusion import FusionSettings
-from tsugiki.common.config_file import with_absolute_paths
+from tsugiki.common.config.files import with_absolute_paths
 from tsugiki.common.errors import UsageError
 from tsugiki.common.tasks import TASKS
 from tsugiki.server.run.simulate import simulate

@@ -14,11 +14,11 @@ from tsugiki.client.training import cohort, dp_sgd
 from tsugiki.client.training.cohort import asked_clients, row_releases, train_openly, train_privately
 from tsugiki.client.training.job import Job
 from tsugiki.common.errors import TrainingError, WireError
-from tsugiki.common.messages import TrainRequest
-from tsugiki.common.model import load_graft
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.privacy.accounting import epsilon
 from tsugiki.common.privacy.clipping import LEVELS, clip
-from tsugiki.common.wire import decode_levels
+from tsugiki.common.wire.arrays import decode_levels
+from tsugiki.common.wire.messages import TrainRequest
 
 ROWS = {"site-0/0": [0, 1, 2, 3], "site-0/1": [4, 5, 6, 7, 8, 9], "site-0/2": [10, 11]}
 

@@ -11,10 +11,10 @@ from tests.support.federation import tiny_config
 from tsugiki import cli
 from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.client.training.lr_find import FEWEST, find_rate, smooth, suggest
-from tsugiki.common import config_file
-from tsugiki.common.config import parse
+from tsugiki.common.config import files as config_file
+from tsugiki.common.config.run import parse
 from tsugiki.common.errors import TrainingError, UsageError
-from tsugiki.common.model import load_graft
+from tsugiki.common.model.load import load_graft
 
 
 @pytest.fixture

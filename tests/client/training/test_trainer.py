@@ -17,11 +17,11 @@ from tsugiki.client.training.trainer import (
     steps_per_round,
     train,
 )
-from tsugiki.common.config import TrainSection
+from tsugiki.common.config.run import TrainSection
 from tsugiki.common.errors import TrainingError
-from tsugiki.common.model import Graft
+from tsugiki.common.model.load import Graft
 from tsugiki.common.tasks.base import Base, Encoded
-from tsugiki.common.wire import AdapterSpec, TensorSpec
+from tsugiki.common.wire.arrays import AdapterSpec, TensorSpec
 
 ROWS = 12
 INPUTS = torch.from_numpy(np.random.default_rng(0).normal(size=(ROWS, 3)).astype(np.float32))

@@ -6,7 +6,7 @@ import pytest
 from tests.support.private import plan_of
 from tsugiki.client.training.update import ProtectedSum, make_update
 from tsugiki.common.privacy.clipping import LEVELS, clip
-from tsugiki.common.wire import l2_norm
+from tsugiki.common.wire.arrays import l2_norm
 
 
 def test_the_update_is_local_minus_received():

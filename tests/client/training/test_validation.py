@@ -16,10 +16,10 @@ from tsugiki.client.site.site import read_site
 from tsugiki.client.training.cohort import train_openly
 from tsugiki.client.training.validation import BestOfRound, held_out, training_shard, validation_shard
 from tsugiki.common.errors import DataError, TrainingError
-from tsugiki.common.messages import TrainRequest, to_record
-from tsugiki.common.model import load_graft
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks import TASKS
-from tsugiki.common.wire import encode
+from tsugiki.common.wire.arrays import encode
+from tsugiki.common.wire.messages import TrainRequest, to_record
 
 STEPS = 6
 

@@ -11,13 +11,13 @@ from transformers import AutoModel
 from tests.support.architectures import make, outputs, stir
 from tests.support.exports import export_tiny, to_fuse
 from tests.support.tiny import tiny_bert, tiny_sentence_transformer
-from tsugiki.common import model
 from tsugiki.common.adapters import load_adapter
 from tsugiki.common.adapters.fusion import Fusion, FusionSettings
-from tsugiki.common.config import parse
+from tsugiki.common.config.run import parse
 from tsugiki.common.errors import ModelError
-from tsugiki.common.exported import EXPORTED_FILE, open_exported
-from tsugiki.common.model import load_graft
+from tsugiki.common.model import load as model
+from tsugiki.common.model.exported import EXPORTED_FILE, open_exported
+from tsugiki.common.model.load import load_graft
 
 CLASSES = {"name": "sequence-classification"}
 
@@ -236,7 +236,7 @@ def test_adapters_are_compared_with_their_own_spec(base, adapters, tmp_path):
 
 def test_an_embedder_whose_head_stayed_behind_is_fused(base, adapters, tmp_path):
     """Catches: a spec with the head of a loss, which its export does not have."""
-    from tsugiki.common.exported import write_exported
+    from tsugiki.common.model.exported import write_exported
 
     task = {"name": "sentence-embedding", "loss": "softmax-nli"}
     graft = export_tiny(tmp_path / "headless", base, task, {"method": "houlsby", "bottleneck": 4})

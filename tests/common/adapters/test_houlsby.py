@@ -19,7 +19,7 @@ from transformers import (
 
 from tsugiki.common.adapters import ADAPTERS
 from tsugiki.common.adapters.houlsby import Houlsby, HoulsbySettings
-from tsugiki.common.adapters.own import load_adapter
+from tsugiki.common.adapters.own_base import load_adapter
 from tsugiki.common.errors import ModelError
 
 HIDDEN, BLOCKS, WIDTH = 32, 2, 5

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tsugiki.common.config import parse
+from tsugiki.common.config.run import parse
 from tsugiki.common.errors import ConfigError
 from tsugiki.common.privacy.checks import privacy_problems
 

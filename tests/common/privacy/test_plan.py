@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from tests.support.private import plan_of, private_config
-from tsugiki.common.config import parse
+from tsugiki.common.config.run import parse
 from tsugiki.common.errors import ConfigError
-from tsugiki.common.messages import site_config
 from tsugiki.common.privacy.accounting import epsilon
 from tsugiki.common.privacy.clipping import LEVELS
 from tsugiki.common.privacy.mechanisms import MECHANISMS
 from tsugiki.common.privacy.plan import enrolled, make_plan, resolve
-from tsugiki.common.wire import decode_levels, encode_levels
+from tsugiki.common.wire.arrays import decode_levels, encode_levels
+from tsugiki.common.wire.messages import site_config
 
 SIZE = 1000
 each_mode = pytest.mark.parametrize("mode", MECHANISMS.names())

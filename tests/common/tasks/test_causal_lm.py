@@ -12,11 +12,11 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import MAX_TOKENS, tiny_bert, tiny_llama
 from tsugiki.client.training.trainer import Plan, train
-from tsugiki.common.config import parse
+from tsugiki.common.config.run import parse
 from tsugiki.common.data.shard import Shard, read
 from tsugiki.common.errors import DataError, ModelError
 from tsugiki.common.files import read_lines
-from tsugiki.common.model import load_graft
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.settings import DataFormat
 from tsugiki.common.tasks.base import Base, Encoded
 from tsugiki.common.tasks.causal_lm import CausalLm, CausalLmSettings

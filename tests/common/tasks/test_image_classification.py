@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTModel
 
 from tests.support.tiny import tiny_cnn, tiny_vit
-from tsugiki.common.config import parse
+from tsugiki.common.config.run import parse
 from tsugiki.common.data.shard import Shard, read
 from tsugiki.common.errors import ConfigError, ModelError
-from tsugiki.common.model import load_graft
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.settings import DataFormat
 from tsugiki.common.tasks.base import Encoded
 from tsugiki.common.tasks.image_classification import (

@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.support.federation import run_tiny
 from tests.support.tiny import tiny_bert, tiny_llama
-from tsugiki.common.config import parse
+from tsugiki.common.config.run import parse
 from tsugiki.common.data.shard import Shard, read
 from tsugiki.common.errors import DataError, ModelError
 from tsugiki.common.files import read_lines
-from tsugiki.common.model import load_graft
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.settings import DataFormat
 from tsugiki.common.tasks.preference import Preference, PreferenceSettings, answer_logps
 

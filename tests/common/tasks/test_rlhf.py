@@ -11,16 +11,16 @@ from tests.support.architectures import stir
 from tests.support.exports import export_of, settings_of
 from tests.support.federation import run_tiny
 from tests.support.tiny import tiny_llama
-from tsugiki.common.config import parse
+from tsugiki.common.config.run import parse
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import ConfigError, ModelError
-from tsugiki.common.exported import open_exported, write_exported
 from tsugiki.common.files import read_lines
-from tsugiki.common.model import load_graft
-from tsugiki.common.tasks.generation import Generation
+from tsugiki.common.model.exported import open_exported, write_exported
+from tsugiki.common.model.load import load_graft
+from tsugiki.common.tasks.decoding.generate import Generation
+from tsugiki.common.tasks.decoding.rollout import judge
 from tsugiki.common.tasks.preference import answer_logps
 from tsugiki.common.tasks.rlhf import Rlhf, RlhfSettings, advantages, interval
-from tsugiki.common.tasks.rollout import judge
 
 ROWS = Shard({"prompt": ["name the party", "on", "say good"], "input": ["alpha", "", " "]})
 

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 import tsugiki
 from tests.support.federation import tiny_config
 from tsugiki import cli
-from tsugiki.common.config import parse
-from tsugiki.common.config_file import read, to_toml
+from tsugiki.common.config.files import read, to_toml
+from tsugiki.common.config.run import parse
 from tsugiki.common.errors import ConfigError, StorageError, UsageError
-from tsugiki.common.model import load_graft
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.privacy.plan import make_plan, resolve
 from tsugiki.server.budget import budget
 

@@ -15,11 +15,11 @@ from tests.support.tiny import tiny_sentence_transformer
 from tsugiki import cli
 from tsugiki.client.app import simulated_app
 from tsugiki.common.adapters import ADAPTERS
-from tsugiki.common.config import RunConfig, parse
-from tsugiki.common.config_file import read, to_toml
+from tsugiki.common.config.files import read, to_toml
+from tsugiki.common.config.run import RunConfig, parse
 from tsugiki.common.errors import ConfigError, ExportError, RegistryError, TsugikiError, UsageError
 from tsugiki.common.files import read_lines
-from tsugiki.common.strategies import STRATEGY_SETTINGS
+from tsugiki.common.strategies.settings import STRATEGY_SETTINGS
 from tsugiki.common.tasks import TASKS
 from tsugiki.server import doctor
 from tsugiki.server.commands import runs as commands

@@ -2,9 +2,9 @@ import tomllib
 from pathlib import Path
 
 from tests.support.tiny import tiny_sentence_transformer
-from tsugiki.common.config import parse
-from tsugiki.common.config_file import read
-from tsugiki.common.model import load_graft
+from tsugiki.common.config.files import read
+from tsugiki.common.config.run import parse
+from tsugiki.common.model.load import load_graft
 from tsugiki.server.demo.data import COMPANIES
 from tsugiki.server.demo.run import DEMO_TOML, demo_config, free_name, make_data, scored, write_files
 

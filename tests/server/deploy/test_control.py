@@ -4,7 +4,7 @@ import httpx
 import pytest
 from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest
 
-from tsugiki.common.config_file import run_config_defaults
+from tsugiki.common.config.files import run_config_defaults
 from tsugiki.common.errors import DeployError
 from tsugiki.common.keys import new_key_pair
 from tsugiki.server.deploy import bundle, control

@@ -32,7 +32,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 
 from tsugiki.common.errors import WireError
-from tsugiki.common.messages import SITE_ERROR
+from tsugiki.common.wire.messages import SITE_ERROR
 from tsugiki.server.engines import superlink as module
 from tsugiki.server.engines.grid import Stop, exchange
 from tsugiki.server.engines.in_process import identify_process

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from tests.support.tiny import PUBLIC_NAME, tiny_bert, tiny_cnn, tiny_llama, tiny_vit
-from tsugiki.common.config import parse
+from tsugiki.common.config.run import parse
 from tsugiki.common.data.shard import Shard
-from tsugiki.common.model import load_graft
-from tsugiki.common.tasks.prompts import encode_prompts
+from tsugiki.common.model.load import load_graft
+from tsugiki.common.tasks.decoding.templates import encode_prompts
 from tsugiki.server.export import check as export_check
 from tsugiki.server.export import probe as export_probe
 from tsugiki.server.export.card import Export, _auto_class, card, loading_code

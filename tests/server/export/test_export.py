@@ -13,20 +13,20 @@ from safetensors.numpy import load_file, save_file
 from tests.support.exports import settings_of, to_fuse
 from tests.support.federation import model_folder, run_tiny, tiny_config
 from tests.support.tiny import PUBLIC_NAME, tiny_cnn, tiny_llama, tiny_sentence_transformer, tiny_vit, write_case
-from tsugiki.common import config_file
 from tsugiki.common.adapters.bitfit import BitfitSettings
 from tsugiki.common.adapters.fusion import FusionSettings
 from tsugiki.common.adapters.houlsby import HoulsbySettings
 from tsugiki.common.adapters.ia3 import Ia3Settings
 from tsugiki.common.adapters.layernorm import LayerNormSettings
 from tsugiki.common.adapters.lora import Lora, LoraSettings
-from tsugiki.common.adapters.prompts import PrefixSettings, PromptSettings, PTuningSettings
 from tsugiki.common.adapters.vera import VeraSettings
+from tsugiki.common.adapters.virtual_tokens import PrefixSettings, PromptSettings, PTuningSettings
+from tsugiki.common.config import files as config_file
 from tsugiki.common.errors import ExportError, StorageError
-from tsugiki.common.exported import open_exported, read_exported
-from tsugiki.common.model import load_graft
+from tsugiki.common.model.exported import open_exported, read_exported
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks import TASKS
-from tsugiki.common.wire import sha256, unpack
+from tsugiki.common.wire.arrays import sha256, unpack
 from tsugiki.server.export import check as export_check
 from tsugiki.server.export import probe as export_probe
 from tsugiki.server.export.export import export

@@ -3,7 +3,7 @@ import logging
 import numpy as np
 import pytest
 
-from tsugiki.common.strategies import STRATEGY_SETTINGS
+from tsugiki.common.strategies.settings import STRATEGY_SETTINGS
 from tsugiki.server.engines.in_process import identify_process
 from tsugiki.server.run.aggregate import STRATEGIES, aggregate, missing_implementations
 from tsugiki.server.run.guard import Accepted

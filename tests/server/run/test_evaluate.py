@@ -3,7 +3,7 @@ import pytest
 
 from tests.support.federation import tiny_config
 from tsugiki.common.errors import ConfigError, DataError
-from tsugiki.common.model import load_graft
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks.base import Column
 from tsugiki.server.run.evaluate import evaluate_untouched, make_evaluator, read_evaluation
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tsugiki.common.rng import generator
-from tsugiki.common.wire import AdapterSpec, TensorSpec, pack, unpack
+from tsugiki.common.wire.arrays import AdapterSpec, TensorSpec, pack, unpack
 from tsugiki.server.run.factors import aggregation_error, combine, norm, project
 from tsugiki.server.run.guard import Accepted
 

@@ -10,9 +10,9 @@ from flwr.app import ConfigRecord, Error, Message, MetricRecord
 from tests.support.private import plan_of
 from tests.support.toy import ASKED, SPEC, of_array, of_bytes, rewritten, train_reply, with_arrays
 from tsugiki.client.training.update import ProtectedSum
-from tsugiki.common.messages import EvaluateReply, PrivateReply, error_reply, to_record
 from tsugiki.common.privacy.clipping import LEVELS
-from tsugiki.common.wire import encode, encode_levels
+from tsugiki.common.wire.arrays import encode, encode_levels
+from tsugiki.common.wire.messages import EvaluateReply, PrivateReply, error_reply, to_record
 from tsugiki.server.run.guard import Accepted, AcceptedSum, Rejected, check, check_evaluation, check_private
 
 

@@ -7,7 +7,7 @@ from tests.support.toy import SPEC, rewritten, toy_app, toy_config, toy_parts
 from tsugiki.common import __version__
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import NotEnoughSites
-from tsugiki.common.messages import error_reply
+from tsugiki.common.wire.messages import error_reply
 from tsugiki.server.engines.in_process import InProcessGrid
 
 

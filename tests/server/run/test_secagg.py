@@ -10,9 +10,9 @@ from tests.support.federation import hurry, run_tiny, tiny_config, write_rows
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import QuorumNotMet
 from tsugiki.common.files import read_lines
-from tsugiki.common.messages import SITE_ERROR
 from tsugiki.common.privacy.ledger import Ledger
-from tsugiki.common.wire import decode_levels
+from tsugiki.common.wire.arrays import decode_levels
+from tsugiki.common.wire.messages import SITE_ERROR
 from tsugiki.server.run import secagg
 
 BITS = 32

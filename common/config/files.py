@@ -1,0 +1,218 @@
+"""Run files on disk and on the command line, and their form as Flower's run config."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic_core import PydanticUndefined
+
+from tsugiki.common.config.run import RunConfig, families, parse, section_classes
+from tsugiki.common.errors import ConfigError, Problem
+from tsugiki.common.settings import Section
+
+PATH_KEYS = ("run.output_dir", "privacy.ledger", "evaluation.data", "simulation.data")
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the configuration in a TOML file, with `section.key=value` overrides applied.
+
+    Environment variables in paths, as in "${DATA}/train.csv", are replaced; paths are relative to the current folder.
+
+    Raises:
+        ConfigError: the file cannot be read or parsed, or has problems; all of them are listed.
+    """
+    raw, problems = expand(override(read_toml(path), overrides))
+    return parse(raw, str(path), problems)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file.
+
+    Raises:
+        ConfigError: there is no such file, or it is no TOML; the message has the line.
+    """
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            str(path), [Problem("file", str(path), "an existing file", "`tsugiki config init` writes one")]
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(str(path), [Problem("file", path.name, "readable TOML in UTF-8", str(error))]) from None
+
+
+def override(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return `raw` with `section.key=value` applied; a value is TOML, or else taken as a string."""
+    result = {name: dict(table) if isinstance(table, Mapping) else table for name, table in raw.items()}
+    problems = []
+    for assignment in overrides:
+        matched = re.fullmatch(r"([a-z_]+)\.([a-z0-9_.]+)=(.*)", assignment, re.DOTALL)
+        if not matched:
+            problems.append(Problem("--set", assignment[:80], "section.key=value", "for example --set run.rounds=3"))
+            continue
+        section, key, text = matched.groups()
+        names = [section, *key.split(".")]
+        table: Any = result
+        for name in names[:-1]:  # copied on the way down: `raw` stays as it is
+            inner = table.get(name, {}) if isinstance(table, dict) else None
+            if not isinstance(inner, Mapping):  # `parse` reports what is no section
+                table = None
+                break
+            table[name] = dict(inner)
+            table = table[name]
+        if table is not None:
+            table[names[-1]] = _value(text)
+    if problems:
+        raise ConfigError("command line", problems)
+    return result
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # --set run.name=clauses reads better than --set 'run.name="clauses"'
+
+
+def expand(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Return `raw` with environment variables and ~ in path settings replaced, and the variables that are not set."""
+    result = {name: dict(table) if isinstance(table, Mapping) else table for name, table in raw.items()}
+    problems = []
+    for dotted in PATH_KEYS:
+        section, key = dotted.split(".")
+        value = result.get(section, {}).get(key) if isinstance(result.get(section), dict) else None
+        if isinstance(value, str) and value:
+            expanded = os.path.expanduser(os.path.expandvars(value))
+            if "$" in expanded:
+                problems.append(Problem(dotted, value, "a set environment variable", "set it, or write the path"))
+            result[section][key] = expanded
+    return result, problems
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return the configuration with absolute paths, so that it means the same in every folder."""
+    raw = config.model_dump(mode="json")
+    for dotted in PATH_KEYS:
+        section, key = dotted.split(".")
+        if raw[section][key]:
+            raw[section][key] = str(Path(raw[section][key]).absolute())
+    raw["model"]["name"] = _absolute(config.model.name)
+    raw["task"] = config.task.resolved(_absolute).model_dump(mode="json")
+    raw["adapter"] = config.adapter.resolved(_absolute).model_dump(mode="json")
+    return parse(raw)
+
+
+def _absolute(name: str) -> str:
+    """Return the name of a model, as an absolute path if it is a folder here."""
+    folder = os.path.expanduser(name)
+    return os.path.abspath(folder) if os.path.isdir(folder) else name
+
+
+def to_toml(config: RunConfig) -> str:
+    """Return the resolved configuration as TOML; `read` gives the same configuration back."""
+    return tomli_w.dumps(config.model_dump(mode="json"))
+
+
+def to_run_config(config: RunConfig) -> dict[str, bool | float | int | str]:
+    """Return the configuration as Flower's flat run config; lists and tables become text."""
+    return {
+        f"{section}.{key}": _flat(value)
+        for section, table in config.model_dump(mode="json").items()
+        for key, value in table.items()
+    }
+
+
+def _flat(value: Any) -> bool | float | int | str:
+    if isinstance(value, dict | list):
+        return json.dumps(value) if value else ""  # a name may hold commas, or be a number in quotes
+    result: bool | float | int | str = value
+    return result
+
+
+def run_config_defaults() -> dict[str, bool | float | int | str]:
+    """Return what stands in pyproject.toml as [tool.flwr.app.config]: every key of every task, method and strategy.
+
+    Flower only takes overrides of keys that are there. Keys that belong to one task, method or strategy alone, and
+    keys whose default depends on it, are empty: `from_run_config` leaves empty values to the default.
+    """
+    known = families()
+    result: dict[str, bool | float | int | str] = {}
+    for name, chosen in section_classes({}).items():
+        members = known.get(name, [] if isinstance(chosen, Problem) else [chosen])
+        keys = dict.fromkeys(key for member in members for key in member.model_fields)
+        for key in keys:
+            defaults = [member.model_fields[key].default for member in members if key in member.model_fields]
+            shared = len(defaults) == len(members) and all(default == defaults[0] for default in defaults)
+            named = key in ("name", "method") and name in known
+            result[f"{name}.{key}"] = _default_name(name) if named else (_jsonable(defaults[0]) if shared else "")
+    return result
+
+
+def _default_name(section: str) -> str:
+    return {"task": "sequence-classification", "adapter": "lora", "strategy": "fedavg"}[section]
+
+
+def _jsonable(value: Any) -> bool | float | int | str:
+    if isinstance(value, Section):
+        return ""  # a table of its own; as text where it is given
+    return _flat(list(value) if isinstance(value, tuple) else value)
+
+
+def from_run_config(flat: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration in Flower's flat run config; empty values mean the default.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    raw: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        section, _, key = dotted.partition(".")
+        if value != "":
+            raw.setdefault(section, {})[key] = value
+    raw, problems = expand(raw)
+    return parse(raw, "Flower run config", problems)
+
+
+def commented(task: str, method: str, strategy: str) -> str:
+    """Return a run file with every setting at its default, and its meaning beside it."""
+    chosen = {"task": {"name": task}, "adapter": {"method": method}, "strategy": {"name": strategy}}
+    lines = ["# A Tsugiki run. Every setting has its default here; delete what you do not change.", ""]
+    for name, section in section_classes(chosen).items():
+        if isinstance(section, Problem):
+            raise ConfigError("command line", [section])
+        lines += [f"[{name}]", *_commented_section(section), ""]
+        for key, field in section.model_fields.items():
+            if isinstance(field.default, Section):
+                table = _commented_section(type(field.default))
+                lines += [f"[{name}.{key}]", f"# {field.description}", *table, ""]
+    return "\n".join(lines)
+
+
+def _commented_section(section: type[Section]) -> list[str]:
+    lines = []
+    for key, field in section.model_fields.items():
+        if isinstance(field.default, Section):
+            continue  # after the section's own settings, as a table
+        default = "" if field.default is PydanticUndefined else field.default
+        value = tomli_w.dumps({key: list(default) if isinstance(default, tuple) else default})
+        value = f"{key} = {{}}" if default == {} else value.strip()
+        lines += [f"# {field.description}", value]
+    return lines
+
+
+def changes(config: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Return (key, value, default) for every setting that is not at its default, in file order."""
+    found = []
+    for name in RunConfig.model_fields:
+        section = getattr(config, name)
+        for key, field in type(section).model_fields.items():
+            if getattr(section, key) != field.default:
+                found.append((f"{name}.{key}", getattr(section, key), field.default))
+    return found

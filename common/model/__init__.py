@@ -1,0 +1,1 @@
+"""The base model with an adapter on it."""

@@ -1,0 +1,287 @@
+"""Exports that say what they are (`tsugiki.json`), and how this program puts one on its base again.
+
+Every export but a merged one has that file. A method is built and attached as for a run, and its tensors are set by
+name, all and no others. So what is loaded is what was trained, for every method alike; the loaders of peft and
+transformers leave out without a word what they do not find: a head of another class of model, DoRA's lengths.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from tsugiki.common.adapters import ADAPTERS, AdapterMethod
+from tsugiki.common.adapters.base import require_heads
+from tsugiki.common.adapters.tensors import fill, read_manifest, read_tensors
+from tsugiki.common.errors import ModelError, RegistryError
+from tsugiki.common.model.fingerprint import check_base
+from tsugiki.common.model.load import Graft, assemble, find, find_in_hub, quiet_libraries
+from tsugiki.common.model.spec import make_spec
+from tsugiki.common.settings import Section
+from tsugiki.common.tasks import TASKS, Task
+from tsugiki.common.tasks.base import Base
+from tsugiki.common.wire.arrays import AdapterSpec
+
+EXPORTED_FILE = "tsugiki.json"
+
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a hub id, such as "org/model", by the hub's own rule."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _hub_id(name: str) -> str:
+    if not is_hub_id(name):
+        raise ValueError("no hub id")
+    return name
+
+
+class Exported(Section):
+    """What an export says of itself."""
+
+    format: Literal[1] = 1
+    task: dict[str, Any] = Field(description="the task's settings, its name among them")
+    adapter: dict[str, Any] = Field(description="the adapter's settings, its method among them")
+    heads: tuple[str, ...] = Field(description="modules of the transformer that were trained in full")
+    base_name: Annotated[str, AfterValidator(_hub_id)] = Field(description="the name under which others find the base")
+    base_fingerprint: _Sha256 = Field(description="of the base, by `common/model/fingerprint.py`")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="the type of the frozen weights")
+    spec_sha256: _Sha256 = Field(description="of the `AdapterSpec` of what is exported")
+    constants: dict[str, str] = Field(default={}, description="what the spec has from the task's `Base.constants`")
+
+    def make_task(self) -> Task:
+        """Return the task that the adapter was trained for."""
+        kind = TASKS.get(str(self.task.get("name")))
+        return kind(kind.Settings.model_validate(self.task))
+
+    def make_method(self, folder: Path) -> AdapterMethod:
+        """Return the method that the adapter in a folder was made with."""
+        kind = ADAPTERS.get(str(self.adapter.get("method")))
+        return kind(kind.Settings.model_validate(self.adapter)).exported_in(folder)
+
+    def spec_of(self, method: AdapterMethod, shapes: Mapping[str, tuple[int, ...]]) -> AdapterSpec:
+        """Return the spec of an adapter without loading its base.
+
+        Args:
+            method: one that saves what is trained under its own name, and draws no constants.
+            shapes: of the saved tensors, by name.
+        """
+        return make_spec(self.make_task(), method, self.constants, self.base_fingerprint, shapes, self.heads)
+
+    def check_spec(self, spec: AdapterSpec, folder: Path) -> None:
+        """Compare the spec of what was loaded with that of what was exported.
+
+        Args:
+            spec: by `tsugiki.common.model.spec.describe`, or `spec_of`.
+            folder: the export's.
+
+        Raises:
+            ModelError: `adapter-invalid`.
+        """
+        if spec.sha256 != self.spec_sha256:
+            raise ModelError(
+                f"the adapter in {str(folder)!r}, as it was loaded, has the spec {spec.sha256[:12]}",
+                f"{self.spec_sha256[:12]}, of its run",
+                "export it again with this version",
+                code="adapter-invalid",
+            )
+
+    def write(self, folder: Path) -> None:
+        """Write `tsugiki.json`."""
+        (folder / EXPORTED_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def write_exported(folder: Path, graft: Graft, dtype: str, base_name: str, *, headless: bool = False) -> None:
+    """Write `tsugiki.json` for a graft whose adapter is saved in a folder; nothing of this machine is in it.
+
+    Args:
+        folder: of the export.
+        graft: whose adapter it is.
+        dtype: of the frozen weights.
+        base_name: under which others find the base.
+        headless: the head stays behind; without it the spec is another.
+    """
+    spec = graft.spec
+    if headless:
+        spec = replace(spec, tensors=tuple(tensor for tensor in spec.tensors if tensor.part != "head"))
+    exported = Exported.model_validate(
+        {
+            "task": graft.task.settings.resolved(lambda name: "").model_dump(mode="json"),
+            "adapter": graft.method.exported_settings(),
+            "heads": () if headless else graft.base.heads,
+            "base_name": base_name,
+            "base_fingerprint": graft.spec.base_fingerprint,
+            "dtype": dtype,
+            "spec_sha256": spec.sha256,
+            "constants": graft.base.constants,
+        }
+    )
+    exported.write(folder)
+
+
+def find_export(name: str, setting: str) -> Path:
+    """Return the folder of an export that a run names; nothing is looked for elsewhere than on this machine.
+
+    Args:
+        name: of the folder.
+        setting: that names it.
+
+    Raises:
+        ModelError: `adapter-missing`, there is no such folder; `adapter-invalid`, it is no export.
+    """
+    expanded = os.path.expanduser(name)
+    if os.path.isfile(os.path.join(expanded, EXPORTED_FILE)):
+        return Path(expanded).resolve()
+    there = os.path.isdir(expanded)  # Path.is_dir raises on too long a name
+    raise ModelError(
+        f"{setting} names {name!r}, which {f'has no {EXPORTED_FILE}' if there else 'is no folder here'}",
+        "the folder that `tsugiki export` wrote without --merged, such as RUN/adapter",
+        "export the run, and name the export's folder",
+        code="adapter-invalid" if there else "adapter-missing",
+    )
+
+
+def read_exported(folder: Path) -> Exported:
+    """Return what the export in a folder says of itself.
+
+    Raises:
+        ModelError: `adapter-invalid`, it says nothing that can be read, or names what is not known here.
+    """
+    try:
+        exported = Exported.model_validate_json(read_manifest(folder / EXPORTED_FILE))
+        exported.make_task(), exported.make_method(folder)
+    except (OSError, ValidationError, RegistryError) as error:
+        raise ModelError(
+            f"no export can be read from {str(folder)!r} ({_reason(error)})",
+            f"a folder that `tsugiki export` wrote without --merged, with a {EXPORTED_FILE} of format 1",
+            "export the adapter again with this version",
+            code="adapter-invalid",
+        ) from error
+    return exported
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong with a file, without what stands in it."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        return f"{'.'.join(map(str, first['loc'])) or EXPORTED_FILE}: {first['msg']}"
+    return error.what if isinstance(error, RegistryError) else f"{EXPORTED_FILE}: {getattr(error, 'strerror', '')}"
+
+
+def load_exported(folder: Path, transformer: Any, exported: Exported | None = None, *, fingerprint: str) -> Any:
+    """Put an exported adapter and its heads on a freshly loaded transformer.
+
+    Args:
+        folder: the export's.
+        transformer: a `PreTrainedModel` of the class that was trained.
+        exported: what the export says of itself, if it was read already.
+        fingerprint: of the base that the transformer was loaded from, by `common/model/fingerprint.py`.
+
+    Returns:
+        What stands in the transformer's place from now on, in eval mode, with the adapter on.
+
+    Raises:
+        ModelError: `adapter-other-base`; `head-missing`, this class of model has no such module; `adapter-invalid`, a
+            tensor is missing, extra or of another shape, or the files cannot be read; and what `attach` raises. After a
+            wrong tensor the transformer is of no use; load it anew.
+    """
+    exported = exported or read_exported(folder)
+    check_base(fingerprint, exported.base_fingerprint, str(folder))
+    require_heads(transformer, exported.heads)
+    method = exported.make_method(folder)
+    tensors = read_tensors(folder / method.tensors_file)
+    with quiet_libraries():
+        attached: Any = method.attach(transformer, exported.heads)
+    for value in attached.parameters():
+        if value.requires_grad:
+            value.data = value.data.clone()  # of a base that is shared (`share_frozen`), others read it
+    fill(method.saved(attached), tensors)
+    return attached.eval()
+
+
+def open_exported(folder: Path, source: str = "", *, beside: Graft | None = None, device: str = "cpu") -> Graft:
+    """Load an exported adapter with its base, as a graft that can predict, or serve as a reference.
+
+    Args:
+        folder: the export's.
+        source: hub id, folder or `package:...` behind its base; by default the name that the export has for it, looked
+            for in the hub and its cache alone: an export from elsewhere opens no folder of this machine.
+        beside: another graft on the same base, whose frozen tensors are used: memory holds one base.
+        device: as in `tsugiki.common.model.load.choose_device`.
+
+    Raises:
+        ModelError: the base cannot be found, or as `load_exported`; `adapter-invalid` also where its frozen numbers or
+            settings are not those that it was trained with.
+    """
+    exported = read_exported(folder)
+
+    def put(base: Base, fingerprint: str) -> Any:
+        _check_heads(exported, base)
+        base.constants = exported.constants  # of adapters that it was trained with, and can do without
+        if beside is not None:
+            share_frozen(base.transformer, beside.base.transformer)
+        return load_exported(folder, base.transformer, exported, fingerprint=fingerprint)
+
+    base_folder = find(source) if source else find_in_hub(exported.base_name)
+    graft = assemble(exported.make_task(), exported.make_method(folder), base_folder, exported.dtype, device, put)
+    exported.check_spec(graft.spec, folder)
+    return graft
+
+
+def _check_heads(exported: Exported, base: Base) -> None:
+    """Refuse an export that brings other modules in full than its task trains; those of the base stay as they are."""
+    embedder = base.network is not base.transformer  # whose head may stay behind
+    if exported.heads != base.heads and not (embedder and not exported.heads):
+        raise ModelError(
+            f"the export brings the modules {', '.join(exported.heads) or 'none'} in full",
+            f"the heads of its task on this base: {', '.join(base.heads) or 'none'}",
+            "export the adapter again with this version",
+            code="adapter-invalid",
+        )
+
+
+def share_frozen(transformer: Any, other: Any) -> None:
+    """Let a bare transformer use the frozen tensors of another one on the same base, where both are equal.
+
+    Each keeps parameters of its own, with one memory behind them: whether they are trained is a matter of each.
+
+    Args:
+        transformer: freshly loaded; changed in place.
+        other: may have an adapter on it, and another head.
+    """
+    import torch
+    from torch import nn
+
+    frozen = {name: value for name, value in _base_parameters(other) if not value.requires_grad}
+    shared: dict[int, Any] = {}
+    for name, value in _base_parameters(transformer):
+        there = frozen.get(name)
+        if there is not None and there.dtype == value.dtype and torch.equal(there, value.to(there.device)):
+            shared[id(value)] = nn.Parameter(there.data, requires_grad=value.requires_grad)
+    for module in transformer.modules():
+        for name, value in module.named_parameters(recurse=False):
+            if id(value) in shared:
+                setattr(module, name, shared[id(value)])
+
+
+def _base_parameters(transformer: Any) -> Iterator[tuple[str, Any]]:
+    """Return the parameters by the names that they have in the base without adapter and head."""
+    plain = transformer.get_base_model() if hasattr(transformer, "get_base_model") else transformer
+    prefix = f"{plain.base_model_prefix}."
+    for name, value in plain.named_parameters(remove_duplicate=False):
+        parts = (part for part in name.removeprefix(prefix).split(".") if part not in ("base_layer", "original_module"))
+        yield ".".join(parts), value

@@ -1,0 +1,104 @@
+"""LoRA's factors in an adapter: which tensors are a pair, and what of an adapter sites train and send in a round.
+
+A layer's weight gets s * B A, with A of shape (rank, in) and B of shape (out, rank). A mean of the factors is not the
+factors of the mean, which is why some strategies look into an adapter (`server/run/factors.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tsugiki.common.wire.arrays import AdapterSpec, Vector, unpack
+
+if TYPE_CHECKING:
+    from tsugiki.common.model.load import Graft
+
+TRAINED, MERGED = "default", "merged"
+"""The pair that sites train, by the name that peft gives to an only adapter; and the frozen one of `flora`."""
+
+_A, _B = ".lora_A.", ".lora_B."
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The names of a layer's two factors in a spec; `a` is empty where A is frozen and not exchanged."""
+
+    a: str
+    b: str
+
+
+def pairs(spec: AdapterSpec, which: str = TRAINED) -> list[Pair]:
+    """Return the LoRA pairs of a spec, in its order: one for each adapted layer."""
+    names = {tensor.name for tensor in spec.tensors}
+    found = []
+    for tensor in spec.tensors:
+        if _B in tensor.name and f"{_B}{which}." in tensor.name:
+            a = tensor.name.replace(_B, _A)
+            found.append(Pair(a if a in names else "", tensor.name))
+    return found
+
+
+def sent(spec: AdapterSpec, strategy: str, round_: int) -> AdapterSpec:
+    """Return the part of an adapter that sites train and send back in a round; the rest stays as they received it.
+
+    `rolora` trains B in odd rounds and A in even ones, so that the mean of a round is exact: B first, since A learns
+    nothing while B is zero. Source: Chen et al. 2025, "Robust Federated Finetuning of LLMs via Alternating Optimization
+    of LoRA", arXiv:2502.01755, algorithm 1. A merged pair only the server changes.
+    """
+    held = (_A if round_ % 2 else _B) if strategy == "rolora" else None
+    kept = (one for one in spec.tensors if one.part != "merged" and not (held and held in one.name))
+    return replace(spec, tensors=tuple(kept))
+
+
+def narrow(vector: Vector, spec: AdapterSpec, part: AdapterSpec) -> Vector:
+    """Return the numbers of a part of an adapter, shape (part.size,), from those of the whole, shape (spec.size,)."""
+    if part == spec:
+        return vector
+    tensors = unpack(vector, spec)
+    return np.concatenate([tensors[tensor.name].ravel() for tensor in part.tensors])
+
+
+def widen(vector: Vector, part: AdapterSpec, spec: AdapterSpec) -> Vector:
+    """Return an update of the whole adapter, shape (spec.size,), from one of a part: zero elsewhere."""
+    if part == spec:
+        return vector
+    whole = np.zeros(spec.size, np.float32)
+    tensors = unpack(whole, spec)
+    for name, values in unpack(vector, part).items():
+        tensors[name][:] = values
+    return whole
+
+
+def truncate(vector: Vector, spec: AdapterSpec, rank: int) -> Vector:
+    """Return an adapter of which only the first `rank` components are left in each pair; 0: all of them.
+
+    Where both factors of a component are zero, so are their gradients: it stays zero in training.
+    """
+    if not rank:
+        return vector
+    vector = vector.copy()
+    tensors = unpack(vector, spec)
+    for pair in pairs(spec):
+        tensors[pair.a][rank:] = 0
+        tensors[pair.b][:, rank:] = 0
+    return vector
+
+
+@contextmanager
+def only(graft: Graft, part: AdapterSpec) -> Iterator[None]:
+    """Let nothing but a part of the adapter be trained inside a `with` block."""
+    trained = {tensor.name for tensor in part.tensors}
+    named = zip(graft.spec.tensors, graft.parameters, strict=True)
+    held = [value for tensor, value in named if tensor.name not in trained]
+    try:
+        for value in held:
+            value.requires_grad_(False)
+        yield
+    finally:
+        for value in held:
+            value.requires_grad_(True)

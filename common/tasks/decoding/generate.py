@@ -1,0 +1,150 @@
+"""Continue texts: what a causal language model says next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tsugiki.common.tasks.base import Base, Tokens
+from tsugiki.common.tasks.decoding.templates import Template, encode_prompts, head_length, shorten
+
+if TYPE_CHECKING:
+    import torch
+
+    from tsugiki.common.data.shard import Shard
+
+_DRAWING = ("temperature", "top_p", "top_k")
+"""What a checkpoint may set for drawing, and `transformers` warns about where nothing is drawn."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a text is continued.
+
+    Args:
+        max_new_tokens: at most.
+        temperature: 0: the likeliest token at each step; else tokens are drawn, from logits over so much.
+        seed: of the draws.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+
+
+def generate(base: Base, prompts: Sequence[Tokens], how: Generation, head: int = 0) -> list[str]:
+    """Return what follows each prompt, up to the token for the end, without special tokens.
+
+    Prompts are continued one by one: there is no padding that could change a token.
+
+    Args:
+        base: with a tokenizer.
+        prompts: each may take at least half of the model's window; of a longer one what comes after its head is cut.
+        how: they are continued.
+        head: how many tokens of a prompt's beginning stay.
+    """
+    import torch
+
+    network, tokenizer = base.transformer, base.tokenizer
+    device = next(network.parameters()).device
+    drawn = {"do_sample": True, "temperature": how.temperature, "top_k": 0, "top_p": 1.0}
+    found = []
+    torch.manual_seed(how.seed)
+    for prompt in prompts:
+        window = tokenizer.model_max_length
+        kept = shorten(prompt, max(window // 2, window - how.max_new_tokens), head)
+        ids = torch.tensor([kept], device=device)
+        with torch.no_grad():
+            output = network.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=min(how.max_new_tokens, tokenizer.model_max_length - len(kept)),
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+                **(drawn if how.temperature else {"do_sample": False} | dict.fromkeys(_DRAWING)),
+            )
+        found.append(tokenizer.decode(output[0, len(kept) :], skip_special_tokens=True).strip())
+    return found
+
+
+def complete(base: Base, shard: Shard, template: Template, how: Generation) -> list[dict[str, str]]:
+    """Return the `completion` of each row's prompt, which stands in its template; see `generate`."""
+    prompts, head = encode_prompts(shard, base.tokenizer, template), head_length(base.tokenizer, template)
+    return [{"completion": text} for text in generate(base, prompts, how, head)]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Answers that were drawn.
+
+    Args:
+        answers: the tokens of each, the one for its end included where it was drawn.
+        logps: the log-probability of each answer, shape (rows,), float32, in nats.
+        entropies: the sum over an answer's tokens of the entropy of what each was drawn from, shape (rows,), in nats.
+    """
+
+    answers: list[Tokens]
+    logps: torch.Tensor
+    entropies: torch.Tensor
+
+
+def draw(base: Base, prompts: Sequence[Tokens], uniforms: torch.Tensor, temperature: float = 1.0) -> Drawn:
+    """Draw an answer to each prompt from the model's own probabilities, all prompts at once.
+
+    A token is where its row's number falls in the distribution function over the vocabulary (inverse transform
+    sampling). So a row's answer follows from its prompt and its numbers, whatever rows it is drawn with.
+
+    Args:
+        base: in eval mode.
+        prompts: each leaves room for an answer in the model's window; none is empty.
+        uniforms: in [0, 1), shape (rows, most tokens of an answer), on the CPU.
+        temperature: above 0: the logits are divided by it.
+    """
+    import torch
+
+    network, end = base.transformer, base.tokenizer.eos_token_id
+    device, longest = next(network.parameters()).device, max(map(len, prompts))
+    padded = [[end] * (longest - len(prompt)) + prompt for prompt in prompts]  # on the left: all go on at one place
+    real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids, mask = torch.tensor(padded, device=device), torch.tensor(real, device=device)
+    places, cache = (mask.cumsum(dim=1) - 1).clamp(min=0), None
+    answers: list[Tokens] = [[] for _ in prompts]
+    going = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    logps, entropies = torch.zeros(2, len(prompts), device=device)
+    with torch.no_grad():
+        for drawn in uniforms.T:
+            output = network(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=places,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache, chances = output.past_key_values, (output.logits[:, -1].float() / temperature).log_softmax(dim=1)
+            tokens = _where(chances, drawn).to(device)
+            logps += going * chances.gather(1, tokens[:, None])[:, 0]
+            entropies += going * torch.special.entr(chances.exp()).sum(dim=1)
+            for row in going.nonzero()[:, 0].tolist():
+                answers[row].append(int(tokens[row]))
+            going &= tokens != end
+            if not going.any():
+                break
+            ids, places = tokens[:, None], places[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    return Drawn(answers, logps, entropies)
+
+
+def _where(logps: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Return in which token's share of [0, 1) each row's number lies, shape (rows,), on the CPU.
+
+    Args:
+        logps: of shape (rows, vocabulary).
+        uniforms: of shape (rows,).
+    """
+    import torch
+
+    heaped = logps.cpu().double().exp().cumsum(dim=1)
+    found = torch.searchsorted(heaped, uniforms[:, None].double() * heaped[:, -1:], right=True)[:, 0]
+    return found.clamp(max=logps.shape[1] - 1)

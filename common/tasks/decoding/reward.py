@@ -1,0 +1,138 @@
+"""A reward model beside the network that it judges: another adapter, with a head, on the same base in memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsugiki.common.adapters.tensors import tensors_sha256
+from tsugiki.common.errors import ModelError
+from tsugiki.common.model.fingerprint import fingerprint
+from tsugiki.common.tasks.base import Base, Tokens
+from tsugiki.common.tasks.decoding.templates import Template, same_template
+
+if TYPE_CHECKING:
+    import torch
+
+    from tsugiki.common.model.exported import Exported
+
+HEAD = "score"
+"""What decoders call the head of their `AutoModelForSequenceClassification`."""
+
+_NOT_PADDING = -1
+"""The id that no token has: what is scored is never padded, so the last token is the one that is read."""
+
+
+def add_judge(base: Base, folder: Path, reward_adapter: str, template: Template) -> None:
+    """Load an exported reward beside a bare decoder, as `base.judge`, with its hash in `base.constants`.
+
+    Args:
+        base: a decoder with its output layer and nothing on it. Its tokenizer learns how many positions the reward's
+            method takes up.
+        folder: of the base.
+        reward_adapter: the folder that `tsugiki export` wrote of a run of the task `preference` with the objective
+            "reward".
+        template: in which the prompts will be; the reward has to know it.
+
+    Raises:
+        ModelError: `reward-adapter`, it is no reward, or one of other prompts; and as
+        `tsugiki.common.model.exported.load_exported`:
+            `adapter-other-base`, `adapter-invalid`, `head-missing`; `adapter-missing`, there is no such folder.
+    """
+    from tsugiki.common.model.exported import (
+        find_export,
+        load_exported,
+        read_exported,
+    )  # which know all tasks, and so this one
+    from tsugiki.common.model.spec import describe
+
+    place = find_export(reward_adapter, "task.reward_adapter")
+    exported = read_exported(place)
+    _check(exported, base, template)
+    wanted_gradients = [value for value in base.network.parameters() if value.requires_grad]
+    method, judge = exported.make_method(place), classifier(base.network)
+    identity = fingerprint(folder, base)
+    judge = load_exported(place, judge, exported, fingerprint=identity)
+    loaded = Base(judge, judge, None, exported.heads, constants=exported.constants)
+    exported.check_spec(describe(exported.make_task(), method, loaded, identity), place)
+    settings = json.dumps(exported.adapter, sort_keys=True).encode()
+    base.constants = {"reward_sha256": tensors_sha256(method.saved(judge), start=settings)}
+    judge.requires_grad_(False)
+    for value in wanted_gradients:  # tensors that both have
+        value.requires_grad_(True)
+    positions = getattr(base.network.config, "max_position_embeddings", None)
+    if positions:
+        base.tokenizer.model_max_length = min(base.tokenizer.model_max_length, positions - method.positions)
+    base.judge = judge
+
+
+def _check(exported: Exported, base: Base, template: Template) -> None:
+    settings = exported.make_task().settings
+    name, objective = settings.name, getattr(settings, "objective", "")
+    if name != "preference" or objective != "reward" or exported.heads != (HEAD,):
+        what = f"a {name} adapter{f' of the objective {objective}' if objective else ''} used as a reward"
+        expected = 'an export of a run with task.name = "preference" and objective = "reward", with its head'
+    elif not same_template(base.tokenizer, template, settings.template):
+        what = f"a reward of prompts in the template {settings.template!r}, where task.template = {template!r}"
+        expected = "prompts as the reward has seen them"
+    else:
+        return
+    raise ModelError(what, expected, "set task.reward_adapter and task.template to match", code="reward-adapter")
+
+
+def classifier(network: Any) -> Any:
+    """Return a model with one score for each sequence, around the backbone of a bare causal model.
+
+    Their matrices are the same tensors. Vectors (norms and biases) and buffers are copies: there are methods that train
+    those of the base in place, and what one network learns is not for the other.
+
+    Raises:
+        ModelError: `model-not-causal`, the architecture has no such model with a head `score`.
+    """
+    import torch
+    from torch import nn
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(network.config)
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):  # no memory: every tensor that stays comes from the network
+            shell = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        head = getattr(shell, HEAD)
+    except (ValueError, AttributeError) as error:
+        raise ModelError(
+            f"the architecture {config.model_type!r} has no reward model",
+            "a decoder such as Llama, whose last token has read the whole answer",
+            "choose another base",
+            code="model-not-causal",
+        ) from error
+    matrices = {id(value): value for value in network.base_model.parameters() if value.ndim > 1}
+    setattr(shell, shell.base_model_prefix, copy.deepcopy(network.base_model, matrices))
+    setattr(shell, HEAD, nn.Linear(head.in_features, 1, bias=head.bias is not None, dtype=network.dtype))
+    shell.config.pad_token_id = _NOT_PADDING
+    return shell.eval()
+
+
+def scores(judge: Any, sequences: Sequence[Tokens]) -> torch.Tensor:
+    """Return the reward of each sequence, shape (rows,), float32: the score of its last token.
+
+    Sequences of one length go together, without padding: what is read is the last token, whatever the method.
+
+    Args:
+        judge: from `add_judge`.
+        sequences: prompts with their answers, without the token for the end, as a reward is trained.
+    """
+    import torch
+
+    device, lengths = next(judge.parameters()).device, [len(sequence) for sequence in sequences]
+    found = torch.zeros(len(sequences), device=device)
+    with torch.no_grad():
+        for length in sorted(set(lengths)):
+            rows = [row for row, one in enumerate(lengths) if one == length]
+            ids = torch.tensor([sequences[row] for row in rows], device=device)
+            logits = judge(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            found[rows] = logits[:, 0].float()
+    return found

@@ -1,0 +1,243 @@
+"""The messages between server and sites: what each holds, and how it stands in Flower's records.
+
+A request carries a `request` record of plain values, a reply a `reply` record; the adapter or an update travels beside
+it as the one array of `common/wire/arrays.py`. A site that cannot answer sends a Flower error whose reason is a code
+and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.errors import WireError
+
+if TYPE_CHECKING:
+    from flwr.app import ArrayRecord, Message, RecordDict
+
+SITE_ERROR = 1000
+"""The number of a Flower error that carries one of our codes; Flower's own are below 10."""
+
+BESIDE = "secagg"
+"""The record that holds the fields of a step of secure aggregation."""
+
+_CODE = re.compile(r"[a-z][a-z0-9-]{0,63}(:[A-Za-z_][A-Za-z0-9_]{0,63})?")
+
+
+@dataclass(frozen=True)
+class HelloRequest:
+    """Who are you, and do you fit this run?"""
+
+    config: str
+    version: str
+
+
+@dataclass(frozen=True)
+class HelloReply:
+    """What a site says of itself. `notes` are codes, separated by commas.
+
+    `clients` is how many clients train at this site: 1, or those behind a gateway. In a private run, `rows`,
+    `evaluation_rows` and the notes about rows are withheld: 0, 0 and none.
+    """
+
+    site: str
+    version: str
+    clients: int
+    rows: int
+    evaluation_rows: int
+    base_fingerprint: str
+    spec_sha256: str
+    libraries: str
+    notes: str
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Train from the adapter beside this.
+
+    Args:
+        config: the run as sites see it, JSON.
+        round: counted from 1.
+        spec_sha256: of the adapter that travels.
+        schedule_start: share of the whole run's training done before this round, in [0, 1).
+        schedule_stop: the same after it.
+        deadline_s: a reply after so many seconds is not used any more.
+        nonce: to be repeated in the reply.
+        clients: which of the site's clients are to train, as numbers from 0 separated by commas; empty: all.
+    """
+
+    config: str
+    round: int
+    spec_sha256: str
+    schedule_start: float
+    schedule_stop: float
+    deadline_s: float
+    nonce: str
+    clients: str
+
+
+@dataclass(frozen=True)
+class StageRequest:
+    """Do one of the steps of secure aggregation.
+
+    Its flat fields travel beside it (`common/privacy/secagg/messages.py`).
+
+    Args:
+        config: the run as sites see it, JSON.
+        round: counted from 1.
+        session: 16 random bytes; one for each attempt at a round.
+        nonce: to be repeated in the reply.
+    """
+
+    config: str
+    round: int
+    session: bytes
+    nonce: str
+
+
+@dataclass(frozen=True)
+class PrivateReply:
+    """In a private run, beside it travels the protected sum of the site's updates, and nothing else is said.
+
+    In secure aggregation, the same beside the fields of a step.
+    """
+
+    site: str
+    round: int
+    nonce: str
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """Beside it travels the update: local minus received adapter. `loss` means nothing unless `loss_shared`."""
+
+    site: str
+    round: int
+    nonce: str
+    rows: int
+    steps: int
+    loss: float
+    loss_shared: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """Evaluate the adapter beside this on the site's own evaluation rows."""
+
+    config: str
+    round: int
+    spec_sha256: str
+    nonce: str
+
+
+@dataclass(frozen=True)
+class EvaluateReply:
+    """Beside it travels a record of metrics."""
+
+    site: str
+    round: int
+    nonce: str
+    rows: int
+
+
+R = TypeVar(
+    "R",
+    HelloRequest,
+    HelloReply,
+    TrainRequest,
+    TrainReply,
+    StageRequest,
+    PrivateReply,
+    EvaluateRequest,
+    EvaluateReply,
+)
+
+
+def to_record(
+    message: Any, arrays: ArrayRecord | None = None, fields_beside: Mapping[str, Any] | None = None
+) -> RecordDict:
+    """Return the content of a Flower message, with an array or the fields of a step of secure aggregation beside it."""
+    from flwr.app import ConfigRecord, RecordDict
+
+    name = "request" if type(message).__name__.endswith("Request") else "reply"
+    content = RecordDict({name: ConfigRecord(asdict(message))})
+    if arrays is not None:
+        content["arrays"] = arrays
+    if fields_beside is not None:
+        content[BESIDE] = ConfigRecord(dict(fields_beside))
+    return content
+
+
+def beside(content: RecordDict) -> dict[str, Any]:
+    """Return the fields that travel beside a message.
+
+    Raises:
+        WireError: `keys`, there are none.
+    """
+    record = content.config_records.get(BESIDE)
+    if record is None:
+        raise WireError(f"no {BESIDE} record", "one", code="keys")
+    return dict(record)
+
+
+def from_record(kind: type[R], content: RecordDict) -> R:
+    """Return the typed message in a received content.
+
+    Raises:
+        WireError: `keys`, if the record is not there or has other keys; `type`, if a value has another type.
+    """
+    name = "request" if kind.__name__.endswith("Request") else "reply"
+    record = content.config_records.get(name)
+    expected = {field.name for field in fields(kind)}
+    if record is None or set(record) != expected:
+        raise WireError(f"no {name} record with the keys of {kind.__name__}", ", ".join(sorted(expected)), code="keys")
+    for field, wanted in _TYPES[kind].items():
+        if type(record[field]) is not wanted:
+            raise WireError(f"{field} in {kind.__name__} has another type", wanted.__name__, code="type")
+    return kind(**record)  # type: ignore[arg-type]  # checked just above
+
+
+_TYPES: dict[type[Any], dict[str, type[Any]]] = {kind: get_type_hints(kind) for kind in R.__constraints__}
+
+
+@lru_cache(maxsize=4)
+def site_config(text: str) -> RunConfig:
+    """Return the run as sites see it; parsed once for each distinct text.
+
+    Raises:
+        ConfigError: a setting is unknown here or out of range.
+    """
+    import json
+
+    return parse(json.loads(text), "run received from the server")
+
+
+def is_private(content: RecordDict) -> bool:
+    """Return whether a request belongs to a run that protects clients or rows; also if it cannot be read."""
+    from tsugiki.common.errors import TsugikiError
+
+    try:
+        privacy = site_config(str(content.config_records["request"]["config"])).privacy
+    except (KeyError, TsugikiError, ValueError):
+        return True
+    return privacy.mode != "none" or privacy.examples.enabled
+
+
+def error_reply(code: str, to: Message) -> Message:
+    """Return the reply of a site that cannot do what it was asked: a code, never a text."""
+    from flwr.app import Error, Message
+
+    return Message(Error(SITE_ERROR, code), reply_to=to)
+
+
+def error_code(reply: Message) -> str:
+    """Return the code in an error reply, whoever made it; what is not a code becomes `client-error`."""
+    if reply.error.code != SITE_ERROR:
+        return f"flower-error-{int(reply.error.code)}"
+    reason = reply.error.reason or ""
+    return reason if _CODE.fullmatch(reason) else "client-error"
