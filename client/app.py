@@ -19,13 +19,15 @@ from tsugiki.client.site.site import Site, site_of_node
 from tsugiki.client.training.cohort import train_openly, train_privately
 from tsugiki.client.training.job import Job
 from tsugiki.common import __version__, minor
+from tsugiki.common.config.parse import site_config
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import DataError, SecureAggregationError, SpecError, TsugikiError
 from tsugiki.common.model.device import device_notes
 from tsugiki.common.privacy.clipping import Levels
+from tsugiki.common.privacy.mechanisms import releases_of
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.strategies.factors import narrow
-from tsugiki.common.wire.arrays import encode, encode_levels, sha256
+from tsugiki.common.wire.arrays import encode, encode_levels
 from tsugiki.common.wire.messages import (
     EvaluateReply,
     EvaluateRequest,
@@ -38,10 +40,9 @@ from tsugiki.common.wire.messages import (
     beside,
     error_reply,
     from_record,
-    is_private,
-    site_config,
     to_record,
 )
+from tsugiki.common.wire.spec import sha256
 
 log = logging.getLogger("tsugiki.client")
 
@@ -173,7 +174,7 @@ def protected_sum(site: Site, job: Job, plan: Plan) -> Levels:
     """
     total = train_privately(job, plan)
     # A site that is asked knows that it is in the round: nothing is amplified for it.
-    seen = {who: (replace(release, sampling_probability=1.0), 1) for who, release in plan.seen().items()}
+    seen = {who: (replace(release, sampling_probability=1.0), 1) for who, release in releases_of(plan).items()}
     prepare.charge(site, job, plan, seen)
     told = {"clients": total.clients, "clipped": total.clipped, "null": total.null}
     kind = {"private": plan.private, "mode": plan.mode}
@@ -258,3 +259,12 @@ def simulated_app(config: RunConfig, only: str = "") -> tuple[ClientApp, int]:
 
 
 app = make_app(site_of_node)
+
+
+def is_private(content: RecordDict) -> bool:
+    """Return whether a request belongs to a run that protects clients or rows; also if it cannot be read."""
+    try:
+        privacy = site_config(str(content.config_records["request"]["config"])).privacy
+    except (KeyError, TsugikiError, ValueError):
+        return True
+    return privacy.mode != "none" or privacy.examples.enabled

@@ -10,7 +10,8 @@ from tsugiki.client.training import validation
 from tsugiki.client.training.trainer import Watch
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data.shard import Shard
-from tsugiki.common.model.load import Graft, load_graft
+from tsugiki.common.model.graft import Graft
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks import Task
 from tsugiki.common.tasks.base import Encoded, Tail
 

@@ -101,8 +101,9 @@ def client(server: str, site_file: Path, ca: Path | None, key: Path | None, inse
     """
     from tsugiki.client.app import app
     from tsugiki.client.node import status
-    from tsugiki.client.node.channel import Link, Stopping
+    from tsugiki.client.node.channel import Stopping
     from tsugiki.client.node.connection import Connection
+    from tsugiki.client.node.link import Link
     from tsugiki.client.node.node import Ending, Node
     from tsugiki.client.prepare import watch_training
     from tsugiki.client.site.site import read_site

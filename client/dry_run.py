@@ -13,7 +13,7 @@ from tsugiki.client.site.site import FileSite
 from tsugiki.common import __version__
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import UsageError
-from tsugiki.common.privacy.plan import resolve
+from tsugiki.common.privacy.planning import resolve
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import EvaluateRequest, HelloRequest, TrainRequest, error_code, to_record
 

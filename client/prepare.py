@@ -14,16 +14,19 @@ from tsugiki.client.training import dp_sgd
 from tsugiki.client.training.cohort import asked_clients, row_releases
 from tsugiki.client.training.job import Job
 from tsugiki.client.training.trainer import Watch, steps_per_round
+from tsugiki.common.config.parse import site_config
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import DataError, PolicyError, SpecError, WireError
-from tsugiki.common.model.load import Graft
+from tsugiki.common.model.graft import Graft
 from tsugiki.common.privacy.accounting import Release
 from tsugiki.common.privacy.mechanisms import Adversary
-from tsugiki.common.privacy.plan import Plan, make_plan
+from tsugiki.common.privacy.plan import Plan
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.strategies.settings import EXACT_PRODUCTS
 from tsugiki.common.tasks.base import Encoded
-from tsugiki.common.wire.arrays import Vector, decode
-from tsugiki.common.wire.messages import EvaluateRequest, TrainRequest, site_config
+from tsugiki.common.wire.arrays import decode
+from tsugiki.common.wire.messages import EvaluateRequest, TrainRequest
+from tsugiki.common.wire.spec import Vector
 
 desk = Desk()
 """One for each process. Ray pickles the app for every message, so it must not hang on the app."""

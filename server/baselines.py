@@ -14,13 +14,14 @@ from typing import Any
 
 from flwr.clientapp import ClientApp
 
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.files import write_atomically
 from tsugiki.common.model.load import load_graft
-from tsugiki.server.app import run_federation
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid
 from tsugiki.server.run.evaluate import evaluate_untouched, make_evaluator
+from tsugiki.server.run.federation import run_federation
 from tsugiki.server.run.progress import Progress
 from tsugiki.server.run.simulate import SimulatedApp
 

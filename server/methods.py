@@ -14,8 +14,9 @@ from tsugiki.common.adapters import ADAPTERS
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import TsugikiError, UsageError
 from tsugiki.common.model.device import weight_bytes
+from tsugiki.common.model.find import find
 from tsugiki.common.model.fingerprint import check_base, fingerprint
-from tsugiki.common.model.load import find, load_base, quiet_libraries
+from tsugiki.common.model.load import load_base, quiet_libraries
 from tsugiki.common.model.spec import describe
 from tsugiki.common.rng import seed_everything
 from tsugiki.common.tasks import TASKS, Task
@@ -169,7 +170,7 @@ def methods(file: Path | None, model: str, overrides: list[str], as_json: bool) 
     from rich.console import Console
 
     from tsugiki.common.config import files as config_file
-    from tsugiki.common.config.run import parse
+    from tsugiki.common.config.parse import parse
 
     if file is None and overrides:
         raise UsageError("--set without a file", "a run's TOML file", "give FILE, or --model alone")

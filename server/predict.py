@@ -15,9 +15,10 @@ from tsugiki.common.data import images
 from tsugiki.common.data.shard import Shard, has_surrogates, read
 from tsugiki.common.errors import DataError, UsageError
 from tsugiki.common.model.exported import open_exported, read_exported
-from tsugiki.common.model.load import Graft, find_in_hub
+from tsugiki.common.model.find import find_in_hub
+from tsugiki.common.model.graft import Graft
 from tsugiki.common.settings import DataFormat
-from tsugiki.common.tasks.decoding.generate import Generation
+from tsugiki.common.tasks.base import Generation
 from tsugiki.server.export.finished import Which, choose, open_graft, read_config
 
 

@@ -127,7 +127,6 @@ def function():
     assert imported(ast.walk(tree)) == {"a", "c", "d", "e", "h", "i", "j", "k"}
 
 
-@pytest.mark.xfail(reason="five circles, until modules are where they belong", strict=True)
 def test_no_module_imports_itself_by_way_of_others():
     """Catches: modules that cannot be read one after the other; imports inside functions and for annotations count."""
     edges = structure.graph()

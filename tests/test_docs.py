@@ -35,7 +35,7 @@ def codes():
                     given += node.args[-1:] if name != "Rejected" else node.args[1:2]
                 given += node.args[4:5] if name == "refuse" else []
                 found |= {one.value for one in given if isinstance(one, ast.Constant) and isinstance(one.value, str)}
-    roster = (ROOT / "server" / "roster.py").read_text("utf-8")
+    roster = (ROOT / "server" / "run" / "roster.py").read_text("utf-8")
     return {code for code in found | set(re.findall(r'^ +"([a-z-]+)": ', roster, re.M)) if code}
 
 

@@ -205,7 +205,7 @@ def budget(
     as_json: Json = False,
 ) -> None:
     """Plan privacy, and train nothing: the noise for a budget, what each adversary sees, what is left to learn."""
-    from tsugiki.server.budget.budget import budget as plan
+    from tsugiki.server.commands.plans import budget as plan
 
     plan(file, overrides or [], dimension, plot, as_json)
 
@@ -287,7 +287,7 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Ask a run's model, or exported adapters on one base: for labels, scores, cosines, or how a text goes on."""
-    from tsugiki.common.tasks.decoding.generate import Generation
+    from tsugiki.common.tasks.base import Generation
     from tsugiki.server.predict import ask, show
 
     how, on = Generation(max_new_tokens, temperature, seed), not without_adapter

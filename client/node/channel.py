@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -16,13 +15,20 @@ from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthCl
 from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 
+from tsugiki.client.node.link import Link
+
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    pass
 
 CALL_TIMEOUT_S = 20.0
+
+
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 10.0
+
+
 MOST_MESSAGE_BYTES = 2**26
 """Of one call; Flower cuts what is larger than 5 MB."""
+
 
 TEMPORARY = (
     grpc.StatusCode.UNAVAILABLE,
@@ -42,23 +48,6 @@ class RunOver(Exception):
 
 class Forgotten(Exception):
     """The server does not know this node any more: it was restarted."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """Where the SuperLink is, and how to talk to it.
-
-    Args:
-        address: HOST:PORT of the Fleet API.
-        root_certificates: PEM of the CA that signed the server's certificate; None: no TLS.
-        private_key: the node's; None: a new one for each connection, for servers that take unknown nodes.
-        retry_s: how long to try again after the connection was lost.
-    """
-
-    address: str
-    root_certificates: bytes | None
-    private_key: EllipticCurvePrivateKey | None
-    retry_s: float
 
 
 class Channel:

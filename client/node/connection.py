@@ -39,7 +39,8 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 
-from tsugiki.client.node.channel import CALL_TIMEOUT_S, TEMPORARY, Channel, Forgotten, Link, RunOver, Stopping
+from tsugiki.client.node.channel import CALL_TIMEOUT_S, TEMPORARY, Channel, Forgotten, RunOver, Stopping
+from tsugiki.client.node.link import Link
 from tsugiki.common.errors import LinkError, WireError
 from tsugiki.common.wire.inflate import inflate
 

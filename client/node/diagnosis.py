@@ -15,7 +15,7 @@ from tsugiki.common.address import split_address
 from tsugiki.common.errors import LinkError
 
 if TYPE_CHECKING:
-    from tsugiki.client.node.channel import Link
+    from tsugiki.client.node.link import Link
 
 PROBE_TIMEOUT_S = 4.0
 

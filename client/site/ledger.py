@@ -14,7 +14,7 @@ from tsugiki.client.site.policy import SitePolicy
 from tsugiki.common.errors import BudgetError, PolicyError
 from tsugiki.common.privacy.accounting import Release
 from tsugiki.common.privacy.ledger import Ledger
-from tsugiki.common.privacy.mechanisms import Adversary
+from tsugiki.common.privacy.mechanisms import Adversary, mechanism_of
 from tsugiki.common.privacy.plan import Plan
 
 
@@ -30,7 +30,7 @@ def site_ledger(path: Path, policy: SitePolicy, plan: Plan | None, seeded: bool 
     """
     budgets: dict[Adversary, float] = {}
     if policy.max_epsilon and plan is not None:
-        budgets |= dict.fromkeys(plan.mechanism.budgeted, policy.max_epsilon)
+        budgets |= dict.fromkeys(mechanism_of(plan).budgeted, policy.max_epsilon)
         if plan.mode == "distributed" and not plan.secure_aggregation:
             budgets["uploads"] = policy.max_epsilon  # the noise of the others is beyond what this site can see to
     if policy.max_row_epsilon:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import PolicyError
+from tsugiki.common.privacy.mechanisms import releases_of
 from tsugiki.common.settings import Names, Section
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def guaranteed_noise(plan: Plan) -> float:
     if not plan.private:
         return 0.0
     if plan.mode == "distributed" and not plan.secure_aggregation:
-        return plan.seen()["uploads"].noise_multiplier
+        return releases_of(plan)["uploads"].noise_multiplier
     return plan.noise_multiplier
 
 

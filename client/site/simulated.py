@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from tsugiki.client.site.policy import SitePolicy
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data import partition
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.data.shard import read as read_shard

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from tsugiki.client.site.policy import SitePolicy
 from tsugiki.common.audit import AuditLog, locked
 from tsugiki.common.config.files import read_toml
-from tsugiki.common.config.run import explain
+from tsugiki.common.config.parse import explain
 from tsugiki.common.data import images
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.data.shard import read as read_shard

@@ -21,9 +21,9 @@ from tsugiki.common.privacy.accounting import Release, epsilon
 from tsugiki.common.privacy.mechanisms import Adversary
 from tsugiki.common.privacy.plan import Plan as PrivacyPlan
 from tsugiki.common.privacy.settings import ExamplePrivacySection
-from tsugiki.common.strategies.factors import only, truncate
+from tsugiki.common.strategies.factors import truncate
 from tsugiki.common.tasks.base import Encoded
-from tsugiki.common.wire.arrays import Vector
+from tsugiki.common.wire.spec import Vector
 
 log = logging.getLogger("tsugiki.client")
 
@@ -150,7 +150,7 @@ def _train_one(job: Job, name: str, rows: Sequence[int], deadline_s: float) -> T
     encoded = job.encoded if len(rows) == len(job.encoded) else job.encoded.take(rows)
     plan = job.plan(name, deadline_s)
     if not job.config.privacy.examples.enabled:
-        with only(job.graft, job.part):
+        with job.graft.training_only(job.part):
             return _train_openly(job, encoded, plan)
     examples, seed = examples_of(job.config, len(rows)), job.config.privacy.insecure_noise_seed
     try:

@@ -31,7 +31,7 @@ from tsugiki.client.training import trainer
 from tsugiki.client.training.trainer import Plan, Trained, Watch
 from tsugiki.common.config.run import TrainSection
 from tsugiki.common.errors import TrainingError, UsageError
-from tsugiki.common.model.load import Graft
+from tsugiki.common.model.graft import Graft
 from tsugiki.common.privacy.accounting import Release, calibrate
 from tsugiki.common.privacy.noise import gaussian, noise_generator
 from tsugiki.common.privacy.settings import ExamplePrivacySection

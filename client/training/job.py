@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from tsugiki.client.training.trainer import Plan, Watch
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.model.load import Graft
+from tsugiki.common.model.graft import Graft
 from tsugiki.common.strategies.factors import sent
 from tsugiki.common.tasks.base import Encoded, Tail
-from tsugiki.common.wire.arrays import AdapterSpec, Vector
 from tsugiki.common.wire.messages import TrainRequest
+from tsugiki.common.wire.spec import AdapterSpec, Vector
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,11 @@ import numpy as np
 
 from tsugiki.client.site.simulated import SimulatedSite, simulated_sites
 from tsugiki.client.training.trainer import Plan, batches, make_optimizer, uncorrected
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import TrainingError, UsageError
-from tsugiki.common.model.load import Graft, load_graft
+from tsugiki.common.model.graft import Graft
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.rng import derive_seed, seed_everything
 from tsugiki.common.tasks import TASKS
 from tsugiki.common.tasks.base import Encoded

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tsugiki.common.config.run import TrainSection
 from tsugiki.common.errors import TrainingError
-from tsugiki.common.model.load import Graft
+from tsugiki.common.model.graft import Graft
 from tsugiki.common.rng import derive_seed, generator, seed_everything
 from tsugiki.common.tasks.base import Encoded
 

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tsugiki.common.privacy.clipping import Levels, clip
+from tsugiki.common.privacy.mechanisms import mechanism_of
 from tsugiki.common.privacy.noise import noise_generator
 from tsugiki.common.privacy.plan import Plan
-from tsugiki.common.wire.arrays import Vector
+from tsugiki.common.wire.spec import Vector
 
 
 def make_update(local: Vector, received: Vector) -> Vector:
@@ -56,7 +57,7 @@ class ProtectedSum:
         """
         clipped = clip(updates, self.plan.clip_norm)
         draw = noise_generator(self.insecure_noise_seed, *purpose)
-        noise = self.plan.mechanism.client_noise(self.plan, draw, len(updates))
+        noise = mechanism_of(self.plan).client_noise(self.plan, draw, len(updates))
         self.levels = self.levels + clipped.levels.sum(axis=0) + noise
         self.clients += len(updates)
         self.clipped += int(np.sum(clipped.norm > self.plan.clip_norm))

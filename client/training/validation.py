@@ -12,7 +12,7 @@ from tsugiki.client.site.site import Site
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import DataError, TrainingError
-from tsugiki.common.model.load import Graft
+from tsugiki.common.model.graft import Graft
 from tsugiki.common.rng import generator
 from tsugiki.common.tasks import Task
 from tsugiki.common.tasks.base import Encoded, at_rest

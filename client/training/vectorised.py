@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tsugiki.client.training.job import Group, Job
 from tsugiki.client.training.trainer import batches, set_learning_rate, steps_per_round
 from tsugiki.common.tasks.base import Tail
-from tsugiki.common.wire.arrays import unpack
+from tsugiki.common.wire.spec import unpack
 
 if TYPE_CHECKING:
     import torch

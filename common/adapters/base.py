@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 ADAPTERS: Registry[type[AdapterMethod]] = Registry("adapter method")
 
+TRAINED, MERGED = "default", "merged"
+"""The LoRA pair that sites train, by the name that peft gives to an only adapter; and the frozen one of `flora`."""
+
 REFUSED: Mapping[str, tuple[str, str]] = {
     "adalora": (
         "another method: its shapes change during training, so updates of different sites cannot be averaged",

@@ -7,10 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tsugiki.common.adapters.base import ADAPTERS, REFUSED
+from tsugiki.common.adapters.base import ADAPTERS, MERGED, REFUSED, TRAINED
 from tsugiki.common.adapters.peft_base import PeftMethod, TargetedSettings, check_targets, linear_layers, narrower_side
 from tsugiki.common.errors import ExportError, ModelError
-from tsugiki.common.strategies.factors import MERGED, TRAINED
 
 ATTENTION_TARGETS = {
     "bert": ("query", "value"),

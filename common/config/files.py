@@ -13,7 +13,8 @@ from typing import Any
 import tomli_w
 from pydantic_core import PydanticUndefined
 
-from tsugiki.common.config.run import RunConfig, families, parse, section_classes
+from tsugiki.common.config.parse import families, parse, section_classes
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError, Problem
 from tsugiki.common.settings import Section
 

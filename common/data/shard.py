@@ -22,7 +22,7 @@ from tsugiki.common.settings import DataFormat
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from tsugiki.common.tasks.base import Column
+    from tsugiki.common.data.columns import Column
 
 
 @dataclass(frozen=True)

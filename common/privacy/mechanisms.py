@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from tsugiki.common.privacy.accounting import Release
+from tsugiki.common.privacy.accounting import Release, epsilon
 from tsugiki.common.privacy.clipping import LEVELS, Levels
 from tsugiki.common.privacy.noise import gaussian, skellam
 from tsugiki.common.registry import Registry
@@ -168,3 +168,25 @@ class Distributed(Mechanism):
     def client_variance(cls, plan: Plan) -> float:
         """(z * LEVELS)^2 / (h * n_min)."""
         return (plan.noise_multiplier * LEVELS) ** 2 / (plan.honest_fraction * plan.min_clients)
+
+
+def mechanism_of(plan: Plan) -> type[Mechanism]:
+    """Return who adds which noise under a plan."""
+    return MECHANISMS.get(plan.mode)
+
+
+def releases_of(plan: Plan) -> dict[Adversary, Release]:
+    """Return what a round shows to each adversary who sees anything of it."""
+    return mechanism_of(plan).seen(plan)
+
+
+def epsilon_after(plan: Plan, rounds: int) -> dict[Adversary, float]:
+    """Return each adversary's epsilon after so many undisturbed rounds."""
+    return {who: epsilon([release] * rounds, plan.delta) for who, release in releases_of(plan).items()}
+
+
+def mean_noise(plan: Plan, clients: int) -> float:
+    """Return the standard deviation of the noise on each coordinate of a mean over `clients` updates."""
+    mechanism = mechanism_of(plan)
+    variance = mechanism.client_variance(plan) * clients + mechanism.server_variance(plan)
+    return math.sqrt(variance) * plan.clip_norm / LEVELS / clients

@@ -6,20 +6,12 @@ factors of the mean, which is why some strategies look into an adapter (`server/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tsugiki.common.wire.arrays import AdapterSpec, Vector, unpack
-
-if TYPE_CHECKING:
-    from tsugiki.common.model.load import Graft
-
-TRAINED, MERGED = "default", "merged"
-"""The pair that sites train, by the name that peft gives to an only adapter; and the frozen one of `flora`."""
+from tsugiki.common.adapters.base import TRAINED
+from tsugiki.common.wire.spec import AdapterSpec, Vector, unpack
 
 _A, _B = ".lora_A.", ".lora_B."
 
@@ -87,18 +79,3 @@ def truncate(vector: Vector, spec: AdapterSpec, rank: int) -> Vector:
         tensors[pair.a][rank:] = 0
         tensors[pair.b][:, rank:] = 0
     return vector
-
-
-@contextmanager
-def only(graft: Graft, part: AdapterSpec) -> Iterator[None]:
-    """Let nothing but a part of the adapter be trained inside a `with` block."""
-    trained = {tensor.name for tensor in part.tensors}
-    named = zip(graft.spec.tensors, graft.parameters, strict=True)
-    held = [value for tensor, value in named if tensor.name not in trained]
-    try:
-        for value in held:
-            value.requires_grad_(False)
-        yield
-    finally:
-        for value in held:
-            value.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""The settings of the strategies, by which the server averages updates, and what they need of a run.
+"""The settings of the strategies, by which the server averages updates.
 
 `server/run/aggregate.py` runs what is named here.
 """
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from tsugiki.common.errors import Problem
 from tsugiki.common.registry import Registry
 from tsugiki.common.settings import StrategySettings
 
 if TYPE_CHECKING:
-    from tsugiki.common.config.run import RunConfig
+    pass
+
 
 STRATEGY_SETTINGS: Registry[type[StrategySettings]] = Registry("strategy")
 
@@ -108,54 +108,10 @@ class SvdSettings(StrategySettings):
 WHOLE_RANK = 65_536
 """More than any layer has; each takes as much of it as it has."""
 
+
 LORA_ONLY = ("ffa", "flora", "rolora", "svd")
 """Strategies that need LoRA's factors."""
 
+
 EXACT_PRODUCTS = ("flora", "svd")
 """Strategies that form B A of every client, and so have to see each client's factors."""
-
-
-def strategy_problems(config: RunConfig) -> list[Problem]:
-    """Return the problems between `[strategy]` and the other sections."""
-    name, found = config.strategy.name, []
-    if name == "krum" and config.strategy.min_clients < 2 * config.strategy.num_malicious_sites + 3:  # type: ignore[attr-defined]  # KrumSettings
-        expected = "at least 2 * num_malicious_sites + 3, which krum needs"
-        found.append(Problem("strategy.min_clients", str(config.strategy.min_clients), expected, "raise min_clients"))
-    if name in LORA_ONLY:
-        found += _factor_problems(config)
-    ranks, rank = config.simulation.ranks, getattr(config.adapter, "rank", 0)
-    if ranks and name != "svd":
-        given = ", ".join(map(str, ranks))
-        found.append(Problem("simulation.ranks", given, "empty unless strategy.name is svd", "remove it"))
-    elif ranks and max(ranks) > rank:
-        found.append(Problem("simulation.ranks", str(max(ranks)), f"at most adapter.rank = {rank}", "raise the rank"))
-    if name in EXACT_PRODUCTS and config.simulation.data and config.simulation.clients_per_site > 1:
-        why = f"1 with strategy {name}: a gateway would send the mean of its clients' factors"
-        found.append(Problem("simulation.clients_per_site", str(config.simulation.clients_per_site), why, "remove it"))
-    return found
-
-
-def _factor_problems(config: RunConfig) -> list[Problem]:
-    """Return what keeps a strategy for LoRA's factors from finding them as it needs them."""
-    name, adapter, found = config.strategy.name, config.adapter, []
-    if adapter.method != "lora":
-        return [Problem("adapter.method", repr(adapter.method), f'"lora" with strategy {name}', 'use "fedavg"')]
-    wanted = "yes" if name == "ffa" else "no"
-    private = config.privacy.mode != "none" or config.privacy.examples.enabled  # freezes A, and refuses the strategy
-    if not private and adapter.freeze_a not in {wanted, "auto"}:  # type: ignore[attr-defined]  # LoraSettings, here and below
-        expected = f'"{wanted}" or "auto" with strategy {name}'
-        found.append(Problem("adapter.freeze_a", repr(adapter.freeze_a), expected, "remove it"))  # type: ignore[attr-defined]
-    if name in EXACT_PRODUCTS and adapter.use_dora:  # type: ignore[attr-defined]
-        expected = f"false with strategy {name}, for which a layer's change has to be B A"
-        found.append(Problem("adapter.use_dora", "true", expected, "remove it"))
-    if name in EXACT_PRODUCTS and adapter.init != "default":  # type: ignore[attr-defined]
-        expected = f'"default" with strategy {name}: of an orthogonal start, a part is not zero'
-        found.append(Problem("adapter.init", repr(adapter.init), expected, "remove it"))  # type: ignore[attr-defined]
-    if name in EXACT_PRODUCTS and config.train.persist_optimizer:
-        expected = f"false with strategy {name}, whose factors are others in each round"
-        found.append(Problem("train.persist_optimizer", "true", expected, "remove it"))
-    train = config.train
-    if name == "rolora" and train.persist_optimizer and not train.bias_correction:
-        expected = "true with strategy rolora and persist_optimizer, which count the steps of both factors apart"
-        found.append(Problem("train.bias_correction", "false", expected, "remove it"))
-    return found

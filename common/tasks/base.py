@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from tsugiki.common.data.columns import Column
 from tsugiki.common.errors import UsageError
 from tsugiki.common.registry import Registry
 from tsugiki.common.settings import TaskSettings
@@ -21,29 +22,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tsugiki.common.data.shard import Shard
-    from tsugiki.common.tasks.decoding.generate import Generation
 
 TASKS: Registry[type[Task]] = Registry("task")
 
+
 Tokens = list[int]
+
+
 Batch = dict[str, "torch.Tensor"]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column that a task reads from a site's file.
-
-    Args:
-        name: the task's own name for it, to which a file's column is mapped.
-        kind: `text`; `label`, a class by name or number; `score`, a float; `image`, a picture.
-        required: whether every file must have it.
-        blank: whether a text may be empty.
-    """
-
-    name: str
-    kind: Literal["text", "label", "score", "image"]
-    required: bool = True
-    blank: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +105,21 @@ class Tail:
     module: Any
     features: torch.Tensor
     losses: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a text is continued.
+
+    Args:
+        max_new_tokens: at most.
+        temperature: 0: the likeliest token at each step; else tokens are drawn, from logits over so much.
+        seed: of the draws.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -244,69 +245,3 @@ def at_rest(network: Any) -> Iterator[None]:
         yield
     finally:
         network.train(training)
-
-
-def tokenise(tokenizer: Any, limit: int, *texts: Sequence[str]) -> tuple[Any, int]:
-    """Return what a tokenizer makes of texts, or of pairs, cut to `limit` tokens each, and how many were too long."""
-    tokens = tokenizer(*texts, truncation=True, max_length=limit)
-    if tokens.is_fast:
-        return tokens, sum(bool(one.overflowing) for one in tokens.encodings)
-    return tokens, sum(len(row) > limit for row in tokenizer(*texts)["input_ids"])
-
-
-def cut_note(cut: int) -> tuple[str, ...]:
-    """Return the note that so many texts were cut, where there are any."""
-    return (f"shard-texts-cut:{cut}",) if cut else ()
-
-
-def padding_id(tokenizer: Any) -> int:
-    """Return the token with which a model that names none is padded: the tokenizer's own, the one for the end, or 0."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(number for number in known if number is not None)
-
-
-def pad(rows: Sequence[Tokens], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids padded on the right and the attention mask, both of shape (rows, longest), int64."""
-    import torch
-
-    longest = max(map(len, rows))
-    ids = np.full((len(rows), longest), pad_id, np.int64)
-    mask = np.zeros((len(rows), longest), np.int64)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = row
-        mask[index, : len(row)] = 1
-    return torch.from_numpy(ids), torch.from_numpy(mask)
-
-
-def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Return batches of row numbers, longest rows first, so that evaluation pads little."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def named_classes(logits: torch.Tensor, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the likeliest class of each row, with its probability; logits have the shape (rows, classes)."""
-    chances, numbers = logits.float().softmax(dim=1).max(dim=1)
-    return [
-        {"label": labels[number], "probability": chance}
-        for number, chance in zip(numbers.tolist(), chances.tolist(), strict=True)
-    ]
-
-
-def class_metrics(logits: torch.Tensor, targets: npt.NDArray[Any] | None) -> dict[str, float]:
-    """Return accuracy, macro_f1 (over the classes that occur or are predicted) and loss (cross-entropy).
-
-    Args:
-        logits: of shape (rows, classes).
-        targets: of shape (rows,).
-    """
-    import torch
-    from sklearn.metrics import f1_score
-    from torch.nn.functional import cross_entropy
-
-    classes, predicted = torch.from_numpy(targets), logits.argmax(dim=1)
-    return {
-        "accuracy": float((predicted == classes).float().mean()),
-        "macro_f1": float(f1_score(classes.numpy(), predicted.numpy(), average="macro")),
-        "loss": float(cross_entropy(logits, classes)),
-    }

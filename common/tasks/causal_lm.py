@@ -9,22 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from tsugiki.common.data.columns import Column
 from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import TaskSettings
-from tsugiki.common.tasks.base import (
-    TASKS,
-    Base,
-    Batch,
-    Column,
-    Encoded,
-    Task,
-    TinyCase,
-    Tokens,
-    by_length,
-    cut_note,
-    pad,
-)
-from tsugiki.common.tasks.decoding.generate import Generation, complete, generate
+from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Generation, Task, TinyCase, Tokens
+from tsugiki.common.tasks.decoding.generate import complete, generate
 from tsugiki.common.tasks.decoding.templates import (
     TEMPLATE_HELP,
     Template,
@@ -34,6 +23,7 @@ from tsugiki.common.tasks.decoding.templates import (
     fit_all,
     head_length,
 )
+from tsugiki.common.tasks.text import by_length, cut_note, pad
 
 if TYPE_CHECKING:
     import torch

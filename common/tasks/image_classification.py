@@ -12,27 +12,18 @@ import numpy as np
 from pydantic import Field
 
 from tsugiki.common.adapters.base import require_heads
+from tsugiki.common.data.columns import Column
 from tsugiki.common.data.pixels import Pixels, fit, read_pixels
 from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import ClassesSettings
-from tsugiki.common.tasks.base import (
-    TASKS,
-    Base,
-    Batch,
-    Column,
-    Encoded,
-    Tail,
-    Task,
-    TinyCase,
-    class_metrics,
-    named_classes,
-)
+from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Tail, Task, TinyCase
+from tsugiki.common.tasks.classes import class_metrics, named_classes
 
 if TYPE_CHECKING:
     import torch
 
     from tsugiki.common.data.shard import Shard
-    from tsugiki.common.tasks.decoding.generate import Generation
+    from tsugiki.common.tasks.base import Generation
 
 MODEL_TYPE = "tsugiki-cnn"
 """`config.model_type` of our own network."""

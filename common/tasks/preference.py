@@ -10,25 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from tsugiki.common.data.columns import Column
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import TaskSettings
-from tsugiki.common.tasks.base import (
-    TASKS,
-    Base,
-    Batch,
-    Column,
-    Encoded,
-    Task,
-    TinyCase,
-    Tokens,
-    at_rest,
-    by_length,
-    pad,
-    padding_id,
-)
+from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Generation, Task, TinyCase, Tokens, at_rest
 from tsugiki.common.tasks.causal_lm import NOTHING, limit_length, load_decoder, next_logits
-from tsugiki.common.tasks.decoding.generate import Generation, complete
+from tsugiki.common.tasks.decoding.generate import complete
 from tsugiki.common.tasks.decoding.templates import (
     TEMPLATE_HELP,
     Template,
@@ -37,6 +25,7 @@ from tsugiki.common.tasks.decoding.templates import (
     fit,
     head_length,
 )
+from tsugiki.common.tasks.text import by_length, pad, padding_id
 
 if TYPE_CHECKING:
     import torch

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field
 
+from tsugiki.common.data.columns import Column
 from tsugiki.common.settings import TaskSettings
-from tsugiki.common.tasks.base import TASKS, Base, Batch, Column, Encoded, Task, TinyCase, at_rest, by_length, cut_note
+from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Generation, Task, TinyCase, at_rest
 from tsugiki.common.tasks.causal_lm import load_decoder
-from tsugiki.common.tasks.decoding.generate import Generation, complete
+from tsugiki.common.tasks.decoding.generate import complete
 from tsugiki.common.tasks.decoding.reward import add_judge
 from tsugiki.common.tasks.decoding.rollout import Judged, fixed_numbers, judge
 from tsugiki.common.tasks.decoding.templates import TEMPLATE_HELP, Template, encode_prompts, head_length, shorten
 from tsugiki.common.tasks.preference import answer_logps, sequences
+from tsugiki.common.tasks.text import by_length, cut_note
 
 if TYPE_CHECKING:
     import torch

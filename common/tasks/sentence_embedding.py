@@ -10,29 +10,18 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from tsugiki.common.data.columns import Column
 from tsugiki.common.settings import ClassesSettings
-from tsugiki.common.tasks.base import (
-    TASKS,
-    Base,
-    Batch,
-    Column,
-    Encoded,
-    Task,
-    TinyCase,
-    Tokens,
-    by_length,
-    class_metrics,
-    cut_note,
-    pad,
-    tokenise,
-)
+from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Task, TinyCase, Tokens
+from tsugiki.common.tasks.classes import class_metrics
+from tsugiki.common.tasks.text import by_length, cut_note, pad, tokenise
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from tsugiki.common.data.shard import Shard
-    from tsugiki.common.tasks.decoding.generate import Generation
+    from tsugiki.common.tasks.base import Generation
 
 
 class SentenceEmbeddingSettings(ClassesSettings):

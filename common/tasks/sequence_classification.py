@@ -9,30 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from tsugiki.common.data.columns import Column
 from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import ClassesSettings
-from tsugiki.common.tasks.base import (
-    TASKS,
-    Base,
-    Batch,
-    Column,
-    Encoded,
-    Task,
-    TinyCase,
-    by_length,
-    class_metrics,
-    cut_note,
-    named_classes,
-    pad,
-    padding_id,
-    tokenise,
-)
+from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Task, TinyCase
+from tsugiki.common.tasks.classes import class_metrics, named_classes
+from tsugiki.common.tasks.text import by_length, cut_note, pad, padding_id, tokenise
 
 if TYPE_CHECKING:
     import torch
 
     from tsugiki.common.data.shard import Shard
-    from tsugiki.common.tasks.decoding.generate import Generation
+    from tsugiki.common.tasks.base import Generation
 
 
 class SequenceClassificationSettings(ClassesSettings):

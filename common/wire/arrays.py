@@ -1,124 +1,27 @@
-"""What crosses the network, and the only code that touches received bytes.
+"""A vector as received bytes, and back: the only code that touches received bytes.
 
 An adapter travels as one flat array in the order of an `AdapterSpec`, because Flower sends every array as an object of
-its own, each a round trip. Both sides build the spec from what they loaded themselves and compare its hash, so a reply
-says nothing about shapes that has to be believed.
+its own, each a round trip.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tsugiki.common.errors import SpecError, WireError
+from tsugiki.common.errors import WireError
+from tsugiki.common.wire.spec import AdapterSpec, Vector
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord
 
-Vector = npt.NDArray[np.float32]
-"""All trainable numbers of an adapter in spec order; shape (size,)."""
-
 ARRAY_KEY = "adapter"
-FORMAT_VERSION = 1
+
+
 _MAX_HEADER_BYTES = 256  # NumPy's header for a flat array takes 128
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One trainable tensor: its name, shape, and to what it belongs.
-
-    That is the adapter, the task's head, or what is `merged`: exchanged with the rest, and trained by no site.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    part: Literal["adapter", "head", "merged"]
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """The manifest of an adapter: what is exchanged, in which order, for which base.
-
-    Args:
-        task: name of the task.
-        method: name of the adapter method.
-        settings: the method's settings, as sorted JSON.
-        base_fingerprint: SHA-256 of the frozen base (`common/model/fingerprint.py`).
-        wire_dtype: the type of the numbers that travel.
-        tensors: in the order in which they are packed.
-    """
-
-    task: str
-    method: str
-    settings: str
-    base_fingerprint: str
-    wire_dtype: Literal["float32", "float16"]
-    tensors: tuple[TensorSpec, ...]
-
-    @cached_property
-    def size(self) -> int:
-        """Number of elements of the packed vector."""
-        return sum(tensor.size for tensor in self.tensors)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the packed vector as it travels."""
-        return self.size * np.dtype(self.wire_dtype).itemsize
-
-    def parameters(self, part: Literal["adapter", "head"]) -> int:
-        """Number of elements that belong to the adapter, or to the head."""
-        return sum(tensor.size for tensor in self.tensors if tensor.part == part)
-
-    @cached_property
-    def sha256(self) -> str:
-        """Hash over everything above; two sides with the same hash may exchange vectors."""
-        body = json.dumps([FORMAT_VERSION, asdict(self)], sort_keys=True)
-        return hashlib.sha256(body.encode()).hexdigest()
-
-
-def pack(tensors: Mapping[str, npt.NDArray[np.float32]], spec: AdapterSpec) -> Vector:
-    """Return the named tensors as one vector in spec order.
-
-    Raises:
-        SpecError: a name is missing or extra, or a shape differs.
-    """
-    expected = {tensor.name for tensor in spec.tensors}
-    if set(tensors) != expected:
-        first = min(set(tensors) ^ expected)
-        raise SpecError(f"tensor {first!r} is {'missing' if first in expected else 'not part of the spec'}")
-    for tensor in spec.tensors:
-        if tensors[tensor.name].shape != tensor.shape:
-            raise SpecError(f"tensor {tensor.name!r} has shape {tensors[tensor.name].shape}", f"{tensor.shape}")
-    return np.concatenate([tensors[tensor.name].ravel() for tensor in spec.tensors]).astype(np.float32, copy=False)
-
-
-def unpack(vector: Vector, spec: AdapterSpec) -> dict[str, npt.NDArray[np.float32]]:
-    """Return views into `vector`, one for each tensor of the spec.
-
-    Raises:
-        SpecError: the vector has another length.
-    """
-    if vector.shape != (spec.size,):
-        raise SpecError(f"a vector of shape {vector.shape}", f"({spec.size},)")
-    tensors, start = {}, 0
-    for tensor in spec.tensors:
-        tensors[tensor.name] = vector[start : start + tensor.size].reshape(tensor.shape)
-        start += tensor.size
-    return tensors
 
 
 def encode(vector: Vector, spec: AdapterSpec) -> ArrayRecord:
@@ -175,7 +78,7 @@ def decode_levels(record: ArrayRecord, size: int, bits: int) -> npt.NDArray[np.i
     Raises:
         WireError: as `decode`; every value that fits is allowed.
     """
-    from tsugiki.common.privacy.secagg.primitives import ring_from_bytes, signed
+    from tsugiki.common.wire.ring import ring_from_bytes, signed
 
     octets = _payload(record, np.dtype(np.uint8), size * (bits // 8))
     return signed(ring_from_bytes(octets.tobytes(), size, bits), bits)
@@ -213,13 +116,3 @@ def _check_header(data: bytes, dtype: np.dtype[Any], size: int) -> int:
     if shape != (size,) or fortran_order:
         raise WireError("the shape inside the bytes differs", f"({size},)", code="shape")
     return stream.tell()
-
-
-def l2_norm(vector: npt.NDArray[Any]) -> float:
-    """Return the Euclidean norm, summed in float64 and without BLAS, whose threads cost more than they save here."""
-    return float(np.sqrt(np.square(vector, dtype=np.float64).sum()))
-
-
-def sha256(vector: Vector) -> str:
-    """Return the SHA-256 of a vector's bytes (little endian float32): the name by which adapters are compared."""
-    return hashlib.sha256(np.ascontiguousarray(vector, "<f4").tobytes()).hexdigest()

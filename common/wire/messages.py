@@ -10,20 +10,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-from tsugiki.common.config.run import RunConfig, parse
 from tsugiki.common.errors import WireError
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, Message, RecordDict
 
+
 SITE_ERROR = 1000
 """The number of a Flower error that carries one of our codes; Flower's own are below 10."""
 
+
 BESIDE = "secagg"
 """The record that holds the fields of a step of secure aggregation."""
+
 
 _CODE = re.compile(r"[a-z][a-z0-9-]{0,63}(:[A-Za-z_][A-Za-z0-9_]{0,63})?")
 
@@ -203,29 +204,6 @@ def from_record(kind: type[R], content: RecordDict) -> R:
 
 
 _TYPES: dict[type[Any], dict[str, type[Any]]] = {kind: get_type_hints(kind) for kind in R.__constraints__}
-
-
-@lru_cache(maxsize=4)
-def site_config(text: str) -> RunConfig:
-    """Return the run as sites see it; parsed once for each distinct text.
-
-    Raises:
-        ConfigError: a setting is unknown here or out of range.
-    """
-    import json
-
-    return parse(json.loads(text), "run received from the server")
-
-
-def is_private(content: RecordDict) -> bool:
-    """Return whether a request belongs to a run that protects clients or rows; also if it cannot be read."""
-    from tsugiki.common.errors import TsugikiError
-
-    try:
-        privacy = site_config(str(content.config_records["request"]["config"])).privacy
-    except (KeyError, TsugikiError, ValueError):
-        return True
-    return privacy.mode != "none" or privacy.examples.enabled
 
 
 def error_reply(code: str, to: Message) -> Message:

@@ -23,7 +23,7 @@ from orchestration import processes, resident_trivial, run_trivial, trivial_bund
 from trivial import FLOATS, trivial_spec
 
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.files import read_lines
 from tsugiki.server.deploy.control import Control, executed
 from tsugiki.server.deploy.superlink_process import free_port, superlink

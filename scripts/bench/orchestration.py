@@ -31,15 +31,16 @@ from trivial import FLOATS, trivial_spec
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tests.support.processes import BIN, end_group, quiet_environment
 from tsugiki.common.audit import AuditLog
-from tsugiki.common.config.run import RunConfig, parse
-from tsugiki.common.wire.arrays import AdapterSpec
-from tsugiki.server.app import run_federation
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
+from tsugiki.common.wire.spec import AdapterSpec
 from tsugiki.server.deploy import bundle
 from tsugiki.server.deploy.control import Control, executed
 from tsugiki.server.deploy.superlink_process import free_port, superlink
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.superlink import SuperlinkGrid
 from tsugiki.server.run.context import Parts
+from tsugiki.server.run.federation import run_federation
 from tsugiki.server.run.loop import initial_state, run_rounds
 from tsugiki.server.run.progress import Progress
 from tsugiki.server.run.roster import Roster

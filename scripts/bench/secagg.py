@@ -35,10 +35,12 @@ from tsugiki.client.site.split import split
 from tsugiki.client.training.update import ProtectedSum
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.files import read
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.files import read_lines
-from tsugiki.common.privacy.plan import Plan, make_plan, resolve
-from tsugiki.common.wire.arrays import AdapterSpec, encode_levels
+from tsugiki.common.privacy.plan import Plan
+from tsugiki.common.privacy.planning import make_plan, resolve
+from tsugiki.common.wire.arrays import encode_levels
 from tsugiki.common.wire.messages import (
     HelloReply,
     PrivateReply,
@@ -48,6 +50,7 @@ from tsugiki.common.wire.messages import (
     from_record,
     to_record,
 )
+from tsugiki.common.wire.spec import AdapterSpec
 from tsugiki.server.demo.run import write_files
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid

@@ -26,7 +26,8 @@ import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.client.app import simulated_app
 from tsugiki.client.training import trainer
 from tsugiki.common.audit import AuditLog
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.rng import generator
 from tsugiki.server.engines.grid import Stop

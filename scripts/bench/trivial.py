@@ -13,8 +13,9 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from tsugiki.common import __version__
-from tsugiki.common.wire.arrays import AdapterSpec, TensorSpec, encode
+from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import HelloReply, TrainReply, TrainRequest, from_record, to_record
+from tsugiki.common.wire.spec import AdapterSpec, TensorSpec
 
 FLOATS = 75_000
 
@@ -53,8 +54,9 @@ app = trivial_app(trivial_spec(FLOATS))
 
 def main() -> None:
     """Run a resident node until it is ended."""
-    from tsugiki.client.node.channel import Link, Stopping
+    from tsugiki.client.node.channel import Stopping
     from tsugiki.client.node.connection import Connection
+    from tsugiki.client.node.link import Link
     from tsugiki.client.node.node import Ending, Node
     from tsugiki.client.node.status import Lines
 

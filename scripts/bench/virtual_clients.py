@@ -33,9 +33,10 @@ from tsugiki.client.cache import Desk
 from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.client.training.cohort import asked_clients, train_privately
 from tsugiki.client.training.job import Job
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.files import read_lines
-from tsugiki.common.privacy.plan import make_plan, resolve
+from tsugiki.common.privacy.planning import make_plan, resolve
 from tsugiki.common.wire.messages import TrainRequest
 from tsugiki.server.run.simulate import simulate
 

@@ -39,9 +39,12 @@ from figures import Figure, interval, mean, show
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.client.training.trainer import Plan, train
 from tsugiki.common.adapters.own_base import OwnMethod
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data.shard import Shard
-from tsugiki.common.model.load import Graft, assemble, find, load_graft
+from tsugiki.common.model.find import find
+from tsugiki.common.model.graft import Graft
+from tsugiki.common.model.load import assemble, load_graft
 from tsugiki.common.rng import derive_seed, generator, seed_everything
 from tsugiki.common.tasks import TASKS
 from tsugiki.common.tasks.base import Base, Encoded

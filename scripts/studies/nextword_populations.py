@@ -28,9 +28,11 @@ from figures import Figure, mean, show
 
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.client.app import simulated_app
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.files import read_lines
-from tsugiki.common.privacy.plan import make_plan
+from tsugiki.common.privacy.mechanisms import epsilon_after
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.rng import generator
 from tsugiki.server.run.simulate import simulate
 
@@ -136,7 +138,7 @@ def without_masks(settings: RunConfig, dimension: int) -> dict[str, float]:
     """Return what a server that sees each upload would have learned by the last round; empty without privacy."""
     bare = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"secure_aggregation": False})})
     plan = make_plan(bare, dimension)
-    return {"uploads": plan.epsilon_after(plan.rounds)["uploads"]} if plan else {}
+    return {"uploads": epsilon_after(plan, plan.rounds)["uploads"]} if plan else {}
 
 
 def table(results: list[Result]) -> str:

@@ -27,7 +27,8 @@ from figures import Figure, interval, mean, show
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.client.app import simulated_app
 from tsugiki.common.config.files import expand, override, read_toml
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
 from tsugiki.server.baselines import run_baselines
 from tsugiki.server.run.progress import Lines
 from tsugiki.server.run.simulate import simulate

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tsugiki.common.privacy.accounting import Release, calibrate, epsilon
-from tsugiki.common.privacy.mechanisms import ADVERSARIES, MECHANISMS, Adversary
+from tsugiki.common.privacy.mechanisms import ADVERSARIES, MECHANISMS, Adversary, mean_noise, mechanism_of, releases_of
 from tsugiki.common.privacy.plan import Plan
 
 TABLE_CLIENTS = (100, 1_000, 10_000)
@@ -75,12 +75,15 @@ class Lever:
 
 def budgeted_release(plan: Plan) -> Release:
     """Return what a round shows to the adversary against whom the mode is there first."""
-    return plan.seen()[plan.mechanism.budgeted[0]]
+    return releases_of(plan)[mechanism_of(plan).budgeted[0]]
 
 
 def everything_seen(plan: Plan) -> dict[Adversary, Release]:
     """Return what a round shows to each adversary, with secure aggregation and without."""
-    both = {**replace(plan, secure_aggregation=False).seen(), **replace(plan, secure_aggregation=True).seen()}
+    both = {
+        **releases_of(replace(plan, secure_aggregation=False)),
+        **releases_of(replace(plan, secure_aggregation=True)),
+    }
     return {who: both[who] for who in ADVERSARIES if who in both}
 
 
@@ -89,7 +92,7 @@ def noise_on_mean(plan: Plan, clients: int) -> Noise:
 
     Source: Tsugiki's privacy notes, section 3: signal / noise <= n / (z sqrt(d)).
     """
-    coordinate = plan.mean_noise(clients) * clients / (plan.denominator or clients)
+    coordinate = mean_noise(plan, clients) * clients / (plan.denominator or clients)
     norm = coordinate * math.sqrt(plan.dimension)
     return Noise(clients, coordinate, norm, plan.clip_norm / norm if norm else math.inf)
 

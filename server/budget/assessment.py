@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tsugiki.common.privacy.accounting import epsilon
-from tsugiki.common.privacy.mechanisms import ADVERSARIES, Adversary
+from tsugiki.common.privacy.mechanisms import ADVERSARIES, Adversary, mechanism_of, releases_of
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.server.budget.alternatives import Lever, Noise, everything_seen, levers, most_rounds, noise_on_mean
 
@@ -120,8 +120,8 @@ def judge(bound: float) -> Verdict:
 
 
 def _views(plan: Plan) -> tuple[View, ...]:
-    here = plan.seen()
-    budgets = {who: plan.target_epsilon for who in plan.mechanism.budgeted if who in here and plan.target_epsilon}
+    here = releases_of(plan)
+    budgets = {who: plan.target_epsilon for who in mechanism_of(plan).budgeted if who in here and plan.target_epsilon}
     return tuple(
         View(who, ADVERSARIES[who], epsilon({release: plan.rounds}, plan.delta), who in here, budgets.get(who))
         for who, release in everything_seen(plan).items()
@@ -131,13 +131,13 @@ def _views(plan: Plan) -> tuple[View, ...]:
 def _rounds_allowed(plan: Plan) -> int:
     if not plan.target_epsilon:
         return plan.rounds
-    seen = plan.seen()
-    return min(most_rounds(seen[who], plan.target_epsilon, plan) for who in plan.mechanism.budgeted if who in seen)
+    seen = releases_of(plan)
+    return min(most_rounds(seen[who], plan.target_epsilon, plan) for who in mechanism_of(plan).budgeted if who in seen)
 
 
 def _scaled_epsilon(plan: Plan, who: Adversary, share: float) -> float:
     """Return an adversary's epsilon after all rounds if the noise had only a share of its variance."""
-    release = plan.seen()[who]
+    release = releases_of(plan)[who]
     weaker = replace(release, noise_multiplier=release.noise_multiplier * math.sqrt(share))
     return epsilon({weaker: plan.rounds}, plan.delta)
 

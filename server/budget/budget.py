@@ -1,17 +1,14 @@
 """Privacy planning: what a run's plan costs, and whether anything can be learned under it, before anybody trains.
 
     run file -> the plan that the run itself would make -> Budget, all numbers -> words, JSON, a figure
-    tsugiki.server.budget.assessment: that plan     tsugiki.server.budget.alternatives: others
-    tsugiki.server.budget.text tsugiki.server.budget.figure
+    assessment.py: that plan    alternatives.py: others    text.py: words    figure.py: the figure
 
 Symbols in brackets are those of docs/privacy.md.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,10 +16,10 @@ from typing import Any
 
 from tsugiki.common.config import files as config_file
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.errors import ConfigError, UsageError
-from tsugiki.common.files import write_atomically
+from tsugiki.common.errors import ConfigError
 from tsugiki.common.privacy.accounting import epsilon
-from tsugiki.common.privacy.plan import Plan, make_plan, resolve
+from tsugiki.common.privacy.plan import Plan
+from tsugiki.common.privacy.planning import make_plan, resolve
 from tsugiki.server.budget.alternatives import Row, budgeted_release, table
 from tsugiki.server.budget.assessment import Assessment, assess
 
@@ -166,29 +163,3 @@ def measure(config: RunConfig) -> Size:
         otherwise = load_graft(changed, config.model.name, config.run.seed).spec.size
     spec = load_graft(config, config.model.name, config.run.seed).spec
     return Size(spec.size, spec.parameters("adapter"), spec.parameters("head"), freeze_a, otherwise)
-
-
-def budget(file: Path, overrides: Sequence[str], dimension: int, plot: Path | None, as_json: bool) -> None:
-    """Print what a run's privacy plan costs and what others would; train nothing.
-
-    Args:
-        file: the run's.
-        overrides: of its settings.
-        dimension: number of parameters of an update; 0: the base model is loaded to find out.
-        plot: where a figure is written; None: nowhere.
-        as_json: one JSON object instead of tables.
-    """
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
-        raise UsageError(f"--plot {plot}", "a name that ends in .png or .svg")
-    config, mode, assumed = read(file, overrides)
-    found = make_budget(config, Size(dimension) if dimension else measure(config), mode, assumed)
-    if plot is not None:
-        from tsugiki.server.budget.figure import draw
-
-        write_atomically(plot, draw(found, plot.suffix.lower()[1:]))
-    if as_json:
-        sys.stdout.write(json.dumps(found.as_json(), indent=1) + "\n")
-    else:
-        from tsugiki.server.budget.text import show
-
-        show(found, file, plot)

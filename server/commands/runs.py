@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tsugiki.common.config import files as config_file
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ExportError, UsageError
 from tsugiki.common.files import unwritable
 from tsugiki.server.engines.grid import Stop
@@ -279,7 +280,7 @@ def config_show(file: Path, overrides: Sequence[str], as_json: bool) -> None:
 
 def config_schema() -> None:
     """Print a JSON schema; task, adapter and strategy each allow what is registered."""
-    from tsugiki.common.config.run import families, section_classes
+    from tsugiki.common.config.parse import families, section_classes
     from tsugiki.common.errors import Problem
 
     properties: dict[str, Any] = {}

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.common.config.files import override, to_toml
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.files import write_atomically
 from tsugiki.common.model.load import load_graft
-from tsugiki.common.wire.arrays import Vector
+from tsugiki.common.wire.spec import Vector
 from tsugiki.server.demo.data import DemoFiles, generate, write
 from tsugiki.server.run.evaluate import evaluate_untouched, make_evaluator
 

@@ -13,12 +13,12 @@ from tsugiki.common.address import LOOPBACK, split_address
 from tsugiki.common.config.files import to_run_config, with_absolute_paths
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import TsugikiError, UsageError
-from tsugiki.server.app import Outcome, run_federation
 from tsugiki.server.deploy import bundle
 from tsugiki.server.deploy.certs import CertificateFiles
 from tsugiki.server.deploy.control import Control, executed
 from tsugiki.server.deploy.superlink_process import Endpoint, Superlink, superlink
 from tsugiki.server.engines.grid import Stop
+from tsugiki.server.run.federation import Outcome, run_federation
 from tsugiki.server.run.progress import Progress
 
 log = logging.getLogger("tsugiki.server")

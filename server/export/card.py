@@ -16,7 +16,7 @@ from tsugiki.common.config.files import PATH_KEYS
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data.pixels import Pixels
 from tsugiki.common.data.shard import Shard
-from tsugiki.common.model.load import Graft
+from tsugiki.common.model.graft import Graft
 from tsugiki.common.tasks.decoding.templates import encode_prompts, prompt_text
 from tsugiki.common.tasks.image_classification import MODEL_TYPE
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tsugiki.common.errors import ExportError
-from tsugiki.common.model.load import Graft
+from tsugiki.common.model.graft import Graft
 from tsugiki.server.export import probe as export_probe
 from tsugiki.server.export.card import Export, is_sentence_transformer, needs_tsugiki, reads_pairs, token_limit
 

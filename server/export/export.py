@@ -14,7 +14,8 @@ from tsugiki.common.data.pixels import PREPROCESSING
 from tsugiki.common.errors import ExportError, StorageError
 from tsugiki.common.files import read_lines, unwritable
 from tsugiki.common.model.exported import is_hub_id, write_exported
-from tsugiki.common.model.load import Graft, find
+from tsugiki.common.model.find import find
+from tsugiki.common.model.graft import Graft
 from tsugiki.server.export.card import Export, Kind, card, is_sentence_transformer, loading_code, loads_itself
 from tsugiki.server.export.check import expect, prove
 from tsugiki.server.export.finished import Which, choose, open_graft, read_config

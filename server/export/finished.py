@@ -10,8 +10,9 @@ from typing import Any, Literal
 from tsugiki.common.config import files as config_file
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ExportError, StorageError
-from tsugiki.common.model.load import Graft, load_graft
-from tsugiki.common.wire.arrays import Vector, pack, sha256
+from tsugiki.common.model.graft import Graft
+from tsugiki.common.model.load import load_graft
+from tsugiki.common.wire.spec import Vector, pack, sha256
 from tsugiki.server.run import checkpoint
 
 Which = Literal["best", "last"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from tsugiki.common.errors import StorageError
 from tsugiki.common.files import read_lines
-from tsugiki.server.run.guard import DROPOUT
+from tsugiki.server.run.replies import DROPOUT
 
 Line = dict[str, Any]
 """One line of metrics.jsonl."""

@@ -18,8 +18,9 @@ import numpy.typing as npt
 from tsugiki.common.registry import Registry
 from tsugiki.common.settings import StrategySettings
 from tsugiki.common.strategies.settings import STRATEGY_SETTINGS
-from tsugiki.common.wire.arrays import ARRAY_KEY, Vector
-from tsugiki.server.run.guard import Accepted
+from tsugiki.common.wire.arrays import ARRAY_KEY
+from tsugiki.common.wire.spec import Vector
+from tsugiki.server.run.replies import Accepted
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import FedAvg

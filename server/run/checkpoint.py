@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from tsugiki.common.errors import StorageError
 from tsugiki.common.files import unwritable, write_atomically
-from tsugiki.common.wire.arrays import Vector
+from tsugiki.common.wire.spec import Vector
 
 FORMAT_VERSION = 2
 

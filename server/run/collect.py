@@ -16,17 +16,8 @@ from tsugiki.common.wire.messages import EvaluateRequest, TrainRequest, to_recor
 from tsugiki.server.engines.grid import exchange
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import Collected, Parts
-from tsugiki.server.run.guard import (
-    DROPOUT,
-    Accepted,
-    AcceptedStep,
-    AcceptedSum,
-    Asked,
-    Rejected,
-    check,
-    check_evaluation,
-    check_private,
-)
+from tsugiki.server.run.guard import check, check_evaluation, check_private
+from tsugiki.server.run.replies import DROPOUT, Accepted, AcceptedStep, AcceptedSum, Asked, Rejected
 from tsugiki.server.run.roster import Member
 
 if TYPE_CHECKING:

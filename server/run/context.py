@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.privacy.clipping import Levels
-from tsugiki.common.wire.arrays import AdapterSpec
+from tsugiki.common.wire.spec import AdapterSpec
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.run.evaluate import Evaluator
-from tsugiki.server.run.guard import Accepted, AcceptedSum, Rejected
 from tsugiki.server.run.privacy import Privacy
 from tsugiki.server.run.progress import Progress
+from tsugiki.server.run.replies import Accepted, AcceptedSum, Rejected
 from tsugiki.server.run.roster import Roster
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from pathlib import Path
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data.shard import Shard, read
 from tsugiki.common.errors import ConfigError, DataError, Problem
-from tsugiki.common.model.load import Graft
+from tsugiki.common.model.graft import Graft
 from tsugiki.common.tasks import Task
 from tsugiki.common.tasks.base import Encoded
-from tsugiki.common.wire.arrays import Vector
+from tsugiki.common.wire.spec import Vector
 
 Evaluator = Callable[[Vector], dict[str, float]]
 

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from tsugiki.common.adapters.base import MERGED, TRAINED
 from tsugiki.common.rng import generator
-from tsugiki.common.strategies.factors import MERGED, TRAINED, Pair, pairs
-from tsugiki.common.wire.arrays import AdapterSpec, Vector, l2_norm, pack, unpack
-from tsugiki.server.run.guard import Accepted
+from tsugiki.common.strategies.factors import Pair, pairs
+from tsugiki.common.wire.spec import AdapterSpec, Vector, l2_norm, pack, unpack
+from tsugiki.server.run.replies import Accepted
 
 Matrix = npt.NDArray[np.float64]
 Tensors = Mapping[str, npt.NDArray[Any]]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tsugiki.common.errors import SecureAggregationError, WireError
-from tsugiki.common.privacy.clipping import LEVELS, Levels
+from tsugiki.common.privacy.clipping import LEVELS
+from tsugiki.common.privacy.mechanisms import mechanism_of
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.strategies.factors import widen
-from tsugiki.common.wire.arrays import AdapterSpec, Vector, decode, decode_levels, l2_norm
+from tsugiki.common.wire.arrays import decode, decode_levels
 from tsugiki.common.wire.messages import (
     BESIDE,
     EvaluateReply,
@@ -25,85 +25,11 @@ from tsugiki.common.wire.messages import (
     error_code,
     from_record,
 )
+from tsugiki.common.wire.spec import AdapterSpec, l2_norm
+from tsugiki.server.run.replies import DROPOUT, GONE, Accepted, AcceptedStep, AcceptedSum, Asked, Rejected
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What one site was asked in one round.
-
-    Args:
-        site: its name.
-        node_id: where the request went.
-        round: counted from 1.
-        nonce: what the reply has to repeat.
-        rows: from the hello; no reply weighs more.
-        clients: how many of the site's clients were asked.
-    """
-
-    site: str
-    node_id: int
-    round: int
-    nonce: str
-    rows: int
-    clients: int = 1
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """A reply that passed: the update, shape (size,), its weight in rows, and what the site measured and shares."""
-
-    site: str
-    update: Vector
-    weight: int
-    loss: float | None
-    steps: int
-    seconds: float
-    norm: float
-    size_bytes: int
-    clients: int = 1
-
-
-@dataclass(frozen=True)
-class AcceptedSum:
-    """A private reply that passed: the protected sum over a site's clients, in levels, shape (size,), and no more.
-
-    Under secure aggregation it is masked: what it holds are integers modulo 2^bits without any meaning.
-    """
-
-    site: str
-    levels: Levels
-    clients: int
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class AcceptedStep:
-    """A site's answer to a step of secure aggregation that passed, read."""
-
-    site: str
-    read: Any
-    clients: int
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A reply that did not: the reason is a code, the detail holds numbers only."""
-
-    site: str
-    reason: str
-    detail: str = ""
-    size_bytes: int = 0
-
-
-DROPOUT = "dropout"
-"""The reason when no reply came before the deadline, or none can come any more."""
-
-GONE = ("flower-error-3", "flower-error-4", "flower-error-5")
-"""What a SuperLink answers for a node that is gone: message, reply or node unavailable."""
 
 
 def check(
@@ -159,7 +85,7 @@ def check_private(reply: Message, asked: Asked, plan: Plan, masked: bool = False
     except WireError as error:
         return Rejected(asked.site, error.code, str(error), size)
     norm = l2_norm(levels)
-    noise = math.sqrt(plan.mechanism.client_variance(plan) * asked.clients)
+    noise = math.sqrt(mechanism_of(plan).client_variance(plan) * asked.clients)
     most = asked.clients * LEVELS + noise * (math.sqrt(plan.dimension) + 8)
     if not masked and norm > most * (1 + 1e-12):
         return Rejected(asked.site, "norm", f"{norm / LEVELS:.4g} clip norms, allowed {most / LEVELS:.4g}", size)

@@ -12,15 +12,15 @@ import numpy as np
 
 from tsugiki.common.errors import BudgetError, QuorumNotMet, TrainingError
 from tsugiki.common.files import append_line
-from tsugiki.common.wire.arrays import Vector, l2_norm, sha256
+from tsugiki.common.wire.spec import Vector, l2_norm, sha256
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.aggregate import aggregate
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.collect import collect, evaluate_at_sites, sample
 from tsugiki.server.run.context import Collected, Parts
 from tsugiki.server.run.factors import aggregation_error, combine
-from tsugiki.server.run.guard import DROPOUT, Accepted, AcceptedSum
 from tsugiki.server.run.privacy import Privacy
+from tsugiki.server.run.replies import DROPOUT, Accepted, AcceptedSum
 from tsugiki.server.run.roster import Member
 from tsugiki.server.run.secagg import collect_sum
 

@@ -13,10 +13,11 @@ from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import BudgetError, StorageError
 from tsugiki.common.privacy.clipping import LEVELS, Levels, to_float
 from tsugiki.common.privacy.ledger import Ledger
-from tsugiki.common.privacy.mechanisms import Adversary
+from tsugiki.common.privacy.mechanisms import Adversary, mean_noise, mechanism_of, releases_of
 from tsugiki.common.privacy.noise import noise_generator
-from tsugiki.common.privacy.plan import Plan, make_plan
-from tsugiki.common.wire.arrays import Vector, l2_norm
+from tsugiki.common.privacy.plan import Plan
+from tsugiki.common.privacy.planning import make_plan
+from tsugiki.common.wire.spec import Vector, l2_norm
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Privacy:
         Raises:
             BudgetError: it is not.
         """
-        self.ledger.check({who: (release, 1) for who, release in self.plan.seen().items()})
+        self.ledger.check({who: (release, 1) for who, release in releases_of(self.plan).items()})
 
     def exhausted(self) -> bool:
         """Return whether the budget allows no further round."""
@@ -58,7 +59,7 @@ class Privacy:
             BudgetError: the budget does not allow it (another run has used it up meanwhile).
             StorageError: the ledger cannot be written; nothing may leave.
         """
-        release = self.plan.seen().get(who)
+        release = releases_of(self.plan).get(who)
         if release is not None:
             self.ledger.charge(who, release, run=self.run, round=number, attempt=attempt, private=self.plan.private)
 
@@ -80,18 +81,18 @@ class Privacy:
             number: of the round.
         """
         draw = noise_generator(self.insecure_noise_seed, "server", number)
-        noise = self.plan.mechanism.server_noise(self.plan, draw)
+        noise = mechanism_of(self.plan).server_noise(self.plan, draw)
         denominator = self.plan.denominator or clients
         mean = to_float(total + noise, self.plan.clip_norm, denominator)
         return mean, self._report(mean, clients, denominator)
 
     def _report(self, mean: Vector, clients: int, denominator: float) -> dict[str, Any]:
         """Return the round's figures: the noise that was there (`z_eff`), and how much of the mean it is."""
-        plan, kind = self.plan, self.plan.mechanism
+        plan, kind = self.plan, mechanism_of(self.plan)
         withheld = plan.sampling_probability < 1  # how many there were would tell something about who was there
         clients = clients or 1  # of a sampled cohort there may be none; nothing of it is told
         variance = plan.honest_fraction * clients * kind.client_variance(plan) + kind.server_variance(plan)
-        noise_norm = plan.mean_noise(clients) * clients / denominator * math.sqrt(plan.dimension)
+        noise_norm = mean_noise(plan, clients) * clients / denominator * math.sqrt(plan.dimension)
         return {
             "private": plan.private,
             "clients": None if withheld else clients,
@@ -147,7 +148,7 @@ def open_privacy(config: RunConfig, dimension: int, path: Path, audit: AuditLog,
     """Return the private part of a run; None for a run without.
 
     Args:
-        config: resolved (`tsugiki.common.privacy.plan.resolve`).
+        config: resolved (`tsugiki.common.privacy.planning.resolve`).
         dimension: coordinates of an update.
         path: the ledger's.
         audit: told what the ledger holds already.
@@ -159,7 +160,7 @@ def open_privacy(config: RunConfig, dimension: int, path: Path, audit: AuditLog,
     plan = make_plan(config, dimension)
     if plan is None:
         return None
-    budgets = dict.fromkeys(plan.mechanism.budgeted, plan.target_epsilon) if plan.target_epsilon else {}
+    budgets = dict.fromkeys(mechanism_of(plan).budgeted, plan.target_epsilon) if plan.target_epsilon else {}
     ledger = Ledger(path, plan.delta, budgets, seeded=config.privacy.insecure_noise_seed > 0)
     if ledger.rounds(config.run.name) < rounds:
         raise StorageError(

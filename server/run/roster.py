@@ -16,12 +16,11 @@ from tsugiki.common import __version__, minor
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import NotEnoughSites, WireError
-from tsugiki.common.privacy.plan import enrolled, most_clients_of_a_site
 from tsugiki.common.settings import NAME_PATTERN
-from tsugiki.common.wire.arrays import AdapterSpec
 from tsugiki.common.wire.messages import HelloReply, HelloRequest, error_code, from_record, to_record
+from tsugiki.common.wire.spec import AdapterSpec
 from tsugiki.server.engines.grid import LONGEST_PAUSE_S, RETURN_S, Stop, exchange, wait_for_nodes
-from tsugiki.server.run.guard import GONE
+from tsugiki.server.run.replies import GONE
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -78,8 +77,10 @@ class Roster:
         self._grid, self._config, self._spec, self._audit, self._stop = grid, config, spec, audit, stop
         self._names = names
         private = config.privacy.mode != "none"
-        self._most_clients = enrolled(config) if private else None  # the plan rests on it: delta, and a sum's width
-        self._most_of_a_site = most_clients_of_a_site(config) if private else MOST_CLIENTS
+        self._most_clients = (
+            config.enrolled_clients if private else None
+        )  # the plan rests on it: delta, and a sum's width
+        self._most_of_a_site = config.most_clients_of_a_site if private else MOST_CLIENTS
         self.min_sites = config.privacy.min_sites if config.privacy.secure_aggregation else 0
         self._known: dict[int, Member | str] = {}  # a refused node stands here with its code, and is not asked again
         self._present: set[int] = set()

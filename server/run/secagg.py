@@ -22,19 +22,23 @@ import numpy as np
 
 from tsugiki.common.errors import SecureAggregationError
 from tsugiki.common.privacy.clipping import LEVELS
+from tsugiki.common.privacy.mechanisms import mechanism_of
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.secagg import primitives as masks
 from tsugiki.common.privacy.secagg import protocol as secagg
 from tsugiki.common.privacy.secagg.counts import check_sum, fewest_sites
 from tsugiki.common.privacy.secagg.messages import KEYS_BYTES, SEALED_BYTES, Answer, exactly, from_fields, to_fields
-from tsugiki.common.privacy.secagg.primitives import Ring
-from tsugiki.common.wire.arrays import encode, l2_norm
+from tsugiki.common.wire import ring
+from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import StageRequest, to_record
+from tsugiki.common.wire.ring import Ring
+from tsugiki.common.wire.spec import l2_norm
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.collect import address, receive, train_request
 from tsugiki.server.run.context import Collected, Parts
-from tsugiki.server.run.guard import AcceptedStep, AcceptedSum, Asked, Rejected, check_private, check_step
+from tsugiki.server.run.guard import check_private, check_step
 from tsugiki.server.run.privacy import Privacy
+from tsugiki.server.run.replies import AcceptedStep, AcceptedSum, Asked, Rejected
 from tsugiki.server.run.roster import Member
 
 if TYPE_CHECKING:
@@ -152,7 +156,7 @@ def collect_sum(parts: Parts, state: State, number: int, cohort: list[Member], a
     except SecureAggregationError as error:
         parts.audit.write("secagg-ended", round=number, attempt=attempt, code=error.code)
         parts.progress.note(f"round {number}: {error}")
-    levels = None if total is None else masks.signed(total, now.plan.modulus_bits)
+    levels = None if total is None else ring.signed(total, now.plan.modulus_bits)
     if levels is not None and l2_norm(levels) > _longest(now.plan, sum(one.clients for one in accepted)):
         parts.audit.write("secagg-ended", round=number, attempt=attempt, code="norm")
         accepted, levels = [], None  # a wrong share or a site that does not clip; the round is tried again
@@ -214,7 +218,7 @@ def _key_reader() -> Callable[[str, dict[str, Any]], bytes]:
 
 def _longest(plan: Plan, clients: int) -> float:
     """Return how long a sum over so many clients can be, in levels, but for noise beyond eight standard deviations."""
-    noise = math.sqrt(plan.mechanism.client_variance(plan) * clients)
+    noise = math.sqrt(mechanism_of(plan).client_variance(plan) * clients)
     return clients * LEVELS + noise * (math.sqrt(plan.dimension) + 8)
 
 

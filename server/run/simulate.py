@@ -7,9 +7,9 @@ from typing import Protocol
 from flwr.clientapp import ClientApp
 
 from tsugiki.common.config.run import RunConfig
-from tsugiki.server.app import Outcome, run_federation
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import Fault, InProcessGrid
+from tsugiki.server.run.federation import Outcome, run_federation
 from tsugiki.server.run.progress import Progress
 
 

@@ -15,7 +15,7 @@ from tsugiki.common import __version__
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import DataError, SpecError
 from tsugiki.common.model.load import load_graft
-from tsugiki.common.wire.arrays import decode, encode, sha256
+from tsugiki.common.wire.arrays import decode, encode
 from tsugiki.common.wire.messages import (
     EvaluateReply,
     EvaluateRequest,
@@ -26,6 +26,7 @@ from tsugiki.common.wire.messages import (
     from_record,
     to_record,
 )
+from tsugiki.common.wire.spec import sha256
 from tsugiki.server.engines.in_process import InProcessGrid
 
 NONCE = "0123456789abcdef"

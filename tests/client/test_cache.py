@@ -10,7 +10,7 @@ from tests.support.tiny import tiny_llama
 from tsugiki.client.cache import Desk, load_at
 from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.client.site.site import read_site
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ModelError
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks import TASKS

@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, RecordDict
 from tests.support.federation import tiny_config
 from tsugiki.client import secagg
 from tsugiki.common.errors import SecureAggregationError
-from tsugiki.common.privacy.plan import make_plan
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.privacy.secagg.protocol import new_session
 
 NAMES = ("a", "b", "c", "d")

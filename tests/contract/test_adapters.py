@@ -15,7 +15,7 @@ from tsugiki.client.training.trainer import Plan, train
 from tsugiki.client.training.update import make_update
 from tsugiki.common.adapters import ADAPTERS, AdapterMethod
 from tsugiki.common.config.files import commented
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import ModelError, TrainingError
 from tsugiki.common.model import load as model
@@ -23,7 +23,8 @@ from tsugiki.common.model.exported import open_exported, write_exported
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.registry import Registry
 from tsugiki.common.tasks import TASKS
-from tsugiki.common.wire.arrays import decode, encode, unpack
+from tsugiki.common.wire.arrays import decode, encode
+from tsugiki.common.wire.spec import unpack
 
 SMALL = {
     "lora": {"rank": 2},

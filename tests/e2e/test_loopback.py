@@ -14,7 +14,8 @@ from tsugiki.client.app import simulated_app
 from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.common.audit import verify
 from tsugiki.common.config.files import to_run_config
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
 from tsugiki.server.run.simulate import simulate
 
 MODEL = "tsugiki-tests/tiny-bert"

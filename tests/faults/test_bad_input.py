@@ -16,14 +16,14 @@ from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import tiny_base, tiny_bert, tiny_llama
 from tsugiki import cli
 from tsugiki.common.config import files as config_file
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.data.shard import read
 from tsugiki.common.errors import DataError, ModelError, UsageError
 from tsugiki.common.model.exported import EXPORTED_FILE
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.settings import DataFormat
 from tsugiki.common.tasks import TASKS
-from tsugiki.common.tasks.base import padding_id
+from tsugiki.common.tasks.text import padding_id
 from tsugiki.server.predict import predict
 
 CASES = {

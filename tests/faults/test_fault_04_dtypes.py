@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.support.toy import ASKED, SPEC, of_array, of_bytes, train_reply
-from tsugiki.server.run.guard import Accepted, check
+from tsugiki.server.run.guard import check
+from tsugiki.server.run.replies import Accepted
 
 TYPES = ["float64", "float16", "int32", "complex64", "<U1", ">f4", "bool", "uint8"]
 

@@ -17,7 +17,8 @@ from tests.support.toy import (
     train_reply,
     with_arrays,
 )
-from tsugiki.server.run.guard import Accepted, check
+from tsugiki.server.run.guard import check
+from tsugiki.server.run.replies import Accepted
 
 
 def verdict(value, bound=100.0):

@@ -6,8 +6,8 @@ import pytest
 from flwr.client.grpc_rere_client import node_auth_client_interceptor as signing
 from flwr.proto.node_pb2 import Node
 
-from tsugiki.client.node.channel import Link
 from tsugiki.client.node.connection import Connection
+from tsugiki.client.node.link import Link
 from tsugiki.common.errors import LinkError
 from tsugiki.common.keys import new_key_pair, read_private_key
 from tsugiki.server.deploy.certs import make_certificates

@@ -5,7 +5,7 @@ import tomli_w
 from typer.testing import CliRunner
 
 from tsugiki import cli
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ConfigError
 
 WRONG = [

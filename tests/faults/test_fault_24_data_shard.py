@@ -2,10 +2,10 @@
 
 import pytest
 
+from tsugiki.common.data.columns import Column
 from tsugiki.common.data.shard import read
 from tsugiki.common.errors import DataError
 from tsugiki.common.settings import DataFormat
-from tsugiki.common.tasks.base import Column
 
 PRIVATE = "patient Jane hf_abc"
 GOOD = f"{PRIVATE},no\n{PRIVATE},yes\n"

@@ -8,11 +8,11 @@ from tests.support.tiny import tiny_bert
 from tests.support.toy import federate, rewritten, toy_app, toy_config
 from tsugiki.client.site.site import read_site
 from tsugiki.common.audit import verify
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.data.partition import by_column
 from tsugiki.common.errors import ConfigError, DataError, ModelError
 from tsugiki.common.files import read_lines
-from tsugiki.common.model.load import find
+from tsugiki.common.model.find import find
 
 NAMES = ["../../etc/x", "a/b", "CON", "x" * 300, "..", ".", "", " ", "a\nb", "a\0b", "~root", "C:\\x", "\u202ea", "a b"]
 

@@ -18,7 +18,7 @@ RUN = """
 import sys, tomllib
 from pathlib import Path
 from tsugiki.client.app import simulated_app
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.tasks import TASKS
 from tsugiki.server.run.simulate import simulate
 

@@ -14,10 +14,11 @@ from tsugiki.common.config.files import read as read_config
 from tsugiki.common.config.files import to_run_config
 from tsugiki.common.errors import ModelError, NotEnoughSites, StorageError
 from tsugiki.common.files import read_lines
-from tsugiki.common.privacy.plan import resolve
-from tsugiki.common.wire.arrays import sha256
-from tsugiki.server.app import app, deployed, run_federation
+from tsugiki.common.privacy.planning import resolve
+from tsugiki.common.wire.spec import sha256
+from tsugiki.server.app import app
 from tsugiki.server.engines.in_process import InProcessGrid
+from tsugiki.server.run.federation import deployed, run_federation
 from tsugiki.server.run.progress import Progress
 
 AT_SITES = {"evaluation": {"at_sites": True}, "simulation": {"evaluation_fraction": 0.25}}
@@ -141,7 +142,7 @@ def test_a_start_that_failed_can_be_tried_again(tmp_path):
 
 def test_lines_of_rounds_that_a_crash_undid_are_dropped_and_voided_ones_kept(ran, tmp_path):
     """Catches: two lines for one round after a resume, and attempts forgotten."""
-    from tsugiki.server.app import _drop_unfinished
+    from tsugiki.server.run.federation import _drop_unfinished
 
     path = tmp_path / "metrics.jsonl"
     lines = [{"round": 0}, {"round": 1}, {"round": 2, "voided": True}, {"round": 2}]

@@ -10,7 +10,7 @@ from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_bert, tiny_llama
 from tsugiki import cli
 from tsugiki.common.adapters import ADAPTERS
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ModelError, UsageError
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks import TASKS

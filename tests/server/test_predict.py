@@ -15,8 +15,8 @@ from tsugiki import cli
 from tsugiki.common.errors import DataError, ModelError, StorageError, UsageError
 from tsugiki.common.files import read_lines
 from tsugiki.common.tasks import TASKS, Task
-from tsugiki.common.tasks.decoding.generate import Generation
-from tsugiki.common.wire.arrays import sha256, unpack
+from tsugiki.common.tasks.base import Generation
+from tsugiki.common.wire.spec import sha256, unpack
 from tsugiki.server.export.finished import choose, open_graft, read_config
 from tsugiki.server.predict import ask, open_adapters, predict, predict_each, show
 

@@ -11,7 +11,7 @@ from tests.support.toy import federate
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import BudgetError, StorageError
 from tsugiki.common.files import read_lines
-from tsugiki.common.privacy.mechanisms import MECHANISMS
+from tsugiki.common.privacy.mechanisms import MECHANISMS, epsilon_after, mechanism_of
 
 SITES, ROUNDS, Z = ["a", "b", "c", "d"], 3, 4.0
 each_mode = pytest.mark.parametrize("mode", MECHANISMS.names())
@@ -85,8 +85,8 @@ def test_a_crash_after_sending_is_charged_to_who_may_have_seen_the_uploads(run, 
     }
     plan = plan_of(mode, rounds=ROUNDS, noise_multiplier=Z)
     assert outcome.summary["privacy"]["epsilon"] == {
-        "uploads": plan.epsilon_after(ROUNDS + 1)["uploads"],
-        "release": plan.epsilon_after(ROUNDS)["release"],
+        "uploads": epsilon_after(plan, ROUNDS + 1)["uploads"],
+        "release": epsilon_after(plan, ROUNDS)["release"],
     }
 
 
@@ -101,7 +101,7 @@ def test_a_crash_after_the_noise_is_charged_as_a_release_too(run, tmp_path, mode
 
 def test_a_crash_can_cost_the_last_round(run, tmp_path):
     """Catches: a budget that is exceeded after a crash, because only finished rounds count."""
-    most = plan_of("local", noise_multiplier=Z).epsilon_after(ROUNDS)["uploads"] * (1 + 1e-9)
+    most = epsilon_after(plan_of("local", noise_multiplier=Z), ROUNDS)["uploads"] * (1 + 1e-9)
     asked = []
     run("local", kill=RECEIVING, target_epsilon=most)
     outcome = run("local", resume=True, target_epsilon=most, asked=asked)
@@ -113,7 +113,7 @@ def test_a_crash_can_cost_the_last_round(run, tmp_path):
 
 def test_a_run_that_is_out_of_budget_can_be_resumed_to_nothing(run, tmp_path):
     """Catches: one more round with every resume."""
-    most = plan_of("local", noise_multiplier=Z).epsilon_after(1)["uploads"] * (1 + 1e-9)
+    most = epsilon_after(plan_of("local", noise_multiplier=Z), 1)["uploads"] * (1 + 1e-9)
     first = run("local", target_epsilon=most)
     with unchanged(tmp_path / LEDGER):
         again = run("local", target_epsilon=most, resume=True)
@@ -137,11 +137,11 @@ def test_resuming_goes_on_from_the_saved_ledger(run, mode):
     run(mode, kill="tsugiki.server.run.loop.collect", in_round=3)
     outcome = run(mode, resume=True)
     plan = plan_of(mode, rounds=ROUNDS, noise_multiplier=Z)
-    who = plan.mechanism.budgeted[0]
-    assert outcome.summary["privacy"]["epsilon"][who] == plan.epsilon_after(ROUNDS)[who]
+    who = mechanism_of(plan).budgeted[0]
+    assert outcome.summary["privacy"]["epsilon"][who] == epsilon_after(plan, ROUNDS)[who]
     lines = read_lines(outcome.folder / "metrics.jsonl")
     assert [line["privacy"]["epsilon"][who] for line in lines[1:]] == [
-        plan.epsilon_after(number)[who] for number in range(1, ROUNDS + 1)
+        epsilon_after(plan, number)[who] for number in range(1, ROUNDS + 1)
     ]
 
 

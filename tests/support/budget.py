@@ -8,9 +8,11 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
 
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.privacy.accounting import Release
-from tsugiki.common.privacy.plan import Plan, make_plan, resolve
+from tsugiki.common.privacy.plan import Plan
+from tsugiki.common.privacy.planning import make_plan, resolve
 
 RELATION = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
 LEVELS = 2**16

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from tests.support.architectures import stir
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.model.exported import write_exported
-from tsugiki.common.model.load import Graft, load_graft
+from tsugiki.common.model.graft import Graft
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks.base import TinyCase
 
 BASE_NAME = "tsugiki-tests/base"

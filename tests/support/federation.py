@@ -22,8 +22,9 @@ from flwr.app import Context
 from tests.support.tiny import tiny_bert
 from tsugiki.client.app import make_app, simulated_app
 from tsugiki.client.site.site import read_site
-from tsugiki.common.config.run import RunConfig, parse
-from tsugiki.server.app import Outcome
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
+from tsugiki.server.run.federation import Outcome
 from tsugiki.server.run.simulate import SimulatedApp, simulate
 
 CANARY = "patient Jane hf_abc123"

@@ -15,11 +15,13 @@ from flwr.clientapp import ClientApp
 from tests.support.toy import SPEC, Ran, Update, ones, toy_app, toy_parts
 from tsugiki.client.training.update import ProtectedSum
 from tsugiki.common.audit import AuditLog
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse, site_config
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.privacy.ledger import Ledger
-from tsugiki.common.privacy.plan import Plan, make_plan, resolve
+from tsugiki.common.privacy.plan import Plan
+from tsugiki.common.privacy.planning import make_plan, resolve
 from tsugiki.common.wire.arrays import decode, encode_levels
-from tsugiki.common.wire.messages import PrivateReply, TrainRequest, from_record, site_config, to_record
+from tsugiki.common.wire.messages import PrivateReply, TrainRequest, from_record, to_record
 from tsugiki.server.engines.in_process import Fault
 from tsugiki.server.run.context import Parts
 from tsugiki.server.run.loop import initial_state, run_rounds

@@ -19,7 +19,8 @@ from tests.support.federation import CANARY
 from tests.support.processes import BIN, ROOT, end_group, group_alive, quiet_environment
 from tsugiki.client.site.split import split
 from tsugiki.common.config.files import to_toml
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.files import read_lines
 from tsugiki.server.deploy.superlink_process import free_port
 

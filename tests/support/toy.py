@@ -18,7 +18,7 @@ from tsugiki.common import __version__
 from tsugiki.common.audit import AuditLog, verify
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.files import read_lines
-from tsugiki.common.wire.arrays import ARRAY_KEY, AdapterSpec, TensorSpec, Vector, decode, encode
+from tsugiki.common.wire.arrays import ARRAY_KEY, decode, encode
 from tsugiki.common.wire.messages import (
     EvaluateReply,
     HelloReply,
@@ -28,13 +28,14 @@ from tsugiki.common.wire.messages import (
     from_record,
     to_record,
 )
-from tsugiki.server.app import Outcome, run_federation
+from tsugiki.common.wire.spec import AdapterSpec, TensorSpec, Vector
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import Fault, InProcessGrid, identify_process
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import Parts
-from tsugiki.server.run.guard import Asked
+from tsugiki.server.run.federation import Outcome, run_federation
 from tsugiki.server.run.loop import initial_state, run_rounds
+from tsugiki.server.run.replies import Asked
 from tsugiki.server.run.roster import Roster
 
 SPEC = AdapterSpec(

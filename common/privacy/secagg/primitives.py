@@ -11,22 +11,23 @@ import os
 from collections.abc import Mapping
 from functools import lru_cache
 
-import numpy as np
-import numpy.typing as npt
-
 from tsugiki.common.errors import SecureAggregationError
-
-Ring = npt.NDArray[np.uint64]
-"""Integers modulo 2^bits; shape (size,)."""
+from tsugiki.common.wire.ring import Ring, ring_from_bytes, width
 
 SECRET_BYTES = 32
 """Length of a private key, a public key, a seed, and of one share of any of these."""
 
+
 SEALED_EXTRA_BYTES = 12 + 16
 """What sealing adds: the nonce and the tag of AES-GCM."""
 
+
 _DOMAIN = b"tsugiki-secagg-1"
+
+
 _BLOCK_BYTES = 16  # Shamir's field in pycryptodome is GF(2^128)
+
+
 _POLYNOMIAL = 2**128 + 0b10000111
 
 
@@ -160,53 +161,6 @@ def stream(key: bytes, size: int, bits: int) -> Ring:
 
     encryptor = Cipher(algorithms.AES256(_secret(key)), modes.CTR(bytes(16))).encryptor()
     return ring_from_bytes(encryptor.update(bytes(size * width(bits))), size, bits)
-
-
-def width(bits: int) -> int:
-    """Return the bytes of a ring element.
-
-    Raises:
-        ValueError: `bits` is not 8, 16, ... or 64. Other moduli would need rejection to be uniform.
-    """
-    if bits not in range(8, 65, 8):
-        raise ValueError(f"a modulus of 2^{bits}, expected 8, 16, ... or 64 bits")
-    return bits // 8
-
-
-def reduce(vector: npt.NDArray[np.int64] | Ring, bits: int) -> Ring:
-    """Return integers modulo 2^bits, shape (size,), as a copy; negative ones from the top.
-
-    Raises:
-        ValueError: the vector has another shape or type.
-    """
-    if vector.ndim != 1 or vector.dtype not in (np.int64, np.uint64):
-        raise ValueError(f"a vector of {vector.dtype} with shape {vector.shape}, expected int64 or uint64, (size,)")
-    return np.bitwise_and(vector.view(np.uint64), _top(bits))
-
-
-def signed(vector: Ring, bits: int) -> npt.NDArray[np.int64]:
-    """Return ring elements as the integers of their classes that are nearest to zero, shape (size,)."""
-    return (vector << np.uint64(64 - bits)).view(np.int64) >> (64 - bits)  # shifts the sign down with it
-
-
-def ring_from_bytes(data: bytes, size: int, bits: int) -> Ring:
-    """Return `size` ring elements, shape (size,), from bits / 8 bytes each, little endian.
-
-    Raises:
-        SecureAggregationError: `secagg-message`, if there are more or fewer bytes.
-    """
-    if len(data) != size * width(bits):
-        raise SecureAggregationError(
-            f"a masked vector of {len(data)} bytes", f"{size * width(bits)}", code="secagg-message"
-        )
-    # Each element is read as 8 bytes from where it starts, then cut: four times as fast as to copy byte by byte.
-    unaligned: Ring = np.ndarray((size,), "<u8", data + bytes(8 - width(bits)), strides=(width(bits),))
-    return np.bitwise_and(unaligned, _top(bits))
-
-
-def _top(bits: int) -> np.uint64:
-    """Return the largest ring element."""
-    return np.uint64(256 ** width(bits) - 1)
 
 
 def _secret(value: bytes) -> bytes:

@@ -45,7 +45,9 @@ from tsugiki.common.privacy.secagg.messages import (
     refused,
     too_few,
 )
-from tsugiki.common.privacy.secagg.primitives import SECRET_BYTES, Ring
+from tsugiki.common.privacy.secagg.primitives import SECRET_BYTES
+from tsugiki.common.wire import ring
+from tsugiki.common.wire.ring import Ring
 
 
 def new_session() -> bytes:
@@ -154,12 +156,12 @@ def mask_vector(state: ClientState, vector: npt.NDArray[np.int64] | Ring, bits: 
         ValueError: another type, shape or modulus.
     """
     _expect(state, "received")
-    total = masks.reduce(vector, bits)
+    total = ring.reduce(vector, bits)
     total += masks.stream(masks.derive(state.seed, state.session, "self-mask", state.name), total.size, bits)
     for other in sorted(state.held.keys() - {state.name}):
         key = _pair_key(state.mask_private, state.keys[other], state.session, state.name, other)
         _add(total, masks.stream(key, total.size, bits), positive=state.name < other)
-    return replace(state, step="masked", mask_private=b"", seed=b""), masks.reduce(total, bits)
+    return replace(state, step="masked", mask_private=b"", seed=b""), ring.reduce(total, bits)
 
 
 def answer_unmask(
@@ -230,7 +232,7 @@ def unmask(
     if needed < threshold(len(keys), 1):  # would put together other secrets, unnoticed
         raise refused(f"{needed} shares for a secret", "what threshold() returned")
     numbered = {number: answers[name] for number, name in enumerate(sorted(keys), 1) if name in answers}
-    opened = masks.reduce(total, bits)
+    opened = ring.reduce(total, bits)
     for name in sorted(alive):
         seed = _recover(name, {number: answer.seeds for number, answer in numbered.items()}, needed)
         _add(opened, masks.stream(masks.derive(seed, session, "self-mask", name), total.size, bits), positive=False)
@@ -241,7 +243,7 @@ def unmask(
         for other in sorted(alive):
             pair = masks.stream(_pair_key(private, keys[other], session, name, other), total.size, bits)
             _add(opened, pair, positive=name < other)  # the survivor added the opposite
-    return masks.reduce(opened, bits)
+    return ring.reduce(opened, bits)
 
 
 def _recover(name: str, shares: Mapping[int, Mapping[str, bytes]], needed: int) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tsugiki.common.tasks.base import Base, Tokens
+from tsugiki.common.tasks.base import Base, Generation, Tokens
 from tsugiki.common.tasks.decoding.templates import Template, encode_prompts, head_length, shorten
 
 if TYPE_CHECKING:
@@ -16,21 +16,6 @@ if TYPE_CHECKING:
 
 _DRAWING = ("temperature", "top_p", "top_k")
 """What a checkpoint may set for drawing, and `transformers` warns about where nothing is drawn."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """How a text is continued.
-
-    Args:
-        max_new_tokens: at most.
-        temperature: 0: the likeliest token at each step; else tokens are drawn, from logits over so much.
-        seed: of the draws.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    seed: int = 0
 
 
 def generate(base: Base, prompts: Sequence[Tokens], how: Generation, head: int = 0) -> list[str]:

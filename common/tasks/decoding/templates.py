@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from tsugiki.common.errors import ModelError
-from tsugiki.common.tasks.base import Tokens, cut_note
+from tsugiki.common.tasks.base import Tokens
+from tsugiki.common.tasks.text import cut_note
 
 if TYPE_CHECKING:
     from tsugiki.common.data.shard import Shard

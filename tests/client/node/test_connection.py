@@ -15,8 +15,9 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from tests.support.fleet import Fleet, listening
 from tsugiki.client.node import channel
 from tsugiki.client.node import connection as module
-from tsugiki.client.node.channel import Link, RunOver, Stopping
+from tsugiki.client.node.channel import RunOver, Stopping
 from tsugiki.client.node.connection import Connection
+from tsugiki.client.node.link import Link
 from tsugiki.common.errors import LinkError
 from tsugiki.server.deploy.certs import make_certificates
 from tsugiki.server.engines.in_process import identify_process

@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from tests.support.fleet import Fleet, listening
-from tsugiki.client.node.channel import Link
 from tsugiki.client.node.diagnosis import PROBE_TIMEOUT_S, refused, why_not
+from tsugiki.client.node.link import Link
 from tsugiki.server.deploy.certs import make_certificates
 
 

@@ -16,7 +16,8 @@ from tsugiki.common.audit import verify
 from tsugiki.common.errors import PolicyError, StorageError
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.privacy.accounting import Release, epsilon
-from tsugiki.common.privacy.plan import resolve
+from tsugiki.common.privacy.mechanisms import epsilon_after, releases_of
+from tsugiki.common.privacy.planning import resolve
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import TrainRequest, to_record
 from tsugiki.server.engines.in_process import InProcessGrid
@@ -50,7 +51,7 @@ def test_a_budget_bounds_whom_the_mode_is_there_against(mode, options, budgeted)
     ledger = site_ledger("x", SitePolicy(max_epsilon=2.0, delta=1e-7), plan)
     assert ledger.budgets == dict.fromkeys(budgeted, 2.0)
     assert ledger.delta == 1e-7
-    assert budgeted <= set(plan.seen())
+    assert budgeted <= set(releases_of(plan))
 
 
 def test_rows_have_a_budget_of_their_own():
@@ -104,7 +105,7 @@ def test_a_refused_upload_costs_nothing_to_anybody(tmp_path):
     plan = plan_of("local", noise_multiplier=4.0)
     ledger = site_ledger(tmp_path / LEDGER, SitePolicy(max_epsilon=1e-3), plan)
     with unchanged(tmp_path / LEDGER), pytest.raises(PolicyError):
-        spend(ledger, {who: (release, 1) for who, release in plan.seen().items()}, "one", 1)
+        spend(ledger, {who: (release, 1) for who, release in releases_of(plan).items()}, "one", 1)
 
 
 def test_without_a_ledger_nothing_leaves(tmp_path):
@@ -269,7 +270,7 @@ def test_a_site_that_was_asked_knows_it(tmp_path):
         for number in range(asked):
             request = TrainRequest("", number + 1, "", 0.0, 0.5, 600.0, "", "0")
             app.protected_sum(Site, _job(config, request), plan)
-    assert ledger.epsilons()["release"] >= plan.epsilon_after(rounds)["release"]
+    assert ledger.epsilons()["release"] >= epsilon_after(plan, rounds)["release"]
 
 
 def _job(config, request):
@@ -291,9 +292,9 @@ def test_the_plan_of_a_site_is_its_own(acme):
 def test_without_secure_aggregation_the_bare_share_counts(tmp_path):
     """Catches: a server that announces a thousand clients, so that a site adds next to no noise, within its budget."""
     plan = plan_of("distributed", clients=1000, noise_multiplier=10.0, strategy={"min_clients": 1000}, delta=1e-4)
-    seen = {who: (release, 1) for who, release in plan.seen().items()}
+    seen = {who: (release, 1) for who, release in releases_of(plan).items()}
     policy = SitePolicy(max_epsilon=5.0)
-    assert epsilon([plan.seen()["release"]], policy.delta) < 5.0
+    assert epsilon([releases_of(plan)["release"]], policy.delta) < 5.0
     with unchanged(tmp_path / LEDGER), pytest.raises(PolicyError) as caught:
         spend(site_ledger(tmp_path / LEDGER, policy, plan), seen, "one", 1)
     assert caught.value.code == "policy-epsilon"

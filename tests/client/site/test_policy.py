@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.private import plan_of, private_config
 from tsugiki.client.site.policy import SitePolicy, guaranteed_noise
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import PolicyError
 from tsugiki.common.privacy.settings import PrivacySection
 

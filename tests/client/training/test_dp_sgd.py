@@ -27,17 +27,19 @@ from tsugiki.client.training.dp_sgd import (
     train_privately,
 )
 from tsugiki.client.training.trainer import Plan, train
-from tsugiki.common.config.run import TrainSection, parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import TrainSection
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import TrainingError, UsageError
 from tsugiki.common.model import load as model
-from tsugiki.common.model.load import Graft, load_graft
+from tsugiki.common.model.graft import Graft
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.privacy.accounting import epsilon
 from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.privacy.settings import ExamplePrivacySection
 from tsugiki.common.tasks import TASKS
 from tsugiki.common.tasks.base import Base, Encoded
-from tsugiki.common.wire.arrays import AdapterSpec, TensorSpec
+from tsugiki.common.wire.spec import AdapterSpec, TensorSpec
 
 ROWS, WIDTH = 12, 3
 INPUTS = torch.from_numpy(np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32))

@@ -12,7 +12,7 @@ from tsugiki import cli
 from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.client.training.lr_find import FEWEST, find_rate, smooth, suggest
 from tsugiki.common.config import files as config_file
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import TrainingError, UsageError
 from tsugiki.common.model.load import load_graft
 

@@ -19,9 +19,9 @@ from tsugiki.client.training.trainer import (
 )
 from tsugiki.common.config.run import TrainSection
 from tsugiki.common.errors import TrainingError
-from tsugiki.common.model.load import Graft
+from tsugiki.common.model.graft import Graft
 from tsugiki.common.tasks.base import Base, Encoded
-from tsugiki.common.wire.arrays import AdapterSpec, TensorSpec
+from tsugiki.common.wire.spec import AdapterSpec, TensorSpec
 
 ROWS = 12
 INPUTS = torch.from_numpy(np.random.default_rng(0).normal(size=(ROWS, 3)).astype(np.float32))

@@ -6,7 +6,8 @@ import pytest
 from tests.support.private import plan_of
 from tsugiki.client.training.update import ProtectedSum, make_update
 from tsugiki.common.privacy.clipping import LEVELS, clip
-from tsugiki.common.wire.arrays import l2_norm
+from tsugiki.common.privacy.mechanisms import mechanism_of
+from tsugiki.common.wire.spec import l2_norm
 
 
 def test_the_update_is_local_minus_received():
@@ -94,7 +95,7 @@ def test_every_client_of_a_batch_has_noise_of_its_own(mode):
     total = ProtectedSum.empty(plan)
     total.add(np.zeros((40, size)))
     variance = float(np.mean(total.levels.astype(float) ** 2))
-    assert variance / (40 * plan.mechanism.client_variance(plan)) == pytest.approx(1, abs=5.4 * np.sqrt(2 / size))
+    assert variance / (40 * mechanism_of(plan).client_variance(plan)) == pytest.approx(1, abs=5.4 * np.sqrt(2 / size))
 
 
 def test_the_server_adds_the_noise_in_mode_central():

@@ -12,9 +12,9 @@ from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.client.training.cohort import asked_clients, train_openly, train_privately
 from tsugiki.client.training.job import Job
 from tsugiki.client.training.vectorised import can_train_together, train_together
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.data.images import write_idx
-from tsugiki.common.privacy.plan import make_plan
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.messages import TrainRequest
 
 ROWS, CLIENTS = 60, 7

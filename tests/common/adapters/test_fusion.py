@@ -13,7 +13,7 @@ from tests.support.exports import export_tiny, to_fuse
 from tests.support.tiny import tiny_bert, tiny_sentence_transformer
 from tsugiki.common.adapters import load_adapter
 from tsugiki.common.adapters.fusion import Fusion, FusionSettings
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ModelError
 from tsugiki.common.model import load as model
 from tsugiki.common.model.exported import EXPORTED_FILE, open_exported

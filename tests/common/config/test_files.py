@@ -21,7 +21,7 @@ from tsugiki.common.config.files import (
     to_toml,
     with_absolute_paths,
 )
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ConfigError
 from tsugiki.common.strategies.settings import LORA_ONLY, STRATEGY_SETTINGS
 from tsugiki.common.tasks import TASKS

@@ -2,8 +2,8 @@
 
 import pytest
 
+from tsugiki.common.config.parse import parse
 from tsugiki.common.config.rules import cross_checks
-from tsugiki.common.config.run import parse
 from tsugiki.common.errors import ConfigError
 
 

@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 
-from tsugiki.common.config.run import RunConfig, parse, section_classes
+from tsugiki.common.config.parse import parse, section_classes
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError, Problem
 from tsugiki.common.privacy.settings import PrivacySection
 

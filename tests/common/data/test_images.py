@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from tsugiki.common.data import images
+from tsugiki.common.data.columns import Column
 from tsugiki.common.data.images import odd, write_idx
 from tsugiki.common.data.shard import Shard, read
 from tsugiki.common.errors import DataError
 from tsugiki.common.settings import DataFormat
-from tsugiki.common.tasks.base import Column
 
 COLUMNS = (Column("image", "image"), Column("label", "label"))
 LABELS = ("0", "1", "2")

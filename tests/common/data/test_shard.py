@@ -2,10 +2,10 @@
 
 import pytest
 
+from tsugiki.common.data.columns import Column
 from tsugiki.common.data.shard import Shard, read
 from tsugiki.common.errors import DataError
 from tsugiki.common.settings import DataFormat
-from tsugiki.common.tasks.base import Column
 
 TEXT, LABEL, SCORE = Column("text", "text"), Column("label", "label"), Column("score", "score")
 CLASSIFIED = (TEXT, LABEL)

@@ -18,7 +18,7 @@ from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_base, tiny_cnn, tiny_llama, tiny_sentence_transformer
 from tsugiki.client.training.trainer import Plan, train
 from tsugiki.common.adapters import ADAPTERS
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import ConfigError, ModelError
 from tsugiki.common.model import device

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.support.tiny import tiny_bert, tiny_sentence_transformer, tiny_vit
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ModelError
 from tsugiki.common.model.fingerprint import fingerprint
 from tsugiki.common.model.load import load_graft

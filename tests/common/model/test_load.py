@@ -12,12 +12,13 @@ from transformers import AutoModel, AutoTokenizer
 
 from tests.support.exports import export_tiny, to_fuse
 from tests.support.tiny import tiny_bert, tiny_sentence_transformer
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import ModelError
 from tsugiki.common.model import load as model
+from tsugiki.common.model.find import find
 from tsugiki.common.model.fingerprint import fingerprint
-from tsugiki.common.model.load import find, load_graft
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks import TASKS
 
 WEIGHTS = "model.safetensors"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.rules import privacy_problems
 from tsugiki.common.errors import ConfigError
-from tsugiki.common.privacy.checks import privacy_problems
 
 NOISY = {"mode": "central", "noise_multiplier": 1.0}
 HIDDEN = {"mode": "distributed", "secure_aggregation": True}

@@ -12,7 +12,7 @@ from tests.support.private import plan_of, privacy_of
 from tsugiki.client.training.update import ProtectedSum
 from tsugiki.common.privacy.accounting import Release, epsilon
 from tsugiki.common.privacy.clipping import LEVELS, clip
-from tsugiki.common.privacy.mechanisms import ADVERSARIES, MECHANISMS, Adversary
+from tsugiki.common.privacy.mechanisms import ADVERSARIES, MECHANISMS, Adversary, mean_noise, mechanism_of, releases_of
 from tsugiki.common.privacy.noise import noise_generator
 from tsugiki.common.privacy.settings import PrivacySection
 
@@ -29,7 +29,7 @@ def summed(plan, clients, same="", chunk=10):
     total = ProtectedSum.empty(plan, 7 if same else 0)
     for start in range(0, clients, 1 if same else chunk):
         total.add(np.zeros((1 if same else min(chunk, clients - start), plan.dimension)), same or f"client-{start}")
-    noise = plan.mechanism.server_noise(plan, noise_generator())
+    noise = mechanism_of(plan).server_noise(plan, noise_generator())
     assert total.clients == clients
     return total.levels + noise
 
@@ -64,12 +64,12 @@ def test_a_mode_names_itself_and_whom_it_is_there_against(mode):
     mechanism, plan = MECHANISMS.get(mode), plan_of(mode, noise_multiplier=1.0)
     assert mechanism.name == mode
     assert mechanism.title
-    assert plan.mechanism is mechanism
+    assert mechanism_of(plan) is mechanism
     assert mechanism.budgeted
-    assert set(plan.seen()) <= set(ADVERSARIES) == set(get_args(Adversary))
-    assert mechanism.budgeted[0] in plan.seen()
+    assert set(releases_of(plan)) <= set(ADVERSARIES) == set(get_args(Adversary))
+    assert mechanism.budgeted[0] in releases_of(plan)
     for who in mechanism.budgeted:
-        assert plan.seen().get(who, Release("gaussian", 1.0)).noise_multiplier > 0
+        assert releases_of(plan).get(who, Release("gaussian", 1.0)).noise_multiplier > 0
 
 
 # How much noise
@@ -88,7 +88,7 @@ def test_more_clients_than_the_fewest_never_carry_less(mode):
     plan = plan_of(mode, SIZE, clients=CLIENTS, noise_multiplier=Z, strategy={"min_clients": 30})
     found = ratio(summed(plan, CLIENTS), wanted_variance(mode, CLIENTS, 30))
     assert right(found)
-    assert plan.mean_noise(CLIENTS) * CLIENTS >= Z * (1 - 1e-12)
+    assert mean_noise(plan, CLIENTS) * CLIENTS >= Z * (1 - 1e-12)
 
 
 def test_dishonest_clients_are_made_up_for():
@@ -127,8 +127,8 @@ def test_broken_shares_fail_the_same_check():
 def test_the_noise_on_a_mean_is_that_of_the_notes(mode, clients, deviation):
     """Catches: noise on the sum told as noise on the mean, and a root of n too many or too few."""
     plan = plan_of(mode, SIZE, clients=clients, noise_multiplier=Z, delta=1e-6)
-    assert plan.mean_noise(clients) == pytest.approx(deviation, rel=1e-4)
-    share = math.sqrt(plan.mechanism.client_variance(plan)) / LEVELS
+    assert mean_noise(plan, clients) == pytest.approx(deviation, rel=1e-4)
+    share = math.sqrt(mechanism_of(plan).client_variance(plan)) / LEVELS
     assert share == pytest.approx({"central": 0.0, "local": Z, "distributed": Z / math.sqrt(clients)}[mode], rel=1e-9)
 
 
@@ -139,7 +139,7 @@ def test_a_mean_of_null_updates_is_noise_of_that_deviation(mode, tmp_path):
     total = ProtectedSum.empty(plan)
     total.add(np.zeros((20, plan.dimension)))
     mean, told = privacy_of(plan, tmp_path).mean(total.levels, 20, 1)
-    found = float(np.mean(mean.astype(np.float64) ** 2)) / plan.mean_noise(20) ** 2
+    found = float(np.mean(mean.astype(np.float64) ** 2)) / mean_noise(plan, 20) ** 2
     assert abs(found - 1) < 5.4 * math.sqrt(2 / plan.dimension)
     assert told["effective_noise_multiplier"] == pytest.approx(Z * (math.sqrt(20) if mode == "local" else 1))
     assert told["noise_norm"] == pytest.approx(told["mean_norm"], rel=5.4 * math.sqrt(0.5 / plan.dimension))
@@ -194,8 +194,8 @@ def shift(plan, clients):
     draw, found = noise_generator(), []
     for update in (direction, np.zeros(4)):
         levels = clip(np.broadcast_to(update * plan.clip_norm, (RUNS, 4)), plan.clip_norm).levels
-        noise = sum(plan.mechanism.client_noise(many, draw) for _ in range(clients))
-        noise = noise + plan.mechanism.server_noise(many, draw)
+        noise = sum(mechanism_of(plan).client_noise(many, draw) for _ in range(clients))
+        noise = noise + mechanism_of(plan).server_noise(many, draw)
         found.append((levels + noise.reshape(RUNS, 4)) @ direction)
     return (found[0].mean() - found[1].mean()) / math.sqrt((found[0].var() + found[1].var()) / 2)
 
@@ -220,10 +220,13 @@ def test_the_game_is_won_against_too_little_noise():
 def test_what_each_adversary_sees():
     """Catches: a server that is told to see less than it does; a share told as the whole noise."""
     plain = Release("gaussian", 2.0)
-    assert plan_of("central", noise_multiplier=2.0).seen() == {"release": plain, "uploads": Release("gaussian", 0.0)}
+    assert releases_of(plan_of("central", noise_multiplier=2.0)) == {
+        "release": plain,
+        "uploads": Release("gaussian", 0.0),
+    }
     sampled = plan_of("central", noise_multiplier=2.0, sampling="poisson", strategy={"fraction_train": 0.25})
-    assert sampled.seen() == {"release": Release("gaussian", 2.0, 0.25), "uploads": Release("gaussian", 0.0)}
-    assert plan_of("local", noise_multiplier=2.0).seen() == {"release": plain, "uploads": plain}
+    assert releases_of(sampled) == {"release": Release("gaussian", 2.0, 0.25), "uploads": Release("gaussian", 0.0)}
+    assert releases_of(plan_of("local", noise_multiplier=2.0)) == {"release": plain, "uploads": plain}
 
 
 @pytest.mark.parametrize(("honest", "fewest", "share"), [(1.0, 16, 0.5), (0.25, 16, 1.0), (1.0, 4, 1.0), (0.5, 8, 1.0)])
@@ -231,9 +234,9 @@ def test_what_is_seen_of_distributed_noise(honest, fewest, share):
     """Catches: shares by the number of clients instead of the fewest that are honest; a server that sees the sum."""
     options = {"clients": 16, "noise_multiplier": 2.0, "honest_fraction": honest, "strategy": {"min_clients": fewest}}
     whole = Release("skellam", 2.0, dimension=40)
-    openly = plan_of("distributed", **options).seen()
+    openly = releases_of(plan_of("distributed", **options))
     assert openly == {"release": whole, "uploads": Release("skellam", share, dimension=40)}
-    hidden = plan_of("distributed", secure_aggregation=True, **options).seen()
+    hidden = releases_of(plan_of("distributed", secure_aggregation=True, **options))
     assert hidden == {"release": whole, "sums": whole}
     assert epsilon([openly["uploads"]], 1e-5) > epsilon([openly["release"]], 1e-5)
 
@@ -242,7 +245,7 @@ def test_noise_is_rounded_to_whole_levels_where_clients_add_it():
     """Catches: float noise under an integer update, whose low bits would tell what is under it."""
     for mode in ("local", "distributed"):
         plan = plan_of(mode, noise_multiplier=1.0)
-        noise = plan.mechanism.client_noise(plan, noise_generator(), 3)
+        noise = mechanism_of(plan).client_noise(plan, noise_generator(), 3)
         assert noise.dtype == np.int64
         assert noise.shape == (40,)
         assert len(np.unique(noise)) > 30
@@ -253,8 +256,8 @@ def test_noise_is_rounded_to_whole_levels_where_clients_add_it():
 def test_clients_behind_a_gateway_carry_the_noise_of_as_many_apart(mode, together):
     """Catches: one share for a whole gateway, or its noise multiplied by k where its variance is."""
     plan = plan_of(mode, SIZE, clients=CLIENTS, noise_multiplier=Z)
-    wanted = together * plan.mechanism.client_variance(plan)
-    noise = plan.mechanism.client_noise(plan, noise_generator(), together)
+    wanted = together * mechanism_of(plan).client_variance(plan)
+    noise = mechanism_of(plan).client_noise(plan, noise_generator(), together)
     if not wanted:
         assert not noise.any()
     else:

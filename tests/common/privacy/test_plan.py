@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 
 from tests.support.private import plan_of, private_config
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse, site_config
 from tsugiki.common.errors import ConfigError
 from tsugiki.common.privacy.accounting import epsilon
 from tsugiki.common.privacy.clipping import LEVELS
-from tsugiki.common.privacy.mechanisms import MECHANISMS
-from tsugiki.common.privacy.plan import enrolled, make_plan, resolve
+from tsugiki.common.privacy.mechanisms import MECHANISMS, epsilon_after, mean_noise, mechanism_of, releases_of
+from tsugiki.common.privacy.planning import make_plan, resolve
 from tsugiki.common.wire.arrays import decode_levels, encode_levels
-from tsugiki.common.wire.messages import site_config
 
 SIZE = 1000
 each_mode = pytest.mark.parametrize("mode", MECHANISMS.names())
@@ -43,19 +42,19 @@ def test_a_run_without_privacy_has_no_plan():
 def test_a_budget_is_kept_for_all_rounds_and_no_more(mode):
     """Catches: noise calibrated for one round, for another adversary than the mode is there against, or too much."""
     plan = plan_of(mode, SIZE, rounds=20, target_epsilon=4.0, delta=1e-6)
-    who = plan.mechanism.budgeted[0]
-    assert plan.epsilon_after(20)[who] <= 4.0
-    assert plan.epsilon_after(21)[who] > 4.0
-    assert plan.epsilon_after(20)[who] > 4.0 * (1 - 2e-3)
-    assert plan.epsilon_after(0) == dict.fromkeys(plan.seen(), 0.0)
+    who = mechanism_of(plan).budgeted[0]
+    assert epsilon_after(plan, 20)[who] <= 4.0
+    assert epsilon_after(plan, 21)[who] > 4.0
+    assert epsilon_after(plan, 20)[who] > 4.0 * (1 - 2e-3)
+    assert epsilon_after(plan, 0) == dict.fromkeys(releases_of(plan), 0.0)
 
 
 def test_every_adversary_is_accounted_for():
     """Catches: the epsilon of one adversary told for all; the server's view left out."""
-    central, openly = (plan_of(mode, noise_multiplier=2.0).epsilon_after(5) for mode in ("central", "distributed"))
+    central, openly = (epsilon_after(plan_of(mode, noise_multiplier=2.0), 5) for mode in ("central", "distributed"))
     assert central["uploads"] == math.inf
     assert central["release"] == pytest.approx(
-        epsilon([plan_of("central", noise_multiplier=2.0).seen()["release"]] * 5, 1e-5)
+        epsilon([releases_of(plan_of("central", noise_multiplier=2.0))["release"]] * 5, 1e-5)
     )
     assert openly["uploads"] > openly["release"]
 
@@ -67,7 +66,7 @@ def test_sampling_needs_less_noise():
     sampled = plan_of("central", sampling="poisson", strategy=few, **options)
     assert sampled.sampling_probability == 0.1
     assert sampled.noise_multiplier < 0.6 * plan_of("central", strategy=few, **options).noise_multiplier
-    assert sampled.epsilon_after(5)["release"] <= 4.0
+    assert epsilon_after(sampled, 5)["release"] <= 4.0
 
 
 def test_a_given_noise_multiplier_stays():
@@ -94,7 +93,7 @@ def test_resolving_again_changes_nothing():
 def test_how_many_clients_are_enrolled(raw, clients):
     """Catches: the simulation's default number of clients taken in a deployed run."""
     config = parse(raw)
-    assert enrolled(config) == clients
+    assert config.enrolled_clients == clients
     raw["privacy"] = {"mode": "central", "noise_multiplier": 1.0, **raw.get("privacy", {})}
     assert resolve(parse(raw), SIZE).privacy.enrolled_clients == clients
 
@@ -165,8 +164,8 @@ def test_the_denominator_of_sampled_clients_is_known_beforehand():
 def test_the_price_of_dropout_tolerance():
     """Catches: shares by the number of clients that are asked: noise would be short when some do not answer."""
     plan = plan_of("distributed", clients=100, noise_multiplier=2.0, honest_fraction=0.5, strategy={"min_clients": 50})
-    assert plan.mean_noise(100) * 100 == pytest.approx(2.0 * math.sqrt(100 / (0.5 * 50)))
-    assert plan.mean_noise(25) * 25 == pytest.approx(2.0)  # those 25 that are honest
+    assert mean_noise(plan, 100) * 100 == pytest.approx(2.0 * math.sqrt(100 / (0.5 * 50)))
+    assert mean_noise(plan, 25) * 25 == pytest.approx(2.0)  # those 25 that are honest
 
 
 # Integers
@@ -174,7 +173,7 @@ def test_the_price_of_dropout_tolerance():
 
 def extreme(plan, clients):
     """Return the largest sum that a plan allows for: all clients push one coordinate, and noise of 8 sigma does too."""
-    per_client = math.sqrt(plan.mechanism.client_variance(plan))
+    per_client = math.sqrt(mechanism_of(plan).client_variance(plan))
     return clients * LEVELS + math.floor(8 * math.sqrt(clients) * per_client)
 
 

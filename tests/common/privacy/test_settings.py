@@ -4,11 +4,11 @@ import pytest
 from pydantic import ValidationError
 
 from tsugiki.common.config.files import from_run_config, read, to_run_config, to_toml
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse, site_config
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError
 from tsugiki.common.privacy.mechanisms import MECHANISMS
 from tsugiki.common.privacy.settings import ExamplePrivacySection, PrivacySection
-from tsugiki.common.wire.messages import site_config
 
 EXAMPLES = {"target_epsilon": 3.0, "delta": 1e-4}
 

@@ -5,8 +5,8 @@ import pytest
 
 from tests.support.federation import tiny_config
 from tsugiki.common.model.load import load_graft
-from tsugiki.common.strategies.factors import Pair, narrow, only, pairs, sent, truncate, widen
-from tsugiki.common.wire.arrays import AdapterSpec, TensorSpec, unpack
+from tsugiki.common.strategies.factors import Pair, narrow, pairs, sent, truncate, widen
+from tsugiki.common.wire.spec import AdapterSpec, TensorSpec, unpack
 
 
 def spec(*names):
@@ -83,7 +83,7 @@ def test_only_a_part_is_trained_inside_and_all_of_it_after(tmp_path):
     assert part != graft.spec
 
     def fail():
-        with only(graft, part):
+        with graft.training_only(part):
             named = zip(graft.spec.tensors, graft.parameters, strict=True)
             assert [tensor.name for tensor, value in named if value.requires_grad] == names(part)
             raise ZeroDivisionError

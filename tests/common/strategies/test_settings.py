@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ConfigError
 from tsugiki.common.strategies.settings import STRATEGY_SETTINGS
 

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from tests.support.tiny import _tokenizer
 from tsugiki.common import tasks
 from tsugiki.common.tasks import TASKS
-from tsugiki.common.tasks.base import Encoded, Task, at_rest, by_length, class_metrics, cut_note, pad, tokenise
+from tsugiki.common.tasks.base import Encoded, Task, at_rest
+from tsugiki.common.tasks.classes import class_metrics
+from tsugiki.common.tasks.text import by_length, cut_note, pad, tokenise
 
 ROWS = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=6)
 

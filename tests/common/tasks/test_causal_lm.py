@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import MAX_TOKENS, tiny_bert, tiny_llama
 from tsugiki.client.training.trainer import Plan, train
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.data.shard import Shard, read
 from tsugiki.common.errors import DataError, ModelError
 from tsugiki.common.files import read_lines

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTModel
 
 from tests.support.tiny import tiny_cnn, tiny_vit
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.data.shard import Shard, read
 from tsugiki.common.errors import ConfigError, ModelError
 from tsugiki.common.model.load import load_graft

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.support.federation import run_tiny
 from tests.support.tiny import tiny_bert, tiny_llama
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.data.shard import Shard, read
 from tsugiki.common.errors import DataError, ModelError
 from tsugiki.common.files import read_lines

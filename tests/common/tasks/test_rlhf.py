@@ -11,13 +11,13 @@ from tests.support.architectures import stir
 from tests.support.exports import export_of, settings_of
 from tests.support.federation import run_tiny
 from tests.support.tiny import tiny_llama
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import ConfigError, ModelError
 from tsugiki.common.files import read_lines
 from tsugiki.common.model.exported import open_exported, write_exported
 from tsugiki.common.model.load import load_graft
-from tsugiki.common.tasks.decoding.generate import Generation
+from tsugiki.common.tasks.base import Generation
 from tsugiki.common.tasks.decoding.rollout import judge
 from tsugiki.common.tasks.preference import answer_logps
 from tsugiki.common.tasks.rlhf import Rlhf, RlhfSettings, advantages, interval

@@ -12,13 +12,13 @@ from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_sentence_transformer
 from tsugiki.client.training.trainer import Plan, train
 from tsugiki.common.adapters import ADAPTERS
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.model import load as model
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks.base import Encoded
 from tsugiki.common.tasks.sentence_embedding import SentenceEmbedding, SentenceEmbeddingSettings, embed, recall_at
-from tsugiki.common.wire.arrays import unpack
+from tsugiki.common.wire.spec import unpack
 
 TRIPLETS = Shard(
     {

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from tests.support.tiny import MAX_TOKENS, tiny_bert
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import ConfigError, ModelError
 from tsugiki.common.tasks.base import Encoded

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tsugiki.common.errors import SpecError, WireError
-from tsugiki.common.wire.arrays import ARRAY_KEY, AdapterSpec, TensorSpec, decode, encode, l2_norm, pack, sha256, unpack
+from tsugiki.common.wire.arrays import ARRAY_KEY, decode, encode
+from tsugiki.common.wire.spec import AdapterSpec, TensorSpec, l2_norm, pack, sha256, unpack
 
 SHAPES = {"a.weight": (2, 3), "b.bias": (4,), "classifier.weight": (1, 2)}
 TENSORS = tuple(TensorSpec(name, shape, "head" if "class" in name else "adapter") for name, shape in SHAPES.items())

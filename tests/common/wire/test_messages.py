@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse, site_config
 from tsugiki.common.errors import ConfigError, WireError
 from tsugiki.common.wire.messages import (
     SITE_ERROR,
@@ -18,7 +18,6 @@ from tsugiki.common.wire.messages import (
     error_code,
     error_reply,
     from_record,
-    site_config,
     to_record,
 )
 

@@ -8,7 +8,8 @@ import pytest
 
 from tests.support.budget import independent_epsilon, private_config, private_plan
 from tsugiki.common.privacy.accounting import Release
-from tsugiki.common.privacy.plan import make_plan, resolve
+from tsugiki.common.privacy.mechanisms import releases_of
+from tsugiki.common.privacy.planning import make_plan, resolve
 from tsugiki.server.budget.alternatives import (
     calibrated,
     everything_seen,
@@ -157,7 +158,7 @@ HARD = {
 def test_each_lever_alone_brings_the_bound_to_one_and_a_little_less_does_not(name):
     """Catches: a number that does not help when it is followed, or asks for much more than is needed."""
     plan, clients = HARD[name]
-    target = plan.target_epsilon or independent_epsilon(plan.seen()["release"], plan.rounds, plan.delta)
+    target = plan.target_epsilon or independent_epsilon(releases_of(plan)["release"], plan.rounds, plan.delta)
 
     def bound(n=clients, d=plan.dimension, rounds=plan.rounds, epsilon=target):
         changed = replace(scaled(plan, n / clients), dimension=round(d), rounds=round(rounds))
@@ -197,7 +198,7 @@ def test_levers_that_cannot_help_say_so():
 def test_most_rounds_is_the_last_that_fits():
     """Catches: a budget passed by one round, or never used up."""
     plan = private_plan("central", noise_multiplier=6.0)
-    release = plan.seen()["release"]
+    release = releases_of(plan)["release"]
     for most in (0.1, 1.0, 4.0, 100.0):
         allowed = most_rounds(release, most, plan)
         assert allowed == 0 or independent_epsilon(release, allowed, plan.delta) <= most * 1.001

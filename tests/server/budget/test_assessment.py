@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests.support.budget import independent_epsilon, private_plan, skellam_epsilon
+from tsugiki.common.privacy.mechanisms import releases_of
 from tsugiki.server.budget.alternatives import noise_on_mean
 from tsugiki.server.budget.assessment import _scaled_epsilon, assess, judge
 
@@ -38,7 +39,7 @@ def test_each_adversary_sees_what_its_mode_shows():
 def test_every_epsilon_is_another_accountants(mode, rounds, delta):
     """Catches: rounds or delta that are not the plan's."""
     found = assessed(mode, rounds=rounds, delta=delta)
-    releases = {**replace(found.plan, secure_aggregation=True).seen(), **found.plan.seen()}
+    releases = {**releases_of(replace(found.plan, secure_aggregation=True)), **releases_of(found.plan)}
     assert set(told(found)) == set(releases)
     for who, release in releases.items():
         assert told(found)[who] == pytest.approx(independent_epsilon(release, rounds, delta), rel=2e-3)
@@ -57,7 +58,7 @@ def test_a_sampled_release_is_amplified_and_the_servers_view_is_not():
 def test_between_any_two_updates_the_noise_counts_half():
     """Catches: zero-out adjacency sold as strict local privacy; the sensitivity is 2 C."""
     found = assessed("local")
-    upload = found.plan.seen()["uploads"]
+    upload = releases_of(found.plan)["uploads"]
     halved = replace(upload, noise_multiplier=upload.noise_multiplier / 2)
     assert found.strict_epsilon == pytest.approx(independent_epsilon(halved, 100, 1e-5), rel=2e-3)
     assert found.strict_epsilon > 2 * told(found)["uploads"]
@@ -121,7 +122,7 @@ def test_a_budget_that_the_noise_does_not_keep_ends_the_run():
     """Catches: a run that stops long before its last round, planned as if it did not."""
     found = assessed("local", noise_multiplier=6.0, target_epsilon=3.0, rounds=25)
     assert found.rounds_allowed < 25
-    release = found.plan.seen()["uploads"]
+    release = releases_of(found.plan)["uploads"]
     spent = [independent_epsilon(release, found.rounds_allowed + more, 1e-5) for more in (0, 1)]
     assert spent[0] <= 3.0 < spent[1]
     assert assessed("local").rounds_allowed == assessed("local", noise_multiplier=6.0).rounds_allowed == 100

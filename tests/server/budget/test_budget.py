@@ -14,10 +14,10 @@ import tsugiki
 from tests.support.federation import tiny_config
 from tsugiki import cli
 from tsugiki.common.config.files import read, to_toml
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ConfigError, StorageError, UsageError
 from tsugiki.common.model.load import load_graft
-from tsugiki.common.privacy.plan import make_plan, resolve
+from tsugiki.common.privacy.planning import make_plan, resolve
 from tsugiki.server.budget import budget
 
 PRIVATE = ["--set", "privacy.mode=distributed", "--set", "privacy.target_epsilon=8"]

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.support.budget import independent_epsilon, private_config, private_plan
+from tsugiki.common.privacy.mechanisms import releases_of
 from tsugiki.server.budget.budget import Size, make_budget
 from tsugiki.server.budget.figure import bounds, draw, epsilons
 
@@ -31,7 +32,7 @@ def test_epsilon_over_rounds_is_another_accountants():
     assert set(curves) == {"release", "sums", "uploads"}
     assert curves["release"][100] == pytest.approx(8.0, rel=2e-3)
     for rounds in (1, 100, 200):
-        release = plan.seen()["uploads"]
+        release = releases_of(plan)["uploads"]
         assert curves["uploads"][rounds] == pytest.approx(independent_epsilon(release, rounds, 1e-5), rel=2e-3)
     assert set(epsilons(private_plan("central"))) == {"release"}
 

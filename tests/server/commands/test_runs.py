@@ -16,7 +16,8 @@ from tsugiki import cli
 from tsugiki.client.app import simulated_app
 from tsugiki.common.adapters import ADAPTERS
 from tsugiki.common.config.files import read, to_toml
-from tsugiki.common.config.run import RunConfig, parse
+from tsugiki.common.config.parse import parse
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError, ExportError, RegistryError, TsugikiError, UsageError
 from tsugiki.common.files import read_lines
 from tsugiki.common.strategies.settings import STRATEGY_SETTINGS

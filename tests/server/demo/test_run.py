@@ -3,7 +3,7 @@ from pathlib import Path
 
 from tests.support.tiny import tiny_sentence_transformer
 from tsugiki.common.config.files import read
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.model.load import load_graft
 from tsugiki.server.demo.data import COMPANIES
 from tsugiki.server.demo.run import DEMO_TOML, demo_config, free_name, make_data, scored, write_files

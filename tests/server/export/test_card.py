@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from tests.support.tiny import PUBLIC_NAME, tiny_bert, tiny_cnn, tiny_llama, tiny_vit
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks.decoding.templates import encode_prompts

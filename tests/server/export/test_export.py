@@ -26,7 +26,7 @@ from tsugiki.common.errors import ExportError, StorageError
 from tsugiki.common.model.exported import open_exported, read_exported
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks import TASKS
-from tsugiki.common.wire.arrays import sha256, unpack
+from tsugiki.common.wire.spec import sha256, unpack
 from tsugiki.server.export import check as export_check
 from tsugiki.server.export import probe as export_probe
 from tsugiki.server.export.export import export

@@ -6,7 +6,7 @@ import pytest
 from tsugiki.common.strategies.settings import STRATEGY_SETTINGS
 from tsugiki.server.engines.in_process import identify_process
 from tsugiki.server.run.aggregate import STRATEGIES, aggregate, missing_implementations
-from tsugiki.server.run.guard import Accepted
+from tsugiki.server.run.replies import Accepted
 
 SIZE = 6
 

@@ -13,7 +13,7 @@ from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import TrainRequest, from_record, to_record
 from tsugiki.server.engines.in_process import identify_process
 from tsugiki.server.run.collect import address, collect, receive, sample, train_request
-from tsugiki.server.run.guard import Accepted, Rejected
+from tsugiki.server.run.replies import Accepted, Rejected
 from tsugiki.server.run.roster import Member
 
 SITES = ["a", "b", "c", "d"]

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from tests.support.federation import tiny_config
+from tsugiki.common.data.columns import Column
 from tsugiki.common.errors import ConfigError, DataError
 from tsugiki.common.model.load import load_graft
-from tsugiki.common.tasks.base import Column
 from tsugiki.server.run.evaluate import evaluate_untouched, make_evaluator, read_evaluation
 
 

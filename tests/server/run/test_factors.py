@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tsugiki.common.rng import generator
-from tsugiki.common.wire.arrays import AdapterSpec, TensorSpec, pack, unpack
+from tsugiki.common.wire.spec import AdapterSpec, TensorSpec, pack, unpack
 from tsugiki.server.run.factors import aggregation_error, combine, norm, project
-from tsugiki.server.run.guard import Accepted
+from tsugiki.server.run.replies import Accepted
 
 OUT, IN = 6, 7
 WEIGHTS = {"a": 10, "b": 30, "c": 5}

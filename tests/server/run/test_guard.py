@@ -13,7 +13,8 @@ from tsugiki.client.training.update import ProtectedSum
 from tsugiki.common.privacy.clipping import LEVELS
 from tsugiki.common.wire.arrays import encode, encode_levels
 from tsugiki.common.wire.messages import EvaluateReply, PrivateReply, error_reply, to_record
-from tsugiki.server.run.guard import Accepted, AcceptedSum, Rejected, check, check_evaluation, check_private
+from tsugiki.server.run.guard import check, check_evaluation, check_private
+from tsugiki.server.run.replies import Accepted, AcceptedSum, Rejected
 
 
 def verdict(reply, max_update_norm=100.0):

@@ -8,7 +8,7 @@ import pytest
 from tests.support.federation import hurry
 from tests.support.toy import SPEC, forging, is_train, run_toy, toy_app, toy_config, toy_parts, toy_state
 from tsugiki.common.errors import Interrupted, NotEnoughSites, QuorumNotMet, TrainingError
-from tsugiki.common.wire.arrays import sha256
+from tsugiki.common.wire.spec import sha256
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.collect import sample
 from tsugiki.server.run.loop import run_rounds

@@ -16,8 +16,8 @@ from tsugiki.common.errors import BudgetError, QuorumNotMet, StorageError
 from tsugiki.common.files import read_lines
 from tsugiki.common.privacy.accounting import Release, epsilon
 from tsugiki.common.privacy.ledger import Ledger
-from tsugiki.common.privacy.mechanisms import MECHANISMS
-from tsugiki.common.privacy.plan import resolve
+from tsugiki.common.privacy.mechanisms import MECHANISMS, epsilon_after, mechanism_of, releases_of
+from tsugiki.common.privacy.planning import resolve
 from tsugiki.common.rng import seed_everything
 from tsugiki.server.report.page import write_report
 from tsugiki.server.run.privacy import open_privacy, rows_summary
@@ -36,7 +36,7 @@ def _hurried(monkeypatch):
 def budget(mode, rounds, **options):
     """Return the epsilon of so many rounds against whom the mode is there, and a hair."""
     plan = plan_of(mode, noise_multiplier=Z, **options)
-    return plan.epsilon_after(rounds)[plan.mechanism.budgeted[0]] * (1 + 1e-9)
+    return epsilon_after(plan, rounds)[mechanism_of(plan).budgeted[0]] * (1 + 1e-9)
 
 
 def charged(path):
@@ -65,9 +65,9 @@ def test_what_was_spent_before_is_told_at_the_start(mode, tmp_path):
         first.charge("release", number)
     second = open_privacy(config, SPEC.size, tmp_path / LEDGER, audit)
     told = [event["spent_before"] for event in verify(tmp_path / "audit.jsonl")]
-    seen = second.plan.epsilon_after(2)
+    seen = epsilon_after(second.plan, 2)
     assert told == [{}, {who: value if math.isfinite(value) else None for who, value in seen.items()}]
-    assert second.ledger.budgets == dict.fromkeys(second.plan.mechanism.budgeted, 9.0)
+    assert second.ledger.budgets == dict.fromkeys(mechanism_of(second.plan).budgeted, 9.0)
 
 
 def test_what_the_plan_does_not_show_is_not_charged(tmp_path):
@@ -177,7 +177,7 @@ def test_what_is_recorded_of_a_private_run(mode, tmp_path):
     for line in ran.rounds:
         assert {key for one in line["accepted"].values() for key in one} == {"clients", "bytes_up"}
         assert (line["train_loss"], line["train_seconds"]) == (None, 0.0)
-        told, seen = line["privacy"], plan.epsilon_after(line["round"])
+        told, seen = line["privacy"], epsilon_after(plan, line["round"])
         assert told["epsilon"] == {who: value if math.isfinite(value) else None for who, value in seen.items()}
         assert (told["private"], told["clients"], told["delta"]) == (True, 4, 1e-5)
         assert told["effective_noise_multiplier"] == pytest.approx(Z * (2 if mode == "local" else 1))
@@ -254,7 +254,7 @@ def test_a_voided_attempt_is_charged_to_who_saw_it(mode, tmp_path):
     assert [line["attempt"] for line in verify(tmp_path / LEDGER)] == [0, 1]
     ran = run_private(tmp_path, private_app(["a", "b"]), 2, config, fault)
     assert charged(tmp_path / LEDGER) == {("uploads", 1): 4, ("uploads", 2): 1, ("release", 1): 1, ("release", 2): 1}
-    seen = plan_of(mode, clients=2, noise_multiplier=Z).seen()
+    seen = releases_of(plan_of(mode, clients=2, noise_multiplier=Z))
     assert ran.rounds[-1]["privacy"]["epsilon"] == {
         "release": epsilon({seen["release"]: 2}, 1e-5),
         "uploads": epsilon({seen["uploads"]: 5}, 1e-5),

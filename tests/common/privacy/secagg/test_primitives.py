@@ -13,6 +13,7 @@ from scipy.stats import chisquare
 
 from tsugiki.common.errors import SecureAggregationError
 from tsugiki.common.privacy.secagg import primitives as masks
+from tsugiki.common.wire import ring
 
 SESSION = bytes(range(16))
 KEY = bytes(range(32))
@@ -211,41 +212,41 @@ def test_streams_follow_the_key():
 def test_signs_survive_the_ring(values):
     """Catches: a sum below zero that comes out as a large one; the least value taken for the greatest."""
     vector = np.array(values, np.int64)
-    assert masks.signed(masks.reduce(vector, 40), 40).tolist() == values
-    assert masks.signed(masks.reduce(vector, 64), 64).tolist() == values
+    assert ring.signed(ring.reduce(vector, 40), 40).tolist() == values
+    assert ring.signed(ring.reduce(vector, 64), 64).tolist() == values
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=9), st.sampled_from(WIDTHS))
 def test_ring_elements_travel_whole(values, bits):
     """Catches: a last element that is read beyond the end, an element that leaks into its neighbour."""
-    vector = masks.reduce(np.array(values, np.uint64), bits)
+    vector = ring.reduce(np.array(values, np.uint64), bits)
     data = octets(vector, bits).tobytes()
     assert len(data) == len(values) * bits // 8
-    assert masks.ring_from_bytes(data, len(values), bits).tolist() == [value % 2**bits for value in values]
+    assert ring.ring_from_bytes(data, len(values), bits).tolist() == [value % 2**bits for value in values]
 
 
 @pytest.mark.parametrize("change", [-5, -1, 1, 5])
 def test_a_masked_vector_of_another_length_is_refused(change):
     """Catches: a message that fills part of the vector, or more than it."""
-    assert code(masks.ring_from_bytes, bytes(10 * 5 + change), 10, 40) == "secagg-message"
+    assert code(ring.ring_from_bytes, bytes(10 * 5 + change), 10, 40) == "secagg-message"
 
 
 def test_reducing():
     """Catches: negative numbers that lose their place, and a vector that is changed under its owner's hands."""
     vector = np.array([-1, 0, 1, 2**40, -(2**40) - 3, 2**63 - 1], np.int64)
     kept = vector.copy()
-    reduced = masks.reduce(vector, 40)
+    reduced = ring.reduce(vector, 40)
     assert reduced.tolist() == [int(value) % 2**40 for value in kept]
     reduced[:] = 7
     assert (vector == kept).all()
-    assert masks.reduce(vector, 64).tolist() == [int(value) % 2**64 for value in kept]
+    assert ring.reduce(vector, 64).tolist() == [int(value) % 2**64 for value in kept]
 
 
 @pytest.mark.parametrize("vector", [np.zeros(3), np.zeros((3, 1), np.int64), np.zeros(3, np.int32), np.zeros(3, bool)])
 def test_only_integer_vectors_are_masked(vector):
     """Catches: floats that are cut to integers on the way, shapes that broadcast."""
     with pytest.raises(ValueError, match="expected int64 or uint64"):
-        masks.reduce(vector, 40)
+        ring.reduce(vector, 40)
 
 
 @pytest.mark.parametrize("bits", [0, 1, 7, 12, 63, 72, -8])

@@ -12,6 +12,7 @@ from tsugiki.common.errors import SecureAggregationError
 from tsugiki.common.privacy.secagg import primitives as masks
 from tsugiki.common.privacy.secagg import protocol as secagg
 from tsugiki.common.privacy.secagg.messages import Answer, from_fields, to_fields
+from tsugiki.common.wire import ring
 
 BITS = 40
 SIZE = 50
@@ -113,7 +114,7 @@ def test_the_sum_is_exact_in_every_modulus(bits):
     vectors = vectors_for(site_names(4)[1:])
     masked = round_.mask(vectors, bits)
     assert all(int(vector.max()) < 2**bits for vector in masked.values())
-    total = masks.reduce(add(masked.values()), bits)
+    total = ring.reduce(add(masked.values()), bits)
     assert round_.open(total, round_.answers(), bits).tolist() == as_ring(vectors, bits)
 
 
@@ -157,7 +158,7 @@ def test_masked_vectors_alone_do_not_give_the_sum():
     """Catches: pair masks only, which cancel before anybody agreed to open the sum."""
     round_ = Round(6)
     vectors = vectors_for(site_names(6))
-    total = masks.reduce(add(round_.mask(vectors).values()), BITS)
+    total = ring.reduce(add(round_.mask(vectors).values()), BITS)
     assert not (total == np.array(as_ring(vectors), np.uint64)).any()
 
 
@@ -171,10 +172,10 @@ def test_masked_vectors_are_uniform():
     """Catches: masks of 32 bits on 40, noise in place of masks. The vector itself fails the same test."""
     round_ = Round(3)
     vectors = {name: vector // 2**20 for name, vector in vectors_for(site_names(3), MANY).items()}
-    assert not any(octets_are_uniform(masks.reduce(vector, BITS)) for vector in vectors.values())
+    assert not any(octets_are_uniform(ring.reduce(vector, BITS)) for vector in vectors.values())
     masked = round_.mask(vectors)
     assert all(octets_are_uniform(vector) for vector in masked.values())
-    assert octets_are_uniform(masks.reduce(add(masked.values()), BITS))
+    assert octets_are_uniform(ring.reduce(add(masked.values()), BITS))
 
 
 def test_two_inputs_cannot_be_told_apart():
@@ -210,7 +211,7 @@ def test_each_mask_alone_hides():
     seen = [value for vector in masked.values() for value in vector.tolist()]
     assert len(set(seen)) == len(seen)
     for some in (["site-0", "site-1"], ["site-1", "site-2", "site-3"]):
-        assert 0 not in masks.reduce(add(masked[name] for name in some), BITS)
+        assert 0 not in ring.reduce(add(masked[name] for name in some), BITS)
 
 
 def test_masked_vectors_are_one_step_of_a_session():

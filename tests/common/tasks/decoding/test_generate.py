@@ -5,10 +5,11 @@ import torch
 
 from tests.support.architectures import stir
 from tests.support.tiny import MAX_TOKENS, tiny_llama
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.model.load import load_graft
+from tsugiki.common.tasks.base import Generation
 from tsugiki.common.tasks.causal_lm import load_decoder
-from tsugiki.common.tasks.decoding.generate import Generation, draw, generate
+from tsugiki.common.tasks.decoding.generate import draw, generate
 from tsugiki.common.tasks.preference import answer_logps, sequences
 
 BOS, EOS = 1, 2

@@ -9,7 +9,7 @@ import torch
 from tests.support.architectures import stir
 from tests.support.exports import export_of
 from tests.support.tiny import tiny_llama
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ModelError
 from tsugiki.common.model.exported import EXPORTED_FILE, open_exported
 from tsugiki.common.model.load import load_graft

