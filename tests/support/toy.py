@@ -164,7 +164,7 @@ def federate(
     task = SimpleNamespace(lower_is_better=frozenset())
     base = SimpleNamespace(constants={})
     graft = SimpleNamespace(spec=SPEC, base=base, initial=np.zeros(SPEC.size, np.float32), task=task, device="none")
-    monkeypatch.setattr("tsugiki.server.app.load_graft", lambda *arguments: graft)
+    monkeypatch.setattr("tsugiki.server.run.federation.load_graft", lambda *arguments: graft)
     return run_federation(InProcessGrid(app, nodes, fault), config, **options)
 
 

@@ -17,7 +17,7 @@ from tsugiki.client.node.node import LONGEST_PAUSE_S, PAUSE_GROWTH, SHORTEST_PAU
 from tsugiki.common.errors import Interrupted, LinkError
 from tsugiki.server.engines.in_process import identify_process
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Link:

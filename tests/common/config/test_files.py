@@ -26,7 +26,7 @@ from tsugiki.common.errors import ConfigError
 from tsugiki.common.strategies.settings import LORA_ONLY, STRATEGY_SETTINGS
 from tsugiki.common.tasks import TASKS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COMBINATIONS = [
     (task, method, strategy)
     for task, method, strategy in itertools.product(TASKS.names(), ADAPTERS.names(), STRATEGY_SETTINGS.names())

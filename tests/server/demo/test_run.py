@@ -8,7 +8,7 @@ from tsugiki.common.model.load import load_graft
 from tsugiki.server.demo.data import COMPANIES
 from tsugiki.server.demo.run import DEMO_TOML, demo_config, free_name, make_data, scored, write_files
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "demo.toml"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "demo.toml"
 
 
 def test_the_example_is_the_demos_own_file():

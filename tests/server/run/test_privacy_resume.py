@@ -170,7 +170,7 @@ def test_another_plan_is_refused_with_what_differs(run, tmp_path, changed, name)
 def test_other_versions_of_the_accountant_are_another_plan(run, monkeypatch):
     """Catches: an account that changes in the middle with the library that computes it."""
     run("local", kill="tsugiki.server.run.loop.collect")
-    monkeypatch.setattr("tsugiki.common.privacy.plan.__version__", "9.9.9")
+    monkeypatch.setattr("tsugiki.common.privacy.planning.__version__", "9.9.9")
     with pytest.raises(StorageError, match="versions was") as caught:
         run("local", resume=True)
     assert caught.value.code == "plan-changed"
