@@ -115,3 +115,46 @@ def test_commands_in_the_documents_exist():
         for word in words:
             if word.startswith("--"):
                 assert word.strip(";,.)") in known | {"--help"}, f"{page}: tsugiki {' '.join(words)}"
+
+
+def mapped():
+    """Return the paths in README's map of folders."""
+    page = (ROOT / "README.md").read_text("utf-8")
+    (block,) = re.findall(r"## The map\n\n```\n(.*?)```", page, re.DOTALL)
+    found, side = [], ""
+    for line in block.splitlines():
+        names = re.findall(r"(?<![\w/])(\w+\.py|\w+/)", line)
+        if not line.startswith(" "):
+            side = names.pop(0)
+            found.append(side)
+        room = ""
+        for number, name in enumerate(names):
+            if (ROOT / side / name).exists() or not room:
+                found.append(side + name)
+                room = side + name if name.endswith("/") and number == 0 else room
+            else:
+                found.append(room + name)
+    return found
+
+
+def test_the_map_in_the_readme_is_the_tree():
+    """Catches: a room that a newcomer does not find on the map; a room on the map that is gone."""
+    paths = mapped()
+    assert len(paths) > 40
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    for side in ("common", "client", "server"):
+        rooms = {f"{side}/{path.name}/" for path in (ROOT / side).iterdir() if (path / "__init__.py").is_file()}
+        rooms |= {f"{side}/{path.name}" for path in (ROOT / side).glob("*.py") if path.name != "__init__.py"}
+        assert rooms - set(paths) == set()
+
+
+def test_paths_in_the_documents_exist():
+    """Catches: a page that sends its reader to a file that has moved."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    sides = r"(?<![\w/.])((?:tsugiki|common|client|server|tests|scripts|docs|docker|examples)/[\w/.*-]+)"
+    named = [(page, path.rstrip(".")) for page in pages for path in re.findall(sides, page.read_text("utf-8"))]
+    # The changelog tells of the past; the pages on adding things name the files that their reader makes.
+    apart = ("CHANGELOG.md", "adding-a-task.md", "adding-a-strategy.md")
+    named = [(page.name, path) for page, path in named if page.name not in apart]
+    assert len(named) > 60
+    assert [(page, path) for page, path in named if not list(ROOT.glob(path))] == []
