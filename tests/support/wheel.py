@@ -22,7 +22,7 @@ def build_wheel(folder: Path) -> Path:
         shutil.copy(ROOT / name, tree / name)
     for name in PACKAGES:
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    _pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder / "out", tree)
+    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder / "out", tree)
     (built,) = (folder / "out").glob("*.whl")
     return built
 
@@ -30,14 +30,15 @@ def build_wheel(folder: Path) -> Path:
 def installed(wheel: Path, folder: Path) -> Path:
     """Install a wheel into a new environment that borrows what it needs from this one; return its bin folder."""
     venv.create(folder, with_pip=False)
-    _pip("--python", folder / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
+    pip("--python", folder / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
     (packages,) = (folder / "lib").glob("python*/site-packages")
     # A path from a .pth file brings its packages but not its own .pth files, which would lead to this tree.
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
     return folder / "bin"
 
 
-def _pip(*arguments: str | Path) -> None:
+def pip(*arguments: str | Path) -> None:
+    """Run pip of this environment; fail with what it said."""
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
