@@ -1,4 +1,4 @@
-"""How the code hangs together: import circles, rooms, floors, arrows that run upwards.
+"""How the code hangs together: import circles, rooms, floors, arrows that run upwards; and how dense its lines are.
 
     python scripts/structure.py             the figures, one JSON object a line behind the table
     python scripts/structure.py --circles   also each circle, drawn
@@ -8,13 +8,19 @@ that one of its modules imports. Rooms stand on *floors*: each one above all tha
 other in a circle there is no such order; then the order with the fewest *arrows upwards* counts.
 
 All imports count: those inside functions, and those for annotations only. Plain `ast`; nothing is imported.
+
+Density is counted on lines of code, without blank lines and docstrings. Twelve codebases that read well (httpx, trio,
+grain, attrs and others) have 24 to 40 characters a line, 0.1 to 2.7 packed assignments (`a, b = x, y`) and 2 to 15
+conditional expressions in 1,000 lines, and 2 to 15 comments in 100.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import io
 import json
+import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import permutations
 from pathlib import Path
@@ -169,6 +175,39 @@ def figures(root: Path = ROOT) -> dict[str, int]:
     return found
 
 
+def density(source: str) -> dict[str, int]:
+    """Return lines of code, their characters, packed assignments, conditional expressions and comments of a module."""
+    docstrings: set[int] = set()
+    found = {"lines": 0, "characters": 0, "packed": 0, "conditional": 0, "comments": 0}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            docstrings |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        elif isinstance(node, ast.Assign):
+            found["packed"] += isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+        found["conditional"] += isinstance(node, ast.IfExp)
+    lines = [line.strip() for number, line in enumerate(source.splitlines(), 1) if number not in docstrings]
+    lines = [line for line in lines if line]
+    found["lines"] = len(lines)
+    found["characters"] = sum(map(len, lines))
+    for token in tokenize.tokenize(io.BytesIO(source.encode()).readline):
+        marks = ("# noqa", "# type: ignore")  # they are for tools
+        found["comments"] += token.type == tokenize.COMMENT and not token.string.startswith(marks)
+    return found
+
+
+def densities(root: Path = ROOT) -> dict[str, float]:
+    """Return the density of all modules, but for the demo's clauses, which are prose."""
+    counted = [density(path.read_text("utf-8")) for path in modules(root).values() if "clauses" not in path.name]
+    total = {name: sum(one[name] for one in counted) for name in counted[0]}
+    lines = total["lines"]
+    return {
+        "characters a line": total["characters"] / lines,
+        "packed assignments in 1,000 lines": 1000 * total["packed"] / lines,
+        "conditional expressions in 1,000 lines": 1000 * total["conditional"] / lines,
+        "comments in 100 lines": 100 * total["comments"] / lines,
+    }
+
+
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -184,10 +223,10 @@ def main() -> None:
             print(f"{side:7} floor {floor:2}  {name:16} -> {', '.join(sorted(arrows[name]))}")
         for room, other in arrows_up(arrows):
             print(f"{side:7} upwards   {room} -> {other}")
-    for name, value in figures().items():
+    for name, value in {**figures(), **densities()}.items():
         target = _TARGETS.get(name)
         holds = None if target is None else value <= target
-        print(json.dumps({"name": name, "value": value, "unit": "", "target": target, "holds": holds}))
+        print(json.dumps({"name": name, "value": round(value, 1), "unit": "", "target": target, "holds": holds}))
 
 
 if __name__ == "__main__":

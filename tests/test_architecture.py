@@ -153,6 +153,13 @@ def test_floors_and_arrows_upwards():
     assert len(structure.arrows_up({**arrows, "cellar": {"tower"}})) == 1
 
 
+def test_density_counts_what_it_says():
+    """Catches: docstrings counted as code; swaps and marks for tools that count as what they are not."""
+    source = '"""Three\nlines\nlong."""\n\na, b = 1, 2  # why\nc = 3 if a else 4  # noqa: X\n(d, e) = f()\n'
+    found = structure.density(source)
+    assert found == {"lines": 3, "characters": 58, "packed": 1, "conditional": 1, "comments": 1}
+
+
 def test_every_folder_has_its_tests():
     """Catches: a folder that nobody thought to test; tests that stay behind when their folder moves."""
     folders = {Path(module).parent for module in MODULES if not module.endswith("__init__.py")} - {Path("tsugiki")}
