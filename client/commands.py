@@ -260,13 +260,15 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
     from tsugiki.client.cache import load_at
     from tsugiki.client.prepare import own_rank
     from tsugiki.common.model.device import device_notes
-    from tsugiki.common.strategies.factors import sent
+    from tsugiki.common.strategies import strategy_of
 
     graft, source = load_at(site, config), site.model_source(config.model.name)
     _say(f"{config.model.name}: {source}, fingerprint {graft.spec.base_fingerprint[:12]}, on {graft.device}")
     if rank := own_rank(site, config):
-        _say(f"trains {rank} of the {config.adapter.rank} components of each LoRA pair (site.max_rank)")  # type: ignore[attr-defined]
-    most = max(sent(graft.spec, config.strategy.name, number).size_bytes for number in (1, 2))
+        of = graft.method.settings.rank
+        _say(f"trains {rank} of the {of} components of each LoRA pair (site.max_rank)")
+    strategy = strategy_of(config.strategy)
+    most = max(strategy.trained_part(graft.spec, round_number).size_bytes for round_number in (1, 2))
     sizes = f"{graft.spec.parameters('adapter')} adapter and {graft.spec.parameters('head')} head parameters"
     notes = device_notes(config, graft.device.type) + shard.notes + graft.task.encode(shard, graft.base).notes
     rows = f"its number of rows{_noted(notes)}"

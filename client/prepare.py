@@ -14,6 +14,7 @@ from tsugiki.client.training import dp_sgd
 from tsugiki.client.training.cohort import asked_clients, row_releases
 from tsugiki.client.training.job import Job
 from tsugiki.client.training.trainer import Watch, steps_per_round
+from tsugiki.common.adapters.lora import LoraSettings
 from tsugiki.common.config.parse import site_config
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import DataError, PolicyError, SpecError, WireError
@@ -22,7 +23,7 @@ from tsugiki.common.privacy.accounting import Release
 from tsugiki.common.privacy.mechanisms import Adversary
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.planning import make_plan
-from tsugiki.common.strategies.settings import EXACT_PRODUCTS
+from tsugiki.common.strategies import names_with, strategy_of
 from tsugiki.common.tasks.base import Encoded
 from tsugiki.common.wire.arrays import decode
 from tsugiki.common.wire.messages import EvaluateRequest, TrainRequest
@@ -87,14 +88,16 @@ def own_rank(site: Site, config: RunConfig) -> int:
     Raises:
         PolicyError: `policy-rank`, they are too many for the site, and the strategy cannot do with fewer.
     """
-    most, rank = site.max_rank, getattr(config.adapter, "rank", 0)
-    if config.adapter.method != "lora" or not 0 < most < rank:
+    most = site.max_rank
+    adapter = config.adapter
+    if not isinstance(adapter, LoraSettings) or not 0 < most < adapter.rank:
         return 0
-    if config.strategy.name != "svd":
+    if not strategy_of(config.strategy).mixed_ranks:
+        fitting = " or ".join(names_with(lambda strategy: strategy.mixed_ranks))
         raise PolicyError(
-            f"adapter.rank = {rank}",
-            f"at most site.max_rank = {most} of site.toml, unless the strategy is svd",
-            "raise site.max_rank, or ask the operator for a smaller rank or strategy svd",
+            f"adapter.rank = {adapter.rank}",
+            f"at most site.max_rank = {most} of site.toml, unless the strategy is {fitting}",
+            f"raise site.max_rank, or ask the operator for a smaller rank or strategy {fitting}",
             code="policy-rank",
         )
     return most
@@ -107,7 +110,7 @@ def clients(site: Site, config: RunConfig, plan: Plan | None) -> int:
         DataError: `clients`, more than the run's plan believes of a site, or its strategy can do with.
     """
     number = len(desk.rows_of_clients(site, config))
-    if number > 1 and config.strategy.name in EXACT_PRODUCTS:
+    if number > 1 and strategy_of(config.strategy).sees_factors:
         raise DataError(
             f"this site stands for {number} clients",
             f"one with strategy {config.strategy.name}, which needs the factors of each",

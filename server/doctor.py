@@ -13,6 +13,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from tsugiki.common.adapters import ADAPTERS
+from tsugiki.common.strategies import STRATEGIES
+from tsugiki.common.tasks import TASKS
 from tsugiki.server.run.storage import LEAST_FREE_BYTES
 
 
@@ -34,6 +37,7 @@ _LIBRARIES = ("flwr", "torch", "transformers", "peft", "sentence-transformers", 
 def examine() -> list[Finding]:
     """Return all findings, the needed ones first."""
     findings = [_python(), *(_library(name) for name in _LIBRARIES), _devices(), _disk(), _phones_home(), _hub()]
+    findings += _plugins()
     return sorted(findings, key=lambda finding: not finding.needed)
 
 
@@ -72,6 +76,17 @@ def _devices() -> Finding:
     there += [f"cuda ({torch.cuda.get_device_name(index)})" for index in range(torch.cuda.device_count())]
     there += ["mps"] if torch.backends.mps.is_available() else []
     return Finding("devices", ", ".join(there), True, False)
+
+
+def _plugins() -> list[Finding]:
+    """Return a finding for each entry point by which an installed package adds a task, an adapter or a strategy."""
+    found = []
+    for registry in (TASKS, ADAPTERS, STRATEGIES):
+        for plugin in registry.plugins():
+            what = f"{registry.kind} {plugin.entry}"
+            text = f"{what}: {plugin.problem}" if plugin.problem else what
+            found.append(Finding(plugin.package, text, not plugin.problem, False, "mend or uninstall the package"))
+    return found
 
 
 def _disk() -> Finding:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tsugiki.client.training.trainer import Plan, Watch
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.model.graft import Graft
-from tsugiki.common.strategies.factors import sent
+from tsugiki.common.strategies import strategy_of
 from tsugiki.common.tasks.base import Encoded, Tail
 from tsugiki.common.wire.messages import TrainRequest
 from tsugiki.common.wire.spec import AdapterSpec, Vector
@@ -51,7 +51,7 @@ class Job:
     @property
     def part(self) -> AdapterSpec:
         """What of the adapter is trained in this round, and sent back."""
-        return sent(self.graft.spec, self.config.strategy.name, self.request.round)
+        return strategy_of(self.config.strategy).trained_part(self.graft.spec, self.request.round)
 
     def plan(self, client: str, deadline_s: float) -> Plan:
         """Return what one client does."""

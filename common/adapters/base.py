@@ -15,8 +15,6 @@ from tsugiki.common.settings import AdapterSettings
 if TYPE_CHECKING:
     from torch import nn
 
-ADAPTERS: Registry[type[AdapterMethod]] = Registry("adapter method")
-
 TRAINED, MERGED = "default", "merged"
 """The LoRA pair that sites train, by the name that peft gives to an only adapter; and the frozen one of `flora`."""
 
@@ -141,6 +139,9 @@ class AdapterMethod(ABC):
         Raises:
             ExportError: this method cannot be merged into the base's weights.
         """
+
+
+ADAPTERS: Registry[type[AdapterMethod]] = Registry("adapter method", "tsugiki.adapters", AdapterMethod)
 
 
 def require_heads(transformer: Any, heads: tuple[str, ...]) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from tsugiki.common.adapters import ADAPTERS, REFUSED
+from tsugiki.common.adapters.lora import LoraSettings
 from tsugiki.common.config.rules import cross_checks, privacy_problems, strategy_problems
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError, Problem
 from tsugiki.common.registry import Registry
 from tsugiki.common.settings import Section
-from tsugiki.common.strategies.settings import STRATEGY_SETTINGS, WHOLE_RANK
+from tsugiki.common.strategies import STRATEGIES, strategy_of
 from tsugiki.common.tasks import TASKS
 
 
@@ -25,7 +26,7 @@ def _chosen(raw: Mapping[str, Any], section: str, key: str, registry: Registry[A
     name = raw.get(section, {}).get(key, default)
     if isinstance(name, str) and name in registry.names():
         return registry.get(name)
-    known = (f"one of {', '.join(registry.names())}", "choose one of these")
+    known = (registry.expected(), "choose one of these")
     expected, do = REFUSED.get(str(name), known) if registry is ADAPTERS else known
     return Problem(f"{section}.{key}", repr(name)[:80], expected, do)
 
@@ -35,7 +36,7 @@ def families() -> dict[str, list[type[Section]]]:
     return {
         "task": [TASKS.get(name).Settings for name in TASKS.names()],
         "adapter": [ADAPTERS.get(name).Settings for name in ADAPTERS.names()],
-        "strategy": [STRATEGY_SETTINGS.get(name) for name in STRATEGY_SETTINGS.names()],
+        "strategy": [STRATEGIES.get(name).Settings for name in STRATEGIES.names()],
     }
 
 
@@ -46,9 +47,10 @@ def section_classes(raw: Mapping[str, Any]) -> dict[str, type[Section] | Problem
         classes[name] = field.annotation  # type: ignore[assignment]  # pydantic types it as Any | None
     task = _chosen(raw, "task", "name", TASKS, "sequence-classification")
     method = _chosen(raw, "adapter", "method", ADAPTERS, "lora")
+    strategy = _chosen(raw, "strategy", "name", STRATEGIES, "fedavg")
     classes["task"] = task if isinstance(task, Problem) else task.Settings
     classes["adapter"] = method if isinstance(method, Problem) else method.Settings
-    classes["strategy"] = _chosen(raw, "strategy", "name", STRATEGY_SETTINGS, "fedavg")
+    classes["strategy"] = strategy if isinstance(strategy, Problem) else strategy.Settings
     return classes
 
 
@@ -88,18 +90,14 @@ def parse(raw: Mapping[str, Any], source: str = "run file", found: Sequence[Prob
 
 
 def _with_factors(config: RunConfig) -> RunConfig:
-    """Set what follows for LoRA's factors from strategy and privacy.
-
-    A is frozen under privacy unless told otherwise: noise on both factors multiplies in their product.
-    """
+    """Return the run with what follows for LoRA's factors from strategy and privacy."""
+    strategy = strategy_of(config.strategy)
+    adapter = strategy.complete(config.adapter)
     private = config.privacy.mode != "none" or config.privacy.examples.enabled
-    chosen: dict[str, Any] = {}
-    if (private or config.strategy.name == "ffa") and getattr(config.adapter, "freeze_a", "") == "auto":
-        chosen["freeze_a"] = "yes"
-    if config.strategy.name == "flora" and config.adapter.method == "lora":
-        wanted = config.strategy.merged_rank or config.adapter.merged_rank  # type: ignore[attr-defined]  # both have it
-        chosen["merged_rank"] = wanted or WHOLE_RANK
-    return config.model_copy(update={"adapter": config.adapter.model_copy(update=chosen)})
+    if isinstance(adapter, LoraSettings) and adapter.freeze_a == "auto" and (private or strategy.freezes_a):
+        # Noise on both factors multiplies in their product, so A is frozen in private runs.
+        adapter = adapter.model_copy(update={"freeze_a": "yes"})
+    return config.model_copy(update={"adapter": adapter})
 
 
 def explain(prefix: str, section: type[Section], detail: Any) -> Problem:

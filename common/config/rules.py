@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tsugiki.common.adapters.lora import LoraSettings
 from tsugiki.common.errors import Problem
 from tsugiki.common.privacy.secagg.messages import MOST_CLIENTS
-from tsugiki.common.strategies.settings import EXACT_PRODUCTS, LORA_ONLY
+from tsugiki.common.strategies import names_with, strategy_of
 from tsugiki.common.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -35,15 +36,19 @@ def _federation_problems(config: RunConfig) -> list[Problem]:
         )
     if config.evaluation.early_stopping_patience and not config.evaluation.data:
         problems.append(Problem("evaluation.data", "''", "a file, for early stopping", "name the held-out file"))
-    if (rank := getattr(config.adapter, "merged_rank", 0)) and config.strategy.name != "flora":
-        expected = '0 unless strategy.name is "flora": nothing else fills the second pair'
-        problems.append(Problem("adapter.merged_rank", str(rank), expected, 'remove it, or use "flora"'))
+    adapter = config.adapter
+    if isinstance(adapter, LoraSettings) and adapter.merged_rank and not strategy_of(config.strategy).fills_merged_pair:
+        fitting = " or ".join(f'"{name}"' for name in names_with(lambda strategy: strategy.fills_merged_pair))
+        expected = f"0 unless strategy.name is {fitting}: nothing else fills the second pair"
+        do = f"remove it, or use {fitting}"
+        problems.append(Problem("adapter.merged_rank", str(adapter.merged_rank), expected, do))
     return problems
 
 
 def _model_problems(config: RunConfig) -> list[Problem]:
     """Return with what a base in 4 bits, or one whose activations are computed twice, does not go together."""
     model, problems = config.model, []
+    task = TASKS.get(config.task.name)
     private = config.privacy.examples.enabled
     if model.quantization != "none":
         value = repr(model.quantization)
@@ -53,13 +58,14 @@ def _model_problems(config: RunConfig) -> list[Problem]:
             problems.append(Problem("model.quantization", value, f"none on {config.train.device}", 'use "cuda"'))
         if private:
             problems.append(Problem("model.quantization", value, "none with DP-SGD", "remove it"))
-        if config.task.name == "rlhf":
-            problems.append(Problem("model.quantization", value, "none with rlhf: two models share the base", "remove"))
+        if task.shares_base:
+            expected = f"none with {task.name}: two models share the base"
+            problems.append(Problem("model.quantization", value, expected, "remove"))
     if model.gradient_checkpointing and private:
         why = "false with DP-SGD, which would see each activation twice"
         problems.append(Problem("model.gradient_checkpointing", "true", why, "remove it"))
-    if model.gradient_checkpointing and config.task.name == "rlhf":
-        why = "false with rlhf, whose gradient is taken in eval mode, as its answers are drawn"
+    if model.gradient_checkpointing and task.gradient_in_eval_mode:
+        why = f"false with {task.name}, whose gradient is taken in eval mode"
         problems.append(Problem("model.gradient_checkpointing", "true", why, "remove it"))
     if model.gradient_checkpointing and config.adapter.method == "prefix":
         why = "false with prefix tuning: computed twice, a block gets no keys and values from outside"
@@ -109,52 +115,62 @@ def _validation_problems(config: RunConfig) -> list[Problem]:
 
 def strategy_problems(config: RunConfig) -> list[Problem]:
     """Return the problems between `[strategy]` and the other sections."""
-    name, found = config.strategy.name, []
-    if name == "krum" and config.strategy.min_clients < 2 * config.strategy.num_malicious_sites + 3:  # type: ignore[attr-defined]  # KrumSettings
-        expected = "at least 2 * num_malicious_sites + 3, which krum needs"
-        found.append(Problem("strategy.min_clients", str(config.strategy.min_clients), expected, "raise min_clients"))
-    if name in LORA_ONLY:
-        found += _factor_problems(config)
-    ranks, rank = config.simulation.ranks, getattr(config.adapter, "rank", 0)
-    if ranks and name != "svd":
-        given = ", ".join(map(str, ranks))
-        found.append(Problem("simulation.ranks", given, "empty unless strategy.name is svd", "remove it"))
-    elif ranks and max(ranks) > rank:
-        found.append(Problem("simulation.ranks", str(max(ranks)), f"at most adapter.rank = {rank}", "raise the rank"))
-    if name in EXACT_PRODUCTS and config.simulation.data and config.simulation.clients_per_site > 1:
+    strategy = strategy_of(config.strategy)
+    name = strategy.name
+    adapter = config.adapter
+    found = []
+    if strategy.needs_lora and isinstance(adapter, LoraSettings):
+        found += _factor_problems(config, adapter)
+    if isinstance(adapter, LoraSettings) or not strategy.needs_lora:
+        found += strategy.problems(config)
+    else:
+        found.append(Problem("adapter.method", repr(adapter.method), f'"lora" with strategy {name}', 'use "fedavg"'))
+    found += _rank_problems(config)
+    gateways = config.simulation.data and config.simulation.clients_per_site > 1
+    if strategy.sees_factors and gateways:
         why = f"1 with strategy {name}: a gateway would send the mean of its clients' factors"
         found.append(Problem("simulation.clients_per_site", str(config.simulation.clients_per_site), why, "remove it"))
     return found
 
 
-def _factor_problems(config: RunConfig) -> list[Problem]:
+def _rank_problems(config: RunConfig) -> list[Problem]:
+    """Return what is wrong with the ranks of simulated sites."""
+    ranks = config.simulation.ranks
+    if not ranks:
+        return []
+    if not strategy_of(config.strategy).mixed_ranks:
+        fitting = ", ".join(names_with(lambda strategy: strategy.mixed_ranks))
+        given = ", ".join(map(str, ranks))
+        return [Problem("simulation.ranks", given, f"empty unless strategy.name is {fitting}", "remove it")]
+    adapter = config.adapter
+    if isinstance(adapter, LoraSettings) and max(ranks) > adapter.rank:
+        expected = f"at most adapter.rank = {adapter.rank}"
+        return [Problem("simulation.ranks", str(max(ranks)), expected, "raise the rank")]
+    return []
+
+
+def _factor_problems(config: RunConfig, adapter: LoraSettings) -> list[Problem]:
     """Return what keeps a strategy for LoRA's factors from finding them as it needs them."""
-    name, adapter, found = config.strategy.name, config.adapter, []
-    if adapter.method != "lora":
-        return [Problem("adapter.method", repr(adapter.method), f'"lora" with strategy {name}', 'use "fedavg"')]
-    wanted = "yes" if name == "ffa" else "no"
+    strategy = strategy_of(config.strategy)
+    name = strategy.name
+    found = []
+    wanted = "yes" if strategy.freezes_a else "no"
     private = config.privacy.mode != "none" or config.privacy.examples.enabled  # freezes A, and refuses the strategy
-    if not private and adapter.freeze_a not in {wanted, "auto"}:  # type: ignore[attr-defined]  # LoraSettings, here and below
+    if not private and adapter.freeze_a not in {wanted, "auto"}:
         expected = f'"{wanted}" or "auto" with strategy {name}'
-        found.append(Problem("adapter.freeze_a", repr(adapter.freeze_a), expected, "remove it"))  # type: ignore[attr-defined]
-    if name in EXACT_PRODUCTS and adapter.use_dora:  # type: ignore[attr-defined]
+        found.append(Problem("adapter.freeze_a", repr(adapter.freeze_a), expected, "remove it"))
+    if not strategy.sees_factors:
+        return found
+    if adapter.use_dora:
         expected = f"false with strategy {name}, for which a layer's change has to be B A"
         found.append(Problem("adapter.use_dora", "true", expected, "remove it"))
-    if name in EXACT_PRODUCTS and adapter.init != "default":  # type: ignore[attr-defined]
+    if adapter.init != "default":
         expected = f'"default" with strategy {name}: of an orthogonal start, a part is not zero'
-        found.append(Problem("adapter.init", repr(adapter.init), expected, "remove it"))  # type: ignore[attr-defined]
-    if name in EXACT_PRODUCTS and config.train.persist_optimizer:
+        found.append(Problem("adapter.init", repr(adapter.init), expected, "remove it"))
+    if config.train.persist_optimizer:
         expected = f"false with strategy {name}, whose factors are others in each round"
         found.append(Problem("train.persist_optimizer", "true", expected, "remove it"))
-    train = config.train
-    if name == "rolora" and train.persist_optimizer and not train.bias_correction:
-        expected = "true with strategy rolora and persist_optimizer, which count the steps of both factors apart"
-        found.append(Problem("train.bias_correction", "false", expected, "remove it"))
     return found
-
-
-_LINEAR_STRATEGIES = ("fedadam", "fedavg", "fedavgm", "fedprox", "ffa")
-"""What works on the mean of the updates: anything after it is post-processing and costs nothing."""
 
 
 def privacy_problems(config: RunConfig) -> list[Problem]:
@@ -166,8 +182,10 @@ def privacy_problems(config: RunConfig) -> list[Problem]:
     if not noisy and not privacy.secure_aggregation:
         wanted = "above 0, or privacy.noise_multiplier above 0"
         found.append(Problem("privacy.target_epsilon", "0.0", wanted, "`tsugiki budget FILE` shows what each costs"))
-    if config.strategy.name not in _LINEAR_STRATEGIES:
-        expected = f"one of {', '.join(_LINEAR_STRATEGIES)}, which need the sum of the updates only"
+    if not strategy_of(config.strategy).linear:
+        # Anything after the mean is post-processing, which costs no budget.
+        linear = ", ".join(names_with(lambda strategy: strategy.linear))
+        expected = f"one of {linear}, which need the sum of the updates only"
         found.append(Problem("strategy.name", repr(config.strategy.name), expected, 'use "fedavg"'))
     if config.evaluation.at_sites:
         found.append(
@@ -264,7 +282,7 @@ def _example_problems(config: RunConfig) -> list[Problem]:
                 "remove it",
             )
         )
-    if examples.enabled and config.strategy.name in {"rolora", "flora", "svd"}:
+    if examples.enabled and not strategy_of(config.strategy).same_part:
         why = "one that trains the same numbers in every round, with DP-SGD"
         found.append(Problem("strategy.name", repr(config.strategy.name), why, 'use "ffa"'))
     if examples.enabled and config.train.bf16:

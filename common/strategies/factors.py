@@ -1,19 +1,21 @@
-"""LoRA's factors in an adapter: which tensors are a pair, and what of an adapter sites train and send in a round.
+"""LoRA's factors in an adapter: which tensors are a pair, and a part of an adapter taken out and put back.
 
 A layer's weight gets s * B A, with A of shape (rank, in) and B of shape (out, rank). A mean of the factors is not the
-factors of the mean, which is why some strategies look into an adapter (`server/run/factors.py`).
+factors of the mean, which is why some strategies look into an adapter (`lora.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from tsugiki.common.adapters.base import TRAINED
 from tsugiki.common.wire.spec import AdapterSpec, Vector, unpack
 
-_A, _B = ".lora_A.", ".lora_B."
+A = ".lora_A."
+B = ".lora_B."
+"""What the names of the two factors have in them."""
 
 
 @dataclass(frozen=True)
@@ -29,22 +31,10 @@ def pairs(spec: AdapterSpec, which: str = TRAINED) -> list[Pair]:
     names = {tensor.name for tensor in spec.tensors}
     found = []
     for tensor in spec.tensors:
-        if _B in tensor.name and f"{_B}{which}." in tensor.name:
-            a = tensor.name.replace(_B, _A)
+        if B in tensor.name and f"{B}{which}." in tensor.name:
+            a = tensor.name.replace(B, A)
             found.append(Pair(a if a in names else "", tensor.name))
     return found
-
-
-def sent(spec: AdapterSpec, strategy: str, round_: int) -> AdapterSpec:
-    """Return the part of an adapter that sites train and send back in a round; the rest stays as they received it.
-
-    `rolora` trains B in odd rounds and A in even ones, so that the mean of a round is exact: B first, since A learns
-    nothing while B is zero. Source: Chen et al. 2025, "Robust Federated Finetuning of LLMs via Alternating Optimization
-    of LoRA", arXiv:2502.01755, algorithm 1. A merged pair only the server changes.
-    """
-    held = (_A if round_ % 2 else _B) if strategy == "rolora" else None
-    kept = (one for one in spec.tensors if one.part != "merged" and not (held and held in one.name))
-    return replace(spec, tensors=tuple(kept))
 
 
 def narrow(vector: Vector, spec: AdapterSpec, part: AdapterSpec) -> Vector:

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
     from tsugiki.common.data.shard import Shard
 
-TASKS: Registry[type[Task]] = Registry("task")
-
-
 Tokens = list[int]
 
 
@@ -149,6 +146,10 @@ class Task(ABC):
     """Whether `loss` is the mean of a loss of each row that no other row of the batch enters: DP-SGD needs that."""
     signed_loss: ClassVar[bool] = False
     """Whether `loss` may be below zero, so that one loss is no multiple of another."""
+    shares_base: ClassVar[bool] = False
+    """Whether two models share the base's tensors, which then cannot be in 4 bits."""
+    gradient_in_eval_mode: ClassVar[bool] = False
+    """Whether the gradient is taken in eval mode, in which activations are not computed twice."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -172,6 +173,11 @@ class Task(ABC):
     def labels(self) -> tuple[str, ...]:
         """The classes by name, in order; empty for tasks without classes."""
         return ()
+
+    @property
+    def pipeline_tag(self) -> str | None:
+        """The model hub's name for this task, for the card of an export; None: the hub has none."""
+        return None
 
     @abstractmethod
     def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
@@ -234,6 +240,9 @@ class Task(ABC):
     def further(cls) -> dict[str, TinyCase]:
         """Return cases of other forms that the task's settings give it, by name."""
         return {}
+
+
+TASKS: Registry[type[Task]] = Registry("task", "tsugiki.tasks", Task)
 
 
 @contextmanager

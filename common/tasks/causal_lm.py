@@ -89,6 +89,11 @@ class CausalLm(Task):
         prompt, extra, completion = "prompt", "input", "completion"
         return (Column(prompt, "text"), Column(extra, "text", required=False, blank=True), Column(completion, "text"))
 
+    @property
+    def pipeline_tag(self) -> str | None:
+        """The model hub's name for this task."""
+        return "text-generation"
+
     def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
         """Load the base; nothing of it is new.
 

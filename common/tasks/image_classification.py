@@ -63,6 +63,11 @@ class ImageClassification(Task):
         """The classes by name, in order."""
         return self.settings.labels or tuple(str(label) for label in range(self.settings.num_labels))
 
+    @property
+    def pipeline_tag(self) -> str | None:
+        """The model hub's name for this task."""
+        return "image-classification"
+
     def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
         """Load the base; the head of a foreign one is new unless the checkpoint has one of the same shape.
 

@@ -73,6 +73,11 @@ class Preference(Task):
         prompt = (Column("prompt", "text"), Column("input", "text", required=False, blank=True))
         return (*prompt, Column("chosen", "text"), Column("rejected", "text"))
 
+    @property
+    def pipeline_tag(self) -> str | None:
+        """The model hub's name for what is trained; it has none for a reward model."""
+        return "text-generation" if self.settings.objective == "dpo" else None
+
     def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
         """Load a decoder; for `reward` with a new head, `score`.
 

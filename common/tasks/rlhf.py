@@ -87,6 +87,8 @@ class Rlhf(Task):
     Settings = RlhfSettings
     lower_is_better = frozenset({"loss", "kl", "kl_above"})
     signed_loss = True
+    shares_base = True
+    gradient_in_eval_mode = True
 
     @property
     def monitor(self) -> str:
@@ -97,6 +99,11 @@ class Rlhf(Task):
     def columns(self) -> tuple[Column, ...]:
         """The prompt, and its input where there is one."""
         return (Column("prompt", "text"), Column("input", "text", required=False, blank=True))
+
+    @property
+    def pipeline_tag(self) -> str | None:
+        """The model hub's name for this task."""
+        return "text-generation"
 
     def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
         """Load a decoder, and beside it the reward model, which has its base's tensors; without one it only predicts.

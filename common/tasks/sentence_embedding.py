@@ -74,6 +74,11 @@ class SentenceEmbedding(Task):
         own = {"multiple-negatives": f"recall_at_{self.settings.recall_at}", "softmax-nli": "accuracy"}
         return own.get(self.settings.loss, "spearman")
 
+    @property
+    def pipeline_tag(self) -> str | None:
+        """The model hub's name for this task."""
+        return "sentence-similarity"
+
     def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
         """Load the `SentenceTransformer`. Its transformer gets the head that softmax-nli reads; other losses need none.
 

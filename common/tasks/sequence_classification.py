@@ -59,6 +59,11 @@ class SequenceClassification(Task):
         """The classes by name, in order."""
         return self.settings.labels or tuple(str(label) for label in range(self.settings.num_labels))
 
+    @property
+    def pipeline_tag(self) -> str | None:
+        """The model hub's name for this task."""
+        return "text-classification"
+
     def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
         """Load the base; its head is new unless the checkpoint has one of the same shape.
 

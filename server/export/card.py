@@ -20,16 +20,6 @@ from tsugiki.common.model.graft import Graft
 from tsugiki.common.tasks.decoding.templates import encode_prompts, prompt_text
 from tsugiki.common.tasks.image_classification import MODEL_TYPE
 
-_PIPELINE_TAGS = {
-    "sentence-embedding": "sentence-similarity",
-    "sequence-classification": "text-classification",
-    "causal-lm": "text-generation",
-    "image-classification": "image-classification",
-    "dpo": "text-generation",
-    "rlhf": "text-generation",
-}
-"""The hub's names for tasks, and for an objective where a task has several; what is not here has no tag on its card."""
-
 Kind = Literal["peft", "tsugiki", "merged"]
 """What an export is: a PEFT directory, files of our own, or a whole model."""
 
@@ -199,7 +189,7 @@ def card(graft: Graft, config: RunConfig, export: Export) -> str:
     data = ModelCardData(
         base_model=export.base_name or None,
         library_name=_library(graft, export.kind),
-        pipeline_tag=_PIPELINE_TAGS.get(getattr(config.task, "objective", config.task.name)),
+        pipeline_tag=graft.task.pipeline_tag,
         tags=["tsugiki", "federated-learning", config.adapter.method],
     )
     settings = _settings(config, graft.method.exported_settings(), export)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from tsugiki.common.errors import NotEnoughSites
 from tsugiki.common.rng import generator
-from tsugiki.common.strategies.factors import sent
+from tsugiki.common.strategies import strategy_of
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import EvaluateRequest, TrainRequest, to_record
 from tsugiki.server.engines.grid import exchange
@@ -60,7 +60,7 @@ def collect(parts: Parts, state: State, number: int, cohort: list[Member], attem
     if parts.privacy:
         parts.privacy.charge("uploads", number, attempt)
     arrays, strategy = encode(state.vector, parts.spec), parts.config.strategy
-    part = sent(parts.spec, strategy.name, number)
+    part = strategy_of(strategy).trained_part(parts.spec, number)
     clients = {member.node_id: _asked_clients(parts, member, number) for member in cohort}
     cohort = [member for member in cohort if clients[member.node_id] != []]
 

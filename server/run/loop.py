@@ -12,13 +12,14 @@ import numpy as np
 
 from tsugiki.common.errors import BudgetError, QuorumNotMet, TrainingError
 from tsugiki.common.files import append_line
+from tsugiki.common.strategies import WeightedUpdate
+from tsugiki.common.strategies.products import aggregation_error
 from tsugiki.common.wire.spec import Vector, l2_norm, sha256
 from tsugiki.server.run import checkpoint
-from tsugiki.server.run.aggregate import aggregate
+from tsugiki.server.run.aggregate import step
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.collect import collect, evaluate_at_sites, sample
 from tsugiki.server.run.context import Collected, Parts
-from tsugiki.server.run.factors import aggregation_error, combine
 from tsugiki.server.run.privacy import Privacy
 from tsugiki.server.run.replies import DROPOUT, Accepted, AcceptedSum
 from tsugiki.server.run.roster import Member
@@ -103,16 +104,15 @@ def _complete(parts: Parts, state: State, number: int, cohort: list[Member], col
     started = time.perf_counter()
     record = _record(parts, number, cohort, collected)
     accepted = [reply for reply in collected.accepted if isinstance(reply, Accepted)]
+    updates = [WeightedUpdate(reply.site, reply.update, reply.weight, reply.clients) for reply in accepted]
     if parts.privacy:
         mean, record["privacy"] = _private_mean(parts.privacy, number, collected)
-        accepted = [Accepted("mean", mean, 1, None, 0, 0.0, l2_norm(mean), 0)]
-    strategy, seed = parts.config.strategy, parts.config.run.seed
-    update, remembered = aggregate(strategy, state.strategy, number, accepted)
-    update = combine(strategy.name, parts.spec, state.vector, update, accepted, seed, number)
+        updates = [WeightedUpdate("mean", mean, 1)]
+    update, remembered = step(parts.config, parts.spec, state, updates)
     vector = (state.vector + update).astype(np.float32)
     if not np.isfinite(vector).all():
         raise TrainingError(f"round {number}: the aggregated model is not finite", do="lower the learning rates")
-    if not parts.privacy and (error := aggregation_error(parts.spec, state.vector, vector, accepted)) is not None:
+    if not parts.privacy and (error := aggregation_error(parts.spec, state.vector, vector, updates)) is not None:
         record["aggregation_error"] = error
     record["seconds"]["aggregate"] = time.perf_counter() - started
     record |= {"adapter_sha256": sha256(vector), "update_norm": l2_norm(update)}

@@ -2,6 +2,8 @@
 
 import copy
 import random
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,21 +13,57 @@ from tests.support.federation import run_tiny, tiny_config
 from tsugiki.client.prepare import make_job
 from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.client.training.cohort import train_openly
+from tsugiki.common.config.parse import parse
+from tsugiki.common.errors import ConfigError
 from tsugiki.common.files import read_lines
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.registry import Registry
+from tsugiki.common.strategies import STRATEGIES, Strategy, WeightedUpdate
 from tsugiki.common.strategies.factors import pairs
-from tsugiki.common.strategies.settings import STRATEGY_SETTINGS
 from tsugiki.common.wire.arrays import ARRAY_KEY, encode
 from tsugiki.common.wire.messages import TrainRequest, to_record
-from tsugiki.common.wire.spec import unpack
+from tsugiki.common.wire.spec import AdapterSpec, TensorSpec, unpack
 from tsugiki.server.engines.in_process import identify_process
-from tsugiki.server.run.aggregate import STRATEGIES, aggregate, missing_implementations
+from tsugiki.server.run import checkpoint
+from tsugiki.server.run.aggregate import aggregate, step
+from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.progress import Progress
-from tsugiki.server.run.replies import Accepted
 
 SIZE = 40
 each_strategy = pytest.mark.parametrize("name", STRATEGIES.names())
+
+
+def lora_spec(merged):
+    """Return a spec of a layer of shape (6, 7) with a pair of rank 2, a head, and a merged pair where it is filled."""
+    tensors = [TensorSpec("head.weight", (2, 3), "head")]
+    for which, rank, part in (("default", 2, "adapter"), ("merged", 6, "merged"))[: 2 if merged else 1]:
+        tensors.append(TensorSpec(f"x.lora_A.{which}.weight", (rank, 7), part))
+        tensors.append(TensorSpec(f"x.lora_B.{which}.weight", (6, rank), part))
+    return AdapterSpec("t", "lora", "{}", "0" * 64, "float32", tuple(tensors))
+
+
+def lora_case(name, sites=5):
+    """Return a run's settings, a spec, a state, and updates of the part that a strategy lets sites train."""
+    kind = STRATEGIES.get(name)
+    config = SimpleNamespace(strategy=kind.Settings(), run=SimpleNamespace(seed=3))
+    spec = lora_spec(kind.fills_merged_pair)
+    draw = np.random.default_rng(7)
+    trained = {tensor.name for tensor in kind(config.strategy).trained_part(spec, 1).tensors}
+    found = []
+    for number in range(sites):
+        update = 0.1 * draw.normal(size=spec.size).astype(np.float32)
+        for tensor, values in unpack(update, spec).items():
+            values *= tensor in trained
+        found.append(WeightedUpdate(f"site-{number}", update, 10 + number))
+    vector = draw.normal(size=spec.size).astype(np.float32)
+    return config, spec, State(vector, vector), found
+
+
+def product(vector, spec):
+    """Return what an adapter adds to the layer's weight, multiplied out."""
+    tensors = unpack(vector.astype(np.float64), spec)
+    kinds = {tensor.rsplit(".", 2)[1] for tensor in tensors if ".lora_A." in tensor}
+    return sum(tensors[f"x.lora_B.{kind}.weight"] @ tensors[f"x.lora_A.{kind}.weight"] for kind in kinds)
 
 
 @pytest.fixture(autouse=True)
@@ -40,15 +78,15 @@ def names_to_test(registry):
     return registry.names()
 
 
-def settings(name, **changes):
-    """Return a strategy's settings."""
-    return STRATEGY_SETTINGS.get(name)(**changes)
+def strategy(name, **changes):
+    """Return a strategy, with settings that differ from its defaults."""
+    kind = STRATEGIES.get(name)
+    return kind(kind.Settings(**changes))
 
 
 def reply(site, update, weight=10):
-    """Return an accepted update."""
-    update = np.asarray(update, np.float32)
-    return Accepted(site, update, weight, 0.5, 1, 0.1, float(np.linalg.norm(update)), update.nbytes)
+    """Return an update of a site."""
+    return WeightedUpdate(site, np.asarray(update, np.float32), weight)
 
 
 def updates(count=5, seed=0, scale=0.1):
@@ -64,28 +102,21 @@ def test_there_are_strategies_and_a_registry_without_any_fails():
         names_to_test(Registry("strategy"))
 
 
-def test_every_strategy_has_settings_and_the_other_way_round(monkeypatch):
-    """Catches: a strategy that can be named in a file and does not exist, or one that cannot be named."""
-    assert missing_implementations() == set()
-    monkeypatch.setitem(STRATEGIES._entries, "new", None)
-    assert missing_implementations() == {"new"}
-    monkeypatch.setitem(STRATEGY_SETTINGS._entries, "new", None)
-    monkeypatch.setitem(STRATEGY_SETTINGS._entries, "other", None)
-    assert missing_implementations() == {"other"}
-
-
 @each_strategy
-def test_settings_are_described_and_carry_their_name(name):
-    """Catches: settings that choose another strategy; a setting without its sentence."""
-    assert settings(name).name == name
-    assert all(field.description for field in STRATEGY_SETTINGS.get(name).model_fields.values())
+def test_the_class_is_whole(name):
+    """Catches: settings that choose another strategy; a setting without its sentence; no word on what it is."""
+    kind = STRATEGIES.get(name)
+    assert issubclass(kind, Strategy)
+    assert kind.name == name == kind.Settings().name
+    assert all(field.description for field in kind.Settings.model_fields.values())
+    assert kind.__doc__
 
 
 @each_strategy
 @pytest.mark.parametrize("count", [4, 5])
 def test_the_result_is_float32_of_the_same_shape(name, count):
     """Catches: FedAdam's float64 let through to the wire; an even number of sites, where a median is between two."""
-    result, state = aggregate(settings(name), {}, 1, updates(count))
+    result, state = aggregate(strategy(name), {}, 1, updates(count))
     assert result.dtype == np.float32
     assert result.shape == (SIZE,)
     assert np.isfinite(result).all()
@@ -98,14 +129,14 @@ def test_the_result_is_float32_of_the_same_shape(name, count):
 def test_the_same_update_from_everybody_is_the_result(name, scale):
     """Catches: a sum in place of a mean; weights that do not add up to 1; distances lost in rounding."""
     update = scale * np.random.default_rng(1).normal(size=SIZE).astype(np.float32)
-    result, _ = aggregate(settings(name), {}, 1, [reply(f"site-{n}", update, 7 * n + 1) for n in range(5)])
+    result, _ = aggregate(strategy(name), {}, 1, [reply(f"site-{n}", update, 7 * n + 1) for n in range(5)])
     assert np.allclose(result, update, rtol=1e-6)
 
 
 @each_strategy
 def test_no_update_is_no_step(name):
     """Catches: an adaptive step out of nothing."""
-    result, _ = aggregate(settings(name), {}, 1, [reply(f"site-{n}", np.zeros(SIZE)) for n in range(5)])
+    result, _ = aggregate(strategy(name), {}, 1, [reply(f"site-{n}", np.zeros(SIZE)) for n in range(5)])
     assert not result.any()
 
 
@@ -115,7 +146,7 @@ def test_the_order_of_replies_does_not_matter(name):
     replies, results = updates(), set()
     for seed in range(6):
         random.Random(seed).shuffle(replies)  # noqa: S311
-        result, state = aggregate(settings(name), {}, 3, replies)
+        result, state = aggregate(strategy(name), {}, 3, replies)
         results.add((result.tobytes(), *(state[key].tobytes() for key in sorted(state))))
     assert len(results) == 1
 
@@ -125,7 +156,7 @@ def test_replies_are_left_alone(name):
     """Catches: an average in place, which would change what is recorded."""
     replies = updates()
     kept = copy.deepcopy(replies)
-    aggregate(settings(name), {}, 1, replies)
+    aggregate(strategy(name), {}, 1, replies)
     assert [r.site for r in replies] == [r.site for r in kept]
     assert all(np.array_equal(a.update, b.update) for a, b in zip(replies, kept, strict=True))
 
@@ -150,7 +181,7 @@ def as_messages(replies):
 @each_strategy
 def test_state_passed_on_is_as_good_as_an_object_kept_alive(name):
     """Catches: a moment that is forgotten, rounded or shared, so that a resumed run goes another way."""
-    alive, state = STRATEGIES.get(name)(settings(name)), {}
+    alive, state = strategy(name).make(), {}
     for number in (1, 2, 3):
         replies = updates(seed=number)
         zero = np.zeros(SIZE, np.float32)
@@ -160,7 +191,7 @@ def test_state_passed_on_is_as_good_as_an_object_kept_alive(name):
             alive.current_arrays = {ARRAY_KEY: zero}
         expected, _ = alive.aggregate_train(number, as_messages(replies))
         handed_in = {key: moment.copy() for key, moment in state.items()}
-        result, new = aggregate(settings(name), state, number, replies)
+        result, new = aggregate(strategy(name), state, number, replies)
         assert np.allclose(result, expected[ARRAY_KEY].numpy(), rtol=1e-5, atol=0)  # our moments are float64
         assert all(np.array_equal(state[key], handed_in[key]) for key in state)
         state = new
@@ -168,7 +199,7 @@ def test_state_passed_on_is_as_good_as_an_object_kept_alive(name):
 
 def test_who_remembers_what():
     """Catches: a state that is always empty, with which the test above would pass for strategies without one."""
-    remembered = {name: set(aggregate(settings(name), {}, 1, updates())[1]) for name in STRATEGIES.names()}
+    remembered = {name: set(aggregate(strategy(name), {}, 1, updates())[1]) for name in STRATEGIES.names()}
     assert remembered.pop("fedadam") == {"m_t", "v_t"}
     assert remembered.pop("fedavgm") == {"momentum_vector"}
     assert not any(remembered.values())
@@ -179,7 +210,7 @@ def test_fedavgm_is_the_papers_step():
 
     Hsu et al. 2019, section 4: v <- beta v + update, w <- w + eta v.
     """
-    chosen = settings("fedavgm", server_learning_rate=0.5, server_momentum=0.8)
+    chosen = strategy("fedavgm", server_learning_rate=0.5, server_momentum=0.8)
     state, velocity = {}, np.zeros(SIZE)
     for number in (1, 2, 3):
         replies = updates(seed=number)
@@ -194,7 +225,7 @@ def test_fedadam_is_the_papers_step():
 
     Reddi et al. 2021, algorithm 2, with Flower's bias correction, in which round 1 counts as the second step.
     """
-    chosen = settings("fedadam", server_learning_rate=0.3, beta_1=0.8, beta_2=0.9, tau=0.01)
+    chosen = strategy("fedadam", server_learning_rate=0.3, beta_1=0.8, beta_2=0.9, tau=0.01)
     replies = updates()
     weights = np.array([r.weight for r in replies], np.float64)
     mean = np.average([r.update for r in replies], axis=0, weights=weights)
@@ -208,9 +239,9 @@ def test_fedadam_is_the_papers_step():
 def test_weights_are_respected(name):
     """Catches: a plain mean; weights by position, not by site."""
     replies = [reply("b", np.ones(SIZE), 30), reply("a", np.zeros(SIZE), 10)]
-    result, _ = aggregate(settings(name), {}, 1, replies)
+    result, _ = aggregate(strategy(name), {}, 1, replies)
     assert np.allclose(result, 0.75)
-    assert np.allclose(aggregate(settings(name), {}, 1, replies[:1])[0], 1.0)
+    assert np.allclose(aggregate(strategy(name), {}, 1, replies[:1])[0], 1.0)
 
 
 def test_median_and_krum_withstand_one_liar():
@@ -218,17 +249,137 @@ def test_median_and_krum_withstand_one_liar():
     honest = [reply(f"site-{n}", np.ones(SIZE) + 0.01 * n, 10) for n in range(4)]
     replies = [*honest, reply("liar", np.full(SIZE, -1e4), 10_000)]
     for name in ("fedmedian", "krum"):
-        assert np.allclose(aggregate(settings(name), {}, 1, replies)[0], 1.0, atol=0.05), name
-    assert aggregate(settings("fedavg"), {}, 1, replies)[0].max() < -1000
+        assert np.allclose(aggregate(strategy(name), {}, 1, replies)[0], 1.0, atol=0.05), name
+    assert aggregate(strategy("fedavg"), {}, 1, replies)[0].max() < -1000
 
 
 def test_krum_returns_one_of_the_updates():
     """Catches: a mean of the closest (that would be Multi-Krum); the number of liars not handed on."""
     replies = updates(6)
-    result, _ = aggregate(settings("krum", num_malicious_sites=2), {}, 1, replies)
+    result, _ = aggregate(strategy("krum", num_malicious_sites=2), {}, 1, replies)
     assert any(np.array_equal(result, r.update) for r in replies)
-    made = STRATEGIES.get("krum")(settings("krum", num_malicious_sites=2))
+    made = strategy("krum", num_malicious_sites=2).make()
     assert made.num_malicious_nodes == 2
+
+
+@each_strategy
+def test_the_order_of_updates_does_not_matter_for_the_step(name):
+    """Catches: factors that are stacked or summed in the order of arrival."""
+    config, spec, state, found = lora_case(name)
+    steps = {step(config, spec, state, order)[0].tobytes() for order in (found, found[::-1], found[2:] + found[:2])}
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize("name", sorted(set(STRATEGIES.names()) - {"fedadam"}))
+def test_one_sites_update_is_the_step(name):
+    """Catches: a combination that loses, doubles or rescales what a site has learned. Adam has steps of its own."""
+    config, spec, state, found = lora_case(name, sites=1)
+    after = state.vector + step(config, spec, state, found)[0]
+    learned = state.vector + found[0].update
+    rank = 2 if name == "svd" else 6
+    u, values, v = np.linalg.svd(product(learned, spec))
+    assert np.allclose(product(after, spec), (u[:, :rank] * values[:rank]) @ v[:rank], atol=1e-4)
+    assert np.allclose(unpack(after, spec)["head.weight"], unpack(learned, spec)["head.weight"], atol=1e-5)
+
+
+@each_strategy
+def test_what_is_remembered_survives_a_checkpoint(name, tmp_path):
+    """Catches: moments that a checkpoint rounds, renames or leaves out: a resumed run would go another way."""
+    config, spec, state, found = lora_case(name)
+    update, moments = step(config, spec, state, found)
+    state = replace(state, vector=state.vector + update, round=1, strategy=moments)
+    checkpoint.save(tmp_path, state, "1" * 64, spec.sha256)
+    again = checkpoint.load(tmp_path, "1" * 64, spec.sha256)
+    there, here = (step(config, spec, one, found) for one in (state, again))
+    assert there[0].tobytes() == here[0].tobytes()
+    assert there[1].keys() == here[1].keys()
+    assert all(np.array_equal(there[1][key], here[1][key]) for key in there[1])
+
+
+def test_a_linear_strategy_needs_the_mean_alone():
+    """Catches: a strategy that the private modes allow, and that does something else with a mean than with updates."""
+    linear = [name for name in STRATEGIES.names() if STRATEGIES.get(name).linear]
+    assert {"fedavg", "fedadam", "ffa"} <= set(linear)
+    for name in linear:
+        assert not STRATEGIES.get(name).sees_factors
+        assert gap_of_the_mean(name) < 1e-6, name
+    for name in ("fedmedian", "krum", "flora", "svd"):
+        assert gap_of_the_mean(name) > 1e-3, name
+
+
+def gap_of_the_mean(name):
+    """Return by how much a strategy's second step differs if it gets the mean in place of the updates."""
+    config, spec, state, found = lora_case(name)
+    mean = np.average([one.update for one in found], axis=0, weights=[one.weight for one in found])
+    steps = []
+    for given in (found, [WeightedUpdate("mean", mean.astype(np.float32), 1)]):
+        update, moments = step(config, spec, state, given)
+        second = replace(state, vector=state.vector + update, round=1, strategy=moments)
+        steps.append(step(config, spec, second, given)[0])
+    return np.abs(steps[0] - steps[1]).max()
+
+
+GATEWAYS = {"clients": 8, "data": "rows.csv", "clients_per_site": 2}
+PRIVATE = {"mode": "central", "target_epsilon": 8.0}
+
+REFUSALS = {
+    "gateways": (lambda kind: kind.sees_factors, {"simulation": GATEWAYS}, "simulation.clients_per_site"),
+    "dora": (lambda kind: kind.sees_factors, {"adapter": {"use_dora": True}}, "adapter.use_dora"),
+    "another start": (lambda kind: kind.sees_factors, {"adapter": {"init": "orthogonal"}}, "adapter.init"),
+    "an optimiser that stays": (
+        lambda kind: kind.sees_factors,
+        {"train": {"persist_optimizer": True}},
+        "train.persist_optimizer",
+    ),
+    "no LoRA": (lambda kind: kind.needs_lora, {"adapter": {"method": "ia3"}}, "adapter.method"),
+    "a frozen A": (
+        lambda kind: kind.needs_lora and not kind.freezes_a,
+        {"adapter": {"freeze_a": "yes"}},
+        "adapter.freeze_a",
+    ),
+    "a trained A": (lambda kind: kind.freezes_a, {"adapter": {"freeze_a": "no"}}, "adapter.freeze_a"),
+    "ranks": (lambda kind: not kind.mixed_ranks, {"simulation": {"ranks": [1, 2]}}, "simulation.ranks"),
+    "a merged pair": (lambda kind: not kind.fills_merged_pair, {"adapter": {"merged_rank": 4}}, "adapter.merged_rank"),
+    "private clients": (lambda kind: not kind.linear, {"privacy": PRIVATE}, "strategy.name"),
+    "private rows": (
+        lambda kind: not kind.same_part,
+        {"privacy": {"examples": {"target_epsilon": 8.0}}},
+        "strategy.name",
+    ),
+}
+
+
+@each_strategy
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_the_rules_between_settings_ask_the_traits(name, refusal):
+    """Catches: a trait that no rule asks; a rule that knows strategies by name, and overlooks a new one."""
+    trait, sections, key = REFUSALS[refusal]
+    try:
+        parse({"strategy": {"name": name}, **sections})
+        keys = set()
+    except ConfigError as error:
+        keys = {problem.key for problem in error.problems}
+    assert (key in keys) == trait(STRATEGIES.get(name))
+
+
+@each_strategy
+def test_what_a_strategy_needs_of_lora_is_set(name):
+    """Catches: A trained where it is to be frozen; no pair to merge into; settings that nobody asked for."""
+    kind, adapter = STRATEGIES.get(name), parse({"strategy": {"name": name}}).adapter
+    assert (adapter.freeze_a == "yes") == kind.freezes_a
+    assert (adapter.merged_rank > 0) == kind.fills_merged_pair
+
+
+@each_strategy
+def test_sites_train_the_same_part_where_the_strategy_says_so(name):
+    """Catches: DP-SGD allowed where a round trains other numbers; a merged pair sent back by sites."""
+    kind = STRATEGIES.get(name)
+    spec = lora_spec(merged=True)
+    parts = [kind(kind.Settings()).trained_part(spec, round_number) for round_number in (1, 2, 3)]
+    assert all(tensor.part != "merged" for part in parts for tensor in part.tensors)
+    assert all("head.weight" in {tensor.name for tensor in part.tensors} for part in parts)
+    if kind.same_part:
+        assert parts[0] == parts[1] == parts[2]
 
 
 SKEWED = {"clients": 3, "partition": "dirichlet", "dirichlet_alpha": 0.1, "min_rows": 3}

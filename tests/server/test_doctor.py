@@ -2,6 +2,8 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
+from tsugiki.common.registry import Plugin
+from tsugiki.common.strategies import STRATEGIES
 from tsugiki.server import doctor
 from tsugiki.server.doctor import examine
 
@@ -55,3 +57,13 @@ def test_the_hub_is_named_offline_only_where_it_is(monkeypatch):
     assert "used for models" in found("model hub").found
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "offline" in found("model hub").found
+
+
+def test_packages_that_add_something_are_listed_and_broken_ones_with_their_problem(monkeypatch):
+    """Catches: a package that is left out, and nobody hears of it; one that makes the whole installation unfit."""
+    plugins = (Plugin("acme 1.0", "capped = acme"), Plugin("broken 2.0", "other = broken", "ImportError: no"))
+    monkeypatch.setattr(STRATEGIES, "_plugins", plugins)
+    assert found("acme 1.0").fine
+    broken = found("broken 2.0")
+    assert (broken.fine, broken.needed, broken.found) == (False, False, "strategy other = broken: ImportError: no")
+    assert "uninstall" in broken.do

@@ -23,14 +23,14 @@ from tsugiki.common.config.files import (
 )
 from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ConfigError
-from tsugiki.common.strategies.settings import LORA_ONLY, STRATEGY_SETTINGS
+from tsugiki.common.strategies import STRATEGIES
 from tsugiki.common.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[3]
 COMBINATIONS = [
     (task, method, strategy)
-    for task, method, strategy in itertools.product(TASKS.names(), ADAPTERS.names(), STRATEGY_SETTINGS.names())
-    if strategy not in LORA_ONLY or method == "lora"
+    for task, method, strategy in itertools.product(TASKS.names(), ADAPTERS.names(), STRATEGIES.names())
+    if not STRATEGIES.get(strategy).needs_lora or method == "lora"
 ]
 
 each_combination = pytest.mark.parametrize(("task", "method", "strategy"), COMBINATIONS)

@@ -5,7 +5,8 @@ import pytest
 
 from tests.support.federation import tiny_config
 from tsugiki.common.model.load import load_graft
-from tsugiki.common.strategies.factors import Pair, narrow, pairs, sent, truncate, widen
+from tsugiki.common.strategies import STRATEGIES
+from tsugiki.common.strategies.factors import Pair, narrow, pairs, truncate, widen
 from tsugiki.common.wire.spec import AdapterSpec, TensorSpec, unpack
 
 
@@ -20,6 +21,12 @@ def spec(*names):
 
 
 MERGED = ("x.lora_A.merged.weight", "x.lora_B.merged.weight")
+
+
+def sent(whole, name, round_number):
+    """Return the part of an adapter that sites send in a round."""
+    kind = STRATEGIES.get(name)
+    return kind(kind.Settings()).trained_part(whole, round_number)
 
 
 def names(part):

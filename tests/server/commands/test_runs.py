@@ -20,7 +20,7 @@ from tsugiki.common.config.parse import parse
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError, ExportError, RegistryError, TsugikiError, UsageError
 from tsugiki.common.files import read_lines
-from tsugiki.common.strategies.settings import STRATEGY_SETTINGS
+from tsugiki.common.strategies import STRATEGIES
 from tsugiki.common.tasks import TASKS
 from tsugiki.server import doctor
 from tsugiki.server.commands import runs as commands
@@ -118,7 +118,7 @@ def test_the_schema_knows_every_setting_of_every_choice():
     """Catches: a task, method or strategy, or a setting of theirs, that the schema refuses."""
     schema = json.loads(invoke("config", "schema").stdout)
     assert set(schema["properties"]) == set(RunConfig.model_fields)
-    for section, registry in (("task", TASKS), ("adapter", ADAPTERS), ("strategy", STRATEGY_SETTINGS)):
+    for section, registry in (("task", TASKS), ("adapter", ADAPTERS), ("strategy", STRATEGIES)):
         choices = schema["properties"][section]["anyOf"]
         classes = [
             entry.Settings if hasattr(entry, "Settings") else entry for entry in map(registry.get, registry.names())

@@ -65,7 +65,7 @@ def charged(tmp_path):
     return Counter((line["adversary"], line["round"]) for line in verify(tmp_path / LEDGER))
 
 
-RECEIVING, AVERAGING = "tsugiki.server.run.collect.receive", "tsugiki.server.run.loop.aggregate"
+RECEIVING, AVERAGING = "tsugiki.server.run.collect.receive", "tsugiki.server.run.loop.step"
 
 
 @pytest.mark.parametrize("mode", ["local", "distributed"])

@@ -1,4 +1,4 @@
-"""Aggregation that knows LoRA: what the mean of B A is, how far the server's choice is from it, and exact choices.
+"""Products B A of LoRA's factors: their mean over sites, its best factors, and how far an adapter is from it.
 
 Products are kept as factors, (left, right) with shapes (out, k) and (k, in): with the QR decompositions of both,
 whatever is asked of the product is a matter of a k x k matrix. They are multiplied out only where k would exceed the
@@ -7,7 +7,7 @@ layer's smaller side. All is done in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,9 @@ import numpy.typing as npt
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from tsugiki.common.adapters.base import MERGED, TRAINED
-from tsugiki.common.rng import generator
+from tsugiki.common.strategies.base import WeightedUpdate
 from tsugiki.common.strategies.factors import Pair, pairs
-from tsugiki.common.wire.spec import AdapterSpec, Vector, l2_norm, pack, unpack
-from tsugiki.server.run.replies import Accepted
+from tsugiki.common.wire.spec import AdapterSpec, Vector, l2_norm, unpack
 
 Matrix = npt.NDArray[np.float64]
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -59,8 +58,9 @@ def _joined(terms: Sequence[Product], weights: Sequence[float] = ()) -> Product:
     Where that is longer than the layer is wide, the sum is multiplied out, so that no product outgrows its layer.
     """
     weights = weights or [1.0] * len(terms)
-    (left, right), inner = terms[0], sum(left.shape[1] for left, _ in terms)
+    left, right = terms[0]
     shape = len(left), right.shape[1]
+    inner = sum(left.shape[1] for left, _ in terms)
     if inner <= min(shape):
         scaled = [weight * left for (left, _), weight in zip(terms, weights, strict=True)]
         return np.concatenate(scaled, axis=1), np.concatenate([right for _, right in terms])
@@ -88,7 +88,8 @@ def project(product: Product, rank: int) -> tuple[Matrix, Matrix]:
         product: of inner size `rank` at least.
         rank: at most the smaller side of the layer.
     """
-    (q_left, r_left), (q_right, r_right) = np.linalg.qr(product[0]), np.linalg.qr(product[1].T)
+    q_left, r_left = np.linalg.qr(product[0])
+    q_right, r_right = np.linalg.qr(product[1].T)
     u, values, v = np.linalg.svd(r_left @ r_right.T)
     return q_left @ u[:, :rank] * values[:rank] / _ROW_NORM, _ROW_NORM * v[:rank] @ q_right.T
 
@@ -108,7 +109,9 @@ def mean_change(layer: Layer, before: Tensors, accepted: Sequence[Tensors], weig
     return mean if layer.merged is None else _joined([mean, _product(layer.merged, before)])
 
 
-def aggregation_error(spec: AdapterSpec, before: Vector, after: Vector, accepted: Sequence[Accepted]) -> float | None:
+def aggregation_error(
+    spec: AdapterSpec, before: Vector, after: Vector, updates: Sequence[WeightedUpdate]
+) -> float | None:
     """Return how far the server's choice is from the mean of what sites have learned.
 
     ||mean(B_i A_i) - B A|| / ||mean(B_i A_i)||, in Frobenius norms over all adapted layers; means are weighted by rows.
@@ -118,88 +121,28 @@ def aggregation_error(spec: AdapterSpec, before: Vector, after: Vector, accepted
         spec: of the adapter.
         before: what sites started from, shape (spec.size,).
         after: what the server has made of it.
-        accepted: the sites' updates.
+        updates: of the sites.
 
     Returns:
         None without LoRA, and where a gateway has averaged the factors of its clients before they came here.
     """
-    if not pairs(spec) or not accepted or any(reply.clients > 1 for reply in accepted):
+    if not pairs(spec) or not updates or any(one.clients > 1 for one in updates):
         return None
-    start, end, updates, weights = _opened(spec, before, after, accepted)
-    apart, whole = [], []
+    start = unpack(before, spec)
+    end = unpack(after, spec)
+    changes = [unpack(one.update, spec) for one in updates]
+    apart = []
+    whole = []
     with threadpool_limits(1, "blas"):  # its threads cost more than they save here
         for layer in layers(spec):
-            mean = mean_change(layer, start, updates, weights)
+            mean = mean_change(layer, start, changes, shares(updates))
             apart.append(norm(_joined([mean, change(layer, end)], [1.0, -1.0])))
             whole.append(norm(mean))
     total = l2_norm(np.array(whole))
     return l2_norm(np.array(apart)) / total if total else 0.0
 
 
-def _opened(
-    spec: AdapterSpec, before: Vector, after: Vector, accepted: Sequence[Accepted]
-) -> tuple[Tensors, Tensors, list[Tensors], list[float]]:
-    """Return everything by name, and the sites' weights."""
-    total = sum(reply.weight for reply in accepted)
-    updates: list[Tensors] = [unpack(reply.update, spec) for reply in accepted]
-    return unpack(before, spec), unpack(after, spec), updates, [reply.weight / total for reply in accepted]
-
-
-Combine = Callable[[Layer, Tensors, Product, np.random.Generator], dict[str, Matrix]]
-"""From a layer, the adapter before, the mean of what sites made of it and a source of numbers to factors by name."""
-
-
-def svd(layer: Layer, before: Tensors, mean: Product, draw: np.random.Generator) -> dict[str, Matrix]:
-    """Return the best factors of the mean of B A. Source: Bai et al. 2024, arXiv:2402.11505, section 3 (FlexLoRA)."""
-    b, a = project(mean, len(before[layer.pair.a]))
-    return {layer.pair.b: b, layer.pair.a: a}
-
-
-def flora(layer: Layer, before: Tensors, mean: Product, draw: np.random.Generator) -> dict[str, Matrix]:
-    """Return a fresh pair, and the merged one with what all sites have learned: theirs stacked, rank by rank.
-
-    Source: Wang et al. 2024, arXiv:2409.05976, section 3 (FLoRA). The paper adds the stack to the base's weights; here
-    the base stays as it is, and a second pair that sites do not train holds the sum, exactly while its rank suffices.
-    """
-    pair, merged = layer.pair, layer.merged
-    assert merged is not None  # noqa: S101  # `flora` sets adapter.merged_rank
-    b, a = project(mean, len(before[merged.a]))
-    rank, width = before[pair.a].shape
-    fresh = draw.uniform(-1, 1, (rank, width)) / np.sqrt(width)
-    return {merged.b: b, merged.a: a, pair.b: np.zeros((len(b), rank)), pair.a: fresh}
-
-
-COMBINE: Mapping[str, Combine] = {"svd": svd, "flora": flora}
-"""By strategy: how pairs are combined that a mean of the factors would not do justice to."""
-
-
-def combine(
-    strategy: str,
-    spec: AdapterSpec,
-    before: Vector,
-    update: Vector,
-    accepted: Sequence[Accepted],
-    seed: int,
-    round_: int,
-) -> Vector:
-    """Return the update with the pairs as the strategy combines them; heads and other tensors stay as they are in it.
-
-    Args:
-        strategy: its name; one without an entry in `COMBINE` changes nothing.
-        spec: of the adapter.
-        before: the adapter that sites started from, shape (spec.size,).
-        update: the mean of the updates, shape (spec.size,).
-        accepted: the updates.
-        seed: the run's, for fresh factors.
-        round_: counted from 1.
-    """
-    if strategy not in COMBINE:
-        return update
-    draw = generator(seed, "fresh-factors", round_)
-    old, mean, updates, weights = _opened(spec, before, update, accepted)
-    new: dict[str, Matrix] = {}
-    with threadpool_limits(1, "blas"):
-        for layer in layers(spec):
-            new |= COMBINE[strategy](layer, old, mean_change(layer, old, updates, weights), draw)
-    moved = {name: (values - old[name]).astype(np.float32) for name, values in new.items()}
-    return pack({**mean, **moved}, spec)
+def shares(updates: Sequence[WeightedUpdate]) -> list[float]:
+    """Return the updates' weights, which sum to 1."""
+    total = sum(one.weight for one in updates)
+    return [one.weight / total for one in updates]

@@ -5,15 +5,15 @@ from pydantic import ValidationError
 
 from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ConfigError
-from tsugiki.common.strategies.settings import STRATEGY_SETTINGS
+from tsugiki.common.strategies import STRATEGIES
 
 
 def test_a_run_finds_its_strategys_settings():
     """Catches: settings that no run file can reach."""
-    assert STRATEGY_SETTINGS.names()
-    for name in STRATEGY_SETTINGS.names():
+    assert STRATEGIES.names()
+    for name in STRATEGIES.names():
         chosen = parse({"strategy": {"name": name}}).strategy
-        assert type(chosen) is STRATEGY_SETTINGS.get(name)
+        assert type(chosen) is STRATEGIES.get(name).Settings
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_a_run_finds_its_strategys_settings():
 def test_values_that_make_no_sense_are_refused(name, values):
     """Catches: momentum that never ends, a step of nothing, a setting of another strategy taken in silence."""
     with pytest.raises(ValidationError):
-        STRATEGY_SETTINGS.get(name)(**values)
+        STRATEGIES.get(name).Settings(**values)
 
 
 @pytest.mark.parametrize(

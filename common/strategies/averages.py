@@ -1,0 +1,167 @@
+"""Strategies that Flower has: means, a server's optimiser on the mean, and what withstands sites that lie."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from tsugiki.common.errors import Problem
+from tsugiki.common.settings import StrategySettings
+from tsugiki.common.strategies.base import STRATEGIES, Strategy
+
+if TYPE_CHECKING:
+    from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+
+    from tsugiki.common.config.run import RunConfig
+
+
+class FedAvgSettings(StrategySettings):
+    """Weighted mean of the updates."""
+
+    name: Literal["fedavg"] = Field(default="fedavg", description="the strategy")
+
+
+@STRATEGIES.register("fedavg")
+class FedAvg(Strategy):
+    """Weighted mean. Source: McMahan et al. 2017, arXiv:1602.05629, algorithm 1."""
+
+    name = "fedavg"
+    Settings = FedAvgSettings
+    linear = True
+
+    def make(self) -> FlowerFedAvg:
+        """Return Flower's FedAvg."""
+        from flwr.serverapp.strategy import FedAvg
+
+        return FedAvg()
+
+
+class FedProxSettings(StrategySettings):
+    """FedAvg with a proximal term at the client."""
+
+    name: Literal["fedprox"] = Field(default="fedprox", description="the strategy")
+    proximal_mu: float = Field(default=0.01, ge=0, description="weight of (mu/2)*||local - global||^2")
+
+
+@STRATEGIES.register("fedprox")
+class FedProx(Strategy):
+    """Weighted mean; the proximal term is in the client's loop.
+
+    Source: Li et al. 2020, arXiv:1812.06127, algorithm 2.
+    """
+
+    name = "fedprox"
+    Settings = FedProxSettings
+    linear = True
+
+    def make(self) -> FlowerFedAvg:
+        """Return Flower's FedProx."""
+        from flwr.serverapp.strategy import FedProx
+
+        return FedProx(proximal_mu=self.settings.proximal_mu)
+
+
+class FedAvgMSettings(StrategySettings):
+    """FedAvg with momentum at the server."""
+
+    name: Literal["fedavgm"] = Field(default="fedavgm", description="the strategy")
+    server_learning_rate: float = Field(default=1.0, gt=0, description="factor on the server's step")
+    server_momentum: float = Field(default=0.5, gt=0, lt=1, description="share of the last step in the next")
+
+
+@STRATEGIES.register("fedavgm")
+class FedAvgM(Strategy):
+    """Momentum on the mean update. Source: Hsu et al. 2019, arXiv:1909.06335, section 4."""
+
+    name = "fedavgm"
+    Settings = FedAvgMSettings
+    linear = True
+
+    def make(self) -> FlowerFedAvg:
+        """Return Flower's FedAvgM."""
+        from flwr.serverapp.strategy import FedAvgM
+
+        return FedAvgM(
+            server_learning_rate=self.settings.server_learning_rate, server_momentum=self.settings.server_momentum
+        )
+
+
+class FedAdamSettings(StrategySettings):
+    """Adam at the server, on the mean update."""
+
+    name: Literal["fedadam"] = Field(default="fedadam", description="the strategy")
+    server_learning_rate: float = Field(default=1e-3, gt=0, description="step of the server's Adam")
+    beta_1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
+    beta_2: float = Field(default=0.99, ge=0, lt=1, description="decay of the second moment")
+    tau: float = Field(default=1e-3, gt=0, description="degree of adaptivity")
+
+
+@STRATEGIES.register("fedadam")
+class FedAdam(Strategy):
+    """Adam on the mean update. Source: Reddi et al. 2021, arXiv:2003.00295, algorithm 2."""
+
+    name = "fedadam"
+    Settings = FedAdamSettings
+    linear = True
+
+    def make(self) -> FlowerFedAvg:
+        """Return Flower's FedAdam."""
+        from flwr.serverapp.strategy import FedAdam
+
+        return FedAdam(
+            eta=self.settings.server_learning_rate,
+            beta_1=self.settings.beta_1,
+            beta_2=self.settings.beta_2,
+            tau=self.settings.tau,
+        )
+
+
+class FedMedianSettings(StrategySettings):
+    """Coordinate-wise median of the updates."""
+
+    name: Literal["fedmedian"] = Field(default="fedmedian", description="the strategy")
+
+
+@STRATEGIES.register("fedmedian")
+class FedMedian(Strategy):
+    """Median of each coordinate. Source: Yin et al. 2018, arXiv:1803.01498, algorithm 1, option 1."""
+
+    name = "fedmedian"
+    Settings = FedMedianSettings
+
+    def make(self) -> FlowerFedAvg:
+        """Return Flower's FedMedian."""
+        from flwr.serverapp.strategy import FedMedian
+
+        return FedMedian()
+
+
+class KrumSettings(StrategySettings):
+    """The one update that is closest to its neighbours."""
+
+    name: Literal["krum"] = Field(default="krum", description="the strategy")
+    min_clients: int = Field(default=5, ge=1, le=100_000, description="quorum: at least 2 * num_malicious_sites + 3")
+    num_malicious_sites: int = Field(default=1, ge=0, description="how many sites may lie")
+
+
+@STRATEGIES.register("krum")
+class Krum(Strategy):
+    """The update closest to its neighbours. Source: Blanchard et al. 2017, section 4 (NeurIPS 30)."""
+
+    name = "krum"
+    Settings = KrumSettings
+
+    def make(self) -> FlowerFedAvg:
+        """Return Flower's Krum."""
+        from flwr.serverapp.strategy import Krum
+
+        return Krum(num_malicious_nodes=self.settings.num_malicious_sites)
+
+    def problems(self, config: RunConfig) -> list[Problem]:
+        """Return a quorum with which liars could outvote the others."""
+        settings: KrumSettings = self.settings
+        if settings.min_clients >= 2 * settings.num_malicious_sites + 3:
+            return []
+        expected = "at least 2 * num_malicious_sites + 3, which krum needs"
+        return [Problem("strategy.min_clients", str(settings.min_clients), expected, "raise min_clients")]
