@@ -125,7 +125,7 @@ def trivial_rounds(rounds: int, ours: bool, folder: Path) -> list[float]:
 def run_trivial(grid: SuperlinkGrid, config: RunConfig, spec: AdapterSpec, clock: Progress, folder: Path) -> None:
     """Run the rounds with the trivial app, from the hello on."""
     audit, stop = AuditLog(folder / "audit.jsonl"), Stop()
-    roster = Roster(grid, config, spec, audit, stop)
+    roster = Roster(grid, config, spec, None, audit, stop)
     roster.wait(lambda count: None)
     parts = Parts(config, spec, grid, roster, None, False, folder, audit, clock, stop)
     run_rounds(parts, initial_state(np.zeros(spec.size, np.float32)))

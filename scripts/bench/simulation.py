@@ -48,7 +48,7 @@ def our_messages_per_second(size: int, folder: Path) -> float:
     folder.mkdir()
     audit, stop = AuditLog(folder / "audit.jsonl"), Stop()
     grid = InProcessGrid(trivial_app(spec), SITES)
-    roster = Roster(grid, config, spec, audit, stop)
+    roster = Roster(grid, config, spec, None, audit, stop)
     roster.wait(lambda count: None)
     parts = Parts(config, spec, grid, roster, None, False, folder, audit)
     started = time.perf_counter()

@@ -97,7 +97,7 @@ def train_request(parts: Parts, number: int, nonce: str, clients: list[int] | No
     """Return what a site is asked to train."""
     rounds = parts.config.run.rounds
     return TrainRequest(
-        config=parts.config.for_sites(),
+        config=parts.config_for_sites,
         round=number,
         spec_sha256=parts.spec.sha256,
         schedule_start=(number - 1) / rounds,
@@ -175,7 +175,7 @@ def evaluate_at_sites(parts: Parts, state: State) -> dict[str, dict[str, float]]
     members = [member for member in parts.roster.members().values() if member.evaluation_rows]
     if not members:
         return {}
-    arrays, text = encode(state.vector, parts.spec), parts.config.for_sites()
+    arrays, text = encode(state.vector, parts.spec), parts.config_for_sites
 
     def request(nonce: str, node: int) -> RecordDict:
         return to_record(EvaluateRequest(text, state.round, parts.spec.sha256, nonce), arrays)

@@ -39,6 +39,11 @@ class Parts:
     privacy: Privacy | None = None
 
     @property
+    def config_for_sites(self) -> str:
+        """The settings that every request carries, as JSON."""
+        return self.config.for_sites(self.privacy.plan if self.privacy else None)
+
+    @property
     def withholds(self) -> bool:
         """Whether it is a secret who is asked: Poisson sampling, on which the account counts."""
         return self.privacy is not None and self.privacy.plan.sampling_probability < 1

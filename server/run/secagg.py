@@ -87,7 +87,7 @@ class Attempt:
             fields: beside the request, by site.
             read: turns a site's fields into what they mean.
         """
-        config, names = self.parts.config.for_sites(), self._names()
+        config, names = self.parts.config_for_sites, self._names()
 
         def request(nonce: str, node: int) -> RecordDict:
             body = fields(names[node])

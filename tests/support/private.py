@@ -19,7 +19,7 @@ from tsugiki.common.config.parse import parse, site_config
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.privacy.plan import Plan
-from tsugiki.common.privacy.planning import make_plan, resolve
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.arrays import decode, encode_levels
 from tsugiki.common.wire.messages import PrivateReply, TrainRequest, from_record, to_record
 from tsugiki.server.engines.in_process import Fault
@@ -57,7 +57,7 @@ def private_config(
 
 def plan_of(mode: str, dimension: int = SPEC.size, **options: Any) -> Plan:
     """Return the plan of `private_config(mode, **options)`."""
-    plan = make_plan(resolve(private_config(mode, **options), dimension), dimension)
+    plan = make_plan(private_config(mode, **options), dimension)
     assert plan is not None
     return plan
 
@@ -97,8 +97,8 @@ def private_app(
 
 def private_parts(folder: Path, app: ClientApp, nodes: int, config: RunConfig, fault: Fault | None = None) -> Parts:
     """Return the parts of a private toy run in `folder`, with its ledger there."""
-    config = resolve(config, SPEC.size)
-    privacy = open_privacy(config, SPEC.size, folder / LEDGER, AuditLog(folder / "audit.jsonl"))
+    plan = make_plan(config, SPEC.size)
+    privacy = open_privacy(plan, config, folder / LEDGER, AuditLog(folder / "audit.jsonl"))
     return toy_parts(folder, app, nodes, config, fault, privacy=privacy)
 
 

@@ -117,7 +117,8 @@ def toy_parts(
     """Return the parts of a toy run in `folder`; `fields` replaces others of `Parts`."""
     config = config or toy_config(folder)
     grid, audit, stop = InProcessGrid(app, nodes, fault), AuditLog(folder / "audit.jsonl"), Stop()
-    roster = Roster(grid, config, SPEC, audit, stop)
+    privacy = fields.get("privacy")
+    roster = Roster(grid, config, SPEC, privacy.plan if privacy else None, audit, stop)
     known = {"evaluate": None, "lower_is_better": False, "stop": stop}
     return Parts(config=config, spec=SPEC, grid=grid, roster=roster, folder=folder, audit=audit, **{**known, **fields})
 

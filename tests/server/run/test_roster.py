@@ -184,7 +184,7 @@ def growing(folder, sites, fault=None, **settings):
     config = toy_config(folder, **settings)
     parts = toy_parts(folder, toy_app(sites), len(sites), config)
     grid = Growing(toy_app(sites), len(sites), fault)
-    roster = type(parts.roster)(grid, config, SPEC, parts.audit, parts.stop)
+    roster = type(parts.roster)(grid, config, SPEC, None, parts.audit, parts.stop)
     return dataclasses.replace(parts, grid=grid, roster=roster)
 
 
