@@ -54,7 +54,7 @@ from tsugiki.common.wire.spec import AdapterSpec
 from tsugiki.server.demo.run import write_files
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid
-from tsugiki.server.run.context import Parts
+from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.loop import initial_state, run_rounds
 from tsugiki.server.run.privacy import open_privacy
 from tsugiki.server.run.roster import Roster
@@ -153,8 +153,8 @@ def in_process(secure: bool, rounds: int, folder: Path) -> tuple[list[dict[str, 
     roster = Roster(grid, config, spec, plan, audit, stop)
     roster.wait(lambda count: None)
     private = open_privacy(plan, config, folder / "ledger.jsonl", audit)
-    parts = Parts(config, spec, grid, roster, None, False, folder, audit, stop=stop, privacy=private)
-    run_rounds(parts, initial_state(np.zeros(spec.size, np.float32)))
+    ctx = RunContext(config, spec, grid, roster, None, False, folder, audit, stop=stop, privacy=private)
+    run_rounds(ctx, initial_state(np.zeros(spec.size, np.float32)))
     lines = [line for line in read_lines(folder / "metrics.jsonl") if line["round"]]
     return lines, [total / rounds for total in seconds.values()]
 

@@ -17,10 +17,10 @@ import numpy.typing as npt
 
 from tsugiki.common.registry import Registry
 from tsugiki.common.settings import StrategySettings
+from tsugiki.common.strategies.base import WeightedUpdate
 from tsugiki.common.strategies.settings import STRATEGY_SETTINGS
 from tsugiki.common.wire.arrays import ARRAY_KEY
 from tsugiki.common.wire.spec import Vector
-from tsugiki.server.run.replies import Accepted
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import FedAvg
@@ -90,7 +90,7 @@ def _krum(settings: Any) -> FedAvg:
 
 
 def aggregate(
-    settings: StrategySettings, state: Mapping[str, npt.NDArray[Any]], round_: int, accepted: Sequence[Accepted]
+    settings: StrategySettings, state: Mapping[str, npt.NDArray[Any]], round_: int, accepted: Sequence[WeightedUpdate]
 ) -> tuple[Vector, Moments]:
     """Return the aggregated update, shape (size,), and what the strategy wants to remember.
 
@@ -124,7 +124,7 @@ def aggregate(
     return arrays[ARRAY_KEY].numpy().astype(np.float32), remembered
 
 
-def _as_reply(reply: Accepted, array_record: Any, array: Any) -> Any:
+def _as_reply(reply: WeightedUpdate, array_record: Any, array: Any) -> Any:
     """Return a guarded update as a message of the form that Flower's strategies expect."""
     from flwr.app import Message, MetricRecord, RecordDict
 

@@ -17,9 +17,9 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from tsugiki.common.adapters.base import MERGED, TRAINED
 from tsugiki.common.rng import generator
+from tsugiki.common.strategies.base import WeightedUpdate
 from tsugiki.common.strategies.factors import Pair, pairs
 from tsugiki.common.wire.spec import AdapterSpec, Vector, l2_norm, pack, unpack
-from tsugiki.server.run.replies import Accepted
 
 Matrix = npt.NDArray[np.float64]
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -108,7 +108,9 @@ def mean_change(layer: Layer, before: Tensors, accepted: Sequence[Tensors], weig
     return mean if layer.merged is None else _joined([mean, _product(layer.merged, before)])
 
 
-def aggregation_error(spec: AdapterSpec, before: Vector, after: Vector, accepted: Sequence[Accepted]) -> float | None:
+def aggregation_error(
+    spec: AdapterSpec, before: Vector, after: Vector, accepted: Sequence[WeightedUpdate]
+) -> float | None:
     """Return how far the server's choice is from the mean of what sites have learned.
 
     ||mean(B_i A_i) - B A|| / ||mean(B_i A_i)||, in Frobenius norms over all adapted layers; means are weighted by rows.
@@ -137,7 +139,7 @@ def aggregation_error(spec: AdapterSpec, before: Vector, after: Vector, accepted
 
 
 def _opened(
-    spec: AdapterSpec, before: Vector, after: Vector, accepted: Sequence[Accepted]
+    spec: AdapterSpec, before: Vector, after: Vector, accepted: Sequence[WeightedUpdate]
 ) -> tuple[Tensors, Tensors, list[Tensors], list[float]]:
     """Return everything by name, and the sites' weights."""
     total = sum(reply.weight for reply in accepted)
@@ -178,7 +180,7 @@ def combine(
     spec: AdapterSpec,
     before: Vector,
     update: Vector,
-    accepted: Sequence[Accepted],
+    accepted: Sequence[WeightedUpdate],
     seed: int,
     round_: int,
 ) -> Vector:

@@ -24,7 +24,7 @@ from tsugiki.common.wire.spec import AdapterSpec, sha256, unpack
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.checkpoint import State
-from tsugiki.server.run.context import Parts
+from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.evaluate import make_evaluator
 from tsugiki.server.run.loop import initial_state, run_rounds
 from tsugiki.server.run.privacy import Privacy, open_privacy, rows_summary
@@ -98,7 +98,7 @@ def run_federation(
                 progress.note(f"privacy.enrolled_clients is not set: no more than min_clients = {most} may join")
             roster = Roster(grid, config, graft.spec, plan, audit, stop, names)
             _wait_for_sites(roster, config, progress)
-            ctx = Parts(
+            ctx = RunContext(
                 config=config,
                 spec=graft.spec,
                 grid=grid,
@@ -140,7 +140,7 @@ def _wait_for_sites(roster: Roster, config: RunConfig, progress: Progress) -> No
         progress.note(line)
 
 
-def _write_results(ctx: Parts, graft: Graft, state: State) -> dict[str, Any]:
+def _write_results(ctx: RunContext, graft: Graft, state: State) -> dict[str, Any]:
     """Write summary.json and the best adapter, close the audit log, and return the summary."""
     summary = summarise(ctx.config, graft, state, read_lines(ctx.folder / "metrics.jsonl"), ctx.privacy)
     summary["rows_privacy"] = _rows_summary(ctx.folder, ctx.config)

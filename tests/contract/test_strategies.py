@@ -14,6 +14,7 @@ from tsugiki.client.training.cohort import train_openly
 from tsugiki.common.files import read_lines
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.registry import Registry
+from tsugiki.common.strategies.base import WeightedUpdate
 from tsugiki.common.strategies.factors import pairs
 from tsugiki.common.strategies.settings import STRATEGY_SETTINGS
 from tsugiki.common.wire.arrays import ARRAY_KEY, encode
@@ -22,7 +23,6 @@ from tsugiki.common.wire.spec import unpack
 from tsugiki.server.engines.in_process import identify_process
 from tsugiki.server.run.aggregate import STRATEGIES, aggregate, missing_implementations
 from tsugiki.server.run.progress import Progress
-from tsugiki.server.run.replies import Accepted
 
 SIZE = 40
 each_strategy = pytest.mark.parametrize("name", STRATEGIES.names())
@@ -46,9 +46,8 @@ def settings(name, **changes):
 
 
 def reply(site, update, weight=10):
-    """Return an accepted update."""
-    update = np.asarray(update, np.float32)
-    return Accepted(site, update, weight, 0.5, 1, 0.1, float(np.linalg.norm(update)), update.nbytes)
+    """Return an update of a site."""
+    return WeightedUpdate(site, np.asarray(update, np.float32), weight)
 
 
 def updates(count=5, seed=0, scale=0.1):

@@ -3,10 +3,10 @@ import logging
 import numpy as np
 import pytest
 
+from tsugiki.common.strategies.base import WeightedUpdate
 from tsugiki.common.strategies.settings import STRATEGY_SETTINGS
 from tsugiki.server.engines.in_process import identify_process
 from tsugiki.server.run.aggregate import STRATEGIES, aggregate, missing_implementations
-from tsugiki.server.run.replies import Accepted
 
 SIZE = 6
 
@@ -18,9 +18,9 @@ def _identified():
 
 
 def reply(site, update, weight=10):
-    """Return an accepted update."""
+    """Return an update of a site."""
     update = np.broadcast_to(np.asarray(update, np.float32), (SIZE,)).copy()
-    return Accepted(site, update, weight, 0.5, 1, 0.1, float(np.linalg.norm(update)), 100)
+    return WeightedUpdate(site, update, weight)
 
 
 def settings(name, **values):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tsugiki.common.rng import generator
+from tsugiki.common.strategies.base import WeightedUpdate
 from tsugiki.common.wire.spec import AdapterSpec, TensorSpec, pack, unpack
 from tsugiki.server.run.factors import aggregation_error, combine, norm, project
-from tsugiki.server.run.replies import Accepted
 
 OUT, IN = 6, 7
 WEIGHTS = {"a": 10, "b": 30, "c": 5}
@@ -37,7 +37,7 @@ def accepted(whole):
     for site, rows in WEIGHTS.items():
         tensors = {n: v * (".merged." not in n) for n, v in unpack(drawn(whole, "update", site), whole).items()}
         update = pack({name: values.astype(np.float32) for name, values in tensors.items()}, whole)
-        found.append(Accepted(site, update, rows, 0.5, 1, 0.1, 1.0, 1))
+        found.append(WeightedUpdate(site, update, rows))
     return found
 
 
@@ -109,7 +109,7 @@ def test_one_site_alone_has_no_error_and_no_lora_has_none_to_tell():
     before, replies = drawn(whole, "before"), accepted(whole)[:1]
     assert aggregation_error(whole, before, after("fedavg", before, whole, replies), replies) < 1e-6
     zero = np.zeros(whole.size, np.float32)
-    nothing = [Accepted("a", zero, 1, 0.5, 1, 0.1, 0.0, 1)]
+    nothing = [WeightedUpdate("a", zero, 1)]
     assert aggregation_error(whole, zero, zero, nothing) == 0
     head = AdapterSpec("t", "ia3", "{}", "0" * 64, "float32", whole.tensors[:1])
     assert aggregation_error(head, zero[: head.size], zero[: head.size], nothing) is None
