@@ -13,7 +13,7 @@ from tsugiki.client.site.site import FileSite
 from tsugiki.common import __version__
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import UsageError
-from tsugiki.common.privacy.planning import resolve
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import EvaluateRequest, HelloRequest, TrainRequest, error_code, to_record
 
@@ -36,16 +36,17 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
     app = make_app(lambda context: quiet)
     yield "hello", _ask(app, "query", to_record(HelloRequest(config.for_sites(), __version__)))
     graft = load_at(site, config)
-    config, title = resolve(config, graft.spec.size), "round 1"
-    if config.privacy.secure_aggregation:  # masks take other sites; without them the site's policy would refuse
-        if config.privacy.noise_multiplier == 0:
+    plan = make_plan(config, graft.spec.size)
+    title = "round 1"
+    if plan and plan.secure_aggregation:  # masks take other sites; without them the site's policy would refuse
+        if plan.noise_multiplier == 0:
             return  # bare updates, which no run sends unmasked
         title = "round 1, before it is masked"
         unmasked = config.privacy.model_copy(update={"secure_aggregation": False, "target_epsilon": 0.0})
         config = config.model_copy(update={"privacy": unmasked})
         app = make_app(lambda context: replace(quiet, policy=SitePolicy(seeded_noise=quiet.policy.seeded_noise)))
     request = TrainRequest(
-        config=config.for_sites(),
+        config=config.for_sites(plan),
         round=1,
         spec_sha256=graft.spec.sha256,
         schedule_start=0.0,
@@ -57,7 +58,7 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
     arrays = encode(graft.initial, graft.spec)
     yield title, _ask(app, "train", to_record(request, arrays))
     if config.evaluation.at_sites and site.data.evaluation:
-        evaluation = EvaluateRequest(config.for_sites(), 1, graft.spec.sha256, "0" * 16)
+        evaluation = EvaluateRequest(config.for_sites(plan), 1, graft.spec.sha256, "0" * 16)
         yield "evaluation at the site", _ask(app, "evaluate", to_record(evaluation, arrays))
 
 

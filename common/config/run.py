@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny
 
+from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.settings import PrivacySection
 from tsugiki.common.settings import AdapterSettings, DataFormat, Name, Ranks, Section, StrategySettings, TaskSettings
 from tsugiki.common.tasks import TASKS
@@ -189,12 +190,34 @@ class RunConfig(Section):
         body = self.model_dump(mode="json", exclude=apart)
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
-    def for_sites(self) -> str:
+    def with_plan(self, plan: Plan | None) -> RunConfig:
+        """Return a copy whose [privacy] states the numbers that the plan took from elsewhere.
+
+        A plan made from the copy is the same plan, without calibration and without knowing the simulation.
+
+        Args:
+            plan: of this run; None: of a run without privacy, which is returned as it is.
+        """
+        if plan is None:
+            return self
+        numbers = {
+            "noise_multiplier": plan.noise_multiplier,
+            "enrolled_clients": plan.enrolled_clients,
+            "max_clients_per_site": plan.max_clients_per_site,
+        }
+        return self.model_copy(update={"privacy": self.privacy.model_copy(update=numbers)})
+
+    def for_sites(self, plan: Plan | None = None) -> str:
         """Return, as JSON, what sites have to know: none of the operator's data files or output folders.
 
-        `model.name` travels as it stands, because a site resolves it through its own [models].
+        `model.name` is sent unchanged, because a site resolves it through its own [models].
+
+        Args:
+            plan: of a private run: its numbers are sent too, so that a site can make the same plan. None: of a run
+                without privacy.
         """
-        body = self.model_dump(mode="json", include={"model", "task", "adapter", "train", "privacy", "strategy"})
+        sections = {"model", "task", "adapter", "train", "privacy", "strategy"}
+        body = self.with_plan(plan).model_dump(mode="json", include=sections)
         body["privacy"].pop("ledger")
         body["evaluation"] = {"batch_size": self.evaluation.batch_size, "monitor": self.evaluation.monitor}
         body["run"] = {"name": self.run.name, "rounds": self.run.rounds, "seed": self.run.seed}

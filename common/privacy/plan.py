@@ -1,6 +1,6 @@
 """The plan of a private run: every number that its account depends on, frozen before the first round.
 
-It stands in every checkpoint, and a run goes on under no other.
+Every checkpoint contains it, and a run is resumed under the same plan only.
 """
 
 from __future__ import annotations
@@ -8,10 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -23,7 +19,7 @@ class Plan:
         secure_aggregation: whether the server sees sums only.
         rounds: planned (T).
         enrolled_clients: who may ever take part (N).
-        max_clients_per_site: that one site may stand for: what a site says of its clients is believed up to this.
+        max_clients_per_site: the most clients that one site may have; a site that says more is refused.
         min_clients: the least number of clients in a sum (n_min).
         min_sites: under secure aggregation, the least number of sites that these clients are at.
         honest_fraction: of those, who add their noise and keep it to themselves (h).

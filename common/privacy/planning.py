@@ -1,54 +1,54 @@
-"""From a run's settings to its privacy plan.
+"""Make the privacy plan of a run from its settings.
 
-A site makes the same plan from the settings that it is sent, so that nothing about the noise has to be believed.
+The server makes it once, at the start of a run. A site makes the same plan from the settings that it is sent
+(`RunConfig.for_sites`), so that it need not believe anything about the noise.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from importlib.metadata import version
 
 from tsugiki.common import __version__
+from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError, Problem
 from tsugiki.common.privacy.accounting import RELATION, Release, calibrate
 from tsugiki.common.privacy.clipping import LEVELS
 from tsugiki.common.privacy.mechanisms import MECHANISMS, releases_of
-
-if TYPE_CHECKING:
-    from tsugiki.common.config.run import RunConfig
 from tsugiki.common.privacy.plan import Plan
 
 _WIDTHS_BITS = (32, 40, 48, 56)
 
 
-def resolve(config: RunConfig, dimension: int) -> RunConfig:
-    """Return the configuration with the noise multiplier and the number of clients that it implies.
+def make_plan(config: RunConfig, dimension: int) -> Plan | None:
+    """Return the plan of a run; None for a run without privacy.
+
+    The noise multiplier is the one in the settings. If that is 0 and there is a budget, it is the smallest that keeps
+    the budget over all rounds.
 
     Args:
-        config: with a privacy mode or without one.
-        dimension: coordinates of an update.
+        config: of the run.
+        dimension: coordinates of an update, at least 1.
 
     Raises:
-        ConfigError: the budget cannot be kept, or integers are too narrow for the plan.
+        ConfigError: no noise keeps the budget, or integers are too narrow for a sum of all clients.
     """
     if config.privacy.mode == "none":
-        return config
-    changes: dict[str, Any] = {
-        "enrolled_clients": config.enrolled_clients,
-        "max_clients_per_site": config.most_clients_of_a_site,
-    }
-    if config.privacy.noise_multiplier == 0 and config.privacy.target_epsilon > 0:
-        changes["noise_multiplier"] = _calibrated(config, dimension)
-    return config.model_copy(update={"privacy": config.privacy.model_copy(update=changes)})
+        return None
+    noise_multiplier = config.privacy.noise_multiplier
+    if noise_multiplier == 0 and config.privacy.target_epsilon > 0:  # a budget must never mean a run without noise
+        noise_multiplier = _calibrated(config, dimension)
+    return _plan(config, dimension, noise_multiplier)
 
 
 def _calibrated(config: RunConfig, dimension: int) -> float:
-    rounds, privacy = config.run.rounds, config.privacy
+    """Return the smallest noise multiplier that keeps the budget over all rounds."""
+    privacy = config.privacy
+    adversary = MECHANISMS.get(privacy.mode).budgeted[0]
 
     def releases(noise_multiplier: float) -> list[Release]:
-        changed = privacy.model_copy(update={"noise_multiplier": noise_multiplier})
-        seen = releases_of(_plan(config.model_copy(update={"privacy": changed}), dimension))
-        return [seen[MECHANISMS.get(privacy.mode).budgeted[0]]] * rounds
+        seen = releases_of(_plan(config, dimension, noise_multiplier))
+        return [seen[adversary]] * config.run.rounds
 
     try:
         return calibrate(releases, privacy.target_epsilon, privacy.delta)
@@ -59,26 +59,10 @@ def _calibrated(config: RunConfig, dimension: int) -> float:
         raise ConfigError("privacy plan", [problem]) from error
 
 
-def make_plan(config: RunConfig, dimension: int) -> Plan | None:
-    """Return the plan of a run; None for a run without privacy.
-
-    Args:
-        config: from `resolve`, or not resolved yet.
-        dimension: coordinates of an update.
-
-    Raises:
-        ConfigError: integers are too narrow for a sum of all clients.
-    """
-    if config.privacy.mode == "none":
-        return None
-    return _plan(resolve(config, dimension), dimension)  # settings with a budget and no noise must not mean no noise
-
-
-def _plan(config: RunConfig, dimension: int) -> Plan:
-    from importlib.metadata import version
-
-    privacy, sampled = config.privacy, config.privacy.sampling == "poisson"
-    probability = config.strategy.fraction_train if sampled else 1.0
+def _plan(config: RunConfig, dimension: int, noise_multiplier: float) -> Plan:
+    """Return the plan with this noise, whatever the settings say of noise."""
+    privacy = config.privacy
+    sampled = privacy.sampling == "poisson"
     return Plan(
         mode=privacy.mode,
         secure_aggregation=privacy.secure_aggregation,
@@ -89,14 +73,14 @@ def _plan(config: RunConfig, dimension: int) -> Plan:
         min_sites=privacy.min_sites,
         honest_fraction=privacy.honest_fraction,
         clip_norm=privacy.clip_norm,
-        noise_multiplier=privacy.noise_multiplier,
-        sampling_probability=probability,
+        noise_multiplier=noise_multiplier,
+        sampling_probability=config.strategy.fraction_train if sampled else 1.0,
         target_epsilon=privacy.target_epsilon,
         delta=privacy.delta,
         dimension=dimension,
         levels=LEVELS,
-        modulus_bits=_modulus_bits(config.enrolled_clients, privacy.noise_multiplier),
-        private=privacy.insecure_noise_seed == 0 and privacy.noise_multiplier > 0,
+        modulus_bits=_modulus_bits(config.enrolled_clients, noise_multiplier),
+        private=privacy.insecure_noise_seed == 0 and noise_multiplier > 0,
         relation=RELATION,
         versions=f"tsugiki {__version__}, dp-accounting {version('dp-accounting')}",
     )

@@ -39,7 +39,7 @@ from tsugiki.server.deploy.control import Control, executed
 from tsugiki.server.deploy.superlink_process import free_port, superlink
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.superlink import SuperlinkGrid
-from tsugiki.server.run.context import Parts
+from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.federation import run_federation
 from tsugiki.server.run.loop import initial_state, run_rounds
 from tsugiki.server.run.progress import Progress
@@ -125,10 +125,10 @@ def trivial_rounds(rounds: int, ours: bool, folder: Path) -> list[float]:
 def run_trivial(grid: SuperlinkGrid, config: RunConfig, spec: AdapterSpec, clock: Progress, folder: Path) -> None:
     """Run the rounds with the trivial app, from the hello on."""
     audit, stop = AuditLog(folder / "audit.jsonl"), Stop()
-    roster = Roster(grid, config, spec, audit, stop)
+    roster = Roster(grid, config, spec, None, audit, stop)
     roster.wait(lambda count: None)
-    parts = Parts(config, spec, grid, roster, None, False, folder, audit, clock, stop)
-    run_rounds(parts, initial_state(np.zeros(spec.size, np.float32)))
+    ctx = RunContext(config, spec, grid, roster, None, False, folder, audit, clock, stop)
+    run_rounds(ctx, initial_state(np.zeros(spec.size, np.float32)))
 
 
 def model_rounds(rounds: int, ours: bool, folder: Path) -> list[float]:

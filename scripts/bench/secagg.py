@@ -39,7 +39,7 @@ from tsugiki.common.config.parse import parse
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.files import read_lines
 from tsugiki.common.privacy.plan import Plan
-from tsugiki.common.privacy.planning import make_plan, resolve
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.arrays import encode_levels
 from tsugiki.common.wire.messages import (
     HelloReply,
@@ -54,7 +54,7 @@ from tsugiki.common.wire.spec import AdapterSpec
 from tsugiki.server.demo.run import write_files
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid
-from tsugiki.server.run.context import Parts
+from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.loop import initial_state, run_rounds
 from tsugiki.server.run.privacy import open_privacy
 from tsugiki.server.run.roster import Roster
@@ -144,17 +144,17 @@ def in_process(secure: bool, rounds: int, folder: Path) -> tuple[list[dict[str, 
     spec, seconds = trivial_spec(FLOATS), defaultdict(float)
     privacy = {"mode": "distributed", "noise_multiplier": 4.0, "secure_aggregation": secure, "enrolled_clients": SITES}
     raw = {"run": {"rounds": rounds}, "strategy": {"min_clients": LEAST}, "privacy": privacy}
-    config = resolve(parse(raw), spec.size)
+    config = parse(raw)
     plan = make_plan(config, spec.size)
     if plan is None:
         raise ValueError("a private run has a plan")
     audit, stop = AuditLog(folder / "audit.jsonl"), Stop()
     grid = InProcessGrid(private_app(spec, plan, seconds), SITES, dropping)
-    roster = Roster(grid, config, spec, audit, stop)
+    roster = Roster(grid, config, spec, plan, audit, stop)
     roster.wait(lambda count: None)
-    private = open_privacy(config, spec.size, folder / "ledger.jsonl", audit)
-    parts = Parts(config, spec, grid, roster, None, False, folder, audit, stop=stop, privacy=private)
-    run_rounds(parts, initial_state(np.zeros(spec.size, np.float32)))
+    private = open_privacy(plan, config, folder / "ledger.jsonl", audit)
+    ctx = RunContext(config, spec, grid, roster, None, False, folder, audit, stop=stop, privacy=private)
+    run_rounds(ctx, initial_state(np.zeros(spec.size, np.float32)))
     lines = [line for line in read_lines(folder / "metrics.jsonl") if line["round"]]
     return lines, [total / rounds for total in seconds.values()]
 

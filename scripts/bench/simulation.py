@@ -32,7 +32,7 @@ from tsugiki.common.model.load import load_graft
 from tsugiki.common.rng import generator
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid
-from tsugiki.server.run.context import Parts
+from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.loop import initial_state, run_rounds
 from tsugiki.server.run.roster import Roster
 from tsugiki.server.run.simulate import simulate
@@ -48,11 +48,11 @@ def our_messages_per_second(size: int, folder: Path) -> float:
     folder.mkdir()
     audit, stop = AuditLog(folder / "audit.jsonl"), Stop()
     grid = InProcessGrid(trivial_app(spec), SITES)
-    roster = Roster(grid, config, spec, audit, stop)
+    roster = Roster(grid, config, spec, None, audit, stop)
     roster.wait(lambda count: None)
-    parts = Parts(config, spec, grid, roster, None, False, folder, audit)
+    ctx = RunContext(config, spec, grid, roster, None, False, folder, audit)
     started = time.perf_counter()
-    run_rounds(parts, initial_state(np.zeros(size, np.float32)))
+    run_rounds(ctx, initial_state(np.zeros(size, np.float32)))
     return SITES * ROUNDS / (time.perf_counter() - started)
 
 

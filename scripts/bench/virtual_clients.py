@@ -36,7 +36,7 @@ from tsugiki.client.training.job import Job
 from tsugiki.common.config.parse import parse
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.files import read_lines
-from tsugiki.common.privacy.planning import make_plan, resolve
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.messages import TrainRequest
 from tsugiki.server.run.simulate import simulate
 
@@ -71,13 +71,12 @@ def alone(run: RunConfig, count: int) -> float:
     """Return the seconds that all clients would take one after the other, from some of them."""
     desk, site = Desk(), simulated_sites(run)[0]
     graft, rows = desk.graft(site, run), desk.rows(site, run, "train")
-    resolved = resolve(run, graft.spec.size)
-    plan = make_plan(resolved, graft.spec.size)
+    plan = make_plan(run, graft.spec.size)
     if plan is None or rows is None:
         raise ValueError("a private run over some rows")
     request = TrainRequest(run.for_sites(), 1, graft.spec.sha256, 0.0, 0.1, 1e9, "", "")
     clients = asked_clients(site.name, desk.rows_of_clients(site, run), ",".join(map(str, range(count))))
-    job = Job(graft, rows, clients, resolved, request, graft.initial, lambda *_: None)  # without a tail
+    job = Job(graft, rows, clients, run, request, graft.initial, lambda *_: None)  # without a tail
     train_privately(replace(job, clients=dict(list(clients.items())[:5])), plan)
     started = time.perf_counter()
     train_privately(job, plan)

@@ -19,7 +19,7 @@ from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError
 from tsugiki.common.privacy.accounting import epsilon
 from tsugiki.common.privacy.plan import Plan
-from tsugiki.common.privacy.planning import make_plan, resolve
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.server.budget.alternatives import Row, budgeted_release, table
 from tsugiki.server.budget.assessment import Assessment, assess
 
@@ -99,7 +99,7 @@ def make_budget(config: RunConfig, size: Size, mode: str, assumed: bool) -> Budg
     Raises:
         ConfigError: the budget cannot be kept, or integers are too narrow for the plan.
     """
-    plan = make_plan(resolve(config, size.total), size.total)
+    plan = make_plan(config, size.total)
     assert plan is not None  # noqa: S101  # for the type checker: the mode is not none
     asked = plan.denominator or max(plan.min_clients, round(config.strategy.fraction_train * plan.enrolled_clients))
     clients, target = max(1, round(asked)), _target(plan)

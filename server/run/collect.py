@@ -1,4 +1,4 @@
-"""Who is asked in a round, what they are asked, and what comes back."""
+"""Draw the cohort of a round, send it requests, and collect guarded replies."""
 
 from __future__ import annotations
 
@@ -6,124 +6,139 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tsugiki.common.errors import NotEnoughSites
 from tsugiki.common.rng import generator
-from tsugiki.common.strategies import strategy_of
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import EvaluateRequest, TrainRequest, to_record
 from tsugiki.server.engines.grid import exchange
 from tsugiki.server.run.checkpoint import State
-from tsugiki.server.run.context import Collected, Parts
-from tsugiki.server.run.guard import check, check_evaluation, check_private
-from tsugiki.server.run.replies import DROPOUT, Accepted, AcceptedStep, AcceptedSum, Asked, Rejected
+from tsugiki.server.run.context import RunContext
+from tsugiki.server.run.guard import check_evaluation
+from tsugiki.server.run.replies import (
+    DROPOUT,
+    Accepted,
+    AcceptedStep,
+    AcceptedSum,
+    Asked,
+    Collected,
+    Rejected,
+    Upload,
+)
 from tsugiki.server.run.roster import Member
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
 
-Passed = TypeVar("Passed", bound=Accepted | AcceptedSum | AcceptedStep)
+Passed = TypeVar("Passed", bound=Accepted | AcceptedSum | AcceptedStep[Any])
 
 
-def sample(parts: Parts, number: int, attempt: int) -> list[Member]:
+def sample(ctx: RunContext, round_number: int, attempt: int) -> list[Member]:
     """Return the cohort of a round, by site name: a function of the run's seed and of who is connected.
 
-    Under Poisson sampling all sites are in it, and `_asked_clients` draws clients.
+    Under Poisson sampling it has all sites: their clients are drawn instead (`private_round.py`).
 
     Raises:
-        NotEnoughSites: too few clients, or sites, for a round are.
+        NotEnoughSites: too few clients, or sites, are connected.
     """
-    parts.roster.gather()
-    members = list(parts.roster.members().values())
-    strategy = parts.config.strategy
-    if not parts.roster.enough():
-        sites = f", privacy.min_sites = {parts.roster.min_sites}" if parts.roster.min_sites else ""
+    ctx.roster.gather()
+    members = list(ctx.roster.members().values())
+    strategy = ctx.config.strategy
+    if not ctx.roster.enough():
+        sites = f", privacy.min_sites = {ctx.roster.min_sites}" if ctx.roster.min_sites else ""
         raise NotEnoughSites(
-            f"round {number}: {parts.roster.clients()} clients at {len(members)} sites are connected",
+            f"round {round_number}: {ctx.roster.clients()} clients at {len(members)} sites are connected",
             f"strategy.min_clients = {strategy.min_clients}{sites}",
             "bring the sites back and resume the run",
         )
-    if parts.withholds:
+    if ctx.withholds:
         return members
-    size = max(1, parts.roster.min_sites, round(strategy.fraction_train * len(members)))
+    size = max(1, ctx.roster.min_sites, round(strategy.fraction_train * len(members)))
     while True:
-        draw = generator(parts.config.run.seed, "cohort", number, attempt)
+        # a fresh generator for each size: the cohort must not depend on how many sizes were tried
+        draw = generator(ctx.config.run.seed, "cohort", round_number, attempt)
         chosen = [members[index] for index in sorted(draw.choice(len(members), size, replace=False))]
         if sum(member.clients for member in chosen) >= strategy.min_clients:
             return chosen
         size += 1
 
 
-def collect(parts: Parts, state: State, number: int, cohort: list[Member], attempt: int = 0) -> Collected:
-    """Send the adapter to the cohort and guard what comes back."""
-    if parts.privacy:
-        parts.privacy.charge("uploads", number, attempt)
-    arrays, strategy = encode(state.vector, parts.spec), parts.config.strategy
-    part = strategy_of(strategy).trained_part(parts.spec, number)
-    clients = {member.node_id: _asked_clients(parts, member, number) for member in cohort}
-    cohort = [member for member in cohort if clients[member.node_id] != []]
+def collect(
+    ctx: RunContext,
+    state: State,
+    round_number: int,
+    cohort: list[Member],
+    judge: Callable[[Message, Asked], Upload | Rejected],
+    clients: Mapping[str, list[int]] | None = None,
+) -> Collected[Upload]:
+    """Send the adapter to the cohort, and return what passed the guard and what did not.
+
+    Args:
+        ctx: of the run.
+        state: before the round.
+        round_number: counted from 1.
+        cohort: that is asked.
+        judge: returns the verdict on a reply.
+        clients: by site name, which of its clients are asked, at least one; None: all clients of all sites.
+    """
+    arrays = encode(state.vector, ctx.spec)
+    names = {member.node_id: member.name for member in cohort}
+    timeout_s = ctx.config.strategy.round_timeout_s
 
     def request(nonce: str, node: int) -> RecordDict:
-        return to_record(train_request(parts, number, nonce, clients[node]), arrays)
-
-    def judge(reply: Message, one: Asked) -> Accepted | AcceptedSum | Rejected:
-        if parts.privacy:
-            return check_private(reply, one, parts.privacy.plan)
-        return check(reply, one, parts.spec, strategy.max_update_norm, part)
+        drawn = None if clients is None else clients[names[node]]
+        return to_record(train_request(ctx, round_number, nonce, drawn), arrays)
 
     started = time.perf_counter()
-    asked, messages = address(cohort, number, "train", request, strategy.round_timeout_s)
-    asked = {node: replace(one, clients=_count(clients[node], one)) for node, one in asked.items()}
-    passed, rejected = receive(parts, number, asked, messages, judge)
-    down = sum(len(array.data) for array in arrays.values()) * len(messages)
-    up = sum(reply.size_bytes for reply in passed) + sum(reply.size_bytes for reply in rejected)
-    uploads = cast("list[Accepted | AcceptedSum]", passed)  # of what `judge` returns
-    return Collected(uploads, rejected, down, up, time.perf_counter() - started)
+    asked, messages = address(cohort, round_number, "train", request, timeout_s)
+    if clients is not None:  # the guard allows a sum the norm of the clients that were asked, not of all the site has
+        asked = {node: replace(one, clients=len(clients[one.site])) for node, one in asked.items()}
+    passed, rejected = receive(ctx, round_number, asked, messages, judge)
+    # all sites are sent the same arrays; what a rejected site sent was received too
+    bytes_down = sum(len(array.data) for array in arrays.values()) * len(messages)
+    bytes_up = sum(reply.size_bytes for reply in passed) + sum(reply.size_bytes for reply in rejected)
+    return Collected(passed, rejected, bytes_down, bytes_up, time.perf_counter() - started)
 
 
-def _asked_clients(parts: Parts, member: Member, number: int) -> list[int] | None:
-    """Return which clients of a site are asked; None for all."""
-    if parts.privacy is None or parts.privacy.plan.sampling_probability >= 1:
-        return None
-    return parts.privacy.sampled(member.clients, member.name, number)
+def train_request(ctx: RunContext, round_number: int, nonce: str, clients: list[int] | None = None) -> TrainRequest:
+    """Return the request to train in a round.
 
-
-def _count(clients: list[int] | None, one: Asked) -> int:
-    return one.clients if clients is None else len(clients)
-
-
-def train_request(parts: Parts, number: int, nonce: str, clients: list[int] | None = None) -> TrainRequest:
-    """Return what a site is asked to train."""
-    rounds = parts.config.run.rounds
+    Args:
+        ctx: of the run.
+        round_number: counted from 1.
+        nonce: that the reply has to repeat.
+        clients: of the site, which are to train; None: all.
+    """
+    rounds = ctx.config.run.rounds
     return TrainRequest(
-        config=parts.config.for_sites(),
-        round=number,
-        spec_sha256=parts.spec.sha256,
-        schedule_start=(number - 1) / rounds,
-        schedule_stop=number / rounds,
-        deadline_s=parts.config.strategy.round_timeout_s,
+        config=ctx.config_for_sites,
+        round=round_number,
+        spec_sha256=ctx.spec.sha256,
+        schedule_start=(round_number - 1) / rounds,
+        schedule_stop=round_number / rounds,
+        deadline_s=ctx.config.strategy.round_timeout_s,
         nonce=nonce,
         clients=",".join(map(str, clients or [])),
     )
 
 
 def receive(
-    parts: Parts,
-    number: int,
+    ctx: RunContext,
+    round_number: int,
     asked: Mapping[int, Asked],
     messages: list[Message],
     judge: Callable[[Message, Asked], Passed | Rejected],
     timeout_s: float = 0.0,
 ) -> tuple[list[Passed], list[Rejected]]:
-    """Send messages, judge what comes back, and return what passed, by site name, and what did not.
+    """Send messages, judge the replies, and return the accepted and the rejected ones, each by site name.
 
-    Sites that did not answer are taken for absent until the next look.
+    Sites that did not answer count as absent until the roster is next refreshed.
 
     Args:
-        parts: of the run.
-        number: of the round.
-        asked: what each node was asked.
+        ctx: of the run.
+        round_number: counted from 1.
+        asked: what each node was asked, by node id.
         messages: one for each node.
         judge: returns the verdict on a reply.
         timeout_s: for all of them; 0: the round's.
@@ -131,10 +146,10 @@ def receive(
     passed: dict[str, Passed] = {}
     failed: dict[str, Rejected] = {}
     late: list[Rejected] = []
-    for reply in exchange(parts.grid, messages, timeout_s or parts.config.strategy.round_timeout_s, parts.stop):
+    for reply in exchange(ctx.grid, messages, timeout_s or ctx.config.strategy.round_timeout_s, ctx.stop):
         one = asked.get(reply.metadata.src_node_id)
         if one is None:
-            parts.audit.write("unexpected-reply", round=number, node=str(reply.metadata.src_node_id))
+            ctx.audit.write("unexpected-reply", round=round_number, node=str(reply.metadata.src_node_id))
         elif one.site in passed:
             late.append(Rejected(one.site, "duplicate"))  # the first valid reply counts
         else:
@@ -144,50 +159,62 @@ def receive(
             else:
                 passed[one.site] = verdict
                 failed.pop(one.site, None)
-            if not parts.withholds:
-                parts.progress.reply(one.site, verdict.reason if isinstance(verdict, Rejected) else "accepted")
+            if not ctx.withholds:
+                ctx.progress.reply(one.site, verdict.reason if isinstance(verdict, Rejected) else "accepted")
     for one in asked.values():
         if one.site not in passed:
             failed.setdefault(one.site, Rejected(one.site, DROPOUT))
     gone = {site for site, rejected in failed.items() if rejected.reason == DROPOUT}
-    parts.roster.drop(node for node, one in asked.items() if one.site in gone)
+    ctx.roster.drop(node for node, one in asked.items() if one.site in gone)
     return [passed[site] for site in sorted(passed)], [failed[site] for site in sorted(failed)] + late
 
 
 def address(
-    cohort: list[Member], number: int, kind: str, content: Callable[[str, int], RecordDict], timeout_s: float
+    cohort: list[Member], round_number: int, kind: str, content: Callable[[str, int], RecordDict], timeout_s: float
 ) -> tuple[dict[int, Asked], list[Message]]:
-    """Return what each node was asked, and the messages, each with a nonce of its own."""
+    """Return what each node is asked, and the messages, each with a nonce of its own.
+
+    Args:
+        cohort: who is asked.
+        round_number: counted from 1.
+        kind: the message type.
+        content: returns a message's content, from its nonce and node id.
+        timeout_s: for the replies.
+    """
     from flwr.app import Message
 
-    asked, messages = {}, []
+    asked = {}
+    messages = []
     for member in cohort:
         nonce = secrets.token_hex(8)
         rows = member.evaluation_rows if kind == "evaluate" else member.rows
-        asked[member.node_id] = Asked(member.name, member.node_id, number, nonce, rows, member.clients)
+        asked[member.node_id] = Asked(member.name, member.node_id, round_number, nonce, rows, member.clients)
         request = content(nonce, member.node_id)
-        messages.append(Message(request, member.node_id, kind, ttl=timeout_s * 2, group_id=str(number)))
+        # twice the time: a message must outlive the deadline, which `exchange` keeps
+        messages.append(Message(request, member.node_id, kind, ttl=timeout_s * 2, group_id=str(round_number)))
     return asked, messages
 
 
-def evaluate_at_sites(parts: Parts, state: State) -> dict[str, dict[str, float]]:
+def evaluate_at_sites(ctx: RunContext, state: State) -> dict[str, dict[str, float]]:
     """Return each site's metrics on its own evaluation rows, with their number as `rows`."""
-    members = [member for member in parts.roster.members().values() if member.evaluation_rows]
+    members = [member for member in ctx.roster.members().values() if member.evaluation_rows]
     if not members:
         return {}
-    arrays, text = encode(state.vector, parts.spec), parts.config.for_sites()
+    arrays = encode(state.vector, ctx.spec)
+    config = ctx.config_for_sites
+    timeout_s = ctx.config.strategy.round_timeout_s
 
     def request(nonce: str, node: int) -> RecordDict:
-        return to_record(EvaluateRequest(text, state.round, parts.spec.sha256, nonce), arrays)
+        return to_record(EvaluateRequest(config, state.round, ctx.spec.sha256, nonce), arrays)
 
-    timeout_s = parts.config.strategy.round_timeout_s
     asked, messages = address(members, state.round, "evaluate", request, timeout_s)
     results: dict[str, dict[str, float]] = {}
-    for reply in exchange(parts.grid, messages, timeout_s, parts.stop):
+    for reply in exchange(ctx.grid, messages, timeout_s, ctx.stop):
         one = asked.get(reply.metadata.src_node_id)
         verdict = Rejected("", "unexpected-reply") if one is None else check_evaluation(reply, one)
         if isinstance(verdict, Rejected):
-            parts.audit.write("evaluation-rejected", round=state.round, site=verdict.site, code=verdict.reason)
+            ctx.audit.write("evaluation-rejected", round=state.round, site=verdict.site, code=verdict.reason)
         elif one is not None:
-            results.setdefault(one.site, {**verdict[0], "rows": verdict[1]})
+            metrics, rows = verdict
+            results.setdefault(one.site, {**metrics, "rows": rows})
     return dict(sorted(results.items()))

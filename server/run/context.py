@@ -1,21 +1,18 @@
-"""What the round loop works with, and what comes back in a round."""
+"""The round loop's dependencies."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.privacy.clipping import Levels
 from tsugiki.common.wire.spec import AdapterSpec
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.run.evaluate import Evaluator
 from tsugiki.server.run.privacy import Privacy
 from tsugiki.server.run.progress import Progress
-from tsugiki.server.run.replies import Accepted, AcceptedSum, Rejected
 from tsugiki.server.run.roster import Roster
 
 if TYPE_CHECKING:
@@ -23,8 +20,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What the loop works with."""
+class RunContext:
+    """The round loop's dependencies; none of them is replaced while a run goes on.
+
+    Args:
+        config: of the run.
+        spec: of the adapter.
+        grid: sends messages and receives replies.
+        roster: the connected sites.
+        evaluate: returns the metrics of an adapter; None: the run has no evaluation data.
+        lower_is_better: whether a smaller value of the monitored metric is better.
+        folder: the run's.
+        audit: the run's audit log.
+        progress: shows the run to its operator.
+        stop: set when the user asks to stop.
+        privacy: the operator's part of a private run; None: updates are averaged as they are.
+    """
 
     config: RunConfig
     spec: AdapterSpec
@@ -39,28 +50,16 @@ class Parts:
     privacy: Privacy | None = None
 
     @property
+    def config_for_sites(self) -> str:
+        """The settings that every request carries, as JSON."""
+        return self.config.for_sites(self.privacy.plan if self.privacy else None)
+
+    @property
     def withholds(self) -> bool:
-        """Whether it is a secret who is asked: Poisson sampling, on which the account counts."""
+        """Whether the cohort is a secret: Poisson sampling, whose amplification the account counts on."""
         return self.privacy is not None and self.privacy.plan.sampling_probability < 1
 
     @property
     def quorum(self) -> int:
-        """How many clients a round takes. None where they are sampled: to draw again would favour who was drawn."""
+        """The fewest clients of a valid round; 0 under Poisson sampling: a second draw would favour the first one's."""
         return 0 if self.withholds else self.config.strategy.min_clients
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What came back in one attempt at a round, by site name; `total` is the sum that secure aggregation opened."""
-
-    accepted: Sequence[Accepted | AcceptedSum]
-    rejected: Sequence[Rejected]
-    bytes_down: int
-    bytes_up: int
-    wait_s: float
-    total: Levels | None = None
-
-    @property
-    def clients(self) -> int:
-        """How many clients are in it."""
-        return sum(reply.clients for reply in self.accepted)

@@ -1,4 +1,4 @@
-"""A whole run on a Grid: what is written first, the rounds, what is written last."""
+"""A whole run on a Grid: the records that are written first, the rounds, the results that are written last."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from tsugiki.common.errors import StorageError
 from tsugiki.common.files import read_lines, write_atomically
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.load import load_graft
-from tsugiki.common.privacy.planning import make_plan, resolve
+from tsugiki.common.privacy.plan import Plan
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.spec import AdapterSpec, sha256, unpack
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.checkpoint import State
-from tsugiki.server.run.context import Parts
+from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.evaluate import make_evaluator
 from tsugiki.server.run.loop import initial_state, run_rounds
 from tsugiki.server.run.privacy import Privacy, open_privacy, rows_summary
@@ -34,7 +35,7 @@ from tsugiki.server.run.storage import run_folder
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run leaves in memory."""
+    """The result of a finished run: its folder, its last state and what is in summary.json."""
 
     folder: Path
     state: State
@@ -52,14 +53,14 @@ def run_federation(
     names: Callable[[], Mapping[int, str]] | None = None,
     simulated: bool = False,
 ) -> Outcome:
-    """Run a whole federation on a Grid, whichever engine lends it.
+    """Run a whole federation on the Grid of any engine.
 
     Args:
-        grid: where the sites are.
-        config: the run.
-        resume: go on from the last checkpoint in the run's folder instead of starting a new one.
-        previous: with `resume`, from the one before it, when the last is damaged.
-        progress: shows what happens.
+        grid: sends messages to the sites and receives their replies.
+        config: of the run.
+        resume: go on from the last checkpoint in the run's folder instead of starting a new run.
+        previous: with `resume`, go on from the checkpoint before the last, when the last is damaged.
+        progress: shows the run to its operator.
         stop: set to end the run at the next chance.
         names: returns the names under which nodes' keys are registered, by node id; None: nodes have no keys.
         simulated: the clients exist in this run only, and so does their privacy ledger.
@@ -68,21 +69,17 @@ def run_federation(
         TsugikiError: the run cannot start or go on; the class says why, and the last checkpoint is kept.
     """
     config = with_absolute_paths(config if simulated else deployed(config))
-    progress, stop = progress or Progress(), stop or Stop()
+    progress = progress or Progress()
+    stop = stop or Stop()
     with run_folder(Path(config.run.output_dir) / config.run.name, resume=resume) as folder:
+        # what can fail without a site fails before a record is written: the run's name stays free
         graft = load_graft(config, config.model.name, config.run.seed)
-        given = config.privacy.enrolled_clients or config.simulation.data
-        config = resolve(config, graft.spec.size)
+        plan = make_plan(config, graft.spec.size)
         evaluator = make_evaluator(graft, config)
         if limit := getattr(grid, "limit_replies", None):
             limit(graft.spec.size * 8)  # whatever is exchanged, a number takes at most eight bytes
-        if resume and previous:
-            checkpoint.promote_previous(folder / "checkpoint")
-        if not resume:  # before the first checkpoint: a folder with either can be resumed
-            write_atomically(folder / "config.toml", to_toml(config).encode())
-        state = _first_state(folder / "checkpoint", config, graft, resume)
-        write_atomically(folder / "spec.json", _describe_spec(graft))
-        _drop_unfinished(folder / "metrics.jsonl", state)
+
+        state = _open_records(folder, config, plan, graft, resume=resume, previous=previous)
         audit = AuditLog(folder / "audit.jsonl")
         audit.write(
             "resumed" if resume else "started",
@@ -92,29 +89,70 @@ def run_federation(
             spec_sha256=graft.spec.sha256,
             base_fingerprint=graft.spec.base_fingerprint,
         )
-        ledger = _ledger_path(config, folder, simulated)
-        privacy = open_privacy(config, graft.spec.size, ledger, audit, state.round)
+        # before any site is asked: a ledger that was tampered with, or lacks this run's rounds, ends the run here
+        privacy = open_privacy(plan, config, _ledger_path(config, folder, simulated), audit, state.round)
+
         with progress:
-            if privacy and not given:
+            if privacy and not (config.privacy.enrolled_clients or config.simulation.data):
                 most = config.strategy.min_clients
                 progress.note(f"privacy.enrolled_clients is not set: no more than min_clients = {most} may join")
-            roster = Roster(grid, config, graft.spec, audit, stop, names)
-            roster.wait(lambda count: progress.note(f"{count} of {config.strategy.min_clients} nodes connected"))
-            for line in describe_notes({name: member.notes for name, member in roster.members().items()}):
-                progress.note(line)
-            lower = config.monitor in graft.task.lower_is_better
-            parts = Parts(config, graft.spec, grid, roster, evaluator, lower, folder, audit, progress, stop, privacy)
-            state = run_rounds(parts, state)
-        summary = summarise(config, graft, state, read_lines(folder / "metrics.jsonl"), privacy)
-        summary["rows_privacy"] = _rows_summary(folder, config)
-        write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
-        _save_best(folder / "best", graft.spec, state)
-        audit.write("finished", round=state.round, adapter_sha256=sha256(state.vector), best_round=state.best_round)
+            roster = Roster(grid, config, graft.spec, plan, audit, stop, names)
+            _wait_for_sites(roster, config, progress)
+            ctx = RunContext(
+                config=config,
+                spec=graft.spec,
+                grid=grid,
+                roster=roster,
+                evaluate=evaluator,
+                lower_is_better=config.monitor in graft.task.lower_is_better,
+                folder=folder,
+                audit=audit,
+                progress=progress,
+                stop=stop,
+                privacy=privacy,
+            )
+            state = run_rounds(ctx, state)
+
+        summary = _write_results(ctx, graft, state)
     return Outcome(folder, state, summary)
 
 
+def _open_records(
+    folder: Path, config: RunConfig, plan: Plan | None, graft: Graft, *, resume: bool, previous: bool
+) -> State:
+    """Write what a run's folder holds from the start, and return the state to go on from."""
+    if resume and previous:
+        checkpoint.promote_previous(folder / "checkpoint")
+    # before the first checkpoint: a folder with config.toml can be resumed. The plan's numbers are in it, so that a
+    # resumed run need not calibrate again, and finds the same noise
+    if not resume:
+        write_atomically(folder / "config.toml", to_toml(config.with_plan(plan)).encode())
+    state = _first_state(folder / "checkpoint", config, plan, graft, resume)
+    write_atomically(folder / "spec.json", _describe_spec(graft))
+    _drop_unfinished(folder / "metrics.jsonl", state)
+    return state
+
+
+def _wait_for_sites(roster: Roster, config: RunConfig, progress: Progress) -> None:
+    """Wait until enough sites have joined, and show what is unusual about their rows."""
+    roster.wait(lambda count: progress.note(f"{count} of {config.strategy.min_clients} nodes connected"))
+    for line in describe_notes({name: member.notes for name, member in roster.members().items()}):
+        progress.note(line)
+
+
+def _write_results(ctx: RunContext, graft: Graft, state: State) -> dict[str, Any]:
+    """Write summary.json and the best adapter, close the audit log, and return the summary."""
+    summary = summarise(ctx.config, graft, state, read_lines(ctx.folder / "metrics.jsonl"), ctx.privacy)
+    summary["rows_privacy"] = _rows_summary(ctx.folder, ctx.config)
+    write_atomically(ctx.folder / "summary.json", json.dumps(summary, indent=1).encode())
+    _save_best(ctx.folder / "best", graft.spec, state)
+    adapter_sha256 = sha256(state.vector)
+    ctx.audit.write("finished", round=state.round, adapter_sha256=adapter_sha256, best_round=state.best_round)
+    return summary
+
+
 def deployed(config: RunConfig) -> RunConfig:
-    """Return the run without its simulation: real sites are as many as they are, and no plan may rest on the others."""
+    """Return the run without simulated data: a plan must not count on simulated clients where the sites are real."""
     return config.model_copy(update={"simulation": config.simulation.model_copy(update={"data": ""})})
 
 
@@ -122,9 +160,8 @@ def _rows_summary(folder: Path, config: RunConfig) -> dict[str, Any]:
     return rows_summary(folder, config.privacy.examples.delta, seeded=config.privacy.insecure_noise_seed > 0)
 
 
-def _first_state(folder: Path, config: RunConfig, graft: Graft, resume: bool) -> State:
-    """Return the last checkpoint's state, or that before training: checkpointed too, so that every run can go on."""
-    plan = make_plan(config, graft.spec.size)
+def _first_state(folder: Path, config: RunConfig, plan: Plan | None, graft: Graft, resume: bool) -> State:
+    """Return the state of the last checkpoint, or the state before training, which is checkpointed too."""
     frozen = None if plan is None else asdict(plan)
     if resume and any(folder.glob("*.json")):
         state = checkpoint.load(folder, config.sha256, graft.spec.sha256)
@@ -136,10 +173,10 @@ def _first_state(folder: Path, config: RunConfig, graft: Graft, resume: bool) ->
 
 
 def _check_plan(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Do nothing if a run goes on under the privacy plan that it was started with.
+    """Check that a run is resumed under the privacy plan that it was started with.
 
     Raises:
-        StorageError: `plan-changed`, with what differs.
+        StorageError: `plan-changed`, with each number that differs.
     """
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if names:
@@ -153,7 +190,7 @@ def _check_plan(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _ledger_path(config: RunConfig, folder: Path, simulated: bool) -> Path:
-    """Return where the clients' privacy ledger is."""
+    """Return the path of the clients' privacy ledger."""
     if config.privacy.ledger:
         return Path(config.privacy.ledger)
     return (folder if simulated else folder.parent) / "privacy-ledger.jsonl"
@@ -179,7 +216,7 @@ def _describe_spec(graft: Graft) -> bytes:
 
 
 def _drop_unfinished(path: Path, state: State) -> None:
-    """Leave out the lines of rounds that a crash undid; they will be written again."""
+    """Drop the lines of rounds that no checkpoint covers: those rounds are done again."""
     kept = [line for line in read_lines(path) if line["round"] <= state.evaluated_round or line.get("voided")]
     if kept:
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())

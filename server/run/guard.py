@@ -26,7 +26,7 @@ from tsugiki.common.wire.messages import (
     from_record,
 )
 from tsugiki.common.wire.spec import AdapterSpec, l2_norm
-from tsugiki.server.run.replies import DROPOUT, GONE, Accepted, AcceptedStep, AcceptedSum, Asked, Rejected
+from tsugiki.server.run.replies import DROPOUT, GONE, Accepted, AcceptedStep, AcceptedSum, Asked, Content, Rejected
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
@@ -92,7 +92,9 @@ def check_private(reply: Message, asked: Asked, plan: Plan, masked: bool = False
     return AcceptedSum(asked.site, levels, asked.clients, size)
 
 
-def check_step(reply: Message, asked: Asked, read: Callable[[dict[str, Any]], Any]) -> AcceptedStep | Rejected:
+def check_step(
+    reply: Message, asked: Asked, read: Callable[[dict[str, Any]], Content]
+) -> AcceptedStep[Content] | Rejected:
     """Accept or reject an answer to a step of secure aggregation.
 
     Args:
@@ -136,8 +138,8 @@ def _refusal(reply: Message, asked: Asked) -> Rejected:
 def _check_origin(answer: TrainReply | PrivateReply | EvaluateReply, asked: Asked) -> None:
     if answer.site != asked.site:
         raise WireError("another site's name", code="site")
-    if answer.round != asked.round or answer.nonce != asked.nonce:
-        raise WireError(f"round {answer.round}", f"round {asked.round} and its nonce", code="stale")
+    if answer.round != asked.round_number or answer.nonce != asked.nonce:
+        raise WireError(f"round {answer.round}", f"round {asked.round_number} and its nonce", code="stale")
 
 
 def _weight(rows: int, known: int) -> int:

@@ -1,4 +1,4 @@
-"""The operator's part of privacy: the budget before a round, the account before anything leaves, noise on the sum."""
+"""The operator's part of privacy: check the budget before a round, charge it before anything is sent, noise the sum."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.privacy.mechanisms import Adversary, mean_noise, mechanism_of, releases_of
 from tsugiki.common.privacy.noise import noise_generator
 from tsugiki.common.privacy.plan import Plan
-from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.spec import Vector, l2_norm
 
 
 @dataclass(frozen=True)
 class Privacy:
-    """What a private run's loop works with.
+    """The plan and the ledger of a private run.
 
     Args:
-        plan: the frozen plan.
+        plan: of the run; it does not change while the run goes on.
         ledger: of the clients, shared by all runs on them.
         run: the run's name.
         insecure_noise_seed: tests only.
@@ -37,12 +36,12 @@ class Privacy:
     insecure_noise_seed: int
 
     def check_budget(self) -> None:
-        """Do nothing if one more round is within the budget; to be asked before the clients are.
+        """Check that the budget allows one more round. To be called before any client is asked.
 
         Raises:
-            BudgetError: it is not.
+            BudgetError: it does not.
         """
-        self.ledger.check({who: (release, 1) for who, release in releases_of(self.plan).items()})
+        self.ledger.check({adversary: (release, 1) for adversary, release in releases_of(self.plan).items()})
 
     def exhausted(self) -> bool:
         """Return whether the budget allows no further round."""
@@ -52,45 +51,59 @@ class Privacy:
             return True
         return False
 
-    def charge(self, who: Adversary, number: int, attempt: int = 0) -> None:
-        """Write down, before it happens, that an adversary sees a round, if the plan shows it anything.
+    def charge(self, adversary: Adversary, round_number: int, attempt: int = 0) -> None:
+        """Charge this round to an adversary's ledger before anything is sent. No-op if the adversary learns nothing.
+
+        Args:
+            adversary: whose ledger.
+            round_number: counted from 1.
+            attempt: at this round, from 0.
 
         Raises:
-            BudgetError: the budget does not allow it (another run has used it up meanwhile).
-            StorageError: the ledger cannot be written; nothing may leave.
+            BudgetError: the budget does not allow it: another run has used it up meanwhile.
+            StorageError: the ledger cannot be written; nothing may be sent.
         """
-        release = releases_of(self.plan).get(who)
-        if release is not None:
-            self.ledger.charge(who, release, run=self.run, round=number, attempt=attempt, private=self.plan.private)
+        release = releases_of(self.plan).get(adversary)
+        if release is None:
+            return
+        self.ledger.charge(
+            adversary, release, run=self.run, round=round_number, attempt=attempt, private=self.plan.private
+        )
 
-    def sampled(self, clients: int, site: str, number: int) -> list[int]:
+    def sampled(self, clients: int, site: str, round_number: int) -> list[int]:
         """Return which of a site's clients are in a round: each with the plan's probability, by a secret coin.
 
-        The coin is the operating system's: the run's seed is known to all sites, and amplification by sampling holds
-        only against whoever does not know the cohort.
+        The coin comes from the operating system. All sites know the run's seed, and amplification by sampling holds
+        only against those who do not know the cohort.
+
+        Args:
+            clients: of the site.
+            site: its name.
+            round_number: counted from 1.
         """
-        draw = noise_generator(self.insecure_noise_seed, "cohort", site, number)
+        draw = noise_generator(self.insecure_noise_seed, "cohort", site, round_number)
         return [int(client) for client in (draw.random(clients) < self.plan.sampling_probability).nonzero()[0]]
 
-    def mean(self, total: Levels, clients: int, number: int) -> tuple[Vector, dict[str, Any]]:
-        """Return the noisy mean update of a round, shape (size,), and what is known about its noise.
+    def mean(self, total: Levels, clients: int, round_number: int) -> tuple[Vector, dict[str, Any]]:
+        """Return the noisy mean update of a round, shape (size,), and the figures of its noise.
 
         Args:
             total: the sum of protected updates, in levels.
-            clients: that are in it.
-            number: of the round.
+            clients: in the sum.
+            round_number: counted from 1.
         """
-        draw = noise_generator(self.insecure_noise_seed, "server", number)
+        draw = noise_generator(self.insecure_noise_seed, "server", round_number)
         noise = mechanism_of(self.plan).server_noise(self.plan, draw)
         denominator = self.plan.denominator or clients
         mean = to_float(total + noise, self.plan.clip_norm, denominator)
         return mean, self._report(mean, clients, denominator)
 
     def _report(self, mean: Vector, clients: int, denominator: float) -> dict[str, Any]:
-        """Return the round's figures: the noise that was there (`z_eff`), and how much of the mean it is."""
-        plan, kind = self.plan, mechanism_of(self.plan)
-        withheld = plan.sampling_probability < 1  # how many there were would tell something about who was there
-        clients = clients or 1  # of a sampled cohort there may be none; nothing of it is told
+        """Return the figures of a round: the noise in the sum (`z_eff`), and how much of the mean is noise."""
+        plan = self.plan
+        kind = mechanism_of(plan)
+        withheld = plan.sampling_probability < 1  # the number of clients would say something about who took part
+        clients = clients or 1  # a sampled cohort may be empty; its figures are withheld
         variance = plan.honest_fraction * clients * kind.client_variance(plan) + kind.server_variance(plan)
         noise_norm = mean_noise(plan, clients) * clients / denominator * math.sqrt(plan.dimension)
         return {
@@ -100,12 +113,16 @@ class Privacy:
             "effective_noise_multiplier": None if withheld else math.sqrt(variance) / LEVELS,
             "noise_norm": None if withheld else noise_norm,
             "mean_norm": l2_norm(mean),
-            "epsilon": {who: _finite(value) for who, value in self.ledger.epsilons().items()},
+            "epsilon": self.epsilons(),
             "delta": plan.delta,
         }
 
+    def epsilons(self) -> dict[str, float | None]:
+        """Return each adversary's epsilon so far, by the ledger."""
+        return {adversary: _finite(value) for adversary, value in self.ledger.epsilons().items()}
+
     def summary(self) -> dict[str, Any]:
-        """Return what summary.json and the report say of privacy: each adversary's epsilon so far, by the ledger."""
+        """Return the privacy section of summary.json, with each adversary's epsilon so far."""
         return {
             "mode": self.plan.mode,
             "private": self.plan.private,
@@ -116,21 +133,22 @@ class Privacy:
             "sampling_probability": self.plan.sampling_probability,
             "honest_fraction": self.plan.honest_fraction,
             "target_epsilon": self.plan.target_epsilon,
-            "epsilon": {who: _finite(value) for who, value in self.ledger.epsilons().items()},
+            "epsilon": self.epsilons(),
             "plan_sha256": self.plan.sha256,
             "ledger": self.ledger.path.name,
         }
 
 
 def rows_summary(folder: Path, delta: float, seeded: bool = False) -> dict[str, Any]:
-    """Return what DP-SGD has cost the rows of a simulation's sites, by the sites' own ledgers; empty without any.
+    """Return the epsilons of rows under DP-SGD, from the ledgers of a simulation's sites; empty without a ledger.
 
-    It is another promise than the client's, and is never added to it. A real site keeps its ledger to itself.
+    This promise protects one row, the plan's a whole client; the two are never added. A real site keeps its ledger to
+    itself.
 
     Args:
         folder: the run's.
         delta: of `[privacy.examples]`.
-        seeded: whether the run's noise was.
+        seeded: whether the run's noise was seeded.
     """
     spent = [Ledger(path, delta, {}, seeded).epsilons() for path in sorted((folder / "site-ledgers").glob("*.jsonl"))]
     rows = [epsilons["rows"] for epsilons in spent if "rows" in epsilons]
@@ -144,31 +162,32 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def open_privacy(config: RunConfig, dimension: int, path: Path, audit: AuditLog, rounds: int = 0) -> Privacy | None:
-    """Return the private part of a run; None for a run without.
+def open_privacy(
+    plan: Plan | None, config: RunConfig, path: Path, audit: AuditLog, rounds_done: int = 0
+) -> Privacy | None:
+    """Return the operator's part of a private run; None for a run without a plan.
 
     Args:
-        config: resolved (`tsugiki.common.privacy.planning.resolve`).
-        dimension: coordinates of an update.
-        path: the ledger's.
-        audit: told what the ledger holds already.
-        rounds: that the run has done before it was resumed.
+        plan: of the run.
+        config: of the run.
+        path: of the ledger.
+        audit: receives an event with what the ledger contains so far.
+        rounds_done: of this run, before it was resumed.
 
     Raises:
-        StorageError: the ledger was tampered with, or lacks rounds that this run has done.
+        StorageError: the ledger was tampered with, or lacks rounds of this run.
     """
-    plan = make_plan(config, dimension)
     if plan is None:
         return None
     budgets = dict.fromkeys(mechanism_of(plan).budgeted, plan.target_epsilon) if plan.target_epsilon else {}
     ledger = Ledger(path, plan.delta, budgets, seeded=config.privacy.insecure_noise_seed > 0)
-    if ledger.rounds(config.run.name) < rounds:
+    if ledger.rounds(config.run.name) < rounds_done:
         raise StorageError(
             f"{path} has {ledger.rounds(config.run.name)} rounds of {config.run.name!r}",
-            f"the {rounds} that it has released",
+            f"the {rounds_done} that it has released",
             "put the ledger back where it was: what was spent cannot be forgotten",
             code="ledger-behind",
         )
-    spent = {who: _finite(value) for who, value in ledger.epsilons().items()}
-    audit.write("privacy", plan_sha256=plan.sha256, private=plan.private, spent_before=spent)
-    return Privacy(plan, ledger, config.run.name, config.privacy.insecure_noise_seed)
+    privacy = Privacy(plan, ledger, config.run.name, config.privacy.insecure_noise_seed)
+    audit.write("privacy", plan_sha256=plan.sha256, private=plan.private, spent_before=privacy.epsilons())
+    return privacy

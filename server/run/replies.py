@@ -1,15 +1,13 @@
-"""What sites were asked, and the verdicts on what came back."""
+"""What a site was asked, the verdict on its reply, and the replies of one attempt at a round."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Generic, TypeVar
 
 from tsugiki.common.privacy.clipping import Levels
 from tsugiki.common.wire.spec import Vector
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -18,16 +16,16 @@ class Asked:
 
     Args:
         site: its name.
-        node_id: where the request went.
-        round: counted from 1.
-        nonce: what the reply has to repeat.
-        rows: from the hello; no reply weighs more.
+        node_id: where the request was sent.
+        round_number: counted from 1.
+        nonce: the reply has to repeat it.
+        rows: of the site, by its hello; no reply weighs more.
         clients: how many of the site's clients were asked.
     """
 
     site: str
     node_id: int
-    round: int
+    round_number: int
     nonce: str
     rows: int
     clients: int = 1
@@ -35,7 +33,19 @@ class Asked:
 
 @dataclass(frozen=True)
 class Accepted:
-    """A reply that passed: the update, shape (size,), its weight in rows, and what the site measured and shares."""
+    """An accepted reply of an open run.
+
+    Args:
+        site: its name.
+        update: shape (size,), float32.
+        weight: in rows.
+        loss: mean training loss; None: the site does not share it.
+        steps: optimiser steps.
+        seconds: that the site trained for.
+        norm: L2 norm of the update.
+        size_bytes: of the reply's arrays.
+        clients: how many clients' updates are averaged in it.
+    """
 
     site: str
     update: Vector
@@ -50,9 +60,15 @@ class Accepted:
 
 @dataclass(frozen=True)
 class AcceptedSum:
-    """A private reply that passed: the protected sum over a site's clients, in levels, shape (size,), and no more.
+    """An accepted reply of a private run: the protected sum over a site's clients, and nothing else.
 
-    Under secure aggregation it is masked: what it holds are integers modulo 2^bits without any meaning.
+    Under secure aggregation `levels` is masked: uniform integers modulo 2^bits, without meaning by themselves.
+
+    Args:
+        site: its name.
+        levels: shape (size,).
+        clients: in the sum.
+        size_bytes: of the reply's arrays.
     """
 
     site: str
@@ -61,19 +77,22 @@ class AcceptedSum:
     size_bytes: int
 
 
+Content = TypeVar("Content")
+
+
 @dataclass(frozen=True)
-class AcceptedStep:
-    """A site's answer to a step of secure aggregation that passed, read."""
+class AcceptedStep(Generic[Content]):
+    """An accepted answer to a step of secure aggregation; `content` is what its fields mean."""
 
     site: str
-    read: Any
+    content: Content
     clients: int
     size_bytes: int
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A reply that did not: the reason is a code, the detail holds numbers only."""
+    """A rejected reply. `reason` is a code; `detail` contains numbers only."""
 
     site: str
     reason: str
@@ -81,9 +100,43 @@ class Rejected:
     size_bytes: int = 0
 
 
+Upload = TypeVar("Upload", bound=Accepted | AcceptedSum)
+
+
+@dataclass(frozen=True)
+class Collected(Generic[Upload]):
+    """The replies of one attempt at a round.
+
+    Args:
+        accepted: sorted by site name.
+        rejected: dropouts included.
+        bytes_down: sent to all sites together.
+        bytes_up: received from all sites together.
+        wait_s: from the first request to the last reply.
+    """
+
+    accepted: Sequence[Upload]
+    rejected: Sequence[Rejected]
+    bytes_down: int
+    bytes_up: int
+    wait_s: float
+
+    @property
+    def clients(self) -> int:
+        """How many clients' updates were accepted."""
+        return sum(reply.clients for reply in self.accepted)
+
+
+@dataclass(frozen=True)
+class CollectedSum(Collected[AcceptedSum]):
+    """The replies of one attempt at a private round; `total` is the sum of the accepted, shape (size,), unmasked."""
+
+    total: Levels
+
+
 DROPOUT = "dropout"
 """The reason when no reply came before the deadline, or none can come any more."""
 
 
 GONE = ("flower-error-3", "flower-error-4", "flower-error-5")
-"""What a SuperLink answers for a node that is gone: message, reply or node unavailable."""
+"""A SuperLink's answers for a node that is gone: message, reply or node unavailable."""

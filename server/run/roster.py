@@ -16,6 +16,7 @@ from tsugiki.common import __version__, minor
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import NotEnoughSites, WireError
+from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.settings import NAME_PATTERN
 from tsugiki.common.wire.messages import HelloReply, HelloRequest, error_code, from_record, to_record
 from tsugiki.common.wire.spec import AdapterSpec
@@ -39,9 +40,15 @@ _NOTE = r"[a-z0-9-]{1,40}(:[0-9]{1,9})?"
 
 @dataclass(frozen=True)
 class Member:
-    """A site that passed the hello. In a private run its numbers of rows are withheld, and 0.
+    """A site that passed the hello.
 
-    Notes are what is unusual about its rows, as `shard-texts-cut:12`; only those that look like one.
+    Args:
+        name: of the site.
+        node_id: of its node; another one after a reconnection.
+        rows: for training; 0 in a private run, which withholds them.
+        evaluation_rows: of its own; 0 likewise.
+        clients: that the site stands for.
+        notes: what is unusual about its rows, as `shard-texts-cut:12`.
     """
 
     name: str
@@ -53,14 +60,16 @@ class Member:
 
 
 class Roster:
-    """The sites of a run, kept up to date by `refresh`.
+    """The connected sites of a run, as of the last `refresh`.
 
     Args:
-        grid: to ask through.
-        config: the run; under secure aggregation it says how many sites a sum takes, `min_sites`.
-        spec: what a site has to have loaded too.
-        audit: every hello and refusal is written there.
-        stop: set when the user wants to stop.
+        grid: sends the hellos.
+        config: of the run.
+        spec: of the adapter; a site must have loaded the same.
+        plan: of a private run: it limits the clients of a site and of the run, and under secure aggregation it says
+            how many sites a sum takes. None: of a run without privacy.
+        audit: receives an event for every hello and every refusal.
+        stop: set when the user asks to stop.
         names: returns the names under which nodes' keys are registered, by node id: no node may use another's.
             None: nodes have no keys.
     """
@@ -70,19 +79,23 @@ class Roster:
         grid: Grid,
         config: RunConfig,
         spec: AdapterSpec,
+        plan: Plan | None,
         audit: AuditLog,
         stop: Stop,
         names: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
-        self._grid, self._config, self._spec, self._audit, self._stop = grid, config, spec, audit, stop
+        self._grid = grid
+        self._config = config
+        self._spec = spec
+        self._plan = plan
+        self._audit = audit
+        self._stop = stop
         self._names = names
-        private = config.privacy.mode != "none"
-        self._most_clients = (
-            config.enrolled_clients if private else None
-        )  # the plan rests on it: delta, and a sum's width
-        self._most_of_a_site = config.most_clients_of_a_site if private else MOST_CLIENTS
-        self.min_sites = config.privacy.min_sites if config.privacy.secure_aggregation else 0
-        self._known: dict[int, Member | str] = {}  # a refused node stands here with its code, and is not asked again
+        # more clients than the plan's are refused: delta and the width of a sum rest on their number
+        self._most_clients = plan.enrolled_clients if plan else None
+        self._most_of_a_site = plan.max_clients_per_site if plan else MOST_CLIENTS
+        self.min_sites = plan.min_sites if plan and plan.secure_aggregation else 0
+        self._known: dict[int, Member | str] = {}  # a refused node has its code here, and is not greeted again
         self._present: set[int] = set()
         self._silent: dict[int, float] = {}  # when a node that did not answer was greeted
 
@@ -110,7 +123,8 @@ class Roster:
         Raises:
             NotEnoughSites: the time is up.
         """
-        wanted, timeout_s = self._config.strategy.min_clients, self._config.strategy.connect_timeout_s
+        wanted = self._config.strategy.min_clients
+        timeout_s = self._config.strategy.connect_timeout_s
         if getattr(self._grid, "sequential", False):
             timeout_s = 0.0  # all its nodes are there from the start
         ends = time.monotonic() + timeout_s
@@ -134,7 +148,7 @@ class Roster:
         )
 
     def gather(self) -> None:
-        """Refresh; before, give nodes that were there the time to come back: they may only have lost their line."""
+        """Refresh, after nodes that were there have had the time to come back: they may have lost their line only."""
         ends = time.monotonic() + RETURN_S
         while self._present - set(self._grid.get_node_ids()) and time.monotonic() < ends:
             self._stop.check()
@@ -142,16 +156,16 @@ class Roster:
         self.refresh()
 
     def drop(self, nodes: Iterable[int]) -> None:
-        """Take nodes that did not answer for absent until the next look."""
+        """Count nodes that did not answer as absent until the next `refresh`."""
         self._present -= set(nodes)
 
     def refresh(self, patience_s: float = HELLO_PATIENCE_S) -> None:
-        """Look who is connected, and greet the nodes that are new or have come back.
+        """Ask which nodes are connected, and greet those that are new or have come back.
 
         A node that does not answer in `patience_s` is left alone for `connect_timeout_s`, then greeted again.
         """
         self._present = set(self._grid.get_node_ids())
-        if self._known.keys() - self._present:  # who left says hello again, and their names can be taken
+        if self._known.keys() - self._present:  # a node that left has to say hello again, and its name is free
             self._known = {
                 node: entry
                 for node, entry in self._known.items()
@@ -168,15 +182,15 @@ class Roster:
     def _greet(self, nodes: list[int], patience_s: float) -> None:
         from flwr.app import Message
 
-        content = to_record(HelloRequest(self._config.for_sites(), __version__))
+        content = to_record(HelloRequest(self._config.for_sites(self._plan), __version__))
         if getattr(self._grid, "sequential", False):
             patience_s = self._config.strategy.round_timeout_s  # of each node: they answer one after the other
         messages = [Message(content, node, "query", ttl=patience_s * 2) for node in nodes]
         replies: dict[int, Message] = {}
         for reply in exchange(self._grid, messages, patience_s, self._stop):
-            if not (reply.has_error() and error_code(reply) in GONE):  # it left: as silent as if it were still there
+            if not (reply.has_error() and error_code(reply) in GONE):  # it left: treated as one that did not answer
                 replies.setdefault(reply.metadata.src_node_id, reply)
-        for node in nodes:  # not in the order of arrival, which a namesake could win by haste
+        for node in nodes:  # not in the order of arrival: the faster of two nodes with one name would win
             if node in replies:
                 self._known[node] = self._judge(node, replies[node])
 
@@ -188,15 +202,15 @@ class Roster:
             hello = from_record(HelloReply, reply.content)
         except WireError as error:
             return self._refuse(node, error.code)
-        taken, wrong_key = hello.site in self.members(), self._names is not None and self._key(node) != hello.site
+        wrong_key = self._names is not None and self._key(node) != hello.site
         checks = {
             "site-name": re.fullmatch(NAME_PATTERN, hello.site) is None,
-            "site-name-taken": taken,
+            "site-name-taken": hello.site in self.members(),
             "site-name-key": wrong_key,
             "version-mismatch": minor(hello.version) != minor(__version__),
             "base-mismatch": hello.base_fingerprint != self._spec.base_fingerprint,
             "spec-mismatch": hello.spec_sha256 != self._spec.sha256,
-            "shard-empty": hello.rows < (self._config.privacy.mode == "none") or hello.evaluation_rows < 0,
+            "shard-empty": hello.rows < (self._plan is None) or hello.evaluation_rows < 0,
             "clients": not 1 <= hello.clients <= self._most_of_a_site,
             "too-many-clients": self._most_clients is not None and self.clients() + hello.clients > self._most_clients,
         }

@@ -1,4 +1,4 @@
-"""The server's part of secure aggregation: four steps, and the sum of the updates at their end, nothing else of them.
+"""The server's part of secure aggregation: four steps, after which it knows the sum of the updates and nothing else.
 
     step       each site sends                  dropping out here
     keys       two public keys                  is not in the session
@@ -6,8 +6,8 @@
     masked     its masked, noised sum           is not in the sum; the others' shares take its masks out
     unmask     shares of the lists' secrets     is in the sum, as long as enough others answer
 
-Opening the sum is the release, and costs privacy: it is written down before the last step is asked. An attempt that
-ends before has shown the server nothing, and costs nothing. The protocol: `common/privacy/secagg/protocol.py`.
+Opening the sum costs privacy, and is charged to the ledger before the last step. An attempt that ends earlier has shown
+the server nothing, and costs nothing. The protocol: `common/privacy/secagg/protocol.py`.
 """
 
 from __future__ import annotations
@@ -35,32 +35,34 @@ from tsugiki.common.wire.ring import Ring
 from tsugiki.common.wire.spec import l2_norm
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.collect import address, receive, train_request
-from tsugiki.server.run.context import Collected, Parts
+from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.guard import check_private, check_step
 from tsugiki.server.run.privacy import Privacy
-from tsugiki.server.run.replies import AcceptedStep, AcceptedSum, Asked, Rejected
+from tsugiki.server.run.replies import AcceptedStep, AcceptedSum, Asked, CollectedSum, Content, Rejected
 from tsugiki.server.run.roster import Member
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
 
 STEP_TIMEOUT_S = 60.0
-"""For the steps in which sites do not train; at most the round's."""
+"""For the steps in which sites do not train, unless the round's is shorter."""
 
 
 @dataclass
 class Attempt:
-    """One attempt at a round: who is still in it, and what it has cost.
+    """One attempt at a round: who is still in it, and how many bytes it has cost.
 
     Args:
-        parts: of the run.
-        number: of the round.
+        ctx: of the run.
+        plan: of the run, with secure aggregation.
+        round_number: counted from 1.
         session: names the attempt.
-        members: who is asked in the next step, by name.
+        members: who is asked in the next step, by site name.
     """
 
-    parts: Parts
-    number: int
+    ctx: RunContext
+    plan: Plan
+    round_number: int
     session: bytes
     members: dict[str, Member]
     rejected: list[Rejected] = field(default_factory=list)
@@ -68,50 +70,57 @@ class Attempt:
     bytes_up: int = 0
 
     @property
-    def plan(self) -> Plan:
-        """The privacy plan."""
-        return _privacy(self.parts).plan
-
-    @property
     def counts(self) -> dict[str, int]:
         """How many clients each site has."""
         return {name: member.clients for name, member in self.members.items()}
 
     def ask(
-        self, step: str, fields: Callable[[str], Mapping[str, Any]], read: Callable[[str, dict[str, Any]], Any]
-    ) -> dict[str, Any]:
-        """Ask all members to do a step; return what they sent, by name. Who fails is a member no longer.
+        self,
+        step: str,
+        fields: Callable[[str], Mapping[str, Any]],
+        read: Callable[[str, dict[str, Any]], Content],
+    ) -> dict[str, Content]:
+        """Ask all members to do a step, and return their answers by site name. A member that fails is one no longer.
 
         Args:
             step: keys, shares or unmask.
-            fields: beside the request, by site.
-            read: turns a site's fields into what they mean.
+            fields: returns what is sent to a site beside the request.
+            read: turns a site's fields into what they mean; raises SecureAggregationError for malformed ones.
         """
-        config, names = self.parts.config.for_sites(), self._names()
+        config = self.ctx.config_for_sites
+        names = self._names()
 
         def request(nonce: str, node: int) -> RecordDict:
             body = fields(names[node])
-            content = to_record(StageRequest(config, self.number, self.session, nonce), None, body or {"step": step})
+            message = StageRequest(config, self.round_number, self.session, nonce)
+            content = to_record(message, None, body or {"step": step})
             self.bytes_down += content.config_records["secagg"].count_bytes()
             return content
 
-        def judge(reply: Message, one: Asked) -> AcceptedStep | Rejected:
+        def judge(reply: Message, one: Asked) -> AcceptedStep[Content] | Rejected:
             return check_step(reply, one, lambda received: read(one.site, received))
 
-        timeout_s = min(self.parts.config.strategy.round_timeout_s, STEP_TIMEOUT_S)
-        asked, messages = address(list(self.members.values()), self.number, f"query.{step}", request, timeout_s)
-        passed, rejected = receive(self.parts, self.number, asked, messages, judge, timeout_s)
+        timeout_s = min(self.ctx.config.strategy.round_timeout_s, STEP_TIMEOUT_S)
+        members = list(self.members.values())
+        asked, messages = address(members, self.round_number, f"query.{step}", request, timeout_s)
+        passed, rejected = receive(self.ctx, self.round_number, asked, messages, judge, timeout_s)
         self._keep([one.site for one in passed], [replace(one, detail=one.detail or step) for one in rejected])
         self.bytes_up += sum(one.size_bytes for one in passed)
-        return {one.site: one.read for one in passed}
+        return {one.site: one.content for one in passed}
 
     def train(self, state: State, sealed: Mapping[str, Mapping[str, bytes]]) -> dict[str, AcceptedSum]:
-        """Let all members train and send their masked sums; return these by name."""
-        arrays, names = encode(state.vector, self.parts.spec), self._names()
+        """Let all members train, and return their masked sums by site name.
+
+        Args:
+            state: before the round.
+            sealed: by site name, the shares that the other sites have sealed for it, by their names.
+        """
+        arrays = encode(state.vector, self.ctx.spec)
+        names = self._names()
 
         def request(nonce: str, node: int) -> RecordDict:
             body = {"session": self.session, **to_fields("sealed", sealed[names[node]])}
-            content = to_record(train_request(self.parts, self.number, nonce), arrays, body)
+            content = to_record(train_request(self.ctx, self.round_number, nonce), arrays, body)
             self.bytes_down += content.config_records["secagg"].count_bytes()
             self.bytes_down += sum(len(array.data) for array in arrays.values())
             return content
@@ -119,9 +128,10 @@ class Attempt:
         def judge(reply: Message, one: Asked) -> AcceptedSum | Rejected:
             return check_private(reply, one, self.plan, masked=True)
 
-        timeout_s = self.parts.config.strategy.round_timeout_s
-        asked, messages = address(list(self.members.values()), self.number, "train.masked", request, timeout_s)
-        passed, rejected = receive(self.parts, self.number, asked, messages, judge)
+        timeout_s = self.ctx.config.strategy.round_timeout_s
+        members = list(self.members.values())
+        asked, messages = address(members, self.round_number, "train.masked", request, timeout_s)
+        passed, rejected = receive(self.ctx, self.round_number, asked, messages, judge)
         self._keep([one.site for one in passed], rejected)
         self.bytes_up += sum(one.size_bytes for one in passed) + sum(one.size_bytes for one in rejected)
         return {one.site: one for one in passed}
@@ -134,73 +144,97 @@ class Attempt:
         self.rejected += rejected
 
 
-def collect_sum(parts: Parts, state: State, number: int, cohort: list[Member], attempt: int = 0) -> Collected:
-    """Return the sum of a round, opened, and who is in it; with fewer clients than the plan's nothing is opened.
+def collect_sum(
+    ctx: RunContext, privacy: Privacy, state: State, round_number: int, cohort: list[Member], attempt: int
+) -> CollectedSum:
+    """Return the opened sum of a round, and who is in it. With fewer clients than the plan's nothing is opened.
 
     Args:
-        parts: of a run with secure aggregation.
+        ctx: of the run.
+        privacy: of the run; its plan has secure aggregation.
         state: before the round.
-        number: of the round.
-        cohort: who is asked.
+        round_number: counted from 1.
+        cohort: that is asked.
         attempt: at this round, from 0.
 
     Raises:
-        BudgetError: another run on the same clients has used the budget up.
+        BudgetError: another run on the same clients has used up the budget.
+        StorageError: the ledger cannot be written; nothing was opened.
     """
     started = time.perf_counter()
-    now = Attempt(parts, number, secagg.new_session(), {member.name: member for member in cohort})
+    plan = privacy.plan
+    # a session of its own for each attempt: keys and shares of a failed one must not open this one's sum
+    now = Attempt(ctx, plan, round_number, secagg.new_session(), {member.name: member for member in cohort})
     accepted: list[AcceptedSum] = []
-    total: Ring | None = None
+    total = np.zeros(plan.dimension, np.int64)
     try:
-        accepted, total = _run(now, state, attempt)
-    except SecureAggregationError as error:
-        parts.audit.write("secagg-ended", round=number, attempt=attempt, code=error.code)
-        parts.progress.note(f"round {number}: {error}")
-    levels = None if total is None else ring.signed(total, now.plan.modulus_bits)
-    if levels is not None and l2_norm(levels) > _longest(now.plan, sum(one.clients for one in accepted)):
-        parts.audit.write("secagg-ended", round=number, attempt=attempt, code="norm")
-        accepted, levels = [], None  # a wrong share or a site that does not clip; the round is tried again
+        masked, opened = _run(now, privacy, state, attempt)
+    except SecureAggregationError as error:  # voids the attempt: with nobody accepted there is no quorum
+        ctx.audit.write("secagg-ended", round=round_number, attempt=attempt, code=error.code)
+        ctx.progress.note(f"round {round_number}: {error}")
+    else:
+        levels = ring.signed(opened, plan.modulus_bits)
+        if l2_norm(levels) <= _longest(plan, sum(one.clients for one in masked)):
+            accepted = masked
+            total = levels
+        else:  # a wrong share, or a site that does not clip: the round is tried again
+            ctx.audit.write("secagg-ended", round=round_number, attempt=attempt, code="norm")
     wait_s = time.perf_counter() - started
-    return Collected(accepted, now.rejected, now.bytes_down, now.bytes_up, wait_s, levels)
+    return CollectedSum(accepted, now.rejected, now.bytes_down, now.bytes_up, wait_s, total)
 
 
-def _run(now: Attempt, state: State, attempt: int) -> tuple[list[AcceptedSum], Ring]:
+def _run(now: Attempt, privacy: Privacy, state: State, attempt: int) -> tuple[list[AcceptedSum], Ring]:
     """Do the four steps; return what is in the sum, and the sum modulo 2^bits.
 
     Raises:
         SecureAggregationError: too few sites are left, or the sum cannot be opened.
     """
     plan = now.plan
+    # keys: from here on, a site that is silent is out of the session
     keys = now.ask("keys", lambda name: {}, _key_reader())
-    check_sum(now.counts, plan.min_clients, plan.min_sites)
-    listed = {**to_fields("keys", keys), "clients": [now.counts[name] for name in sorted(keys)]}
     counts = now.counts
+    check_sum(counts, plan.min_clients, plan.min_sites)
 
-    def read_sealed(name: str, fields: dict[str, Any]) -> dict[str, bytes]:
-        sealed = from_fields("sealed", fields, SEALED_BYTES)
-        if set(sealed) != keys.keys() - {name}:
-            raise SecureAggregationError("sealed shares for others than asked", "one for each", code="secagg-message")
-        return sealed
-
-    sealed = now.ask("shares", lambda name: listed, read_sealed)
+    # shares: each site seals its secrets for every other, so that enough of them can undo the masks of a lost one
+    listed = {**to_fields("keys", keys), "clients": [counts[name] for name in sorted(keys)]}
+    sealed = now.ask("shares", lambda name: listed, _sealed_reader(set(keys)))
     check_sum(now.counts, plan.min_clients, plan.min_sites)
+
+    # the threshold is over all sites with keys: a share was made for each of them
     needed = secagg.threshold(len(keys), fewest_sites(counts, plan.min_clients, plan.min_sites))
     received = {to: {sender: sealed[sender][to] for sender in sealed if sender != to} for to in sealed}
     masked = now.train(state, received)
     check_sum(now.counts, plan.min_clients, plan.min_sites)
+
+    # the charge before the last step: with its answers the sum can be opened, whatever happens then
+    privacy.charge("sums", now.round_number, attempt)
     survivors = sorted(masked)
     dropped = sorted(sealed.keys() - masked.keys())
-    _privacy(now.parts).charge("sums", now.number, attempt)
-    lists = {"survivors": survivors, **({"dropped": dropped} if dropped else {})}
+    lists = {"survivors": survivors}
+    if dropped:
+        lists["dropped"] = dropped
     answers = now.ask("unmask", lambda name: lists, lambda name, fields: Answer.from_dict(fields, survivors, dropped))
-    stacked = np.stack([one.levels for one in masked.values()]).view(np.uint64)
-    total = stacked.sum(axis=0, dtype=np.uint64)
+
+    # sums modulo 2^64 are sums modulo 2^bits as well
+    total = np.stack([one.levels for one in masked.values()]).view(np.uint64).sum(axis=0, dtype=np.uint64)
     opened = secagg.unmask(total, survivors, dropped, keys, answers, needed, now.session, plan.modulus_bits)
     return list(masked.values()), opened
 
 
+def _sealed_reader(names: set[str]) -> Callable[[str, dict[str, Any]], dict[str, bytes]]:
+    """Return a reader of sealed shares, which refuses shares for other sites than those of the session."""
+
+    def read(name: str, fields: dict[str, Any]) -> dict[str, bytes]:
+        sealed = from_fields("sealed", fields, SEALED_BYTES)
+        if set(sealed) != names - {name}:
+            raise SecureAggregationError("sealed shares for others than asked", "one for each", code="secagg-message")
+        return sealed
+
+    return read
+
+
 def _key_reader() -> Callable[[str, dict[str, Any]], bytes]:
-    """Return what reads public keys, and refuses those that would make every other site refuse the whole list."""
+    """Return a reader of public keys, which refuses those that would make every other site refuse the whole list."""
     seen: set[bytes] = set()
 
     def read(name: str, fields: dict[str, Any]) -> bytes:
@@ -217,12 +251,6 @@ def _key_reader() -> Callable[[str, dict[str, Any]], bytes]:
 
 
 def _longest(plan: Plan, clients: int) -> float:
-    """Return how long a sum over so many clients can be, in levels, but for noise beyond eight standard deviations."""
+    """Return the largest norm of a sum over this many clients, in levels; noise has eight standard deviations."""
     noise = math.sqrt(mechanism_of(plan).client_variance(plan) * clients)
     return clients * LEVELS + noise * (math.sqrt(plan.dimension) + 8)
-
-
-def _privacy(parts: Parts) -> Privacy:
-    if parts.privacy is None:
-        raise ValueError("secure aggregation without a privacy plan")
-    return parts.privacy

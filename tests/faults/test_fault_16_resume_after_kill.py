@@ -23,7 +23,8 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import torch, transformers, peft, sklearn.metrics
-from tsugiki.server.run import checkpoint, loop
+from tsugiki.server.run import checkpoint, loop, open_round
+from tsugiki.server.run import rounds as steps
 from tests.faults.test_fault_16_resume_after_kill import CASES, KILLED, config
 from tests.support.federation import run_tiny
 
@@ -41,7 +42,7 @@ def wrap(module, name, dies):
         return result
     setattr(module, name, wrapped)
 
-def collected(parts, state, number, cohort, attempt):
+def collected(ctx, state, number, cohort, judge):
     rounds[0] = number
     return "after" if point == "after collect" and number == KILLED else ""
 
@@ -61,8 +62,8 @@ def appended(path, record):
     return "after" if point == "before the second checkpoint" and record["round"] == KILLED else ""
 
 def run():
-    wrap(loop, "collect", collected)
-    wrap(loop, "aggregate", aggregated)
+    wrap(open_round, "collect", collected)
+    wrap(steps, "aggregate", aggregated)
     wrap(checkpoint, "write_atomically", written)
     wrap(checkpoint, "save", saved)
     wrap(loop, "append_line", appended)

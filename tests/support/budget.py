@@ -12,7 +12,7 @@ from tsugiki.common.config.parse import parse
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.privacy.accounting import Release
 from tsugiki.common.privacy.plan import Plan
-from tsugiki.common.privacy.planning import make_plan, resolve
+from tsugiki.common.privacy.planning import make_plan
 
 RELATION = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
 LEVELS = 2**16
@@ -43,7 +43,7 @@ def private_config(
 
 def private_plan(mode: str, clients: int = 100, *, dimension: int = 12_880, **settings: Any) -> Plan:
     """Return the plan of such a run."""
-    plan = make_plan(resolve(private_config(mode, clients, **settings), dimension), dimension)
+    plan = make_plan(private_config(mode, clients, **settings), dimension)
     assert plan is not None
     return plan
 

@@ -12,18 +12,18 @@ import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from tests.support.toy import SPEC, Ran, Update, ones, toy_app, toy_parts
+from tests.support.toy import SPEC, Ran, Update, ones, toy_app, toy_context
 from tsugiki.client.training.update import ProtectedSum
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.parse import parse, site_config
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.privacy.plan import Plan
-from tsugiki.common.privacy.planning import make_plan, resolve
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.arrays import decode, encode_levels
 from tsugiki.common.wire.messages import PrivateReply, TrainRequest, from_record, to_record
 from tsugiki.server.engines.in_process import Fault
-from tsugiki.server.run.context import Parts
+from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.loop import initial_state, run_rounds
 from tsugiki.server.run.privacy import Privacy, open_privacy
 
@@ -39,7 +39,7 @@ def private_config(
     strategy: Mapping[str, Any] | None = None,
     **privacy: Any,
 ) -> RunConfig:
-    """Return a run in a privacy mode, not resolved yet; a sum takes all of its clients unless `strategy` differs."""
+    """Return a run in a privacy mode; a sum takes all of its clients unless `strategy` differs."""
     gateways = {} if mode == "none" else {"max_clients_per_site": 100}
     return parse(
         {
@@ -57,7 +57,7 @@ def private_config(
 
 def plan_of(mode: str, dimension: int = SPEC.size, **options: Any) -> Plan:
     """Return the plan of `private_config(mode, **options)`."""
-    plan = make_plan(resolve(private_config(mode, **options), dimension), dimension)
+    plan = make_plan(private_config(mode, **options), dimension)
     assert plan is not None
     return plan
 
@@ -95,19 +95,21 @@ def private_app(
     return app
 
 
-def private_parts(folder: Path, app: ClientApp, nodes: int, config: RunConfig, fault: Fault | None = None) -> Parts:
-    """Return the parts of a private toy run in `folder`, with its ledger there."""
-    config = resolve(config, SPEC.size)
-    privacy = open_privacy(config, SPEC.size, folder / LEDGER, AuditLog(folder / "audit.jsonl"))
-    return toy_parts(folder, app, nodes, config, fault, privacy=privacy)
+def private_context(
+    folder: Path, app: ClientApp, nodes: int, config: RunConfig, fault: Fault | None = None
+) -> RunContext:
+    """Return the context of a private toy run in `folder`, with its ledger there."""
+    plan = make_plan(config, SPEC.size)
+    privacy = open_privacy(plan, config, folder / LEDGER, AuditLog(folder / "audit.jsonl"))
+    return toy_context(folder, app, nodes, config, fault, privacy=privacy)
 
 
 def run_private(folder: Path, app: ClientApp, nodes: int, config: RunConfig, fault: Fault | None = None) -> Ran:
     """Run a private toy federation to its end."""
-    parts = private_parts(folder, app, nodes, config, fault)
-    parts.roster.wait(lambda count: None)
-    assert parts.privacy is not None
-    return Ran(folder, run_rounds(parts, initial_state(np.zeros(SPEC.size, np.float32), asdict(parts.privacy.plan))))
+    ctx = private_context(folder, app, nodes, config, fault)
+    ctx.roster.wait(lambda count: None)
+    assert ctx.privacy is not None
+    return Ran(folder, run_rounds(ctx, initial_state(np.zeros(SPEC.size, np.float32), asdict(ctx.privacy.plan))))
 
 
 @contextmanager

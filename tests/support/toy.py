@@ -32,7 +32,7 @@ from tsugiki.common.wire.spec import AdapterSpec, TensorSpec, Vector
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import Fault, InProcessGrid, identify_process
 from tsugiki.server.run.checkpoint import State
-from tsugiki.server.run.context import Parts
+from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.federation import Outcome, run_federation
 from tsugiki.server.run.loop import initial_state, run_rounds
 from tsugiki.server.run.replies import Asked
@@ -106,20 +106,23 @@ def toy_config(folder: Path, **sections: Mapping[str, Any]) -> RunConfig:
     return merged(base, sections)
 
 
-def toy_parts(
+def toy_context(
     folder: Path,
     app: ClientApp,
     nodes: int,
     config: RunConfig | None = None,
     fault: Fault | None = None,
     **fields: Any,
-) -> Parts:
-    """Return the parts of a toy run in `folder`; `fields` replaces others of `Parts`."""
+) -> RunContext:
+    """Return the context of a toy run in `folder`; `fields` replaces others of `RunContext`."""
     config = config or toy_config(folder)
-    grid, audit, stop = InProcessGrid(app, nodes, fault), AuditLog(folder / "audit.jsonl"), Stop()
-    roster = Roster(grid, config, SPEC, audit, stop)
-    known = {"evaluate": None, "lower_is_better": False, "stop": stop}
-    return Parts(config=config, spec=SPEC, grid=grid, roster=roster, folder=folder, audit=audit, **{**known, **fields})
+    grid = InProcessGrid(app, nodes, fault)
+    audit = AuditLog(folder / "audit.jsonl")
+    stop = Stop()
+    privacy = fields.get("privacy")
+    roster = Roster(grid, config, SPEC, privacy.plan if privacy else None, audit, stop)
+    known = {"folder": folder, "audit": audit, "stop": stop, "evaluate": None, "lower_is_better": False}
+    return RunContext(config=config, spec=SPEC, grid=grid, roster=roster, **{**known, **fields})
 
 
 def toy_state() -> State:
@@ -146,10 +149,10 @@ class Ran:
 
 
 def run_toy(folder: Path, app: ClientApp, nodes: int, config: RunConfig | None = None, **options: Any) -> Ran:
-    """Run a toy federation to its end; options as for `toy_parts`."""
-    parts = toy_parts(folder, app, nodes, config, **options)
-    parts.roster.wait(lambda count: None)
-    return Ran(folder, run_rounds(parts, toy_state()))
+    """Run a toy federation to its end; options as for `toy_context`."""
+    ctx = toy_context(folder, app, nodes, config, **options)
+    ctx.roster.wait(lambda count: None)
+    return Ran(folder, run_rounds(ctx, toy_state()))
 
 
 def federate(

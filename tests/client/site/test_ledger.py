@@ -17,7 +17,7 @@ from tsugiki.common.errors import PolicyError, StorageError
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.privacy.accounting import Release, epsilon
 from tsugiki.common.privacy.mechanisms import epsilon_after, releases_of
-from tsugiki.common.privacy.planning import resolve
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import TrainRequest, to_record
 from tsugiki.server.engines.in_process import InProcessGrid
@@ -129,9 +129,9 @@ def acme(tmp_path):
         def ask(mode, round_=1, run="one", **privacy):
             settings = {"mode": mode, "enrolled_clients": 4, **privacy}
             config = tiny_config(tmp_path, privacy=settings, run={"name": run}, simulation={"clients": 4})
-            config = resolve(config, load(config).spec.size)
             graft = load(config)
-            request = TrainRequest(config.for_sites(), round_, graft.spec.sha256, 0.0, 0.5, 600.0, "0" * 16, "")
+            text = config.for_sites(make_plan(config, graft.spec.size))
+            request = TrainRequest(text, round_, graft.spec.sha256, 0.0, 0.5, 600.0, "0" * 16, "")
             content = to_record(request, encode(graft.initial, graft.spec))
             grid = InProcessGrid(*app_of_sites([file])(config))
             return grid.pull_messages(grid.push_messages([Message(content, 1, "train")]))[0]

@@ -1,5 +1,6 @@
 """The plan: every number that the account depends on, found from the settings, equal at server and site, and frozen."""
 
+import json
 import math
 from dataclasses import asdict, fields, replace
 
@@ -12,7 +13,7 @@ from tsugiki.common.errors import ConfigError
 from tsugiki.common.privacy.accounting import epsilon
 from tsugiki.common.privacy.clipping import LEVELS
 from tsugiki.common.privacy.mechanisms import MECHANISMS, epsilon_after, mean_noise, mechanism_of, releases_of
-from tsugiki.common.privacy.planning import make_plan, resolve
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.arrays import decode_levels, encode_levels
 
 SIZE = 1000
@@ -22,7 +23,7 @@ each_mode = pytest.mark.parametrize("mode", MECHANISMS.names())
 def problem(config, dimension=SIZE):
     """Return the one problem of a plan that has to be refused."""
     with pytest.raises(ConfigError) as caught:
-        make_plan(resolve(config, dimension), dimension)
+        make_plan(config, dimension)
     (found,) = caught.value.problems
     assert found.do
     return found
@@ -31,8 +32,8 @@ def problem(config, dimension=SIZE):
 def test_a_run_without_privacy_has_no_plan():
     """Catches: a plan, and with it a ledger, for a run that promises nothing."""
     config = parse({})
-    assert resolve(config, SIZE) is config
     assert make_plan(config, SIZE) is None
+    assert config.with_plan(None) is config
 
 
 # From settings to numbers
@@ -75,11 +76,14 @@ def test_a_given_noise_multiplier_stays():
     assert plan_of("distributed", secure_aggregation=True).noise_multiplier == 0.0
 
 
-def test_resolving_again_changes_nothing():
-    """Catches: a resumed run, whose file is the resolved one, with another plan."""
-    once = resolve(private_config("distributed", target_epsilon=3.0), SIZE)
-    assert resolve(once, SIZE) == once
-    assert once.privacy.noise_multiplier > 0
+def test_a_plan_made_from_its_own_numbers_is_the_same():
+    """Catches: a resumed run, whose file has the plan's numbers, with another plan."""
+    config = private_config("distributed", target_epsilon=3.0)
+    plan = make_plan(config, SIZE)
+    stated = config.with_plan(plan)
+    assert make_plan(stated, SIZE) == plan
+    assert stated.with_plan(plan) == stated
+    assert stated.privacy.noise_multiplier == plan.noise_multiplier > 0
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,9 @@ def test_how_many_clients_are_enrolled(raw, clients):
     config = parse(raw)
     assert config.enrolled_clients == clients
     raw["privacy"] = {"mode": "central", "noise_multiplier": 1.0, **raw.get("privacy", {})}
-    assert resolve(parse(raw), SIZE).privacy.enrolled_clients == clients
+    config = parse(raw)
+    plan = make_plan(config, SIZE)
+    assert plan.enrolled_clients == config.with_plan(plan).privacy.enrolled_clients == clients
 
 
 @pytest.mark.parametrize(
@@ -110,18 +116,31 @@ def test_how_many_clients_are_enrolled(raw, clients):
 def test_how_many_clients_a_site_may_stand_for(raw, most):
     """Catches: a deployed gateway that is believed whatever it says; a simulation refused by default."""
     raw["privacy"] = {"mode": "central", "noise_multiplier": 1.0, **raw.get("privacy", {})}
-    config = resolve(parse(raw), SIZE)
-    assert config.privacy.max_clients_per_site == most
-    assert make_plan(config, SIZE).max_clients_per_site == most
+    config = parse(raw)
+    plan = make_plan(config, SIZE)
+    assert plan.max_clients_per_site == config.with_plan(plan).privacy.max_clients_per_site == most
 
 
 @each_mode
 def test_a_site_makes_the_same_plan_from_what_it_is_sent(mode):
     """Catches: a number of the plan that does not travel, and a site that adds other noise than the account says."""
     options = {"clients": 30, "target_epsilon": 2.0, "ledger": "here.jsonl", "clip_norm": 0.3, "delta": 1e-6}
-    config = resolve(private_config(mode, strategy={"min_clients": 7, "fraction_train": 0.5}, **options), SIZE)
-    assert "here.jsonl" not in config.for_sites()
-    assert make_plan(site_config(config.for_sites()), SIZE) == make_plan(config, SIZE)
+    config = private_config(mode, strategy={"min_clients": 7, "fraction_train": 0.5}, **options)
+    plan = make_plan(config, SIZE)
+    text = config.for_sites(plan)
+    assert "here.jsonl" not in text
+    assert json.loads(text)["privacy"]["noise_multiplier"] == plan.noise_multiplier > 0
+    assert make_plan(site_config(text), SIZE) == plan
+
+
+def test_a_site_needs_the_plan_of_a_simulation():
+    """Catches: settings sent without the plan's numbers: a site does not know how many clients are simulated."""
+    privacy = {"mode": "central", "noise_multiplier": 1.0}
+    simulation = {"data": "x.csv", "clients": 50, "clients_per_site": 5}
+    config = parse({"privacy": privacy, "simulation": simulation, "strategy": {"min_clients": 3}})
+    plan = make_plan(config, SIZE)
+    assert make_plan(site_config(config.for_sites(plan)), SIZE) == plan
+    assert make_plan(site_config(config.for_sites()), SIZE) != plan
 
 
 def test_a_plan_is_private_only_with_noise_that_nobody_can_foretell():
@@ -238,4 +257,4 @@ def test_a_budget_without_noise_is_calibrated_wherever_it_is_read():
     raw = {"privacy": {"mode": "local", "target_epsilon": 8.0}, "strategy": {"min_clients": 4}}
     plan = make_plan(parse(raw), 10)
     assert plan.private
-    assert plan.noise_multiplier == make_plan(resolve(parse(raw), 10), 10).noise_multiplier > 1
+    assert plan.noise_multiplier > 1

@@ -9,7 +9,7 @@ import pytest
 from tests.support.budget import independent_epsilon, private_config, private_plan
 from tsugiki.common.privacy.accounting import Release
 from tsugiki.common.privacy.mechanisms import releases_of
-from tsugiki.common.privacy.planning import make_plan, resolve
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.server.budget.alternatives import (
     calibrated,
     everything_seen,
@@ -71,7 +71,7 @@ def test_a_sampled_mean_is_divided_by_what_is_expected():
 def test_calibration_finds_what_a_run_would(mode, target):
     """Catches: planned noise that is not the run's."""
     config = private_config(mode, target_epsilon=target)
-    plan = make_plan(resolve(config, 5_000), 5_000)
+    plan = make_plan(config, 5_000)
     assert calibrated(replace(plan, noise_multiplier=1.0, target_epsilon=0.0), target) == plan
 
 

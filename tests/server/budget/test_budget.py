@@ -17,7 +17,7 @@ from tsugiki.common.config.files import read, to_toml
 from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ConfigError, StorageError, UsageError
 from tsugiki.common.model.load import load_graft
-from tsugiki.common.privacy.planning import make_plan, resolve
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.server.budget import budget
 
 PRIVATE = ["--set", "privacy.mode=distributed", "--set", "privacy.target_epsilon=8"]
@@ -53,7 +53,7 @@ def test_the_plan_is_the_runs(file):
     found = as_json(file, *PRIVATE)
     config = read(file, PRIVATE[1::2])
     spec = load_graft(config, config.model.name, config.run.seed).spec
-    plan = make_plan(resolve(config, spec.size), spec.size)
+    plan = make_plan(config, spec.size)
     assert found["assessment"]["plan"] == json.loads(json.dumps(plan.__dict__))
     assert (found["clients"], found["rounds"], found["mode"], found["assumed"]) == (2, 2, "distributed", False)
 

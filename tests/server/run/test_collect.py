@@ -5,14 +5,15 @@ import pytest
 from flwr.app import RecordDict
 
 from tests.support.federation import hurry
-from tests.support.private import LEDGER, private_app, private_config, private_parts
-from tests.support.toy import SPEC, toy_app, toy_config, toy_parts, toy_state
+from tests.support.private import LEDGER, private_app, private_config, private_context
+from tests.support.toy import SPEC, toy_app, toy_config, toy_context, toy_state
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import NotEnoughSites, StorageError
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import TrainRequest, from_record, to_record
 from tsugiki.server.engines.in_process import identify_process
-from tsugiki.server.run.collect import address, collect, receive, sample, train_request
+from tsugiki.server.run.collect import address, receive, sample, train_request
+from tsugiki.server.run.private_round import collect_uploads
 from tsugiki.server.run.replies import Accepted, Rejected
 from tsugiki.server.run.roster import Member
 
@@ -31,16 +32,16 @@ def _hurried(monkeypatch):
     hurry(monkeypatch)
 
 
-def greeted(parts):
-    """Return the parts once all sites have said hello."""
-    parts.roster.wait(lambda count: None)
-    return parts
+def greeted(ctx):
+    """Return the context once all sites have said hello."""
+    ctx.roster.wait(lambda count: None)
+    return ctx
 
 
 def round_of(folder, app, nodes, number=1, fault=None, **options):
     """Collect one private round; return what was collected."""
-    parts = greeted(private_parts(folder, app, nodes, private_config(**options), fault))
-    return collect(parts, toy_state(), number, sample(parts, number, 0))
+    ctx = greeted(private_context(folder, app, nodes, private_config(**options), fault))
+    return collect_uploads(ctx, ctx.privacy, toy_state(), number, sample(ctx, number, 0), 0)
 
 
 # Who is asked
@@ -60,15 +61,15 @@ def test_all_clients_of_the_cohort_are_asked_without_sampling(mode, tmp_path):
 
 def test_a_share_of_the_sites_follows_from_the_seed_without_sampling(tmp_path):
     """Catches: fraction_train taken for a probability in a run that claims no amplification."""
-    parts = greeted(
-        private_parts(
+    ctx = greeted(
+        private_context(
             tmp_path,
             private_app(SITES),
             4,
             private_config("local", noise_multiplier=1.0, strategy={"fraction_train": 0.5, "min_clients": 2}),
         )
     )
-    cohorts = [[member.name for member in sample(parts, 3, 0)] for _ in range(5)]
+    cohorts = [[member.name for member in sample(ctx, 3, 0)] for _ in range(5)]
     assert len(cohorts[0]) == 2
     assert all(cohort == cohorts[0] for cohort in cohorts)
 
@@ -101,19 +102,19 @@ def test_a_site_of_which_nobody_was_drawn_is_not_asked(tmp_path, monkeypatch):
 
 def test_all_connected_sites_are_candidates_under_poisson_sampling(tmp_path):
     """Catches: sites drawn by the run's seed first, so that a client is in with probability q squared."""
-    parts = greeted(private_parts(tmp_path, private_app(SITES, clients=50), 4, private_config(**POISSON)))
-    assert [member.name for member in sample(parts, 1, 0)] == SITES
+    ctx = greeted(private_context(tmp_path, private_app(SITES, clients=50), 4, private_config(**POISSON)))
+    assert [member.name for member in sample(ctx, 1, 0)] == SITES
 
 
 def test_too_few_connected_clients_stop_a_private_run(tmp_path):
     """Catches: sites counted where clients are meant, or the other way round."""
     config = private_config("local", noise_multiplier=1.0, clients=7, strategy={"min_clients": 6})
-    parts = greeted(private_parts(tmp_path, private_app(["a", "b"], clients=3), 2, config))
-    assert len(sample(parts, 1, 0)) == 2
-    parts.roster.drop([1])
-    parts.roster.gather = lambda: None
+    ctx = greeted(private_context(tmp_path, private_app(["a", "b"], clients=3), 2, config))
+    assert len(sample(ctx, 1, 0)) == 2
+    ctx.roster.drop([1])
+    ctx.roster.gather = lambda: None
     with pytest.raises(NotEnoughSites, match="3 clients"):
-        sample(parts, 1, 0)
+        sample(ctx, 1, 0)
 
 
 # The account
@@ -135,8 +136,8 @@ def test_uploads_are_in_the_ledger_before_anybody_is_asked(mode, tmp_path):
 def test_a_ledger_that_cannot_be_written_stops_the_round_before_anybody_is_asked(tmp_path, monkeypatch):
     """Catches: uploads that nobody has written down."""
     asked = []
-    parts = greeted(
-        private_parts(tmp_path, private_app(SITES, asked=asked), 4, private_config("local", noise_multiplier=1.0))
+    ctx = greeted(
+        private_context(tmp_path, private_app(SITES, asked=asked), 4, private_config("local", noise_multiplier=1.0))
     )
 
     def fail(*arguments):
@@ -144,7 +145,7 @@ def test_a_ledger_that_cannot_be_written_stops_the_round_before_anybody_is_asked
 
     monkeypatch.setattr("tsugiki.common.audit.append_line", fail)
     with pytest.raises(StorageError):
-        collect(parts, toy_state(), 1, sample(parts, 1, 0))
+        collect_uploads(ctx, ctx.privacy, toy_state(), 1, sample(ctx, 1, 0), 0)
     assert asked == []
 
 
@@ -171,7 +172,7 @@ def test_every_request_has_a_nonce_and_an_addressee_of_its_own():
     asked, messages = address(members, 7, "train", content, 30.0)
     assert {node: one.nonce for node, one in asked.items()} == told
     assert len(set(told.values())) == 4
-    assert [(one.site, one.rows, one.clients, one.round) for one in asked.values()] == [
+    assert [(one.site, one.rows, one.clients, one.round_number) for one in asked.values()] == [
         (site, 10, node, 7) for node, site in enumerate(SITES, 1)
     ]
     assert [(one.metadata.dst_node_id, one.metadata.ttl) for one in messages] == [(node, 60.0) for node in range(1, 5)]
@@ -181,13 +182,13 @@ def test_every_request_has_a_nonce_and_an_addressee_of_its_own():
 
 def test_what_a_site_is_asked(tmp_path):
     """Catches: a schedule that is off by one round; client 0 lost, being false."""
-    parts = toy_parts(tmp_path, toy_app(SITES), 4, toy_config(tmp_path, run={"rounds": 4}))
-    request = train_request(parts, 3, "nonce", [0, 5])
+    ctx = toy_context(tmp_path, toy_app(SITES), 4, toy_config(tmp_path, run={"rounds": 4}))
+    request = train_request(ctx, 3, "nonce", [0, 5])
     assert (request.round, request.schedule_start, request.schedule_stop) == (3, 0.5, 0.75)
     assert (request.nonce, request.clients, request.deadline_s) == ("nonce", "0,5", 30.0)
     assert request.spec_sha256 == SPEC.sha256
-    assert train_request(parts, 3, "nonce", [0]).clients == "0"
-    assert train_request(parts, 3, "nonce").clients == ""
+    assert train_request(ctx, 3, "nonce", [0]).clients == "0"
+    assert train_request(ctx, 3, "nonce").clients == ""
 
 
 def test_the_first_reply_that_passes_counts_and_who_is_silent_is_a_dropout(tmp_path):
@@ -196,8 +197,8 @@ def test_the_first_reply_that_passes_counts_and_who_is_silent_is_a_dropout(tmp_p
     def fault(node, reply):
         return {1: [reply, reply], 2: []}.get(node, [reply]) if reply.metadata.message_type == "train" else [reply]
 
-    parts = greeted(toy_parts(tmp_path, toy_app(SITES), 4, fault=fault))
-    cohort, verdicts = sample(parts, 1, 0), iter([1, 2, 3])
+    ctx = greeted(toy_context(tmp_path, toy_app(SITES), 4, fault=fault))
+    cohort, verdicts = sample(ctx, 1, 0), iter([1, 2, 3])
 
     def judge(reply, one):
         good = next(verdicts) != 2
@@ -205,35 +206,35 @@ def test_the_first_reply_that_passes_counts_and_who_is_silent_is_a_dropout(tmp_p
         return Accepted(one.site, update, 1, None, 1, 0.0, 1.0, 0) if good else Rejected(one.site, "norm")
 
     def content(nonce, node):
-        return to_record(train_request(parts, 1, nonce), encode(toy_state().vector, SPEC))
+        return to_record(train_request(ctx, 1, nonce), encode(toy_state().vector, SPEC))
 
     asked, messages = address(cohort, 1, "train", content, 30.0)
     assert from_record(TrainRequest, messages[0].content).nonce == asked[1].nonce
-    passed, failed = receive(parts, 1, asked, messages, judge)
+    passed, failed = receive(ctx, 1, asked, messages, judge)
     assert [reply.site for reply in passed] == ["a", "d"]
     assert [(reply.site, reply.reason) for reply in failed] == [("b", "dropout"), ("c", "norm"), ("a", "duplicate")]
-    assert list(parts.roster.members()) == ["a", "c", "d"]
+    assert list(ctx.roster.members()) == ["a", "c", "d"]
 
 
 def test_a_gateway_that_stands_for_too_many_clients_is_refused(tmp_path):
     """Catches: a number of clients that is believed, whatever a site says: its noise would count for all of them."""
     app = private_app(SITES, clients=2)
     options = {"noise_multiplier": 1.0, "clients": 8, "max_clients_per_site": 1, "strategy": {"connect_timeout_s": 1.0}}
-    parts = private_parts(tmp_path, app, 4, private_config("distributed", **options))
+    ctx = private_context(tmp_path, app, 4, private_config("distributed", **options))
     with pytest.raises(NotEnoughSites, match="4 refused: clients"):
-        parts.roster.wait(lambda count: None)
+        ctx.roster.wait(lambda count: None)
 
 
 def test_waiting_for_sites_is_no_busy_loop(tmp_path, monkeypatch):
     """Catches: a server that asks for nodes as fast as it can while there are enough nodes, but not enough sites."""
     strategy = {"min_clients": 2, "connect_timeout_s": 1.0}
     options = {"secure_aggregation": True, "noise_multiplier": 1.0, "clients": 40, "min_sites": 3, "strategy": strategy}
-    parts = private_parts(tmp_path, private_app(["a", "b"], clients=10), 2, private_config("distributed", **options))
-    calls, look = [], parts.grid.get_node_ids
-    monkeypatch.setattr(parts.grid, "get_node_ids", lambda: calls.append(1) or look())
-    monkeypatch.setattr(type(parts.grid), "sequential", False, raising=False)
+    ctx = private_context(tmp_path, private_app(["a", "b"], clients=10), 2, private_config("distributed", **options))
+    calls, look = [], ctx.grid.get_node_ids
+    monkeypatch.setattr(ctx.grid, "get_node_ids", lambda: calls.append(1) or look())
+    monkeypatch.setattr(type(ctx.grid), "sequential", False, raising=False)
     with pytest.raises(NotEnoughSites, match=r"privacy\.min_sites = 3"):
-        parts.roster.wait(lambda count: None)
+        ctx.roster.wait(lambda count: None)
     assert len(calls) < 200
 
 
@@ -243,17 +244,17 @@ def test_a_sum_waits_for_enough_sites(tmp_path):
     options = {"secure_aggregation": True, "noise_multiplier": 1.0, "clients": 40, "min_sites": 3, "strategy": strategy}
     (tmp_path / "two").mkdir()
     config = private_config("distributed", **options)
-    two = private_parts(tmp_path / "two", private_app(["a", "b"], clients=10), 2, config)
+    two = private_context(tmp_path / "two", private_app(["a", "b"], clients=10), 2, config)
     with pytest.raises(NotEnoughSites, match="at 2 of 3 sites"):
         two.roster.wait(lambda count: None)
-    four = greeted(private_parts(tmp_path, private_app(SITES, clients=10), 4, config))
+    four = greeted(private_context(tmp_path, private_app(SITES, clients=10), 4, config))
     assert len(sample(four, 1, 0)) == 3
 
 
 def test_clients_beyond_the_enrolled_are_refused_and_the_others_go_on(tmp_path):
     """Catches: more clients in a sum than delta and its width allow for; a run that one site too many can end."""
     config = private_config("local", noise_multiplier=1.0, clients=5, strategy={"min_clients": 4})
-    parts = greeted(private_parts(tmp_path, private_app(["a", "b", "c"], clients=2), 3, config))
-    assert list(parts.roster.members()) == ["a", "b"]
-    assert list(parts.roster.refused().values()) == ["too-many-clients"]
-    assert [member.name for member in sample(parts, 1, 0)] == ["a", "b"]
+    ctx = greeted(private_context(tmp_path, private_app(["a", "b", "c"], clients=2), 3, config))
+    assert list(ctx.roster.members()) == ["a", "b"]
+    assert list(ctx.roster.refused().values()) == ["too-many-clients"]
+    assert [member.name for member in sample(ctx, 1, 0)] == ["a", "b"]

@@ -14,7 +14,7 @@ from tsugiki.common.config.files import read as read_config
 from tsugiki.common.config.files import to_run_config
 from tsugiki.common.errors import ModelError, NotEnoughSites, StorageError
 from tsugiki.common.files import read_lines
-from tsugiki.common.privacy.planning import resolve
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.spec import sha256
 from tsugiki.server.app import app
 from tsugiki.server.engines.in_process import InProcessGrid
@@ -157,9 +157,9 @@ def test_a_deployed_run_counts_on_no_simulated_clients(tmp_path):
     """Catches: a plan over the clients of a simulation that real sites do not have."""
     privacy = {"mode": "central", "noise_multiplier": 1.0, "delta": 1e-3}
     config = tiny_config(tmp_path, privacy=privacy, simulation={"clients": 40, "clients_per_site": 10})
-    found = resolve(deployed(config), 10).privacy
+    found = make_plan(deployed(config), 10)
     assert (found.enrolled_clients, found.max_clients_per_site) == (config.strategy.min_clients, 1)
-    found = resolve(config, 10).privacy
+    found = make_plan(config, 10)
     assert (found.enrolled_clients, found.max_clients_per_site) == (40, 10)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.support.federation import hurry
-from tests.support.toy import SPEC, forging, is_train, run_toy, toy_app, toy_config, toy_parts, toy_state
+from tests.support.toy import SPEC, forging, is_train, run_toy, toy_app, toy_config, toy_context, toy_state
 from tsugiki.common.errors import Interrupted, NotEnoughSites, QuorumNotMet, TrainingError
 from tsugiki.common.wire.spec import sha256
 from tsugiki.server.run import checkpoint
@@ -80,8 +80,8 @@ def test_the_cohort_is_a_function_of_seed_round_and_attempt(tmp_path):
 
     def cohorts(folder, sites, config=config):
         folder.mkdir()
-        parts = toy_parts(folder, toy_app(sites), 4, config)
-        return [[member.name for member in sample(parts, number, 0)] for number in range(1, 9)]
+        ctx = toy_context(folder, toy_app(sites), 4, config)
+        return [[member.name for member in sample(ctx, number, 0)] for number in range(1, 9)]
 
     first = cohorts(tmp_path / "1", SITES)
     assert first == cohorts(tmp_path / "2", SITES[::-1])
@@ -97,14 +97,14 @@ def test_the_cohort_is_a_function_of_seed_round_and_attempt(tmp_path):
 def test_the_cohort_is_the_asked_share_and_at_least_the_quorum(tmp_path, fraction, least, size):
     """Catches: a cohort that cannot meet its own quorum."""
     config = toy_config(tmp_path, strategy={"fraction_train": fraction, "min_clients": least})
-    assert len(sample(toy_parts(tmp_path, toy_app(SITES), 4, config), 1, 0)) == size
+    assert len(sample(toy_context(tmp_path, toy_app(SITES), 4, config), 1, 0)) == size
 
 
 def test_too_few_connected_sites_stop_the_run(tmp_path):
     """Catches: a round that is tried with fewer sites than its quorum."""
-    parts = toy_parts(tmp_path, toy_app(["a"]), 1)
+    ctx = toy_context(tmp_path, toy_app(["a"]), 1)
     with pytest.raises(NotEnoughSites) as caught:
-        sample(parts, 1, 0)
+        sample(ctx, 1, 0)
     assert caught.value.exit_status == 4
 
 
@@ -129,13 +129,13 @@ def test_a_quorum_missed_twice_stops_the_run_with_the_last_checkpoint(tmp_path):
     """Catches: an endless retry, and a checkpoint that took over something from a voided round."""
     count = iter(range(100))
     fault = forging(2, lambda reply: reply if next(count) < 1 else None)
-    parts = toy_parts(tmp_path, toy_app(["a", "b"]), 2, fault=fault)
-    parts.roster.wait(lambda count: None)
+    ctx = toy_context(tmp_path, toy_app(["a", "b"]), 2, fault=fault)
+    ctx.roster.wait(lambda count: None)
     with pytest.raises(QuorumNotMet, match="round 2: 1 accepted replies, twice") as caught:
-        run_rounds(parts, toy_state())
+        run_rounds(ctx, toy_state())
     assert (caught.value.exit_status, caught.value.code) == (3, "quorum-not-met")
     assert str(tmp_path / "checkpoint") in str(caught.value)
-    state = checkpoint.load(tmp_path / "checkpoint", parts.config.sha256, SPEC.sha256)
+    state = checkpoint.load(tmp_path / "checkpoint", ctx.config.sha256, SPEC.sha256)
     assert state.round == 1
     assert np.array_equal(state.vector, np.full(SPEC.size, 0.25, np.float32))
 
@@ -214,31 +214,31 @@ def test_a_request_to_stop_keeps_the_last_checkpoint(tmp_path):
     """Catches: a stop that waits for the round to end, and one that loses what was finished."""
 
     def update(site, round_, received):
-        parts.stop.requested = round_ == 2 and site == "a"
+        ctx.stop.requested = round_ == 2 and site == "a"
         return np.full(SPEC.size, 0.25, np.float32)
 
-    parts = toy_parts(tmp_path, toy_app(["a", "b"], update), 2)
-    parts.roster.wait(lambda count: None)
+    ctx = toy_context(tmp_path, toy_app(["a", "b"], update), 2)
+    ctx.roster.wait(lambda count: None)
     with pytest.raises(Interrupted) as caught:
-        run_rounds(parts, toy_state())
+        run_rounds(ctx, toy_state())
     assert caught.value.exit_status == 130
-    assert checkpoint.load(tmp_path / "checkpoint", parts.config.sha256, SPEC.sha256).round == 1
+    assert checkpoint.load(tmp_path / "checkpoint", ctx.config.sha256, SPEC.sha256).round == 1
 
 
 def test_a_model_that_is_no_longer_finite_is_not_checkpointed(tmp_path):
     """Catches: a sum that overflowed, saved as the model."""
     config = toy_config(tmp_path, strategy={"max_update_norm": 1e39})
-    parts = toy_parts(tmp_path, toy_app(["a", "b"], by_site({"a": 1e38, "b": 1e38})), 2, config)
-    parts.roster.wait(lambda count: None)
+    ctx = toy_context(tmp_path, toy_app(["a", "b"], by_site({"a": 1e38, "b": 1e38})), 2, config)
+    ctx.roster.wait(lambda count: None)
     start = np.full(SPEC.size, 3e38, np.float32)
     with np.errstate(over="ignore"), pytest.raises(TrainingError, match="not finite"):
-        run_rounds(parts, replace(toy_state(), vector=start))
-    assert checkpoint.load(tmp_path / "checkpoint", parts.config.sha256, SPEC.sha256).round == 0
+        run_rounds(ctx, replace(toy_state(), vector=start))
+    assert checkpoint.load(tmp_path / "checkpoint", ctx.config.sha256, SPEC.sha256).round == 0
 
 
 def test_a_finished_run_goes_on_to_nothing(tmp_path):
     """Catches: a round more than the run has, when it is resumed at its end."""
-    parts = toy_parts(tmp_path, toy_app(["a", "b"]), 2)
-    parts.roster.wait(lambda count: None)
-    state = run_rounds(parts, toy_state())
-    assert run_rounds(parts, state) is state
+    ctx = toy_context(tmp_path, toy_app(["a", "b"]), 2)
+    ctx.roster.wait(lambda count: None)
+    state = run_rounds(ctx, toy_state())
+    assert run_rounds(ctx, state) is state

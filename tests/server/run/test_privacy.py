@@ -17,7 +17,7 @@ from tsugiki.common.files import read_lines
 from tsugiki.common.privacy.accounting import Release, epsilon
 from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.privacy.mechanisms import MECHANISMS, epsilon_after, mechanism_of, releases_of
-from tsugiki.common.privacy.planning import resolve
+from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.rng import seed_everything
 from tsugiki.server.report.page import write_report
 from tsugiki.server.run.privacy import open_privacy, rows_summary
@@ -49,21 +49,22 @@ def charged(path):
 
 def test_a_run_without_privacy_has_none(tmp_path):
     """Catches: a ledger for a run that promises nothing."""
-    assert (
-        open_privacy(private_config("none"), SPEC.size, tmp_path / LEDGER, AuditLog(tmp_path / "audit.jsonl")) is None
-    )
+    config = private_config("none")
+    audit = AuditLog(tmp_path / "audit.jsonl")
+    assert open_privacy(make_plan(config, SPEC.size), config, tmp_path / LEDGER, audit) is None
 
 
 @each_mode
 def test_what_was_spent_before_is_told_at_the_start(mode, tmp_path):
     """Catches: a run that begins at zero on clients who have given something before."""
-    config = resolve(private_config(mode, noise_multiplier=Z, target_epsilon=9.0), SPEC.size)
+    config = private_config(mode, noise_multiplier=Z, target_epsilon=9.0)
+    plan = make_plan(config, SPEC.size)
     audit = AuditLog(tmp_path / "audit.jsonl")
-    first = open_privacy(config, SPEC.size, tmp_path / LEDGER, audit)
+    first = open_privacy(plan, config, tmp_path / LEDGER, audit)
     for number in (1, 2):
         first.charge("uploads", number)
         first.charge("release", number)
-    second = open_privacy(config, SPEC.size, tmp_path / LEDGER, audit)
+    second = open_privacy(plan, config, tmp_path / LEDGER, audit)
     told = [event["spent_before"] for event in verify(tmp_path / "audit.jsonl")]
     seen = epsilon_after(second.plan, 2)
     assert told == [{}, {who: value if math.isfinite(value) else None for who, value in seen.items()}]

@@ -65,7 +65,8 @@ def charged(tmp_path):
     return Counter((line["adversary"], line["round"]) for line in verify(tmp_path / LEDGER))
 
 
-RECEIVING, AVERAGING = "tsugiki.server.run.collect.receive", "tsugiki.server.run.loop.step"
+COLLECTING = "tsugiki.server.run.private_round.collect_uploads"
+RECEIVING, AVERAGING = "tsugiki.server.run.collect.receive", "tsugiki.server.run.rounds.aggregated_step"
 
 
 @pytest.mark.parametrize("mode", ["local", "distributed"])
@@ -134,7 +135,7 @@ def test_a_run_without_budget_for_its_first_round_is_an_error_and_asks_nobody(ru
 @each_mode
 def test_resuming_goes_on_from_the_saved_ledger(run, mode):
     """Catches: epsilons of the rounds since the restart only."""
-    run(mode, kill="tsugiki.server.run.loop.collect", in_round=3)
+    run(mode, kill=COLLECTING, in_round=3)
     outcome = run(mode, resume=True)
     plan = plan_of(mode, rounds=ROUNDS, noise_multiplier=Z)
     who = mechanism_of(plan).budgeted[0]
@@ -158,7 +159,7 @@ def test_resuming_goes_on_from_the_saved_ledger(run, mode):
 )
 def test_another_plan_is_refused_with_what_differs(run, tmp_path, changed, name):
     """Catches: less noise from the middle of a run on, under an account that was made for more."""
-    run("local", kill="tsugiki.server.run.loop.collect")
+    run("local", kill=COLLECTING)
     asked = []
     with unchanged(tmp_path / LEDGER), pytest.raises(StorageError) as caught:
         run("local", resume=True, asked=asked, **changed)
@@ -169,7 +170,7 @@ def test_another_plan_is_refused_with_what_differs(run, tmp_path, changed, name)
 
 def test_other_versions_of_the_accountant_are_another_plan(run, monkeypatch):
     """Catches: an account that changes in the middle with the library that computes it."""
-    run("local", kill="tsugiki.server.run.loop.collect")
+    run("local", kill=COLLECTING)
     monkeypatch.setattr("tsugiki.common.privacy.planning.__version__", "9.9.9")
     with pytest.raises(StorageError, match="versions was") as caught:
         run("local", resume=True)
@@ -179,7 +180,7 @@ def test_other_versions_of_the_accountant_are_another_plan(run, monkeypatch):
 @pytest.mark.parametrize("changed", ["central", "distributed"])
 def test_another_mode_is_another_run(run, changed):
     """Catches: a mode that changes between two rounds."""
-    run("local", kill="tsugiki.server.run.loop.collect")
+    run("local", kill=COLLECTING)
     with pytest.raises(StorageError) as caught:
         run(changed, resume=True)
     assert caught.value.code == "checkpoint-foreign"
@@ -196,7 +197,7 @@ def test_the_plan_is_in_every_checkpoint(run):
 @pytest.mark.parametrize("how", ["deleted", "elsewhere", "cut"])
 def test_a_run_whose_ledger_is_gone_does_not_go_on(run, tmp_path, how):
     """Catches: a budget that starts anew: the checkpoint says that rounds were made, the ledger that none was."""
-    run("local", kill="tsugiki.server.run.loop.collect", in_round=3)
+    run("local", kill=COLLECTING, in_round=3)
     path = tmp_path / LEDGER
     options = {"ledger": str(tmp_path / "other.jsonl")} if how == "elsewhere" else {}
     if how == "deleted":

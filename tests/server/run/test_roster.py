@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from tests.support.federation import hurry
-from tests.support.toy import SPEC, rewritten, toy_app, toy_config, toy_parts
+from tests.support.toy import SPEC, rewritten, toy_app, toy_config, toy_context
 from tsugiki.common import __version__
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import NotEnoughSites
@@ -26,10 +26,10 @@ def forging_hello(node, **fields):
 
 
 def greeted(folder, sites, fault=None, **settings):
-    """Return the parts of a run after its hello."""
-    parts = toy_parts(folder, toy_app(sites), len(sites), toy_config(folder, **settings), fault)
-    parts.roster.refresh()
-    return parts
+    """Return the context of a run after its hello."""
+    ctx = toy_context(folder, toy_app(sites), len(sites), toy_config(folder, **settings), fault)
+    ctx.roster.refresh()
+    return ctx
 
 
 def test_sites_are_known_by_name_whatever_node_they_are(tmp_path):
@@ -45,11 +45,11 @@ def test_sites_are_known_by_name_whatever_node_they_are(tmp_path):
 
 def test_a_hello_lives_as_long_as_it_is_waited_for(tmp_path, monkeypatch):
     """Catches: a site that takes longer to load its model than a round may last, and is never let in."""
-    parts = toy_parts(tmp_path, toy_app(["bank"]), 1, toy_config(tmp_path, strategy={"round_timeout_s": 2.0}))
-    sent, push = [], parts.grid.push_messages
-    monkeypatch.setattr(parts.grid, "sequential", False)
-    monkeypatch.setattr(parts.grid, "push_messages", lambda messages: push(sent.extend(messages) or messages))
-    parts.roster.refresh(50.0)
+    ctx = toy_context(tmp_path, toy_app(["bank"]), 1, toy_config(tmp_path, strategy={"round_timeout_s": 2.0}))
+    sent, push = [], ctx.grid.push_messages
+    monkeypatch.setattr(ctx.grid, "sequential", False)
+    monkeypatch.setattr(ctx.grid, "push_messages", lambda messages: push(sent.extend(messages) or messages))
+    ctx.roster.refresh(50.0)
     assert [message.metadata.ttl >= 50.0 for message in sent] == [True]
 
 
@@ -72,9 +72,9 @@ def test_a_hello_lives_as_long_as_it_is_waited_for(tmp_path, monkeypatch):
 )
 def test_a_site_that_does_not_fit_is_refused_with_a_code(tmp_path, fields, code):
     """Catches: any part of the hello that is believed unchecked, and a refusal that takes the others with it."""
-    parts = greeted(tmp_path, ["site-0", "site-1"], forging_hello(2, **fields))
-    assert list(parts.roster.members()) == ["site-0"]
-    assert parts.roster.refused() == {2: code}
+    ctx = greeted(tmp_path, ["site-0", "site-1"], forging_hello(2, **fields))
+    assert list(ctx.roster.members()) == ["site-0"]
+    assert ctx.roster.refused() == {2: code}
     assert [event["code"] for event in verify(tmp_path / "audit.jsonl") if event["event"] == "refused"] == [code]
 
 
@@ -100,70 +100,70 @@ def test_another_patch_version_fits(tmp_path):
 
 def test_of_two_namesakes_the_lower_node_id_wins_whoever_answers_first(tmp_path):
     """Catches: a name given to the one that happens to answer first."""
-    parts = toy_parts(tmp_path, toy_app(["bank", "bank"]), 2)
-    grid = parts.grid
+    ctx = toy_context(tmp_path, toy_app(["bank", "bank"]), 2)
+    grid = ctx.grid
     ids = grid.get_node_ids
     grid.get_node_ids = lambda: list(reversed(ids()))
-    parts.roster.refresh()
-    assert parts.roster.members()["bank"].node_id == 1
-    assert parts.roster.refused() == {2: "site-name-taken"}
+    ctx.roster.refresh()
+    assert ctx.roster.members()["bank"].node_id == 1
+    assert ctx.roster.refused() == {2: "site-name-taken"}
 
 
 def test_a_refused_node_is_not_asked_again(tmp_path):
     """Catches: a hello to a node that does not fit, in every round."""
-    parts = greeted(tmp_path, ["site-0", "site-1"], forging_hello(2, rows=0))
+    ctx = greeted(tmp_path, ["site-0", "site-1"], forging_hello(2, rows=0))
     before = len(verify(tmp_path / "audit.jsonl"))
-    parts.roster.refresh()
+    ctx.roster.refresh()
     assert len(verify(tmp_path / "audit.jsonl")) == before
-    assert parts.roster.refused() == {2: "shard-empty"}
+    assert ctx.roster.refused() == {2: "shard-empty"}
 
 
 def test_a_node_that_does_not_answer_is_asked_again(tmp_path):
     """Catches: a site that is lost for good because it was slow at its first hello."""
     silent = [True]
-    parts = greeted(tmp_path, ["site-0", "site-1"], lambda node, reply: [] if silent[0] and node == 2 else [reply])
-    assert list(parts.roster.members()) == ["site-0"]
+    ctx = greeted(tmp_path, ["site-0", "site-1"], lambda node, reply: [] if silent[0] and node == 2 else [reply])
+    assert list(ctx.roster.members()) == ["site-0"]
     silent[0] = False
-    parts.roster.refresh()
-    assert list(parts.roster.members()) == ["site-0", "site-1"]
+    ctx.roster.refresh()
+    assert list(ctx.roster.members()) == ["site-0", "site-1"]
 
 
-def with_nodes(parts, nodes):
+def with_nodes(ctx, nodes):
     """Let the grid show only these nodes."""
-    parts.grid.get_node_ids = lambda: list(nodes)
-    parts.roster.refresh()
-    return list(parts.roster.members().values())
+    ctx.grid.get_node_ids = lambda: list(nodes)
+    ctx.roster.refresh()
+    return list(ctx.roster.members().values())
 
 
 def test_a_site_that_left_is_no_member(tmp_path):
     """Catches: a node sampled after it was gone."""
-    parts = greeted(tmp_path, ["site-0", "site-1"])
-    assert [member.name for member in with_nodes(parts, [1])] == ["site-0"]
+    ctx = greeted(tmp_path, ["site-0", "site-1"])
+    assert [member.name for member in with_nodes(ctx, [1])] == ["site-0"]
 
 
 def test_a_site_that_comes_back_says_hello_again(tmp_path):
     """Catches: the old number of rows believed of a site that was restarted with other data."""
     rows = [10]
-    parts = greeted(tmp_path, ["site-0"], lambda node, reply: [rewritten(reply, rows=rows[0])])
-    with_nodes(parts, [])
+    ctx = greeted(tmp_path, ["site-0"], lambda node, reply: [rewritten(reply, rows=rows[0])])
+    with_nodes(ctx, [])
     rows[0] = 7
-    assert [member.rows for member in with_nodes(parts, [1])] == [7]
+    assert [member.rows for member in with_nodes(ctx, [1])] == [7]
 
 
 def test_a_restarted_site_gets_its_name_back_once_its_old_node_is_gone(tmp_path):
     """Catches: a site refused for good because it reconnected before its old node was noticed to be dead."""
-    parts = toy_parts(tmp_path, toy_app(["site-0", "site-1", "site-1"]), 3)
-    assert len(with_nodes(parts, [1, 2])) == 2
-    assert [member.node_id for member in with_nodes(parts, [1, 2, 3])] == [1, 2]
-    assert [(member.name, member.node_id) for member in with_nodes(parts, [1, 3])] == [("site-0", 1), ("site-1", 3)]
+    ctx = toy_context(tmp_path, toy_app(["site-0", "site-1", "site-1"]), 3)
+    assert len(with_nodes(ctx, [1, 2])) == 2
+    assert [member.node_id for member in with_nodes(ctx, [1, 2, 3])] == [1, 2]
+    assert [(member.name, member.node_id) for member in with_nodes(ctx, [1, 3])] == [("site-0", 1), ("site-1", 3)]
 
 
 def test_waiting_ends_with_the_counts_and_the_codes(tmp_path):
     """Catches: an endless wait, and an error that does not tell how many are missing or why."""
     config = toy_config(tmp_path, strategy={"min_clients": 3})
-    parts = toy_parts(tmp_path, toy_app(["a", "b", "c"]), 3, config, forging_hello(2, rows=0))
+    ctx = toy_context(tmp_path, toy_app(["a", "b", "c"]), 3, config, forging_hello(2, rows=0))
     with pytest.raises(NotEnoughSites, match=r"2 of 3 clients .*1 refused: shard-empty") as caught:
-        parts.roster.wait(lambda count: None)
+        ctx.roster.wait(lambda count: None)
     assert caught.value.exit_status == 4
 
 
@@ -180,46 +180,46 @@ class Growing(InProcessGrid):
 
 
 def growing(folder, sites, fault=None, **settings):
-    """Return parts of a run whose sites connect slowly."""
+    """Return the context of a run whose sites connect slowly."""
     config = toy_config(folder, **settings)
-    parts = toy_parts(folder, toy_app(sites), len(sites), config)
+    ctx = toy_context(folder, toy_app(sites), len(sites), config)
     grid = Growing(toy_app(sites), len(sites), fault)
-    roster = type(parts.roster)(grid, config, SPEC, parts.audit, parts.stop)
-    return dataclasses.replace(parts, grid=grid, roster=roster)
+    roster = type(ctx.roster)(grid, config, SPEC, None, ctx.audit, ctx.stop)
+    return dataclasses.replace(ctx, grid=grid, roster=roster)
 
 
 def test_waiting_sees_sites_that_come_late(tmp_path):
     """Catches: a look at the start only."""
     seen = []
-    parts = growing(tmp_path, ["a", "b", "c"], strategy={"min_clients": 3})
-    parts.roster.wait(seen.append)
-    assert list(parts.roster.members()) == ["a", "b", "c"]
+    ctx = growing(tmp_path, ["a", "b", "c"], strategy={"min_clients": 3})
+    ctx.roster.wait(seen.append)
+    assert list(ctx.roster.members()) == ["a", "b", "c"]
     assert seen[-1] == 3
 
 
 def test_waiting_goes_on_when_one_of_the_first_is_refused(tmp_path):
     """Catches: a run that gives up at once, with time left, because an unfit site connected before a fit one."""
-    parts = growing(tmp_path, ["a", "b", "c"], forging_hello(1, rows=0), strategy={"min_clients": 2})
-    parts.roster.wait(lambda count: None)
-    assert list(parts.roster.members()) == ["b", "c"]
+    ctx = growing(tmp_path, ["a", "b", "c"], forging_hello(1, rows=0), strategy={"min_clients": 2})
+    ctx.roster.wait(lambda count: None)
+    assert list(ctx.roster.members()) == ["b", "c"]
 
 
 def test_waiting_where_no_more_can_come_ends_at_once(tmp_path):
     """Catches: a simulation that waits two minutes for sites that its file does not have."""
-    parts = toy_parts(tmp_path, toy_app(["a"]), 1, toy_config(tmp_path, strategy={"connect_timeout_s": 1e5}))
+    ctx = toy_context(tmp_path, toy_app(["a"]), 1, toy_config(tmp_path, strategy={"connect_timeout_s": 1e5}))
     looks = []
-    ids = parts.grid.get_node_ids
-    parts.grid.get_node_ids = lambda: looks.append(1) or ids()
+    ids = ctx.grid.get_node_ids
+    ctx.grid.get_node_ids = lambda: looks.append(1) or ids()
     with pytest.raises(NotEnoughSites):
-        parts.roster.wait(lambda count: None)
+        ctx.roster.wait(lambda count: None)
     assert len(looks) < 10
 
 
 def test_waiting_for_sites_that_never_come_ends_in_time(tmp_path):
     """Catches: a wait without end on a grid that could grow."""
-    parts = growing(tmp_path, ["a"], strategy={"min_clients": 2})
+    ctx = growing(tmp_path, ["a"], strategy={"min_clients": 2})
     with pytest.raises(NotEnoughSites, match="1 of 2 clients after 30 s"):
-        parts.roster.wait(lambda count: None)
+        ctx.roster.wait(lambda count: None)
 
 
 def test_an_error_at_hello_refuses_with_its_code(tmp_path):
@@ -229,9 +229,9 @@ def test_an_error_at_hello_refuses_with_its_code(tmp_path):
     def failing(message, context):
         return error_reply("shard-missing", message) if context.node_id == 2 else app(message, context)
 
-    parts = toy_parts(tmp_path, failing, 2)
-    parts.roster.refresh()
-    assert parts.roster.refused() == {2: "shard-missing"}
+    ctx = toy_context(tmp_path, failing, 2)
+    ctx.roster.refresh()
+    assert ctx.roster.refused() == {2: "shard-missing"}
 
 
 @pytest.mark.parametrize(
@@ -246,10 +246,10 @@ def test_an_error_at_hello_refuses_with_its_code(tmp_path):
 )
 def test_with_keys_a_site_has_its_keys_name(tmp_path, names, refused):
     """Catches: a registered key that speaks for another site; a node without a key among those that have one."""
-    parts = toy_parts(tmp_path, toy_app(["a", "b"]), 2, toy_config(tmp_path))
-    parts.roster._names = None if names is None else lambda: names
-    parts.roster.refresh()
-    assert parts.roster.refused() == refused
+    ctx = toy_context(tmp_path, toy_app(["a", "b"]), 2, toy_config(tmp_path))
+    ctx.roster._names = None if names is None else lambda: names
+    ctx.roster.refresh()
+    assert ctx.roster.refused() == refused
     events = [event for event in verify(tmp_path / "audit.jsonl") if event["event"] == "refused"]
     assert {int(event["node"]): event["code"] for event in events} == refused
     assert all(event["key"] == (names or {}).get(int(event["node"]), "") for event in events)
@@ -257,22 +257,22 @@ def test_with_keys_a_site_has_its_keys_name(tmp_path, names, refused):
 
 def test_who_left_between_rounds_is_given_time_to_come_back(tmp_path, monkeypatch):
     """Catches: a run that ends, or a round without most sites, because a line was dead for a moment."""
-    parts = greeted(tmp_path, ["bank", "clinic"])
+    ctx = greeted(tmp_path, ["bank", "clinic"])
     looks = [[1], [1], [1, 2]]
-    monkeypatch.setattr(parts.grid, "get_node_ids", lambda: looks.pop(0) if len(looks) > 1 else looks[0])
-    parts.roster.gather()
-    assert list(parts.roster.members()) == ["bank", "clinic"]
+    monkeypatch.setattr(ctx.grid, "get_node_ids", lambda: looks.pop(0) if len(looks) > 1 else looks[0])
+    ctx.roster.gather()
+    assert list(ctx.roster.members()) == ["bank", "clinic"]
 
 
 def test_who_does_not_come_back_or_dropped_out_is_not_waited_for(tmp_path, monkeypatch):
     """Catches: a wait without end; a second wait for a site for which the round has already waited."""
-    parts = greeted(tmp_path, ["bank", "clinic", "retail"])
+    ctx = greeted(tmp_path, ["bank", "clinic", "retail"])
     looks = []
-    monkeypatch.setattr(parts.grid, "get_node_ids", lambda: looks.append(1) or [1])
-    parts.roster.drop([2])
-    parts.roster.gather()
-    assert list(parts.roster.members()) == ["bank"]
+    monkeypatch.setattr(ctx.grid, "get_node_ids", lambda: looks.append(1) or [1])
+    ctx.roster.drop([2])
+    ctx.roster.gather()
+    assert list(ctx.roster.members()) == ["bank"]
     assert len(looks) > 3
     looks.clear()
-    parts.roster.gather()
+    ctx.roster.gather()
     assert len(looks) <= 3

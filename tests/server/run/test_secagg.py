@@ -114,7 +114,7 @@ def test_the_charge_is_written_before_the_shares_are_asked_for(tmp_path, monkeyp
     ask = secagg.Attempt.ask
 
     def watching(self, step, fields, read):
-        path = self.parts.folder / "privacy-ledger.jsonl"
+        path = self.ctx.folder / "privacy-ledger.jsonl"
         seen.append((step, path.exists()))
         return ask(self, step, fields, read)
 

@@ -1,0 +1,101 @@
+"""A round under a privacy plan: protected updates are added up, and their noisy mean is released.
+
+With secure aggregation the server opens the sum alone (`secagg.py`); without it, it adds up what sites send. All else
+is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tsugiki.common.strategies.base import WeightedUpdate
+from tsugiki.server.run.checkpoint import State
+from tsugiki.server.run.collect import collect
+from tsugiki.server.run.context import RunContext
+from tsugiki.server.run.guard import check_private
+from tsugiki.server.run.privacy import Privacy
+from tsugiki.server.run.replies import AcceptedSum, Asked, CollectedSum, Rejected
+from tsugiki.server.run.roster import Member
+from tsugiki.server.run.rounds import Round, Step, attempt_record, take_step
+from tsugiki.server.run.secagg import collect_sum
+
+if TYPE_CHECKING:
+    from flwr.app import Message
+
+
+@dataclass(frozen=True)
+class PrivateRound(Round[CollectedSum]):
+    """The round of a private run, with masks or without them."""
+
+    ctx: RunContext
+    privacy: Privacy
+
+    def collect(self, state: State, round_number: int, cohort: list[Member], attempt: int) -> CollectedSum:
+        """Let the cohort train, and return the sum of its protected updates.
+
+        Raises:
+            BudgetError: another run on the same clients has used up the budget.
+            StorageError: the ledger cannot be written; no site was asked.
+        """
+        gather = collect_sum if self.privacy.plan.secure_aggregation else collect_uploads
+        return gather(self.ctx, self.privacy, state, round_number, cohort, attempt)
+
+    def record(self, round_number: int, cohort: list[Member], replies: CollectedSum) -> dict[str, Any]:
+        """Return the line of an attempt: no loss, rows, norm or time of a single site.
+
+        Under Poisson sampling it says nothing of the cohort at all, nor its bytes or time: the account counts on it.
+        """
+        if self.ctx.withholds:
+            nobody = replace(replies, accepted=[], rejected=[], bytes_down=0, bytes_up=0)
+            return attempt_record(round_number, [], nobody, {}) | {"seconds": {}}
+        reported = {reply.site: {"clients": reply.clients, "bytes_up": reply.size_bytes} for reply in replies.accepted}
+        return attempt_record(round_number, cohort, replies, reported)
+
+    def step(self, state: State, round_number: int, replies: CollectedSum) -> Step:
+        """Return the step of the strategy on the noisy mean of the round.
+
+        Raises:
+            BudgetError: another run on the same clients has used up the budget.
+            StorageError: the ledger cannot be written; nothing is released.
+        """
+        self.privacy.charge("release", round_number)  # before the mean exists: a crash must not make a release free
+        mean, report = self.privacy.mean(replies.total, replies.clients, round_number)
+        step = take_step(self.ctx, state, round_number, [WeightedUpdate("mean", mean, 1)])
+        return replace(step, record={"privacy": report})
+
+
+def collect_uploads(
+    ctx: RunContext, privacy: Privacy, state: State, round_number: int, cohort: list[Member], attempt: int
+) -> CollectedSum:
+    """Return the sum of the protected updates of a round, each of which the server sees.
+
+    Args:
+        ctx: of the run.
+        privacy: of the run; its plan has no secure aggregation.
+        state: before the round.
+        round_number: counted from 1.
+        cohort: that is asked.
+        attempt: at this round, from 0.
+
+    Raises:
+        BudgetError: another run on the same clients has used up the budget.
+        StorageError: the ledger cannot be written; no site was asked.
+    """
+    privacy.charge("uploads", round_number, attempt)  # before a site is asked: a crash must not make uploads free
+    clients: dict[str, list[int]] | None = None
+    if ctx.withholds:
+        # a site of which no client was drawn is not asked; an empty list would mean all of them
+        drawn = {member.name: privacy.sampled(member.clients, member.name, round_number) for member in cohort}
+        clients = {name: numbers for name, numbers in drawn.items() if numbers}
+        cohort = [member for member in cohort if member.name in clients]
+
+    def judge(reply: Message, asked: Asked) -> AcceptedSum | Rejected:
+        return check_private(reply, asked, privacy.plan)
+
+    replies = collect(ctx, state, round_number, cohort, judge, clients)
+    levels = [reply.levels for reply in replies.accepted]
+    total = np.sum([np.zeros(privacy.plan.dimension, np.int64), *levels], axis=0)  # zeros: a drawn cohort may be empty
+    return CollectedSum(replies.accepted, replies.rejected, replies.bytes_down, replies.bytes_up, replies.wait_s, total)
