@@ -129,9 +129,9 @@ def bert_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def bert(bert_folder, monkeypatch):
+def bert(bert_folder):
     """Return a function that makes a BERT classifier, its adapter off its initial values, and rows of all lengths."""
-    monkeypatch.setattr(model, "_grafts", {})
+    model.grafts.clear()
 
     def make(dropout=False, **adapter):
         small = {"task": {"name": "sequence-classification", "max_length": 16}, "adapter": adapter}
@@ -613,11 +613,11 @@ def refused(made):
     return str(caught.value)
 
 
-def test_a_task_whose_rows_depend_on_each_other_is_refused(tmp_path, monkeypatch):
+def test_a_task_whose_rows_depend_on_each_other_is_refused(tmp_path):
     """Catches: in-batch negatives, where the gradient of one row holds all others."""
     assert [name for name in TASKS.names() if TASKS.get(name).row_losses] != []
     assert not TASKS.get("sentence-embedding").row_losses
-    monkeypatch.setattr(model, "_grafts", {})
+    model.grafts.clear()
     config = parse({"task": {"name": "sentence-embedding"}, "train": {"device": "cpu"}})
     made = load_graft(config, str(tiny_base(tmp_path, "bert")), 1)
     assert "sentence-embedding" in refused(made)

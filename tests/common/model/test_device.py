@@ -48,9 +48,9 @@ def bases(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_graft_is_left(monkeypatch):
+def no_graft_is_left():
     """Every test starts without a loaded base."""
-    monkeypatch.setattr(model, "_grafts", {})
+    model.grafts.clear()
 
 
 def config_of(task, method="lora", adapters=(), **settings):
@@ -72,7 +72,7 @@ def graft_of(bases, task, method="lora", **settings):
     case = TASKS.get(task).tiny()
     base = bases[case.model_type]
     adapters = to_fuse(base.parent / f"{base.name}-fused", base) if method == "fusion" else ()
-    model._grafts.clear()
+    model.grafts.clear()
     graft = load_graft(config_of(task, method, adapters, **settings), str(base), 1)
     return graft, graft.task.encode(Shard(case.rows), graft.base)
 

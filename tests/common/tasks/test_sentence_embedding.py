@@ -174,7 +174,7 @@ def test_classes_have_names_or_numbers(folder):
 @pytest.mark.parametrize("method", ADAPTERS.names())
 def test_the_head_goes_with_every_method(folder, tmp_path, method):
     """Catches: a head that is not exchanged, frozen, adapted itself, or counted as part of the base."""
-    model._grafts.clear()
+    model.grafts.clear()
     small = {"lora": {"rank": 2}, "vera": {"rank": 8}, "houlsby": {"bottleneck": 4}}
     virtual = {"num_virtual_tokens": 4} if method in ("prompt", "p-tuning", "prefix") else {}
     fused = {"adapters": list(to_fuse(tmp_path, folder))} if method == "fusion" else {}
