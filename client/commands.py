@@ -123,9 +123,9 @@ def client(server: str, site_file: Path, ca: Path | None, key: Path | None, inse
         None if private is None else read_private_key(private),
         retry_s,
     )
-    shown, ending = status.choose(), Ending()
-    watch_training(shown.step)
-    with ending.handling_signals():
+    ending = Ending()
+    with status.choose() as shown, ending.handling_signals():
+        watch_training(shown.step)
         connection = Connection(link, ending, shown.note)
         try:
             connection.connect()
@@ -135,7 +135,7 @@ def client(server: str, site_file: Path, ca: Path | None, key: Path | None, inse
             pass  # there is nobody to say goodbye to
         finally:
             connection.close()
-    shown.note("disconnected")
+        shown.note("disconnected")
 
 
 def dry_run(site_file: Path, run: Path, overrides: Sequence[str]) -> None:
