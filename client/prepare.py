@@ -65,7 +65,7 @@ class SiteRun:
         Raises:
             PolicyError: the policy forbids the run, the base model or the plan; `policy-rank`, see `own_rank`.
             ModelError: see `load_at`.
-            TrainingError: `examples-unsupported`, the run protects rows, and this model's rows cannot be told apart.
+            TrainingError: `examples-unsupported`, the run protects rows, and this model cannot; see `check_supported`.
         """
         # Names and numbers first: a run that the policy forbids loads nothing.
         site.policy.check_run(config, round_number)

@@ -164,7 +164,7 @@ def _split(text: str) -> tuple[SimulatedSite, ...]:
         split = partition.iid(len(shard), simulation.clients, seed)
         parts = dict(zip(partition.site_names(simulation.clients), split, strict=True))
     rows = [tuple(int(row) for row in parts[name]) for name in sorted(parts)]
-    # Then sites: each stands for one client, or as a gateway for several.
+    # Then sites: each has one client, or as a gateway several.
     each = simulation.clients_per_site
     groups = [tuple(rows[start : start + each]) for start in range(0, len(rows), each)]
     names = sorted(parts) if each == 1 else partition.site_names(len(groups))

@@ -1,4 +1,4 @@
-"""DP-SGD at a site, with Opacus: bounds what a run's uploads tell about any one row of the site.
+"""DP-SGD at a site, with Opacus: bounds what a run's uploads reveal about any one row of the site.
 
 In each step every row is drawn by a coin of its own. The gradients of the drawn rows are clipped to `max_grad_norm` and
 added up, Gaussian noise is added to the sum, and the sum is divided by the expected number of rows, not by the number

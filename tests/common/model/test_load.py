@@ -213,6 +213,20 @@ def test_a_graft_is_loaded_once(bert):
     assert loaded(bert) is not graft
 
 
+def test_a_cleared_graft_is_loaded_anew(bert):
+    """Catches: tests that start with what another test left; a load that fails and leaves the graft before it."""
+    graft = loaded(bert)
+    model.grafts.clear()
+    assert loaded(bert) is not graft
+
+    def fail():
+        raise ModelError("no such base")
+
+    with pytest.raises(ModelError):
+        model.grafts.get("another key", fail)
+    assert model.grafts.graft is None
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
