@@ -13,10 +13,11 @@ from typing import Any
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from tsugiki.client import prepare, secagg
+from tsugiki.client import secagg
+from tsugiki.client.prepare import SiteRun
 from tsugiki.client.site.simulated import SimulatedSite, simulated_sites
 from tsugiki.client.site.site import Site, site_of_node
-from tsugiki.client.training.cohort import train_openly, train_privately
+from tsugiki.client.training.cohort import train_openly, train_protecting_clients
 from tsugiki.client.training.job import Job
 from tsugiki.common import __version__, minor
 from tsugiki.common.config.parse import site_config
@@ -67,11 +68,11 @@ def make_app(locate: Locate) -> ClientApp:
 
     @app.query("keys")
     def keys(message: Message, context: Context) -> Message:
-        return _answer(message, lambda: locate(context), partial(_step, "keys", context.state))
+        return _answer(message, lambda: locate(context), partial(_keys, context.state))
 
     @app.query("shares")
     def shares(message: Message, context: Context) -> Message:
-        return _answer(message, lambda: locate(context), partial(_step, "shares", context.state))
+        return _answer(message, lambda: locate(context), partial(_shares, context.state))
 
     @app.train("masked")
     def masked(message: Message, context: Context) -> Message:
@@ -79,9 +80,12 @@ def make_app(locate: Locate) -> ClientApp:
 
     @app.query("unmask")
     def unmask(message: Message, context: Context) -> Message:
-        return _answer(message, lambda: locate(context), partial(_step, "unmask", context.state))
+        return _answer(message, lambda: locate(context), partial(_unmask, context.state))
 
     return app
+
+
+# The boundary
 
 
 def _answer(message: Message, locate: Callable[[], Site], handle: Callable[[Site, RecordDict], RecordDict]) -> Message:
@@ -94,10 +98,9 @@ def _answer(message: Message, locate: Callable[[], Site], handle: Callable[[Site
         code = error.code
         log.warning("refused: %s", error)
     except BaseException as error:  # also SystemExit and KeyboardInterrupt raised inside training code
-        name = type(error).__name__
-        told = "client-error" if is_private(message.content) else f"client-error:{name}"  # a class tells of the rows
-        code = "out-of-memory" if name in _MEMORY_ERRORS else told
-        log.exception("failed: %s", name)
+        code = _code_of_failure(error, message.content)
+        log.exception("failed: %s", type(error).__name__)
+    # The site's own log gets the refusal too. The reply leaves even if the log cannot be written.
     try:
         if site is not None:
             site.record("refused", kind=message.metadata.message_type, code=code)
@@ -106,159 +109,18 @@ def _answer(message: Message, locate: Callable[[], Site], handle: Callable[[Site
     return error_reply(code, message)
 
 
+def _code_of_failure(error: BaseException, content: RecordDict) -> str:
+    """Return what the server may know about an exception that is not ours."""
+    name = type(error).__name__
+    if name in _MEMORY_ERRORS:
+        return "out-of-memory"
+    # A row may have raised it, so that even its class would say something about the row.
+    if is_private(content):
+        return "client-error"
+    return f"client-error:{name}"
+
+
 _MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")
-
-
-def _hello(site: Site, content: RecordDict) -> RecordDict:
-    request = from_record(HelloRequest, content)
-    config = site_config(request.config)
-    if minor(request.version) != minor(__version__):
-        raise SpecError(
-            f"the server's version {request.version[:32]}", f"{__version__}, as here", code="version-mismatch"
-        )
-    graft, plan = prepare.load(site, config)
-    clients = prepare.clients(site, config, plan)
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft"))
-    rows, kept = prepare.train_rows(site, config), prepare.desk.rows(site, config, "evaluation")
-    hidden = plan is not None or config.privacy.examples.enabled
-    notes = (*device_notes(config, graft.device.type), *(() if hidden else prepare.desk.notes.get(site.name, ())))
-    reply = HelloReply(
-        site=site.name,
-        version=__version__,
-        clients=clients,
-        rows=0 if plan else len(rows),
-        evaluation_rows=0 if kept is None or plan else len(kept),
-        base_fingerprint=graft.spec.base_fingerprint,
-        spec_sha256=graft.spec.sha256,
-        libraries=f"python {platform.python_version()}, {libraries}",
-        notes=",".join(notes),
-    )
-    site.record("hello", run=config.run.name, rows=len(rows), spec_sha256=reply.spec_sha256)
-    return to_record(reply)
-
-
-def _train(site: Site, content: RecordDict) -> RecordDict:
-    request = from_record(TrainRequest, content)
-    job, plan = prepare.make_job(site, request, content)
-    if plan is not None:
-        _only_masked(plan, False)
-        levels = protected_sum(site, job, plan)
-        return to_record(
-            PrivateReply(site.name, request.round, request.nonce), encode_levels(levels, plan.modulus_bits)
-        )
-    update, trained, rows = train_openly(job)
-    prepare.charge(site, job, None, {})
-    hidden = job.config.privacy.examples.enabled  # the loss is a function of the rows, and no noise is on it
-    shared = {} if hidden else site.policy.may_leave({"loss": trained.loss})
-    reply = TrainReply(
-        site=site.name,
-        round=request.round,
-        nonce=request.nonce,
-        rows=rows,
-        steps=trained.steps,
-        loss=shared.get("loss", 0.0),
-        loss_shared="loss" in shared,
-        seconds=0.0 if hidden else trained.seconds,
-    )
-    arrays = encode(narrow(update, job.graft.spec, job.part), job.part)
-    sent = {"bytes": sum(len(array.data) for array in arrays.values()), "update_sha256": sha256(update)}
-    site.record("trained", run=job.config.run.name, round=request.round, steps=trained.steps, **sent)
-    return to_record(reply, arrays)
-
-
-def protected_sum(site: Site, job: Job, plan: Plan) -> Levels:
-    """Return the protected sum of the site's updates; it is in the site's own ledger before it is returned.
-
-    Raises:
-        PolicyError: the site's budget does not allow it.
-    """
-    total = train_privately(job, plan)
-    # A site that is asked knows that it is in the round: nothing is amplified for it.
-    seen = {who: (replace(release, sampling_probability=1.0), 1) for who, release in releases_of(plan).items()}
-    prepare.charge(site, job, plan, seen)
-    told = {"clients": total.clients, "clipped": total.clipped, "null": total.null}
-    kind = {"private": plan.private, "mode": plan.mode}
-    site.record("trained", run=job.config.run.name, round=job.request.round, **told, **kind)
-    return total.levels
-
-
-def _only_masked(plan: Plan | None, masked: bool) -> Plan:
-    """Refuse a step that the run's settings do not have: an unmasked upload under secure aggregation, above all."""
-    if plan is None or plan.secure_aggregation != masked:
-        raise SecureAggregationError("a step that does not belong to the run", "what its settings say")
-    return plan
-
-
-def _step(step: str, state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
-    """Do one of the steps of secure aggregation in which nothing is trained."""
-    request, fields = from_record(StageRequest, content), beside(content)
-    config = site_config(request.config)
-    plan = _only_masked(prepare.load(site, config, request.round)[1], True)
-    (secagg.bind if step == "keys" else secagg.check_bound)(state, plan, request.round)
-    if step == "keys":
-        sent = secagg.answer_keys(state, request.session, site.name)
-    elif step == "shares":
-        sent = secagg.answer_shares(state, request.session, fields, plan, prepare.clients(site, config, plan))
-    else:
-        sent = secagg.answer_unmask(state, request.session, fields, plan)
-        site.record("unmasked", run=config.run.name, round=request.round, survivors=len(fields["survivors"]))
-    return to_record(PrivateReply(site.name, request.round, request.nonce), None, sent)
-
-
-def _masked(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
-    """Train, and send the protected sum under its masks."""
-    request, fields = from_record(TrainRequest, content), beside(content)
-    job, plan = prepare.make_job(site, request, content)
-    plan = _only_masked(plan, True)
-    secagg.check_bound(state, plan, request.round)
-    if request.clients:
-        raise SecureAggregationError("some of this site's clients", "all of them: the others' noise belongs to the sum")
-    secagg.open_shares(state, fields)
-    levels = secagg.mask(state, fields["session"], protected_sum(site, job, plan), plan.modulus_bits)
-    return to_record(PrivateReply(site.name, request.round, request.nonce), encode_levels(levels, plan.modulus_bits))
-
-
-def _evaluate(site: Site, content: RecordDict) -> RecordDict:
-    import torch
-
-    request = from_record(EvaluateRequest, content)
-    config = site_config(request.config)
-    graft, _, _ = prepare.receive(site, config, request, content)
-    site.policy.check_evaluation(config.privacy)
-    rows = prepare.desk.rows(site, config, "evaluation")
-    if rows is None:
-        raise DataError(
-            "this site keeps no evaluation rows", "data.evaluation in site.toml", code="shard-no-evaluation"
-        )
-    with torch.no_grad():
-        metrics = graft.task.evaluate(graft.base, rows, config.evaluation.batch_size)
-    shared: dict[str, Any] = {name: float(value) for name, value in site.policy.may_leave(metrics).items()}
-    result = to_record(EvaluateReply(site.name, request.round, request.nonce, len(rows)))
-    result["metrics"] = MetricRecord(shared)
-    site.record("evaluated", run=config.run.name, round=request.round, metrics=sorted(shared))
-    return result
-
-
-def simulated_app(config: RunConfig, only: str = "") -> tuple[ClientApp, int]:
-    """Return the ClientApp of a simulation and its number of nodes; each node's `partition-id` picks its site.
-
-    Args:
-        config: the run, whose file is split over the sites.
-        only: the name of a site that is to be alone.
-
-    Raises:
-        ConfigError, DataError: the simulation's file cannot be split as asked.
-    """
-
-    def locate(context: Context) -> SimulatedSite:
-        sites = simulated_sites(config)
-        return sites[names.index(only)] if only else sites[int(context.node_config["partition-id"])]
-
-    names = [site.name for site in simulated_sites(config)]
-    return make_app(locate), 1 if only else len(names)
-
-
-app = make_app(site_of_node)
 
 
 def is_private(content: RecordDict) -> bool:
@@ -268,3 +130,223 @@ def is_private(content: RecordDict) -> bool:
     except (KeyError, TsugikiError, ValueError):
         return True
     return privacy.mode != "none" or privacy.examples.enabled
+
+
+# The handlers
+
+
+def _hello(site: Site, content: RecordDict) -> RecordDict:
+    """Say what is here, and whether it fits the run."""
+    request = from_record(HelloRequest, content)
+    config = site_config(request.config)
+    if minor(request.version) != minor(__version__):
+        raise SpecError(
+            f"the server's version {request.version[:32]}", f"{__version__}, as here", code="version-mismatch"
+        )
+    run = SiteRun.open(site, config)
+    clients = run.count_clients()
+    rows = len(run.train_rows())
+    kept = run.rows("evaluation")
+    evaluation_rows = 0 if kept is None else len(kept)
+    # Notes about the machine may always leave, notes about the rows only where nothing protects them.
+    notes = device_notes(config, run.graft.device.type)
+    if not run.hides_rows:
+        notes += run.notes()
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft"))
+    reply = HelloReply(
+        site=site.name,
+        version=__version__,
+        clients=clients,
+        rows=0 if run.plan else rows,
+        evaluation_rows=0 if run.plan else evaluation_rows,
+        base_fingerprint=run.graft.spec.base_fingerprint,
+        spec_sha256=run.graft.spec.sha256,
+        libraries=f"python {platform.python_version()}, {libraries}",
+        notes=",".join(notes),
+    )
+    site.record("hello", run=config.run.name, rows=rows, spec_sha256=reply.spec_sha256)
+    return to_record(reply)
+
+
+def _train(site: Site, content: RecordDict) -> RecordDict:
+    """Train, and send the mean update of the site's clients, or in a private run their protected sum."""
+    request = from_record(TrainRequest, content)
+    run = SiteRun.open(site, site_config(request.config), request.round)
+    if run.plan is None:
+        return _train_openly(run, run.job(request, content))
+    plan = _plan_with_masks(run, False)
+    levels = protected_sum(run, run.job(request, content), plan)
+    return to_record(PrivateReply(site.name, request.round, request.nonce), encode_levels(levels, plan.modulus_bits))
+
+
+def _train_openly(run: SiteRun, job: Job) -> RecordDict:
+    """Return the reply of a run that does not protect clients; it may protect their rows."""
+    update, trained, rows = train_openly(job)
+    run.charge(job, {})
+    # The loss and the seconds follow from the rows, and no noise is on them.
+    shared = {} if run.hides_rows else run.site.policy.may_leave({"loss": trained.loss})
+    reply = TrainReply(
+        site=run.site.name,
+        round=job.request.round,
+        nonce=job.request.nonce,
+        rows=rows,
+        steps=trained.steps,
+        loss=shared.get("loss", 0.0),
+        loss_shared="loss" in shared,
+        seconds=0.0 if run.hides_rows else trained.seconds,
+    )
+    arrays = encode(narrow(update, job.graft.spec, job.part), job.part)
+    sent = {"bytes": sum(len(array.data) for array in arrays.values()), "update_sha256": sha256(update)}
+    run.site.record("trained", run=run.config.run.name, round=job.request.round, steps=trained.steps, **sent)
+    return to_record(reply, arrays)
+
+
+def protected_sum(run: SiteRun, job: Job, plan: Plan) -> Levels:
+    """Return the protected sum of the updates of the site's clients. The site's ledger has it before it is returned.
+
+    Args:
+        run: the open run.
+        job: the training of the round.
+        plan: the run's plan, which is not None here.
+
+    Raises:
+        PolicyError: the site's budget does not allow the upload.
+    """
+    total = train_protecting_clients(job, plan)
+    # A site that is asked knows that it is in the round: nothing is amplified for it.
+    seen = {
+        adversary: (replace(release, sampling_probability=1.0), 1) for adversary, release in releases_of(plan).items()
+    }
+    run.charge(job, seen)
+    run.site.record(
+        "trained",
+        run=run.config.run.name,
+        round=job.request.round,
+        clients=total.clients,
+        clipped=total.clipped,
+        null=total.null,
+        private=plan.private,
+        mode=plan.mode,
+    )
+    return total.levels
+
+
+def _evaluate(site: Site, content: RecordDict) -> RecordDict:
+    """Measure the adapter on the site's own evaluation rows."""
+    import torch
+
+    request = from_record(EvaluateRequest, content)
+    config = site_config(request.config)
+    run = SiteRun.open(site, config, request.round)
+    run.receive(request.spec_sha256, content)
+    site.policy.check_evaluation(config.privacy)
+    rows = run.rows("evaluation")
+    if rows is None:
+        raise DataError(
+            "this site keeps no evaluation rows", "data.evaluation in site.toml", code="shard-no-evaluation"
+        )
+    with torch.no_grad():
+        metrics = run.graft.task.evaluate(run.graft.base, rows, config.evaluation.batch_size)
+    shared: dict[str, Any] = {name: float(value) for name, value in site.policy.may_leave(metrics).items()}
+    result = to_record(EvaluateReply(site.name, request.round, request.nonce, len(rows)))
+    result["metrics"] = MetricRecord(shared)
+    site.record("evaluated", run=config.run.name, round=request.round, metrics=sorted(shared))
+    return result
+
+
+# The steps of secure aggregation
+
+
+def _plan_with_masks(run: SiteRun, masked: bool) -> Plan:
+    """Return the plan of a run whose uploads are masked, or are not. A masked run's bare upload must not leave.
+
+    Raises:
+        SecureAggregationError: the step does not belong to the run.
+    """
+    if run.plan is None or run.plan.secure_aggregation != masked:
+        raise SecureAggregationError("a step that does not belong to the run", "what its settings say")
+    return run.plan
+
+
+def _go_on(state: RecordDict, site: Site, request: StageRequest | TrainRequest) -> tuple[SiteRun, Plan]:
+    """Open the run for a step of a session that has begun; return it with its plan.
+
+    Raises:
+        SecureAggregationError: the run has no such step, or the session began under another plan or in another round.
+    """
+    run = SiteRun.open(site, site_config(request.config), request.round)
+    plan = _plan_with_masks(run, True)
+    secagg.check_bound(state, plan, request.round)
+    return run, plan
+
+
+def _keys(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
+    """Begin a session, bound to the plan and the round; send this site's public keys."""
+    request = from_record(StageRequest, content)
+    run = SiteRun.open(site, site_config(request.config), request.round)
+    secagg.bind(state, _plan_with_masks(run, True), request.round)
+    return _stage_reply(site, request, secagg.answer_keys(state, request.session, site.name))
+
+
+def _shares(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
+    """Send shares of this site's secrets to all sites of the session, each sealed for its receiver."""
+    request = from_record(StageRequest, content)
+    fields = beside(content)
+    run, plan = _go_on(state, site, request)
+    sealed = secagg.answer_shares(state, request.session, fields, plan, run.count_clients())
+    return _stage_reply(site, request, sealed)
+
+
+def _masked(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
+    """Train, and send the protected sum under its masks."""
+    request = from_record(TrainRequest, content)
+    fields = beside(content)
+    run, plan = _go_on(state, site, request)
+    # What can be refused is checked before training, which costs the most.
+    if request.clients:
+        raise SecureAggregationError("some of this site's clients", "all of them: the others' noise belongs to the sum")
+    job = run.job(request, content)
+    secagg.open_shares(state, fields)
+    levels = secagg.mask(state, fields["session"], protected_sum(run, job, plan), plan.modulus_bits)
+    return to_record(PrivateReply(site.name, request.round, request.nonce), encode_levels(levels, plan.modulus_bits))
+
+
+def _unmask(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
+    """Send this site's shares of what opens the sum."""
+    request = from_record(StageRequest, content)
+    fields = beside(content)
+    run, plan = _go_on(state, site, request)
+    sent = secagg.answer_unmask(state, request.session, fields, plan)
+    site.record("unmasked", run=run.config.run.name, round=request.round, survivors=len(fields["survivors"]))
+    return _stage_reply(site, request, sent)
+
+
+def _stage_reply(site: Site, request: StageRequest, fields: dict[str, Any]) -> RecordDict:
+    return to_record(PrivateReply(site.name, request.round, request.nonce), None, fields)
+
+
+# The apps
+
+
+def simulated_app(config: RunConfig, only: str = "") -> tuple[ClientApp, int]:
+    """Return the ClientApp of a simulation and its number of nodes; each node's `partition-id` picks its site.
+
+    Args:
+        config: the run. Its file is split over the sites.
+        only: the name of the single site to simulate; empty: all sites.
+
+    Raises:
+        ConfigError, DataError: the simulation's file cannot be split as asked.
+    """
+
+    def locate(context: Context) -> SimulatedSite:
+        sites = simulated_sites(config)
+        if only:
+            return sites[names.index(only)]
+        return sites[int(context.node_config["partition-id"])]
+
+    names = [site.name for site in simulated_sites(config)]
+    return make_app(locate), 1 if only else len(names)
+
+
+app = make_app(site_of_node)

@@ -1,101 +1,105 @@
-"""What a client process keeps between messages: tokenised shards. `common/model/load.py` keeps the base model."""
+"""The data that a client process keeps between messages. `common/model/load.py` keeps the base model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tsugiki.client.site.site import Site
-from tsugiki.client.training import validation
 from tsugiki.client.training.trainer import Watch
-from tsugiki.common.config.run import RunConfig
-from tsugiki.common.data.shard import Shard
 from tsugiki.common.model.graft import Graft
-from tsugiki.common.model.load import load_graft
-from tsugiki.common.tasks import Task
 from tsugiki.common.tasks.base import Encoded, Tail
 
+RowsKey = tuple[str, str, str]
+"""The site's identity, which part of its rows, and the settings that they were tokenised with."""
 
-def load_at(site: Site, config: RunConfig) -> Graft:
-    """Return the base with the run's adapter on it; what the run names is loaded from where the site says.
 
-    Raises:
-        ModelError: `model-unknown`, the site does not know a name; and as `load_graft`.
+@dataclass(frozen=True)
+class PreparedRows:
+    """One part of a site's rows, ready for the model.
+
+    Args:
+        encoded: the tokenised rows; None if the site keeps no such rows.
+        clients: row numbers of each client of the site; empty for rows that are not trained on.
+        notes: codes for what is unusual about the rows.
     """
 
-    def source_of(name: str) -> str:
-        return site.model_source(name) if name else ""  # what a run leaves out, `load_graft` refuses by its own name
-
-    source = site.model_source(config.model.name)
-    here = {name: getattr(config, name).resolved(source_of) for name in ("task", "adapter")}
-    return load_graft(config.model_copy(update=here), source, config.run.seed)
+    encoded: Encoded | None
+    clients: tuple[list[int], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
-class Desk:
-    """One for each process."""
+class SiteCache:
+    """What one process keeps between messages, for all its sites.
 
-    encoded: dict[tuple[str, str, str], Encoded | None] = field(default_factory=dict)
-    clients: dict[tuple[str, str, str], list[list[int]]] = field(default_factory=dict)
-    notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    tails: dict[tuple[str, str, str], tuple[Graft, Tail | None]] = field(default_factory=dict)
+    Args:
+        rows: tokenised rows.
+        tails: the trainable end of the network with the features of a site's training rows, and the graft it is of.
+        moments: the optimiser's state of each client, by (site, SHA-256 of the run, client), with its last round.
+        watch: called after each training step.
+    """
+
+    rows: dict[RowsKey, PreparedRows] = field(default_factory=dict)
+    tails: dict[RowsKey, tuple[Graft, Tail | None]] = field(default_factory=dict)
     moments: dict[tuple[str, str, str], tuple[int, dict[str, Any]]] = field(default_factory=dict)
     watch: Watch = lambda step, steps, losses: None
 
-    def graft(self, site: Site, config: RunConfig) -> Graft:
-        """Return the base with the run's adapter on it."""
-        return load_at(site, config)
+    def clear(self) -> None:
+        """Forget all rows, tails and moments. The step watcher stays."""
+        self.rows.clear()
+        self.tails.clear()
+        self.moments.clear()
 
-    def rows(self, site: Site, config: RunConfig, part: str) -> Encoded | None:
-        """Return the site's tokenised rows for "train", "validation" or "evaluation"."""
-        graft, key = self.graft(site, config), self._key(site, config, part)
-        if key not in self.encoded:
-            shard = _shard(site, graft.task, config, part)
-            rows = self.encoded[key] = None if shard is None else graft.task.encode(shard, graft.base)
-            if shard is not None and rows is not None and part == "train":
-                self.notes[site.name] = shard.notes + rows.notes
-                validated = config.train.validate_every_steps > 0  # then there is one client, with what is left
-                self.clients[key] = [list(range(len(shard)))] if validated else site.clients(shard)
-        return self.encoded[key]
+    def tail(self, key: RowsKey, graft: Graft, encoded: Encoded) -> Tail | None:
+        """Return the trainable end of the network with the rows' features, which are computed once for a graft.
 
-    def rows_of_clients(self, site: Site, config: RunConfig) -> list[list[int]]:
-        """Return which of the site's training rows belong to each of its clients."""
-        self.rows(site, config, "train")
-        return self.clients[self._key(site, config, "train")]
+        Args:
+            key: of the rows.
+            graft: whose frozen part computes the features. Tails of other grafts are dropped.
+            encoded: the rows.
 
-    def tail(self, site: Site, config: RunConfig) -> Tail | None:
-        """Return the end of the network with the features of the site's training rows, computed once for a base."""
-        graft, key, rows = self.graft(site, config), self._key(site, config, "train"), self.rows(site, config, "train")
-        if key not in self.tails or self.tails[key][0] is not graft:
-            self.tails = {known: kept for known, kept in self.tails.items() if kept[0] is graft}
-            self.tails[key] = (graft, None if rows is None else graft.task.tail(graft.base, rows))
-        return self.tails[key][1]
-
-    def moments_of(self, site: Site, config: RunConfig, round_: int, client: str) -> dict[str, Any] | None:
-        """Return what a client's optimiser remembers in a run, to be changed in place: nothing yet in round 1.
-
-        Of other runs nothing is kept, and nothing of a round that is still to come: that was an earlier run.
+        Returns:
+            None if the task has no such end.
         """
-        if not config.train.persist_optimizer:
-            return None
-        key = site.identity(), config.sha256, client
-        self.moments = {known: kept for known, kept in self.moments.items() if known[1] == config.sha256}
-        last, kept = self.moments.get(key, (0, {}))
-        if round_ == 1 or last > round_:
-            kept = {}
-        self.moments[key] = (round_, kept)
-        return kept
+        kept = self.tails.get(key)
+        if kept is None or kept[0] is not graft:
+            self.tails = {other: entry for other, entry in self.tails.items() if entry[0] is graft}
+            kept = (graft, graft.task.tail(graft.base, encoded))
+            self.tails[key] = kept
+        return kept[1]
 
-    def _key(self, site: Site, config: RunConfig, part: str) -> tuple[str, str, str]:
-        graft = self.graft(site, config)
-        limit = getattr(graft.base.tokenizer, "model_max_length", 0)  # virtual tokens shorten texts
-        settings = f"{config.task.model_dump_json()}{config.model.dtype}{config.model.quantization}{limit}"
-        if config.train.validate_every_steps:
-            settings += f" {config.run.seed} {config.train.validation_fraction}"
-        return site.identity(), part, f"{graft.spec.base_fingerprint}{settings}"
+    def moments_of(self, site: str, run: str, clients: Iterable[str], round_number: int) -> dict[str, dict[str, Any]]:
+        """Return the optimiser's state of each client, to be changed in place; it is empty at the start of a run.
+
+        The states of other runs are dropped. A state from a later round is dropped too: it belongs to an earlier run
+        with the same settings.
+
+        Args:
+            site: identity of the site.
+            run: SHA-256 of the run's configuration.
+            clients: their names.
+            round_number: counted from 1.
+        """
+        self.moments = {key: entry for key, entry in self.moments.items() if key[1] == run}
+        found: dict[str, dict[str, Any]] = {}
+        for client in clients:
+            last, state = self.moments.get((site, run, client), (0, {}))
+            if round_number == 1 or last > round_number:
+                state = {}
+            self.moments[site, run, client] = (round_number, state)
+            found[client] = state
+        return found
 
 
-def _shard(site: Site, task: Task, config: RunConfig, part: str) -> Shard | None:
-    if part == "train":
-        return validation.training_shard(site, task, config)
-    return validation.validation_shard(site, task, config) if part == "validation" else site.evaluation_shard(task)
+_PROCESS = SiteCache()
+
+
+def of_process() -> SiteCache:
+    """Return this process's cache. It must not hang on the ClientApp: Ray pickles the app for every message."""
+    return _PROCESS
+
+
+def watch_training(watch: Watch) -> None:
+    """Call `watch` after each training step of this process."""
+    of_process().watch = watch

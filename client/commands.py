@@ -100,12 +100,12 @@ def client(server: str, site_file: Path, ca: Path | None, key: Path | None, inse
         TsugikiError: the site's file is wrong, or the server cannot be reached or refuses this node.
     """
     from tsugiki.client.app import app
+    from tsugiki.client.cache import watch_training
     from tsugiki.client.node import status
     from tsugiki.client.node.channel import Stopping
     from tsugiki.client.node.connection import Connection
     from tsugiki.client.node.link import Link
     from tsugiki.client.node.node import Ending, Node
-    from tsugiki.client.prepare import watch_training
     from tsugiki.client.site.site import read_site
     from tsugiki.common.keys import read_private_key
 
@@ -123,9 +123,9 @@ def client(server: str, site_file: Path, ca: Path | None, key: Path | None, inse
         None if private is None else read_private_key(private),
         retry_s,
     )
-    shown, ending = status.choose(), Ending()
-    watch_training(shown.step)
-    with ending.handling_signals():
+    ending = Ending()
+    with status.choose() as shown, ending.handling_signals():
+        watch_training(shown.step)
         connection = Connection(link, ending, shown.note)
         try:
             connection.connect()
@@ -135,7 +135,7 @@ def client(server: str, site_file: Path, ca: Path | None, key: Path | None, inse
             pass  # there is nobody to say goodbye to
         finally:
             connection.close()
-    shown.note("disconnected")
+        shown.note("disconnected")
 
 
 def dry_run(site_file: Path, run: Path, overrides: Sequence[str]) -> None:
@@ -257,8 +257,7 @@ def site_check(file: Path, run: Path | None, overrides: Sequence[str]) -> None:
     _say(f"{site.data.train}: {len(shard)} rows for {config.task.name}{_noted(shard.notes)}")
     kept = site.evaluation_shard(task)
     _say(f"{site.data.evaluation}: {len(kept)} rows" if kept else "no evaluation rows")
-    from tsugiki.client.cache import load_at
-    from tsugiki.client.prepare import own_rank
+    from tsugiki.client.prepare import load_at, own_rank
     from tsugiki.common.model.device import device_notes
     from tsugiki.common.strategies import strategy_of
 

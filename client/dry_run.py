@@ -1,4 +1,4 @@
-"""What a site would send: its answers to hello, first round and evaluation, by the same ClientApp, and kept here."""
+"""What a site would send: the same ClientApp's answers to hello, first round and evaluation. Nothing leaves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tsugiki.client.app import make_app
-from tsugiki.client.cache import load_at
+from tsugiki.client.prepare import load_at
 from tsugiki.client.site.policy import SitePolicy
 from tsugiki.client.site.site import FileSite
 from tsugiki.common import __version__
@@ -26,11 +26,11 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
     """Yield a title and the content of each reply.
 
     Args:
-        site: its audit log and its privacy account are left alone.
+        site: the site. Nothing is written to its audit log or its privacy ledger.
         config: the run, as its operator would send it.
 
     Raises:
-        TsugikiError: the site would refuse; the code is what the server would see.
+        TsugikiError: the site would refuse; the server would receive the error's code.
     """
     quiet = replace(site, site=site.site.model_copy(update={"audit": "", "ledger": ""}))
     app = make_app(lambda context: quiet)
@@ -38,9 +38,10 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
     graft = load_at(site, config)
     plan = make_plan(config, graft.spec.size)
     title = "round 1"
-    if plan and plan.secure_aggregation:  # masks take other sites; without them the site's policy would refuse
+    # Masks need other sites. Show the sum below the masks, by an app whose policy does not demand masks.
+    if plan and plan.secure_aggregation:
         if plan.noise_multiplier == 0:
-            return  # bare updates, which no run sends unmasked
+            return  # below the masks are bare updates, which no run sends unmasked
         title = "round 1, before it is masked"
         unmasked = config.privacy.model_copy(update={"secure_aggregation": False, "target_epsilon": 0.0})
         config = config.model_copy(update={"privacy": unmasked})
@@ -63,7 +64,7 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
 
 
 def _ask(app: ClientApp, kind: str, content: RecordDict) -> RecordDict:
-    """Return the app's answer to a message that nobody sent."""
+    """Return the app's answer to a message that was made here."""
     from flwr.app import Context, Message, RecordDict
     from flwr.supercore.task_identity import TaskIdentity
 

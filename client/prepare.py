@@ -1,92 +1,286 @@
-"""From a request to work that a site is willing to do: policy, spec and rows checked, the adapter set."""
+"""A run at a site, opened once for each message: policy, base model and plan checked, rows and adapter at hand."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from flwr.app import ArrayRecord, RecordDict
 
-from tsugiki.client.cache import Desk
+from tsugiki.client.cache import PreparedRows, RowsKey, SiteCache, of_process
 from tsugiki.client.site.ledger import site_ledger, spend
 from tsugiki.client.site.site import Site
-from tsugiki.client.training import dp_sgd
+from tsugiki.client.training import dp_sgd, validation
 from tsugiki.client.training.cohort import asked_clients, row_releases
 from tsugiki.client.training.job import Job
-from tsugiki.client.training.trainer import Watch, steps_per_round
+from tsugiki.client.training.trainer import steps_per_round
 from tsugiki.common.adapters.lora import LoraSettings
-from tsugiki.common.config.parse import site_config
 from tsugiki.common.config.run import RunConfig
+from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import DataError, PolicyError, SpecError, WireError
 from tsugiki.common.model.graft import Graft
+from tsugiki.common.model.load import load_graft
 from tsugiki.common.privacy.accounting import Release
 from tsugiki.common.privacy.mechanisms import Adversary
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.strategies import names_with, strategy_of
-from tsugiki.common.tasks.base import Encoded
+from tsugiki.common.tasks.base import Encoded, Tail
 from tsugiki.common.wire.arrays import decode
-from tsugiki.common.wire.messages import EvaluateRequest, TrainRequest
+from tsugiki.common.wire.messages import TrainRequest
 from tsugiki.common.wire.spec import Vector
 
-desk = Desk()
-"""One for each process. Ray pickles the app for every message, so it must not hang on the app."""
+Part = Literal["train", "validation", "evaluation"]
 
 
-def watch_training(watch: Watch) -> None:
-    """Let every training step of this process be seen."""
-    desk.watch = watch
+@dataclass(frozen=True)
+class SiteRun:
+    """A run at a site, open for one message. The site's policy allows the run, its base model and its plan.
+
+    Args:
+        site: the site, with its rows, policy and ledger.
+        config: the run, as the server sent it.
+        graft: the base with the run's adapter. All sites of this process use it in turn.
+        plan: the plan of a run that protects clients; None in other runs.
+        rank: how many components of each LoRA pair this site trains; 0: all.
+        cache: what this process keeps between messages.
+    """
+
+    site: Site
+    config: RunConfig
+    graft: Graft
+    plan: Plan | None
+    rank: int
+    cache: SiteCache
+
+    @classmethod
+    def open(cls, site: Site, config: RunConfig, round_number: int = 0) -> SiteRun:
+        """Load the run's model and make its plan, if the site's policy allows them.
+
+        Args:
+            site: the site that received a message.
+            config: the run in the message.
+            round_number: counted from 1; 0 in a message that belongs to no round.
+
+        Raises:
+            PolicyError: the policy forbids the run, the base model or the plan; `policy-rank`, see `own_rank`.
+            ModelError: see `load_at`.
+            TrainingError: `examples-unsupported`, the run protects rows, and this model cannot; see `check_supported`.
+        """
+        # Names and numbers first: a run that the policy forbids loads nothing.
+        site.policy.check_run(config, round_number)
+        graft = load_at(site, config)
+        # What follows can be checked only once the model is there.
+        site.policy.check_base(graft.spec.base_fingerprint)
+        plan = make_plan(config, graft.spec.size)
+        site.policy.check_privacy(plan, config.privacy)
+        rank = own_rank(site, config)
+        if config.privacy.examples.enabled:
+            dp_sgd.check_supported(graft)
+        return cls(site, config, graft, plan, rank, of_process())
+
+    @property
+    def hides_rows(self) -> bool:
+        """Whether nothing that is computed from rows without noise may leave: the run protects clients or rows."""
+        return self.plan is not None or self.config.privacy.examples.enabled
+
+    def rows(self, part: Part) -> Encoded | None:
+        """Return tokenised rows of the site, or None if it keeps none for this part.
+
+        Raises:
+            DataError: the site's file cannot be read or is not as `[data]` says; see `validation.training_shard`.
+        """
+        return self._prepared(part).encoded
+
+    def train_rows(self) -> Encoded:
+        """Return the site's tokenised training rows.
+
+        Raises:
+            DataError: `shard-empty`, there are none; and as `rows`.
+        """
+        rows = self.rows("train")
+        if rows is None or not len(rows):
+            raise DataError("no rows to train on", "at least one", code="shard-empty")
+        return rows
+
+    def rows_of_clients(self) -> tuple[list[int], ...]:
+        """Return the numbers of the training rows of each client of the site."""
+        return self._prepared("train").clients
+
+    def notes(self) -> tuple[str, ...]:
+        """Return codes for what is unusual about the site's training rows."""
+        return self._prepared("train").notes
+
+    def count_clients(self) -> int:
+        """Return the number of clients of the site: 1, or those behind a gateway.
+
+        Raises:
+            DataError: `clients`, more than the run's plan allows a site, or than its strategy can aggregate.
+        """
+        number = len(self.rows_of_clients())
+        if number > 1 and strategy_of(self.config.strategy).sees_factors:
+            raise DataError(
+                f"this site stands for {number} clients",
+                f"one with strategy {self.config.strategy.name}, which needs the factors of each",
+                "ask the operator for another strategy",
+                code="clients",
+            )
+        if self.plan is not None and number > self.plan.max_clients_per_site:
+            raise DataError(
+                f"this site stands for {number} clients",
+                f"at most privacy.max_clients_per_site = {self.plan.max_clients_per_site} of the run",
+                "ask the operator to raise it",
+                code="clients",
+            )
+        return number
+
+    def receive(self, spec_sha256: str, content: RecordDict) -> Vector:
+        """Set the graft to the adapter in a message; return its values, shape (spec.size,).
+
+        Args:
+            spec_sha256: hash of the adapter spec that the server uses.
+            content: of the message.
+
+        Raises:
+            SpecError: `spec-mismatch`, the server uses another adapter spec.
+            WireError: the message has no adapter, or a malformed one.
+        """
+        if self.graft.spec.sha256 != spec_sha256:
+            ours = self.graft.spec.sha256[:12]
+            raise SpecError(f"the server's adapter spec {spec_sha256[:12]}", f"{ours}, this site's")
+        arrays = content.array_records.get("arrays")
+        if not isinstance(arrays, ArrayRecord):
+            raise WireError("no adapter in the message", "one array", code="keys")
+        self.graft.write(decode(arrays, self.graft.spec))
+        return self.graft.read()  # as the parameters hold it: 16-bit ones have rounded it
+
+    def job(self, request: TrainRequest, content: RecordDict) -> Job:
+        """Return the training that a request asks for, after everything about the request was checked.
+
+        Args:
+            request: the round to train.
+            content: of the same message; it has the adapter to start from.
+
+        Raises:
+            SpecError, WireError: see `receive`, and `asked_clients`.
+            PolicyError: `policy-steps`, a client would take more steps than the policy allows.
+            DataError: see `train_rows`.
+        """
+        # The adapter first: it is cheap to refuse, and rows may take long to tokenise.
+        received = self.receive(request.spec_sha256, content)
+        encoded = self.train_rows()
+        # A server may ask for some of a gateway's clients.
+        clients = asked_clients(self.site.name, self.rows_of_clients(), request.clients)
+        # The policy bounds the steps of each client, so the client with the most steps counts.
+        most_steps = max(steps_per_round(len(rows), self.config.train) for rows in clients.values())
+        self.site.policy.check_steps(most_steps)
+        # Last, because it changes what is kept: the optimisers' states of this round.
+        moments = self._moments(clients, request.round)
+        return Job(
+            graft=self.graft,
+            encoded=encoded,
+            clients=clients,
+            config=self.config,
+            request=request,
+            received=received,
+            watch=self.cache.watch,
+            validation=self._validation_rows(),
+            moments=moments,
+            rank=self.rank,
+            tail=self._tail,
+        )
+
+    def charge(self, job: Job, seen: Mapping[Adversary, tuple[Release, int]]) -> None:
+        """Write what an upload shows into the site's ledger, before the upload leaves. No-op without a ledger.
+
+        Args:
+            job: of the round.
+            seen: what the upload shows about the clients, and how often, by adversary. What it shows about rows is
+                added here.
+
+        Raises:
+            PolicyError: the site's budget does not allow the upload.
+            StorageError: the ledger cannot be written. The upload must not leave.
+        """
+        path = self.site.ledger_path()
+        releases = {**seen, **row_releases(job)}
+        if path is None or not releases:
+            return
+        seeded = self.config.privacy.insecure_noise_seed > 0
+        ledger = site_ledger(path, self.site.policy, self.plan, seeded=seeded)
+        spend(ledger, releases, self.config.run.name, job.request.round)
+
+    def _prepared(self, part: Part) -> PreparedRows:
+        """Return a part of the site's rows; they are read and tokenised once for the same files and settings."""
+        key = self._rows_key(part)
+        if key not in self.cache.rows:
+            self.cache.rows[key] = self._prepare(part)
+        return self.cache.rows[key]
+
+    def _prepare(self, part: Part) -> PreparedRows:
+        shard = self._shard(part)
+        if shard is None:
+            return PreparedRows(None)
+        encoded = self.graft.task.encode(shard, self.graft.base)
+        if part != "train":
+            return PreparedRows(encoded)
+        # Where the run validates inside a round, some rows are held out, and the site is one client with the others.
+        clients = [list(range(len(shard)))] if self.config.train.validate_every_steps else self.site.clients(shard)
+        return PreparedRows(encoded, tuple(clients), shard.notes + encoded.notes)
+
+    def _shard(self, part: Part) -> Shard | None:
+        if part == "train":
+            return validation.training_shard(self.site, self.graft.task, self.config)
+        if part == "validation":
+            return validation.validation_shard(self.site, self.graft.task, self.config)
+        return self.site.evaluation_shard(self.graft.task)
+
+    def _rows_key(self, part: Part) -> RowsKey:
+        """Return the cache key of a part: everything that the tokenised rows depend on."""
+        limit = getattr(self.graft.base.tokenizer, "model_max_length", 0)  # virtual tokens shorten texts
+        model = self.config.model
+        settings = f"{self.config.task.model_dump_json()}{model.dtype}{model.quantization}{limit}"
+        if self.config.train.validate_every_steps:
+            settings += f" {self.config.run.seed} {self.config.train.validation_fraction}"
+        return self.site.identity(), part, f"{self.graft.spec.base_fingerprint}{settings}"
+
+    def _validation_rows(self) -> Encoded | None:
+        """Return the rows to validate on inside a round, or None if the run does not validate there."""
+        if not self.config.train.validate_every_steps:
+            return None
+        return self.rows("validation")
+
+    def _tail(self) -> Tail | None:
+        return self.cache.tail(self._rows_key("train"), self.graft, self.train_rows())
+
+    def _moments(self, clients: Iterable[str], round_number: int) -> dict[str, dict[str, Any]]:
+        if not self.config.train.persist_optimizer:
+            return {}
+        return self.cache.moments_of(self.site.identity(), self.config.sha256, clients, round_number)
 
 
-def load(site: Site, config: RunConfig, round_: int = 0) -> tuple[Graft, Plan | None]:
-    """Return the graft and the privacy plan, if the site's policy allows the run, the base model and the plan.
+def load_at(site: Site, config: RunConfig) -> Graft:
+    """Return the base with the run's adapter on it. The site says where the models that the run names are.
 
     Raises:
-        PolicyError: it does not.
+        ModelError: `model-unknown`, the site does not know a name; and as `load_graft`.
     """
-    site.policy.check_run(config, round_)
-    graft = desk.graft(site, config)
-    site.policy.check_base(graft.spec.base_fingerprint)
-    plan = make_plan(config, graft.spec.size)
-    site.policy.check_privacy(plan, config.privacy)
-    own_rank(site, config)
-    if config.privacy.examples.enabled:
-        dp_sgd.check_supported(graft)
-    return graft, plan
 
+    def source_of(name: str) -> str:
+        # `load_graft` refuses an empty name, with a message that says which setting is empty.
+        return site.model_source(name) if name else ""
 
-def make_job(site: Site, request: TrainRequest, content: RecordDict) -> tuple[Job, Plan | None]:
-    """Return what the site is to do, and the privacy plan, once everything about the request was checked.
-
-    Raises:
-        SpecError, WireError, PolicyError: see `receive`; `policy-steps`, a client would take more steps than allowed.
-        DataError: see `train_rows`.
-    """
-    config = site_config(request.config)
-    graft, received, plan = receive(site, config, request, content)
-    encoded = train_rows(site, config)
-    clients = asked_clients(site.name, desk.rows_of_clients(site, config), request.clients)
-    site.policy.check_steps(max(steps_per_round(len(rows), config.train) for rows in clients.values()))
-    return Job(
-        graft,
-        encoded,
-        clients,
-        config,
-        request,
-        received,
-        desk.watch,
-        tail=partial(desk.tail, site, config),
-        validation=partial(validation_rows, site, config),
-        moments=partial(desk.moments_of, site, config, request.round),
-        rank=own_rank(site, config),
-    ), plan
+    source = site.model_source(config.model.name)
+    here = {name: getattr(config, name).resolved(source_of) for name in ("task", "adapter")}
+    return load_graft(config.model_copy(update=here), source, config.run.seed)
 
 
 def own_rank(site: Site, config: RunConfig) -> int:
-    """Return how many components of LoRA the site trains; 0: as many as the run has.
+    """Return how many components of each LoRA pair the site trains; 0: all of the run's.
 
     Raises:
-        PolicyError: `policy-rank`, they are too many for the site, and the strategy cannot do with fewer.
+        PolicyError: `policy-rank`, the run has more than the site can train, and its strategy needs all of them.
     """
     most = site.max_rank
     adapter = config.adapter
@@ -101,83 +295,3 @@ def own_rank(site: Site, config: RunConfig) -> int:
             code="policy-rank",
         )
     return most
-
-
-def clients(site: Site, config: RunConfig, plan: Plan | None) -> int:
-    """Return how many clients the site stands for.
-
-    Raises:
-        DataError: `clients`, more than the run's plan believes of a site, or its strategy can do with.
-    """
-    number = len(desk.rows_of_clients(site, config))
-    if number > 1 and strategy_of(config.strategy).sees_factors:
-        raise DataError(
-            f"this site stands for {number} clients",
-            f"one with strategy {config.strategy.name}, which needs the factors of each",
-            "ask the operator for another strategy",
-            code="clients",
-        )
-    if plan is not None and number > plan.max_clients_per_site:
-        raise DataError(
-            f"this site stands for {number} clients",
-            f"at most privacy.max_clients_per_site = {plan.max_clients_per_site} of the run",
-            "ask the operator to raise it",
-            code="clients",
-        )
-    return number
-
-
-def charge(site: Site, job: Job, plan: Plan | None, seen: Mapping[Adversary, tuple[Release, int]]) -> None:
-    """Write into the site's own ledger, before it leaves, what an upload shows of its clients and of their rows.
-
-    Args:
-        site: which keeps a ledger, or none.
-        job: of the round.
-        plan: of a private run; None without.
-        seen: what the upload shows of the clients, and how often, by adversary.
-
-    Raises:
-        PolicyError: the site's budget does not allow it.
-        StorageError: it cannot be written; the upload must not leave.
-    """
-    path, releases = site.ledger_path(), {**seen, **row_releases(job)}
-    if path is not None and releases:
-        ledger = site_ledger(path, site.policy, plan, seeded=job.config.privacy.insecure_noise_seed > 0)
-        spend(ledger, releases, job.config.run.name, job.request.round)
-
-
-def receive(
-    site: Site, config: RunConfig, request: TrainRequest | EvaluateRequest, content: RecordDict
-) -> tuple[Graft, Vector, Plan | None]:
-    """Return the graft, set to the adapter that the server sent, these values, and the privacy plan.
-
-    Raises:
-        SpecError: the two sides do not mean the same adapter.
-        WireError: there is none in the message, or it is malformed.
-        PolicyError: see `load`.
-    """
-    (graft, plan), theirs = load(site, config, request.round), request.spec_sha256
-    if graft.spec.sha256 != theirs:
-        raise SpecError(f"the server's adapter spec {theirs[:12]}", f"{graft.spec.sha256[:12]}, this site's")
-    arrays = content.array_records.get("arrays")
-    if not isinstance(arrays, ArrayRecord):
-        raise WireError("no adapter in the message", "one array", code="keys")
-    graft.write(decode(arrays, graft.spec))
-    return graft, graft.read(), plan  # as the parameters hold it: 16-bit ones have rounded it
-
-
-def train_rows(site: Site, config: RunConfig) -> Encoded:
-    """Return the site's tokenised training rows.
-
-    Raises:
-        DataError: `shard-empty`, or what is wrong with the shard.
-    """
-    rows = desk.rows(site, config, "train")
-    if rows is None or not len(rows):
-        raise DataError("no rows to train on", "at least one", code="shard-empty")
-    return rows
-
-
-def validation_rows(site: Site, config: RunConfig) -> Encoded | None:
-    """Return the rows to validate on inside a round; None where the run does not ask for that."""
-    return desk.rows(site, config, "validation") if config.train.validate_every_steps else None

@@ -1,7 +1,7 @@
-"""A site's part of secure aggregation: the four steps, and what it refuses.
+"""A site's part of secure aggregation: its four steps, and what it refuses.
 
-Between the steps a session lives in Flower's `Context.state`. It holds secrets, never leaves the process that keeps the
-context, and loses each secret as soon as it is used.
+Between the steps, the session is in Flower's `Context.state`. It has secrets, never leaves the process that keeps the
+context, and loses each secret as soon as the secret is used.
 """
 
 from __future__ import annotations
@@ -28,30 +28,40 @@ from tsugiki.common.privacy.secagg.messages import (
 if TYPE_CHECKING:
     from flwr.app import RecordDict
 
-STATE, COUNTS, BOUND = "secagg", "secagg-clients", "secagg-plan"
-"""Records of the context: the session, how many clients each of its sites has, and its plan and round."""
+STATE = "secagg"
+"""Record of the context: the session."""
+COUNTS = "secagg-clients"
+"""Record of the context: how many clients each site of the session has."""
+BOUND = "secagg-plan"
+"""Record of the context: the plan and the round of the session."""
 
 
-def bind(state: RecordDict, plan: Plan, round_: int) -> None:
-    """Bind the session that begins to a plan and a round: shares of noise and the least sum belong together."""
+def bind(state: RecordDict, plan: Plan, round_number: int) -> None:
+    """Bind the session that begins to a plan and a round.
+
+    The plan says how much noise a site adds, and how many clients a sum needs before it is opened. Both must come from
+    the same plan.
+    """
     from flwr.app import ConfigRecord
 
-    state[BOUND] = ConfigRecord({"plan": plan.sha256, "round": round_})
+    state[BOUND] = ConfigRecord({"plan": plan.sha256, "round": round_number})
 
 
-def check_bound(state: RecordDict, plan: Plan, round_: int) -> None:
-    """Do nothing if a step is asked for under the plan and the round that its session began with.
+def check_bound(state: RecordDict, plan: Plan, round_number: int) -> None:
+    """Check that a step has the plan and the round that its session began with.
+
+    Otherwise a server could let sites add the noise for a sum of many clients, and then open a sum of few.
 
     Raises:
-        SecureAggregationError: it is not; a server could else let sites add noise for many clients and open few.
+        SecureAggregationError: it has others.
     """
     record = state.config_records.get(BOUND)
-    if record is None or dict(record) != {"plan": plan.sha256, "round": round_}:
+    if record is None or dict(record) != {"plan": plan.sha256, "round": round_number}:
         raise SecureAggregationError("another plan or round than the session's", "those that it began with")
 
 
 def answer_keys(state: RecordDict, session: bytes, site: str) -> dict[str, Any]:
-    """Begin a session, forgetting any before it; return the public keys."""
+    """Begin a session, and forget the one before; return the public keys."""
     begun = secagg.start(session, site)
     _keep(state, begun)
     return {"public_keys": begun.public_keys}
@@ -64,28 +74,31 @@ def answer_shares(
 
     Args:
         state: of the context.
-        session: its id.
-        fields: everyone's public keys, and how many clients each site has.
-        plan: says how many clients and sites a sum takes, and how many clients a site may stand for.
-        own_clients: how many this site has.
+        session: id of the session.
+        fields: public keys of all sites, and how many clients each site has.
+        plan: says how many clients and sites a sum needs, and how many clients a site may have.
+        own_clients: how many clients this site has.
 
     Raises:
-        SecureAggregationError: another session, too few clients, or a list that cannot be.
+        SecureAggregationError: another session, too few clients, or a malformed list.
     """
-    kept, keys = _kept(state, session), from_fields("keys", fields, KEYS_BYTES)
+    kept = _kept(state, session)
+    keys = from_fields("keys", fields, KEYS_BYTES)
+    # The server may lie about other sites, but not about this one, and no site may have more than the plan allows.
     counts = dict(zip(sorted(keys), _counts(fields.get("clients"), len(keys)), strict=True))
     if counts.get(kept.name) != own_clients:
         raise SecureAggregationError("another number of clients for this site", str(own_clients), code="secagg-message")
     if max(counts.values()) > plan.max_clients_per_site:
         most = f"at most privacy.max_clients_per_site = {plan.max_clients_per_site}"
         raise SecureAggregationError(f"a site that stands for {max(counts.values())} clients", most)
-    kept, sealed = secagg.make_shares(kept, keys, fewest_sites(counts, plan.min_clients, plan.min_sites))
+    threshold = fewest_sites(counts, plan.min_clients, plan.min_sites)
+    kept, sealed = secagg.make_shares(kept, keys, threshold)
     _keep(state, kept, counts)
     return to_fields("sealed", sealed)
 
 
 def open_shares(state: RecordDict, fields: Mapping[str, Any]) -> None:
-    """Take in what the others have sealed for this site; to be done before training, which costs more.
+    """Open the shares that the other sites sealed for this one. Called before training, which costs more.
 
     Raises:
         SecureAggregationError: another session, or shares that do not open.
@@ -95,24 +108,27 @@ def open_shares(state: RecordDict, fields: Mapping[str, Any]) -> None:
 
 
 def mask(state: RecordDict, session: Any, levels: Levels, bits: int) -> Levels:
-    """Return this site's protected sum under all its masks: integers that say nothing, shape (size,)."""
+    """Return this site's protected sum under all its masks, shape (size,). Alone it reveals nothing."""
     kept, masked = secagg.mask_vector(_kept(state, session), levels, bits)
     _keep(state, kept)
     return masked.view("int64")
 
 
 def answer_unmask(state: RecordDict, session: bytes, fields: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """Return this site's shares of what opens the sum, once, if it is over enough clients and sites.
+    """Return this site's shares of what opens the sum, once, if the sum is over enough clients and sites.
 
     Raises:
-        SecureAggregationError: fewer clients than the plan's, lists that overlap or are not the session's, a second
-            time, or another session. Nothing is given away.
+        SecureAggregationError: fewer clients than the plan needs, lists that overlap or have sites outside the session,
+            a second request, or another session. Nothing is revealed then.
     """
     kept = _kept(state, session)
-    survivors, dropped = check_names(fields.get("survivors", [])), check_names(fields.get("dropped", []))
+    survivors = check_names(fields.get("survivors", []))
+    dropped = check_names(fields.get("dropped", []))
+    # Only the survivors are in the sum, so they have to be enough.
     record = state.config_records[COUNTS]
     counts = {name: int(record[name]) for name in survivors if name in record}  # type: ignore[arg-type]  # ours
     check_sum(counts, plan.min_clients, plan.min_sites)
+    # The threshold is that of the whole session: it was fixed when the shares were made.
     listed = {name: int(record[name]) for name in record}  # type: ignore[arg-type]  # ours
     fewest = fewest_sites(listed, plan.min_clients, plan.min_sites)
     kept, answer = secagg.answer_unmask(kept, survivors, dropped, fewest)
@@ -136,7 +152,7 @@ def _keep(state: RecordDict, session: ClientState, counts: Mapping[str, int] | N
 
 
 def _kept(state: RecordDict, session: Any) -> ClientState:
-    """Return the stored session, if it is the one that is asked about."""
+    """Return the stored session, if it has this id."""
     record = state.config_records.get(STATE)
     kept = None if record is None else ClientState.from_dict(dict(record))
     if kept is None or kept.session != exactly(session, SESSION_BYTES):

@@ -1,4 +1,4 @@
-"""Where the SuperLink is, and how to talk to it."""
+"""Address and credentials for the connection to the SuperLink."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Link:
-    """Where the SuperLink is, and how to talk to it.
+    """Address and credentials for the connection to the SuperLink.
 
     Args:
         address: HOST:PORT of the Fleet API.
         root_certificates: PEM of the CA that signed the server's certificate; None: no TLS.
-        private_key: the node's; None: a new one for each connection, for servers that take unknown nodes.
-        retry_s: how long to try again after the connection was lost.
+        private_key: of the node; None: a new one for each connection, for servers that accept unknown nodes.
+        retry_s: how long to try to reconnect after the connection was lost.
     """
 
     address: str

@@ -1,4 +1,4 @@
-"""The resident node: one process that stays, keeps model and data loaded, and answers the server's messages.
+"""The resident node: one long-lived process that keeps model and data loaded and answers the server's messages.
 
 The stock SuperNode starts a process for every message, which imports torch and loads the model anew, and it runs the
 code that the server ships. This one answers with the ClientApp that is installed here and never fetches any.
@@ -29,17 +29,17 @@ log = logging.getLogger("tsugiki.client")
 
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 3.0
 PAUSE_GROWTH = 1.1
-"""The pause is then a tenth of the time since the last message: what polling adds to a wait, and what it costs."""
+"""The pause grows to a tenth of the time since the last message: so polling adds at most a tenth to a wait."""
 _ASKED_ANEW = ("query", "evaluate")
-"""A hello is a question about now, and an evaluation can be repeated."""
+"""Kinds of messages that are answered anew if asked twice: a hello is about now, and an evaluation has no effect."""
 CONTEXTS = 4
-"""Of how many runs at once a node remembers what it does for them."""
+"""Number of runs whose state a node keeps at once."""
 GRACE_S = 5.0
-"""How long the message at work may still take after the first signal, and then how long sending may take."""
+"""Time that the current message may still take after the first signal, and then the time that sending may take."""
 
 
 class Ending:
-    """Set by the first signal: finish what is at work within the grace period, then leave. The second: at once."""
+    """Ends the node: the first signal after the current message or the grace period, the second one at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -78,7 +78,7 @@ class Ending:
 
     def _asked(self, number: int, frame: Any) -> None:
         if self.requested:
-            os._exit(130)  # at once: SystemExit could be caught by what is at work
+            os._exit(130)  # at once: training code could catch a SystemExit
         self.requested = True
         signal.setitimer(signal.ITIMER_REAL, GRACE_S)
 
@@ -88,21 +88,24 @@ class Ending:
 
 
 class Node:
-    """Answers messages until it is told to end.
+    """Answers messages until `ending` is requested.
 
     Args:
         app: the installed ClientApp.
-        connection: connected.
-        node_config: for the app's Context; names site.toml as `site`.
+        connection: a connection that is open.
+        node_config: for the app's Context; `site` is the path of site.toml.
         status: shows what happens.
-        ending: when to stop.
+        ending: says when to stop.
     """
 
     def __init__(
         self, app: ClientApp, connection: Connection, node_config: dict[str, Any], status: Lines, ending: Ending
     ) -> None:
-        self._app, self._connection, self._node_config = app, connection, node_config
-        self._status, self._ending = status, ending
+        self._app = app
+        self._connection = connection
+        self._node_config = node_config
+        self._status = status
+        self._ending = ending
         self._contexts: dict[int, Context] = {}
         self._answers: dict[tuple[int, str], tuple[str, RecordDict]] = {}  # the last of each run and kind
 
@@ -110,7 +113,7 @@ class Node:
         """Answer messages, one at a time.
 
         Raises:
-            LinkError: the server cannot be reached any more, or refuses this node.
+            LinkError: the server cannot be reached any longer, or refuses this node.
         """
         pause_s = SHORTEST_PAUSE_S
         while not self._ending():
@@ -125,8 +128,11 @@ class Node:
     def _answer(self, envelope: Message, tree: Any) -> None:
         from tsugiki.client.node.channel import RunOver
 
-        kind, group = envelope.metadata.message_type, envelope.metadata.group_id
-        down, up, started = self._connection.bytes_down, self._connection.bytes_up, time.perf_counter()
+        kind = envelope.metadata.message_type
+        group = envelope.metadata.group_id
+        down = self._connection.bytes_down
+        up = self._connection.bytes_up
+        started = time.perf_counter()
         self._status.begins(kind, group)
         try:
             with self._ending.interruptible():
@@ -146,9 +152,9 @@ class Node:
         )
 
     def _handle(self, message: Message) -> Message:
-        """Return the app's reply; whatever the app lets through becomes a code, and the node lives on.
+        """Return the app's reply. An exception that leaves the app becomes a code, and the node continues.
 
-        What is asked for twice, because a server could not know that its message had arrived, is answered as before:
+        A server may repeat a request if it cannot know that its message arrived. The node then repeats its answer:
         nothing is trained, drawn, masked or opened twice. A nonce makes each request unique.
         """
         from flwr.app import Message, RecordDict
@@ -156,10 +162,12 @@ class Node:
         from tsugiki.common.wire.messages import error_reply
 
         try:
-            run_id, kind = message.metadata.run_id, message.metadata.message_type
-            context, asked = self._context(run_id, kind), message.content.object_id
-            before, answer = self._answers.get((run_id, kind), ("", RecordDict()))
-            if before == asked:
+            run_id = message.metadata.run_id
+            kind = message.metadata.message_type
+            context = self._context(run_id, kind)
+            asked = message.content.object_id
+            asked_before, answer = self._answers.get((run_id, kind), ("", RecordDict()))
+            if asked_before == asked:
                 return Message(answer, reply_to=message)
             reply = self._app(message, context)
             if kind not in _ASKED_ANEW and reply.has_content():
@@ -170,9 +178,9 @@ class Node:
             return error_reply(getattr(error, "code", "") or f"client-error:{type(error).__name__}", message)
 
     def _context(self, run_id: int, kind: str) -> Context:
-        """Return the run's Context; those of the last runs are kept, each with its session of secure aggregation.
+        """Return the run's Context. Those of the last runs are kept, each with its session of secure aggregation.
 
-        A hello begins nothing that would have to be kept: who only greets pushes no run out.
+        A hello has no state to keep, so a run that sends a hello alone does not displace another run.
         """
         from flwr.app import Context, RecordDict
         from flwr.supercore.task_identity import TaskIdentity
@@ -188,12 +196,12 @@ class Node:
             run_config={},
         )
         if known is not None or kind not in _ASKED_ANEW:
-            self._contexts[run_id] = context  # the last to be used stands last
+            self._contexts[run_id] = context  # in the order of their last use
         for other in list(self._contexts)[:-CONTEXTS]:
             self._forget(other)
         return context
 
     def _forget(self, run_id: int) -> None:
-        """Drop what is remembered of a run, secrets included."""
+        """Drop all state of a run, secrets included."""
         self._contexts.pop(run_id, None)
         self._answers = {key: answer for key, answer in self._answers.items() if key[0] != run_id}

@@ -1,10 +1,14 @@
-"""What the operator of a site sees of its node: one line that is kept up to date on a terminal, events in a log."""
+"""What the operator of a site sees of its node: a line that stays up to date on a terminal, events in a log."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 REFRESH_S = 0.25
 _WORDS = {
@@ -19,80 +23,117 @@ _WORDS = {
 
 
 class Lines:
-    """One line for each event."""
+    """One line for each event. Used as a context manager, so that `LiveLine` can take its line back."""
 
     def __init__(self) -> None:
-        self.rounds, self.bytes_down, self.bytes_up = 0, 0, 0
+        self.bytes_down = 0
+        self.bytes_up = 0
+
+    def __enter__(self) -> Lines:
+        """Return the status."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """No-op: a log keeps what was written."""
 
     def note(self, text: str) -> None:
         """Write a line."""
-        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+        print(_stamped(text), file=sys.stderr, flush=True)
 
     def begins(self, kind: str, group: str) -> None:
-        """Nothing: the end says it all."""
+        """No-op: `ends` logs the whole event."""
 
     def step(self, step: int, steps: int, losses: Any) -> None:
-        """Nothing: too much for a log."""
+        """No-op: a line for each step is too much for a log."""
 
     def ends(self, kind: str, group: str, outcome: str, seconds: float, bytes_down: int, bytes_up: int) -> None:
-        """Write what was asked, how it went, and what travelled."""
-        self.bytes_down, self.bytes_up = self.bytes_down + bytes_down, self.bytes_up + bytes_up
-        traffic = f"{size(bytes_down)} received, {size(bytes_up)} sent"
-        self.note(f"{describe(kind, group)}: {outcome}, {seconds:.1f} s, {traffic}")
+        """Write what a message asked for, how it went, and the bytes that travelled."""
+        self.bytes_down += bytes_down
+        self.bytes_up += bytes_up
+        self.note(f"{describe(kind, group)}: {outcome}, {seconds:.1f} s, {_traffic(bytes_down, bytes_up)}")
 
 
-class Live(Lines):
-    """The same lines, and below them the one of the moment."""
+class LiveLine(Lines):
+    """The same lines on a terminal, and below them one that says what happens now.
 
-    def __init__(self) -> None:
+    Args:
+        console: the terminal; None: stderr.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
         super().__init__()
-        self._shown = 0.0
         self._doing = "waiting"
+        self._shown_s = 0.0
+        self._console = console or Console(stderr=True)
+        # Redrawn by `_show` alone: a thread that redraws would take time from training.
+        self._live = Live(console=self._console, auto_refresh=False, transient=True, redirect_stdout=False)
+
+    def __enter__(self) -> Lines:
+        """Show the line."""
+        self._live.start()
+        # The second signal ends the process at once (`Ending`), and nobody would show a hidden cursor again.
+        self._console.show_cursor(True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the line back."""
+        self._live.stop()
 
     def note(self, text: str) -> None:
-        """Write a line above the status line."""
-        sys.stderr.write("\r\x1b[K")
-        super().note(text)
-        self._show(self._doing, at_once=True)
+        """Write a line above the live one."""
+        from rich.text import Text
+
+        self._console.print(Text(_stamped(text)), soft_wrap=True)
+        self._show(self._doing)
 
     def begins(self, kind: str, group: str) -> None:
-        """Show what is at work."""
+        """Show what a message asks for."""
         self._doing = describe(kind, group)
-        self._show(self._doing, at_once=True)
+        self._show(self._doing)
 
     def step(self, step: int, steps: int, losses: Any) -> None:
-        """Show step and mean loss, a few times a second."""
-        if step == steps or time.monotonic() - self._shown > REFRESH_S:
+        """Show the step and the mean loss, a few times a second; the loss may have to come from a GPU."""
+        if step == steps or time.monotonic() - self._shown_s > REFRESH_S:
             self._show(f"{self._doing}, step {step}/{steps}, loss {float(losses[:step].mean()):.4f}")
 
     def ends(self, kind: str, group: str, outcome: str, seconds: float, bytes_down: int, bytes_up: int) -> None:
-        """Write the event, then wait."""
+        """Write the event, then show that the node waits."""
         self._doing = "waiting"
         super().ends(kind, group, outcome, seconds, bytes_down, bytes_up)
 
-    def _show(self, text: str, at_once: bool = False) -> None:
-        if at_once or time.monotonic() - self._shown > REFRESH_S:
-            self._shown = time.monotonic()
-            line = f"connected | {text} | {size(self.bytes_down)} received, {size(self.bytes_up)} sent"
-            sys.stderr.write(f"\r\x1b[K{line[:160]}")
-            sys.stderr.flush()
+    def _show(self, text: str) -> None:
+        from rich.text import Text
+
+        self._shown_s = time.monotonic()
+        line = f"connected | {text} | {_traffic(self.bytes_down, self.bytes_up)}"
+        self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
 
 
 def choose() -> Lines:
     """Return a live line on a terminal, lines elsewhere."""
-    return Live() if sys.stderr.isatty() else Lines()
+    return LiveLine() if sys.stderr.isatty() else Lines()
 
 
 def describe(kind: str, group: str) -> str:
-    """Return what a message asks for, in words. `group` is the server's, so that only digits of it are shown."""
+    """Return what a message asks for, in words. `group` comes from the server, so only a number is shown of it."""
     words = _WORDS.get(kind) or _WORDS.get(kind.split(".")[0], "unknown")
-    number = group if group.isdigit() and len(group) < 7 else ""
-    return f"round {number}: {words}" if number else words
+    if group.isdigit() and len(group) < 7:
+        return f"round {group}: {words}"
+    return words
 
 
-def size(count: int) -> str:
-    """Return bytes for people: 1,234 as "1.2 kB"."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} B"
+def _stamped(text: str) -> str:
+    return f"{time.strftime('%H:%M:%S')} {text}"
+
+
+def _traffic(bytes_down: int, bytes_up: int) -> str:
+    from rich.filesize import decimal
+
+    return f"{decimal(bytes_down)} received, {decimal(bytes_up)} sent"

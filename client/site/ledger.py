@@ -1,8 +1,7 @@
-"""A site's own account: what its updates have cost it so far, in all runs, written down before one leaves.
+"""A site's own privacy account: what its uploads have cost so far, in all runs, charged before an upload leaves.
 
-The server keeps accounts too (`server/run/privacy.py`), but a site believes its own. It charges a masked upload when it
-is
-sent: whether the sum is opened afterwards is not in this site's hands alone.
+The server keeps accounts too (`server/run/privacy.py`), but a site trusts its own alone. It charges a masked upload
+before sending it: whether the sum is opened afterwards does not depend on this site alone.
 """
 
 from __future__ import annotations
@@ -23,38 +22,38 @@ def site_ledger(path: Path, policy: SitePolicy, plan: Plan | None, seeded: bool 
 
     Args:
         path: the file.
-        policy: its `delta` counts, not that of a run.
-        plan: `max_epsilon` bounds what those adversaries see against whom the plan's mode is meant; without secure
-            aggregation also what the server sees of a distributed share.
-        seeded: whether anybody can draw the run's noise too.
+        policy: has the budgets, and the delta at which epsilon is measured; a run's own delta does not count.
+        plan: `max_epsilon` bounds what an adversary sees, for each adversary that the plan's mode protects against;
+            without secure aggregation also what the server sees of a distributed share.
+        seeded: whether the run's noise follows from a seed, which anybody can know.
     """
     budgets: dict[Adversary, float] = {}
     if policy.max_epsilon and plan is not None:
         budgets |= dict.fromkeys(mechanism_of(plan).budgeted, policy.max_epsilon)
         if plan.mode == "distributed" and not plan.secure_aggregation:
-            budgets["uploads"] = policy.max_epsilon  # the noise of the others is beyond what this site can see to
+            budgets["uploads"] = policy.max_epsilon  # this site cannot ensure the noise of the others
     if policy.max_row_epsilon:
         budgets["rows"] = policy.max_row_epsilon
     return Ledger(path, policy.delta, budgets, seeded)
 
 
-def spend(ledger: Ledger, releases: Mapping[Adversary, tuple[Release, int]], run: str, round_: int) -> None:
-    """Write down what the next upload shows, and to whom.
+def spend(ledger: Ledger, releases: Mapping[Adversary, tuple[Release, int]], run: str, round_number: int) -> None:
+    """Charge what the next upload shows, to each adversary.
 
     Args:
         ledger: of the site.
-        releases: by adversary, each with how often it is made.
-        run: the run's name.
-        round_: counted from 1.
+        releases: by adversary, each with the number of times that it is made.
+        run: name of the run.
+        round_number: counted from 1.
 
     Raises:
         PolicyError: `policy-epsilon` or `policy-row-epsilon`; the upload must not leave.
-        StorageError: it cannot be written; the upload must not leave either.
+        StorageError: the ledger cannot be written; the upload must not leave.
     """
     try:
-        ledger.check(releases)  # all of them, before one is written down
-        for who, (release, count) in releases.items():
-            ledger.charge(who, release, count, run=run, round=round_, private=not ledger.seeded)
+        ledger.check(releases)  # all of them, before the first is charged
+        for adversary, (release, count) in releases.items():
+            ledger.charge(adversary, release, count, run=run, round=round_number, private=not ledger.seeded)
     except BudgetError as error:
         code = "policy-row-epsilon" if error.code == "rows-exhausted" else "policy-epsilon"
         raise PolicyError(error.what, error.expected, "see [policy] of site.toml", code=code) from error

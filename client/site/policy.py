@@ -1,7 +1,7 @@
 """What a site allows, whatever a run asks for: `[policy]` of site.toml, enforced before anything is trained.
 
-A refusal is a code to the server and a line in the site's own audit log. Every limit is off by default but one: a model
-is only loaded under a name that [models] has, which `client/site/site.py` sees to.
+The server receives a refusal as a code, and the site's own audit log has a line for it. Every limit is off by default
+but one: a model is loaded only if `[models]` names it, which `client/site/site.py` enforces.
 """
 
 from __future__ import annotations
@@ -59,24 +59,24 @@ class SitePolicy(Section):
         default=1e-5, gt=0, lt=1, description="of max_epsilon and max_row_epsilon, whatever a run says"
     )
 
-    def check_run(self, config: RunConfig, round_: int = 0) -> None:
-        """Do nothing if a run is allowed.
+    def check_run(self, config: RunConfig, round_number: int = 0) -> None:
+        """Check that a run is allowed.
 
         Args:
-            config: the run as the server tells it.
-            round_: the round at hand; a server may ask for more than it announced.
+            config: the run, as the server sent it.
+            round_number: the current round; a server may ask for more rounds than it announced.
 
         Raises:
             PolicyError: `policy-task`, `policy-adapter` or `policy-rounds`.
         """
         _allow(config.task.name, self.tasks, "tasks", "policy-task")
         _allow(config.adapter.method, self.adapters, "adapters", "policy-adapter")
-        rounds = max(config.run.rounds, round_)
+        rounds = max(config.run.rounds, round_number)
         if self.max_rounds and rounds > self.max_rounds:
             raise _refusal(f"{rounds} rounds", f"at most policy.max_rounds = {self.max_rounds}", "policy-rounds")
 
     def check_base(self, fingerprint: str) -> None:
-        """Do nothing if a base model is allowed.
+        """Check that a base model is allowed.
 
         Raises:
             PolicyError: `policy-base`.
@@ -86,7 +86,7 @@ class SitePolicy(Section):
             raise _refusal(f"the base model {fingerprint[:12]}", "one of policy.base_fingerprints", "policy-base")
 
     def check_steps(self, steps: int) -> None:
-        """Do nothing if so many steps in a round are allowed.
+        """Check that this number of steps in a round is allowed.
 
         Raises:
             PolicyError: `policy-steps`.
@@ -97,10 +97,10 @@ class SitePolicy(Section):
             )
 
     def check_privacy(self, plan: Plan | None, settings: PrivacySection) -> None:
-        """Do nothing if a run protects this site as its policy demands. The budgets are `client/site/ledger.py`'s.
+        """Check that a run protects this site as its policy demands. `client/site/ledger.py` enforces the budgets.
 
         Args:
-            plan: of the run, made here; None for a run without privacy.
+            plan: of the run, made at this site; None for a run without privacy.
             settings: of the run.
 
         Raises:
@@ -128,10 +128,10 @@ class SitePolicy(Section):
             )
 
     def check_evaluation(self, settings: PrivacySection) -> None:
-        """Do nothing if metrics of this site's rows may be asked for.
+        """Check that metrics of this site's rows may be measured.
 
         Raises:
-            PolicyError: `policy-evaluation`, the run is private: no noise is on metrics, and no account of them.
+            PolicyError: `policy-evaluation`, the run is private: metrics have no noise, and no ledger counts them.
         """
         if settings.mode != "none" or settings.examples.enabled:
             raise _refusal("metrics of private rows", "none in a private run", "policy-evaluation")
@@ -142,10 +142,10 @@ class SitePolicy(Section):
 
 
 def guaranteed_noise(plan: Plan) -> float:
-    """Return the noise multiplier that a site may count on, as far as it can see itself.
+    """Return the noise multiplier that a site can rely on without trusting the server.
 
-    In mode `distributed` the noise on the sum is there only if enough clients are. Under secure aggregation this site
-    sees to that before it unmasks; without it, nothing but the site's own share is sure.
+    In mode `distributed`, the sum has its full noise only if enough clients are in it. Under secure aggregation, this
+    site checks that before it unmasks. Without secure aggregation, only the site's own share of the noise is certain.
     """
     if not plan.private:
         return 0.0

@@ -25,13 +25,13 @@ from tsugiki.common.tasks import TASKS, Task
 
 @dataclass(frozen=True)
 class SimulatedSite:
-    """A part of the file that a simulation splits, or, as a gateway, several: one for each of its clients.
+    """A site with a part of a simulation's file; a gateway has several parts, one for each of its clients.
 
     Args:
         name: of the site.
         config: the run.
-        parts: the rows of each client.
-        max_rank: how many components of LoRA it trains; 0: all.
+        parts: row numbers of each client.
+        max_rank: how many components of a LoRA pair this site trains; 0: all.
     """
 
     name: str
@@ -43,14 +43,14 @@ class SimulatedSite:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """The rows of all its clients, one client after the other."""
+        """Row numbers of all clients, one client after the other."""
         return tuple(row for part in self.parts for row in part)
 
     def record(self, event: str, **details: Any) -> None:
-        """Keep no log: the operator's says it all."""
+        """No-op: the operator's audit log already covers simulated sites."""
 
     def identity(self) -> str:
-        """The split and the part."""
+        """Return the name and a hash of the settings that the site's rows follow from."""
         return self._identity
 
     @cached_property
@@ -59,21 +59,23 @@ class SimulatedSite:
         return f"{self.name}:{hashlib.sha256(body.encode()).hexdigest()}"
 
     def model_source(self, model_name: str) -> str:
-        """Everything is on one machine here: the operator's model is the site's."""
+        """Return the name itself: a simulation is on one machine, so that the operator's model is the site's."""
         return model_name
 
     def train_shard(self, task: Task) -> Shard:
-        """Return this site's rows but for those kept for evaluation."""
+        """Return this site's rows without those kept for evaluation."""
         return _whole(self.config).take(self.split_rows()[0])
 
     def evaluation_shard(self, task: Task) -> Shard | None:
-        """Return the share `simulation.evaluation_fraction` of this site's rows."""
+        """Return the rows kept for evaluation: `simulation.evaluation_fraction` of all rows. None if there are none."""
         kept = self.split_rows()[1]
         return _whole(self.config).take(kept) if kept else None
 
     def clients(self, shard: Shard) -> list[list[int]]:
-        """Return where the rows of each client stand in the training shard."""
-        kept, start, found = set(self.split_rows()[1]), 0, []
+        """Return the positions of each client's rows in the training shard."""
+        kept = set(self.split_rows()[1])
+        start = 0
+        found = []
         for part in self.parts:
             count = sum(row not in kept for row in part)
             found.append(list(range(start, start + count)))
@@ -81,7 +83,10 @@ class SimulatedSite:
         return found
 
     def ledger_path(self) -> Path | None:
-        """A simulation's clients exist in it alone: the operator's ledger is theirs, but for what DP-SGD costs rows."""
+        """Return the ledger of what DP-SGD costs rows; None without DP-SGD.
+
+        The clients of a simulation exist in it alone, so that the operator's ledger is theirs.
+        """
         if not self.config.privacy.examples.enabled:
             return None
         folder = Path(self.config.run.output_dir) / self.config.run.name / "site-ledgers"
@@ -125,7 +130,7 @@ def _read_whole(text: str) -> Shard:
 
 
 def simulated_sites(config: RunConfig) -> tuple[SimulatedSite, ...]:
-    """Split the simulation's file over its sites, by name; the same split in every process of a run.
+    """Return the sites of a simulation, each with its part of the file; the same split in every process of a run.
 
     Raises:
         ConfigError, DataError: the file cannot be split as asked.
@@ -139,7 +144,10 @@ def _split(text: str) -> tuple[SimulatedSite, ...]:
     if not config.simulation.data:
         problem = Problem("simulation.data", "''", "the file to split over the sites", "name it")
         raise ConfigError("run file", [problem])
-    shard, simulation, seed = _whole(config), config.simulation, config.run.seed
+    shard = _whole(config)
+    simulation = config.simulation
+    seed = config.run.seed
+    # Clients first: each gets a part of the rows.
     parts: dict[str, Any]
     if simulation.partition == "by-column":
         parts = dict(partition.by_column(shard.extra[simulation.column]))
@@ -156,6 +164,7 @@ def _split(text: str) -> tuple[SimulatedSite, ...]:
         split = partition.iid(len(shard), simulation.clients, seed)
         parts = dict(zip(partition.site_names(simulation.clients), split, strict=True))
     rows = [tuple(int(row) for row in parts[name]) for name in sorted(parts)]
+    # Then sites: each has one client, or as a gateway several.
     each = simulation.clients_per_site
     groups = [tuple(rows[start : start + each]) for start in range(0, len(rows), each)]
     names = sorted(parts) if each == 1 else partition.site_names(len(groups))

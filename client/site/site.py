@@ -1,4 +1,4 @@
-"""A site: its name, its data, and which models it is willing to load, as its `site.toml` says; it stays there."""
+"""A site: its name, its data, and the models that it loads. `site.toml` says so, and stays at the site."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 class Site(Protocol):
-    """What the client asks of its site."""
+    """What the client needs from its site."""
 
     @property
     def name(self) -> str:
         """The stable name under which the server knows this site."""
 
     def identity(self) -> str:
-        """Changes whenever the data that `train_shard` and `evaluation_shard` would return does."""
+        """Return a text that changes whenever the data change that `train_shard` and `evaluation_shard` return."""
 
     @property
     def policy(self) -> SitePolicy:
@@ -42,29 +42,29 @@ class Site(Protocol):
 
     @property
     def max_rank(self) -> int:
-        """How many components of a LoRA pair this site can train; 0: any."""
+        """How many components of a LoRA pair this site can train; 0: any number."""
 
     def record(self, event: str, **details: Any) -> None:
         """Write to the site's own audit log, if it keeps one."""
 
     def model_source(self, model_name: str) -> str:
-        """Return what stands behind a model name here."""
+        """Return the hub id, folder or `package:...` that this site loads for a model name."""
 
     def train_shard(self, task: Task) -> Shard:
         """Return the rows to train on."""
 
     def evaluation_shard(self, task: Task) -> Shard | None:
-        """Return the rows to evaluate on, if the site keeps any."""
+        """Return the rows to evaluate on, or None if the site keeps none."""
 
     def clients(self, shard: Shard) -> list[list[int]]:
-        """Return which rows of the training shard belong to each client of this site, in a fixed order."""
+        """Return the row numbers of each client of this site in the training shard, in a fixed order."""
 
     def ledger_path(self) -> Path | None:
-        """Return the file of this site's own privacy account; None: it keeps none."""
+        """Return the file of this site's own privacy ledger, or None if it keeps none."""
 
 
 class SiteSection(Section):
-    """Who this is."""
+    """The site itself."""
 
     name: Name = Field(description="the stable name of this site in the federation; letters, digits, . _ -")
     audit: str = Field(default="audit.jsonl", description="this site's own log; relative to this file; empty: none")
@@ -91,14 +91,14 @@ class SiteData(DataFormat):
 
 
 class SiteServer(Section):
-    """The server to connect to; the command line has the last word."""
+    """The server to connect to. Options of the command line override it."""
 
     address: str = Field(default="", description="HOST:PORT")
     ca: str = Field(default="", description="the federation's CA certificate; relative to this file")
     key: str = Field(default="", description="this node's private key; relative to this file")
 
     def path(self, folder: Path, name: Literal["ca", "key"]) -> Path | None:
-        """Return where a file is, if it is named."""
+        """Return the path of a file, or None if `site.toml` does not name it."""
         value: str = getattr(self, name)
         return folder / value if value else None
 
@@ -128,23 +128,23 @@ class FileSite:
         """Append to the audit log.
 
         Raises:
-            StorageError: it cannot be written, or was tampered with.
+            StorageError: the log cannot be written, or was tampered with.
         """
         if self.site.audit:
             with locked(self.folder / f".{Path(self.site.audit).name}.lock"):  # processes of one folder share a log
                 AuditLog(self.folder / self.site.audit).write(event, **details)
 
     def identity(self) -> str:
-        """Path, size and time of the files, also of those in a folder of images."""
+        """Return name, folder, and a hash of path, size and time of all files, also of those in a folder of images."""
         named = [self.folder / path for path in (self.data.train, self.data.evaluation) if path]
         body = json.dumps([images.stamp(file) for path in named for file in images.files(path)])
         return json.dumps([self.name, str(self.folder), hashlib.sha256(body.encode()).hexdigest()])
 
     def model_source(self, model_name: str) -> str:
-        """Resolve a model name through [models]; a name that is not there is refused.
+        """Return the source of a model name from [models].
 
         Raises:
-            ModelError: `model-unknown`.
+            ModelError: `model-unknown`, [models] does not have the name.
         """
         if model_name not in self.models:
             raise ModelError(
@@ -173,7 +173,7 @@ class FileSite:
         return [owners[owner] for owner in sorted(owners)]
 
     def ledger_path(self) -> Path | None:
-        """Return where `site.ledger` is."""
+        """Return the path of `site.ledger`, or None if it is empty."""
         return self.folder / self.site.ledger if self.site.ledger else None
 
     def _read(self, path: str, task: Task) -> Shard:
@@ -205,7 +205,9 @@ def read_site(path: Path) -> FileSite:
     models = raw.pop("models", {})
     if not isinstance(models, dict) or not all(isinstance(source, str) and source for source in models.values()):
         problems.append(Problem("models", repr(models)[:80], '"model name" = "folder, package:module/path or hub id"'))
-    policy, about = parts.get("policy"), parts.get("site")
+    # A budget needs a ledger to count against.
+    policy = parts.get("policy")
+    about = parts.get("site")
     if policy and about and (policy.max_epsilon or policy.max_row_epsilon) and not about.ledger:
         problems.append(Problem("site.ledger", "''", "a file, for policy.max_epsilon and max_row_epsilon", "name one"))
     problems += [Problem(name, "...", f"one of {', '.join(_SECTIONS)}, models", "remove it") for name in raw]
@@ -226,7 +228,7 @@ def site_of_node(context: Context) -> Site:
     """Return the site behind a deployed node, whose node config names its `site.toml` as `site`.
 
     Raises:
-        ConfigError: it does not, or the file has problems.
+        ConfigError: the node config names no file, or the file has problems.
     """
     path = context.node_config.get("site")
     if not isinstance(path, str):

@@ -1,4 +1,4 @@
-"""The simulated sites of a run as folders, each as a real site has it: the way from a simulation to a deployment."""
+"""Write the simulated sites of a run as folders of real sites: the way from a simulation to a deployment."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from tsugiki.common.tasks.base import Task
 
 
 def split(config: RunConfig, folder: Path) -> list[Path]:
-    """Write for each simulated site its rows and a site.toml into `folder`/NAME; return the paths of the site.toml.
+    """Write rows and a site.toml of each simulated site into `folder`/NAME; return the paths of the site.toml files.
 
     A deployment of these sites trains as the simulation does: the rows are the same, in the same order.
 
     Args:
         config: a run with [simulation] data.
-        folder: made if need be.
+        folder: created if it does not exist.
 
     Raises:
         ConfigError, DataError: the file cannot be split as asked.
-        UsageError: a site's folder is there already.
+        UsageError: a site's folder exists already.
         StorageError: a folder cannot be written.
     """
     config = with_absolute_paths(config)  # as a server sends it
@@ -51,8 +51,11 @@ def split(config: RunConfig, folder: Path) -> list[Path]:
             data["evaluation"] = kept
         try:
             place.mkdir(parents=True)
+            about: dict[str, Any] = {"name": site.name}
+            if site.max_rank:
+                about["max_rank"] = site.max_rank
             body: dict[str, Any] = {
-                "site": {"name": site.name, **({"max_rank": site.max_rank} if site.max_rank else {})},
+                "site": about,
                 "data": {name: _write(place, name, task, shard) for name, shard in data.items()},
                 "models": {name: name for name in names if name},
             }
@@ -73,8 +76,9 @@ def _write(place: Path, name: str, task: Task, shard: Shard) -> str:
 
 
 def _write_images(place: Path, name: str, task: Task, shard: Shard) -> str:
-    """Write idx files, in which the order of rows stays. They know classes by number only."""
-    pictures, classes = shard.columns["image"], shard.columns["label"]
+    """Write idx files, which keep the order of rows. They have the numbers of classes, not their names."""
+    pictures = shard.columns["image"]
+    classes = shard.columns["label"]
     known, _ = class_numbers(task.labels)
     numbers = {known[str(number)]: number for number in range(256) if str(number) in known}
     if not isinstance(pictures, np.ndarray) or not numbers.keys() >= set(classes):
@@ -87,7 +91,7 @@ def _write_images(place: Path, name: str, task: Task, shard: Shard) -> str:
 
 
 def _rows(task: Task, shard: Shard) -> Sequence[dict[str, Any]]:
-    """Return a shard's rows as a file has them: classes by name."""
+    """Return a shard's rows as a file has them, with the names of classes."""
     columns = dict(shard.columns)
     for column in task.columns:
         if column.kind == "label" and column.name in columns:

@@ -1,16 +1,15 @@
-"""DP-SGD at a site, with Opacus: bounds what a run's uploads tell about any one row of the site.
+"""DP-SGD at a site, with Opacus: bounds what a run's uploads reveal about any one row of the site.
 
 In each step every row is drawn by a coin of its own. The gradients of the drawn rows are clipped to `max_grad_norm` and
-added up, Gaussian noise goes on the sum, and the sum is divided by the number of rows that are expected, not by the
-number drawn. A step that drew no row is noise alone; it is taken, and counted. Neighbours differ in one row, which the
-one has, and the other has without any gradient. Source: Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
+added up, Gaussian noise is added to the sum, and the sum is divided by the expected number of rows, not by the number
+drawn. A step that drew no row is noise alone; it is taken, and counted. Neighbours differ in one row: one has it, the
+other has it without any gradient. Source: Abadi et al. 2016, arXiv:1607.00133, algorithm 1.
 
 All randomness comes from the operating system, not from the run's seed, which the server knows. The noise is drawn by
 ChaCha20 (`common/privacy/noise.py`) and added in float64; attacks on the lowest bits of floats (Mironov 2012) remain.
 Rows and dropout are drawn by torch's generators, which are not cryptographic. Their whole state is filled, because the
-one for CPUs keeps 32 bits of a seed, and so many can be tried. Dropout has to be secret because a row's place and
-length
-decide which masks the others get: with known masks, neighbours differ by more than one clipped gradient.
+one for CPUs keeps 32 bits of a seed, and 2^32 seeds can be tried. Dropout has to be secret because a row's place and
+length decide which masks the others get: with known masks, neighbours differ by more than one clipped gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from tsugiki.client.training import trainer
-from tsugiki.client.training.trainer import Plan, Trained, Watch
+from tsugiki.client.training.trainer import LocalRound, Trained, Watch
 from tsugiki.common.config.run import TrainSection
 from tsugiki.common.errors import TrainingError, UsageError
 from tsugiki.common.model.graft import Graft
@@ -38,15 +37,15 @@ from tsugiki.common.privacy.settings import ExamplePrivacySection
 from tsugiki.common.rng import derive_seed, seed_everything
 from tsugiki.common.tasks.base import Encoded
 
-_MOST_NOISE = 1000.0  # what [privacy.examples] takes
+_MOST_NOISE = 1000.0  # the upper bound of [privacy.examples] noise_multiplier
 _WORDS = 624  # of the Mersenne twister behind torch's CPU generator, 8 bytes each, from byte 24 of its state on
 
 
-def train_privately(
+def train_protecting_rows(
     graft: Graft,
     encoded: Encoded,
     settings: TrainSection,
-    plan: Plan,
+    local_round: LocalRound,
     examples: ExamplePrivacySection,
     watch: Watch = lambda step, steps, losses: None,
     insecure_seed: int = 0,
@@ -59,17 +58,17 @@ def train_privately(
     The parameters are private, also after an exception. Loss and seconds are not, nor is the code `diverged`.
 
     Args:
-        graft: whose parameters are trained; the drawn rows' gradients take rows * spec.size * 4 bytes.
+        graft: the model; the drawn rows' gradients take rows * spec.size * 4 bytes.
         encoded: the rows, at least one.
         settings: of the loop; `max_grad_norm`, accumulation and bf16 do not apply, and batches have
             `per_device_train_batch_size` rows on average.
-        plan: which part of the run this is.
+        local_round: which part of the run this is.
         examples: with a noise multiplier above 0.
-        watch: sees every step; where no row was drawn, with the loss of the step before.
-        insecure_seed: tests only; above 0, everything follows from it and the run's seed, and hides nothing.
+        watch: called after each step; a step that drew no row has the loss of the step before.
+        insecure_seed: tests only; above 0, all randomness follows from it and the run's seed, and hides nothing.
 
     Returns:
-        Steps, mean loss over all drawn rows (0 if there was none), seconds.
+        Steps, mean loss over all drawn rows (0 if no row was drawn), seconds.
 
     Raises:
         TrainingError: `diverged`, the loss is not finite; `deadline`, the time is up; `examples-unsupported`.
@@ -79,41 +78,49 @@ def train_privately(
     import torch
     from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
-    started, rows, steps = time.perf_counter(), len(encoded), trainer.steps_per_round(len(encoded), settings)
+    started = time.perf_counter()
+    rows = len(encoded)
+    steps = trainer.steps_per_round(rows, settings)
     probability = sampling_probability(rows, settings)
     torch.set_num_threads(settings.threads)
-    seed_everything(derive_seed(plan.seed, "train", plan.site, plan.round) if insecure_seed else secrets.randbits(63))
-    coins = torch.Generator().manual_seed(derive_seed(insecure_seed, "rows", plan.site, plan.round))
+    site = local_round.site
+    round_number = local_round.round_number
+    seed = secrets.randbits(63)
+    if insecure_seed:
+        seed = derive_seed(local_round.seed, "train", site, round_number)
+    seed_everything(seed)
+    coins = torch.Generator().manual_seed(derive_seed(insecure_seed, "rows", site, round_number))
     if not insecure_seed:
-        make_secret(torch.default_generator)  # dropout's, on CPUs; others keep a seed of 63 bits whole
+        make_secret(torch.default_generator)  # of dropout on CPUs; other devices' generators use all 63 bits of a seed
         make_secret(coins)
     sampler = UniformWithReplacementSampler(num_samples=rows, sample_rate=probability, generator=coins, steps=steps)
-    draw = noise_generator(insecure_seed, "examples", plan.site, plan.round)
-    received = [value.detach().clone() for value in graft.parameters] if plan.proximal_mu else []
+    draw = noise_generator(insecure_seed, "examples", site, round_number)
+    received = [value.detach().clone() for value in graft.parameters] if local_round.proximal_mu else []
     losses, drawn = torch.zeros(2, steps, device=graft.device)
 
     with row_gradients(graft):
         optimizer = _private(trainer.make_optimizer(graft, settings), examples, rows * probability, draw)
-        optimizer.attach_step_hook(lambda _: trainer.add_proximal_term(graft, received, plan.proximal_mu))
+        optimizer.attach_step_hook(lambda _: trainer.add_proximal_term(graft, received, local_round.proximal_mu))
         for step, chosen in enumerate(sampler):
-            trainer.set_learning_rate(optimizer, settings, plan, step, steps)
+            trainer.set_learning_rate(optimizer, settings, local_round, step, steps)
             loss = backward(graft, encoded, chosen)
-            losses[step], drawn[step] = losses[max(step - 1, 0)] if loss is None else loss, len(chosen)
+            losses[step] = losses[max(step - 1, 0)] if loss is None else loss
+            drawn[step] = len(chosen)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             watch(step + 1, steps, losses)
-            trainer.check_deadline(plan, step + 1, steps, started)
+            trainer.check_deadline(local_round, step + 1, steps, started)
     mean = float((losses * drawn).sum() / drawn.sum().clamp(min=1))
     return Trained(steps, trainer.finite(mean), time.perf_counter() - started)
 
 
 def sampling_probability(rows: int, settings: TrainSection) -> float:
-    """Return with which probability each of so many rows is in a step (coins are fair to 6e-8)."""
+    """Return the probability of each row to be in a step, given the number of rows (coins are fair to 6e-8)."""
     return min(1.0, settings.per_device_train_batch_size / rows)
 
 
 def release_of_round(rows: int, settings: TrainSection, examples: ExamplePrivacySection) -> tuple[Release, int]:
-    """Return what a step of a site with so many rows shows about each of them, and the number of steps in a round."""
+    """Return what one step shows about each row, and the number of steps in a round, given the number of rows."""
     release = Release("gaussian", examples.noise_multiplier, sampling_probability(rows, settings))
     return release, trainer.steps_per_round(rows, settings)
 
@@ -121,7 +128,7 @@ def release_of_round(rows: int, settings: TrainSection, examples: ExamplePrivacy
 def calibrated(
     rows: int, settings: TrainSection, examples: ExamplePrivacySection, rounds: int
 ) -> ExamplePrivacySection:
-    """Return the settings with a noise multiplier: their own, or the least that keeps the target in so many rounds.
+    """Return the settings with a noise multiplier: their own, or the least that keeps the target over all rounds.
 
     Raises:
         TrainingError: `examples-unsupported`, no noise is enough.
@@ -145,7 +152,7 @@ def _least_noise(probability: float, count: int, target_epsilon: float, delta: f
 
 
 def check_supported(graft: Graft) -> None:
-    """Do nothing if this model's rows can be told apart.
+    """Check that the gradients of this model's rows can be computed one by one.
 
     Raises:
         TrainingError: `examples-unsupported`, they cannot.
@@ -174,8 +181,9 @@ def check_supported(graft: Graft) -> None:
 
 @contextmanager
 def row_gradients(graft: Graft) -> Iterator[None]:
-    """Train mode with Opacus's hooks on the network inside a `with` block; afterwards the graft is as it was."""
-    network, hooks = graft.base.network, None
+    """Put the network into train mode, with Opacus's hooks, inside a `with` block; restore it afterwards."""
+    network = graft.base.network
+    hooks = None
     try:
         with warnings.catch_warnings():
             # The first trained layer may read frozen ones only: Opacus needs the gradient of its output, no more.
@@ -186,7 +194,7 @@ def row_gradients(graft: Graft) -> Iterator[None]:
     finally:
         if hooks is not None:
             hooks.cleanup()
-        for module in network.modules():  # Opacus leaves these, and after an exception the rows themselves in them
+        for module in network.modules():  # Opacus leaves these behind; after an exception they hold the rows themselves
             for name in ("activations", "max_batch_len"):
                 module.__dict__.pop(name, None)
         for value in graft.parameters:

@@ -1,15 +1,15 @@
-"""What a site is to do in one round, and what some of its clients have learned in it."""
+"""The training of a site in one round, and the updates of some of its clients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tsugiki.client.training.trainer import Plan, Watch
+from tsugiki.client.training.trainer import LocalRound, Watch
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.strategies import strategy_of
@@ -20,20 +20,21 @@ from tsugiki.common.wire.spec import AdapterSpec, Vector
 
 @dataclass(frozen=True)
 class Job:
-    """What a site does in one round.
+    """The training of a site in one round.
 
     Args:
-        graft: the model, shared by all clients in turn.
+        graft: the model. All clients use it in turn.
         encoded: the site's rows.
-        clients: the rows of each client that is asked, by its name.
+        clients: row numbers of each client to train, by its name.
         config: the run.
         request: the round.
         received: the adapter to start from, shape (size,).
-        watch: sees every step.
-        tail: returns the end of the network with the features of all rows, where there is one that is trained alone.
-        validation: returns the rows to validate on inside the round; None where that is not asked for.
-        moments: returns what a client's optimiser remembers, to be changed in place; None where it remembers nothing.
+        watch: called after each step.
+        validation: rows to validate on inside the round; None if the run does not validate there.
+        moments: the optimiser's state of each client, to be changed in place; empty if the run does not keep it.
         rank: how many components of each LoRA pair this site trains; 0: all.
+        tail: returns the trainable end of the network with the features of all rows, or None if the task has none. It
+            is a function because few jobs use the features, which cost a pass over all rows within the deadline.
     """
 
     graft: Graft
@@ -43,39 +44,39 @@ class Job:
     request: TrainRequest
     received: Vector
     watch: Watch
-    tail: Callable[[], Tail | None] = lambda: None
-    validation: Callable[[], Encoded | None] = lambda: None
-    moments: Callable[[str], dict[str, Any] | None] = lambda client: None
+    validation: Encoded | None = None
+    moments: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     rank: int = 0
+    tail: Callable[[], Tail | None] = lambda: None
 
     @property
     def part(self) -> AdapterSpec:
-        """What of the adapter is trained in this round, and sent back."""
+        """The part of the adapter that is trained in this round and sent back."""
         return strategy_of(self.config.strategy).trained_part(self.graft.spec, self.request.round)
 
-    def plan(self, client: str, deadline_s: float) -> Plan:
-        """Return what one client does."""
-        return Plan(
+    def local_round(self, client: str, deadline_s: float) -> LocalRound:
+        """Return the round of one client."""
+        return LocalRound(
             seed=self.config.run.seed,
             site=client,
-            round=self.request.round,
+            round_number=self.request.round,
             schedule_start=self.request.schedule_start,
             schedule_stop=self.request.schedule_stop,
             proximal_mu=self.config.strategy.proximal_mu,
             deadline_s=deadline_s,
-            moments=self.moments(client),
+            moments=self.moments.get(client),
         )
 
 
 @dataclass(frozen=True)
-class Group:
-    """What clients that were trained together have learned.
+class ClientUpdates:
+    """The updates of clients that were trained together.
 
     Args:
         names: of the clients.
         updates: local minus received adapters, shape (clients, size); not finite where training diverged.
-        losses: each one's mean loss, shape (clients,); not finite likewise, 0 without rows.
-        steps: optimiser steps of all of them.
+        losses: mean loss of each client, shape (clients,); not finite where training diverged, 0 without rows.
+        steps: optimiser steps of all of them together.
     """
 
     names: list[str]

@@ -1,4 +1,4 @@
-"""A range test for the learning rate: train a little while it grows, and see where the loss falls fastest.
+"""A range test for the learning rate: train a few steps while it grows, and find where the loss falls fastest.
 
 Source: Smith 2017, arXiv:1506.01186, section 3.3; the suggestion is the steepest descent of the smoothed loss.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tsugiki.client.site.simulated import SimulatedSite, simulated_sites
-from tsugiki.client.training.trainer import Plan, batches, make_optimizer, uncorrected
+from tsugiki.client.training.trainer import LocalRound, batches, make_optimizer, uncorrected
 from tsugiki.common.config.parse import parse
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import TrainingError, UsageError
@@ -25,24 +25,24 @@ from tsugiki.common.tasks import TASKS
 from tsugiki.common.tasks.base import Encoded
 
 SMOOTHING = 0.9
-"""Share of the loss so far in the next smoothed one."""
+"""Weight of the smoothed loss so far in the next one."""
 GIVE_UP = 4.0
-"""A smoothed loss so many times the least one has diverged: higher rates show nothing more."""
+"""Stop once the smoothed loss is this many times the least one: training has diverged, higher rates show nothing."""
 FEWEST = 10
-"""Steps before which nothing is judged."""
+"""Steps that are taken before anything is concluded."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a range test saw.
+    """The outcome of a range test.
 
     Args:
         rates: learning rates, growing by one factor, shape (steps,).
         losses: of each step's batch.
-        smoothed: their exponential mean, its start corrected.
-        suggestion: the rate at which the smoothed loss falls fastest; NaN where it never falls.
+        smoothed: their exponential mean, with its bias at the start corrected.
+        suggestion: the rate at which the smoothed loss falls fastest; NaN if it never falls.
         least: the rate at which the smoothed loss is least.
-        seconds: it took.
+        seconds: duration of the test.
     """
 
     rates: list[float]
@@ -59,16 +59,16 @@ def find_rate(
     """Try growing learning rates on the first simulated site, or on all rows in one place.
 
     Args:
-        config: the run. Of [train] optimiser, batch size and clipping are used; gradients are not accumulated, and
+        config: the run. Optimiser, batch size and clipping of [train] are used; gradients are not accumulated, and
             bfloat16, the proximal term and DP-SGD are left out.
-        lowest: of the rates.
-        highest: of the rates.
-        steps: at most.
+        lowest: the first rate.
+        highest: the last rate.
+        steps: most steps of the test.
         central: train on all rows of the simulation's file.
-        watch: told after each step how many are done.
+        watch: called after each step with the number of steps done.
 
     Raises:
-        UsageError: the range is empty, or the task's loss tells nothing of it.
+        UsageError: the range is empty, or the task's loss does not show progress.
         ConfigError: the run has no file of rows.
         DataError, ModelError: rows or model cannot be loaded.
         TrainingError: `diverged`, the loss is not finite from the start.
@@ -98,17 +98,20 @@ def _sweep(
 ) -> Sweep:
     import torch
 
-    started, settings, seed = time.perf_counter(), config.train, config.run.seed
+    started = time.perf_counter()
+    settings = config.train
+    seed = config.run.seed
     torch.set_num_threads(settings.threads)
     seed_everything(derive_seed(seed, "lr-find"))
     optimizer = make_optimizer(graft, settings)
-    stream = batches(len(encoded), settings, Plan(seed, "lr-find", 1, 0.0, 1.0), len(rates))
+    stream = batches(len(encoded), settings, LocalRound(seed, "lr-find", 1, 0.0, 1.0), len(rates))
     losses: list[float] = []
     graft.base.network.train()
     try:
         for step, rate in enumerate(rates, 1):
             for group in optimizer.param_groups:
                 group["lr"] = rate * (1.0 if settings.bias_correction else uncorrected(optimizer, group))
+            # The loss is looked at before the step: at a rate that diverges, none is taken.
             batch = graft.task.batch(encoded, next(stream), graft.base)
             loss = graft.task.loss(graft.base.network, {name: value.to(graft.device) for name, value in batch.items()})
             losses.append(float(loss.detach()))
@@ -122,6 +125,7 @@ def _sweep(
             watch(step)
     finally:
         graft.base.network.eval()
+    # The last loss may be infinite: it ended the test, and has no place on a curve.
     kept = [loss for loss in losses if math.isfinite(loss)]
     if len(kept) < FEWEST:
         raise TrainingError(
@@ -137,8 +141,9 @@ def _over(smoothed: Sequence[float]) -> bool:
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
-    """Return the exponential mean of the losses so far, at each step; its bias toward a start at 0 is taken off."""
-    mean, found = 0.0, []
+    """Return the exponential mean of the losses at each step, with its bias towards the start at 0 corrected."""
+    mean = 0.0
+    found = []
     for step, loss in enumerate(losses, 1):
         mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
         found.append(mean / (1 - SMOOTHING**step))
@@ -146,9 +151,10 @@ def smooth(losses: Sequence[float]) -> list[float]:
 
 
 def suggest(rates: Sequence[float], smoothed: Sequence[float]) -> tuple[float, float]:
-    """Return the rate of steepest descent of the smoothed loss over the logarithm of the rate, and that of its least.
+    """Return the rate at which the smoothed loss falls fastest, and the rate at which it is least.
 
-    The first steps, which are mostly chance, and those after the least loss are not looked at.
+    The slope is over the logarithm of the rate. The first steps, which are mostly chance, and the steps after the least
+    loss do not count.
     """
     least = int(np.argmin(smoothed))
     slopes = np.gradient(np.asarray(smoothed), np.log(np.asarray(rates)))

@@ -20,23 +20,23 @@ from tsugiki.common.tasks.base import Encoded
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What one site does in one round.
+class LocalRound:
+    """One client's round.
 
     Args:
-        seed: the run's.
-        site: the site's name; its batches follow from seed, name and position in the run.
-        round: counted from 1.
-        schedule_start: share of the whole run's training done before, in [0, 1).
-        schedule_stop: the same after, in (0, 1].
+        seed: of the run.
+        site: name of the client; its batches follow from the seed, the name and the position in the run.
+        round_number: counted from 1.
+        schedule_start: share of the whole run's training done before this round, in [0, 1).
+        schedule_stop: share done after this round, in (0, 1].
         proximal_mu: weight of FedProx's term.
-        deadline_s: give up after so many seconds.
-        moments: the optimiser's state, taken up and left here; None: it begins anew.
+        deadline_s: seconds after which the client gives up.
+        moments: the optimiser's state, read at the start and updated at the end; None: the optimiser begins anew.
     """
 
     seed: int
     site: str
-    round: int
+    round_number: int
     schedule_start: float
     schedule_stop: float
     proximal_mu: float = 0.0
@@ -46,7 +46,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trained:
-    """What the loop reports: optimiser steps, mean loss over them, seconds."""
+    """The outcome of the loop: optimiser steps, mean loss over them, seconds."""
 
     steps: int
     loss: float
@@ -54,32 +54,32 @@ class Trained:
 
 
 WINDOW = 8
-"""Steps over which a loss is averaged before it is compared: single batches scatter."""
+"""Steps over which a loss is averaged before it is compared, because single batches scatter."""
 
 Watch = Callable[[int, int, Any], None]
-"""Told after each step: how many are done, of how many, and the losses so far as a tensor, shape (steps,)."""
+"""Called after each step with the steps done, the steps of the round, and the losses so far, a tensor of (steps,)."""
 
 Ends = Callable[[int, int], bool]
-"""Asked after each step whether the round ends here: how many are done, of how many."""
+"""Called after each step with the steps done and the steps of the round; returns whether the round ends here."""
 
 
 def train(
     graft: Graft,
     encoded: Encoded,
     settings: TrainSection,
-    plan: Plan,
+    local_round: LocalRound,
     watch: Watch = lambda step, steps, losses: None,
     ends: Ends = lambda step, steps: False,
 ) -> Trained:
     """Train the graft's parameters in place on one site's rows.
 
     Args:
-        graft: whose parameters are trained.
+        graft: the model.
         encoded: the rows.
         settings: of the loop.
-        plan: which part of the run this is.
-        watch: sees every step.
-        ends: may end the round before all its steps are done.
+        local_round: which part of the run this is.
+        watch: called after each step.
+        ends: called after each step; may end the round before all its steps are done.
 
     Raises:
         TrainingError: `diverged`, the loss is not finite; `deadline`, the time is up.
@@ -88,21 +88,22 @@ def train(
 
     started = time.perf_counter()
     torch.set_num_threads(settings.threads)
-    seed_everything(derive_seed(plan.seed, "train", plan.site, plan.round))
+    seed_everything(derive_seed(local_round.seed, "train", local_round.site, local_round.round_number))
     steps = steps_per_round(len(encoded), settings)
     optimizer = make_optimizer(graft, settings)
-    if plan.moments:
-        optimizer.load_state_dict(copy.deepcopy(plan.moments))  # else a round that fails would leave its own there
+    if local_round.moments:
+        # A copy: a round that fails must not leave its own state there.
+        optimizer.load_state_dict(copy.deepcopy(local_round.moments))
     optimizer.zero_grad(set_to_none=True)  # the graft is shared: a site that failed in mid-step may have left gradients
-    received = [value.detach().clone() for value in graft.parameters] if plan.proximal_mu else []
-    stream = batches(len(encoded), settings, plan, steps)
+    received = [value.detach().clone() for value in graft.parameters] if local_round.proximal_mu else []
+    stream = batches(len(encoded), settings, local_round, steps)
     losses = torch.zeros(steps, device=graft.device)
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=settings.bf16 and graft.device.type == "cuda")
 
     graft.base.network.train()
     try:
         for step in range(steps):
-            set_learning_rate(optimizer, settings, plan, step, steps)
+            set_learning_rate(optimizer, settings, local_round, step, steps)
             for _ in range(settings.gradient_accumulation_steps):
                 with autocast:  # some batches hold what the model itself makes of them
                     batch = graft.task.batch(encoded, next(stream), graft.base)
@@ -110,28 +111,36 @@ def train(
                     loss = graft.task.loss(graft.base.network, batch) / settings.gradient_accumulation_steps
                 loss.backward()  # type: ignore[no-untyped-call]  # torch's own
                 losses[step] += loss.detach()
-            add_proximal_term(graft, received, plan.proximal_mu)
+            add_proximal_term(graft, received, local_round.proximal_mu)
             if settings.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(graft.parameters, settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             watch(step + 1, steps, losses)
             check_divergence(losses[: step + 1], settings.divergence_factor)
-            check_deadline(plan, step + 1, steps, started)
+            check_deadline(local_round, step + 1, steps, started)
             if ends(step + 1, steps):
                 break
     finally:
         graft.base.network.eval()
     mean = finite(float(losses[: step + 1].mean()))
-    if plan.moments is not None:
-        plan.moments.update(optimizer.state_dict())
+    if local_round.moments is not None:
+        local_round.moments.update(optimizer.state_dict())
     return Trained(step + 1, mean, time.perf_counter() - started)
 
 
-def set_learning_rate(optimizer: Any, settings: TrainSection, plan: Plan, step: int, steps: int) -> None:
-    """Set the learning rate of a step, counted from 0, of so many in the round."""
-    position = plan.schedule_start + (plan.schedule_stop - plan.schedule_start) * step / steps
-    width = (plan.schedule_stop - plan.schedule_start) / steps
+def set_learning_rate(optimizer: Any, settings: TrainSection, local_round: LocalRound, step: int, steps: int) -> None:
+    """Set the learning rate of a step.
+
+    Args:
+        optimizer: of the round.
+        settings: of the loop.
+        local_round: which part of the run's schedule the round is.
+        step: counted from 0.
+        steps: of the round.
+    """
+    position = local_round.schedule_start + (local_round.schedule_stop - local_round.schedule_start) * step / steps
+    width = (local_round.schedule_stop - local_round.schedule_start) / steps
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate * schedule(position, width, settings)
         if not settings.bias_correction:
@@ -151,28 +160,42 @@ def uncorrected(optimizer: Any, group: Any) -> float:
 
 
 def add_proximal_term(graft: Graft, received: Sequence[Any], mu: float) -> None:
-    """Add the gradient of (mu / 2) * ||w - received||^2; nothing where no values are given."""
+    """Add the gradient of (mu / 2) * ||w - received||^2. No-op if `received` is empty."""
     for value, start in zip(graft.parameters, received, strict=False):
         if value.grad is not None:  # some are not trained in every round
             value.grad.add_(value.detach() - start, alpha=mu)
 
 
-def check_deadline(plan: Plan, done: int, steps: int, started: float) -> None:
-    """Raise a TrainingError, `deadline`, if the time since `time.perf_counter()` was `started` is up."""
-    if time.perf_counter() - started > plan.deadline_s:
-        raise TrainingError(f"step {done} of {steps} after {plan.deadline_s:g} s", code="deadline")
+def check_deadline(local_round: LocalRound, done: int, steps: int, started: float) -> None:
+    """Check that the round's time is not up.
+
+    Args:
+        local_round: has the deadline.
+        done: steps so far.
+        steps: of the round.
+        started: `time.perf_counter()` at the start of the round.
+
+    Raises:
+        TrainingError: `deadline`, the time is up.
+    """
+    if time.perf_counter() - started > local_round.deadline_s:
+        raise TrainingError(f"step {done} of {steps} after {local_round.deadline_s:g} s", code="deadline")
 
 
 def check_divergence(losses: Any, factor: float) -> None:
-    """Raise a TrainingError, `diverged`, if the last losses are far above the first; looked at every few steps.
+    """Check every few steps that the loss has not risen far above its start.
 
     Args:
         losses: of all steps so far, shape (steps,).
-        factor: how many times the mean of the first few may be exceeded by the mean of the last few; 0: any.
+        factor: the mean of the last few losses may be at most this many times the mean of the first few; 0: no check.
+
+    Raises:
+        TrainingError: `diverged`, it has.
     """
     if not factor or len(losses) % WINDOW or len(losses) < 2 * WINDOW:
         return
-    first, last = (finite(float(some.mean())) for some in (losses[:WINDOW], losses[-WINDOW:]))
+    first = finite(float(losses[:WINDOW].mean()))
+    last = finite(float(losses[-WINDOW:].mean()))
     if last > factor * first:
         raise TrainingError(
             f"the loss has risen from {first:.3g} to {last:.3g}",
@@ -183,14 +206,18 @@ def check_divergence(losses: Any, factor: float) -> None:
 
 
 def finite(loss: float) -> float:
-    """Return the loss, or raise a TrainingError, `diverged`."""
+    """Return the loss.
+
+    Raises:
+        TrainingError: `diverged`, it is not finite.
+    """
     if not math.isfinite(loss):
         raise TrainingError("the loss is not finite", do="lower train.learning_rate", code="diverged")
     return loss
 
 
 def steps_per_round(rows: int, settings: TrainSection) -> int:
-    """Return the optimiser steps of a site with so many rows in one round."""
+    """Return the optimiser steps of a client in one round, given its number of rows."""
     if not settings.local_epochs:
         return settings.local_steps
     batches_of_round = settings.local_epochs * batches_per_epoch(rows, settings)
@@ -202,20 +229,21 @@ def batches_per_epoch(rows: int, settings: TrainSection) -> int:
     return math.ceil(rows / settings.per_device_train_batch_size)
 
 
-def batches(rows: int, settings: TrainSection, plan: Plan, steps: int) -> Iterator[list[int]]:
+def batches(rows: int, settings: TrainSection, local_round: LocalRound, steps: int) -> Iterator[list[int]]:
     """Yield row numbers for each batch of the round, without end.
 
-    Rounds walk on through the shard: the batches of round 2 follow those of round 1 in the same shuffled pass, so that
-    every row is seen once before any is seen twice, also when a round takes less than a pass. Nothing has to be
-    remembered for that, because a pass's order follows from seed, site and its number.
+    Rounds continue through the shard: the batches of round 2 follow those of round 1 in the same shuffled pass. So
+    every row is seen once before any is seen twice, also if a round is shorter than a pass. Nothing has to be stored
+    for that, because the order of a pass follows from the seed, the site and the number of the pass.
     """
-    size, per_epoch = settings.per_device_train_batch_size, batches_per_epoch(rows, settings)
-    position = (plan.round - 1) * steps * settings.gradient_accumulation_steps
+    size = settings.per_device_train_batch_size
+    per_epoch = batches_per_epoch(rows, settings)
+    position = (local_round.round_number - 1) * steps * settings.gradient_accumulation_steps
     order: npt.NDArray[np.int64] | None = None
     while True:
         epoch, index = divmod(position, per_epoch)
         if order is None or index == 0:
-            order = generator(plan.seed, "batches", plan.site, epoch).permutation(rows)
+            order = generator(local_round.seed, "batches", local_round.site, epoch).permutation(rows)
         yield order[index * size : (index + 1) * size].tolist()
         position += 1
 
@@ -223,11 +251,11 @@ def batches(rows: int, settings: TrainSection, plan: Plan, steps: int) -> Iterat
 def schedule(position: float, width: float, settings: TrainSection) -> float:
     """Return the factor on the learning rate for a step that takes the run from `position` to `position + width`.
 
-    Warm-up counts the step itself, so that the first one moves; decay does not, so that the last one moves too.
+    Warm-up counts the step itself, so that the first step trains; decay does not, so that the last step trains too.
 
     Args:
         position: share of the whole run's training done before the step, in [0, 1).
-        width: share of the run that the step is.
+        width: share of the run that the step takes.
         settings: lr_schedule and warmup_ratio.
     """
     warmup = settings.warmup_ratio

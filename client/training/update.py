@@ -18,22 +18,22 @@ from tsugiki.common.wire.spec import Vector
 def make_update(local: Vector, received: Vector) -> Vector:
     """Return `local - received`, both of shape (size,), subtracted in float64.
 
-    A site that has not trained sends exact zeros. Clipping and noise, where a run asks for them, come after this step.
+    A site that has not trained sends exact zeros. Clipping and noise, if the run has them, come after this step.
     """
     return (local.astype(np.float64) - received).astype(np.float32)
 
 
 @dataclass
 class ProtectedSum:
-    """The sum of clients' updates, each clipped and noised by itself; only the sum leaves.
+    """The sum of clients' updates, each clipped and noised by itself. Only the sum leaves the site.
 
     Args:
         plan: the privacy plan.
         insecure_noise_seed: tests only; see `common/privacy/noise.py`.
         levels: the sum so far, shape (size,).
-        clients: in it.
-        clipped: of them, how many were longer than the clip norm. Stays at the site.
-        null: how many were not finite, and add noise only. Stays at the site.
+        clients: number of clients in the sum.
+        clipped: how many updates were longer than the clip norm. Stays at the site.
+        null: how many updates were not finite and became noise alone. Stays at the site.
     """
 
     plan: Plan
@@ -45,7 +45,7 @@ class ProtectedSum:
 
     @classmethod
     def empty(cls, plan: Plan, insecure_noise_seed: int = 0) -> ProtectedSum:
-        """Return the sum over no client."""
+        """Return the sum of no updates."""
         return cls(plan, insecure_noise_seed, np.zeros(plan.dimension, np.int64))
 
     def add(self, updates: npt.NDArray[Any], *purpose: str | int) -> None:
@@ -53,7 +53,7 @@ class ProtectedSum:
 
         Args:
             updates: local minus received adapters, in float64, shape (clients, size).
-            purpose: whose, for seeded noise.
+            purpose: names and numbers that make seeded noise differ between clients and rounds.
         """
         clipped = clip(updates, self.plan.clip_norm)
         draw = noise_generator(self.insecure_noise_seed, *purpose)

@@ -1,6 +1,6 @@
-"""Validation inside a round, on rows of the site's own that are never trained on: the round's best adapter is sent.
+"""Validation inside a round, on the site's own rows that are never trained on. The round's best adapter is sent.
 
-The adapter that was received is the first candidate. Where training never gets better than that, the update is zero.
+The adapter that was received is the first candidate. If training never gets better than it, the update is zero.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ log = logging.getLogger("tsugiki.client")
 
 
 def training_shard(site: Site, task: Task, config: RunConfig) -> Shard:
-    """Return the rows to train on: all of the site's, but for those held out where the run validates.
+    """Return the rows to train on: all rows of the site, without those held out if the run validates.
 
     Raises:
-        DataError: `shard-too-small`, there are too few to hold any out; `clients`, the site is a gateway; and what is
-            wrong with the shard.
+        DataError: `shard-too-small`, there are too few rows to hold any out; `clients`, the site is a gateway; or the
+            shard cannot be read.
     """
     whole = site.train_shard(task)
     if not config.train.validate_every_steps:
@@ -44,7 +44,7 @@ def training_shard(site: Site, task: Task, config: RunConfig) -> Shard:
 
 
 def validation_shard(site: Site, task: Task, config: RunConfig) -> Shard:
-    """Return the rows to validate on: the site's evaluation rows, or else those held out of its training rows.
+    """Return the rows to validate on: the site's evaluation rows if it has any, else held-out training rows.
 
     Raises:
         DataError: as `training_shard`.
@@ -57,10 +57,15 @@ def validation_shard(site: Site, task: Task, config: RunConfig) -> Shard:
 
 
 def held_out(rows: int, site: str, config: RunConfig) -> list[int]:
-    """Return which of so many rows are held out: `train.validation_fraction` of them, the same in every round.
+    """Return the numbers of the held-out rows, sorted; the same in every round.
+
+    Args:
+        rows: number of training rows.
+        site: name of the site.
+        config: `train.validation_fraction` is the share that is held out.
 
     Raises:
-        DataError: `shard-too-small`, that is less than one row, or all of them.
+        DataError: `shard-too-small`, the share is less than one row, or all rows.
     """
     fraction = config.train.validation_fraction
     count = int(rows * fraction)
@@ -75,20 +80,24 @@ def held_out(rows: int, site: str, config: RunConfig) -> list[int]:
 
 
 class BestOfRound:
-    """Looks at the adapter every few steps, and keeps the best one of the round.
+    """Measures the adapter every few steps, and keeps the best one of the round.
 
     Args:
-        graft: at the adapter that was received, which is measured at once.
-        rows: to validate on.
+        graft: the model, with the adapter that was received; it is measured at once.
+        rows: the rows to validate on.
         config: the run.
 
     Raises:
-        TrainingError: `validation-metric`, these rows do not give the metric that the run watches.
+        TrainingError: `validation-metric`, the metric that the run monitors is not finite for these rows.
     """
 
     def __init__(self, graft: Graft, rows: Encoded, config: RunConfig) -> None:
-        self.graft, self.rows, self.config = graft, rows, config
-        self.best, self.best_step, self.misses = graft.read(), 0, 0
+        self.graft = graft
+        self.rows = rows
+        self.config = config
+        self.best = graft.read()
+        self.best_step = 0
+        self.misses = 0
         self.best_score = self._score()
         if not math.isfinite(self.best_score):
             raise TrainingError(
@@ -99,19 +108,24 @@ class BestOfRound:
             )
 
     def ends(self, done: int, steps: int) -> bool:
-        """Measure the adapter, if it is time to; return whether `train.local_patience` is at its end.
+        """Measure the adapter every `train.validate_every_steps`; return whether to end the round.
+
+        The round ends early after `train.local_patience` measurements without improvement.
 
         Args:
             done: steps of the round so far.
-            steps: of the whole round; after the last one it is always time.
+            steps: of the whole round; the adapter is always measured after the last one.
         """
         settings = self.config.train
         if done % settings.validate_every_steps and done < steps:
             return False
         score = self._score()
         self.misses += 1
-        if score > self.best_score:  # a NaN is not
-            self.best, self.best_score, self.best_step, self.misses = self.graft.read(), score, done, 0
+        if score > self.best_score:  # never true for a NaN
+            self.best = self.graft.read()
+            self.best_score = score
+            self.best_step = done
+            self.misses = 0
         return bool(settings.local_patience) and self.misses >= settings.local_patience
 
     def restore(self) -> None:
@@ -125,7 +139,7 @@ class BestOfRound:
         return self.config.monitor in self.graft.task.lower_is_better
 
     def _score(self) -> float:
-        """Return the metric of the adapter as it is; higher is better, whatever the metric."""
+        """Return the metric of the current adapter, negated if lower is better: higher is always better here."""
         import torch
 
         torch.set_num_threads(self.config.train.threads)

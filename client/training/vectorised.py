@@ -1,6 +1,6 @@
 """Train many clients at once: the same steps as `client/training/trainer.py`, on parameters stacked over clients.
 
-It is possible where all that is trained stands at the end of the network (`tsugiki.common.tasks.base.Tail`): the frozen
+It is possible if all that is trained is at the end of the network (`tsugiki.common.tasks.base.Tail`): the frozen
 trunk's features are computed once and kept, and a batch of clients is one batched matrix product. The results are those
 of training one client after the other, to rounding; tests compare them.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tsugiki.client.training.job import Group, Job
+from tsugiki.client.training.job import ClientUpdates, Job
 from tsugiki.client.training.trainer import batches, set_learning_rate, steps_per_round
 from tsugiki.common.tasks.base import Tail
 from tsugiki.common.wire.spec import unpack
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK_CLIENTS = 500
-"""Trained together; more would not be faster, and take more memory."""
+"""Clients that are trained together. More would take more memory and be no faster."""
 
 
 def can_train_together(job: Job) -> bool:
     """Return whether the job's settings allow it: no randomness inside the network, and a plain backward pass."""
-    settings, adapter = job.config.train, job.config.adapter
+    settings = job.config.train
+    adapter = job.config.adapter
     return (
         len(job.clients) > 1
         and getattr(adapter, "dropout", 0.0) == 0.0
@@ -43,12 +44,13 @@ def can_train_together(job: Job) -> bool:
     )
 
 
-def train_together(job: Job, tail: Tail) -> Iterator[Group]:
-    """Yield what all clients have learned, some hundred at a time."""
+def train_together(job: Job, tail: Tail) -> Iterator[ClientUpdates]:
+    """Yield the updates of all clients, `CHUNK_CLIENTS` at a time."""
     import torch
 
     torch.set_num_threads(job.config.train.threads)
     stack = _Stack.of(job, tail)
+    # A batch of clients takes the same number of steps; clients without rows take none.
     by_steps: dict[int, list[str]] = {}
     for name, rows in job.clients.items():
         by_steps.setdefault(steps_per_round(len(rows), job.config.train) if rows else 0, []).append(name)
@@ -58,12 +60,19 @@ def train_together(job: Job, tail: Tail) -> Iterator[Group]:
             if steps:
                 yield stack.train(chunk, steps)
             else:
-                yield Group(chunk, np.zeros((len(chunk), job.graft.spec.size)), np.zeros(len(chunk)), 0)
+                yield ClientUpdates(chunk, np.zeros((len(chunk), job.graft.spec.size)), np.zeros(len(chunk)), 0)
 
 
 @dataclass(frozen=True)
 class _Stack:
-    """What all chunks share: the received values of the trained parameters, by their names inside the tail."""
+    """What all chunks share.
+
+    Args:
+        job: of the round.
+        tail: the trainable end of the network, with the features of all rows.
+        received: the received values of the trained parameters, by their names inside the tail.
+        targets: of all rows, shape (rows,).
+    """
 
     job: Job
     tail: Tail
@@ -84,11 +93,12 @@ class _Stack:
         }
         return cls(job, tail, tensors, torch.from_numpy(job.encoded.targets).to(device))
 
-    def train(self, names: list[str], steps: int) -> Group:
-        """Return what these clients have learned after so many steps each."""
+    def train(self, names: list[str], steps: int) -> ClientUpdates:
+        """Return the updates of these clients after this number of steps each."""
         import torch
 
-        settings, plan = self.job.config.train, self.job.plan(names[0], self.job.request.deadline_s)
+        settings = self.job.config.train
+        local_round = self.job.local_round(names[0], self.job.request.deadline_s)  # its schedule is that of all
         stacked = {
             name: value.expand(len(names), *value.shape).clone().requires_grad_()
             for name, value in self.received.items()
@@ -97,18 +107,19 @@ class _Stack:
         rows, weights = self._batches(names, steps)
         losses = torch.zeros(len(names), dtype=torch.float64)
         for step in range(steps):
-            set_learning_rate(optimizer, settings, plan, step, steps)
+            set_learning_rate(optimizer, settings, local_round, step, steps)
             loss = self._losses(stacked, rows[step], weights[step])
             loss.sum().backward()  # type: ignore[no-untyped-call]  # torch's own
             losses += loss.detach().cpu() / steps
-            self._shape_gradients(stacked, plan.proximal_mu, settings.max_grad_norm)
+            self._shape_gradients(stacked, local_round.proximal_mu, settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return Group(names, self._updates(stacked, len(names)), losses.numpy(), steps * len(names))
+        return ClientUpdates(names, self._updates(stacked, len(names)), losses.numpy(), steps * len(names))
 
     def _updates(self, stacked: dict[str, torch.Tensor], clients: int) -> npt.NDArray[np.float64]:
         """Return local minus received values in float64, shape (clients, size), in the order of the spec."""
-        updates, start = np.empty((clients, self.job.graft.spec.size)), 0
+        updates = np.empty((clients, self.job.graft.spec.size))
+        start = 0
         for name, received in self.received.items():
             local = stacked[name].detach().cpu().numpy().reshape(clients, -1)
             there = updates[:, start : start + local.shape[1]]
@@ -120,14 +131,14 @@ class _Stack:
         """Return row numbers and their weights, both of shape (steps, clients, batch); short batches are filled up."""
         import torch
 
-        settings, size = self.job.config.train, self.job.config.train.per_device_train_batch_size
-        width = min(size, max(len(self.job.clients[name]) for name in names))
+        settings = self.job.config.train
+        width = min(settings.per_device_train_batch_size, max(len(self.job.clients[name]) for name in names))
         rows = np.zeros((steps, len(names), width), np.int64)
         weights = np.zeros((steps, len(names), width), np.float32)
         for client, name in enumerate(names):
             own = np.asarray(self.job.clients[name])
-            rows[:, client, :] = own[0]  # what fills a short batch up is the client's own: 0 times infinity is no 0
-            stream = batches(len(own), settings, self.job.plan(name, 0.0), steps)
+            rows[:, client, :] = own[0]  # fills short batches; the client's own row, since 0 times infinity is no 0
+            stream = batches(len(own), settings, self.job.local_round(name, 0.0), steps)
             for step, batch in enumerate(islice(stream, steps)):
                 rows[step, client, : len(batch)] = own[batch]
                 weights[step, client, : len(batch)] = 1 / len(batch)
@@ -165,7 +176,7 @@ class _Stack:
 
 
 def _optimizer(stacked: dict[str, Any], job: Job) -> Any:
-    """Return an optimiser over stacked parameters, as the trainer's `make_optimizer` makes it for single ones."""
+    """Return an optimiser over stacked parameters, with the settings of the trainer's `make_optimizer`."""
     import torch
 
     settings = job.config.train

@@ -26,7 +26,34 @@ _SHORTEST_TEXT = 8
 """Tokens that an adapter must leave room for: as many as the least `task.max_length`."""
 
 
-_grafts: dict[str, Graft] = {}
+class GraftCache:
+    """The graft that this process loaded last. There is room for one: a second base would double the memory.
+
+    Args:
+        graft: the graft, or None before the first one and after `clear`.
+        key: the settings that `graft` was loaded with.
+    """
+
+    def __init__(self) -> None:
+        self.graft: Graft | None = None
+        self.key = ""
+
+    def get(self, key: str, load: Callable[[], Graft]) -> Graft:
+        """Return the graft with this key; `load` is called if another one, or none, is kept."""
+        if self.graft is None or self.key != key:
+            self.clear()  # before loading: the old base's memory is free for the new one
+            self.graft = load()
+            self.key = key
+        return self.graft
+
+    def clear(self) -> None:
+        """Forget the graft, so that the next `get` loads."""
+        self.graft = None
+        self.key = ""
+
+
+grafts = GraftCache()
+"""This process's cache."""
 
 
 def load_graft(config: RunConfig, source: str, seed: int, *, agreed: Mapping[str, str] | None = None) -> Graft:
@@ -45,10 +72,7 @@ def load_graft(config: RunConfig, source: str, seed: int, *, agreed: Mapping[str
     sections = config.model_dump(mode="json", include={"model", "task", "adapter"})
     stamps = [_stamps(name) for name in (*config.task.models, *config.adapter.models)]
     key = json.dumps([sections, stamps, config.train.device, source, seed, agreed], sort_keys=True)
-    if key not in _grafts:
-        _grafts.clear()  # one base at a time: a second would double the memory without anyone asking for it
-        _grafts[key] = _load(config, source, seed, agreed)
-    return _grafts[key]
+    return grafts.get(key, lambda: _load(config, source, seed, agreed))
 
 
 def _stamps(name: str) -> list[tuple[str, int, int]]:

@@ -152,8 +152,8 @@ def site_batches(config: RunConfig, graft: Any) -> dict[str, list[Any]]:
         encoded = graft.task.encode(site.train_shard(graft.task), graft.base)
         batches[site.name] = []
         for number in range(1, config.run.rounds + 1):
-            plan = trainer.Plan(config.run.seed, site.name, number, 0.0, 1.0)
-            stream = trainer.batches(len(encoded), config.train, plan, config.train.local_steps)
+            local_round = trainer.LocalRound(config.run.seed, site.name, number, 0.0, 1.0)
+            stream = trainer.batches(len(encoded), config.train, local_round, config.train.local_steps)
             rows = [next(stream) for _ in range(config.train.local_steps)]
             batches[site.name] += [graft.task.batch(encoded, row, graft.base) for row in rows]
     return batches
@@ -171,7 +171,7 @@ def local_loop_ratios(folder: Path, pairs: int) -> list[float]:
     site = simulated_sites(config)[0]
     encoded = graft.task.encode(site.train_shard(graft.task), graft.base)
     ready = site_batches(config, graft)[site.name][: config.train.local_steps]
-    plan = trainer.Plan(config.run.seed, site.name, 1, 0.0, 1.0)
+    local_round = trainer.LocalRound(config.run.seed, site.name, 1, 0.0, 1.0)
     initial, ratios = graft.read(), []
     for pair in range(pairs + 1):
         seconds: dict[str, float] = {}
@@ -179,7 +179,7 @@ def local_loop_ratios(folder: Path, pairs: int) -> list[float]:
             graft.write(initial)
             if kind == "ours":
                 started = time.perf_counter()
-                trainer.train(graft, encoded, config.train, plan)
+                trainer.train(graft, encoded, config.train, local_round)
                 seconds[kind] = time.perf_counter() - started
             else:
                 seconds[kind] = bare_steps(graft, ready, config.train)

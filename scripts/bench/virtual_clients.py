@@ -29,14 +29,13 @@ from figures import Figure, median, show, spread
 
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.client.app import simulated_app
-from tsugiki.client.cache import Desk
+from tsugiki.client.prepare import SiteRun, load_at
 from tsugiki.client.site.simulated import simulated_sites
-from tsugiki.client.training.cohort import asked_clients, train_privately
+from tsugiki.client.training.cohort import asked_clients, train_protecting_clients
 from tsugiki.client.training.job import Job
 from tsugiki.common.config.parse import parse
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.files import read_lines
-from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.messages import TrainRequest
 from tsugiki.server.run.simulate import simulate
 
@@ -69,17 +68,18 @@ def together(run: RunConfig) -> list[float]:
 
 def alone(run: RunConfig, count: int) -> float:
     """Return the seconds that all clients would take one after the other, from some of them."""
-    desk, site = Desk(), simulated_sites(run)[0]
-    graft, rows = desk.graft(site, run), desk.rows(site, run, "train")
-    plan = make_plan(run, graft.spec.size)
-    if plan is None or rows is None:
-        raise ValueError("a private run over some rows")
+    site = simulated_sites(run)[0]
+    opened = SiteRun.open(site, run)
+    if opened.plan is None:
+        raise ValueError("a private run")
+    graft = opened.graft
     request = TrainRequest(run.for_sites(), 1, graft.spec.sha256, 0.0, 0.1, 1e9, "", "")
-    clients = asked_clients(site.name, desk.rows_of_clients(site, run), ",".join(map(str, range(count))))
-    job = Job(graft, rows, clients, run, request, graft.initial, lambda *_: None)  # without a tail
-    train_privately(replace(job, clients=dict(list(clients.items())[:5])), plan)
+    clients = asked_clients(site.name, opened.rows_of_clients(), ",".join(map(str, range(count))))
+    # A job without a tail trains its clients one after the other.
+    job = Job(graft, opened.train_rows(), clients, run, request, graft.initial, lambda *_: None)
+    train_protecting_clients(replace(job, clients=dict(list(clients.items())[:5])), opened.plan)
     started = time.perf_counter()
-    train_privately(job, plan)
+    train_protecting_clients(job, opened.plan)
     return (time.perf_counter() - started) * CLIENTS / count
 
 
@@ -91,7 +91,7 @@ def flower(run: RunConfig, base: Path, count: int, rounds: int = 2) -> float:
     from flwr.serverapp.strategy import FedAvg
     from flwr.simulation import run_simulation
 
-    spec = Desk().graft(simulated_sites(run)[0], run).spec
+    spec = load_at(simulated_sites(run)[0], run).spec
     client_app, server_app, seconds = ClientApp(), ServerApp(), []
 
     @client_app.train()

@@ -37,7 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from figures import Figure, interval, mean, show
 
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
-from tsugiki.client.training.trainer import Plan, train
+from tsugiki.client.training.trainer import LocalRound, train
 from tsugiki.common.adapters.own_base import OwnMethod
 from tsugiki.common.config.parse import parse
 from tsugiki.common.config.run import RunConfig
@@ -228,7 +228,7 @@ def run(task: str, kind: str, seed: int, options: argparse.Namespace) -> Result:
     parts = [read_rows(task, "train"), read_rows(task, options.part)]
     config = configure(task, kind, parts[0], options)
     graft, (training, held_out) = prepare(kind, config, seed, parts)
-    train(graft, training, config.train, Plan(seed, "centre", 1, 0.0, 1.0))
+    train(graft, training, config.train, LocalRound(seed, "centre", 1, 0.0, 1.0))
     with torch.no_grad():
         metrics = graft.task.evaluate(graft.base, held_out, 64)
     result = Result(

@@ -311,7 +311,7 @@ def test_a_failure_in_a_private_run_has_one_code_for_all(tmp_path, monkeypatch, 
     def fail(job, plan):
         raise UnicodeDecodeError("utf-8", CANARY.encode(), 0, 1, CANARY)
 
-    monkeypatch.setattr("tsugiki.client.app.train_privately", fail)
+    monkeypatch.setattr("tsugiki.client.app.train_protecting_clients", fail)
     private = tiny_config(tmp_path, privacy={"mode": "central", "noise_multiplier": 1.0, "delta": 1e-3})
     loaded = load_graft(private, private.model.name, private.run.seed)
     assert code(ask(private, "train", train_request(private, loaded))) == "client-error"

@@ -1,22 +1,33 @@
 """What a request is checked for before a site works on it; test_app.py sends the same through the ClientApp."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import RecordDict
+from flwr.app import Message, RecordDict
 
-from tests.support.federation import tiny_config
+from tests.support.exports import export_of, settings_of, to_fuse
+from tests.support.federation import model_folder, tiny_config, write_rows
 from tests.support.private import plan_of
-from tsugiki.client import prepare
-from tsugiki.client.cache import Desk
+from tests.support.tiny import tiny_llama
+from tsugiki.client import cache, prepare
+from tsugiki.client.app import simulated_app
+from tsugiki.client.prepare import SiteRun, load_at
 from tsugiki.client.site.policy import SitePolicy
 from tsugiki.client.site.simulated import simulated_sites
+from tsugiki.client.site.site import read_site
 from tsugiki.client.training.cohort import train_openly
-from tsugiki.common.errors import DataError, PolicyError, SpecError, WireError
+from tsugiki.common import __version__
+from tsugiki.common.config.parse import parse
+from tsugiki.common.errors import DataError, ModelError, PolicyError, SpecError, WireError
 from tsugiki.common.model.load import load_graft
+from tsugiki.common.tasks import TASKS
 from tsugiki.common.wire.arrays import encode
-from tsugiki.common.wire.messages import TrainRequest, to_record
+from tsugiki.common.wire.messages import EvaluateRequest, HelloRequest, TrainRequest, to_record
+from tsugiki.server.engines.in_process import InProcessGrid
+
+PRIVATE = {"mode": "central", "noise_multiplier": 1.0, "delta": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +51,18 @@ def asked(config, graft, /, values=None, **fields):
     return request, to_record(request, arrays)
 
 
+def job_of(site, config, graft, /, values=None, **fields):
+    """Return the job that a site makes of a train request."""
+    request, content = asked(config, graft, values, **fields)
+    return SiteRun.open(site, config, request.round).job(request, content)
+
+
 def test_a_job_starts_from_what_was_received(config, graft):
     """Catches: a site that goes on from its own last parameters; another site's rows."""
     site = simulated_sites(config)[1]
     values = graft.initial + np.float32(0.5)
-    job, plan = prepare.make_job(site, *asked(config, graft, values))
-    assert plan is None
+    job = job_of(site, config, graft, values)
+    assert SiteRun.open(site, config).plan is None
     assert np.array_equal(job.received, values)
     assert np.array_equal(graft.read(), values)
     assert list(job.clients) == [site.name]
@@ -54,17 +71,17 @@ def test_a_job_starts_from_what_was_received(config, graft):
 
 def test_rows_are_tokenised_once(config, graft, monkeypatch):
     """Catches: a shard read and tokenised in every round."""
-    monkeypatch.setattr(prepare, "desk", Desk())
+    cache.of_process().clear()
     calls = []
     encode_rows = type(graft.task).encode
     monkeypatch.setattr(type(graft.task), "encode", lambda self, *rest: calls.append(1) or encode_rows(self, *rest))
     for site in simulated_sites(config)[:2] * 2:
-        prepare.make_job(site, *asked(config, graft))
+        job_of(site, config, graft)
     assert len(calls) == 2
 
 
 @pytest.mark.parametrize(
-    ("policy", "round_", "refused"),
+    ("policy", "round_number", "refused"),
     [
         ({"tasks": ("causal-lm",)}, 0, "policy-task"),
         ({"base_fingerprints": ("f" * 12,)}, 0, "policy-base"),
@@ -72,12 +89,12 @@ def test_rows_are_tokenised_once(config, graft, monkeypatch):
         ({"max_rounds": 5}, 6, "policy-rounds"),
     ],
 )
-def test_the_policy_is_asked_about_run_base_and_plan(config, policy, round_, refused, monkeypatch):
+def test_the_policy_is_asked_about_run_base_and_plan(config, policy, round_number, refused, monkeypatch):
     """Catches: one of the three forgotten; a round beyond what was announced."""
     site = simulated_sites(config)[0]
     monkeypatch.setattr(type(site), "policy", SitePolicy(**policy))
     with pytest.raises(PolicyError) as error:
-        prepare.load(site, config, round_)
+        SiteRun.open(site, config, round_number)
     assert error.value.code == refused
 
 
@@ -86,7 +103,7 @@ def test_the_policy_is_asked_about_steps(config, graft, monkeypatch):
     site = simulated_sites(config)[0]
     monkeypatch.setattr(type(site), "policy", SitePolicy(max_local_steps=1))
     with pytest.raises(PolicyError) as error:
-        prepare.make_job(site, *asked(config, graft))
+        job_of(site, config, graft)
     assert error.value.code == "policy-steps"
 
 
@@ -95,21 +112,22 @@ def test_a_gateway_does_not_stand_for_more_clients_than_the_plan_believes(config
     site = simulated_sites(config)[0]
     gateway = replace(site, name="gateway", parts=tuple((row,) for row in site.rows))
     few = plan_of("local", noise_multiplier=1.0, max_clients_per_site=len(gateway.parts) - 1)
-    assert prepare.clients(gateway, config, None) == len(gateway.parts)
+    run = SiteRun.open(gateway, config)
+    assert run.count_clients() == len(gateway.parts)
     with pytest.raises(DataError) as caught:
-        prepare.clients(gateway, config, few)
+        replace(run, plan=few).count_clients()
     assert caught.value.code == "clients"
-    assert prepare.clients(site, config, few) == 1
+    assert replace(SiteRun.open(site, config), plan=few).count_clients() == 1
 
 
 def test_another_adapter_or_none_is_refused(config, graft):
     """Catches: values written into an adapter that they do not belong to."""
     site = simulated_sites(config)[0]
     with pytest.raises(SpecError):
-        prepare.make_job(site, *asked(config, graft, spec_sha256="0" * 64))
+        job_of(site, config, graft, spec_sha256="0" * 64)
     request, _ = asked(config, graft)
     with pytest.raises(WireError) as error:
-        prepare.make_job(site, request, RecordDict())
+        SiteRun.open(site, config).job(request, RecordDict())
     assert error.value.code == "keys"
 
 
@@ -117,33 +135,34 @@ def test_moments_are_each_clients_own_and_begin_with_the_run(config, graft):
     """Catches: one site's moments at another, those of an earlier run, and moments kept where none are wanted."""
     keeping = config.model_copy(update={"train": config.train.model_copy(update={"persist_optimizer": True})})
     first, second = simulated_sites(config)[:2]
-    job, _ = prepare.make_job(first, *asked(keeping, graft))
-    job.moments(first.name)["step"] = 3
-    later, _ = prepare.make_job(first, *asked(keeping, graft, round=2))
-    assert later.moments(first.name) == {"step": 3}
-    assert later.plan(first.name, 1.0).moments is later.moments(first.name)
-    other, _ = prepare.make_job(second, *asked(keeping, graft, round=2))
-    assert other.moments(second.name) == {}
-    anew, _ = prepare.make_job(first, *asked(keeping, graft, round=1))
-    assert anew.moments(first.name) == {}
-    anew.moments(first.name)["step"] = 9
-    much_later, _ = prepare.make_job(first, *asked(keeping, graft, round=7))
-    assert much_later.moments(first.name) == {"step": 9}
-    earlier_run, _ = prepare.make_job(first, *asked(keeping, graft, round=3))
-    assert earlier_run.moments(first.name) == {}
-    plain, _ = prepare.make_job(first, *asked(config, graft))
-    assert plain.moments(first.name) is None
+    job = job_of(first, keeping, graft)
+    job.moments[first.name]["step"] = 3
+    later = job_of(first, keeping, graft, round=2)
+    assert later.moments[first.name] == {"step": 3}
+    assert later.local_round(first.name, 1.0).moments is later.moments[first.name]
+    other = job_of(second, keeping, graft, round=2)
+    assert other.moments[second.name] == {}
+    anew = job_of(first, keeping, graft, round=1)
+    assert anew.moments[first.name] == {}
+    anew.moments[first.name]["step"] = 9
+    much_later = job_of(first, keeping, graft, round=7)
+    assert much_later.moments[first.name] == {"step": 9}
+    earlier_run = job_of(first, keeping, graft, round=3)
+    assert earlier_run.moments[first.name] == {}
+    plain = job_of(first, config, graft)
+    assert plain.moments == {}
+    assert plain.local_round(first.name, 1.0).moments is None
 
 
 def test_training_can_be_watched(config, graft):
     """Catches: a status line that knows nothing of the steps."""
     seen = []
-    prepare.watch_training(lambda step, steps, losses: seen.append((step, steps)))
+    cache.watch_training(lambda step, steps, losses: seen.append((step, steps)))
     try:
-        job, _ = prepare.make_job(simulated_sites(config)[0], *asked(config, graft))
+        job = job_of(simulated_sites(config)[0], config, graft)
         train_openly(job)
     finally:
-        prepare.watch_training(lambda step, steps, losses: None)
+        cache.watch_training(lambda step, steps, losses: None)
     assert seen == [(1, 2), (2, 2)]
 
 
@@ -167,8 +186,90 @@ def test_a_gateway_is_refused_where_each_clients_factors_are_needed(tmp_path, na
     """Catches: a mean of factors that is taken for a client's own, with an error of nothing."""
     config = tiny_config(tmp_path, strategy={"name": name})
     site = simulated_sites(config)[0]
-    assert prepare.clients(site, config, None) == 1
-    monkeypatch.setattr(Desk, "rows_of_clients", lambda *_: [[0], [1]])
+    run = SiteRun.open(site, config)
+    assert run.count_clients() == 1
+    monkeypatch.setattr(SiteRun, "rows_of_clients", lambda _: [[0], [1]])
     with pytest.raises(DataError) as caught:
-        prepare.clients(site, config, None)
+        run.count_clients()
     assert caught.value.code == "clients"
+
+
+def counted(config, monkeypatch, kind, content):
+    """Return how often a site loads its model for one message."""
+    calls = []
+    monkeypatch.setattr(prepare, "load_graft", lambda *arguments: calls.append(1) or load_graft(*arguments))
+    grid = InProcessGrid(*simulated_app(config))
+    (reply,) = grid.pull_messages(grid.push_messages([Message(content, 1, kind)]))
+    assert not reply.has_error()
+    return len(calls)
+
+
+@pytest.mark.parametrize("privacy", [{}, PRIVATE], ids=["open", "private"])
+def test_one_message_opens_one_run(tmp_path, privacy, monkeypatch):
+    """Catches: a model, a plan or a policy that is asked for anew by each part of one answer."""
+    config = tiny_config(tmp_path, privacy=privacy, simulation={"evaluation_fraction": 0.25})
+    graft = load_graft(config, config.model.name, config.run.seed)
+    _, train = asked(config, graft)
+    hello = to_record(HelloRequest(config.for_sites(), __version__))
+    assert counted(config, monkeypatch, "query", hello) == 1
+    assert counted(config, monkeypatch, "train", train) == 1
+
+
+def test_an_evaluation_opens_one_run(config, graft, monkeypatch):
+    """Catches: a model that is asked for anew by each part of one answer."""
+    held = config.model_copy(update={"simulation": config.simulation.model_copy(update={"evaluation_fraction": 0.25})})
+    request = EvaluateRequest(held.for_sites(), 1, graft.spec.sha256, "0" * 16)
+    content = to_record(request, encode(graft.initial, graft.spec))
+    assert counted(held, monkeypatch, "evaluate", content) == 1
+
+
+def test_a_site_says_where_a_reward_lies(tmp_path):
+    """Catches: a folder that the server dictates; a reward of the site's own that passes for the run's."""
+    base, task = tiny_llama(tmp_path / "base"), TASKS.get("rlhf")
+    reward = settings_of(task.tiny(), base)["reward_adapter"]
+    other = export_of(base, tmp_path / "other", task.tiny().exports["reward_adapter"], step=0.3)
+    named = {**task.tiny().settings, "name": "rlhf", "reward_adapter": "judge"}
+    config = parse({"model": {"name": "base"}, "task": named, "train": {"device": "cpu"}})
+    hashes = []
+    for models in ({"judge": reward}, {"judge": str(other)}, {reward: reward}):
+        lines = [f'"{name}" = "{source}"' for name, source in {"base": str(base), **models}.items()]
+        (tmp_path / "site.toml").write_text(
+            '[site]\nname = "a"\n[data]\ntrain = "x.csv"\n[models]\n' + "\n".join(lines)
+        )
+        site = read_site(tmp_path / "site.toml")
+        if "judge" in models:
+            hashes.append(load_at(site, config).spec.sha256)
+    assert hashes[0] != hashes[1]
+    with pytest.raises(ModelError) as caught:
+        load_at(site, config)
+    assert caught.value.code == "model-unknown"
+
+
+def test_a_site_says_what_it_loads(tmp_path):
+    """Catches: an adapter of a run loaded under the name that the server has for it, past the site's [models]."""
+    base = Path(model_folder())
+    adapters = to_fuse(tmp_path, base)
+    write_rows(tmp_path / "train.csv", 8)
+    text = '[site]\nname = "acme"\n\n[data]\ntrain = "train.csv"\n\n[models]\n'
+    known = {"the-base": str(base), "tone": adapters[0], "topic": adapters[1]}
+    (tmp_path / "site.toml").write_text(text + "".join(f'{name} = "{path}"\n' for name, path in known.items()))
+    site = read_site(tmp_path / "site.toml")
+    named = {"model": {"name": "the-base"}}
+    config = parse({**named, "adapter": {"method": "fusion", "adapters": ["tone", "topic"]}})
+    at_server = parse({"model": {"name": str(base)}, "adapter": {"method": "fusion", "adapters": adapters}})
+    assert load_at(site, config).spec == load_graft(at_server, str(base), config.run.seed).spec
+    for others in (["tone", "other"], list(adapters)):
+        other = parse({**named, "adapter": {"method": "fusion", "adapters": others}})
+        with pytest.raises(ModelError) as caught:
+            load_at(site, other)
+        assert caught.value.code == "model-unknown"
+
+
+def test_a_reward_that_a_run_leaves_out_is_missing(tmp_path):
+    """Catches: a site that is asked to allow a model without a name."""
+    base = tiny_llama(tmp_path / "base")
+    (tmp_path / "site.toml").write_text(f'[site]\nname = "a"\n[data]\ntrain = "x.csv"\n[models]\n"base" = "{base}"\n')
+    config = parse({"model": {"name": "base"}, "task": {"name": "rlhf"}, "train": {"device": "cpu"}})
+    with pytest.raises(ModelError) as caught:
+        load_at(read_site(tmp_path / "site.toml"), config)
+    assert caught.value.code == "adapter-missing"

@@ -11,7 +11,7 @@ import torch
 from tests.support.exports import settings_of, to_fuse
 from tests.support.tiny import tiny_base
 from tsugiki.client.training.dp_sgd import backward, check_supported, row_gradients
-from tsugiki.client.training.trainer import Plan, train
+from tsugiki.client.training.trainer import LocalRound, train
 from tsugiki.client.training.update import make_update
 from tsugiki.common.adapters import ADAPTERS, AdapterMethod
 from tsugiki.common.config.files import commented
@@ -82,9 +82,9 @@ def small(method, base):
 
 
 @pytest.fixture(autouse=True)
-def no_graft_is_left(monkeypatch):
+def no_graft_is_left():
     """Every test starts without a loaded base."""
-    monkeypatch.setattr(model, "_grafts", {})
+    model.grafts.clear()
 
 
 def run(folder, task, method, form="", **adapter):
@@ -121,8 +121,8 @@ class Site:
     def train(self, round_=1, proximal_mu=0.0, **changes):
         """Train one round from where the graft is; return the update and what the loop reports."""
         received = self.graft.read()
-        plan = Plan(1, "site-0", round_, schedule_start=0.0, schedule_stop=1.0, proximal_mu=proximal_mu)
-        trained = train(self.graft, self.encoded, self.config.train.model_copy(update=changes), plan)
+        local_round = LocalRound(1, "site-0", round_, schedule_start=0.0, schedule_stop=1.0, proximal_mu=proximal_mu)
+        trained = train(self.graft, self.encoded, self.config.train.model_copy(update=changes), local_round)
         return make_update(self.graft.read(), received), trained
 
     def batch(self):
@@ -296,7 +296,7 @@ def test_one_seed_one_result(task, method, folder):
     """Catches: dropout, batches or initial values from a generator that nobody seeded."""
     updates = []
     for noise in (1, 2):
-        model._grafts.clear()
+        model.grafts.clear()
         torch.manual_seed(noise)
         np.random.seed(noise)
         site = Site(folder, task, method)

@@ -10,7 +10,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
 from tests.support.federation import run_tiny, tiny_config
-from tsugiki.client.prepare import make_job
+from tsugiki.client.prepare import SiteRun
 from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.client.training.cohort import train_openly
 from tsugiki.common.config.parse import parse
@@ -436,7 +436,8 @@ def test_a_site_trains_nothing_but_what_it_sends(name, rounds, tmp_path):
     graft = load_graft(config, config.model.name, config.run.seed)
     values = graft.initial + np.random.default_rng(1).normal(scale=0.05, size=graft.spec.size).astype(np.float32)
     for number in range(1, rounds + 1):
-        job, _ = make_job(simulated_sites(config)[0], *asked_of(config, graft, values, number))
+        run = SiteRun.open(simulated_sites(config)[0], config, number)
+        job = run.job(*asked_of(config, graft, values, number))
         assert job.part != job.graft.spec
         train_openly(job)
         after, before = (unpack(vector, graft.spec) for vector in (graft.read(), values))
@@ -492,7 +493,7 @@ def test_sites_of_smaller_ranks_train_the_first_components_only(tmp_path):
     assert lines[-1]["eval"]["loss"] < lines[0]["eval"]["loss"]
     graft = load_graft(config, config.model.name, config.run.seed)
     for site in sites:
-        train_openly(make_job(site, *asked_of(config, graft))[0])
+        train_openly(SiteRun.open(site, config, 1).job(*asked_of(config, graft)))
         tensors = unpack(graft.read(), graft.spec)
         for pair in pairs(graft.spec):
             assert not tensors[pair.a][site.max_rank :].any()

@@ -5,7 +5,8 @@ import logging
 import pytest
 
 from tests.support.federation import CANARY, leaks, run_tiny, server_log, tiny_config
-from tsugiki.client import app, prepare
+from tsugiki.client import app
+from tsugiki.client.prepare import SiteRun
 from tsugiki.client.training import cohort
 from tsugiki.common.audit import verify
 from tsugiki.common.files import read_lines
@@ -27,10 +28,10 @@ def test_a_code_and_nothing_else_reaches_the_server(tmp_path, monkeypatch, caplo
     """Catches: an exception's text in any file, log or line of the server, and a run that ends with the site."""
     train = cohort.train
 
-    def fail_at_one(graft, rows, settings, plan, *watching):
-        if plan.site == "site-1":
+    def fail_at_one(graft, rows, settings, local_round, *watching):
+        if local_round.site == "site-1":
             raise RAISED[reason]
-        return train(graft, rows, settings, plan, *watching)
+        return train(graft, rows, settings, local_round, *watching)
 
     monkeypatch.setattr(cohort, "train", fail_at_one)
     from tsugiki.server.run.progress import Lines
@@ -50,14 +51,14 @@ def test_a_code_and_nothing_else_reaches_the_server(tmp_path, monkeypatch, caplo
 
 def test_a_failure_at_the_hello_is_a_code_too(tmp_path, monkeypatch, capfd):
     """Catches: a boundary around training only."""
-    tokenise = prepare.Desk.rows
+    tokenise = SiteRun.rows
 
-    def fail_at_one(self, site, config, part):
-        if site.name == "site-1":
+    def fail_at_one(self, part):
+        if self.site.name == "site-1":
             raise ValueError(CANARY)
-        return tokenise(self, site, config, part)
+        return tokenise(self, part)
 
-    monkeypatch.setattr(prepare.Desk, "rows", fail_at_one)
+    monkeypatch.setattr(SiteRun, "rows", fail_at_one)
     done = run_tiny(tiny_config(tmp_path, run={"rounds": 1}, strategy={"min_clients": 1}))
     refused = [event for event in verify(done.folder / "audit.jsonl") if event["event"] == "refused"]
     assert [event["code"] for event in refused] == ["client-error:ValueError"]

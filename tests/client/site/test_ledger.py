@@ -259,17 +259,20 @@ def test_a_site_that_was_asked_knows_it(tmp_path):
     config = tiny_config(tmp_path)
     ledger = site_ledger(tmp_path / LEDGER, SitePolicy(), plan)
     from tsugiki.client import app
+    from tsugiki.client.cache import SiteCache
+    from tsugiki.client.prepare import SiteRun
 
     class Site:
         name, policy = "acme", SitePolicy()
         ledger_path = staticmethod(lambda: tmp_path / LEDGER)
         record = staticmethod(lambda *arguments, **details: None)
 
+    run = SiteRun(Site, config, None, plan, 0, SiteCache())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "train_privately", lambda job, plan: ProtectedSum.empty(plan))
+        patch.setattr(app, "train_protecting_clients", lambda job, plan: ProtectedSum.empty(plan))
         for number in range(asked):
             request = TrainRequest("", number + 1, "", 0.0, 0.5, 600.0, "", "0")
-            app.protected_sum(Site, _job(config, request), plan)
+            app.protected_sum(run, _job(config, request), plan)
     assert ledger.epsilons()["release"] >= epsilon_after(plan, rounds)["release"]
 
 

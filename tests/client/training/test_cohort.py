@@ -11,7 +11,7 @@ from tests.support.private import plan_of
 from tsugiki.client.app import simulated_app
 from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.client.training import cohort, dp_sgd
-from tsugiki.client.training.cohort import asked_clients, row_releases, train_openly, train_privately
+from tsugiki.client.training.cohort import asked_clients, row_releases, train_openly, train_protecting_clients
 from tsugiki.client.training.job import Job
 from tsugiki.common.errors import TrainingError, WireError
 from tsugiki.common.model.load import load_graft
@@ -92,10 +92,10 @@ def alone(job, name, rows):
 def diverging(name):
     """Return what trains as the client does, but for one client, whose training diverges."""
 
-    def train(graft, encoded, settings, plan, watch):
-        if plan.site == name:
+    def train(graft, encoded, settings, local_round, watch):
+        if local_round.site == name:
             raise TrainingError("the loss is not finite", code="diverged")
-        return trained(graft, encoded, settings, plan, watch)
+        return trained(graft, encoded, settings, local_round, watch)
 
     trained = cohort.train
     return train
@@ -118,7 +118,7 @@ def test_a_gateways_open_update_is_the_mean_of_its_clients_by_rows(job):
 def test_a_private_sum_is_that_of_its_clients_each_clipped(job):
     """Catches: the sum or the mean clipped in the place of each client; an update that went through float32."""
     plan = quiet(job().graft.spec.size, clip_norm=0.05)
-    levels = train_privately(job(), plan).levels
+    levels = train_protecting_clients(job(), plan).levels
     updates = [alone(job, name, chosen)[0] for name, chosen in ROWS.items()]
     wanted = sum(clip(update, 0.05).levels for update in updates)
     assert all(np.linalg.norm(update) > 0.05 for update in updates)
@@ -135,9 +135,9 @@ def test_a_diverged_client_is_null_in_a_private_run_and_an_error_in_an_open_one(
     """Catches: an error that tells the server something about a client's data; NaN in everybody's sum."""
     plan = quiet(job().graft.spec.size)
     others = {name: rows for name, rows in ROWS.items() if name != "site-0/1"}
-    wanted = train_privately(job(others), plan).levels
+    wanted = train_protecting_clients(job(others), plan).levels
     monkeypatch.setattr(cohort, "train", diverging("site-0/1"))
-    assert np.array_equal(train_privately(job(), plan).levels, wanted)
+    assert np.array_equal(train_protecting_clients(job(), plan).levels, wanted)
     with pytest.raises(TrainingError) as caught:
         train_openly(job())
     assert caught.value.code == "diverged"
@@ -148,7 +148,7 @@ def test_a_client_whose_training_fails_is_null_in_a_private_run(job, monkeypatch
     """Catches: the class of an exception, which a client's data has raised, told to the server; a failure unseen."""
     plan, train = quiet(job().graft.spec.size), cohort.train
     others = {name: rows for name, rows in ROWS.items() if name != "site-0/1"}
-    wanted = train_privately(job(others), plan).levels
+    wanted = train_protecting_clients(job(others), plan).levels
 
     def fail(graft, encoded, settings, plan, watch):
         if plan.site == "site-0/1":
@@ -156,7 +156,7 @@ def test_a_client_whose_training_fails_is_null_in_a_private_run(job, monkeypatch
         return train(graft, encoded, settings, plan, watch)
 
     monkeypatch.setattr(cohort, "train", fail)
-    total = train_privately(job(), plan)
+    total = train_protecting_clients(job(), plan)
     assert np.array_equal(total.levels, wanted)
     assert (total.clients, total.null) == (3, 1)
     assert "a client failed" in caplog.text
@@ -173,13 +173,13 @@ def test_a_machine_without_memory_is_told(job, monkeypatch, error):
 
     monkeypatch.setattr(cohort, "train", fail)
     with pytest.raises(type(error)):
-        train_privately(job(), quiet(job().graft.spec.size))
+        train_protecting_clients(job(), quiet(job().graft.spec.size))
 
 
 def test_clients_that_cannot_be_trained_together_are_trained_alone(job, monkeypatch):
     """Catches: a gateway whose clients are all lost because the batched path fails; some of them counted twice."""
     plan, one = quiet(job().graft.spec.size), job()
-    wanted = train_privately(one, plan).levels
+    wanted = train_protecting_clients(one, plan).levels
 
     def breaks(job, tail):
         name = next(iter(job.clients))
@@ -188,7 +188,7 @@ def test_clients_that_cannot_be_trained_together_are_trained_alone(job, monkeypa
 
     monkeypatch.setattr(cohort, "can_train_together", lambda job: True)
     monkeypatch.setattr(cohort, "train_together", breaks)
-    total = train_privately(replace(one, tail=lambda: "a tail"), plan)
+    total = train_protecting_clients(replace(one, tail=lambda: "a tail"), plan)
     assert (total.clients, total.null) == (3, 0)
     assert np.array_equal(total.levels, wanted)
     with pytest.raises(IndexError):
@@ -199,9 +199,9 @@ def test_a_model_that_makes_all_diverge_gives_noise_and_nothing_else(job):
     """Catches: a server that learns by its own poisoned adapter which sites it breaks."""
     one, size = job(), job().graft.spec.size
     broken = np.full(size, 1e38, np.float32)
-    assert not train_privately(job(received=broken), quiet(size)).levels.any()
+    assert not train_protecting_clients(job(received=broken), quiet(size)).levels.any()
     noisy = plan_of("local", size, clients=3, noise_multiplier=2.0)
-    levels = train_privately(job(received=broken), noisy).levels
+    levels = train_protecting_clients(job(received=broken), noisy).levels
     ratio = float(np.mean(levels.astype(float) ** 2)) / (3 * 4.0 * LEVELS**2)
     assert abs(ratio - 1) < 5.4 * math.sqrt(2 / size)
     assert one.graft.spec.size > 100
@@ -210,17 +210,17 @@ def test_a_model_that_makes_all_diverge_gives_noise_and_nothing_else(job):
 def test_a_client_without_rows_adds_noise_only(job):
     """Catches: a division by no rows; a client that is left out, and its noise with it."""
     size = job().graft.spec.size
-    assert not train_privately(job({"site-0/0": []}), quiet(size)).levels.any()
-    assert train_privately(job({"site-0/0": []}), plan_of("local", size, noise_multiplier=1.0)).levels.any()
-    both = train_privately(job({**ROWS, "site-0/3": []}), quiet(size)).levels
-    assert np.array_equal(both, train_privately(job(), quiet(size)).levels)
+    assert not train_protecting_clients(job({"site-0/0": []}), quiet(size)).levels.any()
+    assert train_protecting_clients(job({"site-0/0": []}), plan_of("local", size, noise_multiplier=1.0)).levels.any()
+    both = train_protecting_clients(job({**ROWS, "site-0/3": []}), quiet(size)).levels
+    assert np.array_equal(both, train_protecting_clients(job(), quiet(size)).levels)
 
 
 def test_a_deadline_ends_a_private_site_too(job):
     """Catches: a gateway that trains on for a round that is over."""
     plan = quiet(job().graft.spec.size)
     with pytest.raises(TrainingError) as caught:
-        train_privately(job(deadline_s=0.0), plan)
+        train_protecting_clients(job(deadline_s=0.0), plan)
     assert caught.value.code == "deadline"
 
 
@@ -228,9 +228,13 @@ def test_noise_is_new_in_every_round_and_seeded_noise_follows_from_it(job, confi
     """Catches: a round repeated with the same noise: the difference of two replies would be without any."""
     size = job().graft.spec.size
     plan = plan_of("local", size, noise_multiplier=1.0)
-    assert not np.array_equal(train_privately(job(), plan).levels, train_privately(job(), plan).levels)
+    assert not np.array_equal(
+        train_protecting_clients(job(), plan).levels, train_protecting_clients(job(), plan).levels
+    )
     seeded = config.model_copy(update={"privacy": config.privacy.model_copy(update={"insecure_noise_seed": 7})})
-    first, again, later = (train_privately(job({"a": []}, round_=n, run=seeded), plan).levels for n in (1, 1, 2))
+    first, again, later = (
+        train_protecting_clients(job({"a": []}, round_=n, run=seeded), plan).levels for n in (1, 1, 2)
+    )
     assert np.array_equal(first, again)
     assert not np.array_equal(first, later)
 

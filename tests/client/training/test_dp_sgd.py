@@ -24,9 +24,9 @@ from tsugiki.client.training.dp_sgd import (
     release_of_round,
     row_gradients,
     sampling_probability,
-    train_privately,
+    train_protecting_rows,
 )
-from tsugiki.client.training.trainer import Plan, train
+from tsugiki.client.training.trainer import LocalRound, train
 from tsugiki.common.config.parse import parse
 from tsugiki.common.config.run import TrainSection
 from tsugiki.common.data.shard import Shard
@@ -107,15 +107,15 @@ def examples(noise=NO_NOISE, norm=1e4, **values):
     return ExamplePrivacySection(noise_multiplier=noise, max_grad_norm=norm, **values)
 
 
-def plan(**values):
-    """Return the plan of the only round of a run."""
-    return Plan(42, "site-0", 1, 0.0, 1.0, **values)
+def local_round(**values):
+    """Return the only round of a run."""
+    return LocalRound(42, "site-0", 1, 0.0, 1.0, **values)
 
 
 def moved(chosen=None, private=None, model=None, count=ROWS, **options):
     """Return where training from zero leads."""
     model = model or graft()
-    train_privately(model, rows(count), chosen or settings(), plan(), private or examples(), **options)
+    train_protecting_rows(model, rows(count), chosen or settings(), local_round(), private or examples(), **options)
     return model.read().astype(np.float64)
 
 
@@ -129,9 +129,9 @@ def bert_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def bert(bert_folder, monkeypatch):
+def bert(bert_folder):
     """Return a function that makes a BERT classifier, its adapter off its initial values, and rows of all lengths."""
-    monkeypatch.setattr(model, "_grafts", {})
+    model.grafts.clear()
 
     def make(dropout=False, **adapter):
         small = {"task": {"name": "sequence-classification", "max_length": 16}, "adapter": adapter}
@@ -187,10 +187,10 @@ def test_without_noise_and_clipping_it_is_the_ordinary_loop(bert, adapter):
     chosen = settings(learning_rate=0.05, local_steps=4)
     made, encoded = bert(**adapter)
     start = made.read()
-    ordinary = train(made, encoded, chosen, plan())
+    ordinary = train(made, encoded, chosen, local_round())
     end = made.read()
     made.write(start)
-    private = train_privately(made, encoded, chosen, plan(), examples())
+    private = train_protecting_rows(made, encoded, chosen, local_round(), examples())
     assert np.abs(end - start).max() > 0.01
     assert np.allclose(made.read(), end, atol=1e-5)
     assert private.loss == pytest.approx(ordinary.loss, abs=1e-5)
@@ -202,7 +202,7 @@ def test_optimiser_and_schedule_are_those_of_the_ordinary_loop(optimizer):
     decay = {"weight_decay": 0.1} if optimizer == "adamw" else {"momentum": 0.5}
     chosen = settings(optimizer=optimizer, learning_rate=0.1, local_steps=6, lr_schedule="linear", warmup_ratio=0.3)
     ordinary, chosen = graft(), chosen.model_copy(update=decay)
-    train(ordinary, rows(ROWS), chosen, plan())
+    train(ordinary, rows(ROWS), chosen, local_round())
     assert np.allclose(moved(chosen), ordinary.read(), atol=1e-5)
 
 
@@ -210,7 +210,7 @@ def test_sums_are_divided_by_the_expected_number_of_rows():
     """Catches: a mean over the rows that were drawn, which tells how many they were."""
     rate, model, received = 0.1, graft(), torch.zeros(WIDTH + 1)
     chosen = settings(per_device_train_batch_size=4, local_steps=20, learning_rate=rate)
-    train_privately(model, rows(ROWS), chosen, plan(), examples())
+    train_protecting_rows(model, rows(ROWS), chosen, local_round(), examples())
     for batch in model.task.seen:
         inputs = torch.cat([torch.ones(len(batch), 1), INPUTS[batch]], dim=1)
         received -= rate * 2 * inputs.T @ (inputs @ received - TARGETS[batch]) / 4
@@ -268,7 +268,7 @@ def check_noise(steps, count, batch, noise, norm):
     """Check the variance of what steps without any gradient add up to, over 40,200 numbers."""
     model = graft(Flat(), nn.Linear(200, 200))
     chosen = settings(local_steps=steps, per_device_train_batch_size=batch)
-    trained = train_privately(model, rows(count), chosen, plan(), examples(noise, norm))
+    trained = train_protecting_rows(model, rows(count), chosen, local_round(), examples(noise, norm))
     assert trained.steps == steps
     update = model.read().astype(np.float64)
     ratio = np.mean(update**2) / (steps * (noise * norm / batch) ** 2)
@@ -347,7 +347,7 @@ def draws(insecure_seed):
 
     model.task.loss = loss
     chosen = settings(per_device_train_batch_size=6, local_steps=20, learning_rate=0.01)
-    train_privately(model, rows(ROWS), chosen, plan(), examples(), insecure_seed=insecure_seed)
+    train_protecting_rows(model, rows(ROWS), chosen, local_round(), examples(), insecure_seed=insecure_seed)
     return model.task.seen, *zip(*drawn, strict=True)
 
 
@@ -394,7 +394,7 @@ def test_each_row_has_a_coin_of_its_own():
     steps, count, batch = 600, 20, 5
     model = graft(Flat(), nn.Linear(2, 2))
     chosen = settings(local_steps=steps, per_device_train_batch_size=batch)
-    trained = train_privately(model, rows(count), chosen, plan(), examples())
+    trained = train_protecting_rows(model, rows(count), chosen, local_round(), examples())
     drawn = np.zeros((steps, count))
     for step, numbers in enumerate(model.task.seen):
         assert len(set(numbers)) == len(numbers)
@@ -427,7 +427,9 @@ def test_what_is_accounted_is_what_is_done(values, count, probability, steps):
     assert release.sampling_probability == sampling_probability(count, chosen)
     seen = []
     model = graft(Flat(), nn.Linear(2, 2))
-    trained = train_privately(model, rows(count), chosen, plan(), examples(), lambda *told: seen.append(told[:2]))
+    trained = train_protecting_rows(
+        model, rows(count), chosen, local_round(), examples(), lambda *told: seen.append(told[:2])
+    )
     assert trained.steps == steps
     assert seen == [(step, steps) for step in range(1, steps + 1)]
     if probability == 1.0:
@@ -485,7 +487,7 @@ def test_the_proximal_term_is_neither_clipped_nor_noisy():
         model = graft()
         model.write(start)
         chosen = settings(local_steps=steps, learning_rate=rate)
-        train_privately(model, rows(ROWS), chosen, plan(**values), examples(2.0, norm), insecure_seed=3)
+        train_protecting_rows(model, rows(ROWS), chosen, local_round(**values), examples(2.0, norm), insecure_seed=3)
         return model.read()
 
     one, two = end(1), end(2)
@@ -537,13 +539,15 @@ def test_the_graft_is_left_as_it_was(bert, adapter, where):
     before, frozen = snapshot(made), {name: one.clone() for name, one in named.items() if not one.requires_grad}
     chosen, start = settings(per_device_train_batch_size=5, local_steps=2), made.read()
     with stopping(made, where) if where else nullcontext():
-        train_privately(made, encoded, chosen, plan(), examples(1.0, 1.0))
+        train_protecting_rows(made, encoded, chosen, local_round(), examples(1.0, 1.0))
     assert snapshot(made) == before
     assert np.array_equal(made.read(), start) == bool(where)
     assert all(torch.equal(named[name], one) for name, one in frozen.items())
     assert [tensor.name for tensor in made.spec.tensors] == sorted(named.keys() - frozen.keys())
-    train_privately(made, encoded, chosen, plan(), examples(1.0, 1.0))  # nothing is in the way of another round
-    train(made, encoded, chosen, plan())
+    train_protecting_rows(
+        made, encoded, chosen, local_round(), examples(1.0, 1.0)
+    )  # nothing is in the way of another round
+    train(made, encoded, chosen, local_round())
     assert np.isfinite(made.read()).all()
 
 
@@ -559,7 +563,7 @@ def test_a_loss_that_is_not_finite_is_an_error():
     """Catches: NaN reported as a loss; parameters that are not finite because of one row."""
     model = graft(with_row([0.0] * 3, math.nan))
     with pytest.raises(TrainingError) as caught:
-        train_privately(model, rows(ROWS), settings(local_steps=3, learning_rate=0.01), plan(), examples())
+        train_protecting_rows(model, rows(ROWS), settings(local_steps=3, learning_rate=0.01), local_round(), examples())
     assert caught.value.code == "diverged"
     assert np.isfinite(model.read()).all()
     assert np.any(model.read())
@@ -570,7 +574,9 @@ def test_the_loss_is_the_mean_over_drawn_rows(monkeypatch):
     model, seen = graft(Flat(), nn.Linear(2, 2)), []
     model.task.loss = lambda network, batch: (network(batch["inputs"]) * 0).mean() + len(batch["inputs"])
     chosen = settings(per_device_train_batch_size=1, local_steps=50)
-    trained = train_privately(model, rows(100), chosen, plan(), examples(), lambda *told: seen.append(told[2].clone()))
+    trained = train_protecting_rows(
+        model, rows(100), chosen, local_round(), examples(), lambda *told: seen.append(told[2].clone())
+    )
     drawn = [len(batch) for batch in model.task.seen]
     assert trained.loss == pytest.approx(sum(size**2 for size in drawn) / sum(drawn))
     assert [value for value, _ in itertools.groupby(seen[-1].tolist()) if value] == [
@@ -578,7 +584,7 @@ def test_the_loss_is_the_mean_over_drawn_rows(monkeypatch):
     ]
     assert len(drawn) < 50
     monkeypatch.setattr(dp_sgd, "sampling_probability", lambda *arguments: 1e-12)
-    assert train_privately(model, rows(10), chosen, plan(), examples()).loss == 0.0
+    assert train_protecting_rows(model, rows(10), chosen, local_round(), examples()).loss == 0.0
 
 
 def test_the_deadline_ends_training(monkeypatch):
@@ -589,7 +595,7 @@ def test_the_deadline_ends_training(monkeypatch):
     monkeypatch.setattr(dp_sgd, "time", clock)
     model = graft()
     with pytest.raises(TrainingError, match="step 3 of 8 after 2 s") as caught:
-        train_privately(model, rows(ROWS), settings(local_steps=8), plan(deadline_s=2.0), examples())
+        train_protecting_rows(model, rows(ROWS), settings(local_steps=8), local_round(deadline_s=2.0), examples())
     assert caught.value.code == "deadline"
     assert not model.base.network.training
 
@@ -607,17 +613,17 @@ def refused(made):
     """Return what is refused."""
     before = snapshot(made)
     with pytest.raises(TrainingError) as caught:
-        train_privately(made, rows(ROWS), settings(), plan(), examples())
+        train_protecting_rows(made, rows(ROWS), settings(), local_round(), examples())
     assert caught.value.code == "examples-unsupported"
     assert snapshot(made) == before
     return str(caught.value)
 
 
-def test_a_task_whose_rows_depend_on_each_other_is_refused(tmp_path, monkeypatch):
+def test_a_task_whose_rows_depend_on_each_other_is_refused(tmp_path):
     """Catches: in-batch negatives, where the gradient of one row holds all others."""
     assert [name for name in TASKS.names() if TASKS.get(name).row_losses] != []
     assert not TASKS.get("sentence-embedding").row_losses
-    monkeypatch.setattr(model, "_grafts", {})
+    model.grafts.clear()
     config = parse({"task": {"name": "sentence-embedding"}, "train": {"device": "cpu"}})
     made = load_graft(config, str(tiny_base(tmp_path, "bert")), 1)
     assert "sentence-embedding" in refused(made)
@@ -682,7 +688,7 @@ def test_without_opacus_there_is_a_hint(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "opacus", None)
     with pytest.raises(UsageError, match=r"pip install 'tsugiki\[privacy\]'"):
-        train_privately(graft(), rows(ROWS), settings(), plan(), examples())
+        train_protecting_rows(graft(), rows(ROWS), settings(), local_round(), examples())
 
 
 def test_importing_opacus_does_not_set_up_logging(monkeypatch):

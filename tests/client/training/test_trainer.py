@@ -9,7 +9,7 @@ from torch import nn
 
 from tsugiki.client.training import trainer
 from tsugiki.client.training.trainer import (
-    Plan,
+    LocalRound,
     batches,
     batches_per_epoch,
     make_optimizer,
@@ -63,9 +63,9 @@ def settings(**values):
     return TrainSection(**{**plain, **small, **values})
 
 
-def plan(round_=1, rounds=1, **values):
-    """Return the plan of one round of a run."""
-    return Plan(42, "site-0", round_, (round_ - 1) / rounds, round_ / rounds, **values)
+def local_round(round_=1, rounds=1, **values):
+    """Return one round of a run."""
+    return LocalRound(42, "site-0", round_, (round_ - 1) / rounds, round_ / rounds, **values)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_rounds_divide_one_schedule_and_one_sequence_of_batches(rates, lr_schedu
         chosen = settings(local_steps=steps, lr_schedule=lr_schedule, warmup_ratio=0.25)
         rates.clear()
         for number in range(1, rounds + 1):
-            train(model, ENCODED, chosen, plan(number, rounds))
+            train(model, ENCODED, chosen, local_round(number, rounds))
         return list(rates), model.task.seen, model.read()
 
     (one_rates, one_seen, one), (many_rates, many_seen, many) = run(1, 12), run(4, 3)
@@ -128,7 +128,7 @@ def test_the_shapes_of_the_schedules():
 
 def first(rows, chosen, count, at=None):
     """Return the first batches of a round."""
-    at = at or plan()
+    at = at or local_round()
     return list(itertools.islice(batches(rows, chosen, at, steps_per_round(rows, chosen)), count))
 
 
@@ -155,7 +155,7 @@ def test_rounds_walk_on_through_the_shard(values):
     """Catches: a round that starts its pass anew, so that some rows are never seen, or seen twice before others."""
     chosen, rounds = settings(**values), 7
     taken = steps_per_round(10, chosen) * chosen.gradient_accumulation_steps
-    seen = [batch for number in range(1, rounds + 1) for batch in first(10, chosen, taken, plan(number, rounds))]
+    seen = [batch for number in range(1, rounds + 1) for batch in first(10, chosen, taken, local_round(number, rounds))]
     assert seen == first(10, chosen, rounds * taken)
 
 
@@ -163,8 +163,8 @@ def test_batches_follow_from_seed_site_and_round():
     """Catches: a global generator, and one shuffle for all sites."""
     chosen = settings()
     assert first(10, chosen, 5) == first(10, chosen, 5)
-    assert first(10, chosen, 3) != first(10, chosen, 3, Plan(7, "site-0", 1, 0.0, 1.0))
-    assert first(10, chosen, 3) != first(10, chosen, 3, Plan(42, "site-1", 1, 0.0, 1.0))
+    assert first(10, chosen, 3) != first(10, chosen, 3, LocalRound(7, "site-0", 1, 0.0, 1.0))
+    assert first(10, chosen, 3) != first(10, chosen, 3, LocalRound(42, "site-1", 1, 0.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_accumulation_equals_one_large_batch():
     small, large = graft(), graft()
     parts = settings(per_device_train_batch_size=2, gradient_accumulation_steps=6, local_steps=3)
     whole = settings(per_device_train_batch_size=12, local_steps=3)
-    of_parts, of_whole = train(small, ENCODED, parts, plan()), train(large, ENCODED, whole, plan())
+    of_parts, of_whole = train(small, ENCODED, parts, local_round()), train(large, ENCODED, whole, local_round())
     assert np.allclose(small.read(), large.read(), atol=1e-6)
     assert of_parts.loss == pytest.approx(of_whole.loss, abs=1e-6)
     assert (of_parts.steps, of_whole.steps) == (3, 3)
@@ -201,7 +201,7 @@ def test_accumulation_equals_one_large_batch():
 def test_the_loss_is_the_mean_over_steps():
     """Catches: the last step's loss, or a sum, reported."""
     model = graft(Regression(itertools.cycle([1.0, 2.0, 6.0])))
-    assert train(model, ENCODED, settings(), plan()).loss == pytest.approx(3.0)
+    assert train(model, ENCODED, settings(), local_round()).loss == pytest.approx(3.0)
 
 
 def test_the_proximal_term_has_the_gradient_of_its_definition():
@@ -212,10 +212,10 @@ def test_the_proximal_term_has_the_gradient_of_its_definition():
     for one in (model, free):
         one.write(start)
     whole = settings(per_device_train_batch_size=12, local_steps=1)
-    train(free, ENCODED, whole, plan())
+    train(free, ENCODED, whole, local_round())
     moved = free.read()
-    train(free, ENCODED, whole, plan())
-    train(model, ENCODED, settings(per_device_train_batch_size=12, local_steps=2), plan(proximal_mu=mu))
+    train(free, ENCODED, whole, local_round())
+    train(model, ENCODED, settings(per_device_train_batch_size=12, local_steps=2), local_round(proximal_mu=mu))
     assert np.allclose(model.read(), free.read() - rate * mu * (moved - start), atol=1e-6)
     assert not np.allclose(model.read(), free.read(), atol=1e-3)
 
@@ -223,10 +223,10 @@ def test_the_proximal_term_has_the_gradient_of_its_definition():
 def test_gradients_are_clipped_as_one_vector():
     """Catches: clipping of each tensor by itself, and a limit that is not applied."""
     model = graft()
-    train(model, ENCODED, settings(max_grad_norm=0.01, local_steps=1, learning_rate=1.0), plan())
+    train(model, ENCODED, settings(max_grad_norm=0.01, local_steps=1, learning_rate=1.0), local_round())
     assert np.linalg.norm(model.read()) == pytest.approx(0.01, rel=1e-4)
     unclipped = graft()
-    train(unclipped, ENCODED, settings(max_grad_norm=0.0, local_steps=1, learning_rate=1.0), plan())
+    train(unclipped, ENCODED, settings(max_grad_norm=0.0, local_steps=1, learning_rate=1.0), local_round())
     assert np.linalg.norm(unclipped.read()) > 0.1
     assert np.allclose(model.read() / 0.01, unclipped.read() / np.linalg.norm(unclipped.read()), atol=1e-3)
 
@@ -248,10 +248,15 @@ def test_momentum_is_passed_on():
 def test_without_bias_correction_adam_is_berts_first():
     """Catches: a switch that does nothing; a factor of another step; betas taken for each other."""
     model, lr, beta_1, beta_2 = graft(), 0.01, 0.9, 0.999
-    train(model, ENCODED, settings(optimizer="adamw", learning_rate=lr, bias_correction=False, local_steps=5), plan())
+    train(
+        model,
+        ENCODED,
+        settings(optimizer="adamw", learning_rate=lr, bias_correction=False, local_steps=5),
+        local_round(),
+    )
     other = graft()
     mean, square = [0, 0], [0, 0]
-    stream = batches(ROWS, settings(), plan(), 5)
+    stream = batches(ROWS, settings(), local_round(), 5)
     for _ in range(5):
         loss = other.task.loss(other.base.network, other.task.batch(ENCODED, next(stream), None))
         grads = torch.autograd.grad(loss, other.parameters)
@@ -262,7 +267,7 @@ def test_without_bias_correction_adam_is_berts_first():
                 value -= lr * mean[at] / (square[at].sqrt() + 1e-8)
     assert all(torch.allclose(*pair, rtol=1e-4) for pair in zip(model.parameters, other.parameters, strict=True))
     corrected = graft()
-    train(corrected, ENCODED, settings(optimizer="adamw", learning_rate=lr, local_steps=5), plan())
+    train(corrected, ENCODED, settings(optimizer="adamw", learning_rate=lr, local_steps=5), local_round())
     assert (np.abs(model.read()) > 2 * np.abs(corrected.read())).all()
 
 
@@ -272,11 +277,11 @@ def test_moments_that_are_kept_make_two_rounds_one(optimizer):
     chosen = settings(optimizer=optimizer, momentum=0.9 if optimizer == "sgd" else 0.0, local_steps=6)
     half = chosen.model_copy(update={"local_steps": 3})
     whole, kept, anew = graft(), graft(), graft()
-    train(whole, ENCODED, chosen, plan())
+    train(whole, ENCODED, chosen, local_round())
     moments = {}
     for round_ in (1, 2):
-        train(kept, ENCODED, half, plan(round_, 2, moments=moments))
-        train(anew, ENCODED, half, plan(round_, 2))
+        train(kept, ENCODED, half, local_round(round_, 2, moments=moments))
+        train(anew, ENCODED, half, local_round(round_, 2))
     assert np.allclose(kept.read(), whole.read(), atol=1e-6)
     assert not np.allclose(anew.read(), whole.read(), atol=1e-4)
 
@@ -284,16 +289,16 @@ def test_moments_that_are_kept_make_two_rounds_one(optimizer):
 def test_a_round_that_fails_leaves_the_moments_of_the_one_before():
     """Catches: moments of NaN that are kept, with which a client can never train again."""
     chosen, moments, model = settings(optimizer="adamw"), {}, graft()
-    train(model, ENCODED, chosen, plan(1, 3, moments=moments))
+    train(model, ENCODED, chosen, local_round(1, 3, moments=moments))
     kept = {key: value["exp_avg"].clone() for key, value in moments["state"].items()}
     model.task.losses = iter([math.nan] * 3)
     with pytest.raises(TrainingError):
-        train(model, ENCODED, chosen, plan(2, 3, moments=moments))
+        train(model, ENCODED, chosen, local_round(2, 3, moments=moments))
     assert kept
     assert all(torch.equal(moments["state"][key]["exp_avg"], value) for key, value in kept.items())
     model.task.losses = None
     model.write(np.zeros(4, np.float32))
-    assert math.isfinite(train(model, ENCODED, chosen, plan(3, 3, moments=moments)).loss)
+    assert math.isfinite(train(model, ENCODED, chosen, local_round(3, 3, moments=moments)).loss)
 
 
 @pytest.mark.parametrize(
@@ -311,10 +316,10 @@ def test_a_loss_that_rises_far_above_its_start_is_told(losses, factor, diverged)
     """Catches: a single bad batch taken for divergence; a rise that is never looked at; a watch that cannot be off."""
     model, chosen = graft(Regression(iter(losses))), settings(local_steps=len(losses), divergence_factor=factor)
     if not diverged:
-        assert train(model, ENCODED, chosen, plan()).steps == len(losses)
+        assert train(model, ENCODED, chosen, local_round()).steps == len(losses)
         return
     with pytest.raises(TrainingError) as caught:
-        train(model, ENCODED, chosen, plan())
+        train(model, ENCODED, chosen, local_round())
     assert caught.value.code == "diverged"
     assert not model.base.network.training
 
@@ -326,7 +331,7 @@ def test_a_loss_that_is_not_finite_is_an_error(value, factor):
     losses = [1.0, value, *[1.0] * 14]
     model = graft(Regression(iter(losses)))
     with pytest.raises(TrainingError, match="is not finite") as caught:
-        train(model, ENCODED, settings(local_steps=len(losses), divergence_factor=factor), plan())
+        train(model, ENCODED, settings(local_steps=len(losses), divergence_factor=factor), local_round())
     assert caught.value.code == "diverged"
 
 
@@ -336,7 +341,7 @@ def test_the_deadline_ends_training(monkeypatch):
     monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     model = graft()
     with pytest.raises(TrainingError, match="step 3 of 8 after 2 s") as caught:
-        train(model, ENCODED, settings(local_steps=8), plan(deadline_s=2.0))
+        train(model, ENCODED, settings(local_steps=8), local_round(deadline_s=2.0))
     assert caught.value.code == "deadline"
     assert not model.base.network.training
 
@@ -344,7 +349,7 @@ def test_the_deadline_ends_training(monkeypatch):
 def test_the_model_is_left_ready_for_evaluation():
     """Catches: dropout left on, and gradients left for the next round."""
     model = graft()
-    train(model, ENCODED, settings(), plan())
+    train(model, ENCODED, settings(), local_round())
     assert not model.base.network.training
     assert all(value.grad is None for value in model.parameters)
 
@@ -352,7 +357,7 @@ def test_the_model_is_left_ready_for_evaluation():
 def test_training_learns():
     """Catches: a loop that goes through the motions."""
     model = graft()
-    train(model, ENCODED, settings(local_steps=400), plan())
+    train(model, ENCODED, settings(local_steps=400), local_round())
     assert np.allclose(model.read(), [0.3, 1.0, -2.0, 0.5], atol=1e-2)
     assert Regression().loss(model.base.network, {"inputs": INPUTS, "targets": TARGETS}) < 1e-3
 
@@ -363,5 +368,5 @@ def test_gradients_left_by_a_failed_site_do_not_reach_the_next():
     for value in shared.parameters:
         value.grad = torch.ones_like(value)
     for one in (clean, shared):
-        train(one, ENCODED, settings(), plan())
+        train(one, ENCODED, settings(), local_round())
     assert np.array_equal(clean.read(), shared.read())

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.support.federation import site_folder, tiny_config, write_rows
-from tsugiki.client import prepare
-from tsugiki.client.cache import Desk
+from tsugiki.client.cache import of_process
+from tsugiki.client.prepare import SiteRun
 from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.client.site.site import read_site
 from tsugiki.client.training.cohort import train_openly
@@ -113,19 +113,19 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def graft(config, monkeypatch):
+def graft(config):
     """The shared model at its initial values, and nobody's rows."""
-    monkeypatch.setattr(prepare, "desk", Desk())
+    of_process().clear()
     graft = load_graft(config, config.model.name, config.run.seed)
     graft.write(graft.initial)
     return graft
 
 
-def job_of(site, config, graft, round_=1, values=None):
+def job_of(site, config, graft, round_number=1, values=None):
     """Return the job of one round."""
-    request = TrainRequest(config.for_sites(), round_, graft.spec.sha256, 0.0, 0.5, 600.0, "0" * 16, "")
+    request = TrainRequest(config.for_sites(), round_number, graft.spec.sha256, 0.0, 0.5, 600.0, "0" * 16, "")
     arrays = encode(graft.initial if values is None else values, graft.spec)
-    return prepare.make_job(site, request, to_record(request, arrays))[0]
+    return SiteRun.open(site, config, round_number).job(request, to_record(request, arrays))
 
 
 def of_train(config, **values):
@@ -153,7 +153,7 @@ def test_rows_held_out_are_never_trained_on(config, graft, monkeypatch):
     slices = []
     for round_ in (1, 2, 3):
         job = job_of(site, config, graft, round_)
-        slices.append(tokens(job.validation()))
+        slices.append(tokens(job.validation))
         assert train_openly(job)[2] == 9
     assert len(slices[0]) == 3
     assert slices[0] == slices[1] == slices[2]
@@ -171,9 +171,9 @@ def test_rows_are_cut_anew_for_other_settings(config, graft):
     """Catches: a process that serves two runs and trains one of them on what the other held out."""
     site = simulated_sites(config)[0]
     found = [of_train(config, validate_every_steps=0), config, of_train(config, validation_fraction=0.5)]
-    assert [len(prepare.desk.rows(site, one, "train")) for one in found] == [12, 9, 6]
+    assert [len(SiteRun.open(site, one).rows("train")) for one in found] == [12, 9, 6]
     other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 7})})
-    slices = [tokens(prepare.desk.rows(site, one, "validation")) for one in (config, other)]
+    slices = [tokens(SiteRun.open(site, one).rows("validation")) for one in (config, other)]
     assert slices[0] != slices[1]
 
 
@@ -187,7 +187,7 @@ def test_a_site_with_evaluation_rows_validates_on_them(tmp_path, config, graft):
     assert len(training_shard(site, task, config)) == 8
     assert len(validation_shard(site, task, config)) == 6
     job = job_of(site, config, graft)
-    assert (len(job.encoded), len(job.validation())) == (8, 6)
+    assert (len(job.encoded), len(job.validation)) == (8, 6)
 
 
 def test_the_update_is_the_best_adapters_not_the_last_ones(config, graft, monkeypatch):
@@ -249,7 +249,7 @@ def test_two_runs_send_the_same_bytes(config, graft):
     """Catches: a choice that depends on what the process did before."""
     site = simulated_sites(config)[1]
     first = train_openly(job_of(site, config, graft))[0]
-    prepare.desk.encoded.clear()
+    of_process().clear()
     torch.manual_seed(99)
     assert train_openly(job_of(site, config, graft))[0].tobytes() == first.tobytes()
 

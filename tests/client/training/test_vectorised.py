@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.support.tiny import tiny_cnn
-from tsugiki.client.cache import Desk
+from tsugiki.client.prepare import SiteRun
 from tsugiki.client.site.simulated import simulated_sites
-from tsugiki.client.training.cohort import asked_clients, train_openly, train_privately
+from tsugiki.client.training.cohort import asked_clients, train_openly, train_protecting_clients
 from tsugiki.client.training.job import Job
 from tsugiki.client.training.vectorised import can_train_together, train_together
 from tsugiki.common.config.parse import parse
@@ -45,14 +45,15 @@ def job(files, wanted="", deadline_s=1e9, **sections):
             | {"min_rows": 1},
         }
     )
-    desk, site = Desk(), simulated_sites(config)[0]
-    graft = desk.graft(site, config)
+    site = simulated_sites(config)[0]
+    run = SiteRun.open(site, config)
+    graft = run.graft
     request = TrainRequest(config.for_sites(), 2, graft.spec.sha256, 0.25, 0.5, deadline_s, "nonce", wanted)
-    clients = asked_clients(site.name, desk.rows_of_clients(site, config), wanted)
+    clients = asked_clients(site.name, run.rows_of_clients(), wanted)
     start = graft.initial + np.float32(0.01)  # LoRA's B is zero at first, and A would not move
-    encoded = desk.rows(site, config, "train")
-    tail = desk.tail(site, config)
-    return Job(graft, encoded, clients, config, request, start, lambda *_: None, lambda: tail)
+    encoded = run.train_rows()
+    tail = graft.task.tail(graft.base, encoded)
+    return Job(graft, encoded, clients, config, request, start, lambda *_: None, tail=lambda: tail)
 
 
 def one_by_one(work):
@@ -115,7 +116,8 @@ def test_the_protected_sum_is_the_same(files, mode):
     noise = {"mode": mode, "noise_multiplier": 1e-9, "clip_norm": 0.05, "delta": 1e-3}
     work = job(files, privacy=noise, train={"local_steps": 2})
     plan = make_plan(work.config, work.graft.spec.size)
-    together, alone = train_privately(work, plan).levels, train_privately(one_by_one(work), plan).levels
+    together = train_protecting_clients(work, plan).levels
+    alone = train_protecting_clients(one_by_one(work), plan).levels
     assert np.abs(together - alone).max() <= 2 * CLIENTS  # rounding may move each client by a level
     assert np.abs(together).max() > 1000
 

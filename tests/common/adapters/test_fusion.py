@@ -23,9 +23,9 @@ CLASSES = {"name": "sequence-classification"}
 
 
 @pytest.fixture(autouse=True)
-def no_graft_is_left(monkeypatch):
+def no_graft_is_left():
     """Every test starts without a loaded base."""
-    monkeypatch.setattr(model, "_grafts", {})
+    model.grafts.clear()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_base, tiny_cnn, tiny_llama, tiny_sentence_transformer
-from tsugiki.client.training.trainer import Plan, train
+from tsugiki.client.training.trainer import LocalRound, train
 from tsugiki.common.adapters import ADAPTERS
 from tsugiki.common.config.parse import parse
 from tsugiki.common.data.shard import Shard
@@ -48,9 +48,9 @@ def bases(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_graft_is_left(monkeypatch):
+def no_graft_is_left():
     """Every test starts without a loaded base."""
-    monkeypatch.setattr(model, "_grafts", {})
+    model.grafts.clear()
 
 
 def config_of(task, method="lora", adapters=(), **settings):
@@ -72,7 +72,7 @@ def graft_of(bases, task, method="lora", **settings):
     case = TASKS.get(task).tiny()
     base = bases[case.model_type]
     adapters = to_fuse(base.parent / f"{base.name}-fused", base) if method == "fusion" else ()
-    model._grafts.clear()
+    model.grafts.clear()
     graft = load_graft(config_of(task, method, adapters, **settings), str(base), 1)
     return graft, graft.task.encode(Shard(case.rows), graft.base)
 
@@ -133,7 +133,7 @@ def test_the_base_and_the_spec_stay_the_same(bases):
     for saving in (False, True):
         graft, encoded = graft_of(bases, "causal-lm", gradient_checkpointing=saving)
         settings = config_of("causal-lm").train
-        train(graft, encoded, settings, Plan(1, "site-0", 1, 0.0, 1.0))
+        train(graft, encoded, settings, LocalRound(1, "site-0", 1, 0.0, 1.0))
         results.append((graft.spec.sha256, graft.read()))
     assert results[0][0] == results[1][0]
     assert np.allclose(results[0][1], results[1][1], atol=1e-5)
@@ -220,7 +220,7 @@ def test_four_bits_keep_the_fingerprint_and_learn(wide, on_the_cpu, task):
     rows = small.task.batch(encoded, range(len(encoded)), small.base)
     with torch.no_grad():
         before = small.task.loss(small.base.network, rows).item()
-    train(small, encoded, config_of(task).train, Plan(1, "site-0", 1, 0.0, 1.0))
+    train(small, encoded, config_of(task).train, LocalRound(1, "site-0", 1, 0.0, 1.0))
     with torch.no_grad():
         assert small.task.loss(small.base.network, rows).item() < before
 
@@ -257,6 +257,6 @@ def test_on_a_gpu(bases, settings):
     assert {value.device.type for value in graft.base.network.parameters()} == {"cuda"}
     chosen = config_of("causal-lm").train.model_copy(update={"bf16": True})
     before = graft.read()
-    assert train(graft, encoded, chosen, Plan(1, "site-0", 1, 0.0, 1.0)).steps == 8
+    assert train(graft, encoded, chosen, LocalRound(1, "site-0", 1, 0.0, 1.0)).steps == 8
     assert np.isfinite(graft.read()).all()
     assert (graft.read() != before).any()

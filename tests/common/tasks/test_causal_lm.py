@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import MAX_TOKENS, tiny_bert, tiny_llama
-from tsugiki.client.training.trainer import Plan, train
+from tsugiki.client.training.trainer import LocalRound, train
 from tsugiki.common.config.parse import parse
 from tsugiki.common.data.shard import Shard, read
 from tsugiki.common.errors import DataError, ModelError
@@ -387,7 +387,7 @@ def test_only_the_adapter_changes(tmp_path, tied):
 
     before, start = frozen(), graft.read()
     assert any("lm_head" in name for name in before) is not tied
-    train(graft, graft.task.encode(ROWS, graft.base), config.train, Plan(1, "a", 1, 0.0, 1.0))
+    train(graft, graft.task.encode(ROWS, graft.base), config.train, LocalRound(1, "a", 1, 0.0, 1.0))
     assert frozen() == before
     assert (graft.read() != start).any()
 

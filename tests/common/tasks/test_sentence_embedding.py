@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer import losses
 
 from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_sentence_transformer
-from tsugiki.client.training.trainer import Plan, train
+from tsugiki.client.training.trainer import LocalRound, train
 from tsugiki.common.adapters import ADAPTERS
 from tsugiki.common.config.parse import parse
 from tsugiki.common.data.shard import Shard
@@ -174,7 +174,7 @@ def test_classes_have_names_or_numbers(folder):
 @pytest.mark.parametrize("method", ADAPTERS.names())
 def test_the_head_goes_with_every_method(folder, tmp_path, method):
     """Catches: a head that is not exchanged, frozen, adapted itself, or counted as part of the base."""
-    model._grafts.clear()
+    model.grafts.clear()
     small = {"lora": {"rank": 2}, "vera": {"rank": 8}, "houlsby": {"bottleneck": 4}}
     virtual = {"num_virtual_tokens": 4} if method in ("prompt", "p-tuning", "prefix") else {}
     fused = {"adapters": list(to_fuse(tmp_path, folder))} if method == "fusion" else {}
@@ -194,7 +194,7 @@ def test_the_head_goes_with_every_method(folder, tmp_path, method):
     encoded = graft.task.encode(Shard(case.rows), graft.base)
     before = graft.task.evaluate(graft.base, encoded, 8)["loss"]
     received = graft.read()
-    train(graft, encoded, config.train, Plan(1, "site-0", 1, 0.0, 1.0))
+    train(graft, encoded, config.train, LocalRound(1, "site-0", 1, 0.0, 1.0))
     moved = unpack(graft.read() - received, graft.spec)
     assert all(value.any() for value in moved.values())
     assert graft.task.evaluate(graft.base, encoded, 8)["loss"] < before

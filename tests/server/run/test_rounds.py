@@ -21,13 +21,13 @@ LEVELS = np.full(SPEC.size, 1000)
 def handed_over(monkeypatch):
     """The updates that strategies were called with, a list for each step."""
     seen = []
-    real = rounds.aggregate
+    real = rounds.aggregated_step
 
-    def watching(settings, state, round_number, updates):
+    def watching(config, spec, state, updates):
         seen.append(list(updates))
-        return real(settings, state, round_number, updates)
+        return real(config, spec, state, updates)
 
-    monkeypatch.setattr(rounds, "aggregate", watching)
+    monkeypatch.setattr(rounds, "aggregated_step", watching)
     return seen
 
 
