@@ -23,8 +23,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import torch, transformers, peft, sklearn.metrics
-from tsugiki.server.run import checkpoint, loop, open_round
-from tsugiki.server.run import rounds as steps
+from tsugiki.server.run import aggregate, checkpoint, loop, open_round
 from tests.faults.test_fault_16_resume_after_kill import CASES, KILLED, config
 from tests.support.federation import run_tiny
 
@@ -63,7 +62,7 @@ def appended(path, record):
 
 def run():
     wrap(open_round, "collect", collected)
-    wrap(steps, "aggregate", aggregated)
+    wrap(aggregate, "aggregate", aggregated)
     wrap(checkpoint, "write_atomically", written)
     wrap(checkpoint, "save", saved)
     wrap(loop, "append_line", appended)

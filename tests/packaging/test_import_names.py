@@ -8,7 +8,7 @@ import pytest
 from tests.support.processes import quiet_environment
 from tests.support.serving import tiny_run
 from tests.support.tiny import tiny_bert
-from tests.support.wheel import build_wheel, installed, pip
+from tests.support.wheel import build_wheel, installed, pip, wheel_of
 from tsugiki.common.config.files import to_toml
 
 PYPROJECT = """
@@ -63,8 +63,7 @@ def test_another_package_called_common_can_come_and_go(programs, tmp_path):
     (tree / "common").mkdir(parents=True)
     (tree / "common" / "__init__.py").write_text("THEIRS = True\n")
     (tree / "pyproject.toml").write_text(PYPROJECT)
-    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", tmp_path / "out", tree)
-    (wheel,) = (tmp_path / "out").glob("*.whl")
+    wheel = wheel_of(tree, tmp_path / "out")
     python = programs / "python"
     pip("--python", python, "install", "--no-deps", "--no-index", wheel)
     assert run(programs, tmp_path, "python", "-c", "import common; print(common.THEIRS)") == "True\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
@@ -22,18 +21,24 @@ def build_wheel(folder: Path) -> Path:
         shutil.copy(ROOT / name, tree / name)
     for name in PACKAGES:
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder / "out", tree)
-    (built,) = (folder / "out").glob("*.whl")
+    return wheel_of(tree, folder / "out")
+
+
+def wheel_of(tree: Path, out: Path) -> Path:
+    """Build the wheel of a project into an empty folder, without the network; return its path."""
+    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", out, tree)
+    (built,) = out.glob("*.whl")
     return built
 
 
-def installed(wheel: Path, folder: Path) -> Path:
-    """Install a wheel into a new environment that borrows what it needs from this one; return its bin folder."""
+def installed(wheel: Path, folder: Path, *others: Path) -> Path:
+    """Install wheels into a new environment that borrows what they need from this one; return its bin folder."""
     venv.create(folder, with_pip=False)
-    pip("--python", folder / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
+    pip("--python", folder / "bin" / "python", "install", "--no-deps", "--no-index", wheel, *others)
     (packages,) = (folder / "lib").glob("python*/site-packages")
     # A path from a .pth file brings its packages but not its own .pth files, which would lead to this tree.
-    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    borrowed = [path for path in sys.path if path and any(Path(path).glob("*.dist-info"))]
+    (packages / "borrowed.pth").write_text("\n".join(borrowed))
     return folder / "bin"
 
 

@@ -66,7 +66,7 @@ def charged(tmp_path):
 
 
 COLLECTING = "tsugiki.server.run.private_round.collect_uploads"
-RECEIVING, AVERAGING = "tsugiki.server.run.collect.receive", "tsugiki.server.run.rounds.aggregated_step"
+RECEIVING, AVERAGING = "tsugiki.server.run.collect.receive", "tsugiki.server.run.private_round.take_step"
 
 
 @pytest.mark.parametrize("mode", ["local", "distributed"])
