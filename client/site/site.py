@@ -103,6 +103,15 @@ class SiteServer(Section):
         return folder / value if value else None
 
 
+SECTIONS: dict[str, type[Section]] = {
+    "site": SiteSection,
+    "data": SiteData,
+    "server": SiteServer,
+    "policy": SitePolicy,
+}
+"""The tables of a site.toml, beside [models]."""
+
+
 @dataclass(frozen=True)
 class FileSite:
     """A real site, as `site.toml` describes it."""
@@ -197,7 +206,7 @@ def read_site(path: Path) -> FileSite:
     raw = read_toml(path)
     problems: list[Problem] = []
     parts: dict[str, Any] = {}
-    for name, section in _SECTIONS.items():
+    for name, section in SECTIONS.items():
         try:
             parts[name] = section.model_validate(raw.pop(name, {}))
         except ValidationError as error:
@@ -208,18 +217,10 @@ def read_site(path: Path) -> FileSite:
     policy, about = parts.get("policy"), parts.get("site")
     if policy and about and (policy.max_epsilon or policy.max_row_epsilon) and not about.ledger:
         problems.append(Problem("site.ledger", "''", "a file, for policy.max_epsilon and max_row_epsilon", "name one"))
-    problems += [Problem(name, "...", f"one of {', '.join(_SECTIONS)}, models", "remove it") for name in raw]
+    problems += [Problem(name, "...", f"one of {', '.join(SECTIONS)}, models", "remove it") for name in raw]
     if problems:
         raise ConfigError(str(path), problems)
     return FileSite(path.resolve().parent, **parts, models=models)
-
-
-_SECTIONS: dict[str, type[Section]] = {
-    "site": SiteSection,
-    "data": SiteData,
-    "server": SiteServer,
-    "policy": SitePolicy,
-}
 
 
 def site_of_node(context: Context) -> Site:
