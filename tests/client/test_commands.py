@@ -26,7 +26,7 @@ def test_init_writes_a_file_that_is_right(tmp_path):
 
 
 def test_the_file_has_every_setting_of_a_site(tmp_path):
-    """Catches: a setting that is left out, as policy.delta once was; one that does not exist, or another default."""
+    """Catches: a setting left out, as policy.delta once was; one without a sentence, or with another default."""
     file = tmp_path / "site.toml"
     printed("site", "init", file)
     lines = file.read_text().splitlines()
@@ -36,6 +36,8 @@ def test_the_file_has_every_setting_of_a_site(tmp_path):
     assert [*SECTIONS, "models"] == list(written)
     for name, section in SECTIONS.items():
         assert set(written[name]) == set(section.model_fields)
+        texts = [field.description for field in section.model_fields.values()]
+        assert [text for text in texts if text[0].islower() or not text.endswith(".")] == []
     assert "delta" in written["policy"]
     site = read_site(file)
     assert (site.data.min_rows, site.data.header, site.data.quoting) == (2, True, "standard")
