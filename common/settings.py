@@ -66,12 +66,19 @@ class DataFormat(Section):
 
     columns: Columns = Field(
         default={},
-        description="which column of the file holds what the task reads, as { text = 'sentence' }; "
-        "a number counts columns from 0; empty: the columns have the task's own names",
+        description='Which column of the file holds what the task reads, as { text = "sentence" }; a number counts '
+        "columns from 0. Set it if the file has other names. Empty: the columns have the task's own "
+        "names.",
     )
-    header: bool = Field(default=True, description="CSV and TSV: the first line holds the column names")
+    header: bool = Field(
+        default=True,
+        description="CSV and TSV: the first line holds the column names. Set false for files without such a line, "
+        "and name columns by number.",
+    )
     quoting: Literal["standard", "none"] = Field(
-        default="standard", description='CSV and TSV: "none" takes quotation marks as ordinary characters'
+        default="standard",
+        description='CSV and TSV: "none" reads quotation marks as ordinary characters. Use it if the texts hold '
+        "single, unpaired quotation marks.",
     )
 
 
@@ -91,15 +98,26 @@ class NamingSettings(Section):
 class TaskSettings(NamingSettings):
     """What every task has."""
 
-    name: str = Field(description="the task")
-    max_length: int = Field(default=128, ge=8, le=8192, description="tokens; longer texts are cut")
+    name: str = Field(description="The task.")
+    max_length: int = Field(
+        default=128,
+        ge=8,
+        le=8192,
+        description="Most tokens of a text; longer texts are cut. Raise it if many texts are longer; time and memory "
+        "grow with it.",
+    )
 
 
 class ClassesSettings(TaskSettings):
     """What every task with classes has."""
 
-    num_labels: int = Field(default=2, ge=2, le=10_000, description="number of classes, where they are plain numbers")
-    labels: Names = Field(default=(), description="names of the classes, in order; empty: 0 to num_labels - 1")
+    num_labels: int = Field(
+        default=2, ge=2, le=10_000, description="Number of classes, if the files name them by plain numbers."
+    )
+    labels: Names = Field(
+        default=(),
+        description="Names of the classes, in order. Set it if the files name the classes. Empty: 0 to num_labels - 1.",
+    )
 
     @model_validator(mode="after")
     def _labels_differ(self) -> ClassesSettings:
@@ -111,9 +129,11 @@ class ClassesSettings(TaskSettings):
 class AdapterSettings(NamingSettings):
     """What every adapter method has."""
 
-    method: str = Field(description="the adapter method")
+    method: str = Field(description="The adapter method.")
     wire_dtype: Literal["float32", "float16"] = Field(
-        default="float32", description="the type of the numbers that travel; float16 halves the bytes"
+        default="float32",
+        description="Type of the numbers that travel. Use float16 if bandwidth is scarce: it halves the bytes and "
+        "rounds the numbers.",
     )
 
 

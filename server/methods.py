@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 from tsugiki.common.adapters import ADAPTERS
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.errors import TsugikiError, UsageError
+from tsugiki.common.errors import TsugikiError
 from tsugiki.common.model.device import weight_bytes
 from tsugiki.common.model.find import find
 from tsugiki.common.model.fingerprint import check_base, fingerprint
@@ -21,7 +19,6 @@ from tsugiki.common.model.spec import describe
 from tsugiki.common.rng import seed_everything
 from tsugiki.common.tasks import TASKS, Task
 from tsugiki.common.tasks.base import Base
-from tsugiki.server.report.tables import size_text
 
 OPTIMISER_BYTES = 4 + 4 + 8
 """Of each trained number while it is trained in float32: itself, its gradient, Adam's two moments."""
@@ -57,6 +54,16 @@ class Menu:
     base: str
     base_bytes: int
     pairs: dict[str, dict[str, Pair]]
+
+    @property
+    def trained_bytes(self) -> int:
+        """Memory for the trained numbers of the largest pair, while they are trained."""
+        return OPTIMISER_BYTES * max(pair.adapter + pair.head for row in self.pairs.values() for pair in row.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the same for scripts."""
+        pairs = {task: {name: vars(pair) for name, pair in row.items()} for task, row in self.pairs.items()}
+        return {"base": self.base, "base_bytes": self.base_bytes, "pairs": pairs}
 
 
 def menu(config: RunConfig, watch: Callable[[str], None] = lambda task: None) -> Menu:
@@ -121,63 +128,3 @@ def reasons(pairs: Mapping[str, Mapping[str, Pair]]) -> dict[str, int]:
     """Return the reasons why pairs do not go together, numbered from 1 in the order of the table."""
     found = [pair.reason for method in ADAPTERS.names() for row in pairs.values() if (pair := row[method]).reason]
     return {reason: number for number, reason in enumerate(dict.fromkeys(found), 1)}
-
-
-def show(found: Menu, as_json: bool) -> None:
-    """Print the table; each cell is the adapter's numbers, the head's, and the bytes of a round each way."""
-    from rich.console import Console
-    from rich.table import Table
-
-    if as_json:
-        body: dict[str, Any] = {"base": found.base, "base_bytes": found.base_bytes}
-        body["pairs"] = {task: {name: vars(pair) for name, pair in row.items()} for task, row in found.pairs.items()}
-        sys.stdout.write(json.dumps(body, indent=1) + "\n")
-        return
-    numbers = reasons(found.pairs)
-    table = Table(title=f"{found.base}: numbers of the adapter + head, and bytes of a round, each way")
-    table.add_column("method")
-    for task in found.pairs:
-        table.add_column(task, justify="right")
-    for method in ADAPTERS.names():
-        table.add_row(method, *(_cell(row[method], numbers) for row in found.pairs.values()))
-    console = Console(width=max(Console().width, 24 * len(found.pairs)))
-    console.print(table)
-    for reason, number in numbers.items():
-        console.print(f"({number}) {reason}", highlight=False, markup=False, soft_wrap=True)
-    most = max(pair.adapter + pair.head for row in found.pairs.values() for pair in row.values())
-    trained = size_text(OPTIMISER_BYTES * most)
-    console.print(
-        f"Memory at a site: {size_text(found.base_bytes)} of frozen weights, at most {trained} for what is trained "
-        "(numbers, gradients, Adam's moments), and activations, by batch and length.",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _cell(pair: Pair, numbers: Mapping[str, int]) -> str:
-    if pair.reason:
-        return f"({numbers[pair.reason]})"
-    head = f" + {pair.head:,}" if pair.head else ""
-    return f"{pair.adapter:,}{head}\n{size_text(pair.size_bytes)}"
-
-
-def methods(file: Path | None, model: str, overrides: list[str], as_json: bool) -> None:
-    """Print what can be chosen on the base of a run, or on a base by its name.
-
-    Raises:
-        TsugikiError: the file is wrong, or the base cannot be loaded.
-    """
-    from rich.console import Console
-
-    from tsugiki.common.config import files as config_file
-    from tsugiki.common.config.parse import parse
-
-    if file is None and overrides:
-        raise UsageError("--set without a file", "a run's TOML file", "give FILE, or --model alone")
-    named = [f"model.name={model}"] if model else []
-    bare = {"model": {"name": model}} if model else {}
-    config = config_file.read(file, [*overrides, *named]) if file else parse(bare)
-    console = Console(stderr=True)
-    with console.status("looking at each task") as status:
-        found = menu(config, lambda task: status.update(f"{task} with each method"))
-    show(found, as_json)

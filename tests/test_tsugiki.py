@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomli_w
 import typer
 from typer.testing import CliRunner
 
@@ -61,15 +62,50 @@ def test_every_command_has_help_with_an_example(words):
             assert len(line.strip("│ ").split("  ")) > 1, line
 
 
+def test_the_help_lists_every_command_in_its_order():
+    """Catches: commands in the order of the modules that declare them; one that is left out, or listed twice."""
+    group = typer.main.get_command(cli.app)
+    listed = group.list_commands(typer.Context(group))
+    assert sorted(listed) == sorted(group.commands)
+    assert listed[:4] == ["demo", "simulate", "serve", "client"]
+    assert listed[-3:] == ["config", "keys", "site"]
+    group.commands["another"] = group.commands["demo"]
+    assert group.list_commands(typer.Context(group)) == [*listed, "another"]
+
+
 def test_importing_the_command_line_imports_nothing_heavy():
     """Catches: a heavy import at the top of a module: `tsugiki --help` has to answer in half a second."""
     script = (
         "import sys, json\nfrom tsugiki import cli\n"
         "from typer.testing import CliRunner\n"
-        "assert CliRunner().invoke(cli.app, ['simulate', '--help']).exit_code == 0\n"
+        "for words in ([], ['simulate'], ['client'], ['config', 'init'], ['keys', 'new'], ['methods'], ['predict']):\n"
+        "    assert CliRunner().invoke(cli.app, [*words, '--help']).exit_code == 0\n"
         "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    heavy = {"torch", "flwr", "transformers", "peft", "sentence_transformers", "numpy", "pyarrow", "matplotlib", "ray"}
+    heavy = {
+        "pydantic",
+        "torch",
+        "flwr",
+        "transformers",
+        "peft",
+        "sentence_transformers",
+        "numpy",
+        "pyarrow",
+        "matplotlib",
+        "ray",
+    }
     assert heavy & set(json.loads(done.stdout)) == set()
+
+
+def test_an_error_becomes_one_message_and_an_exit_status(tmp_path):
+    """Catches: a traceback, a message on standard output, the wrong exit status of the real program."""
+    (tmp_path / "wrong.toml").write_text(tomli_w.dumps({"train": {"learning_rate": -1.0, "stepz": 3}}))
+    command = [sys.executable, "-m", "tsugiki", "config", "show", "wrong.toml"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    lines = done.stderr.splitlines()
+    assert lines[0] == "tsugiki: config-invalid: wrong.toml: 2 problems"
+    assert [line.split(" = ")[0].strip() for line in lines[1:]] == ["train.learning_rate", "train.stepz"]

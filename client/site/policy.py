@@ -26,37 +26,69 @@ ALL = "*"
 class SitePolicy(Section):
     """What this site takes part in, and what may leave it besides the update."""
 
-    tasks: Names = Field(default=(ALL,), description='tasks to take part in; "*": any')
-    adapters: Names = Field(default=(ALL,), description='adapter methods; "*": any')
+    tasks: Names = Field(default=(ALL,), description='Tasks that this site takes part in, as ["causal-lm"]. "*": any.')
+    adapters: Names = Field(default=(ALL,), description='Adapter methods that this site trains, as ["lora"]. "*": any.')
     base_fingerprints: Names = Field(
-        default=(ALL,), description='SHA-256 of base models, or the first 12 digits or more; "*": any'
+        default=(ALL,),
+        description="SHA-256 of the base models that this site trains, or the first 12 digits or more; `tsugiki site "
+        'check` prints them. Set it if only weights that you have examined may be used. "*": any.',
     )
-    max_rounds: int = Field(default=0, ge=0, description="most rounds of a run; 0: any")
-    max_local_steps: int = Field(default=0, ge=0, description="most optimiser steps in a round; 0: any")
+    max_rounds: int = Field(default=0, ge=0, description="Most rounds of a run. 0: any number.")
+    max_local_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Most optimizer steps in a round. Set it to limit how long a round may occupy this machine. 0: "
+        "any number.",
+    )
     metrics: Names = Field(
-        default=(ALL,), description='"loss" of training and metrics of evaluation that may leave; "*": all'
+        default=(ALL,),
+        description='Metrics that may leave this site besides the update: "loss" of training, and those of '
+        'evaluation, as "accuracy". Set [] to share none. "*": all.',
     )
     privacy_modes: Names = Field(
-        default=(ALL,), description='of "none", "central", "local", "distributed"; "*": any, also none'
+        default=(ALL,),
+        description='Privacy modes that this site accepts, of "none", "central", "local" and "distributed". Leave '
+        '"none" out to refuse runs without privacy. "*": any.',
     )
-    secure_aggregation: bool = Field(default=False, description="take part only if the server sees no single update")
+    secure_aggregation: bool = Field(
+        default=False,
+        description="Take part only if the server sees no single update. Set it if you do not trust the server with "
+        "this site's update.",
+    )
     min_sites: int = Field(
-        default=2, ge=2, le=255, description="least number of sites in a sum that is opened, under secure aggregation"
+        default=2,
+        ge=2,
+        le=255,
+        description="Least number of sites in a sum that is opened, under secure aggregation. Raise it if some sites "
+        "may help the server.",
     )
     min_noise_multiplier: float = Field(
         default=0.0,
         ge=0,
-        description="least noise over the clip norm; in mode distributed without secure aggregation, on each upload",
+        description='Least noise over the clip norm; in mode "distributed" without secure aggregation, the noise on '
+        "this site's own update counts. Raise it to refuse runs with too little noise.",
     )
     max_epsilon: float = Field(
-        default=0.0, ge=0, description="most epsilon of this site over its whole life, by its own ledger; 0: any"
+        default=0.0,
+        ge=0,
+        description="Most epsilon of this site over its whole life, by its own ledger. Set it to limit what all runs "
+        "together can tell about this site. 0: no limit.",
     )
     max_row_epsilon: float = Field(
-        default=0.0, ge=0, description="most epsilon of a row of this site, by DP-SGD, over its whole life; 0: any"
+        default=0.0,
+        ge=0,
+        description="Most epsilon of one row of this site over its whole life, by its own ledger. Set it if single "
+        "rows need protection: runs without DP-SGD are then refused. 0: no limit.",
     )
-    seeded_noise: bool = Field(default=False, description="tests only: take part in runs whose noise hides nothing")
     delta: float = Field(
-        default=1e-5, gt=0, lt=1, description="of max_epsilon and max_row_epsilon, whatever a run says"
+        default=1e-5,
+        gt=0,
+        lt=1,
+        description="Delta at which max_epsilon and max_row_epsilon are counted, whatever a run says. Set it below 1 "
+        "over this site's number of rows if max_row_epsilon is used.",
+    )
+    seeded_noise: bool = Field(
+        default=False, description="For tests only: take part in runs whose noise comes from a seed and hides nothing."
     )
 
     def check_run(self, config: RunConfig, round_number: int = 0) -> None:

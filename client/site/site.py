@@ -66,14 +66,25 @@ class Site(Protocol):
 class SiteSection(Section):
     """The site itself."""
 
-    name: Name = Field(description="the stable name of this site in the federation; letters, digits, . _ -")
-    audit: str = Field(default="audit.jsonl", description="this site's own log; relative to this file; empty: none")
+    name: Name = Field(
+        description="This site's name: lower-case letters, digits, . _ - (at most 64). It must be unique in the "
+        "federation and stay the same."
+    )
+    audit: str = Field(
+        default="audit.jsonl",
+        description="File for this site's own log of what it was asked and what it answered. Empty: no log.",
+    )
     ledger: str = Field(
         default="privacy-ledger.jsonl",
-        description="this site's own privacy account; relative to this file; empty: none",
+        description="File for this site's own privacy account. Keep it as long as the site has its data. Empty: no "
+        "account, and no limits by epsilon.",
     )
     max_rank: int = Field(
-        default=0, ge=0, description="train at most so many components of a LoRA adapter, under strategy svd; 0: all"
+        default=0,
+        ge=0,
+        description='Most components of a LoRA adapter that this site trains, under strategy "svd". Set it if this '
+        "machine cannot train the whole rank; runs with a larger rank and another strategy are then "
+        "refused. 0: no limit.",
     )
 
 
@@ -81,26 +92,50 @@ class SiteData(DataFormat):
     """The private data; it never leaves the site."""
 
     train: str = Field(
-        min_length=1, description="rows to train on: .csv, .tsv, .jsonl, .parquet or .txt; images: idx or a folder"
+        min_length=1,
+        description="Rows to train on: a .csv, .tsv, .jsonl, .parquet or .txt file; for images, an idx file or a "
+        "folder.",
     )
-    evaluation: str = Field(default="", description="rows to evaluate on; empty: none")
-    min_rows: int = Field(default=2, ge=1, description="refuse to train on fewer rows")
+    evaluation: str = Field(
+        default="",
+        description="Rows to evaluate on, in the same format. Set it to learn how well a run's model serves this "
+        "site. Empty: none.",
+    )
+    min_rows: int = Field(
+        default=2,
+        ge=1,
+        description="Least number of rows to train on. Raise it if an update from few rows would tell too much about "
+        "them.",
+    )
     client_column: str = Field(
-        default="", description="a gateway's: the column that says whose a row is; each is a client; empty: one client"
+        default="",
+        description="Column that says whose a row is; each of its values is a client. Set it if this site is a "
+        "gateway for many clients. Empty: the site is one client.",
     )
 
 
 class SiteServer(Section):
     """The server to connect to. Options of the command line override it."""
 
-    address: str = Field(default="", description="HOST:PORT")
-    ca: str = Field(default="", description="the federation's CA certificate; relative to this file")
-    key: str = Field(default="", description="this node's private key; relative to this file")
+    address: str = Field(default="", description="Address of the server, as HOST:PORT.")
+    ca: str = Field(default="", description="File with the federation's CA certificate, which its operator hands out.")
+    key: str = Field(
+        default="", description="File with this node's private key, from `tsugiki keys new`. Let nobody else read it."
+    )
 
     def path(self, folder: Path, name: Literal["ca", "key"]) -> Path | None:
         """Return the path of a file, or None if `site.toml` does not name it."""
         value: str = getattr(self, name)
         return folder / value if value else None
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "site": SiteSection,
+    "data": SiteData,
+    "server": SiteServer,
+    "policy": SitePolicy,
+}
+"""The tables of a site.toml, beside [models]."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +232,7 @@ def read_site(path: Path) -> FileSite:
     raw = read_toml(path)
     problems: list[Problem] = []
     parts: dict[str, Any] = {}
-    for name, section in _SECTIONS.items():
+    for name, section in SECTIONS.items():
         try:
             parts[name] = section.model_validate(raw.pop(name, {}))
         except ValidationError as error:
@@ -210,18 +245,10 @@ def read_site(path: Path) -> FileSite:
     about = parts.get("site")
     if policy and about and (policy.max_epsilon or policy.max_row_epsilon) and not about.ledger:
         problems.append(Problem("site.ledger", "''", "a file, for policy.max_epsilon and max_row_epsilon", "name one"))
-    problems += [Problem(name, "...", f"one of {', '.join(_SECTIONS)}, models", "remove it") for name in raw]
+    problems += [Problem(name, "...", f"one of {', '.join(SECTIONS)}, models", "remove it") for name in raw]
     if problems:
         raise ConfigError(str(path), problems)
     return FileSite(path.resolve().parent, **parts, models=models)
-
-
-_SECTIONS: dict[str, type[Section]] = {
-    "site": SiteSection,
-    "data": SiteData,
-    "server": SiteServer,
-    "policy": SitePolicy,
-}
 
 
 def site_of_node(context: Context) -> Site:

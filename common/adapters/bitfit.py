@@ -17,7 +17,7 @@ NO_BIASES = "it has no bias terms"
 class BitfitSettings(AdapterSettings):
     """BitFit: every bias term, those of the layer norms included."""
 
-    method: Literal["bitfit"] = Field(default="bitfit", description="the adapter method")
+    method: Literal["bitfit"] = Field(default="bitfit", description="The adapter method.")
 
 
 @ADAPTERS.register("bitfit")

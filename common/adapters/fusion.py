@@ -27,11 +27,11 @@ _FOLDER = "adapters"
 class FusionSettings(AdapterSettings):
     """AdapterFusion: an attention over exported houlsby adapters, each of which stays as it is."""
 
-    method: Literal["fusion"] = Field(default="fusion", description="the adapter method")
+    method: Literal["fusion"] = Field(default="fusion", description="The adapter method.")
     adapters: Names = Field(
         default=(),
-        description="exports of houlsby runs on this base, two or more: folders; a site resolves each name through "
-        "[models], as it does for model.name",
+        description="Folders of two or more exported houlsby runs on this base. A deployed site loads them only if "
+        "its own [models] has these names.",
     )
 
     @property

@@ -62,22 +62,26 @@ _LAYOUTS = {
 class HoulsbySettings(AdapterSettings):
     """Bottlenecks: h + up(activation(down(h))), with `up` at zero in the beginning."""
 
-    method: Literal["houlsby"] = Field(default="houlsby", description="the adapter method")
+    method: Literal["houlsby"] = Field(default="houlsby", description="The adapter method.")
     placement: Placement = Field(
         default="houlsby",
         description='"houlsby": a bottleneck after the attention and one after the feed-forward of every block; '
-        '"pfeiffer": only the latter, half the parameters',
+        '"pfeiffer": only the latter. Use "pfeiffer" for half the bytes, or if the adapters are to be '
+        "fused.",
     )
     bottleneck: int = Field(
         default=48,
         ge=1,
         le=1024,
-        description="width of the bottlenecks; a base with L blocks of width h gets "
-        "2 * L * (2 * h * bottleneck + bottleneck + h) parameters, half of that with placement pfeiffer",
+        description="Width of the bottlenecks; a base with L blocks of width h gets 2 * L * (2 * h * bottleneck + "
+        'bottleneck + h) parameters, half of that with placement = "pfeiffer". Raise it if the adapter '
+        "learns too little.",
     )
-    activation: Literal["gelu", "relu"] = Field(default="gelu", description="the nonlinearity inside the bottlenecks")
+    activation: Literal["gelu", "relu"] = Field(default="gelu", description="Nonlinearity inside the bottlenecks.")
     train_layer_norm: bool = Field(
-        default=False, description="also train and exchange the blocks' layer norms, as the original does"
+        default=False,
+        description="Also train and exchange the blocks' layer norms, as the original does. Leave it off if the "
+        "adapters are to be fused.",
     )
 
 

@@ -39,11 +39,12 @@ _KEYS = "adapter.target_modules and adapter.feedforward_modules"
 class Ia3Settings(TargetedSettings):
     """(IA)^3: factors on the outputs of some linear layers and the inputs of others, all 1 in the beginning."""
 
-    method: Literal["ia3"] = Field(default="ia3", description="the adapter method")
+    method: Literal["ia3"] = Field(default="ia3", description="The adapter method.")
     feedforward_modules: Names = Field(
         default=(),
-        description="names of the linear layers whose inputs are scaled, where target_modules names those whose "
-        "outputs are; both empty: the paper's, by architecture",
+        description="Names of the linear layers whose inputs are scaled; target_modules names those whose outputs "
+        "are. Set both if the base's architecture is not known. Both empty: the choice of the method's "
+        "paper.",
     )
 
 

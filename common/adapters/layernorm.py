@@ -14,7 +14,7 @@ from tsugiki.common.settings import AdapterSettings
 class LayerNormSettings(AdapterSettings):
     """LN tuning: a trained copy of every layer norm (or RMS norm)."""
 
-    method: Literal["layernorm"] = Field(default="layernorm", description="the adapter method")
+    method: Literal["layernorm"] = Field(default="layernorm", description="The adapter method.")
 
 
 @ADAPTERS.register("layernorm")

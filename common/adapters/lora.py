@@ -34,28 +34,52 @@ A network without attention has its last layer here.
 class LoraSettings(TargetedSettings):
     """LoRA: W + (alpha / rank) * B A, with B at zero in the beginning."""
 
-    method: Literal["lora"] = Field(default="lora", description="the adapter method")
-    rank: int = Field(default=8, ge=1, le=4096, description="rows of A, columns of B")
-    alpha: float = Field(default=16.0, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the input of A")
+    method: Literal["lora"] = Field(default="lora", description="The adapter method.")
+    rank: int = Field(
+        default=8,
+        ge=1,
+        le=4096,
+        description="Rank of the update B A: rows of A, columns of B. Raise it if the adapter learns too little; the "
+        "bytes of a round grow with it.",
+    )
+    alpha: float = Field(
+        default=16.0,
+        gt=0,
+        description="The update is scaled by alpha / rank. Twice the rank is common; raise it for larger steps.",
+    )
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Dropout on the input of A. Raise it, for example to 0.1, if sites overfit.",
+    )
     freeze_a: Literal["auto", "yes", "no"] = Field(
-        default="auto", description="keep A at its initial values and exchange B only; auto: under privacy (FFA-LoRA)"
+        default="auto",
+        description='Freeze A and train only B (FFA-LoRA). "auto": yes in private runs, where noise on both factors '
+        'would multiply, and under strategy "ffa"; no otherwise.',
     )
     use_rslora: bool = Field(
-        default=False, description="scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones"
+        default=False,
+        description="Scale by alpha / sqrt(rank) instead. Set it for large ranks, which then learn as fast as small "
+        "ones.",
     )
-    use_dora: bool = Field(default=False, description="also train the length of each row of the weights (DoRA)")
+    use_dora: bool = Field(
+        default=False,
+        description="Also train the length of each row of the weights (DoRA). Set it if LoRA learns less than full "
+        "fine-tuning; it takes more time.",
+    )
     init: Literal["default", "orthogonal"] = Field(
         default="default",
-        description='"default": A random, B zero; "orthogonal": both random, with orthogonal inner factors, so that '
-        "B A is zero all the same; takes an even rank",
+        description='"default": A is random, B is zero; "orthogonal": both are random, with orthogonal inner '
+        'factors, so that B A is zero too, and the rank must be even. Try "orthogonal" if training '
+        "starts slowly.",
     )
     merged_rank: int = Field(
         default=0,
         ge=0,
         le=65_536,
-        description="rank of a second pair that sites do not train, at most that of each layer; 0: there is none; "
-        "strategy flora sets it",
+        description='Rank of a second pair that sites do not train. Leave it at 0: strategy "flora" sets it, to at '
+        "most the rank of each layer.",
     )
 
     @field_validator("init", mode="before")

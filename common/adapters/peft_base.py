@@ -19,7 +19,9 @@ class TargetedSettings(AdapterSettings):
     """What the methods have that change chosen linear layers."""
 
     target_modules: Names = Field(
-        default=(), description="names of the linear layers; empty: those of the method's paper, by architecture"
+        default=(),
+        description='Names of the linear layers to adapt, as ["query", "value"]. Set it to adapt more layers, or if '
+        "the base's architecture is not known. Empty: the choice of the method's paper, by architecture.",
     )
 
 

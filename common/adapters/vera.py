@@ -14,12 +14,26 @@ from tsugiki.common.adapters.peft_base import PeftMethod, TargetedSettings
 class VeraSettings(TargetedSettings):
     """VeRA: W + diag(b) B diag(d) A, with A and B random and frozen, b at zero and d at d_initial in the beginning."""
 
-    method: Literal["vera"] = Field(default="vera", description="the adapter method")
+    method: Literal["vera"] = Field(default="vera", description="The adapter method.")
     rank: int = Field(
-        default=256, ge=1, le=4096, description="rows of A, columns of B; each layer trains rank numbers and its width"
+        default=256,
+        ge=1,
+        le=4096,
+        description="Rows of A, columns of B; each layer trains rank numbers and its width. Raise it if the adapter "
+        "learns too little.",
     )
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the input of A")
-    d_initial: float = Field(default=0.1, gt=0, le=10, description="the first value of every number in d")
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Dropout on the input of A. Raise it, for example to 0.1, if sites overfit.",
+    )
+    d_initial: float = Field(
+        default=0.1,
+        gt=0,
+        le=10,
+        description="Initial value of every number in d. Lower it if the loss jumps in the first rounds.",
+    )
 
 
 @ADAPTERS.register("vera")

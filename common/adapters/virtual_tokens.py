@@ -37,29 +37,37 @@ class VirtualTokensSettings(AdapterSettings):
     """What all methods with virtual tokens have."""
 
     num_virtual_tokens: int = Field(
-        default=20, ge=1, le=512, description="trained tokens before every text; they take up as many of its positions"
+        default=20,
+        ge=1,
+        le=512,
+        description="Number of trained tokens before every text. Raise it if the adapter learns too little; texts "
+        "are cut that many tokens earlier.",
     )
 
 
 class PromptSettings(VirtualTokensSettings):
     """Prompt tuning: the virtual tokens' embeddings, at those of words drawn from the vocabulary in the beginning."""
 
-    method: Literal["prompt"] = Field(default="prompt", description="the adapter method")
+    method: Literal["prompt"] = Field(default="prompt", description="The adapter method.")
 
 
 class PTuningSettings(VirtualTokensSettings):
     """P-tuning: a small network makes the virtual tokens' embeddings, so that they are not trained apart."""
 
-    method: Literal["p-tuning"] = Field(default="p-tuning", description="the adapter method")
+    method: Literal["p-tuning"] = Field(default="p-tuning", description="The adapter method.")
     encoder_hidden_size: int = Field(
-        default=128, ge=1, le=8192, description="width of the two inner layers of the network that makes the embeddings"
+        default=128,
+        ge=1,
+        le=8192,
+        description="Width of the two inner layers of the network that makes the embeddings. Lower it to send fewer "
+        "bytes.",
     )
 
 
 class PrefixSettings(VirtualTokensSettings):
     """Prefix tuning: keys and values of the virtual tokens in every block."""
 
-    method: Literal["prefix"] = Field(default="prefix", description="the adapter method")
+    method: Literal["prefix"] = Field(default="prefix", description="The adapter method.")
 
 
 class VirtualTokens(OwnMethod):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic_core import PydanticUndefined
 
+from tsugiki.common.config.commented import commented_table
 from tsugiki.common.config.parse import families, parse, section_classes
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError, Problem
@@ -182,30 +182,30 @@ def from_run_config(flat: Mapping[str, Any]) -> RunConfig:
 
 
 def commented(task: str, method: str, strategy: str) -> str:
-    """Return a run file with every setting at its default, and its meaning beside it."""
+    """Return a run file with every setting at its default, below its description.
+
+    Raises:
+        ConfigError: there is no such task, adapter method or strategy.
+    """
     chosen = {"task": {"name": task}, "adapter": {"method": method}, "strategy": {"name": strategy}}
-    lines = ["# A Tsugiki run. Every setting has its default here; delete what you do not change.", ""]
+    parts = ["# A Tsugiki run. Every setting has its default here; delete what you do not change.\n"]
     for name, section in section_classes(chosen).items():
         if isinstance(section, Problem):
             raise ConfigError("command line", [section])
-        lines += [f"[{name}]", *_commented_section(section), ""]
-        for key, field in section.model_fields.items():
-            if isinstance(field.default, Section):
-                table = _commented_section(type(field.default))
-                lines += [f"[{name}.{key}]", f"# {field.description}", *table, ""]
-    return "\n".join(lines)
+        parts.append(commented_table(name, section))
+    return "\n".join(parts)
 
 
-def _commented_section(section: type[Section]) -> list[str]:
-    lines = []
-    for key, field in section.model_fields.items():
-        if isinstance(field.default, Section):
-            continue  # after the section's own settings, as a table
-        default = "" if field.default is PydanticUndefined else field.default
-        value = tomli_w.dumps({key: list(default) if isinstance(default, tuple) else default})
-        value = f"{key} = {{}}" if default == {} else value.strip()
-        lines += [f"# {field.description}", value]
-    return lines
+def json_schema() -> dict[str, Any]:
+    """Return a JSON schema of run files; task, adapter and strategy each allow what is registered."""
+    properties: dict[str, Any] = {}
+    known = families()
+    for name, section in section_classes({}).items():
+        if name in known:
+            properties[name] = {"anyOf": [member.model_json_schema() for member in known[name]]}
+        elif not isinstance(section, Problem):
+            properties[name] = section.model_json_schema()
+    return {"title": "Tsugiki run", "type": "object", "properties": properties, "additionalProperties": False}
 
 
 def changes(config: RunConfig) -> list[tuple[str, Any, Any]]:

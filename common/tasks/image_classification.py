@@ -32,8 +32,10 @@ MODEL_TYPE = "tsugiki-cnn"
 class ImageClassificationSettings(ClassesSettings):
     """Any number of classes; accuracy, macro-F1 and loss."""
 
-    name: Literal["image-classification"] = Field(default="image-classification", description="the task")
-    num_labels: int = Field(default=10, ge=2, le=10_000, description="number of classes, where they are plain numbers")
+    name: Literal["image-classification"] = Field(default="image-classification", description="The task.")
+    num_labels: int = Field(
+        default=10, ge=2, le=10_000, description="Number of classes, if the files name them by plain numbers."
+    )
 
 
 @TASKS.register("image-classification")

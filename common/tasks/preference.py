@@ -36,13 +36,19 @@ SIDES = ("chosen", "rejected")
 class PreferenceSettings(TaskSettings):
     """Accuracy (the preferred answer ranks higher), margin and loss; pairs of equal answers are left out of them."""
 
-    name: Literal["preference"] = Field(default="preference", description="the task")
+    name: Literal["preference"] = Field(default="preference", description="The task.")
     objective: Literal["reward", "dpo"] = Field(
         default="reward",
-        description='"reward": a score for an answer, by a head of its own; "dpo": the model itself learns to prefer '
-        "answers, against the bare base",
+        description='"reward" trains a head that scores answers; "dpo" trains the model itself to prefer the chosen '
+        'answers. Use "reward" if an rlhf run is to follow.',
     )
-    beta: float = Field(default=0.1, gt=0, le=100, description="dpo: how much a drift from the bare base weighs")
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        le=100,
+        description='Objective "dpo": weight of the drift from the bare base. Raise it if the model drifts too far '
+        "from the base.",
+    )
     template: Template = Field(default="auto", description=TEMPLATE_HELP)
 
 

@@ -32,24 +32,51 @@ log = logging.getLogger("tsugiki.client")
 class RlhfSettings(TaskSettings):
     """Reward (with a 95 % interval over prompts), KL to the bare base in nats an answer, entropy in nats a token."""
 
-    name: Literal["rlhf"] = Field(default="rlhf", description="the task")
+    name: Literal["rlhf"] = Field(default="rlhf", description="The task.")
     reward_adapter: str = Field(
         default="",
-        description="what judges the answers: the folder of an exported preference run with objective = reward, on "
-        "the same base; a site looks the name up in its own [models]",
+        description='The reward model: the folder of an exported preference run with objective = "reward" on the '
+        "same base. A deployed site loads it only if its own [models] has this name.",
     )
-    samples_per_prompt: int = Field(default=4, ge=2, le=64, description="answers drawn to each prompt, and compared")
-    max_new_tokens: int = Field(default=48, ge=1, le=4096, description="tokens of an answer at most")
-    temperature: float = Field(default=1.0, gt=0, le=10, description="of the draws; the policy is the model at it")
-    beta: float = Field(default=0.1, gt=0, le=100, description="how much a drift from the bare base weighs")
+    samples_per_prompt: int = Field(
+        default=4,
+        ge=2,
+        le=64,
+        description="Number of answers that are drawn for each prompt and compared. Raise it for steadier training; "
+        "time grows with it.",
+    )
+    max_new_tokens: int = Field(
+        default=48,
+        ge=1,
+        le=4096,
+        description="Most tokens of an answer. Raise it if good answers are cut; time grows with it.",
+    )
+    temperature: float = Field(
+        default=1.0,
+        gt=0,
+        le=10,
+        description="Temperature at which answers are drawn; policy and reference are both taken at it. Raise it if "
+        "the answers to a prompt are all alike, lower it if they make no sense.",
+    )
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        le=100,
+        description="Reward that an answer loses for each nat of drift from the bare base. Raise it if the model "
+        "earns rewards with odd answers.",
+    )
     max_kl: float = Field(
         default=20.0,
         gt=0,
-        description="nats an answer: while a batch's mean drift from the bare base is more, its rewards do not count, "
-        "and the drift alone does",
+        description="Nats per answer: while the mean drift of a batch from the bare base is larger, its rewards do "
+        "not count, and training only reduces the drift. Lower it if training runs away from the base.",
     )
     missing_end_penalty: float = Field(
-        default=0.0, ge=0, le=1000, description="taken off the reward of an answer that does not end in time"
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="Reward that an answer loses if it does not end within max_new_tokens. Raise it if answers do "
+        "not come to an end.",
     )
     template: Template = Field(default="auto", description=TEMPLATE_HELP)
 

@@ -27,19 +27,37 @@ if TYPE_CHECKING:
 class SentenceEmbeddingSettings(ClassesSettings):
     """Pearson and Spearman on scored pairs, recall@k on positive pairs, accuracy on labelled pairs."""
 
-    name: Literal["sentence-embedding"] = Field(default="sentence-embedding", description="the task")
+    name: Literal["sentence-embedding"] = Field(default="sentence-embedding", description="The task.")
     loss: Literal["multiple-negatives", "cosine-similarity", "cosent", "softmax-nli"] = Field(
         default="multiple-negatives",
-        description='"multiple-negatives" reads anchor, positive and, where there are any, negative; '
-        '"cosine-similarity" and "cosent" read sentence1, sentence2 and score: the first wants the cosine to be the '
-        'score, the second only the same order; "softmax-nli" reads sentence1, sentence2 and label',
+        description='The loss, by the columns that you have. "multiple-negatives" reads anchor, positive and, if '
+        'there is one, negative. "cosine-similarity" and "cosent" read sentence1, sentence2 and score; '
+        'use "cosent" if only the order of the scores matters. "softmax-nli" reads sentence1, sentence2 '
+        "and label.",
     )
     num_labels: int = Field(
-        default=3, ge=2, le=10_000, description="softmax-nli: number of classes, where they are plain numbers"
+        default=3,
+        ge=2,
+        le=10_000,
+        description='Loss "softmax-nli": number of classes, if the files name them by plain numbers.',
     )
-    scale: float = Field(default=20.0, gt=0, description="multiple-negatives and cosent: factor on the cosines")
-    score_max: float = Field(default=1.0, gt=0, description="the best score in the files; scores are divided by it")
-    recall_at: int = Field(default=1, ge=1, le=1000, description="k of recall@k")
+    scale: float = Field(
+        default=20.0,
+        gt=0,
+        description='Losses "multiple-negatives" and "cosent": factor on the cosines. Raise it to put more weight on '
+        "the hardest pairs.",
+    )
+    score_max: float = Field(
+        default=1.0,
+        gt=0,
+        description="Best score in the files, by which scores are divided. Set it to 5 for scores from 0 to 5.",
+    )
+    recall_at: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="The k of recall@k. Set it to the number of results that your search shows.",
+    )
 
 
 @TASKS.register("sentence-embedding")

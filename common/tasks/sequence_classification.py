@@ -26,12 +26,17 @@ if TYPE_CHECKING:
 class SequenceClassificationSettings(ClassesSettings):
     """Any number of classes; accuracy, macro-F1 and loss."""
 
-    name: Literal["sequence-classification"] = Field(default="sequence-classification", description="the task")
-    pair: bool = Field(default=False, description="classify pairs, from the columns text and text_pair")
+    name: Literal["sequence-classification"] = Field(default="sequence-classification", description="The task.")
+    pair: bool = Field(
+        default=False,
+        description="Classify pairs of texts, from the columns text and text_pair. Set it for tasks such as "
+        "entailment.",
+    )
     train_pooler: bool = Field(
         default=False,
-        description="also train and exchange the base's pooler (BERT's: a dense layer on the first token), which "
-        "otherwise stays as the checkpoint has it; worth its h * (h + 1) numbers where pre-training did not use it",
+        description="Also train and exchange the base's pooler (BERT's: a dense layer on the first token, h * (h + "
+        "1) numbers). Set it if pre-training did not use the pooler; in private runs try without it "
+        "first.",
     )
 
 

@@ -1,38 +1,137 @@
-"""What a run would do, before it is run."""
+"""What a run would do and what it could be, before it is run: its privacy, the adapter methods, this machine."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from tsugiki.common.errors import UsageError
-from tsugiki.common.files import write_atomically
-from tsugiki.server.budget.budget import Size, make_budget, measure, read
+from tsugiki.common.options import Json, Plot, RunFile, Set
+
+if TYPE_CHECKING:
+    from tsugiki.common.config.run import RunConfig
+    from tsugiki.server.methods import Menu, Pair
+
+app = typer.Typer()
 
 
-def budget(file: Path, overrides: Sequence[str], dimension: int, plot: Path | None, as_json: bool) -> None:
-    """Print what a run's privacy plan costs and what others would; train nothing.
+@app.command(epilog="Example: tsugiki budget federation.toml --set privacy.mode=distributed --plot budget.svg")
+def budget(
+    file: RunFile,
+    dimension: Annotated[int, typer.Option(metavar="D", min=0, help="Parameters of an update; 0: the model says.")] = 0,
+    plot: Plot = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Plan privacy, and train nothing: the noise for a budget, what each adversary sees, what is left to learn."""
+    from tsugiki.common.files import write_atomically
+    from tsugiki.server.budget.budget import Size, make_budget, measure, read
+    from tsugiki.server.budget.figure import draw
+    from tsugiki.server.budget.text import show
 
-    Args:
-        file: the run's.
-        overrides: of its settings.
-        dimension: number of parameters of an update; 0: the base model is loaded to find out.
-        plot: where a figure is written; None: nowhere.
-        as_json: one JSON object instead of tables.
-    """
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
         raise UsageError(f"--plot {plot}", "a name that ends in .png or .svg")
-    config, mode, assumed = read(file, overrides)
-    found = make_budget(config, Size(dimension) if dimension else measure(config), mode, assumed)
+    config, mode, assumed = read(file, overrides or [])
+    size = Size(dimension) if dimension else measure(config)
+    found = make_budget(config, size, mode, assumed)
     if plot is not None:
-        from tsugiki.server.budget.figure import draw
-
         write_atomically(plot, draw(found, plot.suffix.lower()[1:]))
     if as_json:
-        sys.stdout.write(json.dumps(found.as_json(), indent=1) + "\n")
+        typer.echo(json.dumps(found.as_json(), indent=1))
     else:
-        from tsugiki.server.budget.text import show
-
         show(found, file, plot)
+
+
+@app.command(
+    epilog="Examples: tsugiki methods; tsugiki methods --model HuggingFaceTB/SmolLM2-135M; tsugiki methods run.toml"
+)
+def methods(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="A run's TOML file; its settings count.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="The base; by default the run's, or all-MiniLM.")] = "",
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """List which adapter methods go with which tasks on a base, with sizes, and why the others do not."""
+    from rich.console import Console
+
+    from tsugiki.server.methods import menu
+
+    config = _read_with_model(file, model, overrides or [])
+    with Console(stderr=True).status("looking at each task") as status:
+        found = menu(config, lambda task: status.update(f"{task} with each method"))
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=1))
+    else:
+        _print_menu(found)
+
+
+def _read_with_model(file: Path | None, model: str, overrides: list[str]) -> RunConfig:
+    """Return the run of a file, or the default run, on the given base model."""
+    from tsugiki.common.config.files import read
+    from tsugiki.common.config.parse import parse
+
+    if file is not None:
+        return read(file, [*overrides, f"model.name={model}"] if model else overrides)
+    if overrides:
+        raise UsageError("--set without a file", "a run's TOML file", "give FILE, or --model alone")
+    return parse({"model": {"name": model}} if model else {})
+
+
+def _print_menu(found: Menu) -> None:
+    """Print a table: in each cell the parameters of adapter and head, and the bytes of a round each way."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tsugiki.common.adapters import ADAPTERS
+    from tsugiki.server.methods import reasons
+    from tsugiki.server.report.tables import size_text
+
+    numbers = reasons(found.pairs)
+    table = Table(title=f"{found.base}: numbers of the adapter + head, and bytes of a round, each way")
+    table.add_column("method")
+    for task in found.pairs:
+        table.add_column(task, justify="right")
+    for method in ADAPTERS.names():
+        table.add_row(method, *(_cell(row[method], numbers) for row in found.pairs.values()))
+    console = Console(width=max(Console().width, 24 * len(found.pairs)))
+    console.print(table)
+    for reason, number in numbers.items():
+        console.print(f"({number}) {reason}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"Memory at a site: {size_text(found.base_bytes)} of frozen weights, at most {size_text(found.trained_bytes)} "
+        "for what is trained (numbers, gradients, Adam's moments), and activations, by batch and length.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _cell(pair: Pair, numbers: Mapping[str, int]) -> str:
+    from tsugiki.server.report.tables import size_text
+
+    if pair.reason:
+        return f"({numbers[pair.reason]})"
+    head = f" + {pair.head:,}" if pair.head else ""
+    return f"{pair.adapter:,}{head}\n{size_text(pair.size_bytes)}"
+
+
+@app.command(epilog="Example: tsugiki doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """Look at this machine: versions, devices, what is missing, and what to do about it."""
+    from tsugiki.server.doctor import examine
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([vars(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            mark = "ok  " if finding.fine else ("FAIL" if finding.needed else "-   ")
+            advice = f"  -> {finding.do}" if finding.do and not finding.fine else ""
+            typer.echo(f"{mark} {finding.name}: {finding.found}{advice}")
+    if any(finding.needed and not finding.fine for finding in findings):
+        raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""The bodies of the operator's commands."""
+"""A whole run from its file: on this machine, over a network, beside its baselines, or as the demo."""
 
 from __future__ import annotations
 
@@ -9,49 +9,213 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tsugiki.common.config import files as config_file
-from tsugiki.common.config.parse import parse
-from tsugiki.common.config.run import RunConfig
+import typer
+
 from tsugiki.common.errors import ExportError, UsageError
-from tsugiki.common.files import unwritable
-from tsugiki.server.engines.grid import Stop
-from tsugiki.server.run.privacy_words import headline
-from tsugiki.server.run.simulate import SimulatedApp
+from tsugiki.common.options import Json, RunFile, Set
+from tsugiki.server.commands.keys import KeysFolder
+
+if TYPE_CHECKING:
+    from tsugiki.common.config.run import RunConfig
+    from tsugiki.server.engines.grid import Stop
+    from tsugiki.server.run.simulate import SimulatedApp
+
+app = typer.Typer()
+
+OptionalRunFile = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The run's TOML file.")]
+Resume = Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on from a run's last checkpoint.")]
+Previous = Annotated[
+    bool, typer.Option("--previous/--no-previous", help="With --resume: from the checkpoint before the last.")
+]
+Export = Annotated[bool, typer.Option("--export/--no-export", help="Export the best adapter when the run has ended.")]
 
 
-def simulate(
-    file: Path | None,
-    resume: Path | None,
-    previous: bool,
-    engine: str | None,
-    overrides: Sequence[str],
-    with_export: bool,
-    as_json: bool,
-    client: SimulatedApp,
+@app.command(epilog="Example: tsugiki demo --seed 1 --output-dir /tmp/runs")
+def demo(
+    ctx: typer.Context,
+    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 42,
+    output_dir: Annotated[Path, typer.Option(help="Where the run's folder is made.")] = Path("runs"),
+    baselines: Annotated[bool, typer.Option(help="Also train each company alone, to compare.")] = True,
+    data_only: Annotated[bool, typer.Option("--data-only", help="Write the data and run file; run nothing.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Run a federation on this machine, or go on with one; then export and report."""
-    from tsugiki.server.run import progress
+    """Run the whole thing on generated contract clauses: four companies, one search for similar clauses."""
+    if data_only and (as_json or not baselines):
+        raise typer.BadParameter("--data-only goes with --seed and --output-dir only")
+    if data_only:
+        _write_demo_data(seed, output_dir)
+        return
+    summary = _run_demo(seed, output_dir.absolute(), baselines, ctx.obj)
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
+    else:
+        _show_demo(summary)
+
+
+def _write_demo_data(seed: int, output_dir: Path) -> None:
+    from tsugiki.server.demo.run import write_files
+
+    run_file, data_files = write_files(output_dir, seed)
+    for path in (run_file, data_files.train, data_files.test_retrieval, data_files.test_scored):
+        typer.echo(path)
+
+
+def _run_demo(seed: int, output_dir: Path, baselines: bool, client: SimulatedApp) -> dict[str, Any]:
+    """Make the data, run the federation and the baselines, export and report; return what came out."""
+    from tsugiki.server.baselines import run_baselines
+    from tsugiki.server.demo import run as parts
+    from tsugiki.server.export.export import export
+    from tsugiki.server.report.page import write_report
+    from tsugiki.server.run.progress import Lines, choose
     from tsugiki.server.run.simulate import simulate as run
 
-    if (file is None) == (resume is None):
-        raise UsageError("either FILE or --resume RUN", do="tsugiki simulate --help")
-    if previous and resume is None:
-        raise UsageError("--previous goes with --resume RUN")
-    engines = [f"simulation.engine={engine}"] if engine else []
-    config = config_file.read(file or Path(str(resume)) / "config.toml", [*overrides, *engines])
-    if resume is not None:
-        config = at_folder(config, resume)
+    started = time.perf_counter()
+    name = parts.free_name(output_dir)
+    files = parts.make_data(output_dir / f"{name}-data", seed)
+    config = parts.demo_config(seed, output_dir, name, files)
+    kinds = ["untouched", "local"] if baselines else ["untouched"]
     with stop_on_signals() as stop:
-        outcome = run(
-            config, client, resume=resume is not None, previous=previous, progress=progress.choose(), stop=stop
-        )
-    finish(outcome.folder, outcome.summary, with_export, as_json)
+        outcome = run(config, client, progress=choose(), stop=stop)
+        sites = site_names(outcome.folder)
+        results = run_baselines(config, outcome.folder, client, sites, kinds, Lines(), stop)
+    pearson = parts.scored(config, files, outcome.state.vector)
+    adapter = export(outcome.folder)
+    report = write_report(outcome.folder)
+    return {
+        **outcome.summary,
+        "federated": _last_evaluation(outcome.folder),
+        **results,
+        "pearson": pearson,
+        "seconds": time.perf_counter() - started,
+        "adapter": str(adapter),
+        "report": str(report),
+    }
 
 
-def at_folder(config: RunConfig, folder: Path) -> RunConfig:
+def _show_demo(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    _show_comparison(summary["monitor"], summary["federated"], summary)
+    console = Console()
+    pearson = summary["pearson"]
+    console.print(f"pearson on scored pairs: {pearson['before']:.4f} before, {pearson['after']:.4f} after")
+    for name in ("adapter", "report"):
+        console.print(f"{name}: {summary[name]}", highlight=False, soft_wrap=True)
+    console.print(f"{summary['seconds']:.0f} s")
+
+
+@app.command(epilog="Examples: tsugiki simulate examples/sst2.toml; tsugiki simulate --resume runs/sst2")
+def simulate(
+    ctx: typer.Context,
+    file: OptionalRunFile = None,
+    resume: Resume = None,
+    previous: Previous = False,
+    engine: Annotated[Literal["in-process", "ray"] | None, typer.Option(help="Instead of simulation.engine.")] = None,
+    export: Export = True,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Run a whole federation on this machine."""
+    from tsugiki.server.run.progress import choose
+    from tsugiki.server.run.simulate import simulate as run
+
+    assignments = list(overrides or [])
+    if engine:
+        assignments.append(f"simulation.engine={engine}")
+    config = _read_run("simulate", file, resume, previous, assignments)
+    client: SimulatedApp = ctx.obj
+    with stop_on_signals() as stop:
+        outcome = run(config, client, resume=resume is not None, previous=previous, progress=choose(), stop=stop)
+    _finish(outcome.folder, outcome.summary, with_export=export, as_json=as_json)
+
+
+@app.command(epilog="Examples: tsugiki serve run.toml --listen 0.0.0.0:9092; tsugiki serve --resume runs/a")
+def serve(
+    file: OptionalRunFile = None,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where sites connect.")] = "127.0.0.1:9092",
+    tls: Annotated[Path, typer.Option("--tls", metavar="DIR", help="From `tsugiki certs`.")] = Path("tls"),
+    keys: KeysFolder = Path("keys"),
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no keys; on loopback only.")] = False,
+    wait_s: Annotated[
+        float, typer.Option("--wait", metavar="SECONDS", help="For sites; 0: strategy.connect_timeout_s.")
+    ] = 0,
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Use a SuperLink that runs already.")] = "",
+    resume: Resume = None,
+    previous: Previous = False,
+    export: Export = True,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Run a federation over a network: a SuperLink, and the run on it, until the run is over."""
+    from tsugiki.server.deploy.certs import CertificateFiles
+    from tsugiki.server.deploy.serve import Deployment
+    from tsugiki.server.deploy.serve import serve as run
+    from tsugiki.server.run.progress import choose
+
+    assignments = list(overrides or [])
+    if wait_s:
+        assignments.append(f"strategy.connect_timeout_s={wait_s}")
+    config = _read_run("serve", file, resume, previous, assignments)
+    progress = choose()
+    certificates = None if insecure else CertificateFiles(tls)
+    deployment = Deployment(listen, certificates, keys, superlink, progress.note)
+    with stop_on_signals() as stop:
+        outcome = run(config, deployment, resume=resume is not None, previous=previous, progress=progress, stop=stop)
+    _finish(outcome.folder, outcome.summary, with_export=export, as_json=as_json)
+
+
+@app.command(epilog="Example: tsugiki compare examples/sst2.toml --set run.rounds=3")
+def compare(ctx: typer.Context, file: RunFile, overrides: Set = None, as_json: Json = False) -> None:
+    """Compare federated training with centralised, local-only and no training, on the same data and steps."""
+    from tsugiki.common.config.files import read
+    from tsugiki.server.baselines import run_baselines
+    from tsugiki.server.report.page import write_report
+    from tsugiki.server.run.progress import Lines, choose
+    from tsugiki.server.run.simulate import simulate as run
+
+    config = read(file, overrides or [])
+    if not config.evaluation.data:
+        raise UsageError("nothing to compare by", "evaluation.data in the run file", "name a held-out file")
+    client: SimulatedApp = ctx.obj
+    kinds = ["untouched", "local", "centralised"]
+    with stop_on_signals() as stop:
+        outcome = run(config, client, progress=choose(), stop=stop)
+        sites = site_names(outcome.folder)
+        results = run_baselines(config, outcome.folder, client, sites, kinds, Lines(), stop)
+    federated = _last_evaluation(outcome.folder)
+    write_report(outcome.folder)
+    if as_json:
+        typer.echo(json.dumps({"federated": federated, **results}, indent=1))
+    else:
+        _show_comparison(config.monitor, federated, results)
+
+
+def _read_run(
+    command: str, file: Path | None, resume: Path | None, previous: bool, overrides: Sequence[str]
+) -> RunConfig:
+    """Return the run to start, or the one to go on with.
+
+    Raises:
+        UsageError: `file`, `resume` and `previous` do not go together.
+        ConfigError: the run's file is wrong.
+    """
+    from tsugiki.common.config.files import read
+
+    if file is None and resume is not None:
+        return _at_folder(read(resume / "config.toml", overrides), resume)
+    if file is None or resume is not None:
+        raise UsageError("either FILE or --resume RUN", do=f"tsugiki {command} --help")
+    if previous:
+        raise UsageError("--previous goes with --resume RUN")
+    return read(file, overrides)
+
+
+def _at_folder(config: RunConfig, folder: Path) -> RunConfig:
     """Return the configuration of a run whose folder may have been moved, but not renamed."""
+    from tsugiki.common.config.parse import parse
+
     if folder.resolve().name != config.run.name:
         raise UsageError(
             f"{folder} holds the run {config.run.name!r}",
@@ -66,6 +230,8 @@ def at_folder(config: RunConfig, folder: Path) -> RunConfig:
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
     """Let the first Ctrl-C or SIGTERM end the run at the next chance, the second at once."""
+    from tsugiki.server.engines.grid import Stop
+
     stop = Stop()
 
     def handle(number: int, frame: Any) -> None:
@@ -82,9 +248,9 @@ def stop_on_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def finish(folder: Path, summary: dict[str, Any], with_export: bool, as_json: bool) -> None:
+def _finish(folder: Path, summary: dict[str, Any], *, with_export: bool, as_json: bool) -> None:
     """Write the report, export the adapter, and show what came out."""
-    from tsugiki.server.export.export import export as write_export
+    from tsugiki.server.export.export import export
     from tsugiki.server.report.page import write_report
 
     summary = {**summary, "report": str(write_report(folder)), "folder": str(folder)}
@@ -92,21 +258,23 @@ def finish(folder: Path, summary: dict[str, Any], with_export: bool, as_json: bo
         adapter = folder / "adapter"
         try:
             # A resumed run that had ended before has been exported; it ends with the same adapter.
-            summary["adapter"] = str(adapter if adapter.exists() else write_export(folder))
+            summary["adapter"] = str(adapter if adapter.exists() else export(folder))
         except ExportError as error:
             if error.code not in ("no-public-name", "export-unsupported"):
                 raise
-            sys.stderr.write(f"not exported: {error}\n")
+            typer.echo(f"not exported: {error}", err=True)
     if as_json:
-        print_json(summary)
+        typer.echo(json.dumps(summary, indent=1))
     else:
-        show_summary(summary)
+        _show_summary(summary)
 
 
-def show_summary(summary: dict[str, Any]) -> None:
+def _show_summary(summary: dict[str, Any]) -> None:
     """Print a run's result as a table, and where its files are."""
     from rich.console import Console
     from rich.table import Table
+
+    from tsugiki.server.run.privacy_words import headline
 
     table = Table(title=f"{summary['name']}: {summary['rounds']} rounds, {summary['strategy']}, {summary['method']}")
     for column in ("metric", "before", f"best (round {summary['best_round']})"):
@@ -115,36 +283,13 @@ def show_summary(summary: dict[str, Any]) -> None:
         table.add_row(name, f"{summary['before'][name]:.4f}", f"{value:.4f}")
     table.add_row("adapter + head parameters", "", f"{summary['adapter_parameters']} + {summary['head_parameters']}")
     table.add_row("bytes up, all rounds", "", f"{summary['bytes_up']:,}")
-    (console := Console()).print(table)
+    console = Console()
+    console.print(table)
     if line := headline(summary.get("privacy", {})):
         console.print(line, highlight=False, markup=False)
     for name in ("adapter", "report"):
         if name in summary:
             console.print(f"{name}: {summary[name]}", highlight=False, soft_wrap=True)
-
-
-def compare(file: Path, overrides: Sequence[str], as_json: bool, client: SimulatedApp) -> None:
-    """Run the federation and all baselines; one table, one report."""
-    from tsugiki.server.baselines import run_baselines
-    from tsugiki.server.report.page import write_report
-    from tsugiki.server.run import progress
-    from tsugiki.server.run.simulate import simulate as run
-
-    config = config_file.read(file, overrides)
-    if not config.evaluation.data:
-        raise UsageError("nothing to compare by", "evaluation.data in the run file", "name a held-out file")
-    show = progress.Lines()
-    with stop_on_signals() as stop:
-        outcome = run(config, client, progress=progress.choose(), stop=stop)
-        sites = site_names(outcome.folder)
-        kinds = ["untouched", "local", "centralised"]
-        results = run_baselines(config, outcome.folder, client, sites, kinds, show, stop)
-    federated = last_evaluation(outcome.folder)
-    write_report(outcome.folder)
-    if as_json:
-        print_json({"federated": federated, **results})
-    else:
-        show_comparison(config.monitor, federated, results)
 
 
 def site_names(folder: Path) -> list[str]:
@@ -154,7 +299,7 @@ def site_names(folder: Path) -> list[str]:
     return sorted({event["site"] for event in verify(folder / "audit.jsonl") if event["event"] == "hello"})
 
 
-def last_evaluation(folder: Path) -> dict[str, float]:
+def _last_evaluation(folder: Path) -> dict[str, float]:
     """Return the metrics of the last evaluated round."""
     from tsugiki.common.files import read_lines
 
@@ -162,7 +307,7 @@ def last_evaluation(folder: Path) -> dict[str, float]:
     return found
 
 
-def show_comparison(monitor: str, federated: dict[str, float], results: dict[str, Any]) -> None:
+def _show_comparison(monitor: str, federated: dict[str, float], results: dict[str, Any]) -> None:
     """Print the federated result beside the baselines."""
     from rich.console import Console
     from rich.table import Table
@@ -186,128 +331,3 @@ def show_comparison(monitor: str, federated: dict[str, float], results: dict[str
     for title, metrics in rows:
         table.add_row(title, *(f"{metrics[name]:.4f}" for name in federated))
     Console().print(table)
-
-
-def demo(seed: int, output_dir: Path, baselines: bool, as_json: bool, client: SimulatedApp) -> None:
-    """Make the data, run the federation, compare, export, report."""
-    from rich.console import Console
-
-    from tsugiki.server.baselines import run_baselines
-    from tsugiki.server.demo import run as parts
-    from tsugiki.server.export.export import export as write_export
-    from tsugiki.server.report.page import write_report
-    from tsugiki.server.run import progress
-    from tsugiki.server.run.simulate import simulate as run
-
-    started = time.perf_counter()
-    output_dir = output_dir.absolute()
-    name = parts.free_name(output_dir)
-    files = parts.make_data(output_dir / f"{name}-data", seed)
-    config = parts.demo_config(seed, output_dir, name, files)
-    with stop_on_signals() as stop:
-        outcome = run(config, client, progress=progress.choose(), stop=stop)
-        kinds = ["untouched", "local"] if baselines else ["untouched"]
-        sites, lines = site_names(outcome.folder), progress.Lines()
-        results = run_baselines(config, outcome.folder, client, sites, kinds, lines, stop)
-    federated = last_evaluation(outcome.folder)
-    pearson = parts.scored(config, files, outcome.state.vector)
-    adapter, report_file = write_export(outcome.folder), write_report(outcome.folder)
-    seconds = time.perf_counter() - started
-    summary = {**outcome.summary, "federated": federated, **results, "pearson": pearson, "seconds": seconds}
-    if as_json:
-        print_json({**summary, "adapter": str(adapter), "report": str(report_file)})
-        return
-    show_comparison(config.monitor, federated, results)
-    console = Console()
-    console.print(f"pearson on scored pairs: {pearson['before']:.4f} before, {pearson['after']:.4f} after")
-    for title, path in (("adapter", adapter), ("report", report_file)):
-        console.print(f"{title}: {path}", highlight=False, soft_wrap=True)
-    console.print(f"{seconds:.0f} s")
-
-
-def demo_data(seed: int, output_dir: Path) -> None:
-    """Write the demo's data and run file."""
-    from tsugiki.server.demo.run import write_files
-
-    file, files = write_files(output_dir, seed)
-    for path in (file, files.train, files.test_retrieval, files.test_scored):
-        sys.stdout.write(f"{path}\n")
-
-
-def export(run: Path, target: Path | None, which: Literal["best", "last"], merged: bool) -> None:
-    """Export a run's adapter."""
-    from tsugiki.server.export.export import export as write_export
-
-    sys.stdout.write(f"{write_export(run, target, which=which, merged=merged)}\n")
-
-
-def report(run: Path) -> None:
-    """Write a run's report."""
-    from tsugiki.server.report.page import write_report
-
-    sys.stdout.write(f"{write_report(run)}\n")
-
-
-def config_init(file: Path, task: str, method: str, strategy: str) -> None:
-    """Write a commented run file."""
-    text = config_file.commented(task, method, strategy)
-    try:
-        with file.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-    except FileExistsError:
-        raise UsageError(f"{file} is there already", "a new file", "choose another name, or delete it") from None
-    except OSError as error:
-        raise unwritable(file, error) from error
-    sys.stdout.write(f"{file}\n")
-
-
-def config_show(file: Path, overrides: Sequence[str], as_json: bool) -> None:
-    """Print the resolved configuration; settings that differ from their default are marked."""
-    config = config_file.read(file, overrides)
-    if as_json:
-        print_json(config.model_dump(mode="json"))
-        return
-    changed = {key for key, _, _ in config_file.changes(config)}
-    given = {assignment.split("=", 1)[0] for assignment in overrides}
-    section = ""
-    for line in config_file.to_toml(config).splitlines():
-        section = line.strip("[]") if line.startswith("[") else section
-        key = f"{section}.{line.split(' = ')[0]}"
-        setting = ".".join(key.split(".")[:2])  # a table's own keys come from where the table comes from
-        source = "--set" if setting in given else str(file) if setting in changed else "default"
-        sys.stdout.write(f"{line:<72}  # {source}\n" if " = " in line else f"{line}\n")
-
-
-def config_schema() -> None:
-    """Print a JSON schema; task, adapter and strategy each allow what is registered."""
-    from tsugiki.common.config.parse import families, section_classes
-    from tsugiki.common.errors import Problem
-
-    properties: dict[str, Any] = {}
-    for name, section in section_classes({}).items():
-        if name in (known := families()):
-            properties[name] = {"anyOf": [member.model_json_schema() for member in known[name]]}
-        elif not isinstance(section, Problem):
-            properties[name] = section.model_json_schema()
-    print_json({"title": "Tsugiki run", "type": "object", "properties": properties, "additionalProperties": False})
-
-
-def doctor(as_json: bool) -> None:
-    """Print what this machine has, and what to do about what it lacks. Exit status 1 if something needed is missing."""
-    from tsugiki.server.doctor import examine
-
-    findings = examine()
-    if as_json:
-        print_json([finding.__dict__ for finding in findings])
-    else:
-        for finding in findings:
-            mark = "ok  " if finding.fine else ("FAIL" if finding.needed else "-   ")
-            advice = f"  -> {finding.do}" if finding.do and not finding.fine else ""
-            sys.stdout.write(f"{mark} {finding.name}: {finding.found}{advice}\n")
-    if any(finding.needed and not finding.fine for finding in findings):
-        sys.exit(1)
-
-
-def print_json(value: Any) -> None:
-    """Print JSON, and nothing else, to standard output."""
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")

@@ -1,22 +1,17 @@
 """The menu on a base: true sizes, reasons for what does not go, and a base that is left as it was."""
 
-import json
-
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_bert, tiny_llama
-from tsugiki import cli
 from tsugiki.common.adapters import ADAPTERS
 from tsugiki.common.config.parse import parse
-from tsugiki.common.errors import ModelError, UsageError
+from tsugiki.common.errors import ModelError
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks import TASKS
 from tsugiki.server import methods as module
-from tsugiki.server.methods import menu, methods, reasons
-from tsugiki.server.report.tables import size_text
+from tsugiki.server.methods import menu, reasons
 
 
 @pytest.fixture(scope="module")
@@ -110,38 +105,15 @@ def test_one_base_serves_all_methods(bert, monkeypatch):
         assert not [name for name, _ in base.transformer.named_parameters() if "lora" in name or "bottleneck" in name]
 
 
-def test_the_command_prints_a_table_or_json(bert, tmp_path):
-    """Catches: a cell without its bytes; JSON that no script can read; settings that nothing takes."""
-    done = CliRunner().invoke(cli.app, ["methods", "--model", str(bert)])
-    assert done.exit_code == 0, done.output
-    assert "houlsby" in done.stdout
-    assert "(1)" in done.stdout
-    assert "Memory at a site" in done.stdout
-    body = json.loads(CliRunner().invoke(cli.app, ["methods", "--model", str(bert), "--json"]).stdout)
-    assert body["pairs"]["sequence-classification"]["lora"]["adapter"] > 0
-    with pytest.raises(UsageError):
-        methods(None, str(bert), ["adapter.rank=2"], False)
-    file = tmp_path / "run.toml"
-    file.write_text(f'[model]\nname = "{bert}"\n[adapter]\nmethod = "lora"\nrank = 1\n')
-    words = ["methods", str(file), "--json", "--set"]
-    small, large = (json.loads(CliRunner().invoke(cli.app, [*words, f"adapter.rank={rank}"]).stdout) for rank in (1, 4))
-    pair = [menu_["pairs"]["sequence-classification"]["lora"]["adapter"] for menu_ in (small, large)]
-    assert pair[1] == 4 * pair[0]
-
-
-def test_memory_is_that_of_the_base_and_of_what_adam_keeps(found, bert, capsys):
+def test_memory_is_that_of_the_base_and_of_what_adam_keeps(found, bert):
     """Catches: gradients or moments left out; the head counted for another pair than its adapter; half a base."""
     base = module.load_base(
         TASKS.get("sequence-classification")(TASKS.get("sequence-classification").Settings()), bert, torch.float32
     )
     assert found.base_bytes == 4 * sum(value.numel() for value in base.transformer.parameters())
-    module.show(found, as_json=False)
     most = max(pair.adapter + pair.head for row in found.pairs.values() for pair in row.values())
     value, gradient, moments = 4, 4, 2 * 4
-    trained = size_text((value + gradient + moments) * most)
-    assert f"{size_text(found.base_bytes)} of frozen weights, at most {trained} for what is trained" in (
-        capsys.readouterr().out
-    )
+    assert found.trained_bytes == (value + gradient + moments) * most
 
 
 def test_a_base_that_is_not_there_is_an_error(tmp_path):

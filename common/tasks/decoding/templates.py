@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 Template = Literal["auto", "chat", "alpaca", "plain"]
 TEMPLATE_HELP = (
-    'what stands around a prompt; "chat": the tokenizer\'s own chat template; "alpaca": headings for instruction, '
-    'input and response; "plain": nothing; "auto": chat where the tokenizer has a template, else alpaca'
+    'Text around a prompt. "chat": the tokenizer\'s own chat template; "alpaca": headings for instruction, input and '
+    'response; "plain": nothing; "auto": "chat" if the tokenizer has a template, else "alpaca". Name the one that the '
+    "base was trained with, if it was trained to answer."
 )
 
 

@@ -21,8 +21,9 @@ from tsugiki.common.config.files import (
     to_toml,
     with_absolute_paths,
 )
-from tsugiki.common.config.parse import parse
+from tsugiki.common.config.parse import families, parse, section_classes
 from tsugiki.common.errors import ConfigError
+from tsugiki.common.privacy.settings import ExamplePrivacySection
 from tsugiki.common.strategies import STRATEGIES
 from tsugiki.common.tasks import TASKS
 
@@ -143,10 +144,25 @@ def test_commented_file_is_the_default_run(task, method, strategy):
     raw = tomllib.loads(text)
     followed = {"ffa": ["adapter.freeze_a"], "flora": ["adapter.merged_rank"]}.get(strategy, [])
     assert [key for key, *_ in changes(parse(raw))] == followed
-    settings = [line for line in text.splitlines() if " = " in line and not line.startswith("#")]
-    tables = [value for section in raw.values() for key, value in section.items() if key == "examples"]
-    assert len(settings) == sum(map(len, raw.values())) - len(tables) + sum(map(len, tables))
-    assert text.count("\n# ") == len(settings) + len(tables)
+    written = {name: dict(table) for name, table in raw.items()}
+    tables = {"privacy.examples": written["privacy"].pop("examples")}
+    config = parse(raw)
+    for name, settings in {**written, **tables}.items():
+        section = config
+        for part in name.split("."):
+            section = getattr(section, part)
+        nested = {key for key in type(section).model_fields if f"{name}.{key}" in tables}
+        assert set(settings) == set(type(section).model_fields) - nested
+
+
+def test_descriptions_are_sentences():
+    """Catches: a description that continues the one above it, or breaks off."""
+    known = families()
+    classes = [section for name, section in section_classes({}).items() if name not in known]
+    classes += [*known["task"], *known["adapter"], ExamplePrivacySection]
+    found = [field.description for section in classes for field in section.model_fields.values()]
+    assert len(found) > 100
+    assert [text for text in found if text[0].islower() or not text.endswith(".")] == []
 
 
 def test_commented_refuses_an_unknown_name():

@@ -1,38 +1,21 @@
+"""Whole runs from the command line: simulate, serve, compare and the demo."""
+
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import tomli_w
-from typer.testing import CliRunner
 
-import tsugiki
+from tests.support.command_line import invoke
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import tiny_sentence_transformer
-from tsugiki import cli
 from tsugiki.client.app import simulated_app
-from tsugiki.common.adapters import ADAPTERS
-from tsugiki.common.config.files import read, to_toml
+from tsugiki.common.config.files import to_toml
 from tsugiki.common.config.parse import parse
-from tsugiki.common.config.run import RunConfig
-from tsugiki.common.errors import ConfigError, ExportError, RegistryError, TsugikiError, UsageError
+from tsugiki.common.errors import ExportError, TsugikiError, UsageError
 from tsugiki.common.files import read_lines
-from tsugiki.common.strategies import STRATEGIES
-from tsugiki.common.tasks import TASKS
-from tsugiki.server import doctor
 from tsugiki.server.commands import runs as commands
 from tsugiki.server.demo import run as demo
-
-
-def invoke(*arguments):
-    """Run the command line in this process; an error of ours is raised."""
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture
@@ -42,99 +25,14 @@ def no_export(monkeypatch):
     monkeypatch.setattr("tsugiki.server.report.page.write_report", lambda folder: folder / "report.html")
 
 
-def test_init_writes_every_setting_at_its_default(tmp_path):
-    """Catches: a written file that is not the defaults, or does not parse."""
-    for task in TASKS.names():
-        for method in ADAPTERS.names():
-            file = tmp_path / f"{task}-{method}.toml"
-            assert invoke("config", "init", file, "--task", task, "--method", method).stdout == f"{file}\n"
-            assert read(file) == parse({"task": {"name": task}, "adapter": {"method": method}})
-            assert {*RunConfig.model_fields, "privacy.examples"} == {
-                line.strip("[]") for line in file.read_text().splitlines() if line.startswith("[")
-            }
-
-
-def test_init_does_not_write_over_a_file(tmp_path):
-    """Catches: an edited run file lost."""
-    (tmp_path / "federation.toml").write_text("mine")
-    with pytest.raises(UsageError):
-        invoke("config", "init", tmp_path / "federation.toml")
-    assert (tmp_path / "federation.toml").read_text() == "mine"
-
-
-@pytest.mark.parametrize("option", ["--task", "--method", "--strategy"])
-def test_init_refuses_an_unknown_name_and_leaves_no_file(tmp_path, option):
-    """Catches: an empty file left behind, and a message without the known names."""
-    with pytest.raises((ConfigError, RegistryError), match="one of"):
-        invoke("config", "init", tmp_path / "run.toml", option, "nonsense")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_init_in_a_folder_that_is_not_there_is_an_error_of_ours(tmp_path):
-    """Catches: a traceback."""
-    with pytest.raises(TsugikiError, match="cannot write"):
-        invoke("config", "init", tmp_path / "missing" / "run.toml")
-
-
-@pytest.fixture
-def run_file(tmp_path):
-    """A run file with settings from all sources."""
-    file = tmp_path / "run.toml"
-    file.write_text(
-        '[run]\nname = "clauses"\n[train]\nlearning_rate = 2e-4\nlocal_steps = 7\n[data.columns]\ntext = "sentence"\n'
-    )
-    return file
-
-
-def sources(output):
-    """Return the source of each shown setting, by its name."""
-    lines = [line for line in output.splitlines() if "  # " in line]
-    return {line.split(" = ")[0]: line.rsplit("  # ", 1)[1] for line in lines}
-
-
-def test_show_tells_where_each_setting_comes_from(run_file):
-    """Catches: a setting from the command line or the file shown as a default."""
-    shown = sources(invoke("config", "show", run_file, "--set", "run.rounds=3").stdout)
-    file = str(run_file)
-    expected = {"rounds": "--set", "local_steps": file, "seed": "default", "text": file}
-    assert {name: shown[name] for name in expected} == expected
-
-
-def test_show_as_json_is_the_resolved_file(run_file):
-    """Catches: anything else among the output that a script reads."""
-    shown = json.loads(invoke("config", "show", run_file, "--set", "run.rounds=3", "--json").stdout)
-    assert shown == read(run_file, ["run.rounds=3"]).model_dump(mode="json")
-
-
-def test_show_without_json_is_toml(run_file):
-    """Catches: a shown file that cannot be used as one."""
-    text = invoke("config", "show", run_file).stdout
-    again = run_file.with_name("again.toml")
-    again.write_text(text)
-    assert read(again) == read(run_file)
-
-
-def test_the_schema_knows_every_setting_of_every_choice():
-    """Catches: a task, method or strategy, or a setting of theirs, that the schema refuses."""
-    schema = json.loads(invoke("config", "schema").stdout)
-    assert set(schema["properties"]) == set(RunConfig.model_fields)
-    for section, registry in (("task", TASKS), ("adapter", ADAPTERS), ("strategy", STRATEGIES)):
-        choices = schema["properties"][section]["anyOf"]
-        classes = [
-            entry.Settings if hasattr(entry, "Settings") else entry for entry in map(registry.get, registry.names())
-        ]
-        assert len(choices) == len(classes) >= 2
-        for choice, settings in zip(choices, classes, strict=True):
-            assert set(choice["properties"]) == set(settings.model_fields)
-
-
+@pytest.mark.parametrize("command", ["simulate", "serve"])
 @pytest.mark.parametrize(
     "arguments", [[], ["run.toml", "--resume", "runs/x"], ["run.toml", "--previous"]], ids=["none", "both", "previous"]
 )
-def test_simulate_needs_a_file_or_a_run(arguments):
-    """Catches: one of two contradicting arguments silently ignored."""
+def test_a_run_needs_a_file_or_a_folder(command, arguments):
+    """Catches: one of two contradicting arguments silently ignored; a start although it is not clear which run."""
     with pytest.raises(UsageError) as caught:
-        invoke("simulate", *arguments)
+        invoke(command, *arguments)
     assert caught.value.exit_status == 2
 
 
@@ -263,34 +161,6 @@ def test_demo_ends_with_what_was_gained(tmp_path, no_export, small_demo):
     for words in ("none (base model)", "federated", "pearson on scored pairs", "demo-2"):
         assert words in shown
     assert "alone" not in shown
-
-
-def test_doctor_tells_and_fails_where_something_is_missing(monkeypatch):
-    """Catches: exit status 0 of a machine that cannot run anything, and advice that is not shown."""
-    assert invoke("doctor").exit_code == 0
-    bad = doctor.Finding("flwr", "not installed", False, True, "pip install flwr")
-    monkeypatch.setattr(doctor, "examine", lambda: [bad])
-    result = invoke("doctor")
-    assert (result.exit_code, result.stdout) == (1, "FAIL flwr: not installed  -> pip install flwr\n")
-    assert json.loads(invoke("doctor", "--json").stdout)[0]["do"] == "pip install flwr"
-
-
-def test_export_and_report_print_where(tmp_path, no_export):
-    """Catches: a path that a script cannot read."""
-    assert invoke("export", tmp_path).stdout == f"{tmp_path / 'adapter'}\n"
-    assert invoke("report", tmp_path).stdout == f"{tmp_path / 'report.html'}\n"
-
-
-def test_an_error_becomes_one_message_and_an_exit_status(tmp_path):
-    """Catches: a traceback, a message on standard output, the wrong exit status of the real program."""
-    (tmp_path / "wrong.toml").write_text(tomli_w.dumps({"train": {"learning_rate": -1.0, "stepz": 3}}))
-    command = [sys.executable, "-m", "tsugiki", "config", "show", "wrong.toml"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parents[1])}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    lines = done.stderr.splitlines()
-    assert lines[0] == "tsugiki: config-invalid: wrong.toml: 2 problems"
-    assert [line.split(" = ")[0].strip() for line in lines[1:]] == ["train.learning_rate", "train.stepz"]
 
 
 def test_site_names_come_from_the_audit_log(tmp_path):

@@ -1,0 +1,75 @@
+"""Who may connect: the server's certificate and the nodes' keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+keys_app = typer.Typer(no_args_is_help=True, help="Make, register, list and revoke the keys of nodes.")
+app.add_typer(keys_app, name="keys")
+
+KeysFolder = Annotated[Path, typer.Option("--keys", metavar="DIR", help="The registered nodes' public keys.")]
+
+
+@app.command(epilog="Example: tsugiki certs --host fed.example.org --host 203.0.113.7")
+def certs(
+    hosts: Annotated[list[str] | None, typer.Option("--host", help="A name or address of the server; repeat.")] = None,
+    tls: Annotated[Path, typer.Option("--tls", metavar="DIR", help="Where the files go.")] = Path("tls"),
+    days: Annotated[int, typer.Option(min=1, max=3650, help="How long the certificate is good for.")] = 397,
+) -> None:
+    """Make the server's certificate, and the CA that signs it if there is none yet."""
+    from tsugiki.server.deploy.certs import make_certificates, names_in
+
+    new_authority = not (tls / "ca.crt").exists()
+    files = make_certificates(tls, hosts or [], days)
+    if new_authority:
+        typer.echo(f"{files.ca}: the CA's certificate; give it to every site")
+        typer.echo(f"{files.ca_key}: the CA's key; keep it safe, the running server does not need it")
+    typer.echo(f"{files.server}, {files.server_key}: the server's, for {', '.join(names_in(files))}")
+
+
+@keys_app.command(epilog="Example: tsugiki keys new acme")
+def new(path: Annotated[Path, typer.Argument(help="The private key; PATH.pub is the public one.")]) -> None:
+    """Make a node's key pair, at the site."""
+    from tsugiki.common.keys import fingerprint, new_key_pair, read_public_key
+
+    public = new_key_pair(path)
+    typer.echo(f"{path}: the private key; it stays here")
+    typer.echo(f"{public}: the public key; send it to the operator")
+    typer.echo(fingerprint(read_public_key(public)))
+
+
+@keys_app.command(epilog="Example: tsugiki keys register acme.pub")
+def register(
+    public: Annotated[Path, typer.Argument(help="The site's public key.")],
+    name: Annotated[str, typer.Option(help="The site's name; default: that of the file.")] = "",
+    folder: KeysFolder = Path("keys"),
+) -> None:
+    """Let a node take part."""
+    from tsugiki.server.deploy import keyring
+
+    registered_name, fingerprint = keyring.register(folder, public, name)
+    typer.echo(f"{registered_name} {fingerprint}")
+    typer.echo("compare this fingerprint with the site's over another channel")
+
+
+@keys_app.command("list", epilog="Example: tsugiki keys list")
+def list_keys(folder: KeysFolder = Path("keys")) -> None:
+    """List the registered nodes and their keys' fingerprints."""
+    from tsugiki.common.keys import fingerprint, read_public_key
+    from tsugiki.server.deploy.keyring import registered
+
+    for name, path in registered(folder).items():
+        typer.echo(f"{name:<24} {fingerprint(read_public_key(path))}")
+
+
+@keys_app.command(epilog="Example: tsugiki keys revoke acme")
+def revoke(name: Annotated[str, typer.Argument(help="The node's name.")], folder: KeysFolder = Path("keys")) -> None:
+    """Shut a node out."""
+    from tsugiki.server.deploy import keyring
+
+    keyring.revoke(folder, name)
+    typer.echo(f"{name} is revoked; a running server shuts it out within seconds")

@@ -1,0 +1,23 @@
+"""The operator's commands for keys and certificates."""
+
+from tests.support.command_line import printed
+
+
+def test_from_a_new_key_to_a_registered_one_and_back(tmp_path):
+    """Catches: a fingerprint at the site that is not the operator's; a private key named as the one to send."""
+    key, keys = tmp_path / "acme", tmp_path / "keys"
+    made = printed("keys", "new", key)
+    assert f"{key}.pub: the public key; send it" in made
+    fingerprint = made.split()[-1]
+    assert fingerprint in printed("keys", "register", f"{key}.pub", "--keys", keys)
+    assert printed("keys", "list", "--keys", keys).split() == ["acme", fingerprint]
+    assert "acme is revoked" in printed("keys", "revoke", "acme", "--keys", keys)
+    assert printed("keys", "list", "--keys", keys) == ""
+
+
+def test_certificates_say_what_goes_where(tmp_path):
+    """Catches: a CA key that is sent to the sites; a second call that claims a new CA."""
+    first = printed("certs", "--host", "fed.example.org", "--tls", tmp_path)
+    assert "ca.crt: the CA's certificate; give it to every site" in first.replace("\n", "")
+    assert "fed.example.org" in first
+    assert "ca.crt" not in printed("certs", "--host", "other.example.org", "--tls", tmp_path)
