@@ -188,11 +188,12 @@ def lr_find(
     from rich.console import Console
     from rich.progress import Progress
 
-    from tsugiki.client.training.lr_find import check_plot, draw, find_rate
+    from tsugiki.client.training.lr_find import draw, find_rate
     from tsugiki.common.config import files as config_file
+    from tsugiki.common.plots import plot_format
 
     if plot is not None:
-        check_plot(plot)
+        plot_format(plot)  # before minutes of training
     config = config_file.read(file, overrides)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tsugiki.common.errors import UsageError
 from tsugiki.common.files import write_atomically
+from tsugiki.common.plots import plot_format
 from tsugiki.server.budget.budget import Size, make_budget, measure, read
 
 
@@ -22,14 +22,14 @@ def budget(file: Path, overrides: Sequence[str], dimension: int, plot: Path | No
         plot: where a figure is written; None: nowhere.
         as_json: one JSON object instead of tables.
     """
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
-        raise UsageError(f"--plot {plot}", "a name that ends in .png or .svg")
+    if plot is not None:
+        plot_format(plot)  # before the work
     config, mode, assumed = read(file, overrides)
     found = make_budget(config, Size(dimension) if dimension else measure(config), mode, assumed)
     if plot is not None:
         from tsugiki.server.budget.figure import draw
 
-        write_atomically(plot, draw(found, plot.suffix.lower()[1:]))
+        write_atomically(plot, draw(found, plot_format(plot)))
     if as_json:
         sys.stdout.write(json.dumps(found.as_json(), indent=1) + "\n")
     else:

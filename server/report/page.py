@@ -9,7 +9,6 @@ import math
 from html import escape
 from pathlib import Path
 
-from tsugiki.common.errors import UsageError
 from tsugiki.common.files import write_atomically
 from tsugiki.server.report import figures, tables
 from tsugiki.server.report.run_files import (
@@ -79,20 +78,6 @@ def write_report(folder: Path) -> Path:
     path = folder / "report.html"
     write_atomically(path, page(read_run(folder)).encode("utf-8"))
     return path
-
-
-def save_curve_png(folder: Path, target: Path) -> None:
-    """Draw the monitored metric of a run, with its baselines, as a PNG.
-
-    Raises:
-        StorageError: see `write_report`.
-        UsageError: the run has no central evaluation.
-    """
-    run = read_run(folder)
-    values = central_curves(run).get(run.monitor)
-    if not values:
-        raise UsageError(f"{folder} has no central evaluation", "a run with evaluation.data")
-    write_atomically(target, figures.metric_curve(run.monitor, values, run.best_round, _baselines(run), "png"))
 
 
 def page(run: Run) -> str:

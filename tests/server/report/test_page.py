@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from tests.support.runs import BASELINES, accepted, line, run_folder, start, usual, voided
-from tsugiki.common.errors import StorageError, UsageError
-from tsugiki.server.report.page import save_curve_png, write_report
+from tsugiki.common.errors import StorageError
+from tsugiki.server.report.page import write_report
 from tsugiki.server.report.run_files import worst_site
 
 HOSTILE = '<script>alert("x")</script>'
@@ -159,9 +159,6 @@ def test_a_run_without_evaluation(tmp_path):
     page = read_page(folder)
     assert "no central evaluation" in page.text
     assert "best" not in page.text.replace("best adapter", "")
-    with pytest.raises(UsageError):
-        save_curve_png(folder, tmp_path / "curve.png")
-    assert not (tmp_path / "curve.png").exists()
 
 
 def test_a_hundred_sites(tmp_path):
@@ -194,13 +191,3 @@ def test_the_worst_site_is_named(page):
     assert worst_site(values, "other") == ("b", "accuracy", 0.2)
     assert worst_site({"a": {"rows": 1}}, "accuracy") is None
     assert "Worst after round 1: b, accuracy 0.6" in page.text
-
-
-def test_the_curve_as_png(tmp_path):
-    """Catches: another format under the name, a date in it, or a report that has to be written first."""
-    folder = usual(tmp_path / "run", BASELINES)
-    for name in ("one.png", "two.png"):
-        save_curve_png(folder, tmp_path / name)
-    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
-    assert not (folder / "report.html").exists()
