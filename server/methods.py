@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich import filesize
+
 from tsugiki.common.adapters import ADAPTERS
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import TsugikiError, UsageError
@@ -21,7 +23,6 @@ from tsugiki.common.model.spec import describe
 from tsugiki.common.rng import seed_everything
 from tsugiki.common.tasks import TASKS, Task
 from tsugiki.common.tasks.base import Base
-from tsugiki.server.report.tables import size_text
 
 OPTIMISER_BYTES = 4 + 4 + 8
 """Of each trained number while it is trained in float32: itself, its gradient, Adam's two moments."""
@@ -145,9 +146,10 @@ def show(found: Menu, as_json: bool) -> None:
     for reason, number in numbers.items():
         console.print(f"({number}) {reason}", highlight=False, markup=False, soft_wrap=True)
     most = max(pair.adapter + pair.head for row in found.pairs.values() for pair in row.values())
-    trained = size_text(OPTIMISER_BYTES * most)
+    frozen = filesize.decimal(found.base_bytes)
+    trained = filesize.decimal(OPTIMISER_BYTES * most)
     console.print(
-        f"Memory at a site: {size_text(found.base_bytes)} of frozen weights, at most {trained} for what is trained "
+        f"Memory at a site: {frozen} of frozen weights, at most {trained} for what is trained "
         "(numbers, gradients, Adam's moments), and activations, by batch and length.",
         highlight=False,
         soft_wrap=True,
@@ -158,7 +160,7 @@ def _cell(pair: Pair, numbers: Mapping[str, int]) -> str:
     if pair.reason:
         return f"({numbers[pair.reason]})"
     head = f" + {pair.head:,}" if pair.head else ""
-    return f"{pair.adapter:,}{head}\n{size_text(pair.size_bytes)}"
+    return f"{pair.adapter:,}{head}\n{filesize.decimal(pair.size_bytes)}"
 
 
 def methods(file: Path | None, model: str, overrides: list[str], as_json: bool) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from rich import filesize
+
 from tsugiki.server.report.run_files import (
     Run,
     SiteSum,
@@ -60,24 +62,19 @@ def _traffic(run: Run) -> str:
     adapter, head = (run.summary.get(f"{part}_parameters", 0) for part in ("adapter", "head"))
     head_too = f" and {head:,} of the task's head" if head else ""
     asked = sum(len(line["cohort"]) for line in run.attempts)
-    size = sum(line.get("bytes_down", 0) for line in run.attempts) / asked if asked else run.spec.get("size_bytes", 0)
+    if asked:
+        size_bytes = sum(line.get("bytes_down", 0) for line in run.attempts) / asked
+    else:
+        size_bytes = run.spec.get("size_bytes", 0)
+    size = filesize.decimal(round(size_bytes))
     return (
-        f"Only the adapter travelled: {adapter:,} parameters{head_too}, {size_text(size)} to each site in a round, "
-        "and as much back. The base model stayed frozen."
+        f"Only the adapter travelled: {adapter:,} parameters{head_too}, {size} to each site in a round, and as much "
+        "back. The base model stayed frozen."
     )
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def size_text(size_bytes: float) -> str:
-    """Return a number of bytes with a decimal prefix."""
-    for unit in ("B", "kB", "MB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.3g} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.3g} GB"
 
 
 def compared(run: Run) -> dict[str, dict[str, float]]:

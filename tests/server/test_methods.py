@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from rich import filesize
 from typer.testing import CliRunner
 
 from tests.support.exports import to_fuse
@@ -16,7 +17,6 @@ from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks import TASKS
 from tsugiki.server import methods as module
 from tsugiki.server.methods import menu, methods, reasons
-from tsugiki.server.report.tables import size_text
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +138,8 @@ def test_memory_is_that_of_the_base_and_of_what_adam_keeps(found, bert, capsys):
     module.show(found, as_json=False)
     most = max(pair.adapter + pair.head for row in found.pairs.values() for pair in row.values())
     value, gradient, moments = 4, 4, 2 * 4
-    trained = size_text((value + gradient + moments) * most)
-    assert f"{size_text(found.base_bytes)} of frozen weights, at most {trained} for what is trained" in (
+    trained = filesize.decimal((value + gradient + moments) * most)
+    assert f"{filesize.decimal(found.base_bytes)} of frozen weights, at most {trained} for what is trained" in (
         capsys.readouterr().out
     )
 

@@ -54,7 +54,7 @@ def test_the_story_is_told_in_the_words_of_the_files(page):
     assert "3 sites trained one lora adapter for sequence-classification in 2 rounds" in text
     assert "accuracy went from 0.5 before training to 0.8 (+0.3), best after round 1" in text
     assert "1 attempt at a round was voided" in text
-    assert "1,234 parameters and 20 of the task's head, 1 kB to each site" in text
+    assert "1,234 parameters and 20 of the task's head, 1.0 kB to each site" in text
 
 
 @pytest.mark.parametrize("missing", ["metrics.jsonl", "summary.json"])
