@@ -1,4 +1,4 @@
-"""The report's figures as SVG: equal values give equal bytes.
+"""The report's figures, as SVG elements for an HTML page: equal values give equal text.
 
 Names of sites and metrics come from other machines. Matplotlib escapes them, `common/plots.py` switches its mathematics
 markup off, and `short_label` replaces letters that the font may not have.
@@ -29,7 +29,7 @@ _LEGEND_LETTERS = 60  # that fit into one row of the legend
 _MARKED = 40  # with more rounds, markers would hide the line and bars would touch
 
 
-def metric_curve(metric: str, values: Curve, best_round: int | None, baselines: Mapping[str, float]) -> bytes:
+def metric_curve(metric: str, values: Curve, best_round: int | None, baselines: Mapping[str, float]) -> str:
     """Draw the monitored metric over rounds, its best round, and baselines as horizontal lines.
 
     Args:
@@ -52,10 +52,10 @@ def metric_curve(metric: str, values: Curve, best_round: int | None, baselines: 
             axes.axhline(value, color=colour, linestyle=dashes, label=f"{short_label(name)}: {value:.4g}")
         axes.set_ylabel(short_label(metric))
         _finish(figure, axes)
-        return render(figure)
+        return _element(figure)
 
 
-def small_curves(curves: Mapping[str, Curve]) -> bytes:
+def small_curves(curves: Mapping[str, Curve]) -> str:
     """Draw metrics of different scales side by side, two in a row."""
     with style():
         rows = math.ceil(len(curves) / 2)
@@ -65,10 +65,10 @@ def small_curves(curves: Mapping[str, Curve]) -> bytes:
             _line(axes, values, color=BLUE)
             axes.set_title(short_label(name), loc="left", fontsize=10)
             _rounds_axis(axes, 4)
-        return render(figure)
+        return _element(figure)
 
 
-def sites_curve(label: str, mean: Curve, sites: Mapping[str, Curve], named: str | None = None) -> bytes:
+def sites_curve(label: str, mean: Curve, sites: Mapping[str, Curve], named: str | None = None) -> str:
     """Draw a value over rounds: the mean over sites as a line, the sites as thin lines or, when many, as a band.
 
     Args:
@@ -90,7 +90,7 @@ def sites_curve(label: str, mean: Curve, sites: Mapping[str, Curve], named: str 
             _line(axes, sites[named], color=RED, linewidth=1.4, label=f"worst: {short_label(named)}", zorder=4)
         axes.set_ylabel(short_label(label))
         _finish(figure, axes)
-        return render(figure)
+        return _element(figure)
 
 
 def _band(axes: Axes, sites: Mapping[str, Curve]) -> None:
@@ -109,7 +109,7 @@ def _band(axes: Axes, sites: Mapping[str, Curve]) -> None:
         axes.vlines(rounds, low, high, color=SKY, linewidth=6, alpha=0.35)
 
 
-def stacked(label: str, layers: Mapping[str, Curve], unit: str = "", colours: Mapping[str, str] | None = None) -> bytes:
+def stacked(label: str, layers: Mapping[str, Curve], unit: str = "", colours: Mapping[str, str] | None = None) -> str:
     """Draw bars over rounds, the layers on top of each other.
 
     Args:
@@ -140,10 +140,10 @@ def stacked(label: str, layers: Mapping[str, Curve], unit: str = "", colours: Ma
         if unit:
             axes.yaxis.set_major_formatter(EngFormatter(unit))
         _finish(figure, axes)
-        return render(figure)
+        return _element(figure)
 
 
-def reply_map(replies: Mapping[str, Mapping[int, str]]) -> bytes:
+def reply_map(replies: Mapping[str, Mapping[int, str]]) -> str:
     """Draw a cell for each site and round, coloured by the outcome of the request; white: no request."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Patch, Rectangle
@@ -165,11 +165,11 @@ def reply_map(replies: Mapping[str, Mapping[int, str]]) -> bytes:
         axes.set_yticks(range(len(replies)), [short_label(site) for site in replies])
         axes.grid(visible=False)
         _finish(figure, axes, [Patch(color=colour, label=state) for state, colour in STATE_COLOURS.items()])
-        return render(figure)
+        return _element(figure)
 
 
 def plot_comparison(rows: Mapping[str, float], metric: str) -> str:
-    """Draw a bar for each way of training, as an SVG element for a page.
+    """Draw a bar for each way of training.
 
     Args:
         rows: values of the metric by label, such as "untouched base"; labels that begin with "federated" are in blue.
@@ -186,13 +186,14 @@ def plot_comparison(rows: Mapping[str, float], metric: str) -> str:
         axes.margins(x=0.12)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(short_label(metric))
-        return inline(render(figure))
+        return _element(figure)
 
 
-def inline(svg: bytes) -> str:
-    """Return an SVG as an element for an HTML page, with ids that no other figure on the page has."""
+def _element(figure: Figure) -> str:
+    """Return the figure as an SVG element for an HTML page, with ids that no other figure on the page has."""
+    svg = render(figure)
     text = svg.decode("utf-8")
-    text = text[text.index("<svg") :]
+    text = text[text.index("<svg") :]  # without the XML prologue
     prefix = f"f{hashlib.sha256(svg).hexdigest()[:10]}-"
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text)
     return text.strip()

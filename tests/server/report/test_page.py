@@ -4,10 +4,13 @@ import json
 import re
 from html.parser import HTMLParser
 
+import jinja2
 import pytest
 
+from tests.support.processes import ROOT
 from tests.support.runs import BASELINES, accepted, line, run_folder, start, usual, voided
 from tsugiki.common.errors import StorageError
+from tsugiki.server.report import tables
 from tsugiki.server.report.page import write_report
 from tsugiki.server.report.run_files import worst_site
 
@@ -119,6 +122,30 @@ def test_what_strangers_wrote_is_escaped_everywhere(tmp_path):
     assert "script" not in {tag for tag, _ in page.elements}
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert page.text.count(HOSTILE) >= 8
+
+
+def test_a_name_cannot_leave_its_attribute(tmp_path):
+    """Catches: quotation marks that are not escaped where a metric's name becomes the label of a figure."""
+    metric = """x" onclick="a()' onload='b()"""
+    lines = [start(accuracy=0.5, **{metric: 0.5}), line(1, eval={"accuracy": 0.6, metric: 0.6})]
+    page = read_page(run_folder(tmp_path / "run", lines, monitor=metric))
+    labels = [attributes["aria-label"] for _, attributes in page.elements if "aria-label" in attributes]
+    assert f"{metric}, by which the best round was chosen" in labels
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+
+
+def test_the_page_names_what_it_does_not_escape():
+    """Catches: a second value that the template trusts; escaping switched off in a part of it."""
+    template = (ROOT / "server/report/report.html.j2").read_text("utf-8")
+    assert re.findall(r"(\S+)\s*\|\s*safe\b", template) == ["figure.svg"]
+    assert "autoescape" not in template
+
+
+def test_a_value_that_the_template_misses_is_an_error(whole, monkeypatch):
+    """Catches: an empty place on the page where the data and the template use different names."""
+    monkeypatch.setattr(tables, "sections", lambda run: [object()])
+    with pytest.raises(jinja2.UndefinedError):
+        write_report(whole)
 
 
 def test_letters_that_hide_others_are_replaced(tmp_path):
