@@ -82,6 +82,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise StorageError(f"{path}: a line is no JSON", "one record a line", code="run-corrupt") from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file that a run has written.
+
+    Raises:
+        StorageError: `run-corrupt`, the file holds no JSON or no object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise StorageError(f"{path} is no JSON", "the file as the run wrote it", code="run-corrupt") from error
+    if not isinstance(content, dict):
+        raise StorageError(f"{path} holds no object", "the file as the run wrote it", code="run-corrupt")
+    return content
+
+
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold a lock file inside a `with` block, against other processes and other threads.

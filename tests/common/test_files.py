@@ -11,7 +11,7 @@ import pytest
 from tests.support.processes import ROOT
 from tsugiki.common import files
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import append_line, locked, read_lines, write_atomically
+from tsugiki.common.files import append_line, locked, read_json, read_lines, write_atomically
 
 
 def failing(number):
@@ -99,6 +99,15 @@ def test_lines_are_strict_json(tmp_path):
     append_line(tmp_path / "lines", {"name": "Übung", "value": 0.1})
     assert (tmp_path / "lines").read_bytes().isascii()
     assert json.loads((tmp_path / "lines").read_text()) == {"name": "Übung", "value": 0.1}
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"1", b"\xff"])
+def test_a_file_without_an_object_is_corrupt(tmp_path, content):
+    """Catches: a decoder's own exception instead of ours; a list or a number that passes for an object."""
+    (tmp_path / "file").write_bytes(content)
+    assert code_of(lambda: read_json(tmp_path / "file")) == "run-corrupt"
+    (tmp_path / "file").write_bytes(b'{"a": 1}')
+    assert read_json(tmp_path / "file") == {"a": 1}
 
 
 def test_a_lock_keeps_others_out_until_it_is_free(tmp_path):
