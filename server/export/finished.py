@@ -53,7 +53,8 @@ def open_graft(folder: Path, config: RunConfig) -> Graft:
         update={name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
     )
     spec = _read(folder / "spec.json")
-    recorded, agreed = spec["sha256"], spec["constants"] if config.task.models else None
+    recorded = spec["sha256"]
+    agreed = spec["constants"] if config.task.models else None
     graft = load_graft(on_cpu, config.model.name, config.run.seed, agreed=agreed)
     if graft.spec.sha256 != recorded:
         raise ExportError(

@@ -103,7 +103,8 @@ def _band(axes: Axes, sites: Mapping[str, Curve]) -> None:
             by_round.setdefault(number, []).append(value)
     finite = {number: [v for v in by_round[number] if math.isfinite(v)] for number in sorted(by_round)}
     rounds = [number for number in finite if finite[number]]
-    low, high = ([float(np.percentile(finite[number], share)) for number in rounds] for share in (10, 90))
+    low = [float(np.percentile(finite[number], 10)) for number in rounds]
+    high = [float(np.percentile(finite[number], 90)) for number in rounds]
     axes.fill_between(rounds, low, high, color=SKY, alpha=0.35, linewidth=0, label="four in five sites")
     if len(rounds) == 1:  # a band over one round has no width
         axes.vlines(rounds, low, high, color=SKY, linewidth=6, alpha=0.35)

@@ -32,15 +32,22 @@ from tsugiki.server.report.run_files import (
 )
 from tsugiki.server.run.privacy_words import rows_statement, statement
 
-MOST_MAPPED_SITES, MOST_MAPPED_ROUNDS = 30, 60
-"""With more, replies are counted by round instead of shown one by one."""
+MOST_MAPPED_SITES = 30
+MOST_MAPPED_ROUNDS = 60
+"""With more sites or rounds, a figure counts the replies by round instead of showing each."""
 
 MOST_SMALL_CURVES = 8
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the page, drawn as an SVG element."""
+    """A figure of the page.
+
+    Args:
+        title: above the figure.
+        svg: the figure as an SVG element, the only markup among the page's data.
+        caption: below the figure.
+    """
 
     title: str
     svg: str
@@ -59,7 +66,7 @@ def write_report(folder: Path) -> Path:
 
 
 def page(run: Run) -> str:
-    """Return the page."""
+    """Return the page as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -84,16 +91,20 @@ def _baselines(run: Run) -> dict[str, float]:
 
 
 def _metric_figures(run: Run) -> list[Figure]:
-    """Return what the central evaluation measured."""
-    curves, drawn, lines = central_curves(run), [], _baselines(run)
+    """Return the figures of the central evaluation."""
+    drawn = []
+    curves = central_curves(run)
+    baselines = _baselines(run)
     if run.monitor in curves:
         caption = (
             "Measured by the server on the operator's held-out rows; round 0 is before training. The star is the round "
-            "whose adapter was kept as best." + (" Horizontal lines are the baselines of this run." if lines else "")
+            "whose adapter was kept as best."
         )
-        svg = figures.metric_curve(run.monitor, curves.pop(run.monitor), run.best_round, lines)
+        if baselines:
+            caption += " Horizontal lines are the baselines of this run."
+        svg = figures.metric_curve(run.monitor, curves.pop(run.monitor), run.best_round, baselines)
         drawn.append(Figure(f"{run.monitor}, by which the best round was chosen", svg, caption))
-    if run.best_round is not None and lines:
+    if run.best_round is not None and baselines:
         rows = tables.compared(run)
         values = {name: found[run.monitor] for name, found in rows.items() if run.monitor in found}
         caption = (
@@ -102,9 +113,9 @@ def _metric_figures(run: Run) -> list[Figure]:
         drawn.append(Figure("Federated against the baselines", figures.plot_comparison(values, run.monitor), caption))
     if curves:
         shown = dict(list(curves.items())[:MOST_SMALL_CURVES])
-        caption = "The other metrics of the same evaluation, each on its own scale." + (
-            f" {len(curves) - len(shown)} more are in metrics.jsonl." if len(curves) > len(shown) else ""
-        )
+        caption = "The other metrics of the same evaluation, each on its own scale."
+        if len(curves) > len(shown):
+            caption += f" {len(curves) - len(shown)} more are in metrics.jsonl."
         drawn.append(Figure("Other metrics", figures.small_curves(shown), caption))
     return drawn
 
@@ -114,7 +125,7 @@ def _privacy_words(run: Run) -> list[str]:
 
 
 def _privacy_figures(run: Run) -> list[Figure]:
-    """Return what privacy has cost so far, and how much of each step was noise."""
+    """Return the figure of what privacy has cost so far, and of how much of each step was noise."""
     lines = [(line["round"], line["privacy"]) for line in run.completed if line.get("privacy")]
     curves = {
         f"epsilon, {who}": curve((number, entry["epsilon"].get(who)) for number, entry in lines)
@@ -133,7 +144,7 @@ def _privacy_figures(run: Run) -> list[Figure]:
 
 
 def _round_figures(run: Run) -> list[Figure]:
-    """Return what the rounds cost and how the loss went."""
+    """Return the figures of the training loss, and of what the rounds cost."""
     drawn = []
     mean = curve((line["round"], line.get("train_loss")) for line in run.completed)
     if mean:
@@ -166,8 +177,9 @@ def _round_figures(run: Run) -> list[Figure]:
 
 
 def _site_figures(run: Run) -> list[Figure]:
-    """Return how the sites answered, and how the model serves each of them."""
-    drawn, replies = [], replies_by_site(run)
+    """Return the figures of the sites' replies, and of how the model serves each site."""
+    drawn = []
+    replies = replies_by_site(run)
     rounds = {number for states in replies.values() for number in states}
     if rounds and len(replies) <= MOST_MAPPED_SITES and len(rounds) <= MOST_MAPPED_ROUNDS:
         caption = (

@@ -1,4 +1,4 @@
-"""What a run's files say: read once, and summed up for the report's figures and tables."""
+"""Read a run's files and summarise them for the report."""
 
 from __future__ import annotations
 

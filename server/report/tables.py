@@ -61,7 +61,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a note on what follows (may be empty), and blocks."""
+    """A part of the page.
+
+    Args:
+        heading: above the part.
+        note: on the blocks; may be empty.
+        blocks: the content.
+    """
 
     heading: str
     note: str
@@ -74,7 +80,8 @@ def story(run: Run) -> list[str]:
 
 
 def _training(run: Run) -> str:
-    rounds, sites = run.summary.get("rounds", 0), len({site for line in run.attempts for site in line["cohort"]})
+    rounds = run.summary.get("rounds", 0)
+    sites = len({site for line in run.attempts for site in line["cohort"]})
     what = f"{run.summary.get('method', 'an')} adapter for {run.summary.get('task', 'its task')}"
     if not rounds:
         return f"No round was completed: the {what} is as it was before training."
@@ -84,10 +91,13 @@ def _training(run: Run) -> str:
 
 
 def _outcome(run: Run) -> str:
-    before, after, metric = run.summary.get("before"), run.summary.get("after"), run.monitor
+    before = run.summary.get("before")
+    after = run.summary.get("after")
+    metric = run.monitor
     if not before or not after or metric not in before or metric not in after:
         return "There was no central evaluation, so nothing here says whether the model became better."
-    start, end = before[metric], after[metric]
+    start = before[metric]
+    end = after[metric]
     if run.best_round == 0:
         return f"No round was better than the start: {metric} {start:.4g} on the operator's held-out rows."
     change = f"from {start:.4g} before training to {end:.4g} ({end - start:+.3g})"
@@ -103,7 +113,8 @@ def _voided(run: Run) -> str:
 
 
 def _traffic(run: Run) -> str:
-    adapter, head = (run.summary.get(f"{part}_parameters", 0) for part in ("adapter", "head"))
+    adapter = run.summary.get("adapter_parameters", 0)
+    head = run.summary.get("head_parameters", 0)
     head_too = f" and {head:,} of the task's head" if head else ""
     asked = sum(len(line["cohort"]) for line in run.attempts)
     if asked:
