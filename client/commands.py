@@ -160,11 +160,12 @@ def lr_find(
     from rich.console import Console
     from rich.progress import Progress
 
-    from tsugiki.client.training.lr_find import check_plot, draw, find_rate
+    from tsugiki.client.training.lr_find import draw, find_rate
     from tsugiki.common.config.files import read
+    from tsugiki.common.plots import plot_format
 
     if plot is not None:
-        check_plot(plot)
+        plot_format(plot)  # a wrong name is refused before minutes of training
     config = read(file, overrides or [])
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

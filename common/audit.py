@@ -6,17 +6,14 @@ operator keeps one for each run, a site one of its own. They record codes, count
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import append_line, read_lines, unwritable, write_atomically
+from tsugiki.common.files import append_line, read_lines, write_atomically
 
 _START = "0" * 64
 
@@ -44,22 +41,6 @@ class AuditLog:
         record["hash"] = _hash(record)
         append_line(self._path, record)
         self._last, self._sequence = record["hash"], self._sequence + 1
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file inside a `with` block, waiting for whoever holds it.
-
-    Raises:
-        StorageError: it cannot be made.
-    """
-    try:
-        lock = path.open("w")
-    except OSError as error:
-        raise unwritable(path, error) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def verify(path: Path) -> list[dict[str, Any]]:

@@ -1,16 +1,19 @@
-"""Files that are either whole or as before: written aside, flushed, renamed; and lines, appended and flushed."""
+"""Atomic file replacement, durable appends to JSON-lines files, and locks between processes."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tsugiki.common.errors import StorageError
+
+_LOCK_POLL_S = 0.01
+"""How often a process that waits for a lock tries it again."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -77,3 +80,49 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in complete]
     except json.JSONDecodeError as error:
         raise StorageError(f"{path}: a line is no JSON", "one record a line", code="run-corrupt") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file that a run has written.
+
+    Raises:
+        StorageError: `run-corrupt`, the file holds no JSON or no object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise StorageError(f"{path} is no JSON", "the file as the run wrote it", code="run-corrupt") from error
+    if not isinstance(content, dict):
+        raise StorageError(f"{path} holds no object", "the file as the run wrote it", code="run-corrupt")
+    return content
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file inside a `with` block, against other processes and other threads.
+
+    The operating system releases the lock of a process that crashes. The file may stay: it holds nothing.
+
+    Args:
+        path: of the lock file, in an existing folder.
+        wait: wait until the lock is free; False: raise an error if it is held.
+
+    Raises:
+        StorageError: `locked`, only without `wait`; `disk-full` or `not-writable`, the file cannot be created.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        path.parent.stat()  # filelock would create a folder that has vanished, and with it a new, empty ledger or log
+        lock.acquire(timeout=-1 if wait else 0, poll_interval=_LOCK_POLL_S)
+    except Timeout:
+        raise StorageError(
+            f"{path.parent} is in use by another process", "one process at a time", code="locked"
+        ) from None
+    except OSError as error:
+        raise unwritable(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()

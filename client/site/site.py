@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import Field, ValidationError
 
 from tsugiki.client.site.policy import SitePolicy
-from tsugiki.common.audit import AuditLog, locked
+from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.files import read_toml
 from tsugiki.common.config.parse import explain
 from tsugiki.common.data import images
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.data.shard import read as read_shard
 from tsugiki.common.errors import ConfigError, ModelError, Problem
+from tsugiki.common.files import locked
 from tsugiki.common.settings import DataFormat, Name, Section
 from tsugiki.common.tasks import Task
 

@@ -18,8 +18,10 @@ from tsugiki.client.training.trainer import LocalRound, batches, make_optimizer,
 from tsugiki.common.config.parse import parse
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import TrainingError, UsageError
+from tsugiki.common.files import write_atomically
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.load import load_graft
+from tsugiki.common.plots import BLUE, LIGHT_GREY, RED, new_figure, plain_numbers, plot_format, render, style
 from tsugiki.common.rng import derive_seed, seed_everything
 from tsugiki.common.tasks import TASKS
 from tsugiki.common.tasks.base import Encoded
@@ -164,34 +166,29 @@ def suggest(rates: Sequence[float], smoothed: Sequence[float]) -> tuple[float, f
     return rates[FEWEST // 2 + int(np.argmin(looked_at))], rates[least]
 
 
-def check_plot(path: Path) -> None:
-    """Raise a UsageError if a plot cannot have such a name; the test may take minutes, so this is asked before."""
-    if path.suffix not in (".svg", ".png"):
-        raise UsageError(f"--plot {path}", "a .svg or .png", "name one")
-
-
 def draw(sweep: Sweep, path: Path) -> None:
-    """Write the losses over the rates, with the suggestion, as .svg or .png.
+    """Write a figure of the losses over the rates, with the suggestion.
+
+    Args:
+        sweep: a range test.
+        path: of the file; its name ends in .svg or .png.
 
     Raises:
-        UsageError: the file cannot be written.
+        UsageError: the name has another ending.
+        StorageError: `disk-full` or `not-writable`.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(sweep.rates, sweep.losses, color="#c8c8c8", linewidth=0.8, label="each step")
-    axes.plot(sweep.rates, sweep.smoothed, color="#1f6fb4", label="smoothed")
-    if math.isfinite(sweep.suggestion):
-        axes.axvline(sweep.suggestion, color="#a33b3b", linestyle="--", label=f"suggestion: {sweep.suggestion:.2g}")
-    axes.set_xscale("log")
-    axes.set_ylim(0, 1.1 * max(sweep.smoothed[FEWEST // 2 :]))
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("loss")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
-    try:
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    except OSError as error:
-        why = error.strerror or type(error).__name__
-        raise UsageError(f"cannot write {path}: {why}", "a file in a writable folder", "check the folder") from error
+    with style():
+        figure = new_figure(width_in=6.4, height_in=3.6)
+        axes = figure.add_subplot()
+        axes.plot(sweep.rates, sweep.losses, color=LIGHT_GREY, linewidth=0.8, label="each step")
+        axes.plot(sweep.rates, sweep.smoothed, color=BLUE, label="smoothed")
+        if math.isfinite(sweep.suggestion):
+            axes.axvline(sweep.suggestion, color=RED, linestyle="--", label=f"suggestion: {sweep.suggestion:.2g}")
+        axes.set_xscale("log")
+        plain_numbers(axes.xaxis)
+        axes.set_ylim(0, 1.1 * max(sweep.smoothed[FEWEST // 2 :]))
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("loss")
+        axes.legend()
+        content = render(figure, plot_format(path))
+    write_atomically(path, content)

@@ -14,8 +14,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tsugiki.common.audit import AuditLog, locked, verify
+from tsugiki.common.audit import AuditLog, verify
 from tsugiki.common.errors import BudgetError
+from tsugiki.common.files import locked
 from tsugiki.common.privacy.accounting import Release, epsilon
 from tsugiki.common.privacy.mechanisms import ADVERSARIES, Adversary
 

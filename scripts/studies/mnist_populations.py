@@ -38,7 +38,8 @@ import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.client.app import simulated_app
 from tsugiki.common.config.parse import parse
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.files import read_lines
+from tsugiki.common.files import read_lines, write_atomically
+from tsugiki.common.plots import BLUE, GREY, ORANGE, RED, new_figure, render, style
 from tsugiki.server.run.simulate import simulate
 
 CLIENTS = (100, 1_000, 10_000)
@@ -193,31 +194,30 @@ def judge(results: list[Result], seconds: float) -> list[Figure]:
 
 def draw(results: list[Result], path: Path) -> None:
     """Write the figure: accuracy against the number of clients, a panel for each epsilon."""
-    from matplotlib.figure import Figure as Plot
-
-    plot = Plot(figsize=(9, 3.6), layout="constrained")
-    panels = plot.subplots(1, len(EPSILONS), sharey=True)
-    colours = {"none": "#5b636d", "central": "#1f6fb4", "distributed": "#d9822b", "local": "#a33b3b"}
-    for panel, epsilon in zip(panels, EPSILONS, strict=True):
-        for mode in ("none", *MODES):
-            values = [of(results, Case(mode, n, 0.0 if mode == "none" else epsilon)) for n in CLIENTS]
-            middle = [mean(value) for value in values]
-            spread = [[m - min(v) for m, v in zip(middle, values, strict=True)]]
-            spread.append([max(v) - m for m, v in zip(middle, values, strict=True)])
-            label = "no privacy" if mode == "none" else mode
-            style = {"linestyle": "--"} if mode == "none" else {}
-            panel.errorbar(
-                CLIENTS, middle, spread, label=label, color=colours[mode], marker="o", markersize=4, capsize=3, **style
-            )
-        panel.set_xscale("log")
-        panel.set_title(f"epsilon {epsilon:g}, delta 1e-5", loc="left", fontsize=10)
-        panel.set_xlabel("clients")
-        panel.set_xticks(CLIENTS, [f"{n:,}" for n in CLIENTS])
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy on MNIST test, %")
-    panels[-1].legend(loc="center right", fontsize=9)
+    colours = {"none": GREY, "central": BLUE, "distributed": ORANGE, "local": RED}
+    with style():
+        plot = new_figure(width_in=9, height_in=3.6)
+        panels = plot.subplots(1, len(EPSILONS), sharey=True)
+        for panel, epsilon in zip(panels, EPSILONS, strict=True):
+            for mode in ("none", *MODES):
+                values = [of(results, Case(mode, n, 0.0 if mode == "none" else epsilon)) for n in CLIENTS]
+                middle = [mean(value) for value in values]
+                below = [m - min(v) for m, v in zip(middle, values, strict=True)]
+                above = [max(v) - m for m, v in zip(middle, values, strict=True)]
+                label = "no privacy" if mode == "none" else mode
+                dashes = {"linestyle": "--"} if mode == "none" else {}
+                panel.errorbar(
+                    CLIENTS, middle, [below, above], label=label, color=colours[mode], marker="o", capsize=3, **dashes
+                )
+            panel.set_xscale("log")
+            panel.set_title(f"epsilon {epsilon:g}, delta 1e-5", loc="left", fontsize=10)
+            panel.set_xlabel("clients")
+            panel.set_xticks(CLIENTS, [f"{n:,}" for n in CLIENTS])
+        panels[0].set_ylabel("accuracy on MNIST test, %")
+        panels[-1].legend(loc="center right")
+        content = render(plot)
     path.parent.mkdir(parents=True, exist_ok=True)
-    plot.savefig(path, metadata={"Date": None})
+    write_atomically(path, content)
 
 
 def write(results: list[Result], options: argparse.Namespace, seconds: float) -> None:

@@ -42,7 +42,8 @@ import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.client.app import simulated_app
 from tsugiki.common.config.parse import parse
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.files import read_lines
+from tsugiki.common.files import read_lines, write_atomically
+from tsugiki.common.plots import BLUE, GREY, RED, new_figure, render, style
 from tsugiki.common.rng import generator
 from tsugiki.server.baselines import centralised
 from tsugiki.server.run.simulate import simulate
@@ -204,25 +205,23 @@ def judge(results: list[Result], baseline: Result, majority: float) -> list[Figu
 
 def draw(results: list[Result], baseline: Result, majority: float, path: Path) -> None:
     """Write the figure: a dot for each seed."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure as Plot
-
-    plot = Plot(figsize=(7, 3.4), layout="constrained")
-    panel = plot.subplots()
-    cells = [(recipe, place) for recipe in RECIPES for place in PLACES]
-    for index, (recipe, place) in enumerate(cells):
-        values = [one.accuracy for one in of(results, recipe, place)]
-        offsets = [index + 0.06 * (place - (len(values) - 1) / 2) for place in range(len(values))]
-        panel.scatter(offsets, values, s=24, color={"naive": "#a33b3b", "stable": "#1f6fb4"}[recipe])
-    panel.axhline(baseline.accuracy, color="#5b636d", linestyle="--", linewidth=1, label="TF-IDF + LightGBM")
-    panel.axhline(majority, color="#5b636d", linestyle=":", linewidth=1, label="always the largest class")
-    panel.set_xticks(range(len(cells)), [f"{recipe},\n{place}" for recipe, place in cells])
-    panel.set_ylabel("accuracy on the test part, %")
-    panel.grid(axis="y", alpha=0.3)
-    panel.legend(loc="best", fontsize=9)
+    with style():
+        plot = new_figure(width_in=7, height_in=3.4)
+        panel = plot.add_subplot()
+        cells = [(recipe, place) for recipe in RECIPES for place in PLACES]
+        for index, (recipe, place) in enumerate(cells):
+            values = [one.accuracy for one in of(results, recipe, place)]
+            offsets = [index + 0.06 * (place - (len(values) - 1) / 2) for place in range(len(values))]
+            panel.scatter(offsets, values, s=24, color={"naive": RED, "stable": BLUE}[recipe])
+        panel.axhline(baseline.accuracy, color=GREY, linestyle="--", linewidth=1, label="TF-IDF + LightGBM")
+        panel.axhline(majority, color=GREY, linestyle=":", linewidth=1, label="always the largest class")
+        panel.set_xticks(range(len(cells)), [f"{recipe},\n{place}" for recipe, place in cells])
+        panel.set_ylabel("accuracy on the test part, %")
+        panel.grid(visible=False, axis="x")
+        panel.legend(loc="best")
+        content = render(plot)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "stability"}):
-        plot.savefig(path, metadata={"Date": None})
+    write_atomically(path, content)
 
 
 def write(page_table: str, options: argparse.Namespace, seconds: float, folder: Path) -> None:

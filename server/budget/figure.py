@@ -1,7 +1,4 @@
-"""The privacy budget drawn: what can be learned with how many clients, and what rounds cost.
-
-The look is that of the report's figures (`server/report/figures.py`).
-"""
+"""The privacy budget as a figure: the signal-to-noise bound over clients, and epsilon over rounds."""
 
 from __future__ import annotations
 
@@ -9,12 +6,11 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from tsugiki.common.plots import BLUE, GREEN, GREY, ORANGE, RED, Format, new_figure, plain_numbers, render, style
 from tsugiki.common.privacy.accounting import epsilon
 from tsugiki.common.privacy.mechanisms import Adversary
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.server.budget.alternatives import everything_seen, noise_on_mean, without_slack
-from tsugiki.server.report import figures
-from tsugiki.server.report.figures import BLUE, GREEN, GREY, ORANGE, RED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,37 +20,28 @@ if TYPE_CHECKING:
 Points = dict[int, float]
 
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
-"""Lines that lie on each other stay visible."""
+"""With different dashes, lines on top of each other stay visible."""
 _MODES = {"central": (BLUE, _DASHES[0]), "distributed": (ORANGE, _DASHES[1]), "local": (GREEN, _DASHES[0])}
 _VIEWS: dict[Adversary, tuple[str, str]] = {
     "release": (BLUE, "models"),
     "sums": (ORANGE, "server, secure aggregation"),
     "uploads": (RED, "server, each upload"),
 }
-_FEW_DECADES = 500.0
-"""An axis that spans less has its 2 and 5 labelled, too."""
 _POINTS, _SAMPLED_POINTS = 25, 8  # an epsilon under sampling takes a tenth of a second
 
 
-def draw(budget: Budget, format_: str) -> bytes:
-    """Return a figure: the bound over the number of clients, and epsilon over the number of rounds.
-
-    Args:
-        budget: the numbers.
-        format_: `svg` or `png`.
-    """
-    from matplotlib.figure import Figure
-
-    with figures._style():
-        figure = Figure(figsize=(9.2, 4.4))
+def draw(budget: Budget, format_: Format) -> bytes:
+    """Return a figure: the bound over the number of clients, and epsilon over the number of rounds."""
+    with style():
+        figure = new_figure(width_in=9.2, height_in=4.4)
         left, right = figure.subplots(1, 2)
         _draw_bounds(left, budget)
         _draw_epsilons(right, budget)
-        return figures._render(figure, format_)
+        return render(figure, format_)
 
 
 def bounds(budget: Budget) -> dict[str, Points]:
-    """Return each mode's signal-to-noise bound by the number of clients, all of which take part."""
+    """Return the signal-to-noise bound of each mode by the number of clients, if all of them take part."""
     found: dict[str, Points] = {}
     most = max(10_000, 4 * budget.clients)
     for row in budget.table:
@@ -66,7 +53,7 @@ def bounds(budget: Budget) -> dict[str, Points]:
 
 
 def epsilons(plan: Plan) -> dict[Adversary, Points]:
-    """Return what each adversary's epsilon is after a number of rounds, for those to whom there is one."""
+    """Return the epsilon by the number of rounds, for each adversary against whom the plan has noise."""
     points = _SAMPLED_POINTS if plan.sampling_probability < 1 else _POINTS
     rounds = {*_geometric(1, max(10, 2 * plan.rounds), points), plan.rounds}
     seen = {who: release for who, release in everything_seen(plan).items() if release.noise_multiplier > 0}
@@ -113,7 +100,7 @@ def _draw_epsilons(axes: Axes, budget: Budget) -> None:
 
 
 def _shown(budget: Budget) -> Plan:
-    """Return the run's plan; where it has no noise, that of the table's in mode distributed, if there is one."""
+    """Return the run's plan. If that has no noise, return the table's plan in mode distributed, if it has one."""
     if budget.assessment is not None and budget.base.noise_multiplier > 0:
         return budget.assessment.plan
     for row in budget.table:
@@ -124,15 +111,11 @@ def _shown(budget: Budget) -> Plan:
 
 
 def _finish(axes: Axes, horizontal: str, vertical: str) -> None:
-    """Make both axes logarithmic, with plain numbers, and put the legend below."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
+    """Make both axes logarithmic, and put the legend below."""
     axes.set_xscale("log")
     axes.set_yscale("log")
-    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < _FEW_DECADES else (1,)))
-        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))  # the usual one writes mathematics
-        axis.set_minor_locator(NullLocator())
+    plain_numbers(axes.xaxis)
+    plain_numbers(axes.yaxis)
     axes.set_xlabel(horizontal)
     axes.set_ylabel(vertical)
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2, borderaxespad=0)

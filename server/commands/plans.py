@@ -29,17 +29,18 @@ def budget(
 ) -> None:
     """Plan privacy, and train nothing: the noise for a budget, what each adversary sees, what is left to learn."""
     from tsugiki.common.files import write_atomically
+    from tsugiki.common.plots import plot_format
     from tsugiki.server.budget.budget import Size, make_budget, measure, read
     from tsugiki.server.budget.figure import draw
     from tsugiki.server.budget.text import show
 
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
-        raise UsageError(f"--plot {plot}", "a name that ends in .png or .svg")
+    if plot is not None:
+        plot_format(plot)  # a wrong name is refused before the work
     config, mode, assumed = read(file, overrides or [])
     size = Size(dimension) if dimension else measure(config)
     found = make_budget(config, size, mode, assumed)
     if plot is not None:
-        write_atomically(plot, draw(found, plot.suffix.lower()[1:]))
+        write_atomically(plot, draw(found, plot_format(plot)))
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=1))
     else:
@@ -85,12 +86,12 @@ def _read_with_model(file: Path | None, model: str, overrides: list[str]) -> Run
 
 def _print_menu(found: Menu) -> None:
     """Print a table: in each cell the parameters of adapter and head, and the bytes of a round each way."""
+    from rich import filesize
     from rich.console import Console
     from rich.table import Table
 
     from tsugiki.common.adapters import ADAPTERS
     from tsugiki.server.methods import reasons
-    from tsugiki.server.report.tables import size_text
 
     numbers = reasons(found.pairs)
     table = Table(title=f"{found.base}: numbers of the adapter + head, and bytes of a round, each way")
@@ -103,21 +104,23 @@ def _print_menu(found: Menu) -> None:
     console.print(table)
     for reason, number in numbers.items():
         console.print(f"({number}) {reason}", highlight=False, markup=False, soft_wrap=True)
+    frozen = filesize.decimal(found.base_bytes)
+    trained = filesize.decimal(found.trained_bytes)
     console.print(
-        f"Memory at a site: {size_text(found.base_bytes)} of frozen weights, at most {size_text(found.trained_bytes)} "
-        "for what is trained (numbers, gradients, Adam's moments), and activations, by batch and length.",
+        f"Memory at a site: {frozen} of frozen weights, at most {trained} for what is trained "
+        "(numbers, gradients, Adam's moments), and activations, by batch and length.",
         highlight=False,
         soft_wrap=True,
     )
 
 
 def _cell(pair: Pair, numbers: Mapping[str, int]) -> str:
-    from tsugiki.server.report.tables import size_text
+    from rich import filesize
 
     if pair.reason:
         return f"({numbers[pair.reason]})"
     head = f" + {pair.head:,}" if pair.head else ""
-    return f"{pair.adapter:,}{head}\n{size_text(pair.size_bytes)}"
+    return f"{pair.adapter:,}{head}\n{filesize.decimal(pair.size_bytes)}"
 
 
 @app.command(epilog="Example: tsugiki doctor --json")

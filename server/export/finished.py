@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from tsugiki.common.config import files as config_file
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ExportError, StorageError
+from tsugiki.common.files import read_json
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.wire.spec import Vector, pack, sha256
@@ -52,8 +52,9 @@ def open_graft(folder: Path, config: RunConfig) -> Graft:
     on_cpu = config.model_copy(
         update={name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
     )
-    spec = _read_json(folder / "spec.json")
-    recorded, agreed = spec["sha256"], spec["constants"] if config.task.models else None
+    spec = _read(folder / "spec.json")
+    recorded = spec["sha256"]
+    agreed = spec["constants"] if config.task.models else None
     graft = load_graft(on_cpu, config.model.name, config.run.seed, agreed=agreed)
     if graft.spec.sha256 != recorded:
         raise ExportError(
@@ -80,7 +81,7 @@ def _best(folder: Path, graft: Graft) -> Chosen:
     from safetensors.numpy import load_file
 
     path = folder / "best" / "adapter.safetensors"
-    summary = _read_json(folder / "summary.json")
+    summary = _read(folder / "summary.json")
     try:
         vector = pack(load_file(path), graft.spec)
     except (OSError, SafetensorError) as error:
@@ -95,8 +96,12 @@ def _last(folder: Path, config: RunConfig, graft: Graft) -> Chosen:
     return Chosen(state.vector, state.round)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON file that the run has written."""
+def _read(path: Path) -> dict[str, Any]:
+    """Return a JSON file that the run has written.
+
+    Raises:
+        StorageError: `run-unfinished`, the file is missing; `run-corrupt`.
+    """
     if not path.is_file():
         raise StorageError(
             f"no {path}",
@@ -104,11 +109,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             "finish it with --resume, or export its last checkpoint",
             code="run-unfinished",
         )
-    try:
-        body: dict[str, Any] = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise _corrupt(path) from error
-    return body
+    return read_json(path)
 
 
 def _corrupt(path: Path) -> StorageError:

@@ -1,8 +1,7 @@
-"""What a run's files say: read once, and summed up for the report's figures and tables."""
+"""Read a run's files and summarise them for the report."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import read_lines
+from tsugiki.common.files import read_json, read_lines
 from tsugiki.server.run.replies import DROPOUT
 
 Line = dict[str, Any]
@@ -85,28 +84,20 @@ def read_run(folder: Path) -> Run:
                 "end or resume the run",
                 code="run-missing",
             )
-    summary = _read_json(folder / "summary.json")
+    summary = read_json(folder / "summary.json")
     config = folder / "config.toml"
     return Run(
         str(summary.get("name", folder.name)),
         tuple(read_lines(folder / "metrics.jsonl")),
         summary,
-        _read_json(folder / "spec.json"),
+        _read_if_there(folder / "spec.json"),
         config.read_text("utf-8") if config.is_file() else "",
-        _read_json(folder / "baselines.json"),
+        _read_if_there(folder / "baselines.json"),
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise StorageError(f"{path} is no JSON", "the file as the run wrote it", code="run-corrupt") from error
-    if not isinstance(content, dict):
-        raise StorageError(f"{path} holds no object", "the file as the run wrote it", code="run-corrupt")
-    return content
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def drawable(value: Any) -> float:

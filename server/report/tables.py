@@ -1,12 +1,15 @@
-"""The report's words and tables: what happened, site by site, against the baselines, and with which fingerprints."""
+"""The report's sentences and tables, as plain data. Nothing here is escaped: the page's template does that."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from typing import Any
 
+from rich import filesize
+
 from tsugiki.server.report.run_files import (
+    Line,
     Run,
     SiteSum,
     baseline_metrics,
@@ -17,9 +20,58 @@ from tsugiki.server.report.run_files import (
 )
 
 MOST_OPEN_ROWS = 30
-"""A longer table is folded away."""
+"""A longer table is folded."""
 
 Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page.
+
+    Args:
+        head: the name of each column.
+        rows: cells, one for each column.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+    @property
+    def kinds(self) -> list[str]:
+        """`number` or `text` for each column; columns of numbers are aligned to the right."""
+        columns = range(len(self.head))
+        return ["number" if any(_is_number(row[column]) for row in self.rows) else "text" for column in columns]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A table or a text.
+
+    Args:
+        table: the table, if this block has one.
+        text: else the text; its line breaks are kept.
+        folded_under: a title that the reader clicks on to see the block; empty: the block is open.
+    """
+
+    table: Table | None = None
+    text: str = ""
+    folded_under: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Args:
+        heading: above the part.
+        note: on the blocks; may be empty.
+        blocks: the content.
+    """
+
+    heading: str
+    note: str
+    blocks: Sequence[Block]
 
 
 def story(run: Run) -> list[str]:
@@ -28,7 +80,8 @@ def story(run: Run) -> list[str]:
 
 
 def _training(run: Run) -> str:
-    rounds, sites = run.summary.get("rounds", 0), len({site for line in run.attempts for site in line["cohort"]})
+    rounds = run.summary.get("rounds", 0)
+    sites = len({site for line in run.attempts for site in line["cohort"]})
     what = f"{run.summary.get('method', 'an')} adapter for {run.summary.get('task', 'its task')}"
     if not rounds:
         return f"No round was completed: the {what} is as it was before training."
@@ -38,10 +91,13 @@ def _training(run: Run) -> str:
 
 
 def _outcome(run: Run) -> str:
-    before, after, metric = run.summary.get("before"), run.summary.get("after"), run.monitor
+    before = run.summary.get("before")
+    after = run.summary.get("after")
+    metric = run.monitor
     if not before or not after or metric not in before or metric not in after:
         return "There was no central evaluation, so nothing here says whether the model became better."
-    start, end = before[metric], after[metric]
+    start = before[metric]
+    end = after[metric]
     if run.best_round == 0:
         return f"No round was better than the start: {metric} {start:.4g} on the operator's held-out rows."
     change = f"from {start:.4g} before training to {end:.4g} ({end - start:+.3g})"
@@ -57,27 +113,23 @@ def _voided(run: Run) -> str:
 
 
 def _traffic(run: Run) -> str:
-    adapter, head = (run.summary.get(f"{part}_parameters", 0) for part in ("adapter", "head"))
+    adapter = run.summary.get("adapter_parameters", 0)
+    head = run.summary.get("head_parameters", 0)
     head_too = f" and {head:,} of the task's head" if head else ""
     asked = sum(len(line["cohort"]) for line in run.attempts)
-    size = sum(line.get("bytes_down", 0) for line in run.attempts) / asked if asked else run.spec.get("size_bytes", 0)
+    if asked:
+        size_bytes = sum(line.get("bytes_down", 0) for line in run.attempts) / asked
+    else:
+        size_bytes = run.spec.get("size_bytes", 0)
+    size = filesize.decimal(round(size_bytes))
     return (
-        f"Only the adapter travelled: {adapter:,} parameters{head_too}, {size_text(size)} to each site in a round, "
-        "and as much back. The base model stayed frozen."
+        f"Only the adapter travelled: {adapter:,} parameters{head_too}, {size} to each site in a round, and as much "
+        "back. The base model stayed frozen."
     )
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def size_text(size_bytes: float) -> str:
-    """Return a number of bytes with a decimal prefix."""
-    for unit in ("B", "kB", "MB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.3g} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.3g} GB"
 
 
 def compared(run: Run) -> dict[str, dict[str, float]]:
@@ -92,61 +144,52 @@ def compared(run: Run) -> dict[str, dict[str, float]]:
     )
 
 
-def sections(run: Run) -> list[str]:
-    """Return the tables, each under its heading."""
-    return [
-        section
-        for section in (_comparison(run), _sites(run), _rounds(run), _config(run), _fingerprints(run))
-        if section
-    ]
+def sections(run: Run) -> list[Section]:
+    """Return the sections below the figures; those without content are left out."""
+    found = (_comparison(run), _sites(run), _rounds(run), _config(run), _fingerprints(run))
+    return [section for section in found if section is not None]
 
 
-def _comparison(run: Run) -> str:
+def _comparison(run: Run) -> Section | None:
     rows = compared(run)
     if not run.baselines or not rows:
-        return ""
+        return None
     metrics = list(dict.fromkeys(name for found in rows.values() for name in found))
-    return (
-        "<h2>Against the baselines</h2>\n<p>All measured on the operator's held-out rows. Local-only: each site "
-        "trained alone, and its own adapter was measured. Centralised: all rows in one place.</p>\n"
-        + _table(["", *metrics], [[name, *(found.get(m) for m in metrics)] for name, found in rows.items()])
-        + _local(run)
-    )
-
-
-def _local(run: Run) -> str:
+    table = Table(["", *metrics], [[name, *(found.get(m) for m in metrics)] for name, found in rows.items()])
+    blocks = [Block(table)]
     local = run.baselines.get("local", {})
-    if not local:
-        return ""
-    return _folded("Each site alone", _by_site(local))
+    if local:
+        blocks.append(Block(_by_site(local), folded_under="Each site alone"))
+    note = (
+        "All measured on the operator's held-out rows. Local-only: each site trained alone, and its own adapter was "
+        "measured. Centralised: all rows in one place."
+    )
+    return Section("Against the baselines", note, blocks)
 
 
-def _sites(run: Run) -> str:
+def _sites(run: Run) -> Section | None:
     sites = sum_sites(run)
     if not sites:
-        return ""
+        return None
     head = ["site", "rows", "asked", "accepted", "rejected", "why", "mean seconds", "last loss", "bytes up"]
-    table = _table(head, [_site(site) for site in sites])
-    note = (
-        "<p>Rows, seconds and loss are what the sites report; rows never count for more than a site announced. "
-        "Rejected includes requests without a reply (dropout). Bytes are those of accepted updates.</p>\n"
-    )
     many = len(sites) > MOST_OPEN_ROWS
-    return f"<h2>Sites</h2>\n{note}" + (_folded(_count(len(sites), "site"), table) if many else table) + _at_sites(run)
-
-
-def _at_sites(run: Run) -> str:
+    title = _count(len(sites), "site") if many else ""
+    blocks = [Block(Table(head, [_site(site) for site in sites]), folded_under=title)]
     judged = judged_line(run)
-    if not judged:
-        return ""
-    found = judged["sites_eval"]
-    return _folded(f"On each site's own evaluation rows, after round {judged['round']}", _by_site(found))
+    if judged:
+        title = f"On each site's own evaluation rows, after round {judged['round']}"
+        blocks.append(Block(_by_site(judged["sites_eval"]), folded_under=title))
+    note = (
+        "Rows, seconds and loss are what the sites report; rows never count for more than a site announced. "
+        "Rejected includes requests without a reply (dropout). Bytes are those of accepted updates."
+    )
+    return Section("Sites", note, blocks)
 
 
-def _by_site(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a table with a line for each site and a column for each metric."""
+def _by_site(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return a table with a row for each site and a column for each metric."""
     metrics = list(dict.fromkeys(name for entry in found.values() for name in entry))
-    return _table(["site", *metrics], [[site, *(found[site].get(m) for m in metrics)] for site in sorted(found)])
+    return Table(["site", *metrics], [[site, *(found[site].get(m) for m in metrics)] for site in sorted(found)])
 
 
 def _site(site: SiteSum) -> list[Cell]:
@@ -159,7 +202,7 @@ def _site(site: SiteSum) -> list[Cell]:
     ]  # fmt: skip
 
 
-def _rounds(run: Run) -> str:
+def _rounds(run: Run) -> Section:
     """Return the numbers behind the figures."""
     metrics = list(central_curves(run))
     lora = ["aggregation error"] if any("aggregation_error" in line for line in run.lines) else []
@@ -173,19 +216,26 @@ def _rounds(run: Run) -> str:
             *(line.get("aggregation_error") for _ in lora),
             *(line.get("eval", {}).get(metric) for metric in metrics),
             sum(map(drawable, line.get("seconds", {}).values())),
-            "voided" if line.get("voided") else "best" if line["round"] == run.best_round else "",
+            _remark(run, line),
         ]
         for line in run.lines
     ]
-    return f"<h2>Rounds</h2>\n{_folded('The numbers behind the figures', _table(head, rows))}"
+    return Section("Rounds", "", [Block(Table(head, rows), folded_under="The numbers behind the figures")])
 
 
-def _config(run: Run) -> str:
-    text = escape(run.config) if run.config else "config.toml is missing."
-    return f"<h2>Configuration</h2>\n{_folded('config.toml, with every default filled in', f'<pre>{text}</pre>')}"
+def _remark(run: Run, line: Line) -> str:
+    if line.get("voided"):
+        return "voided"
+    return "best" if line["round"] == run.best_round else ""
 
 
-def _fingerprints(run: Run) -> str:
+def _config(run: Run) -> Section:
+    text = run.config or "config.toml is missing."
+    title = "config.toml, with every default filled in"
+    return Section("Configuration", "", [Block(text=text, folded_under=title)])
+
+
+def _fingerprints(run: Run) -> Section:
     rows: list[list[Cell]] = [
         ["base model (SHA-256 of its tensors)", run.summary.get("base_fingerprint")],
         ["adapter spec", run.spec.get("sha256")],
@@ -193,34 +243,19 @@ def _fingerprints(run: Run) -> str:
         ["best adapter", run.summary.get("best_sha256")],
         ["device and threads of the server", f"{run.summary.get('device', '?')}, {run.summary.get('threads', '?')}"],
     ]
-    return f"<h2>Fingerprints</h2>\n{_table(['of', 'value'], rows)}"
+    return Section("Fingerprints", "", [Block(Table(["of", "value"], rows))])
 
 
-def _folded(title: str, body: str) -> str:
-    return f"<details><summary>{escape(title)}</summary>\n{body}</details>\n"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """Return a table; everything in it is escaped, and columns with numbers are set right."""
-    kinds = ["number" if any(_is_number(row[column]) for row in rows) else "text" for column in range(len(head))]
-    cells = [f'<th class="{kind}">{_text(name)}</th>' for kind, name in zip(kinds, head, strict=True)]
-    lines = [f"<tr>{''.join(cells)}</tr>"]
-    for row in rows:
-        cells = [f'<td class="{kind}">{_text(cell)}</td>' for kind, cell in zip(kinds, row, strict=True)]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>\n"
-
-
-def _is_number(cell: Any) -> bool:
+def _is_number(cell: Cell) -> bool:
     return isinstance(cell, int | float)
 
 
-def _text(cell: Cell) -> str:
-    """Return a cell as escaped text, without characters that could disguise their neighbours."""
+def cell_text(cell: Cell) -> str:
+    """Return a cell as text, without characters that could disguise their neighbours."""
     if cell is None:
-        return "–"  # noqa: RUF001  # a dash for a value that is not there
+        return "–"  # noqa: RUF001  # a dash for a missing value
     if isinstance(cell, float):
         return f"{cell:.4g}"
     if isinstance(cell, int):
         return f"{cell:,}"
-    return escape("".join(letter if letter.isprintable() else "?" for letter in cell))
+    return "".join(letter if letter.isprintable() else "?" for letter in cell)

@@ -1,23 +1,22 @@
-"""The run's folder: made once, locked while in use."""
+"""The run's folder: created once, locked while in use."""
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import unwritable
+from tsugiki.common.files import locked, unwritable
 
 LEAST_FREE_BYTES = 64 * 2**20
-"""A run is not started on a disk with less: a checkpoint that does not fit is found out too late."""
+"""No run starts on a disk with less free space: else it would train, and then fail to write its checkpoint."""
 
 
 @contextmanager
 def run_folder(path: Path, *, resume: bool) -> Iterator[Path]:
-    """Make the run's folder, or open an existing one to resume, and hold its lock inside a `with` block.
+    """Create the run's folder, or open an existing one to resume, and hold its lock inside a `with` block.
 
     Raises:
         StorageError: `run-exists`, `run-missing`, `locked`, `disk-full` or `not-writable`.
@@ -38,12 +37,7 @@ def run_folder(path: Path, *, resume: bool) -> Iterator[Path]:
             raise StorageError(
                 f"{path}: {free // 2**20} MiB free", f"at least {LEAST_FREE_BYTES // 2**20} MiB", code="disk-full"
             )
-        lock = (path / ".lock").open("w")
     except OSError as error:
         raise unwritable(path, error) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(f"{path} is in use by another process", "one process a run", code="locked") from None
+    with locked(path / ".lock", wait=False):
         yield path

@@ -1,12 +1,17 @@
 import errno
 import json
 import os
+import re
+import threading
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
+from tests.support.processes import ROOT
 from tsugiki.common import files
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import append_line, read_lines, write_atomically
+from tsugiki.common.files import append_line, locked, read_json, read_lines, write_atomically
 
 
 def failing(number):
@@ -94,3 +99,50 @@ def test_lines_are_strict_json(tmp_path):
     append_line(tmp_path / "lines", {"name": "Übung", "value": 0.1})
     assert (tmp_path / "lines").read_bytes().isascii()
     assert json.loads((tmp_path / "lines").read_text()) == {"name": "Übung", "value": 0.1}
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"1", b"\xff"])
+def test_a_file_without_an_object_is_corrupt(tmp_path, content):
+    """Catches: a decoder's own exception instead of ours; a list or a number that passes for an object."""
+    (tmp_path / "file").write_bytes(content)
+    assert code_of(lambda: read_json(tmp_path / "file")) == "run-corrupt"
+    (tmp_path / "file").write_bytes(b'{"a": 1}')
+    assert read_json(tmp_path / "file") == {"a": 1}
+
+
+def test_a_lock_keeps_others_out_until_it_is_free(tmp_path):
+    """Catches: a lock that two hold at once; one that is not waited for, or not released after an error."""
+    path = tmp_path / ".lock"
+    entered = []
+
+    def enter():
+        with locked(path):
+            entered.append("second")
+
+    second = threading.Thread(target=enter)
+    with suppress(KeyError), locked(path):
+        second.start()
+        second.join(timeout=0.2)
+        entered.append("first")
+        raise KeyError
+    second.join(timeout=10)
+    assert entered == ["first", "second"]
+    with locked(path, wait=False):
+        assert code_of(lambda: locked(path, wait=False).__enter__()) == "locked"
+
+
+def test_a_lock_that_cannot_be_created_is_an_error(tmp_path, monkeypatch):
+    """Catches: an OSError's traceback; a folder that has vanished and comes back empty, with the lock alone in it."""
+    gone = tmp_path / "gone"
+    assert code_of(lambda: locked(gone / ".lock").__enter__()) == "not-writable"
+    assert not gone.exists()
+    monkeypatch.setattr(Path, "stat", failing(errno.ENOSPC))
+    assert code_of(lambda: locked(tmp_path / ".lock").__enter__()) == "disk-full"
+
+
+def test_no_module_needs_unix():
+    """Catches: a site that cannot start on Windows, because a module it imports exists on Unix only."""
+    modules = [path for name in ("common", "client", "server") for path in (ROOT / name).rglob("*.py")]
+    assert modules
+    unix = re.compile(r"^\s*(import|from) (fcntl|termios|pwd|grp|resource)\b", re.MULTILINE)
+    assert [path for path in modules if unix.search(path.read_text("utf-8"))] == []

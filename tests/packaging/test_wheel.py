@@ -12,9 +12,9 @@ from tests.support.wheel import PACKAGES, build_wheel
 
 
 def sources():
-    """Return {path in the wheel: path in the tree} of all modules."""
+    """Return {path in the wheel: path in the tree} of all modules, and of the files that they read."""
     paths = {path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
-    paths.add(Path("tsugiki/py.typed"))
+    paths |= {Path("tsugiki/py.typed"), Path("server/report/report.html.j2")}
     return {("" if path.parts[0] == "tsugiki" else "tsugiki/") + path.as_posix(): ROOT / path for path in paths}
 
 

@@ -13,7 +13,7 @@ from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.client.training.lr_find import FEWEST, find_rate, smooth, suggest
 from tsugiki.common.config import files as config_file
 from tsugiki.common.config.parse import parse
-from tsugiki.common.errors import TrainingError, UsageError
+from tsugiki.common.errors import StorageError, TrainingError, UsageError
 from tsugiki.common.model.load import load_graft
 
 
@@ -91,18 +91,22 @@ def test_a_range_that_cannot_be_and_a_model_that_breaks_at_once_are_refused(conf
 
 
 def test_the_command_prints_and_draws(config, tmp_path):
-    """Catches: a plot that is not there, JSON that no script can read, a result that is lost with the plot."""
+    """Catches: no plot, or raw mathematics in it; JSON that no script can read; a result that is lost with the plot."""
     file = tmp_path / "run.toml"
     file.write_text(config_file.to_toml(config))
     words = ["lr-find", str(file), "--lowest", "1e-5", "--steps", "30"]
-    done = CliRunner().invoke(cli.app, [*words, "--plot", str(tmp_path / "rates.svg")])
+    done = CliRunner().invoke(cli.app, [*words, "--plot", str(tmp_path / "rates.SVG")])
     assert done.exit_code == 0, done.output
     assert "suggestion: train.learning_rate = " in done.stdout
-    assert (tmp_path / "rates.svg").read_text().count("<svg") == 1
+    svg = (tmp_path / "rates.SVG").read_text()
+    assert svg.count("<svg") == 1
+    assert "0.001" in svg
+    assert "mathdefault" not in svg
     found = json.loads(CliRunner().invoke(cli.app, [*words, "--json"]).stdout)
     assert len(found["rates"]) == len(found["losses"]) == 30
     done = CliRunner().invoke(cli.app, [*words, "--plot", str(tmp_path / "gone" / "rates.png")])
-    assert isinstance(done.exception, UsageError)
+    assert isinstance(done.exception, StorageError)
+    assert done.exception.code == "not-writable"
     assert "suggestion: train.learning_rate = " in done.stdout  # not lost with the plot
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from rich import filesize
 
 from tests.support.command_line import invoke, printed
 from tests.support.tiny import tiny_bert
@@ -10,7 +11,6 @@ from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import UsageError
 from tsugiki.server import doctor
 from tsugiki.server.methods import menu
-from tsugiki.server.report.tables import size_text
 
 
 @pytest.fixture
@@ -25,8 +25,9 @@ def test_methods_prints_a_table_or_json(bert, tmp_path):
     assert "houlsby" in text
     assert "(1)" in text
     found = menu(parse({"model": {"name": str(bert)}}))
-    memory = f"{size_text(found.base_bytes)} of frozen weights, at most {size_text(found.trained_bytes)} for what is"
-    assert f"Memory at a site: {memory} trained" in text
+    frozen = filesize.decimal(found.base_bytes)
+    trained = filesize.decimal(found.trained_bytes)
+    assert f"Memory at a site: {frozen} of frozen weights, at most {trained} for what is trained" in text
     body = json.loads(printed("methods", "--model", bert, "--json"))
     assert body["pairs"]["sequence-classification"]["lora"]["adapter"] > 0
     with pytest.raises(UsageError):

@@ -2,7 +2,7 @@
 
 import re
 
-from tsugiki.server.report.figures import inline, plot_comparison, small_curves
+from tsugiki.server.report.figures import plot_comparison, small_curves
 
 
 def test_the_comparison_is_one_inline_figure():
@@ -16,6 +16,6 @@ def test_the_comparison_is_one_inline_figure():
 
 def test_figures_with_the_same_shapes_have_different_ids():
     """Catches: one prefix for all figures."""
-    one, other = (inline(small_curves({name: {0: 1.0, 1: 2.0}})) for name in ("recall", "loss"))
+    one, other = (small_curves({name: {0: 1.0, 1: 2.0}}) for name in ("recall", "loss"))
     assert re.findall(r'id="([^"]+)"', one)
     assert not set(re.findall(r'id="([^"]+)"', one)) & set(re.findall(r'id="([^"]+)"', other))

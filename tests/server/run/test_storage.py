@@ -1,8 +1,11 @@
-import fcntl
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
+from tests.support.processes import ROOT
 from tsugiki.common.errors import StorageError
 from tsugiki.server.run import storage
 from tsugiki.server.run.storage import run_folder
@@ -26,10 +29,32 @@ def test_a_run_folder_is_made_and_locked(tmp_path):
     """Catches: a folder that is not there, or not held."""
     with run_folder(tmp_path / "a" / "b", resume=False) as folder:
         assert folder.is_dir()
-        with (folder / ".lock").open("w") as lock, pytest.raises(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (folder / "config.toml").touch()
         assert code_of(lambda: enter(folder, resume=True)) == "locked"
+    enter(folder, resume=True)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from tsugiki.server.run.storage import run_folder
+with run_folder(Path(sys.argv[1]), resume=True):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_is_seen_by_another_process_and_ends_with_it(tmp_path):
+    """Catches: a lock inside one process only; a run that nobody can resume after a crash."""
+    folder = tmp_path / "run"
+    (enter(folder) / "config.toml").touch()
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            assert code_of(lambda: enter(folder, resume=True)) == "locked"
+        finally:
+            holder.send_signal(signal.SIGKILL)
     enter(folder, resume=True)
 
 
