@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tsugiki.common.config import files as config_file
-from tsugiki.common.config.parse import parse
+from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ExportError, UsageError
 from tsugiki.common.files import unwritable
@@ -58,9 +58,7 @@ def at_folder(config: RunConfig, folder: Path) -> RunConfig:
             "a folder with the run's name",
             f"rename it to {config.run.name}",
         )
-    raw = config.model_dump(mode="json")
-    raw["run"]["output_dir"] = str(folder.resolve().parent)
-    return parse(raw)
+    return changed(config, {"run.output_dir": str(folder.resolve().parent)})
 
 
 @contextmanager
