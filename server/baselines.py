@@ -15,9 +15,10 @@ from typing import Any
 
 from flwr.clientapp import ClientApp
 
+from tsugiki.common.audit import verify
 from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.files import write_atomically
+from tsugiki.common.files import read_lines, write_atomically
 from tsugiki.common.model.load import load_graft
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid
@@ -27,6 +28,9 @@ from tsugiki.server.run.progress import Progress
 from tsugiki.server.run.simulate import SimulatedApp
 
 Metrics = dict[str, float]
+
+KINDS = ("untouched", "local", "centralised")
+"""What a federated run can be compared with."""
 
 _ALONE: Mapping[str, Any] = {
     "strategy": {
@@ -84,7 +88,7 @@ def run_baselines(
         folder: the federated run's.
         client: makes ClientApps of simulated sites.
         sites: names of all sites.
-        kinds: of "untouched", "local", "centralised".
+        kinds: of `KINDS`.
         progress: shows what happens.
         stop: set to end the baseline at work.
 
@@ -114,6 +118,17 @@ def run_baselines(
         results["centralised"] = train_alone(central, "centralised", client(central, "")[0])
     write_atomically(folder / "baselines.json", json.dumps(results, indent=1).encode())
     return results
+
+
+def site_names(folder: Path) -> list[str]:
+    """Return the sites that passed the hello, from the audit log of a run's folder."""
+    return sorted({event["site"] for event in verify(folder / "audit.jsonl") if event["event"] == "hello"})
+
+
+def last_evaluation(folder: Path) -> dict[str, float]:
+    """Return the metrics of the last evaluated round of a run's folder."""
+    found: Metrics = [line["eval"] for line in read_lines(folder / "metrics.jsonl") if "eval" in line][-1]
+    return found
 
 
 def average(metrics: dict[str, Metrics], name: str) -> float:

@@ -123,7 +123,7 @@ def show_summary(summary: dict[str, Any]) -> None:
 
 def compare(file: Path, overrides: Sequence[str], as_json: bool, client: SimulatedApp) -> None:
     """Run the federation and all baselines; one table, one report."""
-    from tsugiki.server.baselines import run_baselines
+    from tsugiki.server.baselines import KINDS, last_evaluation, run_baselines, site_names
     from tsugiki.server.report.page import write_report
     from tsugiki.server.run import progress
     from tsugiki.server.run.simulate import simulate as run
@@ -135,29 +135,13 @@ def compare(file: Path, overrides: Sequence[str], as_json: bool, client: Simulat
     with stop_on_signals() as stop:
         outcome = run(config, client, progress=progress.choose(), stop=stop)
         sites = site_names(outcome.folder)
-        kinds = ["untouched", "local", "centralised"]
-        results = run_baselines(config, outcome.folder, client, sites, kinds, show, stop)
+        results = run_baselines(config, outcome.folder, client, sites, list(KINDS), show, stop)
     federated = last_evaluation(outcome.folder)
     write_report(outcome.folder)
     if as_json:
         print_json({"federated": federated, **results})
     else:
         show_comparison(config.monitor, federated, results)
-
-
-def site_names(folder: Path) -> list[str]:
-    """Return the sites that passed the hello, from the audit log."""
-    from tsugiki.common.audit import verify
-
-    return sorted({event["site"] for event in verify(folder / "audit.jsonl") if event["event"] == "hello"})
-
-
-def last_evaluation(folder: Path) -> dict[str, float]:
-    """Return the metrics of the last evaluated round."""
-    from tsugiki.common.files import read_lines
-
-    found: dict[str, float] = [line["eval"] for line in read_lines(folder / "metrics.jsonl") if "eval" in line][-1]
-    return found
 
 
 def show_comparison(monitor: str, federated: dict[str, float], results: dict[str, Any]) -> None:
@@ -190,7 +174,7 @@ def demo(seed: int, output_dir: Path, baselines: bool, as_json: bool, client: Si
     """Make the data, run the federation, compare, export, report."""
     from rich.console import Console
 
-    from tsugiki.server.baselines import run_baselines
+    from tsugiki.server.baselines import last_evaluation, run_baselines, site_names
     from tsugiki.server.demo import run as parts
     from tsugiki.server.export.export import export as write_export
     from tsugiki.server.report.page import write_report

@@ -13,7 +13,6 @@ import tsugiki
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import tiny_sentence_transformer
 from tsugiki import cli
-from tsugiki.client.app import simulated_app
 from tsugiki.common.adapters import ADAPTERS
 from tsugiki.common.config.files import read, to_toml
 from tsugiki.common.config.parse import parse
@@ -291,10 +290,3 @@ def test_an_error_becomes_one_message_and_an_exit_status(tmp_path):
     lines = done.stderr.splitlines()
     assert lines[0] == "tsugiki: config-invalid: wrong.toml: 2 problems"
     assert [line.split(" = ")[0].strip() for line in lines[1:]] == ["train.learning_rate", "train.stepz"]
-
-
-def test_site_names_come_from_the_audit_log(tmp_path):
-    """Catches: sites missing from a comparison, or listed twice after a resume."""
-    done = run_tiny(tiny_config(tmp_path, run={"rounds": 1}), simulated_app)
-    run_tiny(tiny_config(tmp_path, run={"rounds": 1}), simulated_app, resume=True)
-    assert commands.site_names(done.folder) == ["site-0", "site-1"]
