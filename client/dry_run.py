@@ -11,6 +11,7 @@ from tsugiki.client.prepare import load_at
 from tsugiki.client.site.policy import SitePolicy
 from tsugiki.client.site.site import FileSite
 from tsugiki.common import __version__
+from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import UsageError
 from tsugiki.common.privacy.planning import make_plan
@@ -43,8 +44,8 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
         if plan.noise_multiplier == 0:
             return  # below the masks are bare updates, which no run sends unmasked
         title = "round 1, before it is masked"
-        unmasked = config.privacy.model_copy(update={"secure_aggregation": False, "target_epsilon": 0.0})
-        config = config.model_copy(update={"privacy": unmasked})
+        unmasked = {"secure_aggregation": False, "target_epsilon": 0.0, "min_sites": 2}  # masks alone take more sites
+        config = changed(config, {f"privacy.{key}": value for key, value in unmasked.items()})
         app = make_app(lambda context: replace(quiet, policy=SitePolicy(seeded_noise=quiet.policy.seeded_noise)))
     request = TrainRequest(
         config=config.for_sites(plan),

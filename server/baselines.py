@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flwr.clientapp import ClientApp
 
-from tsugiki.common.config.parse import parse
+from tsugiki.common.audit import verify
+from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.files import write_atomically
+from tsugiki.common.files import read_lines, write_atomically
 from tsugiki.common.model.load import load_graft
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid
@@ -27,34 +29,47 @@ from tsugiki.server.run.simulate import SimulatedApp
 
 Metrics = dict[str, float]
 
+KINDS = ("untouched", "local", "centralised")
+"""What a federated run can be compared with."""
+
+_ALONE: Mapping[str, Any] = {
+    "strategy": {
+        "name": "fedavg",
+        "min_clients": 1,
+        "round_timeout_s": 604_800.0,
+        "max_update_norm": sys.float_info.max,  # an update may be the whole training here
+    },
+    "simulation.ranks": [],
+    "privacy": {"mode": "none"},  # what is compared with keeps nothing back from itself
+    "evaluation.data": "",
+    "evaluation.at_sites": False,
+    "evaluation.early_stopping_patience": 0,
+}
+"""What a federation of one changes in a run."""
+
 
 def centralised(config: RunConfig, sites: int) -> RunConfig:
     """Return the run with all data at one site, at equal samples; of passes over the data, to whole ones."""
-    raw, rounds = _alone(config), config.run.rounds * config.strategy.fraction_train
-    raw["run"]["rounds"] = 1
-    raw["train"]["local_steps"] = max(1, round(config.train.local_steps * rounds * sites))
+    rounds = config.run.rounds * config.strategy.fraction_train
+    changes = {
+        **_ALONE,
+        "run.rounds": 1,
+        "train.local_steps": max(1, round(config.train.local_steps * rounds * sites)),
+        "train.local_patience": 0,  # its one round is the whole training
+        "simulation.partition": "iid",
+        "simulation.column": "",
+        "simulation.clients": 1,
+        "simulation.clients_per_site": 1,
+    }
     if config.train.local_epochs:
-        raw["train"]["local_epochs"] = max(1, round(config.train.local_epochs * rounds))
-    raw["train"]["local_patience"] = 0  # its one round is the whole training
-    raw["simulation"] |= {"partition": "iid", "column": "", "clients": 1, "clients_per_site": 1}
-    return parse(raw)
+        changes["train.local_epochs"] = max(1, round(config.train.local_epochs * rounds))
+    return changed(config, changes)
 
 
 def local_only(config: RunConfig) -> RunConfig:
     """Return the run as one site would do it by itself, as often as it is asked; the split of the data stays."""
-    raw = _alone(config)
-    raw["run"]["rounds"] = max(1, round(config.run.rounds * config.strategy.fraction_train))
-    return parse(raw)
-
-
-def _alone(config: RunConfig) -> dict[str, Any]:
-    raw = config.model_dump(mode="json")
-    raw["strategy"] = {"name": "fedavg", "min_clients": 1, "round_timeout_s": 604_800.0}
-    raw["simulation"]["ranks"] = []
-    raw["privacy"] = {"mode": "none"}  # what is compared with keeps nothing back from itself
-    raw["strategy"]["max_update_norm"] = sys.float_info.max  # an update may be the whole training here
-    raw["evaluation"] |= {"data": "", "at_sites": False, "early_stopping_patience": 0}
-    return raw
+    asked = max(1, round(config.run.rounds * config.strategy.fraction_train))
+    return changed(config, {**_ALONE, "run.rounds": asked})
 
 
 def run_baselines(
@@ -73,7 +88,7 @@ def run_baselines(
         folder: the federated run's.
         client: makes ClientApps of simulated sites.
         sites: names of all sites.
-        kinds: of "untouched", "local", "centralised".
+        kinds: of `KINDS`.
         progress: shows what happens.
         stop: set to end the baseline at work.
 
@@ -91,9 +106,8 @@ def run_baselines(
 
     def train_alone(alone: RunConfig, name: str, app: ClientApp) -> Metrics:
         progress.note(f"baseline: {name}")
-        raw = alone.model_dump(mode="json")
-        raw["run"] |= {"output_dir": str(folder / "baselines"), "name": name}
-        outcome = run_federation(InProcessGrid(app, 1), parse(raw), stop=stop)
+        alone = changed(alone, {"run.output_dir": str(folder / "baselines"), "run.name": name})
+        outcome = run_federation(InProcessGrid(app, 1), alone, stop=stop)
         return evaluate(outcome.state.vector)
 
     if "local" in kinds:
@@ -104,6 +118,17 @@ def run_baselines(
         results["centralised"] = train_alone(central, "centralised", client(central, "")[0])
     write_atomically(folder / "baselines.json", json.dumps(results, indent=1).encode())
     return results
+
+
+def site_names(folder: Path) -> list[str]:
+    """Return the sites that passed the hello, from the audit log of a run's folder."""
+    return sorted({event["site"] for event in verify(folder / "audit.jsonl") if event["event"] == "hello"})
+
+
+def last_evaluation(folder: Path) -> dict[str, float]:
+    """Return the metrics of the last evaluated round of a run's folder."""
+    found: Metrics = [line["eval"] for line in read_lines(folder / "metrics.jsonl") if "eval" in line][-1]
+    return found
 
 
 def average(metrics: dict[str, Metrics], name: str) -> float:

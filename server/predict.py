@@ -72,7 +72,7 @@ def open_adapters(folders: Sequence[Path], source: str = "") -> list[Graft]:
     """
     source = source or str(find_in_hub(read_exported(folders[0]).base_name))
     first = open_exported(folders[0], source)
-    return [first, *(open_exported(folder, source, beside=first) for folder in folders[1:])]
+    return [first, *(open_exported(folder, source, beside=first.base.transformer) for folder in folders[1:])]
 
 
 def predict_each(

@@ -1,4 +1,6 @@
-"""Tsugiki. The subpackages live in the top-level folders `common/`, `client/` and `server/`.
+"""Tsugiki: federated fine-tuning with small adapters. `docs/python.md` describes these functions.
+
+The subpackages live in the top-level folders `common/`, `client/` and `server/`.
 
 A wheel holds them here. A source checkout and an unpacked Flower app (FAB) hold them beside this folder, so there the
 search path is extended by one step. Without that, Flower could not load the app where it is not installed.
@@ -10,6 +12,30 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
-from tsugiki.common import __version__  # noqa: E402  (it needs the path; and it switches off what would phone home)
+# They need the path. `tsugiki.common` switches off what would phone home, before a library below us is imported.
+from tsugiki.api import (  # noqa: E402
+    Comparison,
+    Run,
+    Table,
+    compare,
+    load_adapter,
+    open_run,
+    read_config,
+    simulate,
+)
+from tsugiki.common import __version__  # noqa: E402
+from tsugiki.common.errors import ConfigError, TsugikiError  # noqa: E402
 
-__all__ = ["__version__"]
+__all__ = [
+    "Comparison",
+    "ConfigError",
+    "Run",
+    "Table",
+    "TsugikiError",
+    "__version__",
+    "compare",
+    "load_adapter",
+    "open_run",
+    "read_config",
+    "simulate",
+]

@@ -15,7 +15,7 @@ import numpy as np
 
 from tsugiki.client.site.simulated import SimulatedSite, simulated_sites
 from tsugiki.client.training.trainer import LocalRound, batches, make_optimizer, uncorrected
-from tsugiki.common.config.parse import parse
+from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import TrainingError, UsageError
 from tsugiki.common.files import write_atomically
@@ -81,9 +81,9 @@ def find_rate(
         what = f"a range test of {config.task.name}, whose loss may be below 0 and scatters with what is drawn"
         raise UsageError(what, "a task whose loss says how far it has come", "try rates by short runs")
     if central:
-        raw = config.model_dump(mode="json") | {"strategy": {"min_clients": 1}, "privacy": {}}
-        raw["simulation"] |= {"clients": 1, "clients_per_site": 1, "partition": "iid", "column": "", "ranks": []}
-        config = parse(raw)
+        one_site = {"clients": 1, "clients_per_site": 1, "partition": "iid", "column": "", "ranks": []}
+        changes = {f"simulation.{key}": value for key, value in one_site.items()}
+        config = changed(config, {"strategy": {"min_clients": 1}, "privacy": {}, **changes})
     site: SimulatedSite = simulated_sites(config)[0]
     graft = load_graft(config, config.model.name, config.run.seed)
     graft.write(graft.initial)

@@ -126,7 +126,13 @@ class AdapterMethod(ABC):
 
     @abstractmethod
     def save(self, transformer: Any, folder: Path, base_name: str) -> None:
-        """Write the adapter and its heads as safetensors and JSON into `folder`, naming `base_name` as the base."""
+        """Write the adapter and its heads as safetensors into `folder`.
+
+        Args:
+            transformer: with the adapter on it.
+            folder: made if it is not there.
+            base_name: under which others find the base, for a file that names it.
+        """
 
     @abstractmethod
     def saved(self, transformer: Any) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class Fusion(OwnMethod):
         super().save(transformer, folder, base_name)
         for number, part in enumerate(self._parts):
             target = folder / _FOLDER / str(number)
-            Houlsby(part.settings).write(part.tensors, part.exported.heads, target, part.exported.base_name)
+            Houlsby(part.settings).write(part.tensors, target)
             part.exported.write(target)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What the adapter methods of our own have in common: how they are put on, switched off, saved and loaded.
+"""What the adapter methods of our own have in common: how they are put on, switched off and saved.
 
 They change the transformer in place and keep the names of its tensors.
 """
@@ -9,28 +9,12 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import ValidationError
-
-from tsugiki.common.adapters.base import ADAPTERS, AdapterMethod, require_heads
-from tsugiki.common.adapters.tensors import fill, read_manifest, read_tensors
-from tsugiki.common.errors import ExportError, ModelError, RegistryError
-from tsugiki.common.settings import Section
+from tsugiki.common.adapters.base import AdapterMethod, require_heads
+from tsugiki.common.errors import ExportError, ModelError
 
 TENSORS_FILE = "tsugiki_adapter.safetensors"
-MANIFEST_FILE = "tsugiki_adapter.json"
-
-
-class _Manifest(Section):
-    """What stands beside the tensors of a saved adapter."""
-
-    format: Literal[1] = 1
-    method: str
-    settings: dict[str, Any]
-    base_model_name_or_path: str
-    tensors: dict[str, tuple[int, ...]]
-    heads: tuple[str, ...]
 
 
 class OwnMethod(AdapterMethod):
@@ -70,7 +54,7 @@ class OwnMethod(AdapterMethod):
             if value.requires_grad:
                 kept.register_buffer(name.replace(".", "/"), value.detach().clone(), persistent=False)
         transformer.base_values = kept
-        transformer.adapter_heads = heads  # for `save`, which is told nothing but the transformer
+        transformer.adapter_heads = heads  # `without_heads` gets the transformer alone
         for head in heads:
             modules[head].requires_grad_(True)
         return transformer
@@ -125,31 +109,21 @@ class OwnMethod(AdapterMethod):
         return bare
 
     def save(self, transformer: Any, folder: Path, base_name: str) -> None:
-        """Write what `load_adapter` reads."""
-        self.write(self.saved(transformer), transformer.adapter_heads, folder, base_name)
+        """Write every trained tensor by name, heads included."""
+        self.write(self.saved(transformer), folder)
 
-    def write(self, saved: Mapping[str, Any], heads: tuple[str, ...], folder: Path, base_name: str) -> None:
-        """Write every trained tensor by name, and a JSON file that describes them.
+    def write(self, saved: Mapping[str, Any], folder: Path) -> None:
+        """Write tensors by name.
 
         Args:
             saved: tensors by name, heads included.
-            heads: modules that were trained in full.
             folder: made if it is not there.
-            base_name: under which others find the base.
         """
         from safetensors.torch import save_file
 
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.items()}
-        manifest = _Manifest(
-            method=self.name,
-            settings=self.exported_settings(),
-            base_model_name_or_path=base_name,
-            tensors={name: tuple(tensor.shape) for name, tensor in tensors.items()},
-            heads=heads,
-        )
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / self.tensors_file, metadata={"format": "pt"})
-        (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     def saved(self, transformer: Any) -> dict[str, Any]:
         """Return what is trained."""
@@ -164,42 +138,9 @@ class OwnMethod(AdapterMethod):
         raise ExportError(
             f'what adapter.method = "{self.name}" adds cannot be merged into the base\'s weights',
             "an export that keeps them apart",
-            "export without --merged, and load the export with tsugiki.common.adapters.load_adapter",
+            "export without --merged, and load the export with tsugiki.load_adapter",
             code="merge-unsupported",
         )
-
-
-def load_adapter(transformer: Any, folder: str | Path) -> Any:
-    """Put an adapter that `OwnMethod.save` wrote on a freshly loaded base.
-
-    Args:
-        transformer: a `PreTrainedModel` of the same base and class as the one that was trained; a bare `AutoModel`
-            where that was one.
-        folder: holds `tsugiki_adapter.safetensors` and `tsugiki_adapter.json`.
-
-    Returns:
-        The same transformer, in eval mode, with the adapter on.
-
-    Raises:
-        ModelError: `adapter-invalid`, the files cannot be read, or a tensor is missing, extra or of another shape; and
-            what `attach` raises. After a wrong tensor the transformer is of no use; load it anew.
-    """
-    folder = Path(folder)
-    try:
-        manifest = _Manifest.model_validate_json(read_manifest(folder / MANIFEST_FILE))
-        kind = ADAPTERS.get(manifest.method)
-        method = kind(kind.Settings.model_validate(manifest.settings)).exported_in(folder)
-    except (OSError, ValidationError, RegistryError) as error:
-        raise ModelError(
-            f"no adapter of Tsugiki's own can be read from {str(folder)!r}",
-            f"a readable {MANIFEST_FILE} of format 1",
-            "export the adapter again",
-            code="adapter-invalid",
-        ) from error
-    tensors = read_tensors(folder / TENSORS_FILE)
-    method.attach(transformer, manifest.heads)
-    fill(method.saved(transformer), tensors)
-    return transformer.eval()
 
 
 def trained_tensors(transformer: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import tomli_w
 
 from tsugiki.common.config.commented import commented_table
-from tsugiki.common.config.parse import families, parse, section_classes
+from tsugiki.common.config.parse import changed, families, parse, section_classes, with_changes
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError, Problem
 from tsugiki.common.settings import Section
@@ -51,28 +51,19 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def override(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return `raw` with `section.key=value` applied; a value is TOML, or else taken as a string."""
-    result = {name: dict(table) if isinstance(table, Mapping) else table for name, table in raw.items()}
+    changes: dict[str, Any] = {}
     problems = []
     for assignment in overrides:
-        matched = re.fullmatch(r"([a-z_]+)\.([a-z0-9_.]+)=(.*)", assignment, re.DOTALL)
+        matched = re.fullmatch(r"([a-z_]+\.[a-z0-9_.]+)=(.*)", assignment, re.DOTALL)
         if not matched:
             problems.append(Problem("--set", assignment[:80], "section.key=value", "for example --set run.rounds=3"))
             continue
-        section, key, text = matched.groups()
-        names = [section, *key.split(".")]
-        table: Any = result
-        for name in names[:-1]:  # copied on the way down: `raw` stays as it is
-            inner = table.get(name, {}) if isinstance(table, dict) else None
-            if not isinstance(inner, Mapping):  # `parse` reports what is no section
-                table = None
-                break
-            table[name] = dict(inner)
-            table = table[name]
-        if table is not None:
-            table[names[-1]] = _value(text)
+        key, text = matched.groups()
+        changes.pop(key, None)  # the last one wins, also over a table that holds its key
+        changes[key] = _value(text)
     if problems:
         raise ConfigError("command line", problems)
-    return result
+    return with_changes(raw, changes)
 
 
 def _value(text: str) -> Any:
@@ -99,15 +90,16 @@ def expand(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Return the configuration with absolute paths, so that it means the same in every folder."""
-    raw = config.model_dump(mode="json")
+    changes: dict[str, Any] = {
+        "model.name": _absolute(config.model.name),
+        "task": config.task.resolved(_absolute).model_dump(mode="json"),
+        "adapter": config.adapter.resolved(_absolute).model_dump(mode="json"),
+    }
     for dotted in PATH_KEYS:
         section, key = dotted.split(".")
-        if raw[section][key]:
-            raw[section][key] = str(Path(raw[section][key]).absolute())
-    raw["model"]["name"] = _absolute(config.model.name)
-    raw["task"] = config.task.resolved(_absolute).model_dump(mode="json")
-    raw["adapter"] = config.adapter.resolved(_absolute).model_dump(mode="json")
-    return parse(raw)
+        if path := getattr(getattr(config, section), key):
+            changes[dotted] = str(Path(path).absolute())
+    return changed(config, changes)
 
 
 def _absolute(name: str) -> str:

@@ -89,6 +89,46 @@ def parse(raw: Mapping[str, Any], source: str = "run file", found: Sequence[Prob
     return config
 
 
+def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """Return a configuration with some of its settings changed, and validated as a file would be.
+
+    Args:
+        config: stays as it is.
+        changes: new values by dotted key, such as `{"train.device": "cpu"}`. The name of a section alone replaces the
+            whole section; what its new table leaves out gets its default.
+
+    Raises:
+        ConfigError: a key is unknown, or a value does not fit; with every problem.
+    """
+    return parse(with_changes(config.model_dump(mode="json"), changes), "changed settings")
+
+
+def with_changes(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tables of raw settings with values set by dotted key.
+
+    Args:
+        raw: stays as it is. A section of it that is no table stays too, for `parse` to report.
+        changes: new values by dotted key.
+    """
+    result = dict(raw)
+    for dotted, value in changes.items():
+        section, *inner = dotted.split(".")
+        if not inner:
+            result[section] = value
+        elif isinstance(table := result.get(section, {}), Mapping):
+            result[section] = _with_value(table, inner, value)
+    return result
+
+
+def _with_value(table: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return a copy of a table with one value set, at any depth."""
+    first, *rest = keys
+    if not rest:
+        return {**table, first: value}
+    inner = table.get(first)
+    return {**table, first: _with_value(inner if isinstance(inner, Mapping) else {}, rest, value)}
+
+
 def _with_factors(config: RunConfig) -> RunConfig:
     """Return the run with what follows for LoRA's factors from strategy and privacy."""
     strategy = strategy_of(config.strategy)

@@ -215,14 +215,14 @@ def load_exported(folder: Path, transformer: Any, exported: Exported | None = No
     return attached.eval()
 
 
-def open_exported(folder: Path, source: str = "", *, beside: Graft | None = None, device: str = "cpu") -> Graft:
+def open_exported(folder: Path, source: str = "", *, beside: Any = None, device: str = "cpu") -> Graft:
     """Load an exported adapter with its base, as a graft that can predict, or serve as a reference.
 
     Args:
         folder: the export's.
         source: hub id, folder or `package:...` behind its base; by default the name that the export has for it, looked
             for in the hub and its cache alone: an export from elsewhere opens no folder of this machine.
-        beside: another graft on the same base, whose frozen tensors are used: memory holds one base.
+        beside: a transformer on the same base, whose frozen tensors are used: memory holds one base.
         device: as in `tsugiki.common.model.load.choose_device`.
 
     Raises:
@@ -235,7 +235,7 @@ def open_exported(folder: Path, source: str = "", *, beside: Graft | None = None
         _check_heads(exported, base)
         base.constants = exported.constants  # of adapters that it was trained with, and can do without
         if beside is not None:
-            share_frozen(base.transformer, beside.base.transformer)
+            share_frozen(base.transformer, beside)
         return load_exported(folder, base.transformer, exported, fingerprint=fingerprint)
 
     base_folder = find(source) if source else find_in_hub(exported.base_name)

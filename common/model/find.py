@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 from tsugiki.common.errors import ModelError
 
@@ -35,6 +36,33 @@ def find_in_hub(name: str) -> Path:
         ModelError: as `find`.
     """
     return _trusted(_in_hub(name), name)
+
+
+def transformer_of(model: Any) -> Any:
+    """Return the `PreTrainedModel` in a loaded model, which may be a `SentenceTransformer`."""
+    return model if hasattr(model, "name_or_path") else model[0].model
+
+
+def source_of(model: Any) -> str:
+    """Return the hub id or folder from which a model was loaded.
+
+    Args:
+        model: a `PreTrainedModel` or a `SentenceTransformer`.
+
+    Raises:
+        ModelError: `model-not-found`, it does not say; or as `find`.
+    """
+    transformer = transformer_of(model)
+    source = str(transformer.name_or_path)
+    # The files of a SentenceTransformer's own modules must be there too: how it pools is not in the transformer.
+    if not source or (transformer is not model and not (find(source) / "modules.json").is_file()):
+        raise ModelError(
+            "the loaded model does not say which files it came from",
+            "a model from a folder or from the hub",
+            "name the folder or hub id instead",
+            code="model-not-found",
+        )
+    return source
 
 
 def _trusted(folder: Path, source: str) -> Path:

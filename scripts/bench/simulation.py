@@ -26,7 +26,7 @@ import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.client.app import simulated_app
 from tsugiki.client.training import trainer
 from tsugiki.common.audit import AuditLog
-from tsugiki.common.config.parse import parse
+from tsugiki.common.config.parse import changed, parse
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.rng import generator
@@ -212,10 +212,8 @@ def whole_run_ratios(folder: Path, pairs: int) -> tuple[list[float], dict[str, A
 def bytes_ratio(folder: Path, wire_dtype: str) -> tuple[float, int]:
     """Return reported bytes a client, round and direction over the adapter's float32 bytes, and those bytes."""
     config = text_config(folder, local_steps=1)
-    raw = config.model_dump(mode="json")
-    raw["adapter"]["wire_dtype"] = wire_dtype
-    raw["run"] |= {"rounds": 1, "name": f"bytes-{wire_dtype}"}
-    summary = simulate(parse(raw), simulated_app).summary
+    names = {"adapter.wire_dtype": wire_dtype, "run.name": f"bytes-{wire_dtype}"}
+    summary = simulate(changed(config, {**names, "run.rounds": 1}), simulated_app).summary
     size = 4 * (summary["adapter_parameters"] + summary["head_parameters"])
     return max(summary["bytes_up"], summary["bytes_down"]) / 4 / size, size
 

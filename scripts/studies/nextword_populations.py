@@ -28,7 +28,7 @@ from figures import Figure, mean, show
 
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.client.app import simulated_app
-from tsugiki.common.config.parse import parse
+from tsugiki.common.config.parse import changed, parse
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.files import read_lines
 from tsugiki.common.privacy.mechanisms import epsilon_after
@@ -136,8 +136,7 @@ def run(clients: int, epsilon: float, seed: int, files: tuple[Path, Path], optio
 
 def without_masks(settings: RunConfig, dimension: int) -> dict[str, float]:
     """Return what a server that sees each upload would have learned by the last round; empty without privacy."""
-    bare = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"secure_aggregation": False})})
-    plan = make_plan(bare, dimension)
+    plan = make_plan(changed(settings, {"privacy.secure_aggregation": False}), dimension)
     return {"uploads": epsilon_after(plan, plan.rounds)["uploads"]} if plan else {}
 
 

@@ -27,7 +27,7 @@ from figures import Figure, interval, mean, show
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.client.app import simulated_app
 from tsugiki.common.config.files import expand, override, read_toml
-from tsugiki.common.config.parse import parse
+from tsugiki.common.config.parse import changed, parse
 from tsugiki.common.config.run import RunConfig
 from tsugiki.server.baselines import run_baselines
 from tsugiki.server.run.progress import Lines
@@ -62,9 +62,8 @@ def run_seed(method: str, seed: int, folder: Path, overrides: list[str], central
     if central:
         kinds = ["centralised"]
         sites = [f"site-{number}" for number in range(config.simulation.clients)]
-        raw = config.model_dump(mode="json")
-        raw["train"] |= CENTRAL
-        results = run_baselines(parse(raw), outcome.folder, simulated_app, sites, kinds, Lines())
+        at_once = changed(config, {f"train.{key}": value for key, value in CENTRAL.items()})
+        results = run_baselines(at_once, outcome.folder, simulated_app, sites, kinds, Lines())
         result["centralised"] = 100 * results["centralised"]["accuracy"]
     result["seconds"] = time.perf_counter() - started
     print(json.dumps(result), flush=True)

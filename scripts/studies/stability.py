@@ -40,7 +40,7 @@ from figures import Figure, interval, mean, show
 
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tsugiki.client.app import simulated_app
-from tsugiki.common.config.parse import parse
+from tsugiki.common.config.parse import changed, parse
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.files import read_lines, write_atomically
 from tsugiki.common.plots import BLUE, GREY, RED, new_figure, render, style
@@ -122,8 +122,8 @@ def configure(
     )
     if place == "federated":
         return config
-    raw = centralised(config, SITES).model_dump(mode="json")  # it evaluates nothing by itself
-    return parse({**raw, "evaluation": config.evaluation.model_dump(mode="json")})
+    evaluation = config.evaluation.model_dump(mode="json")
+    return changed(centralised(config, SITES), {"evaluation": evaluation})  # it evaluates nothing by itself
 
 
 def run(recipe: str, place: str, seed: int, files: dict[str, str], folder: Path, options: argparse.Namespace) -> Result:

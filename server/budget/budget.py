@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.common.config import files as config_file
+from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError
 from tsugiki.common.privacy.accounting import epsilon
@@ -158,8 +159,7 @@ def measure(config: RunConfig) -> Size:
 
     freeze_a, otherwise = getattr(config.adapter, "freeze_a", None), None
     if freeze_a is not None:
-        adapter = config.adapter.model_copy(update={"freeze_a": "no" if freeze_a == "yes" else "yes"})
-        changed = config.model_copy(update={"adapter": adapter})
-        otherwise = load_graft(changed, config.model.name, config.run.seed).spec.size
+        other = changed(config, {"adapter.freeze_a": "no" if freeze_a == "yes" else "yes"})
+        otherwise = load_graft(other, config.model.name, config.run.seed).spec.size
     spec = load_graft(config, config.model.name, config.run.seed).spec
     return Size(spec.size, spec.parameters("adapter"), spec.parameters("head"), freeze_a, otherwise)

@@ -64,7 +64,7 @@ def _write_demo_data(seed: int, output_dir: Path) -> None:
 
 def _run_demo(seed: int, output_dir: Path, baselines: bool, client: SimulatedApp) -> dict[str, Any]:
     """Make the data, run the federation and the baselines, export and report; return what came out."""
-    from tsugiki.server.baselines import run_baselines
+    from tsugiki.server.baselines import last_evaluation, run_baselines, site_names
     from tsugiki.server.demo import run as parts
     from tsugiki.server.export.export import export
     from tsugiki.server.report.page import write_report
@@ -85,7 +85,7 @@ def _run_demo(seed: int, output_dir: Path, baselines: bool, client: SimulatedApp
     report = write_report(outcome.folder)
     return {
         **outcome.summary,
-        "federated": _last_evaluation(outcome.folder),
+        "federated": last_evaluation(outcome.folder),
         **results,
         "pearson": pearson,
         "seconds": time.perf_counter() - started,
@@ -170,7 +170,7 @@ def serve(
 def compare(ctx: typer.Context, file: RunFile, overrides: Set = None, as_json: Json = False) -> None:
     """Compare federated training with centralised, local-only and no training, on the same data and steps."""
     from tsugiki.common.config.files import read
-    from tsugiki.server.baselines import run_baselines
+    from tsugiki.server.baselines import KINDS, last_evaluation, run_baselines, site_names
     from tsugiki.server.report.page import write_report
     from tsugiki.server.run.progress import Lines, choose
     from tsugiki.server.run.simulate import simulate as run
@@ -179,12 +179,11 @@ def compare(ctx: typer.Context, file: RunFile, overrides: Set = None, as_json: J
     if not config.evaluation.data:
         raise UsageError("nothing to compare by", "evaluation.data in the run file", "name a held-out file")
     client: SimulatedApp = ctx.obj
-    kinds = ["untouched", "local", "centralised"]
     with stop_on_signals() as stop:
         outcome = run(config, client, progress=choose(), stop=stop)
         sites = site_names(outcome.folder)
-        results = run_baselines(config, outcome.folder, client, sites, kinds, Lines(), stop)
-    federated = _last_evaluation(outcome.folder)
+        results = run_baselines(config, outcome.folder, client, sites, list(KINDS), Lines(), stop)
+    federated = last_evaluation(outcome.folder)
     write_report(outcome.folder)
     if as_json:
         typer.echo(json.dumps({"federated": federated, **results}, indent=1))
@@ -214,17 +213,13 @@ def _read_run(
 
 def _at_folder(config: RunConfig, folder: Path) -> RunConfig:
     """Return the configuration of a run whose folder may have been moved, but not renamed."""
-    from tsugiki.common.config.parse import parse
-
     if folder.resolve().name != config.run.name:
         raise UsageError(
             f"{folder} holds the run {config.run.name!r}",
             "a folder with the run's name",
             f"rename it to {config.run.name}",
         )
-    raw = config.model_dump(mode="json")
-    raw["run"]["output_dir"] = str(folder.resolve().parent)
-    return parse(raw)
+    return changed(config, {"run.output_dir": str(folder.resolve().parent)})
 
 
 @contextmanager
@@ -290,21 +285,6 @@ def _show_summary(summary: dict[str, Any]) -> None:
     for name in ("adapter", "report"):
         if name in summary:
             console.print(f"{name}: {summary[name]}", highlight=False, soft_wrap=True)
-
-
-def site_names(folder: Path) -> list[str]:
-    """Return the sites that passed the hello, from the audit log."""
-    from tsugiki.common.audit import verify
-
-    return sorted({event["site"] for event in verify(folder / "audit.jsonl") if event["event"] == "hello"})
-
-
-def _last_evaluation(folder: Path) -> dict[str, float]:
-    """Return the metrics of the last evaluated round."""
-    from tsugiki.common.files import read_lines
-
-    found: dict[str, float] = [line["eval"] for line in read_lines(folder / "metrics.jsonl") if "eval" in line][-1]
-    return found
 
 
 def _show_comparison(monitor: str, federated: dict[str, float], results: dict[str, Any]) -> None:

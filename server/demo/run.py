@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.common.config.files import override, to_toml
-from tsugiki.common.config.parse import parse
+from tsugiki.common.config.parse import changed, parse
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.files import write_atomically
 from tsugiki.common.model.load import load_graft
@@ -114,9 +114,7 @@ def write_files(output_dir: Path, seed: int) -> tuple[Path, DemoFiles]:
 
 def scored(config: RunConfig, files: DemoFiles, vector: Vector) -> dict[str, Any]:
     """Return Pearson's correlation on the scored test pairs, for the untouched base and for an adapter."""
-    raw = config.model_dump(mode="json")
-    raw["evaluation"] |= {"data": str(files.test_scored), "monitor": "pearson"}
-    on_pairs = parse(raw)
+    on_pairs = changed(config, {"evaluation.data": str(files.test_scored), "evaluation.monitor": "pearson"})
     graft = load_graft(on_pairs, config.model.name, config.run.seed)
     evaluate = make_evaluator(graft, on_pairs)
     after = evaluate(vector) if evaluate else {}

@@ -72,10 +72,18 @@ def token_limit(graft: Graft) -> int:
     return int(min(graft.task.settings.max_length, graft.base.tokenizer.model_max_length))
 
 
+Import = tuple[str, str]
+"""A module, and the name that is imported from it; without a name, the module itself."""
+
+Code = tuple[list[Import], list[str]]
+"""Imports, and the lines that need them."""
+
+
 def loading_code(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path) -> str:
     """Return Python that loads an export from the working folder and uses it.
 
-    It leaves `model` and, beside a model that reads texts and does not bring its own, `tokenizer`.
+    It leaves `model` and, beside a model that reads texts and does not bring its own, `tokenizer`. The code imports
+    Tsugiki only for what no other library can load.
 
     Args:
         graft: what is exported.
@@ -83,35 +91,69 @@ def loading_code(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path)
         kind: how it is exported.
         base_folder: where the base is on this machine.
     """
-    base_name, dtype = json.dumps(config.model.exported_name), json.dumps(config.model.dtype)
+    imports, load = _load(graft, config, kind, base_folder)
+    more, use = _use(graft)
+    lines = [*_import_lines([*imports, *more]), "", 'folder = "."  # the one with this card', *load, *use]
+    return "\n".join(lines) + "\n"
+
+
+def _import_lines(imports: Sequence[Import]) -> list[str]:
+    names: dict[str, list[str]] = {}
+    for module, name in imports:
+        names.setdefault(module, []).append(name)
+    plain = [f"import {module}" for module in sorted(names) if names[module] == [""]]
+    chosen = [module for module in sorted(names) if names[module] != [""]]
+    return plain + [f"from {module} import {', '.join(sorted(names[module]))}" for module in chosen]
+
+
+def _load(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path) -> Code:
+    """Return how an export is loaded."""
+    if needs_tsugiki(graft, kind) and kind != "merged":
+        return [("tsugiki", "")], ["model = tsugiki.load_adapter(folder)"]
     if is_sentence_transformer(graft):
-        source = "folder" if loads_itself(graft, kind) else base_name
-        imports = ["from sentence_transformers import SentenceTransformer"]
-        lines = [f'model = SentenceTransformer({source}, model_kwargs={{"dtype": {dtype}}})']
-        if graft.method.positions:
-            lines.append(f"model.max_seq_length = {graft.base.network.max_seq_length}  # the adapter needs the rest")
-        if kind == "peft" and not loads_itself(graft, kind):
-            imports = ["from peft import PeftModel", *imports]
-            lines.append("model[0].model = PeftModel.from_pretrained(model[0].model, folder).eval()")
-        transformer, use = "model[0].model", ['vectors = model.encode(["One text.", "Another one."])']
-    else:
-        auto = _auto_class(graft.base.transformer)
-        imports, first, use = _of_texts(graft, auto) if graft.base.pixels is None else _of_images(graft, auto)
-        source, settings = ("folder", {}) if kind == "merged" else (base_name, _own_settings(graft, base_folder))
-        arguments = [source, f"dtype={dtype}", *(f"{name}={value!r}" for name, value in settings.items())]
-        lines = [*first, f"model = {auto}.from_pretrained(", *(f"    {argument}," for argument in arguments), ")"]
-        transformer = "model"
-        if kind == "peft":
-            imports = ["from peft import PeftModel", *imports]
-            lines.append("model = PeftModel.from_pretrained(model, folder).eval()")
-    if kind == "tsugiki":
-        imports = ["from tsugiki.common.adapters import load_adapter  # of Tsugiki", *imports]
-        lines.append(f"load_adapter({transformer}, folder)")
-    return "\n".join([*imports, "", 'folder = "."  # the one with this card', *lines, *use]) + "\n"
+        return _load_embedder(graft, config, kind)
+    return _load_transformer(graft, config, kind, base_folder)
 
 
-def _of_texts(graft: Graft, auto: str) -> tuple[list[str], list[str], list[str]]:
-    """Return imports, what comes first, and the use of a model that reads texts and brings no tokenizer."""
+def _load_embedder(graft: Graft, config: RunConfig, kind: Kind) -> Code:
+    itself = loads_itself(graft, kind)
+    source = "folder" if itself else json.dumps(config.model.exported_name)
+    imports = [("sentence_transformers", "SentenceTransformer")]
+    lines = [f'model = SentenceTransformer({source}, model_kwargs={{"dtype": {json.dumps(config.model.dtype)}}})']
+    if not itself:
+        imports.append(("peft", "PeftModel"))
+        lines.append("model[0].model = PeftModel.from_pretrained(model[0].model, folder).eval()")
+    return imports, lines
+
+
+def _load_transformer(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path) -> Code:
+    auto = _auto_class(graft.base.transformer)
+    imports = [("transformers", auto)]
+    lines = []
+    if needs_tsugiki(graft, kind):
+        imports.append(("tsugiki.common.tasks.image_classification", "small_cnn"))
+        lines.append("small_cnn()  # now transformers knows this network")
+    source = "folder" if kind == "merged" else json.dumps(config.model.exported_name)
+    settings = {} if kind == "merged" else _own_settings(graft, base_folder)
+    arguments = [source, f"dtype={json.dumps(config.model.dtype)}"]
+    arguments += [f"{name}={value!r}" for name, value in settings.items()]
+    lines += [f"model = {auto}.from_pretrained(", *(f"    {argument}," for argument in arguments), ")"]
+    if kind == "peft":
+        imports.append(("peft", "PeftModel"))
+        lines.append("model = PeftModel.from_pretrained(model, folder).eval()")
+    return imports, lines
+
+
+def _use(graft: Graft) -> Code:
+    """Return how a loaded model is used."""
+    if is_sentence_transformer(graft):
+        return [], ['vectors = model.encode(["One text.", "Another one."])']
+    if graft.base.pixels is not None:
+        return _use_on_images(graft.base.pixels)
+    return _use_on_texts(graft)
+
+
+def _use_on_texts(graft: Graft) -> Code:
     texts = '"One text.", "The other one."' if reads_pairs(graft) else '"One text."'
     limit = f"truncation=True, max_length={token_limit(graft)}"
     if any(column.name == "prompt" for column in graft.task.columns):
@@ -120,7 +162,18 @@ def _of_texts(graft: Graft, auto: str) -> tuple[list[str], list[str], list[str]]
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         f'logits = model(**tokenizer({texts}, {limit}, return_tensors="pt")).logits',
     ]
-    return [f"from transformers import {auto}, AutoTokenizer"], [], use
+    return [("transformers", "AutoTokenizer")], use
+
+
+def _use_on_images(want: Pixels) -> Code:
+    shape = ", ".join(map(str, (1, want.channels, *want.size)))
+    mean, std = (f"torch.tensor({list(values)}).reshape(-1, 1, 1)" for values in (want.mean, want.std))
+    use = [
+        f"images = torch.zeros({shape})  # bytes from 0 to 255: rows, channels, height, width",
+        f"mean, std = {mean}, {std}",
+        f"logits = model(pixel_values=((images * {want.scale!r} - mean) / std).to(model.dtype)).logits",
+    ]
+    return [("torch", "")], use
 
 
 def _prompt(graft: Graft) -> str:
@@ -132,23 +185,6 @@ def _prompt(graft: Graft) -> str:
     same = [way for way in ways if tokenizer(way[0], add_special_tokens=way[1])["input_ids"] == tokens]
     text, added = (same or ways)[0]
     return f"{json.dumps(text)}, add_special_tokens={added}"
-
-
-def _of_images(graft: Graft, auto: str) -> tuple[list[str], list[str], list[str]]:
-    """Return the same for a model that reads images."""
-    want: Pixels = graft.base.pixels
-    shape = ", ".join(map(str, (1, want.channels, *want.size)))
-    mean, std = (f"torch.tensor({list(values)}).reshape(-1, 1, 1)" for values in (want.mean, want.std))
-    use = [
-        f"images = torch.zeros({shape})  # bytes from 0 to 255: rows, channels, height, width",
-        f"mean, std = {mean}, {std}",
-        f"logits = model(pixel_values=((images * {want.scale!r} - mean) / std).to(model.dtype)).logits",
-    ]
-    imports, first = ["import torch", f"from transformers import {auto}"], []
-    if graft.base.transformer.config.model_type == MODEL_TYPE:
-        imports.insert(1, "from tsugiki.common.tasks.image_classification import small_cnn  # of Tsugiki")
-        first = ["small_cnn()  # now transformers knows this network"]
-    return imports, first, use
 
 
 def _auto_class(transformer: Any) -> str:

@@ -6,6 +6,7 @@ tried as well. Nothing is fetched.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -167,9 +168,16 @@ def _environment(workshop: Path, ours: bool) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
     }
     if ours:
-        here = str(Path(__file__).resolve().parents[1])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [here, environment.get("PYTHONPATH")]))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_home(), environment.get("PYTHONPATH")]))
     return environment
+
+
+def _home() -> str:
+    """Return the folder in which `import tsugiki` finds this program, which need not be installed."""
+    found = importlib.util.find_spec("tsugiki")
+    if found is None or found.origin is None:
+        raise ExportError("tsugiki cannot be found by its import name", "an installed tsugiki", "install it")
+    return str(Path(found.origin).resolve().parents[1])
 
 
 def seed_hub_cache(cache: Path, name: str, folder: Path) -> None:

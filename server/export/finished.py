@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tsugiki.common.config import files as config_file
+from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ExportError, StorageError
 from tsugiki.common.files import read_json
@@ -47,11 +48,8 @@ def open_graft(folder: Path, config: RunConfig) -> Graft:
         ExportError: `spec-mismatch`, other libraries or another base than the run's.
         StorageError: `run-unfinished`, `run-corrupt`.
     """
-    plain = {"quantization": "none", "gradient_checkpointing": False}
-    changes = {"train": {"device": "cpu"}, "model": plain}
-    on_cpu = config.model_copy(
-        update={name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
-    )
+    plain = {"model.quantization": "none", "model.gradient_checkpointing": False}
+    on_cpu = changed(config, {"train.device": "cpu", "train.bf16": False, **plain})
     spec = _read(folder / "spec.json")
     recorded = spec["sha256"]
     agreed = spec["constants"] if config.task.models else None

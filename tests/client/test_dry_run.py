@@ -34,6 +34,15 @@ def test_it_shows_what_is_sent(tmp_path):
     assert not [canary for canary in CANARIES if canary in str(shown)]
 
 
+def test_masks_over_more_sites_are_left_out_whole(tmp_path):
+    """Catches: a run refused here, because a setting of its masks is left without them."""
+    sites = {"simulation": {"clients": 3}, "strategy": {"min_clients": 3}}
+    privacy = {"mode": "distributed", "target_epsilon": 50.0, "delta": 1e-3, "secure_aggregation": True, "min_sites": 3}
+    config = tiny_config(tmp_path, privacy=privacy, **sites)
+    site = read_site(site_folder(tmp_path / "acme", "acme"))
+    assert [title for title, _ in replies(site, config)] == ["hello", "round 1, before it is masked"]
+
+
 def test_a_refusal_is_told_with_its_code(tmp_path):
     """Catches: a dry run that passes where the real one is refused."""
     config = tiny_config(tmp_path)

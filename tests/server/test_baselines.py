@@ -5,7 +5,7 @@ import pytest
 from tests.support.federation import run_tiny, tiny_config
 from tsugiki.client.app import simulated_app
 from tsugiki.common.errors import Interrupted
-from tsugiki.server.baselines import average, centralised, local_only, run_baselines
+from tsugiki.server.baselines import average, centralised, local_only, run_baselines, site_names
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.run.progress import Progress
 
@@ -112,3 +112,10 @@ def test_a_request_to_stop_ends_the_baselines(federated, tmp_path):
 def test_the_average_is_over_sites():
     """Catches: a sum in the mean's place."""
     assert average({"a": {"accuracy": 0.5}, "b": {"accuracy": 1.0}}, "accuracy") == 0.75
+
+
+def test_site_names_come_from_the_audit_log(tmp_path):
+    """Catches: sites missing from a comparison, or listed twice after a resume."""
+    done = run_tiny(tiny_config(tmp_path, run={"rounds": 1}))
+    run_tiny(tiny_config(tmp_path, run={"rounds": 1}), resume=True)
+    assert site_names(done.folder) == ["site-0", "site-1"]

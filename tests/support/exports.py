@@ -6,13 +6,17 @@ from typing import Any
 import torch
 
 from tests.support.architectures import stir
+from tsugiki.common.adapters import AdapterMethod
 from tsugiki.common.config.parse import parse
-from tsugiki.common.model.exported import write_exported
+from tsugiki.common.model.exported import Exported, load_exported, write_exported
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks.base import TinyCase
 
 BASE_NAME = "tsugiki-tests/base"
+
+_NO_FILES = "0" * 64
+"""In the place of a fingerprint, for transformers that were not loaded from files."""
 
 
 def export_tiny(folder: Path, base: Path, task: dict[str, Any], adapter: dict[str, Any], seed: int = 1) -> Graft:
@@ -54,6 +58,26 @@ def _write(folder: Path, graft: Graft) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     graft.method.save(graft.base.transformer, folder, BASE_NAME)
     write_exported(folder, graft, "float32", BASE_NAME)
+
+
+def save_alone(method: AdapterMethod, transformer: Any, folder: Path) -> None:
+    """Write an export of an adapter of our own on a transformer without a run, and without files of a base."""
+    method.save(transformer, folder, BASE_NAME)
+    said = {
+        "task": {"name": "sequence-classification"},
+        "adapter": method.exported_settings(),
+        "heads": transformer.adapter_heads,
+        "base_name": BASE_NAME,
+        "base_fingerprint": _NO_FILES,
+        "dtype": "float32",
+        "spec_sha256": _NO_FILES,
+    }
+    Exported.model_validate(said).write(folder)
+
+
+def load_alone(transformer: Any, folder: Path) -> Any:
+    """Put what `save_alone` wrote on a fresh transformer."""
+    return load_exported(folder, transformer, fingerprint=_NO_FILES)
 
 
 def settings_of(case: TinyCase, base: Path) -> dict[str, Any]:

@@ -11,12 +11,11 @@ from transformers import AutoModel
 from tests.support.architectures import make, outputs, stir
 from tests.support.exports import export_tiny, to_fuse
 from tests.support.tiny import tiny_bert, tiny_sentence_transformer
-from tsugiki.common.adapters import load_adapter
 from tsugiki.common.adapters.fusion import Fusion, FusionSettings
 from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ModelError
 from tsugiki.common.model import load as model
-from tsugiki.common.model.exported import EXPORTED_FILE, open_exported
+from tsugiki.common.model.exported import EXPORTED_FILE, load_exported, open_exported
 from tsugiki.common.model.load import load_graft
 
 CLASSES = {"name": "sequence-classification"}
@@ -184,7 +183,8 @@ def test_an_export_stands_alone(base, tmp_path):
     found = open_exported(export, str(base))
     assert found.spec == graft.spec
     torch.testing.assert_close(outputs(found.base.transformer), wanted, rtol=0, atol=1e-6)
-    loaded = load_adapter(graft.task.load(base, torch.float32).transformer, export)
+    transformer = graft.task.load(base, torch.float32).transformer
+    loaded = load_exported(export, transformer, fingerprint=graft.spec.base_fingerprint)
     torch.testing.assert_close(outputs(loaded), wanted, rtol=0, atol=1e-6)
 
 
@@ -204,13 +204,11 @@ def test_an_export_carries_nothing_away(base, tmp_path):
     """Catches: a file of this machine, to which an adapter from elsewhere has a link, copied into an export."""
     adapters = to_fuse(tmp_path / "there", base)
     (tmp_path / "secret").write_text("the private key of this machine")
-    manifest = tmp_path / "there" / "0" / "tsugiki_adapter.json"
-    manifest.unlink()
-    manifest.symlink_to(tmp_path / "secret")
+    (tmp_path / "there" / "0" / "adapter_config.json").symlink_to(tmp_path / "secret")
     (tmp_path / "there" / "0" / "more.txt").write_text("more")
     export_tiny(tmp_path / "export", base, CLASSES, {"method": "fusion", "adapters": adapters})
     written = [path for path in (tmp_path / "export").rglob("*") if path.is_file()]
-    assert len(written) == 3 * 3
+    assert len(written) == 3 * 2
     assert not [path for path in written if b"private key" in path.read_bytes()]
 
 

@@ -17,9 +17,9 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from tests.support.exports import load_alone, save_alone
 from tsugiki.common.adapters import ADAPTERS
 from tsugiki.common.adapters.houlsby import Houlsby, HoulsbySettings
-from tsugiki.common.adapters.own_base import load_adapter
 from tsugiki.common.errors import ModelError
 
 HIDDEN, BLOCKS, WIDTH = 32, 2, 5
@@ -247,8 +247,8 @@ def test_save_and_load(tmp_path, heads, train_layer_norm):
     auto = AutoModelForSequenceClassification if heads else AutoModel
     make(auto=auto).save_pretrained(tmp_path / "base")
     method, model = attach(auto.from_pretrained(tmp_path / "base"), heads, train_layer_norm=train_layer_norm)
-    method.save(stir(model), tmp_path / "out" / "adapter", "example/base")
-    loaded = load_adapter(auto.from_pretrained(tmp_path / "base").train(), tmp_path / "out" / "adapter")
+    save_alone(method, stir(model), tmp_path / "out" / "adapter")
+    loaded = load_alone(auto.from_pretrained(tmp_path / "base").train(), tmp_path / "out" / "adapter")
     assert not loaded.training
     assert torch.equal(outputs(loaded), outputs(model.eval()))
     with method.disabled(loaded), method.disabled(model):

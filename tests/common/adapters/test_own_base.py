@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from tests.support.architectures import make, outputs, stir, trained
-from tests.support.exports import to_fuse
+from tests.support.exports import load_alone, save_alone, to_fuse
 from tests.support.tiny import tiny_bert
-from tsugiki.common.adapters import ADAPTERS, load_adapter
-from tsugiki.common.adapters.own_base import MANIFEST_FILE, TENSORS_FILE, OwnMethod
+from tsugiki.common.adapters import ADAPTERS
+from tsugiki.common.adapters.own_base import TENSORS_FILE, OwnMethod
 from tsugiki.common.errors import ExportError, ModelError
+from tsugiki.common.model.exported import EXPORTED_FILE, read_exported
 
 SETTINGS = {
     "houlsby": {"bottleneck": 3},
@@ -60,9 +61,9 @@ def test_save_and_load(kind, heads, tmp_path):
     """Catches: a saved part that is not loaded, or set to chance; what a load needs beside the plain base."""
     auto = {} if heads else {"auto": AutoModel}
     method, model = attach(make(**auto), heads, kind)
-    method.save(stir(model), tmp_path / "out" / "adapter", "example/base")
+    save_alone(method, stir(model), tmp_path / "out" / "adapter")
     torch.manual_seed(123)
-    loaded = load_adapter(make(**auto).train(), tmp_path / "out" / "adapter")
+    loaded = load_alone(make(**auto).train(), tmp_path / "out" / "adapter")
     assert not loaded.training
     assert torch.equal(outputs(loaded), outputs(model.eval()))
     with method.disabled(loaded), method.disabled(model):
@@ -79,24 +80,20 @@ def test_what_is_kept_of_the_base_is_neither_exchanged_nor_stored(kind):
 
 
 def test_what_is_written(tmp_path):
-    """Catches: files that a reader of the format would not understand; tensors of the base in the export."""
+    """Catches: a second file that says the same; settings other than the method's; tensors of the base in it."""
     method, model = attach(make(), kind="houlsby-norms")
-    method.save(model, tmp_path, "example/base")
-    manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tsugiki_adapter.json", "tsugiki_adapter.safetensors"]
-    assert (manifest["format"], manifest["method"], manifest["heads"]) == (1, "houlsby", ["classifier"])
-    assert manifest["base_model_name_or_path"] == "example/base"
-    assert type(method).Settings(**manifest["settings"]) == method.settings
-    shapes = {name: list(tensor.shape) for name, tensor in load_file(tmp_path / TENSORS_FILE).items()}
-    assert shapes == manifest["tensors"]
-    assert set(shapes) == set(trained(model))
+    save_alone(method, model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [EXPORTED_FILE, TENSORS_FILE]
+    assert read_exported(tmp_path).make_method(tmp_path).settings == method.settings
+    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / TENSORS_FILE).items()}
+    assert shapes == {name: value.shape for name, value in trained(model).items()}
 
 
 @pytest.mark.parametrize("fault", ["missing", "extra", "shape"])
 def test_load_refuses_other_tensors(tmp_path, fault):
     """Catches: a load that is not strict, or that broadcasts."""
     method, model = attach(make())
-    method.save(model, tmp_path, "example/base")
+    save_alone(method, model, tmp_path)
     tensors = load_file(tmp_path / TENSORS_FILE)
     name = "bert.encoder.layer.1.output.dropout.bottleneck.up.bias"
     if fault == "missing":
@@ -108,7 +105,7 @@ def test_load_refuses_other_tensors(tmp_path, fault):
         tensors[name] = torch.zeros(1)
     save_file(tensors, tmp_path / TENSORS_FILE)
     with pytest.raises(ModelError, match=name) as caught:
-        load_adapter(make(), tmp_path)
+        load_alone(make(), tmp_path)
     assert caught.value.code == "adapter-invalid"
 
 
@@ -119,12 +116,10 @@ def test_load_refuses_unreadable_files(tmp_path, fault):
     """Catches: raw errors of JSON, pydantic or safetensors; a newer format read as this one; a touched base."""
     folder = tmp_path / "adapter"
     method, model = attach(make())
-    method.save(model, folder, "example/base")
-    manifest = json.loads((folder / MANIFEST_FILE).read_text())
-    manifest |= {"other-format": {"format": 2}, "other-method": {"method": "lora"}, "extra-key": {"x": 1}}.get(
-        fault, {}
-    )
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    save_alone(method, model, folder)
+    manifest = json.loads((folder / EXPORTED_FILE).read_text())
+    changes = {"other-format": {"format": 2}, "other-method": {"adapter": {"method": "lora"}}, "extra-key": {"x": 1}}
+    (folder / EXPORTED_FILE).write_text(json.dumps(manifest | changes.get(fault, {})))
     if fault == "no-tensors":
         (folder / TENSORS_FILE).unlink()
     elif fault == "not-safetensors":
@@ -133,7 +128,7 @@ def test_load_refuses_unreadable_files(tmp_path, fault):
         shutil.rmtree(folder)
     base = make()
     with pytest.raises(ModelError) as caught:
-        load_adapter(base, folder)
+        load_alone(base, folder)
     assert caught.value.code == "adapter-invalid"
     assert not any("bottleneck" in name for name in dict(base.named_modules()))
 
@@ -141,9 +136,9 @@ def test_load_refuses_unreadable_files(tmp_path, fault):
 def test_load_needs_the_head(tmp_path):
     """Catches: a classification export on a bare base, whose head would silently be dropped."""
     method, model = attach(make())
-    method.save(model, tmp_path, "example/base")
+    save_alone(method, model, tmp_path)
     with pytest.raises(ModelError, match="classifier") as caught:
-        load_adapter(make(auto=AutoModel), tmp_path)
+        load_alone(make(auto=AutoModel), tmp_path)
     assert caught.value.code == "head-missing"
 
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from tsugiki.common.config.parse import parse, section_classes
+from tsugiki.common.config.parse import changed, parse, section_classes
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError, Problem
 from tsugiki.common.privacy.settings import PrivacySection
@@ -239,3 +239,27 @@ def test_pissa_is_refused_with_the_reason_where_peft_has_it_too():
     with pytest.raises(ConfigError, match="it rewrites the base's weights") as caught:
         parse({"adapter": {"method": "lora", "init": "pissa_niter_4"}})
     assert [problem.key for problem in caught.value.problems] == ["adapter.init"]
+
+
+def test_a_changed_run_is_the_one_whose_file_says_so():
+    """Catches: a change without its rules or what follows from it; a table's other keys lost; the first run touched."""
+    raw = {"run": {"rounds": 3}, "privacy": {"examples": {"noise_multiplier": 1.5, "delta": 1e-6}}}
+    config = parse(raw)
+    found = changed(config, {"run.seed": 7, "privacy.examples.delta": 1e-7, "train": {"local_steps": 9}})
+    examples = {"noise_multiplier": 1.5, "delta": 1e-7}
+    assert found == parse(
+        {"run": {"rounds": 3, "seed": 7}, "privacy": {"examples": examples}, "train": {"local_steps": 9}}
+    )
+    assert config == parse(raw)
+    private = changed(parse({}), {"privacy.mode": "central", "privacy.noise_multiplier": 1.0})
+    assert private.adapter.freeze_a == "yes"
+    assert changed(config, {}) == config
+
+
+@pytest.mark.parametrize(
+    "changes", [{"train.epochs": 3}, {"trian.rounds": 3}, {"run.rounds": 0}, {"run": 3}, {"run.rounds.first": 3}]
+)
+def test_a_change_that_does_not_fit_is_refused(changes):
+    """Catches: values that no file could have, which are found out in the middle of a run."""
+    with pytest.raises(ConfigError):
+        changed(parse({}), changes)

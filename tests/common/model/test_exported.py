@@ -200,7 +200,7 @@ def test_two_adapters_share_one_base_and_nothing_else(bases, tmp_path, first):
         wanted[name] = logits(graft.base.transformer)
     one = open_exported(tmp_path / first, str(bases["bert"]))
     for name in ("bitfit", "layernorm"):
-        two = open_exported(tmp_path / name, str(bases["bert"]), beside=one)
+        two = open_exported(tmp_path / name, str(bases["bert"]), beside=one.base.transformer)
         new = [v for v in two.base.transformer.parameters() if v.data_ptr() not in places(one.base.transformer)]
         own = sum(value.numel() for value in new if value.requires_grad)
         assert own == two.spec.size

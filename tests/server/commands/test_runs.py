@@ -9,7 +9,6 @@ import pytest
 from tests.support.command_line import invoke
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import tiny_sentence_transformer
-from tsugiki.client.app import simulated_app
 from tsugiki.common.config.files import to_toml
 from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ExportError, TsugikiError, UsageError
@@ -161,10 +160,3 @@ def test_demo_ends_with_what_was_gained(tmp_path, no_export, small_demo):
     for words in ("none (base model)", "federated", "pearson on scored pairs", "demo-2"):
         assert words in shown
     assert "alone" not in shown
-
-
-def test_site_names_come_from_the_audit_log(tmp_path):
-    """Catches: sites missing from a comparison, or listed twice after a resume."""
-    done = run_tiny(tiny_config(tmp_path, run={"rounds": 1}), simulated_app)
-    run_tiny(tiny_config(tmp_path, run={"rounds": 1}), simulated_app, resume=True)
-    assert commands.site_names(done.folder) == ["site-0", "site-1"]

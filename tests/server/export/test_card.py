@@ -123,7 +123,7 @@ def test_the_code_says_how_a_model_wants_its_images(tmp_path):
         data, _ = parts(card(graft, config, export))
         assert (data["library_name"], data["pipeline_tag"]) == (library, "image-classification")
         assert numbers in export.code
-        assert ("of Tsugiki" in export.code) == (library == "tsugiki")
+        assert ("tsugiki.load_adapter(folder)" in export.code) == (library == "tsugiki")
         assert "okenizer" not in export.code
 
 
@@ -171,7 +171,8 @@ def test_the_code_loads_a_language_model_with_its_output_layer(tmp_path, method)
     folder = tiny_llama(tmp_path / "base")
     kind = "peft" if method == "lora" else "tsugiki"
     graft, config, export = made(folder, kind, task={"name": "causal-lm"}, adapter={"method": method})
-    assert f'AutoModelForCausalLM.from_pretrained(\n    "{PUBLIC_NAME}",\n    dtype="float32",\n)' in export.code
+    loading = f'model = AutoModelForCausalLM.from_pretrained(\n    "{PUBLIC_NAME}",\n    dtype="float32",\n)'
+    assert (loading if method == "lora" else "model = tsugiki.load_adapter(folder)") in export.code
     assert parts(card(graft, config, export))[0]["pipeline_tag"] == "text-generation"
 
 

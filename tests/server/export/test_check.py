@@ -1,6 +1,7 @@
 """The proof of an export, without the fresh process: what it compares, and what it makes of a process that fails."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,6 +122,21 @@ def test_the_process_is_offline_and_sees_no_other_base(monkeypatch, tmp_path, ki
     assert seen["HF_HUB_OFFLINE"] == "1"
     assert seen["alone"]
     assert seen["hub"] is (kind == "peft")
+
+
+def test_the_process_finds_this_program_where_it_is_needed(monkeypatch, tmp_path):
+    """Catches: a proof that works only where the program is installed; one that needs it where others have to do."""
+    paths = {}
+    for kind in ("tsugiki", "merged"):
+
+        def run_probe(job_file, folder, environment, kind=kind):
+            paths[kind] = environment.get("PYTHONPATH", "").split(os.pathsep)
+            np.save(json.loads(job_file.read_text())["outputs"], BASE + 1)
+
+        monkeypatch.setattr(export_check, "run_probe", run_probe)
+        prove(tmp_path, Export(kind, "", "org/model", tmp_path, 1, (), True), graft(), Expected(BASE + 1, BASE))
+    assert (Path(paths["tsugiki"][0]) / "tsugiki" / "__init__.py").is_file()
+    assert paths["tsugiki"][0] not in paths["merged"]
 
 
 def test_a_seeded_cache_answers_for_a_hub_id(tmp_path):

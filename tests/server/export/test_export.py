@@ -154,6 +154,7 @@ def proved_here(monkeypatch):
         code, cached = Path(job["code"]), list(Path(environment["HF_HUB_CACHE"]).glob("models--*/snapshots/*"))
         for base in cached:  # this process has read its own environment already
             code.write_text(code.read_text().replace(PUBLIC_NAME, str(base)))
+            monkeypatch.setattr("tsugiki.common.model.exported.find_in_hub", {PUBLIC_NAME: base}.get)
         monkeypatch.chdir(folder)
         export_probe.main(str(job_file))
         monkeypatch.chdir("/")
@@ -195,7 +196,7 @@ def graft_of(folder):
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 PEFT = {"README.md", "tsugiki.json", "adapter_config.json", "adapter_model.safetensors"}
-OWN = {"README.md", "tsugiki.json", "tsugiki_adapter.safetensors", "tsugiki_adapter.json"}
+OWN = {"README.md", "tsugiki.json", "tsugiki_adapter.safetensors"}
 FUSED = {f"adapters/{number}/{name}" for number in range(2) for name in OWN - {"README.md"}}
 MODULES = {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"}
 
