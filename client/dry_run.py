@@ -45,7 +45,7 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
             return  # below the masks are bare updates, which no run sends unmasked
         title = "round 1, before it is masked"
         unmasked = {"secure_aggregation": False, "target_epsilon": 0.0, "min_sites": 2}  # masks alone take more sites
-        config = changed(config, {f"privacy.{key}": value for key, value in unmasked.items()})
+        config = changed(config.with_plan(plan), {f"privacy.{key}": value for key, value in unmasked.items()})
         app = make_app(lambda context: replace(quiet, policy=SitePolicy(seeded_noise=quiet.policy.seeded_noise)))
     request = TrainRequest(
         config=config.for_sites(plan),

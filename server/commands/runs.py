@@ -213,6 +213,8 @@ def _read_run(
 
 def _at_folder(config: RunConfig, folder: Path) -> RunConfig:
     """Return the configuration of a run whose folder may have been moved, but not renamed."""
+    from tsugiki.common.config.parse import changed
+
     if folder.resolve().name != config.run.name:
         raise UsageError(
             f"{folder} holds the run {config.run.name!r}",
