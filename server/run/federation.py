@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.serverapp import Grid
-
 from tsugiki.common import __version__
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.files import to_toml, with_absolute_paths
@@ -20,7 +18,7 @@ from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.privacy.planning import make_plan, resolve
 from tsugiki.common.wire.spec import AdapterSpec, sha256, unpack
-from tsugiki.server.engines.grid import Stop
+from tsugiki.server.engines.grid import RunGrid, Stop
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import Parts
@@ -42,7 +40,7 @@ class Outcome:
 
 
 def run_federation(
-    grid: Grid,
+    grid: RunGrid,
     config: RunConfig,
     *,
     resume: bool = False,
@@ -74,8 +72,7 @@ def run_federation(
         given = config.privacy.enrolled_clients or config.simulation.data
         config = resolve(config, graft.spec.size)
         evaluator = make_evaluator(graft, config)
-        if limit := getattr(grid, "limit_replies", None):
-            limit(graft.spec.size * 8)  # whatever is exchanged, a number takes at most eight bytes
+        grid.limit_replies(graft.spec.size * 8)  # whatever is exchanged, a number takes at most eight bytes
         if resume and previous:
             checkpoint.promote_previous(folder / "checkpoint")
         if not resume:  # before the first checkpoint: a folder with either can be resumed

@@ -19,12 +19,11 @@ from tsugiki.common.errors import NotEnoughSites, WireError
 from tsugiki.common.settings import NAME_PATTERN
 from tsugiki.common.wire.messages import HelloReply, HelloRequest, error_code, from_record, to_record
 from tsugiki.common.wire.spec import AdapterSpec
-from tsugiki.server.engines.grid import LONGEST_PAUSE_S, RETURN_S, Stop, exchange, wait_for_nodes
+from tsugiki.server.engines.grid import LONGEST_PAUSE_S, RETURN_S, RunGrid, Stop, exchange, wait_for_nodes
 from tsugiki.server.run.replies import GONE
 
 if TYPE_CHECKING:
     from flwr.app import Message
-    from flwr.serverapp import Grid
 
 
 MOST_CLIENTS = 10**6
@@ -67,7 +66,7 @@ class Roster:
 
     def __init__(
         self,
-        grid: Grid,
+        grid: RunGrid,
         config: RunConfig,
         spec: AdapterSpec,
         audit: AuditLog,
@@ -111,7 +110,7 @@ class Roster:
             NotEnoughSites: the time is up.
         """
         wanted, timeout_s = self._config.strategy.min_clients, self._config.strategy.connect_timeout_s
-        if getattr(self._grid, "sequential", False):
+        if self._grid.sequential:
             timeout_s = 0.0  # all its nodes are there from the start
         ends = time.monotonic() + timeout_s
         while True:
@@ -169,7 +168,7 @@ class Roster:
         from flwr.app import Message
 
         content = to_record(HelloRequest(self._config.for_sites(), __version__))
-        if getattr(self._grid, "sequential", False):
+        if self._grid.sequential:
             patience_s = self._config.strategy.round_timeout_s  # of each node: they answer one after the other
         messages = [Message(content, node, "query", ttl=patience_s * 2) for node in nodes]
         replies: dict[int, Message] = {}

@@ -17,9 +17,9 @@ from tsugiki.common.registry import Registry
 from tsugiki.common.strategies.factors import pairs
 from tsugiki.common.strategies.settings import STRATEGY_SETTINGS
 from tsugiki.common.wire.arrays import ARRAY_KEY, encode
+from tsugiki.common.wire.flower import identify_process
 from tsugiki.common.wire.messages import TrainRequest, to_record
 from tsugiki.common.wire.spec import unpack
-from tsugiki.server.engines.in_process import identify_process
 from tsugiki.server.run.aggregate import STRATEGIES, aggregate, missing_implementations
 from tsugiki.server.run.progress import Progress
 from tsugiki.server.run.replies import Accepted
