@@ -21,7 +21,7 @@ from tsugiki.client.training.job import Job
 from tsugiki.common import __version__, minor
 from tsugiki.common.config.parse import site_config
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.errors import DataError, SecureAggregationError, SpecError, TsugikiError
+from tsugiki.common.errors import Code, DataError, SecureAggregationError, SpecError, TsugikiError, WireCode
 from tsugiki.common.model.device import device_notes
 from tsugiki.common.privacy.clipping import Levels
 from tsugiki.common.privacy.mechanisms import releases_of
@@ -91,11 +91,11 @@ def _answer(message: Message, locate: Callable[[], Site], handle: Callable[[Site
         site = locate()
         return Message(handle(site, message.content), reply_to=message)
     except TsugikiError as error:
-        code = error.code
+        code: Code = error.code
         log.warning("refused: %s", error)
     except BaseException as error:  # also SystemExit and KeyboardInterrupt raised inside training code
         name = type(error).__name__
-        told = "client-error" if is_private(message.content) else f"client-error:{name}"  # a class tells of the rows
+        told = WireCode("client-error" if is_private(message.content) else f"client-error:{name}")  # it tells of rows
         code = "out-of-memory" if name in _MEMORY_ERRORS else told
         log.exception("failed: %s", name)
     try:

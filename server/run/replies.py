@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tsugiki.common.errors import Code
 from tsugiki.common.privacy.clipping import Levels
 from tsugiki.common.wire.spec import Vector
 
@@ -76,12 +77,12 @@ class Rejected:
     """A reply that did not: the reason is a code, the detail holds numbers only."""
 
     site: str
-    reason: str
+    reason: Code
     detail: str = ""
     size_bytes: int = 0
 
 
-DROPOUT = "dropout"
+DROPOUT: Code = "dropout"
 """The reason when no reply came before the deadline, or none can come any more."""
 
 

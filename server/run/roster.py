@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tsugiki.common import __version__, minor
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.errors import NotEnoughSites, WireError
+from tsugiki.common.errors import Code, NotEnoughSites, WireError
 from tsugiki.common.settings import NAME_PATTERN
 from tsugiki.common.wire.messages import HelloReply, HelloRequest, error_code, from_record, to_record
 from tsugiki.common.wire.spec import AdapterSpec
@@ -81,7 +81,7 @@ class Roster:
         )  # the plan rests on it: delta, and a sum's width
         self._most_of_a_site = config.most_clients_of_a_site if private else MOST_CLIENTS
         self.min_sites = config.privacy.min_sites if config.privacy.secure_aggregation else 0
-        self._known: dict[int, Member | str] = {}  # a refused node stands here with its code, and is not asked again
+        self._known: dict[int, Member | Code] = {}  # a refused node stands here with its code, and is not asked again
         self._present: set[int] = set()
         self._silent: dict[int, float] = {}  # when a node that did not answer was greeted
 
@@ -179,7 +179,7 @@ class Roster:
             if node in replies:
                 self._known[node] = self._judge(node, replies[node])
 
-    def _judge(self, node: int, reply: Message) -> Member | str:
+    def _judge(self, node: int, reply: Message) -> Member | Code:
         """Return the member, or the code with which the node is refused."""
         if reply.has_error():
             return self._refuse(node, error_code(reply))
@@ -188,7 +188,7 @@ class Roster:
         except WireError as error:
             return self._refuse(node, error.code)
         taken, wrong_key = hello.site in self.members(), self._names is not None and self._key(node) != hello.site
-        checks = {
+        checks: dict[Code, bool] = {
             "site-name": re.fullmatch(NAME_PATTERN, hello.site) is None,
             "site-name-taken": taken,
             "site-name-key": wrong_key,
@@ -220,7 +220,7 @@ class Roster:
         notes = tuple(note for note in hello.notes[:200].split(",") if re.fullmatch(_NOTE, note))
         return Member(hello.site, node, hello.rows, hello.evaluation_rows, hello.clients, notes)
 
-    def _refuse(self, node: int, code: str, theirs: str = "", ours: str = "") -> str:
+    def _refuse(self, node: int, code: Code, theirs: str = "", ours: str = "") -> Code:
         self._audit.write("refused", node=str(node), key=self._key(node), code=code, theirs=theirs, ours=ours)
         return code
 
