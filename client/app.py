@@ -22,7 +22,7 @@ from tsugiki.client.training.job import Job
 from tsugiki.common import __version__, minor
 from tsugiki.common.config.parse import site_config
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.errors import DataError, SecureAggregationError, SpecError, TsugikiError
+from tsugiki.common.errors import Code, DataError, SecureAggregationError, SpecError, TsugikiError
 from tsugiki.common.model.device import device_notes
 from tsugiki.common.privacy.clipping import Levels
 from tsugiki.common.privacy.mechanisms import releases_of
@@ -95,7 +95,7 @@ def _answer(message: Message, locate: Callable[[], Site], handle: Callable[[Site
         site = locate()
         return Message(handle(site, message.content), reply_to=message)
     except TsugikiError as error:
-        code = error.code
+        code: Code = error.code
         log.warning("refused: %s", error)
     except BaseException as error:  # also SystemExit and KeyboardInterrupt raised inside training code
         code = _code_of_failure(error, message.content)
@@ -109,7 +109,7 @@ def _answer(message: Message, locate: Callable[[], Site], handle: Callable[[Site
     return error_reply(code, message)
 
 
-def _code_of_failure(error: BaseException, content: RecordDict) -> str:
+def _code_of_failure(error: BaseException, content: RecordDict) -> Code:
     """Return what the server may know about an exception that is not ours."""
     name = type(error).__name__
     if name in _MEMORY_ERRORS:
@@ -117,7 +117,7 @@ def _code_of_failure(error: BaseException, content: RecordDict) -> str:
     # A row may have raised it, so that even its class would say something about the row.
     if is_private(content):
         return "client-error"
-    return f"client-error:{name}"
+    return WireCode(f"client-error:{name}")
 
 
 _MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")

@@ -16,6 +16,7 @@ from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import UsageError
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.arrays import encode
+from tsugiki.common.wire.flower import identify_process, set_message_id
 from tsugiki.common.wire.messages import EvaluateRequest, HelloRequest, TrainRequest, error_code, to_record
 
 if TYPE_CHECKING:
@@ -67,11 +68,10 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
 def _ask(app: ClientApp, kind: str, content: RecordDict) -> RecordDict:
     """Return the app's answer to a message that was made here."""
     from flwr.app import Context, Message, RecordDict
-    from flwr.supercore.task_identity import TaskIdentity
 
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+    identify_process()
     message = Message(content, 1, kind)
-    message.metadata.__dict__["_message_id"] = kind
+    set_message_id(message, kind)
     reply = app(message, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}))
     if reply.has_error():
         raise UsageError(

@@ -15,9 +15,6 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run as a Flower app: the run config is the configuration."""
-    from flwr.superlink.grid import HttpGrid
+    from tsugiki.server.engines.superlink import run_grid
 
-    from tsugiki.server.engines.superlink import SuperlinkGrid
-
-    grid = SuperlinkGrid.adopt(grid) if isinstance(grid, HttpGrid) else grid
-    run_federation(grid, from_run_config(context.run_config), progress=choose())
+    run_federation(run_grid(grid), from_run_config(context.run_config), progress=choose())

@@ -1,10 +1,14 @@
 """The shape of the code: who imports whom, what is imported when, and that every module has its tests."""
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
+import flwr
 import pytest
 
 from scripts import structure
@@ -32,6 +36,24 @@ COMMANDS = ("tsugiki.client.commands", "tsugiki.server.commands")
 LIGHT = [
     module for module in MODULES if module.startswith(("tsugiki/", "common/", "client/commands", "server/commands/"))
 ]
+
+PUBLIC_IN_FLOWER = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy", "flwr.simulation")
+"""The modules that Flower documents. Of these only the names in `__all__` are public."""
+UNDOCUMENTED = {"current_arrays", "m_t", "momentum_vector", "v_t"}
+"""What Flower's strategies keep between rounds: attributes without an underscore, and in no document."""
+USES_FLOWERS_PRIVATE_PARTS = {
+    "common/__init__.py",  # switches telemetry off
+    "common/wire/flower.py",  # what both sides need
+    "client/node/channel.py",
+    "client/node/connection.py",
+    "client/node/diagnosis.py",
+    "server/deploy/bundle.py",
+    "server/deploy/control.py",
+    "server/deploy/superlink_process.py",
+    "server/engines/superlink.py",
+    "server/run/aggregate.py",  # the memory of strategies
+}
+"""These files, and no others, have to be read again when Flower is updated."""
 
 ALARM_LINES = 600
 """A module may be as long as its subject; beyond this it is probably two."""
@@ -203,3 +225,80 @@ def test_nothing_opens_a_pickle_or_runs_a_models_code(module):
                 assert name not in switches or ast.literal_eval(switches[name]) is False
             assert ast.unparse(node.func) not in {"torch.load", "eval", "exec"}
     assert not imported(ast.walk(parsed(module))) & {"pickle", "cloudpickle", "joblib", "dill", "marshal", "shelve"}
+
+
+@cache
+def private_names_of_flower():
+    """Return the attributes with an underscore that Flower's classes have, or keep in dictionaries."""
+    package = Path(flwr.__file__).parent
+    pattern = re.compile(r"""(?:self\.|")(_[a-z]\w*)\b""")
+    return {name for path in package.rglob("*.py") for name in pattern.findall(path.read_text("utf-8"))}
+
+
+def private_imports(node):
+    """Return what an import takes from Flower that is not public."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names if alias.name.startswith("flwr.")} - set(PUBLIC_IN_FLOWER)
+    if not isinstance(node, ast.ImportFrom) or str(node.module).split(".")[0] != "flwr":
+        return set()
+    names = {alias.name for alias in node.names}
+    if node.module in PUBLIC_IN_FLOWER:
+        names -= set(importlib.import_module(node.module).__all__)
+    return {f"{node.module}.{name}" for name in names}
+
+
+def private_in_text(text):
+    """Return the modules of Flower that a string names and that are not public, as code for another process does."""
+    found = re.findall(r"\bflwr\.\w+(?:\.\w+)*", text)
+    return {name for name in found if ".".join(name.split(".")[:2]) not in PUBLIC_IN_FLOWER}
+
+
+def uses_of_private_flower(code):
+    """Return all that a module's code uses of Flower's private parts. Its documentation may name them."""
+    tree = ast.parse(code)
+    nodes = list(ast.walk(tree))
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    private = (private_names_of_flower() - own) | UNDOCUMENTED
+    documentation = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    found = set()
+    for node in nodes:
+        found |= private_imports(node)
+        if isinstance(node, ast.Attribute):
+            found |= {node.attr} & private
+        elif isinstance(node, ast.keyword):
+            found |= {node.arg} & private
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            found |= ({node.value} & private) | private_in_text(node.value)
+    return found
+
+
+def test_flowers_private_parts_are_used_in_few_files():
+    """Catches: a file that the next version of Flower breaks, and that nobody thought of; a list that has grown old."""
+    used = {module for module in MODULES if uses_of_private_flower((ROOT / module).read_text("utf-8"))}
+    assert sorted(used) == sorted(USES_FLOWERS_PRIVATE_PARTS)
+
+
+@pytest.mark.parametrize(
+    ("code", "used"),
+    [
+        ("import flwr.proto.node_pb2", {"flwr.proto.node_pb2"}),
+        ("def f():\n    from flwr.supercore.run import Run", {"flwr.supercore.run.Run"}),
+        ("from flwr import supercore", {"flwr.supercore"}),
+        ("from flwr.app import Message\nfrom flwr.app.message import make_message", {"flwr.app.message.make_message"}),
+        ("from flwr.app import message", {"flwr.app.message"}),
+        ("from flwr.serverapp.strategy import FedAvg\nfrom flwr.simulation import run_simulation", set()),
+        ("run([python, '-c', 'from flwr.superlink.cli import flower_superlink'])", {"flwr.superlink.cli"}),
+        ('"""As flwr.superlink.cli."""\nimport flwr', set()),
+        ('message.metadata.__dict__["_message_id"] = 1', {"_message_id"}),
+        ("vars(metadata).update(_message_id=1)", {"_message_id"}),
+        ("grid._runtime_client.PullMessages()", {"_runtime_client"}),
+        ("strategy.current_arrays = {}\ngetattr(strategy, 'm_t')", {"current_arrays", "m_t"}),
+        ("class A:\n    def __init__(self):\n        self._client = 1\n        self._client.close()", set()),
+    ],
+)
+def test_uses_of_flowers_private_parts_are_found(code, used):
+    """Catches: a reader that overlooks a use, with which the test above would prove nothing."""
+    assert {"_runtime_client", "_message_id"} <= private_names_of_flower()
+    assert uses_of_private_flower(code) == used

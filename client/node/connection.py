@@ -42,6 +42,7 @@ from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_
 from tsugiki.client.node.channel import CALL_TIMEOUT_S, TEMPORARY, Channel, Forgotten, RunOver, Stopping
 from tsugiki.client.node.link import Link
 from tsugiki.common.errors import LinkError, WireError
+from tsugiki.common.wire.flower import set_message_id
 from tsugiki.common.wire.inflate import inflate
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class Connection:
             message = inflate(object_id, contents, MOST_BYTES)
         except WireError as error:
             raise RunOver(f"the server's message is not acceptable: {error.code}") from error
-        message.metadata.__dict__["_message_id"] = object_id
+        set_message_id(message, object_id)
         return message
 
     def send(self, reply: Message) -> None:
@@ -179,7 +180,7 @@ class Connection:
         """
         from flwr.app.message import remove_content_from_message
 
-        reply.metadata.__dict__["_message_id"] = reply.object_id
+        set_message_id(reply, reply.object_id)
         run_id = reply.metadata.run_id
         with no_object_id_recompute():
             objects, tree = get_all_nested_objects(reply), get_object_tree(reply)

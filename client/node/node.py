@@ -183,10 +183,10 @@ class Node:
         A hello has no state to keep, so a run that sends a hello alone does not displace another run.
         """
         from flwr.app import Context, RecordDict
-        from flwr.supercore.task_identity import TaskIdentity
 
-        # Flower asks for these before it makes a Message outside its own processes.
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, self._connection.node_id, 1
+        from tsugiki.common.wire.flower import identify_process
+
+        identify_process(run_id, self._connection.node_id)
         known = self._contexts.pop(run_id, None)
         context = known or Context(
             run_id=run_id,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tsugiki.client.site.policy import SitePolicy
-from tsugiki.common.errors import BudgetError, PolicyError
+from tsugiki.common.errors import BudgetError, Code, PolicyError
 from tsugiki.common.privacy.accounting import Release
 from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.privacy.mechanisms import Adversary, mechanism_of
@@ -55,5 +55,5 @@ def spend(ledger: Ledger, releases: Mapping[Adversary, tuple[Release, int]], run
         for adversary, (release, count) in releases.items():
             ledger.charge(adversary, release, count, run=run, round=round_number, private=not ledger.seeded)
     except BudgetError as error:
-        code = "policy-row-epsilon" if error.code == "rows-exhausted" else "policy-epsilon"
+        code: Code = "policy-row-epsilon" if error.code == "rows-exhausted" else "policy-epsilon"
         raise PolicyError(error.what, error.expected, "see [policy] of site.toml", code=code) from error

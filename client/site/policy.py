@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.errors import PolicyError
+from tsugiki.common.errors import Code, PolicyError
 from tsugiki.common.privacy.mechanisms import releases_of
 from tsugiki.common.settings import Names, Section
 
@@ -186,7 +186,7 @@ def guaranteed_noise(plan: Plan) -> float:
     return plan.noise_multiplier
 
 
-def _allow(name: str, allowed: tuple[str, ...], setting: str, code: str) -> None:
+def _allow(name: str, allowed: tuple[str, ...], setting: str, code: Code) -> None:
     if ALL not in allowed and name not in allowed:
         raise _refusal(
             f"{setting.rstrip('s').replace('_', ' ')} {name}",
@@ -195,5 +195,5 @@ def _allow(name: str, allowed: tuple[str, ...], setting: str, code: str) -> None
         )
 
 
-def _refusal(what: str, expected: str, code: str) -> PolicyError:
+def _refusal(what: str, expected: str, code: Code) -> PolicyError:
     return PolicyError(f"the run asks for {what}", expected, "if you agree, change [policy] in site.toml", code=code)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tsugiki.common.errors import DataError
+from tsugiki.common.errors import Code, DataError
 from tsugiki.common.rng import generator
 
 Rows = npt.NDArray[np.int64]
@@ -25,7 +25,7 @@ MAX_GROUPS = 1000
 MAX_ALPHA = 1e6
 """More is not told from an even split, and NumPy's sum over the clients overflows long after it."""
 
-_CODE = "shard-partition"
+_CODE: Code = "shard-partition"
 
 
 def site_names(count: int) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from tsugiki.common.data import images
 from tsugiki.common.data.table import MAX_LINE_BYTES, Request, Table, class_numbers, load
-from tsugiki.common.errors import DataError
+from tsugiki.common.errors import Code, DataError
 from tsugiki.common.settings import DataFormat
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _read_images(
 def _refuse_few(path: Path, rows: int, min_rows: int) -> None:
     least = max(min_rows, 1)
     if rows < least:
-        code = "shard-too-small" if rows else "shard-empty"
+        code: Code = "shard-too-small" if rows else "shard-empty"
         raise DataError(f"{path} has {rows} rows", f"at least {least}", "add rows", code=code)
 
 

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tsugiki.common.errors import DataError
+from tsugiki.common.errors import Code, DataError
 from tsugiki.common.settings import DataFormat
 
 MAX_LINE_BYTES = 2**20
@@ -49,7 +49,7 @@ class Table:
     lines: Sequence[int] = field(repr=False)
     cells: dict[str, list[Any]] = field(repr=False)
 
-    def refuse(self, name: str, bad: Sequence[bool], what: str, expected: str, code: str, do: str = "") -> None:
+    def refuse(self, name: str, bad: Sequence[bool], what: str, expected: str, code: Code, do: str = "") -> None:
         """Raise a DataError if any row is bad: how many are, and where the first one is."""
         if True in bad:
             where = f"{'row' if self.request.ending == '.parquet' else 'line'} {self.lines[bad.index(True)]}"

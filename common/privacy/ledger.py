@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.common.audit import AuditLog, verify
-from tsugiki.common.errors import BudgetError
+from tsugiki.common.errors import BudgetError, Code
 from tsugiki.common.files import locked
 from tsugiki.common.privacy.accounting import Release, epsilon
 from tsugiki.common.privacy.mechanisms import ADVERSARIES, Adversary
 
 EVENT = "charged"
-_EXHAUSTED: dict[Adversary, str] = {"rows": "rows-exhausted"}
+_EXHAUSTED: dict[Adversary, Code] = {"rows": "rows-exhausted"}
 
 
 class Ledger:
@@ -104,6 +104,6 @@ class Ledger:
                 f"{self.path.name}: epsilon would be {total:.4g} for {ADVERSARIES[who]}",
                 f"at most {budget:g}",
                 "the last model is kept; more rounds on these clients need a larger budget",
-                code=_EXHAUSTED.get(who, ""),
+                code=_EXHAUSTED.get(who),
             )
         return total

@@ -6,11 +6,11 @@ few kilobytes of it can name one chunk so often that gigabytes come out. So the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tsugiki.common.errors import WireError
+from tsugiki.common.wire.flower import chunk_ids, inflate_object
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -28,11 +28,10 @@ def inflate(object_id: str, contents: Mapping[str, bytes], most_bytes: int) -> M
         WireError: `size`; or `decode`, for whatever a malformed object makes Flower raise.
     """
     from flwr.app import Message
-    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
     try:
         size = _array_bytes(contents)
-        message = inflate_object_from_contents(object_id, dict(contents)) if size <= most_bytes else None
+        message = inflate_object(object_id, contents) if size <= most_bytes else None
     except Exception as error:
         raise WireError("an upload that is no message", "one of Flower's", code="decode") from error
     if size > most_bytes:
@@ -44,16 +43,4 @@ def inflate(object_id: str, contents: Mapping[str, bytes], most_bytes: int) -> M
 
 def _array_bytes(contents: Mapping[str, bytes]) -> int:
     """Return the bytes that all arrays would have, from their lists of chunks."""
-    from flwr.app import Array
-    from flwr.supercore.inflatable.inflatable_object import (
-        get_object_body,
-        get_object_head_values_from_object_content,
-    )
-
-    total = 0
-    for content in contents.values():
-        kind, children, _ = get_object_head_values_from_object_content(content)
-        if kind == Array.__qualname__:
-            chosen = json.loads(get_object_body(content, Array))["arraychunk_ids"]
-            total += sum(len(contents[children[index]]) for index in chosen)
-    return total
+    return sum(len(contents[chunk]) for content in contents.values() for chunk in chunk_ids(content))

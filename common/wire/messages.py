@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-from tsugiki.common.errors import WireError
+from tsugiki.common.errors import Code, WireCode, WireError
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, Message, RecordDict
@@ -213,9 +213,9 @@ def error_reply(code: str, to: Message) -> Message:
     return Message(Error(SITE_ERROR, code), reply_to=to)
 
 
-def error_code(reply: Message) -> str:
+def error_code(reply: Message) -> Code:
     """Return the code in an error reply, whoever made it; what is not a code becomes `client-error`."""
     if reply.error.code != SITE_ERROR:
-        return f"flower-error-{int(reply.error.code)}"
+        return WireCode(f"flower-error-{int(reply.error.code)}")
     reason = reply.error.reason or ""
-    return reason if _CODE.fullmatch(reason) else "client-error"
+    return WireCode(reason) if _CODE.fullmatch(reason) else "client-error"

@@ -36,11 +36,11 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from tsugiki.common.errors import DeployError, UsageError
 from tsugiki.common.keys import read_public_key
+from tsugiki.common.wire.flower import identify_process
 from tsugiki.server.deploy.keyring import registered
 from tsugiki.server.deploy.superlink_process import Endpoint
 from tsugiki.server.engines.superlink import SuperlinkGrid
@@ -153,8 +153,7 @@ def executed(endpoint: Endpoint, run_id: int) -> Iterator[SuperlinkGrid]:
     grid._retry_invoker.should_giveup = _is_final
     client = grid._runtime_client
     given = _answer(lambda: client.PullTaskInput(PullTaskInputRequest()))
-    TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
-    TaskIdentity.node_id = given.context.node_id
+    identify_process(given.run.run_id, given.context.node_id, given.task_id)
     grid.set_run(run_from_proto(given.run))
     over = threading.Event()
     threading.Thread(target=_beat, args=(client, over), name="heartbeat", daemon=True).start()

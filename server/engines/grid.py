@@ -1,4 +1,4 @@
-"""Send messages and collect replies on any of Flower's grids, polled by ourselves.
+"""What a run needs of an engine's grid, and an exchange of messages on it, polled by ourselves.
 
 Flower's `send_and_receive` sleeps for seconds between looks. This one looks often in the beginning and seldom later,
 hands every reply over as it comes, and keeps the deadline.
@@ -7,8 +7,8 @@ hands every reply over as it comes, and keeps the deadline.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol
 
 from tsugiki.common.errors import Interrupted
 
@@ -22,6 +22,53 @@ RETURN_S = 15.0
 """How long a node that left may take to come back and be asked again. A dead line makes a node leave after 20 s."""
 NODE_UNAVAILABLE = 5
 """Of Flower's error codes (`flwr.common.constant.ErrorCode`, slow to import)."""
+
+
+class RunGrid(Protocol):
+    """What a run needs of a grid: three of Flower's calls, and two things that Flower's grids do not have."""
+
+    sequential: bool
+    """Whether it answers one message each time it is polled. All nodes of such a grid are connected from the start."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of the connected nodes."""
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; return their ids."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies to these messages that have come since the last look."""
+
+    def limit_replies(self, size_bytes: int) -> None:
+        """Refuse replies that hold more than an adapter of this size and its envelope, if replies come from outside."""
+
+
+class StockGrid:
+    """One of Flower's own grids, as a run needs it.
+
+    Args:
+        grid: answers several nodes at once, and bounds replies by itself or not at all.
+    """
+
+    sequential = False
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of the connected nodes."""
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; return their ids."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies to these messages that have come since the last look."""
+        return self._grid.pull_messages(message_ids)
+
+    def limit_replies(self, size_bytes: int) -> None:
+        """Limit nothing: Flower's grid has no such bound."""
 
 
 class Stop:
@@ -46,14 +93,14 @@ class Stop:
             )
 
 
-def exchange(grid: Grid, messages: list[Message], timeout_s: float, stop: Stop) -> Iterator[Message]:
+def exchange(grid: RunGrid, messages: list[Message], timeout_s: float, stop: Stop) -> Iterator[Message]:
     """Yield the replies to `messages` as they come, until all are there or the time is up.
 
     A SuperLink hands a message out once: if a node loses it, with its connection or its process, nobody tells. Such a
     node leaves and comes back (`client/node/connection.py`), and is asked again.
 
     Args:
-        grid: an in-process grid answers one message each time it is polled, and counts each site's time by itself.
+        grid: a sequential one has `timeout_s` for each message.
         messages: one for each node.
         timeout_s: for all of them.
         stop: checked between polls.
@@ -62,8 +109,7 @@ def exchange(grid: Grid, messages: list[Message], timeout_s: float, stop: Stop) 
         Interrupted: the user asked to stop.
     """
     pending = set(grid.push_messages(messages))
-    sequential = getattr(grid, "sequential", False)
-    ends = time.monotonic() + timeout_s * (len(messages) if sequential else 1)
+    ends = time.monotonic() + timeout_s * (len(messages) if grid.sequential else 1)
     pause, away = FIRST_PAUSE_S, _Away(grid, messages)
     while (pending or away.nodes) and time.monotonic() < ends:
         stop.check()
@@ -74,7 +120,7 @@ def exchange(grid: Grid, messages: list[Message], timeout_s: float, stop: Stop) 
                 yield reply
         pending |= away.ask_again()
         yield from away.given_up()
-        if not replies and not sequential:
+        if not replies and not grid.sequential:
             time.sleep(min(pause, max(0.0, ends - time.monotonic())))
         pause = FIRST_PAUSE_S if replies else min(pause * 1.5, LONGEST_PAUSE_S)
     yield from (error for error, _ in away.nodes.values())
@@ -83,7 +129,7 @@ def exchange(grid: Grid, messages: list[Message], timeout_s: float, stop: Stop) 
 class _Away:
     """The nodes that left while they were asked: node -> the SuperLink's error, and when it left."""
 
-    def __init__(self, grid: Grid, messages: list[Message]) -> None:
+    def __init__(self, grid: RunGrid, messages: list[Message]) -> None:
         self._grid, self._messages = grid, messages
         self._asked_again: set[int] = set()
         self.nodes: dict[int, tuple[Message, float]] = {}
@@ -123,7 +169,7 @@ class _Away:
         return [self.nodes.pop(node)[0] for node in late]
 
 
-def wait_for_nodes(grid: Grid, count: int, timeout_s: float, stop: Stop, seen: Callable[[int], None]) -> list[int]:
+def wait_for_nodes(grid: RunGrid, count: int, timeout_s: float, stop: Stop, seen: Callable[[int], None]) -> list[int]:
     """Return the ids of the connected nodes once there are `count`, or of those there are when the time is up."""
     ends, pause, known = time.monotonic() + timeout_s, FIRST_PAUSE_S, -1
     while True:

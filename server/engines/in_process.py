@@ -8,17 +8,12 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
+from tsugiki.common.wire.flower import identify_process, set_message_id
 from tsugiki.common.wire.messages import error_reply
 
 Fault = Callable[[int, Message], list[Message]]
 """What becomes of a node's reply: usually [reply]; tests lose, repeat or forge it."""
-
-
-def identify_process() -> None:
-    """Give this process the identity that Flower asks for before it makes a Message outside its own processes."""
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 
 
 class InProcessGrid(Grid):
@@ -58,7 +53,7 @@ class InProcessGrid(Grid):
         ids = []
         for message in messages:
             self._sent += 1
-            message.metadata.__dict__["_message_id"] = str(self._sent)  # Flower's own grids set it in the same way
+            set_message_id(message, str(self._sent))
             self._queue[str(self._sent)] = message
             ids.append(str(self._sent))
         return ids
@@ -75,6 +70,9 @@ class InProcessGrid(Grid):
                 reply = error_reply(f"client-error:{type(error).__name__}", message)
             return [reply] if self._fault is None else self._fault(node, reply)
         return []
+
+    def limit_replies(self, size_bytes: int) -> None:
+        """Limit nothing: replies come from this process."""
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Answer all messages at once."""

@@ -10,9 +10,10 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from tsugiki.common.errors import UsageError
+from tsugiki.server.engines.grid import RunGrid, StockGrid
 
 
-def run(client_app: ClientApp, nodes: int, threads: int, gpus: float, main: Callable[[Grid], None]) -> None:
+def run(client_app: ClientApp, nodes: int, threads: int, gpus: float, main: Callable[[RunGrid], None]) -> None:
     """Run `main` as a ServerApp on Flower's simulation runtime.
 
     Args:
@@ -37,7 +38,7 @@ def run(client_app: ClientApp, nodes: int, threads: int, gpus: float, main: Call
     @server_app.main()
     def _main(grid: Grid, context: Context) -> None:
         try:
-            main(grid)
+            main(StockGrid(grid))
         except BaseException as error:  # noqa: BLE001  # handed to the caller below; Flower would wrap it
             failures.append(error)
 

@@ -30,6 +30,7 @@ from flwr.proto.message_pb2 import (
     PullObjectResponse,
 )
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
@@ -38,7 +39,7 @@ from flwr.superlink.grid import HttpGrid
 from tsugiki.common.errors import WireError
 from tsugiki.common.wire.inflate import inflate
 from tsugiki.common.wire.messages import SITE_ERROR
-from tsugiki.server.engines.grid import NODE_UNAVAILABLE, RETURN_S
+from tsugiki.server.engines.grid import NODE_UNAVAILABLE, RETURN_S, RunGrid, StockGrid
 
 log = logging.getLogger("tsugiki.server")
 
@@ -86,6 +87,7 @@ class SuperlinkGrid(HttpGrid):
         adopted.limit_replies(0)
         return adopted
 
+    sequential = False
     _asked: dict[str, int]
     _transfers: dict[str, Transfer]
     _workers: ThreadPoolExecutor
@@ -223,6 +225,13 @@ class SuperlinkGrid(HttpGrid):
         self._runtime_client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self.node, run_id=self.run.run_id, message_object_id=transfer.object_id)
         )
+
+
+def run_grid(grid: Grid) -> RunGrid:
+    """Return the grid that a ServerApp receives from Flower, as a run needs it: bounded, if it is a SuperLink's."""
+    if isinstance(grid, HttpGrid):
+        return SuperlinkGrid.adopt(grid)
+    return StockGrid(grid)
 
 
 def _readdressed(reply: Message | Error, transfer: Transfer, run_id: int) -> Message:

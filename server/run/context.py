@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.wire.spec import AdapterSpec
-from tsugiki.server.engines.grid import Stop
+from tsugiki.server.engines.grid import RunGrid, Stop
 from tsugiki.server.run.evaluate import Evaluator
 from tsugiki.server.run.privacy import Privacy
 from tsugiki.server.run.progress import Progress
 from tsugiki.server.run.roster import Roster
-
-if TYPE_CHECKING:
-    from flwr.serverapp import Grid
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class RunContext:
 
     config: RunConfig
     spec: AdapterSpec
-    grid: Grid
+    grid: RunGrid
     roster: Roster
     evaluate: Evaluator | None
     lower_is_better: bool

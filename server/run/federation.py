@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.serverapp import Grid
-
 from tsugiki.common import __version__
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.files import to_toml, with_absolute_paths
@@ -21,7 +19,7 @@ from tsugiki.common.model.load import load_graft
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.spec import AdapterSpec, sha256, unpack
-from tsugiki.server.engines.grid import Stop
+from tsugiki.server.engines.grid import RunGrid, Stop
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import RunContext
@@ -43,7 +41,7 @@ class Outcome:
 
 
 def run_federation(
-    grid: Grid,
+    grid: RunGrid,
     config: RunConfig,
     *,
     resume: bool = False,
@@ -76,8 +74,7 @@ def run_federation(
         graft = load_graft(config, config.model.name, config.run.seed)
         plan = make_plan(config, graft.spec.size)
         evaluator = make_evaluator(graft, config)
-        if limit := getattr(grid, "limit_replies", None):
-            limit(graft.spec.size * 8)  # whatever is exchanged, a number takes at most eight bytes
+        grid.limit_replies(graft.spec.size * 8)  # whatever is exchanged, a number takes at most eight bytes
 
         state = _open_records(folder, config, plan, graft, resume=resume, previous=previous)
         audit = AuditLog(folder / "audit.jsonl")

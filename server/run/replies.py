@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from tsugiki.common.errors import Code
 from tsugiki.common.privacy.clipping import Levels
 from tsugiki.common.wire.spec import Vector
 
@@ -95,7 +96,7 @@ class Rejected:
     """A rejected reply. `reason` is a code; `detail` contains numbers only."""
 
     site: str
-    reason: str
+    reason: Code
     detail: str = ""
     size_bytes: int = 0
 
@@ -134,7 +135,7 @@ class CollectedSum(Collected[AcceptedSum]):
     total: Levels
 
 
-DROPOUT = "dropout"
+DROPOUT: Code = "dropout"
 """The reason when no reply came before the deadline, or none can come any more."""
 
 

@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING
 from tsugiki.common import __version__, minor
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.errors import NotEnoughSites, WireError
+from tsugiki.common.errors import Code, NotEnoughSites, WireError
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.settings import NAME_PATTERN
 from tsugiki.common.wire.messages import HelloReply, HelloRequest, error_code, from_record, to_record
 from tsugiki.common.wire.spec import AdapterSpec
-from tsugiki.server.engines.grid import LONGEST_PAUSE_S, RETURN_S, Stop, exchange, wait_for_nodes
+from tsugiki.server.engines.grid import LONGEST_PAUSE_S, RETURN_S, RunGrid, Stop, exchange, wait_for_nodes
 from tsugiki.server.run.replies import GONE
 
 if TYPE_CHECKING:
     from flwr.app import Message
-    from flwr.serverapp import Grid
 
 
 MOST_CLIENTS = 10**6
@@ -76,7 +75,7 @@ class Roster:
 
     def __init__(
         self,
-        grid: Grid,
+        grid: RunGrid,
         config: RunConfig,
         spec: AdapterSpec,
         plan: Plan | None,
@@ -95,7 +94,7 @@ class Roster:
         self._most_clients = plan.enrolled_clients if plan else None
         self._most_of_a_site = plan.max_clients_per_site if plan else MOST_CLIENTS
         self.min_sites = plan.min_sites if plan and plan.secure_aggregation else 0
-        self._known: dict[int, Member | str] = {}  # a refused node has its code here, and is not greeted again
+        self._known: dict[int, Member | Code] = {}  # a refused node has its code here, and is not greeted again
         self._present: set[int] = set()
         self._silent: dict[int, float] = {}  # when a node that did not answer was greeted
 
@@ -125,7 +124,7 @@ class Roster:
         """
         wanted = self._config.strategy.min_clients
         timeout_s = self._config.strategy.connect_timeout_s
-        if getattr(self._grid, "sequential", False):
+        if self._grid.sequential:
             timeout_s = 0.0  # all its nodes are there from the start
         ends = time.monotonic() + timeout_s
         while True:
@@ -183,7 +182,7 @@ class Roster:
         from flwr.app import Message
 
         content = to_record(HelloRequest(self._config.for_sites(self._plan), __version__))
-        if getattr(self._grid, "sequential", False):
+        if self._grid.sequential:
             patience_s = self._config.strategy.round_timeout_s  # of each node: they answer one after the other
         messages = [Message(content, node, "query", ttl=patience_s * 2) for node in nodes]
         replies: dict[int, Message] = {}
@@ -194,7 +193,7 @@ class Roster:
             if node in replies:
                 self._known[node] = self._judge(node, replies[node])
 
-    def _judge(self, node: int, reply: Message) -> Member | str:
+    def _judge(self, node: int, reply: Message) -> Member | Code:
         """Return the member, or the code with which the node is refused."""
         if reply.has_error():
             return self._refuse(node, error_code(reply))
@@ -203,7 +202,7 @@ class Roster:
         except WireError as error:
             return self._refuse(node, error.code)
         wrong_key = self._names is not None and self._key(node) != hello.site
-        checks = {
+        checks: dict[Code, bool] = {
             "site-name": re.fullmatch(NAME_PATTERN, hello.site) is None,
             "site-name-taken": hello.site in self.members(),
             "site-name-key": wrong_key,
@@ -235,7 +234,7 @@ class Roster:
         notes = tuple(note for note in hello.notes[:200].split(",") if re.fullmatch(_NOTE, note))
         return Member(hello.site, node, hello.rows, hello.evaluation_rows, hello.clients, notes)
 
-    def _refuse(self, node: int, code: str, theirs: str = "", ours: str = "") -> str:
+    def _refuse(self, node: int, code: Code, theirs: str = "", ours: str = "") -> Code:
         self._audit.write("refused", node=str(node), key=self._key(node), code=code, theirs=theirs, ours=ours)
         return code
 

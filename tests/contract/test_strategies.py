@@ -21,9 +21,9 @@ from tsugiki.common.registry import Registry
 from tsugiki.common.strategies import STRATEGIES, Strategy, WeightedUpdate
 from tsugiki.common.strategies.factors import pairs
 from tsugiki.common.wire.arrays import ARRAY_KEY, encode
+from tsugiki.common.wire.flower import identify_process
 from tsugiki.common.wire.messages import TrainRequest, to_record
 from tsugiki.common.wire.spec import AdapterSpec, TensorSpec, unpack
-from tsugiki.server.engines.in_process import identify_process
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.aggregate import aggregate, step
 from tsugiki.server.run.checkpoint import State

@@ -16,6 +16,7 @@ from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
 from flwr.proto.fleet_pb2_grpc import FleetServicer, add_FleetServicer_to_server
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
+from tsugiki.common.wire.flower import set_message_id
 from tsugiki.server.deploy.certs import CertificateFiles
 
 
@@ -39,7 +40,7 @@ class Fleet(FleetServicer):  # type: ignore[misc]  # generated, without types
 
     def offer(self, message: Message, available: bool = True) -> dict[str, bytes]:
         """Put a message into the node's box; return its objects, there or still to come."""
-        message.metadata.__dict__["_message_id"] = message.object_id
+        set_message_id(message, message.object_id)
         contents = {key: one.deflate() for key, one in get_all_nested_objects(message).items()}
         self.objects |= contents if available else dict.fromkeys(contents)
         self.messages.append(message)

@@ -19,6 +19,7 @@ from tsugiki.common.audit import AuditLog, verify
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.files import read_lines
 from tsugiki.common.wire.arrays import ARRAY_KEY, decode, encode
+from tsugiki.common.wire.flower import identify_process
 from tsugiki.common.wire.messages import (
     EvaluateReply,
     HelloReply,
@@ -30,7 +31,7 @@ from tsugiki.common.wire.messages import (
 )
 from tsugiki.common.wire.spec import AdapterSpec, TensorSpec, Vector
 from tsugiki.server.engines.grid import Stop
-from tsugiki.server.engines.in_process import Fault, InProcessGrid, identify_process
+from tsugiki.server.engines.in_process import Fault, InProcessGrid
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.federation import Outcome, run_federation

@@ -19,8 +19,8 @@ from tsugiki.client.node.channel import RunOver, Stopping
 from tsugiki.client.node.connection import Connection
 from tsugiki.client.node.link import Link
 from tsugiki.common.errors import LinkError
+from tsugiki.common.wire.flower import identify_process
 from tsugiki.server.deploy.certs import make_certificates
-from tsugiki.server.engines.in_process import identify_process
 
 
 @pytest.fixture

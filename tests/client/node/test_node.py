@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from tsugiki.client.node.channel import RunOver
 from tsugiki.client.node.node import LONGEST_PAUSE_S, PAUSE_GROWTH, SHORTEST_PAUSE_S, Ending, Node
 from tsugiki.common.errors import Interrupted, LinkError
-from tsugiki.server.engines.in_process import identify_process
+from tsugiki.common.wire.flower import identify_process, set_message_id
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -72,9 +72,9 @@ class Seen:
 
 def message(run_id=1, kind="train", group="1"):
     """Return a message as a SuperLink's."""
-    identify_process()
+    identify_process(run_id)
     one = Message(RecordDict({"request": ConfigRecord({"x": 1})}), 5, kind, group_id=group)
-    one.metadata.__dict__.update(_run_id=run_id, _message_id=f"{run_id}-{group}")
+    set_message_id(one, f"{run_id}-{group}")
     return one
 
 

@@ -9,8 +9,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id
 
 from tsugiki.common.errors import WireError
+from tsugiki.common.wire.flower import identify_process
 from tsugiki.common.wire.inflate import inflate
-from tsugiki.server.engines.in_process import identify_process
 
 
 def objects(size=1000):

@@ -111,11 +111,11 @@ def test_site_config_refuses_what_it_does_not_know():
 @pytest.fixture
 def request_message():
     """A message to reply to."""
-    from tsugiki.server.engines.in_process import identify_process
+    from tsugiki.common.wire.flower import identify_process, set_message_id
 
     identify_process()
     message = Message(RecordDict(), dst_node_id=1, message_type="train")
-    message.metadata._message_id = "1"
+    set_message_id(message, "1")
     return message
 
 

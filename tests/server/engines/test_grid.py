@@ -4,9 +4,18 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from tsugiki.common.errors import Interrupted
+from tsugiki.common.wire.flower import identify_process
 from tsugiki.server.engines import grid as module
-from tsugiki.server.engines.grid import FIRST_PAUSE_S, LONGEST_PAUSE_S, RETURN_S, Stop, exchange, wait_for_nodes
-from tsugiki.server.engines.in_process import identify_process
+from tsugiki.server.engines.grid import (
+    FIRST_PAUSE_S,
+    LONGEST_PAUSE_S,
+    NODE_UNAVAILABLE,
+    RETURN_S,
+    StockGrid,
+    Stop,
+    exchange,
+    wait_for_nodes,
+)
 
 
 class Clock:
@@ -41,6 +50,8 @@ def reply(to, node=0, left=False):
 
 class Scripted:
     """A grid that answers message n at a given time."""
+
+    sequential = False
 
     def __init__(self, clock, arrivals, nodes=()):
         self.clock, self.arrivals, self.nodes, self.pulled = clock, dict(arrivals), list(nodes), []
@@ -90,6 +101,43 @@ def test_looks_are_frequent_first_and_seldom_later(clock):
     assert clock.pauses[0] == FIRST_PAUSE_S
     assert max(clock.pauses) == LONGEST_PAUSE_S
     assert clock.pauses.count(FIRST_PAUSE_S) == 2
+
+
+def test_a_stock_grid_answers_as_flowers_does(clock):
+    """Catches: a simulation on Ray whose nodes each have the whole deadline, one after the other."""
+    flowers = Scripted(clock, {"a": 3.0, "b": 1.0}, [(7, 0.0)])
+    grid = StockGrid(flowers)
+    grid.limit_replies(1)
+    assert list(grid.get_node_ids()) == [7]
+    assert ids(exchange(grid, ["a", "b", "c"], 10.0, Stop())) == ["b", "a"]
+    assert clock.now == pytest.approx(10.0)
+
+
+def test_a_sequential_grid_has_the_time_for_each_message(clock):
+    """Catches: simulated sites that run out of time because others answer before them."""
+    grid = Scripted(clock, {"a": 0.0})
+    grid.sequential = True
+    stream = exchange(grid, ["a", "b"], 10.0, Stop())
+    assert ids([next(stream)]) == ["a"]
+    clock.now = 15.0
+    grid.arrivals["b"] = 15.0
+    assert ids(stream) == ["b"]
+
+
+def test_flowers_numbers_are_those_that_we_know():
+    """Catches: a Flower whose errors have other numbers: nodes that left would be taken for sites that refuse."""
+    from flwr.common.constant import ErrorCode
+
+    from tsugiki.common.wire.messages import SITE_ERROR
+    from tsugiki.server.engines.superlink import REPLY_UNAVAILABLE, UNAVAILABLE
+    from tsugiki.server.run.replies import GONE
+
+    assert NODE_UNAVAILABLE == ErrorCode.NODE_UNAVAILABLE
+    assert REPLY_UNAVAILABLE == ErrorCode.REPLY_MESSAGE_UNAVAILABLE
+    gone = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+    assert gone == UNAVAILABLE
+    assert tuple(f"flower-error-{number}" for number in gone) == GONE
+    assert SITE_ERROR not in [number for number in vars(ErrorCode).values() if isinstance(number, int)]
 
 
 class Leaving(Scripted):

@@ -2,8 +2,9 @@ import pytest
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from tsugiki.common.wire.flower import identify_process
 from tsugiki.server.engines.grid import Stop, exchange
-from tsugiki.server.engines.in_process import InProcessGrid, identify_process
+from tsugiki.server.engines.in_process import InProcessGrid
 
 
 @pytest.fixture

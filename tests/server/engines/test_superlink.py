@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
+from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
@@ -32,11 +33,12 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 
 from tsugiki.common.errors import WireError
+from tsugiki.common.wire.flower import identify_process, set_message_id
 from tsugiki.common.wire.messages import SITE_ERROR
 from tsugiki.server.engines import superlink as module
-from tsugiki.server.engines.grid import Stop, exchange
-from tsugiki.server.engines.in_process import identify_process
-from tsugiki.server.engines.superlink import SPARE_BYTES, SuperlinkGrid
+from tsugiki.server.engines.grid import StockGrid, Stop, exchange
+from tsugiki.server.engines.in_process import InProcessGrid
+from tsugiki.server.engines.superlink import SPARE_BYTES, SuperlinkGrid, run_grid
 
 
 class Superlink:
@@ -95,7 +97,7 @@ class Superlink:
 
     def offer(self, message_id, reply, upload=True, sender=0):
         """Let a site, or the SuperLink itself as node 1, offer a reply; return its objects, there or still to come."""
-        reply.metadata.__dict__["_message_id"] = reply.object_id
+        set_message_id(reply, reply.object_id)
         envelope = message_to_proto(remove_content_from_message(reply))
         envelope.metadata.reply_to_message_id = message_id
         envelope.metadata.src_node_id = sender or envelope.metadata.src_node_id
@@ -168,6 +170,8 @@ def test_an_upload_that_hangs_holds_nobody_up(grid, superlink):
 
 class Resent:
     """A grid whose messages have been sent."""
+
+    sequential = False
 
     def __init__(self, grid, ids):
         self.push_messages, self.pull_messages = lambda messages: ids, grid.pull_messages
@@ -310,3 +314,13 @@ def test_a_message_that_the_superlink_did_not_take_is_not_awaited(grid, superlin
     monkeypatch.setattr(HttpGrid, "push_messages", lambda self, messages: ["a", None])
     nodes = [SimpleNamespace(metadata=SimpleNamespace(dst_node_id=node)) for node in (11, 12)]
     assert grid.push_messages(nodes) == ["a"]
+
+
+def test_the_grid_of_a_superlink_is_bounded_and_any_other_is_taken_as_it_is():
+    """Catches: a Flower app whose sites can flood it; a simulation by Flower's own command that finds no grid."""
+    bounded = run_grid(HttpGrid("127.0.0.1:1", insecure=True, token="t"))  # noqa: S106  (nothing checks it)
+    assert isinstance(bounded, SuperlinkGrid)
+    bounded.close()
+    stock = run_grid(InProcessGrid(ClientApp(), 2))
+    assert isinstance(stock, StockGrid)
+    assert list(stock.get_node_ids()) == [1, 2]

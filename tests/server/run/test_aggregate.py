@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tsugiki.common.strategies import STRATEGIES, WeightedUpdate
-from tsugiki.server.engines.in_process import identify_process
+from tsugiki.common.wire.flower import identify_process
 from tsugiki.server.run.aggregate import aggregate
 
 SIZE = 6

@@ -10,8 +10,8 @@ from tests.support.toy import SPEC, toy_app, toy_config, toy_context, toy_state
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import NotEnoughSites, StorageError
 from tsugiki.common.wire.arrays import encode
+from tsugiki.common.wire.flower import identify_process
 from tsugiki.common.wire.messages import TrainRequest, from_record, to_record
-from tsugiki.server.engines.in_process import identify_process
 from tsugiki.server.run.collect import address, receive, sample, train_request
 from tsugiki.server.run.private_round import collect_uploads
 from tsugiki.server.run.replies import Accepted, Rejected

@@ -1,0 +1,50 @@
+"""What both sides need of Flower's private parts. Flower may change these in any release, its public names may not.
+
+The other files that use private parts are named in tests/test_architecture.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flwr.app import Message
+
+
+def identify_process(run_id: int = 1, node_id: int = 1, task_id: int = 1) -> None:
+    """Give this process the identity that Flower reads when a Message is made outside Flower's own processes."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.run_id = run_id
+    TaskIdentity.node_id = node_id
+    TaskIdentity.task_id = task_id
+
+
+def set_message_id(message: Message, message_id: str) -> None:
+    """Set the id of a message, as Flower's own grids do: its metadata has no setter."""
+    message.metadata.__dict__["_message_id"] = message_id
+
+
+def inflate_object(object_id: str, contents: Mapping[str, bytes]) -> object:
+    """Return the Flower object with this id, made from the bytes of all its objects. Raises whatever Flower raises."""
+    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+    inflated: object = inflate_object_from_contents(object_id, dict(contents))
+    return inflated
+
+
+def chunk_ids(content: bytes) -> list[str]:
+    """Return the ids of the chunks that an array consists of, repeated ones too; none if this is no array's object."""
+    from flwr.app import Array
+    from flwr.supercore.inflatable.inflatable_object import (
+        get_object_body,
+        get_object_head_values_from_object_content,
+    )
+
+    kind, children, _ = get_object_head_values_from_object_content(content)
+    if kind != Array.__qualname__:
+        return []
+    chosen = json.loads(get_object_body(content, Array))["arraychunk_ids"]
+    return [children[index] for index in chosen]
