@@ -22,7 +22,7 @@ from tsugiki.client.training.job import Job
 from tsugiki.common import __version__, minor
 from tsugiki.common.config.parse import site_config
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.errors import Code, DataError, SecureAggregationError, SpecError, TsugikiError
+from tsugiki.common.errors import Code, DataError, SecureAggregationError, SpecError, TsugikiError, WireCode
 from tsugiki.common.model.device import device_notes
 from tsugiki.common.privacy.clipping import Levels
 from tsugiki.common.privacy.mechanisms import releases_of
