@@ -114,7 +114,7 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
     config = site_config(request.config)
     if minor(request.version) != minor(__version__):
         raise SpecError(
-            f"the server's version {request.version[:32]}", f"{__version__}, as here", code="version-mismatch"
+            f"the server has the version {request.version[:32]}", f"{__version__}, as here", code="version-mismatch"
         )
     graft, plan = prepare.load(site, config)
     clients = prepare.clients(site, config, plan)
@@ -185,7 +185,7 @@ def protected_sum(site: Site, job: Job, plan: Plan) -> Levels:
 def _only_masked(plan: Plan | None, masked: bool) -> Plan:
     """Refuse a step that the run's settings do not have: an unmasked upload under secure aggregation, above all."""
     if plan is None or plan.secure_aggregation != masked:
-        raise SecureAggregationError("a step that does not belong to the run", "what its settings say")
+        raise SecureAggregationError("this step does not belong to the run", "a step that its settings name")
     return plan
 
 
@@ -212,7 +212,9 @@ def _masked(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
     plan = _only_masked(plan, True)
     secagg.check_bound(state, plan, request.round)
     if request.clients:
-        raise SecureAggregationError("some of this site's clients", "all of them: the others' noise belongs to the sum")
+        raise SecureAggregationError(
+            "the server asks some of this site's clients only", "all of them: the others' noise belongs to the sum"
+        )
     secagg.open_shares(state, fields)
     levels = secagg.mask(state, fields["session"], protected_sum(site, job, plan), plan.modulus_bits)
     return to_record(PrivateReply(site.name, request.round, request.nonce), encode_levels(levels, plan.modulus_bits))

@@ -66,14 +66,18 @@ train = "{train}"            # .csv, .tsv, .jsonl, .parquet or .txt; images: idx
 def site_init(file: Path, name: str, train: str) -> None:
     """Write a commented site.toml."""
     if not re.fullmatch(NAME_PATTERN, name):
-        raise UsageError(f"--name {name!r:.80}", "lower-case letters, digits, . _ -, at most 64", "choose another name")
+        raise UsageError(
+            f"{name!r:.80} is no name of a site", "lower-case letters, digits, . _ -, at most 64", "choose another name"
+        )
     if '"' in train or "\\" in train or "\n" in train:
         raise UsageError("--train has a quotation mark, backslash or line break", "a plain path")
     try:
         with file.open("x", encoding="utf-8") as stream:
             stream.write(_TEMPLATE.format(name=name, train=train))
     except FileExistsError:
-        raise UsageError(f"{file} is there already", "a new file", "choose another name, or delete it") from None
+        raise UsageError(
+            f"the file {file} is there already", "a new file", "choose another name, or delete it"
+        ) from None
     except OSError as error:
         why = error.strerror or type(error).__name__
         raise UsageError(f"cannot write {file}: {why}", "a file in a writable folder", "check the folder") from error
@@ -112,7 +116,11 @@ def client(server: str, site_file: Path, ca: Path | None, key: Path | None, inse
     site = read_site(site_file)
     address = server or site.server.address
     if not address:
-        raise UsageError("no server", "--server HOST:PORT, or [server] address in site.toml")
+        raise UsageError(
+            "no server",
+            "--server HOST:PORT, or [server] address in site.toml",
+            "ask the operator of the federation for it",
+        )
     split_address(address)
     authority = None if insecure else ca or site.server.path(site.folder, "ca")
     private = None if insecure else key or site.server.path(site.folder, "key")
@@ -221,7 +229,11 @@ def _show(sweep: Sweep) -> None:
 def _check_security(address: str, insecure: bool, authority: Path | None) -> None:
     """Raise UsageError where the link would be open to others."""
     if insecure and split_address(address)[0] not in LOOPBACK:
-        raise UsageError(f"--insecure to {address}", "loopback", "give --ca and --key, and leave --insecure out")
+        raise UsageError(
+            f"--insecure is given, and {address} is another machine",
+            "an address on loopback",
+            "give --ca and --key, and leave --insecure out",
+        )
     if not insecure and authority is None:
         raise UsageError(
             "no CA certificate", "--ca FILE, or [server] ca in site.toml", "ask the operator of the federation for it"

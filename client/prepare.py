@@ -92,7 +92,7 @@ def own_rank(site: Site, config: RunConfig) -> int:
         return 0
     if config.strategy.name != "svd":
         raise PolicyError(
-            f"adapter.rank = {rank}",
+            f"adapter.rank = {rank} is more than this site allows",
             f"at most site.max_rank = {most} of site.toml, unless the strategy is svd",
             "raise site.max_rank, or ask the operator for a smaller rank or strategy svd",
             code="policy-rank",
@@ -155,10 +155,10 @@ def receive(
     """
     (graft, plan), theirs = load(site, config, request.round), request.spec_sha256
     if graft.spec.sha256 != theirs:
-        raise SpecError(f"the server's adapter spec {theirs[:12]}", f"{graft.spec.sha256[:12]}, this site's")
+        raise SpecError(f"the server's adapter has the spec {theirs[:12]}", f"{graft.spec.sha256[:12]}, this site's")
     arrays = content.array_records.get("arrays")
     if not isinstance(arrays, ArrayRecord):
-        raise WireError("no adapter in the message", "one array", code="keys")
+        raise WireError("the message has no adapter", "one array", code="keys")
     graft.write(decode(arrays, graft.spec))
     return graft, graft.read(), plan  # as the parameters hold it: 16-bit ones have rounded it
 
@@ -171,7 +171,7 @@ def train_rows(site: Site, config: RunConfig) -> Encoded:
     """
     rows = desk.rows(site, config, "train")
     if rows is None or not len(rows):
-        raise DataError("no rows to train on", "at least one", code="shard-empty")
+        raise DataError("this site has no rows to train on", "at least one row", code="shard-empty")
     return rows
 
 

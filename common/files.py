@@ -76,4 +76,4 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in complete]
     except json.JSONDecodeError as error:
-        raise StorageError(f"{path}: a line is no JSON", "one record a line", code="run-corrupt") from error
+        raise StorageError(f"a line of {path} is no JSON", "one JSON record a line", code="run-corrupt") from error

@@ -173,7 +173,7 @@ def methods(file: Path | None, model: str, overrides: list[str], as_json: bool) 
     from tsugiki.common.config.parse import parse
 
     if file is None and overrides:
-        raise UsageError("--set without a file", "a run's TOML file", "give FILE, or --model alone")
+        raise UsageError("--set is given without a file", "a run's TOML file", "give FILE, or --model alone")
     named = [f"model.name={model}"] if model else []
     bare = {"model": {"name": model}} if model else {}
     config = config_file.read(file, [*overrides, *named]) if file else parse(bare)

@@ -74,10 +74,14 @@ def find_rate(
         TrainingError: `diverged`, the loss is not finite from the start.
     """
     if not 0 < lowest < highest:
-        raise UsageError(f"rates from {lowest:g} to {highest:g}", "a range above 0", "see tsugiki lr-find --help")
+        raise UsageError(
+            f"{lowest:g} to {highest:g} is no range of rates", "a range above 0", "`tsugiki lr-find --help`"
+        )
     if TASKS.get(config.task.name).signed_loss:
-        what = f"a range test of {config.task.name}, whose loss may be below 0 and scatters with what is drawn"
-        raise UsageError(what, "a task whose loss says how far it has come", "try rates by short runs")
+        what = (
+            f"a range test says nothing of {config.task.name}: its loss may be below 0, and varies with what is drawn"
+        )
+        raise UsageError(what, "a task whose loss says how far it has come", "short runs with different rates")
     if central:
         raw = config.model_dump(mode="json") | {"strategy": {"min_clients": 1}, "privacy": {}}
         raw["simulation"] |= {"clients": 1, "clients_per_site": 1, "partition": "iid", "column": "", "ranks": []}
@@ -125,7 +129,7 @@ def _sweep(
     kept = [loss for loss in losses if math.isfinite(loss)]
     if len(kept) < FEWEST:
         raise TrainingError(
-            f"the loss was finite for {len(kept)} steps", f"{FEWEST} or more", "lower --lowest", code="diverged"
+            f"the loss was finite for {len(kept)} steps only", f"{FEWEST} or more", "lower --lowest", code="diverged"
         )
     smoothed = smooth(kept)
     suggestion, least = suggest(rates[: len(kept)], smoothed)
@@ -161,7 +165,7 @@ def suggest(rates: Sequence[float], smoothed: Sequence[float]) -> tuple[float, f
 def check_plot(path: Path) -> None:
     """Raise a UsageError if a plot cannot have such a name; the test may take minutes, so this is asked before."""
     if path.suffix not in (".svg", ".png"):
-        raise UsageError(f"--plot {path}", "a .svg or .png", "name one")
+        raise UsageError(f"--plot {path} is no picture", "a name that ends in .svg or .png")
 
 
 def draw(sweep: Sweep, path: Path) -> None:

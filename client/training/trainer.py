@@ -160,7 +160,7 @@ def add_proximal_term(graft: Graft, received: Sequence[Any], mu: float) -> None:
 def check_deadline(plan: Plan, done: int, steps: int, started: float) -> None:
     """Raise a TrainingError, `deadline`, if the time since `time.perf_counter()` was `started` is up."""
     if time.perf_counter() - started > plan.deadline_s:
-        raise TrainingError(f"step {done} of {steps} after {plan.deadline_s:g} s", code="deadline")
+        raise TrainingError(f"only {done} of {steps} steps were done in {plan.deadline_s:g} s", code="deadline")
 
 
 def check_divergence(losses: Any, factor: float) -> None:

@@ -32,7 +32,7 @@ def serve(
     from tsugiki.server.run import progress
 
     if (file is None) == (resume is None):
-        raise UsageError("either FILE or --resume RUN", do="tsugiki serve --help")
+        raise UsageError("the command takes either FILE or --resume RUN", do="`tsugiki serve --help`")
     if previous and resume is None:
         raise UsageError("--previous goes with --resume RUN")
     waiting = [f"strategy.connect_timeout_s={wait_s}"] if wait_s else []

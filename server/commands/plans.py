@@ -23,7 +23,7 @@ def budget(file: Path, overrides: Sequence[str], dimension: int, plot: Path | No
         as_json: one JSON object instead of tables.
     """
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
-        raise UsageError(f"--plot {plot}", "a name that ends in .png or .svg")
+        raise UsageError(f"--plot {plot} is no picture", "a name that ends in .png or .svg")
     config, mode, assumed = read(file, overrides)
     found = make_budget(config, Size(dimension) if dimension else measure(config), mode, assumed)
     if plot is not None:

@@ -36,7 +36,7 @@ def simulate(
     from tsugiki.server.run.simulate import simulate as run
 
     if (file is None) == (resume is None):
-        raise UsageError("either FILE or --resume RUN", do="tsugiki simulate --help")
+        raise UsageError("the command takes either FILE or --resume RUN", do="`tsugiki simulate --help`")
     if previous and resume is None:
         raise UsageError("--previous goes with --resume RUN")
     engines = [f"simulation.engine={engine}"] if engine else []
@@ -54,7 +54,7 @@ def at_folder(config: RunConfig, folder: Path) -> RunConfig:
     """Return the configuration of a run whose folder may have been moved, but not renamed."""
     if folder.resolve().name != config.run.name:
         raise UsageError(
-            f"{folder} holds the run {config.run.name!r}",
+            f"the folder {folder} holds the run {config.run.name!r}",
             "a folder with the run's name",
             f"rename it to {config.run.name}",
         )
@@ -132,7 +132,7 @@ def compare(file: Path, overrides: Sequence[str], as_json: bool, client: Simulat
 
     config = config_file.read(file, overrides)
     if not config.evaluation.data:
-        raise UsageError("nothing to compare by", "evaluation.data in the run file", "name a held-out file")
+        raise UsageError("the run has nothing to compare by", "evaluation.data in the run file", "name a held-out file")
     show = progress.Lines()
     with stop_on_signals() as stop:
         outcome = run(config, client, progress=progress.choose(), stop=stop)
@@ -255,7 +255,9 @@ def config_init(file: Path, task: str, method: str, strategy: str) -> None:
         with file.open("x", encoding="utf-8") as stream:
             stream.write(text)
     except FileExistsError:
-        raise UsageError(f"{file} is there already", "a new file", "choose another name, or delete it") from None
+        raise UsageError(
+            f"the file {file} is there already", "a new file", "choose another name, or delete it"
+        ) from None
     except OSError as error:
         raise unwritable(file, error) from error
     sys.stdout.write(f"{file}\n")

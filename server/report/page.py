@@ -91,7 +91,7 @@ def save_curve_png(folder: Path, target: Path) -> None:
     run = read_run(folder)
     values = central_curves(run).get(run.monitor)
     if not values:
-        raise UsageError(f"{folder} has no central evaluation", "a run with evaluation.data")
+        raise UsageError(f"the run {folder} has no central evaluation", "a run with evaluation.data")
     write_atomically(target, figures.metric_curve(run.monitor, values, run.best_round, _baselines(run), "png"))
 
 

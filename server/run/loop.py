@@ -77,7 +77,7 @@ def train_round(parts: Parts, state: State) -> State:
             return _complete(parts, state, number, cohort, collected)
         _void(parts, number, attempt, cohort, collected)
     raise QuorumNotMet(
-        f"round {number}: {collected.clients} accepted replies, twice",
+        f"round {number} had {collected.clients} accepted replies, twice",
         f"strategy.min_clients = {parts.config.strategy.min_clients}",
         f"see audit.jsonl; the model of round {state.round} is kept in {parts.folder / 'checkpoint'}, "
         f"and --resume {parts.folder} goes on from it",

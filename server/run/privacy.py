@@ -164,7 +164,7 @@ def open_privacy(config: RunConfig, dimension: int, path: Path, audit: AuditLog,
     ledger = Ledger(path, plan.delta, budgets, seeded=config.privacy.insecure_noise_seed > 0)
     if ledger.rounds(config.run.name) < rounds:
         raise StorageError(
-            f"{path} has {ledger.rounds(config.run.name)} rounds of {config.run.name!r}",
+            f"the ledger {path} has {ledger.rounds(config.run.name)} rounds of {config.run.name!r}",
             f"the {rounds} that it has released",
             "put the ledger back where it was: what was spent cannot be forgotten",
             code="ledger-behind",

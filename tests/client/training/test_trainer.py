@@ -335,7 +335,7 @@ def test_the_deadline_ends_training(monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     model = graft()
-    with pytest.raises(TrainingError, match="step 3 of 8 after 2 s") as caught:
+    with pytest.raises(TrainingError, match="3 of 8 steps were done in 2 s") as caught:
         train(model, ENCODED, settings(local_steps=8), plan(deadline_s=2.0))
     assert caught.value.code == "deadline"
     assert not model.base.network.training
