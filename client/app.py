@@ -141,7 +141,7 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
     config = site_config(request.config)
     if minor(request.version) != minor(__version__):
         raise SpecError(
-            f"the server's version {request.version[:32]}", f"{__version__}, as here", code="version-mismatch"
+            f"the server has the version {request.version[:32]}", f"{__version__}, as here", code="version-mismatch"
         )
     run = SiteRun.open(site, config)
     clients = run.count_clients()
@@ -264,7 +264,7 @@ def _plan_with_masks(run: SiteRun, masked: bool) -> Plan:
         SecureAggregationError: the step does not belong to the run.
     """
     if run.plan is None or run.plan.secure_aggregation != masked:
-        raise SecureAggregationError("a step that does not belong to the run", "what its settings say")
+        raise SecureAggregationError("this step does not belong to the run", "a step that its settings name")
     return run.plan
 
 
@@ -304,7 +304,9 @@ def _masked(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
     run, plan = _go_on(state, site, request)
     # What can be refused is checked before training, which costs the most.
     if request.clients:
-        raise SecureAggregationError("some of this site's clients", "all of them: the others' noise belongs to the sum")
+        raise SecureAggregationError(
+            "the server asks some of this site's clients only", "all of them: the others' noise belongs to the sum"
+        )
     job = run.job(request, content)
     secagg.open_shares(state, fields)
     levels = secagg.mask(state, fields["session"], protected_sum(run, job, plan), plan.modulus_bits)

@@ -84,7 +84,11 @@ def _link(site: FileSite, server: str, ca: Path | None, key: Path | None, *, ins
 
     address = server or site.server.address
     if not address:
-        raise UsageError("no server", "--server HOST:PORT, or [server] address in site.toml")
+        raise UsageError(
+            "no server",
+            "--server HOST:PORT, or [server] address in site.toml",
+            "ask the operator of the federation for it",
+        )
     split_address(address)
     authority = None if insecure else ca or site.server.path(site.folder, "ca")
     private = None if insecure else key or site.server.path(site.folder, "key")
@@ -100,7 +104,11 @@ def _link(site: FileSite, server: str, ca: Path | None, key: Path | None, *, ins
 def _check_security(address: str, insecure: bool, authority: Path | None) -> None:
     """Raise UsageError where the link would be open to others."""
     if insecure and split_address(address)[0] not in LOOPBACK:
-        raise UsageError(f"--insecure to {address}", "loopback", "give --ca and --key, and leave --insecure out")
+        raise UsageError(
+            f"--insecure is given, and {address} is another machine",
+            "an address on loopback",
+            "give --ca and --key, and leave --insecure out",
+        )
     if not insecure and authority is None:
         raise UsageError(
             "no CA certificate", "--ca FILE, or [server] ca in site.toml", "ask the operator of the federation for it"
@@ -207,7 +215,9 @@ def init(
         with file.open("x", encoding="utf-8") as stream:
             stream.write(text)
     except FileExistsError:
-        raise UsageError(f"{file} is there already", "a new file", "choose another name, or delete it") from None
+        raise UsageError(
+            f"the file {file} is there already", "a new file", "choose another name, or delete it"
+        ) from None
     except OSError as error:
         why = error.strerror or type(error).__name__
         raise UsageError(f"cannot write {file}: {why}", "a file in a writable folder", "check the folder") from error

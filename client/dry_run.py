@@ -77,7 +77,7 @@ def _ask(app: ClientApp, kind: str, content: RecordDict) -> RecordDict:
         raise UsageError(
             f"this site would refuse, with the code {error_code(reply)}",
             "a run that fits the site",
-            "the line above says why",
+            "the line above, which says why",
             code=error_code(reply),
         )
     return reply.content

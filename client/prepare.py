@@ -101,7 +101,7 @@ class SiteRun:
         """
         rows = self.rows("train")
         if rows is None or not len(rows):
-            raise DataError("no rows to train on", "at least one", code="shard-empty")
+            raise DataError("this site has no rows to train on", "at least one row", code="shard-empty")
         return rows
 
     def rows_of_clients(self) -> tuple[list[int], ...]:
@@ -148,10 +148,10 @@ class SiteRun:
         """
         if self.graft.spec.sha256 != spec_sha256:
             ours = self.graft.spec.sha256[:12]
-            raise SpecError(f"the server's adapter spec {spec_sha256[:12]}", f"{ours}, this site's")
+            raise SpecError(f"the server's adapter has the spec {spec_sha256[:12]}", f"{ours}, this site's")
         arrays = content.array_records.get("arrays")
         if not isinstance(arrays, ArrayRecord):
-            raise WireError("no adapter in the message", "one array", code="keys")
+            raise WireError("the message has no adapter", "one array", code="keys")
         self.graft.write(decode(arrays, self.graft.spec))
         return self.graft.read()  # as the parameters hold it: 16-bit ones have rounded it
 
@@ -289,7 +289,7 @@ def own_rank(site: Site, config: RunConfig) -> int:
     if not strategy_of(config.strategy).mixed_ranks:
         fitting = " or ".join(names_with(lambda strategy: strategy.mixed_ranks))
         raise PolicyError(
-            f"adapter.rank = {adapter.rank}",
+            f"adapter.rank = {adapter.rank} is more than this site allows",
             f"at most site.max_rank = {most} of site.toml, unless the strategy is {fitting}",
             f"raise site.max_rank, or ask the operator for a smaller rank or strategy {fitting}",
             code="policy-rank",

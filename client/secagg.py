@@ -57,7 +57,7 @@ def check_bound(state: RecordDict, plan: Plan, round_number: int) -> None:
     """
     record = state.config_records.get(BOUND)
     if record is None or dict(record) != {"plan": plan.sha256, "round": round_number}:
-        raise SecureAggregationError("another plan or round than the session's", "those that it began with")
+        raise SecureAggregationError("the plan or the round is not that of the session", "those with which it began")
 
 
 def answer_keys(state: RecordDict, session: bytes, site: str) -> dict[str, Any]:
@@ -87,10 +87,12 @@ def answer_shares(
     # The server may lie about other sites, but not about this one, and no site may have more than the plan allows.
     counts = dict(zip(sorted(keys), _counts(fields.get("clients"), len(keys)), strict=True))
     if counts.get(kept.name) != own_clients:
-        raise SecureAggregationError("another number of clients for this site", str(own_clients), code="secagg-message")
+        raise SecureAggregationError(
+            "the list has another number of clients for this site", str(own_clients), code="secagg-message"
+        )
     if max(counts.values()) > plan.max_clients_per_site:
         most = f"at most privacy.max_clients_per_site = {plan.max_clients_per_site}"
-        raise SecureAggregationError(f"a site that stands for {max(counts.values())} clients", most)
+        raise SecureAggregationError(f"a site of the list stands for {max(counts.values())} clients", most)
     threshold = fewest_sites(counts, plan.min_clients, plan.min_sites)
     kept, sealed = secagg.make_shares(kept, keys, threshold)
     _keep(state, kept, counts)
@@ -138,7 +140,9 @@ def answer_unmask(state: RecordDict, session: bytes, fields: Mapping[str, Any], 
 
 def _counts(value: Any, wanted: int) -> list[int]:
     if not isinstance(value, list) or len(value) != wanted or not all(type(one) is int and one > 0 for one in value):
-        raise SecureAggregationError("no list of numbers of clients", "one for each site", code="secagg-message")
+        raise SecureAggregationError(
+            "the message has no list of numbers of clients", "one number for each site", code="secagg-message"
+        )
     return value
 
 
@@ -156,5 +160,5 @@ def _kept(state: RecordDict, session: Any) -> ClientState:
     record = state.config_records.get(STATE)
     kept = None if record is None else ClientState.from_dict(dict(record))
     if kept is None or kept.session != exactly(session, SESSION_BYTES):
-        raise SecureAggregationError("a session that this site is not in", "the one that it began last")
+        raise SecureAggregationError("this site is not in the session", "the session that it began last")
     return kept

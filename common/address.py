@@ -15,5 +15,5 @@ def split_address(address: str) -> tuple[str, int]:
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65_536:
-        raise UsageError(f"the address {address!r:.80}", "HOST:PORT, such as 0.0.0.0:9092")
+        raise UsageError(f"{address!r:.80} is no address", "HOST:PORT, such as 0.0.0.0:9092")
     return host.strip("[]"), int(port)

@@ -54,7 +54,7 @@ def verify(path: Path) -> list[dict[str, Any]]:
         body = {key: value for key, value in record.items() if key != "hash"}
         linked = record.get("previous") == previous and record.get("sequence") == number
         if not linked or record.get("hash") != _hash(body):
-            raise StorageError(f"{path}: line {number + 1} breaks the chain", "an untouched log", code="audit-broken")
+            raise StorageError(f"line {number + 1} of {path} breaks the chain", "an untouched log", code="audit-broken")
         previous = record["hash"]
     return records
 

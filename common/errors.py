@@ -26,6 +26,7 @@ expected, what to do. None ever carries a site's data. `docs/operations.md` expl
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, NewType, TypeAlias
 
@@ -193,6 +194,15 @@ WireCode = NewType("WireCode", str)
 
 Code: TypeAlias = KnownCode | WireCode
 
+_PLAIN_WORD = re.compile(r"^[a-z]+(?=[,;:]? |'|$)(?! = )")
+"""A word that begins a sentence. Paths, quoted values, settings and kebab-case names are no such words."""
+
+
+def _sentences(*parts: str) -> str:
+    """Return the parts that are not empty, each as a sentence."""
+    stripped = [part.rstrip(".") for part in parts if part]
+    return " ".join(_PLAIN_WORD.sub(lambda word: word[0].capitalize(), part) + "." for part in stripped)
+
 
 class TsugikiError(Exception):
     """The root of the tree.
@@ -213,9 +223,8 @@ class TsugikiError(Exception):
         super().__init__(what, expected, do)
 
     def __str__(self) -> str:
-        """Return the three parts as one line."""
-        parts = [self.what, self.expected and f"expected {self.expected}", self.do and f"Do: {self.do}"]
-        return ". ".join(part.rstrip(".") for part in parts if part) + "."
+        """Return the three parts as sentences: `No server. Expected --server HOST:PORT. Try: ...`."""
+        return _sentences(self.what, self.expected and f"Expected {self.expected}", self.do and f"Try: {self.do}")
 
 
 class UsageError(TsugikiError):
@@ -235,8 +244,8 @@ class Problem:
     do: str = ""
 
     def __str__(self) -> str:
-        """Return one line: `train.rank = 0: expected ... Do: ...`."""
-        return f"{self.key} = {self.value}: expected {self.expected}." + (f" Do: {self.do}." if self.do else "")
+        """Return one line: `train.rank = 0: must be ... Try: ...`."""
+        return _sentences(f"{self.key} = {self.value}: must be {self.expected}", self.do and f"Try: {self.do}")
 
 
 class ConfigError(TsugikiError):

@@ -79,7 +79,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in complete]
     except json.JSONDecodeError as error:
-        raise StorageError(f"{path}: a line is no JSON", "one record a line", code="run-corrupt") from error
+        raise StorageError(f"a line of {path} is no JSON", "one JSON record a line", code="run-corrupt") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         lock.acquire(timeout=-1 if wait else 0, poll_interval=_LOCK_POLL_S)
     except Timeout:
         raise StorageError(
-            f"{path.parent} is in use by another process", "one process at a time", code="locked"
+            f"the folder {path.parent} is in use by another process", "one process at a time", code="locked"
         ) from None
     except OSError as error:
         raise unwritable(path, error) from error

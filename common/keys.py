@@ -34,7 +34,7 @@ def new_key_pair(path: Path) -> Path:
     public = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH)
     target = path.with_name(path.name + ".pub")
     if target.exists():
-        raise UsageError(f"{target} is there already", "a new name", "choose another, or delete both files")
+        raise UsageError(f"the file {target} is there already", "a new name", "choose another, or delete both files")
     write_private(path, private)
     target.write_bytes(public + b"\n")
     return target
@@ -49,7 +49,9 @@ def write_private(path: Path, content: bytes) -> None:
     try:
         number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        raise UsageError(f"{path} is there already", "a new name", "choose another, or delete the file") from None
+        raise UsageError(
+            f"the file {path} is there already", "a new name", "choose another, or delete the file"
+        ) from None
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}", "a writable folder", "check the folder") from error
     with os.fdopen(number, "wb") as file:
@@ -71,7 +73,7 @@ def read_private(path: Path) -> bytes:
         ) from error
     if stat.S_IMODE(mode) & 0o077:
         raise LinkError(
-            f"{path} can be read by others ({stat.S_IMODE(mode):04o})",
+            f"the key {path} can be read by others ({stat.S_IMODE(mode):04o})",
             "mode 0600",
             f"chmod 600 {path}",
             code="key-permissions",
@@ -95,11 +97,14 @@ def read_private_key(path: Path) -> EllipticCurvePrivateKey:
         locked = b"PRIVATE KEY" in content and ("encrypted" in str(error) or "password" in str(error).lower())
         why = "it is encrypted, and nobody can be asked for a password" if locked else "it is no OpenSSH private key"
         raise LinkError(
-            f"{path} cannot be used: {why}", "a key of `tsugiki keys new`", "make a new one", code="key-invalid"
+            f"the key {path} cannot be used: {why}", "a key of `tsugiki keys new`", "make a new one", code="key-invalid"
         ) from None
     if not isinstance(key, EllipticCurvePrivateKey):
         raise LinkError(
-            f"{path} holds another kind of key", "ECDSA on P-384", "`tsugiki keys new` makes one", code="key-invalid"
+            f"the file {path} holds another kind of key",
+            "ECDSA on P-384",
+            "`tsugiki keys new`, which makes one",
+            code="key-invalid",
         )
     return key
 
@@ -120,9 +125,11 @@ def read_public_key(path: Path) -> EllipticCurvePublicKey:
         raise UsageError(f"cannot read {path}: {error.strerror}", "a public key file", "check the path") from error
     if b"PRIVATE KEY" in content:
         raise UsageError(
-            f"{path} is a PRIVATE key", "its public part, ending in .pub", "delete this copy: it belongs to the site"
+            f"the file {path} is a PRIVATE key",
+            "its public part, ending in .pub",
+            "delete this copy: it belongs to the site",
         )
-    wrong = UsageError(f"{path} is no public key of a node", "ECDSA on P-384, as `tsugiki keys new` makes it")
+    wrong = UsageError(f"the file {path} is no public key of a node", "ECDSA on P-384, as `tsugiki keys new` makes it")
     try:
         key = load_ssh_public_key(content)
     except Exception:  # noqa: BLE001  # cryptography raises ValueError and its own

@@ -70,7 +70,7 @@ def plot_format(path: Path) -> Format:
             return "svg"
         case ".png":
             return "png"
-    raise UsageError(f"--plot {path}", "a name that ends in .png or .svg", "choose another name")
+    raise UsageError(f"--plot {path} is no picture", "a name that ends in .png or .svg", "choose another name")
 
 
 def style() -> AbstractContextManager[None]:

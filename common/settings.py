@@ -122,7 +122,7 @@ class ClassesSettings(TaskSettings):
     @model_validator(mode="after")
     def _labels_differ(self) -> ClassesSettings:
         if self.labels and (len(set(self.labels)) != len(self.labels) or len(self.labels) < 2):
-            raise ValueError("at least two class names, all different")
+            raise ValueError("given at least two class names, all different")
         return self
 
 

@@ -97,7 +97,7 @@ def predict_each(
         ModelError: as `open_adapters`.
     """
     if columns and file is None:
-        raise UsageError("--columns without --file", "a file whose columns they are", "give --file FILE")
+        raise UsageError("--columns is given without --file", "a file whose columns they are", "give --file FILE")
     grafts = open_adapters(folders, source)
     known = [column.name for graft in grafts for column in graft.task.asked]
     form = _mapped(columns, known)
@@ -135,14 +135,20 @@ def ask(
     if not adapters:
         if source or columns:
             what = "--model" if source else "--columns"
-            raise UsageError(f"{what} without --adapter", "a run, which knows its base and its data", "leave it out")
+            raise UsageError(
+                f"{what} is given without --adapter", "a run, which knows its base and its data", "leave it out"
+            )
         if not words:
-            raise UsageError("neither a run nor adapters", "one of both", "name the run's folder, or --adapter FOLDER")
+            raise UsageError(
+                "neither a run nor an adapter is given", "one of the two", "name the run's folder, or --adapter FOLDER"
+            )
         return predict(Path(words[0]), words[1:], file, how, which=which, adapter=adapter)
     if words and (Path(words[0]) / "config.toml").is_file():
-        raise UsageError(f"the run {words[0]} and --adapter", "one of both", "export the run, and name its export")
+        raise UsageError(
+            f"both the run {words[0]} and --adapter are given", "one of the two", "export the run, and name its export"
+        )
     if which != "best" or not adapter:
-        raise UsageError("--which or --without-adapter with --adapter", "a run for these", "leave them out")
+        raise UsageError("--which or --without-adapter is given with --adapter", "a run for these", "leave them out")
     return predict_each(adapters, source, words, file, how, columns)
 
 
@@ -184,7 +190,9 @@ def _mapped(columns: str, known: Sequence[str]) -> DataFormat:
     try:
         form = DataFormat(columns=columns)  # type: ignore[arg-type]  # the type splits text
     except ValidationError as error:
-        raise UsageError(f"--columns {columns!r} is no mapping", f'as "text=sentence", for {names}') from error
+        raise UsageError(
+            f"--columns {columns!r} is no mapping", f'a mapping such as "text=sentence", for {names}'
+        ) from error
     if wrong := [name for name, column in form.columns.items() if name not in known or column == ""]:
         raise UsageError(f"--columns maps {wrong[0]!r} to nothing, or no task here reads it", f"some of {names}")
     return form
@@ -196,8 +204,9 @@ def _rows(graft: Graft, form: DataFormat, texts: Sequence[str], file: Path | Non
         return Shard({})  # such a task refuses by itself
     names = ", ".join(column.name for column in columns)
     if bool(texts) == (file is not None):
-        what, do = ("texts and a file", "leave one out") if texts else ("neither texts nor a file", "give --file FILE")
-        raise UsageError(what, "one of both", do)
+        if texts:
+            raise UsageError("both texts and a file are given", "one of the two", "leave one out")
+        raise UsageError("neither texts nor a file is given", "one of the two", "give --file FILE")
     if file is not None:
         picture = columns[0].kind == "image"  # pictures lie in files and folders that have their classes
         kinds = graft.task.columns if picture else columns
@@ -206,11 +215,17 @@ def _rows(graft: Graft, form: DataFormat, texts: Sequence[str], file: Path | Non
         return Shard({columns[0].name: _pictures(texts)})
     wanted = [column for column in columns if column.required]
     if len(wanted) > 1:
-        raise UsageError(f"a text alone, where {graft.task.name} reads {names}", "a file of them", "give --file FILE")
+        raise UsageError(
+            f"a text alone is given, and {graft.task.name} reads {names}", "a file of them", "give --file FILE"
+        )
     empty = [number for number, text in enumerate(texts, 1) if not text.strip()]
     if empty:
-        raise UsageError(f"text {empty[0]} is empty", "some text")
+        raise UsageError(
+            f"a text alone is given, and {graft.task.name} reads {names}", "a file of them", "give --file FILE"
+        )
     broken = [number for number, text in enumerate(texts, 1) if has_surrogates(text)]
     if broken:
-        raise UsageError(f"text {broken[0]} has bytes that are not UTF-8, or unpaired surrogates", "Unicode text")
+        raise UsageError(
+            f"a text alone is given, and {graft.task.name} reads {names}", "a file of them", "give --file FILE"
+        )
     return Shard({wanted[0].name: list(texts)})

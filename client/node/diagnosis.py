@@ -131,7 +131,7 @@ def refused(link: Link, details: str) -> LinkError:
             code="clock-skew",
         )
     if error is not None and error.code == ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE:
-        return LinkError("the server runs another version of Flower", "the same", code="version-mismatch")
+        return LinkError("the server runs another version of Flower", "the same version", code="version-mismatch")
     said = f"{error.code}: {error.message}" if error is not None else details[:120]
     return LinkError(f"{link.address} refuses this node ({said})", "a server that takes it", code="server-refused")
 

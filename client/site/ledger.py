@@ -56,4 +56,6 @@ def spend(ledger: Ledger, releases: Mapping[Adversary, tuple[Release, int]], run
             ledger.charge(adversary, release, count, run=run, round=round_number, private=not ledger.seeded)
     except BudgetError as error:
         code: Code = "policy-row-epsilon" if error.code == "rows-exhausted" else "policy-epsilon"
-        raise PolicyError(error.what, error.expected, "see [policy] of site.toml", code=code) from error
+        raise PolicyError(
+            error.what, error.expected, "change [policy] in site.toml, if you agree", code=code
+        ) from error

@@ -144,7 +144,7 @@ class SitePolicy(Section):
         mode = plan.mode if plan else "none"
         _allow(mode, self.privacy_modes, "privacy_modes", "policy-privacy-mode")
         if self.secure_aggregation and not (plan and plan.secure_aggregation):
-            raise _refusal("no secure aggregation", "it", "policy-secure-aggregation")
+            raise _refusal("no secure aggregation", "secure aggregation", "policy-secure-aggregation")
         if plan and plan.secure_aggregation and plan.min_sites < self.min_sites:
             least = f"at least policy.min_sites = {self.min_sites}"
             raise _refusal(f"sums of {plan.min_sites} sites", least, "policy-sites")
@@ -153,10 +153,12 @@ class SitePolicy(Section):
             least = f"at least policy.min_noise_multiplier = {self.min_noise_multiplier:g}"
             raise _refusal(f"a noise multiplier of {noise:.4g}", least, "policy-noise")
         if self.max_epsilon and not (plan and plan.private):
-            raise _refusal("no noise that hides anything", "a private run, for policy.max_epsilon", "policy-epsilon")
+            raise _refusal("no noise that hides anything", "a private run: policy.max_epsilon is set", "policy-epsilon")
         if self.max_row_epsilon and (not settings.examples.enabled or settings.insecure_noise_seed):
             raise _refusal(
-                "no DP-SGD that hides anything", "[privacy.examples], for policy.max_row_epsilon", "policy-row-epsilon"
+                "no DP-SGD that hides anything",
+                "[privacy.examples]: policy.max_row_epsilon is set",
+                "policy-row-epsilon",
             )
 
     def check_evaluation(self, settings: PrivacySection) -> None:
@@ -190,10 +192,10 @@ def _allow(name: str, allowed: tuple[str, ...], setting: str, code: Code) -> Non
     if ALL not in allowed and name not in allowed:
         raise _refusal(
             f"{setting.rstrip('s').replace('_', ' ')} {name}",
-            f"one of policy.{setting}: {', '.join(allowed) or 'none'}",
+            f"one of policy.{setting} ({', '.join(allowed) or 'which is empty'})",
             code,
         )
 
 
 def _refusal(what: str, expected: str, code: Code) -> PolicyError:
-    return PolicyError(f"the run asks for {what}", expected, "if you agree, change [policy] in site.toml", code=code)
+    return PolicyError(f"the run asks for {what}", expected, "change [policy] in site.toml, if you agree", code=code)

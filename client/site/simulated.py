@@ -121,7 +121,9 @@ def _read_whole(text: str) -> Shard:
     wanted = config.simulation.rows
     if wanted > len(shard):
         raise DataError(
-            f"simulation.rows = {wanted}", f"at most the {len(shard)} rows of the file", code="shard-too-small"
+            f"simulation.rows = {wanted} is more than there are",
+            f"at most the {len(shard)} rows of the file",
+            code="shard-too-small",
         )
     if wanted:
         drawn = generator(config.run.seed, "rows").choice(len(shard), wanted, replace=False)
@@ -154,7 +156,12 @@ def _split(text: str) -> tuple[SimulatedSite, ...]:
     elif simulation.partition == "dirichlet":
         labels = shard.columns.get("label")
         if labels is None:
-            problem = Problem("simulation.partition", "'dirichlet'", "a task with a label column", 'use "iid"')
+            problem = Problem(
+                "simulation.partition",
+                "'dirichlet'",
+                '"iid" or "by-column" where a task has no label column',
+                'use "iid"',
+            )
             raise ConfigError("run file", [problem])
         split = partition.dirichlet(
             np.asarray(labels), simulation.clients, simulation.dirichlet_alpha, simulation.min_rows, seed

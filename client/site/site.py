@@ -240,13 +240,19 @@ def read_site(path: Path) -> FileSite:
             problems += [explain(name, section, detail) for detail in error.errors()]
     models = raw.pop("models", {})
     if not isinstance(models, dict) or not all(isinstance(source, str) and source for source in models.values()):
-        problems.append(Problem("models", repr(models)[:80], '"model name" = "folder, package:module/path or hub id"'))
+        problems.append(
+            Problem("models", repr(models)[:80], 'lines such as "model name" = "folder, package:module/path or hub id"')
+        )
     # A budget needs a ledger to count against.
     policy = parts.get("policy")
     about = parts.get("site")
     if policy and about and (policy.max_epsilon or policy.max_row_epsilon) and not about.ledger:
-        problems.append(Problem("site.ledger", "''", "a file, for policy.max_epsilon and max_row_epsilon", "name one"))
-    problems += [Problem(name, "...", f"one of {', '.join(SECTIONS)}, models", "remove it") for name in raw]
+        problems.append(
+            Problem("site.ledger", "''", "a file if policy.max_epsilon or max_row_epsilon is set", "name one")
+        )
+    problems += [
+        Problem(name, "...", f"one of the sections {', '.join(SECTIONS)} and models", "remove it") for name in raw
+    ]
     if problems:
         raise ConfigError(str(path), problems)
     return FileSite(path.resolve().parent, **parts, models=models)

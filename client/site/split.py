@@ -42,7 +42,9 @@ def split(config: RunConfig, folder: Path) -> list[Path]:
     sites = simulated_sites(config)
     taken = [site.name for site in sites if (folder / site.name).exists()]
     if taken:
-        raise UsageError(f"{folder / taken[0]} is there already", "a new folder for each site", "choose another one")
+        raise UsageError(
+            f"the file {folder / taken[0]} is there already", "a new folder for each site", "choose another one"
+        )
     written = []
     for site in sites:
         place = folder / site.name

@@ -32,7 +32,9 @@ def site_file(name: str, train: str) -> str:
         UsageError: the file could not hold the name or the path.
     """
     if not re.fullmatch(NAME_PATTERN, name):
-        raise UsageError(f"--name {name!r:.80}", "lower-case letters, digits, . _ -, at most 64", "choose another name")
+        raise UsageError(
+            f"{name!r:.80} is no name of a site", "lower-case letters, digits, . _ -, at most 64", "choose another name"
+        )
     if '"' in train or "\\" in train or "\n" in train:
         raise UsageError("--train has a quotation mark, backslash or line break", "a plain path")
     shown: dict[str, dict[str, Any]] = {

@@ -49,7 +49,7 @@ def asked_clients(site: str, clients: Sequence[Sequence[int]], wanted: str) -> d
         part.isascii() and part.isdigit() and len(part) < 9 and int(part) < len(clients) and part == str(int(part))
         for part in parts
     ):
-        raise WireError("a list of clients", f"different numbers below {len(clients)}", code="clients")
+        raise WireError("the list of clients is not valid", f"different numbers below {len(clients)}", code="clients")
     return {names[int(part)]: clients[int(part)] for part in parts}
 
 

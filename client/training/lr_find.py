@@ -76,10 +76,14 @@ def find_rate(
         TrainingError: `diverged`, the loss is not finite from the start.
     """
     if not 0 < lowest < highest:
-        raise UsageError(f"rates from {lowest:g} to {highest:g}", "a range above 0", "see tsugiki lr-find --help")
+        raise UsageError(
+            f"{lowest:g} to {highest:g} is no range of rates", "a range above 0", "`tsugiki lr-find --help`"
+        )
     if TASKS.get(config.task.name).signed_loss:
-        what = f"a range test of {config.task.name}, whose loss may be below 0 and scatters with what is drawn"
-        raise UsageError(what, "a task whose loss says how far it has come", "try rates by short runs")
+        what = (
+            f"a range test says nothing of {config.task.name}: its loss may be below 0, and varies with what is drawn"
+        )
+        raise UsageError(what, "a task whose loss says how far it has come", "short runs with different rates")
     if central:
         one_site = {"clients": 1, "clients_per_site": 1, "partition": "iid", "column": "", "ranks": []}
         changes = {f"simulation.{key}": value for key, value in one_site.items()}
@@ -131,7 +135,7 @@ def _sweep(
     kept = [loss for loss in losses if math.isfinite(loss)]
     if len(kept) < FEWEST:
         raise TrainingError(
-            f"the loss was finite for {len(kept)} steps", f"{FEWEST} or more", "lower --lowest", code="diverged"
+            f"the loss was finite for {len(kept)} steps only", f"{FEWEST} or more", "lower --lowest", code="diverged"
         )
     smoothed = smooth(kept)
     suggestion, least = suggest(rates[: len(kept)], smoothed)

@@ -179,7 +179,7 @@ def check_deadline(local_round: LocalRound, done: int, steps: int, started: floa
         TrainingError: `deadline`, the time is up.
     """
     if time.perf_counter() - started > local_round.deadline_s:
-        raise TrainingError(f"step {done} of {steps} after {local_round.deadline_s:g} s", code="deadline")
+        raise TrainingError(f"only {done} of {steps} steps were done in {local_round.deadline_s:g} s", code="deadline")
 
 
 def check_divergence(losses: Any, factor: float) -> None:

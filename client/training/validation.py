@@ -32,8 +32,8 @@ def training_shard(site: Site, task: Task, config: RunConfig) -> Shard:
         return whole
     if len(site.clients(whole)) > 1:
         raise DataError(
-            "a gateway with clients of its own",
-            "one client a site where the run validates inside a round",
+            "this site is a gateway with clients of its own",
+            "one client a site, as the run validates inside a round",
             "leave train.validate_every_steps at 0",
             code="clients",
         )
@@ -71,7 +71,7 @@ def held_out(rows: int, site: str, config: RunConfig) -> list[int]:
     count = int(rows * fraction)
     if not 0 < count < rows:
         raise DataError(
-            f"{rows} rows, of which train.validation_fraction = {fraction:g} is {count}",
+            f"train.validation_fraction = {fraction:g} of {rows} rows is {count}",
             "at least one row to hold out, and one to train on",
             "more rows, data.evaluation in site.toml, or train.validate_every_steps = 0",
             code="shard-too-small",
@@ -101,8 +101,8 @@ class BestOfRound:
         self.best_score = self._score()
         if not math.isfinite(self.best_score):
             raise TrainingError(
-                f"{config.monitor} of {len(rows)} validation rows is no finite number",
-                "a metric that they give",
+                f"the metric {config.monitor} of {len(rows)} validation rows is no finite number",
+                "a metric that these rows give",
                 "more rows to validate on, or another evaluation.monitor",
                 code="validation-metric",
             )

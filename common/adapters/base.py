@@ -20,11 +20,11 @@ TRAINED, MERGED = "default", "merged"
 
 REFUSED: Mapping[str, tuple[str, str]] = {
     "adalora": (
-        "another method: its shapes change during training, so updates of different sites cannot be averaged",
+        "another method: adalora's shapes change during training, so updates of different sites cannot be averaged",
         'choose "lora": its rank stays',
     ),
     "pissa": (
-        "another method: it rewrites the base's weights, which every site and the fingerprint count on",
+        "another method: pissa rewrites the base's weights, which every site and the fingerprint count on",
         'choose "lora", with init = "orthogonal" if a start away from zero is what you want',
     ),
 }

@@ -46,7 +46,7 @@ class Bitfit(OwnMethod):
         if not biases:
             raise ModelError(
                 f"adapter.method = {self.name!r} does not fit {type(transformer).__name__}: {NO_BIASES}",
-                "a base such as BERT, whose layers have them",
+                "a base whose layers have bias terms, such as BERT",
                 'set adapter.method = "layernorm", which is as small, or "lora"',
                 code="adapter-unsupported",
             )

@@ -92,7 +92,7 @@ class LoraSettings(TargetedSettings):
     @model_validator(mode="after")
     def _orthogonal_pairs(self) -> LoraSettings:
         if self.init == "orthogonal" and self.rank % 2:
-            raise ValueError('an even adapter.rank with adapter.init = "orthogonal"')
+            raise ValueError('given an even rank if init is "orthogonal"')
         return self
 
 
@@ -147,7 +147,7 @@ class Lora(PeftMethod):
         """
         if self.settings.merged_rank:
             raise ExportError(
-                "this adapter is two pairs, of which one holds what the rounds have learned",
+                "this adapter is two pairs of factors, of which one holds what the rounds have learned",
                 "an export that has room for both",
                 "export with --merged",
                 code="export-unsupported",
@@ -170,7 +170,7 @@ class Lora(PeftMethod):
         narrowest = min(narrower_side(layer) for name, layer in layers if name.rsplit(".", 1)[-1] in targets)
         if self.settings.rank > narrowest:
             raise ModelError(
-                f"adapter.rank = {self.settings.rank}",
+                f"adapter.rank = {self.settings.rank} is too large",
                 f"at most {narrowest}, the width of the layers",
                 code="adapter-rank",
             )

@@ -36,7 +36,7 @@ class OwnMethod(AdapterMethod):
         if hasattr(transformer, "adapter_heads"):
             raise ModelError(
                 f"the transformer has an adapter already ({self.name})",
-                "a bare one",
+                "a transformer without one",
                 "load the base anew",
                 code="adapter-attached",
             )
@@ -136,7 +136,7 @@ class OwnMethod(AdapterMethod):
             ExportError: always; no weights of the base compute what this method's modules do between its layers.
         """
         raise ExportError(
-            f'what adapter.method = "{self.name}" adds cannot be merged into the base\'s weights',
+            f"an adapter of the method {self.name!r} cannot be merged into the base's weights",
             "an export that keeps them apart",
             "export without --merged, and load the export with tsugiki.load_adapter",
             code="merge-unsupported",

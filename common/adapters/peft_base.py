@@ -170,8 +170,9 @@ def check_targets(targets: Collection[str], known: Collection[str], model_type: 
     """
     missing = [target for target in targets if target not in known]
     if missing or not targets:
+        given = f"names {', '.join(missing)}" if missing else "has no default"
         raise ModelError(
-            f"{key}: {', '.join(missing) or 'no default'} for the architecture {model_type!r}",
+            f"{key} {given} for the architecture {model_type!r}",
             f"some of {', '.join(sorted(known))}",
             f"set {key}",
             code="adapter-targets",

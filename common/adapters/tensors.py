@@ -68,10 +68,10 @@ def fill(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     import torch
 
     for name in sorted(wanted.keys() | found.keys()):
-        has, takes = (f"shape {tuple(group[name].shape)}" if name in group else "none" for group in (found, wanted))
+        has, takes = (f"shape {tuple(group[name].shape)}" if name in group else "nothing" for group in (found, wanted))
         if has != takes:
             raise ModelError(
-                f"the adapter's tensor {name!r}: {has}",
+                f"the adapter has {has} for the tensor {name!r}",
                 f"{takes} on this base",
                 "load the base, and the class of model, with which the adapter was trained",
                 code="adapter-invalid",

@@ -43,10 +43,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            str(path), [Problem("file", str(path), "an existing file", "`tsugiki config init` writes one")]
+            str(path), [Problem("file", str(path), "an existing file", "`tsugiki config init`, which writes one")]
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(str(path), [Problem("file", path.name, "readable TOML in UTF-8", str(error))]) from None
+        raise ConfigError(str(path), [Problem("file", path.name, f"readable TOML in UTF-8 ({error})")]) from None
 
 
 def override(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def override(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     for assignment in overrides:
         matched = re.fullmatch(r"([a-z_]+\.[a-z0-9_.]+)=(.*)", assignment, re.DOTALL)
         if not matched:
-            problems.append(Problem("--set", assignment[:80], "section.key=value", "for example --set run.rounds=3"))
+            problems.append(Problem("--set", assignment[:80], "section.key=value", "--set run.rounds=3"))
             continue
         key, text = matched.groups()
         changes.pop(key, None)  # the last one wins, also over a table that holds its key
@@ -83,7 +83,9 @@ def expand(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
         if isinstance(value, str) and value:
             expanded = os.path.expanduser(os.path.expandvars(value))
             if "$" in expanded:
-                problems.append(Problem(dotted, value, "a set environment variable", "set it, or write the path"))
+                problems.append(
+                    Problem(dotted, value, "a path whose environment variables are set", "set them, or write the path")
+                )
             result[section][key] = expanded
     return result, problems
 

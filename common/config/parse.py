@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -70,7 +71,7 @@ def parse(raw: Mapping[str, Any], source: str = "run file", found: Sequence[Prob
     for name in [name for name in raw if name not in RunConfig.model_fields or not isinstance(raw[name], Mapping)]:
         known = ", ".join(RunConfig.model_fields)
         problems.append(
-            Problem(name, repr(raw.pop(name))[:80], f"a section, one of {known}", _did_you_mean(name, known))
+            Problem(name, repr(raw.pop(name))[:80], f"one of the sections {known}", _did_you_mean(name, known))
         )
     sections: dict[str, Any] = {}
     for name, section in section_classes(raw).items():
@@ -149,8 +150,25 @@ def explain(prefix: str, section: type[Section], detail: Any) -> Problem:
         return Problem(key, value, f"a known key: {known}", _did_you_mean(str(detail["loc"][-1]), known))
     if detail["type"] == "tuple_type":  # TOML has no tuples
         return Problem(key, value, "a list in brackets")
-    expected = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
-    return Problem(key, value, expected[:1].lower() + expected[1:])
+    if detail["type"] == "missing":
+        return Problem(key, "nothing", "set: it has no default")
+    return Problem(key, value, _after_must_be(detail["msg"]))
+
+
+_PYDANTIC_WORDS = {
+    r"^value error, ": "",
+    r"^input should be ": "",
+    r"^(\w+) should have ": r"a \1 with ",
+    r"^(\w+) should match pattern ": r"a \1 of the pattern ",
+}
+
+
+def _after_must_be(message: str) -> str:
+    """Return one of pydantic's messages, `String should have at least 1 character`, as what a value must be."""
+    message = message[:1].lower() + message[1:]
+    for pattern, words in _PYDANTIC_WORDS.items():
+        message = re.sub(pattern, words, message)
+    return message
 
 
 def _did_you_mean(name: str, known: str) -> str:

@@ -35,7 +35,9 @@ def _federation_problems(config: RunConfig) -> list[Problem]:
             Problem("simulation.column", "''", "the column to split by", "name a column of simulation.data")
         )
     if config.evaluation.early_stopping_patience and not config.evaluation.data:
-        problems.append(Problem("evaluation.data", "''", "a file, for early stopping", "name the held-out file"))
+        problems.append(
+            Problem("evaluation.data", "''", "a file: early stopping needs held-out rows", "name the held-out file")
+        )
     adapter = config.adapter
     if isinstance(adapter, LoraSettings) and adapter.merged_rank and not strategy_of(config.strategy).fills_merged_pair:
         fitting = " or ".join(f'"{name}"' for name in names_with(lambda strategy: strategy.fills_merged_pair))
@@ -53,14 +55,16 @@ def _model_problems(config: RunConfig) -> list[Problem]:
     if model.quantization != "none":
         value = repr(model.quantization)
         if config.adapter.method != "lora":
-            problems.append(Problem("model.quantization", value, 'none, unless adapter.method is "lora"', "use lora"))
+            problems.append(Problem("model.quantization", value, '"none" unless adapter.method is "lora"', "remove it"))
         if config.train.device in ("cpu", "mps"):
-            problems.append(Problem("model.quantization", value, f"none on {config.train.device}", 'use "cuda"'))
+            problems.append(
+                Problem("model.quantization", value, f'"none" on {config.train.device}', 'set train.device = "cuda"')
+            )
         if private:
-            problems.append(Problem("model.quantization", value, "none with DP-SGD", "remove it"))
+            problems.append(Problem("model.quantization", value, '"none" with DP-SGD', "remove it"))
         if task.shares_base:
-            expected = f"none with {task.name}: two models share the base"
-            problems.append(Problem("model.quantization", value, expected, "remove"))
+            expected = f'"none" with {task.name}: two models share the base'
+            problems.append(Problem("model.quantization", value, expected, "remove it"))
     if model.gradient_checkpointing and private:
         why = "false with DP-SGD, which would see each activation twice"
         problems.append(Problem("model.gradient_checkpointing", "true", why, "remove it"))
@@ -109,7 +113,7 @@ def _validation_problems(config: RunConfig) -> list[Problem]:
         found.append(Problem("train.validate_every_steps", str(steps), why, "remove it"))
     if steps and config.simulation.data and config.simulation.clients_per_site > 1:
         why = "0 with simulation.clients_per_site above 1, whose clients have no rows to spare"
-        found.append(Problem("train.validate_every_steps", str(steps), why, "remove either"))
+        found.append(Problem("train.validate_every_steps", str(steps), why, "remove either of them"))
     return found
 
 
@@ -181,7 +185,9 @@ def privacy_problems(config: RunConfig) -> list[Problem]:
     noisy = privacy.noise_multiplier > 0 or privacy.target_epsilon > 0
     if not noisy and not privacy.secure_aggregation:
         wanted = "above 0, or privacy.noise_multiplier above 0"
-        found.append(Problem("privacy.target_epsilon", "0.0", wanted, "`tsugiki budget FILE` shows what each costs"))
+        found.append(
+            Problem("privacy.target_epsilon", "0.0", wanted, "`tsugiki budget FILE`, which shows what each costs")
+        )
     if not strategy_of(config.strategy).linear:
         # Anything after the mean is post-processing, which costs no budget.
         linear = ", ".join(names_with(lambda strategy: strategy.linear))
@@ -209,7 +215,7 @@ def _idle_settings(config: RunConfig) -> list[Problem]:
     }
     do = 'set privacy.mode = "central", "local" or "distributed", or remove it'
     return [
-        Problem(f"privacy.{name}", str(getattr(privacy, name)), "a mode other than none", do)
+        Problem(f"privacy.{name}", str(getattr(privacy, name)), 'left out while privacy.mode is "none"', do)
         for name, given in idle.items()
         if given
     ]
@@ -222,10 +228,12 @@ def _mode_problems(config: RunConfig) -> list[Problem]:
         found.append(Problem("privacy.secure_aggregation", "true", 'false unless mode is "distributed"', do))
     if privacy.honest_fraction < 1 and privacy.mode != "distributed":
         found.append(
-            Problem("privacy.honest_fraction", str(privacy.honest_fraction), '1 unless mode is "distributed"', "remove")
+            Problem(
+                "privacy.honest_fraction", str(privacy.honest_fraction), '1 unless mode is "distributed"', "remove it"
+            )
         )
     if privacy.sampling == "poisson" and privacy.mode != "central":
-        why = 'fixed unless mode is "central": elsewhere the server knows who is asked, and so amplifies nothing'
+        why = '"fixed" unless mode is "central": elsewhere the server knows who is asked, which amplifies nothing'
         found.append(Problem("privacy.sampling", "'poisson'", why, "remove it"))
     return found
 
@@ -234,18 +242,23 @@ def _count_problems(config: RunConfig) -> list[Problem]:
 
     privacy, clients, found = config.privacy, config.enrolled_clients, []
     if privacy.delta * clients >= 1:
-        expected = f"below 1 / {clients}, the enrolled clients: else one of them may be given away"
+        expected = f"below 1 / {clients}, the enrolled clients: otherwise one of them may be given away"
         found.append(Problem("privacy.delta", f"{privacy.delta:g}", expected, f"use {0.1 / clients:.0e}"))
     if privacy.secure_aggregation and config.strategy.min_clients < 2:
         found.append(
-            Problem("strategy.min_clients", "1", "at least 2 with secure aggregation", "a sum of one hides nothing")
+            Problem(
+                "strategy.min_clients",
+                "1",
+                "at least 2 with secure aggregation: a sum of one hides nothing",
+                "raise it",
+            )
         )
     if privacy.honest_fraction * config.strategy.min_clients < 1:
         expected = f"at least 1 / min_clients, which is {1 / config.strategy.min_clients:.3g}"
-        found.append(Problem("privacy.honest_fraction", str(privacy.honest_fraction), expected, "raise either"))
+        found.append(Problem("privacy.honest_fraction", str(privacy.honest_fraction), expected, "raise either of them"))
     sites = -(-config.simulation.clients // config.simulation.clients_per_site)
     if privacy.secure_aggregation and config.simulation.data and sites > MOST_CLIENTS:
-        expected = f"at most {MOST_CLIENTS} sites in a sum, not {sites}"
+        expected = f"false with {sites} sites: a sum has at most {MOST_CLIENTS}"
         found.append(Problem("privacy.secure_aggregation", "true", expected, "raise simulation.clients_per_site"))
     if privacy.secure_aggregation and config.simulation.data and sites < privacy.min_sites:
         expected = f"at most the number of sites, {sites}"
@@ -261,7 +274,7 @@ def _count_problems(config: RunConfig) -> list[Problem]:
         found.append(Problem("privacy.max_clients_per_site", str(most), expected, "raise it, or remove it"))
     by_column = config.simulation.data and config.simulation.partition == "by-column"
     if by_column and not privacy.enrolled_clients:
-        expected = "the number of clients, which a split by column does not tell beforehand"
+        expected = "the number of clients, which is not known before a split by column"
         found.append(Problem("privacy.enrolled_clients", "0", expected, "count the column's values"))
     if config.strategy.min_clients > clients:
         expected = f"at most privacy.enrolled_clients = {clients}"

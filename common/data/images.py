@@ -70,7 +70,7 @@ def read(path: Path, located: Located, classes: Mapping[str, int], expected: str
         return _read_folder(path, target, located, classes, expected)
     if not (matched := _IDX.fullmatch(path.name)):
         raise DataError(
-            f"{path} does not hold pictures that can be read",
+            f"no pictures can be read from {path}",
             "NAME-images-idx3-ubyte beside NAME-labels-idx1-ubyte (also .gz), or a folder with one subfolder a class",
             "rename or convert the data",
             code="shard-format",
@@ -79,7 +79,9 @@ def read(path: Path, located: Located, classes: Mapping[str, int], expected: str
     beside = _labels_beside(path, matched)
     numbers = _array(beside, located(beside), 1)
     if len(numbers) != len(images):
-        raise DataError(f"{beside} has {len(numbers)} labels", f"{len(images)}, as pictures", code="shard-format")
+        raise DataError(
+            f"{beside} has {len(numbers)} labels", f"{len(images)}, as many as there are pictures", code="shard-format"
+        )
     known = np.array([classes.get(str(number), -1) for number in range(256)])
     found = known[numbers]
     _refuse_labels(path, int((found < 0).sum()), f"of {len(found)} pictures", expected)
@@ -139,7 +141,7 @@ def _array(path: Path, target: Path, dimensions: int) -> Picture:
     except (EOFError, zlib.error, gzip.BadGzipFile):
         found = None  # raised below, where it is not chained to these: they tell bytes of the file
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", "a file", code="shard-missing") from error
+        raise DataError(f"cannot read {path}: {error.strerror}", "a readable file", code="shard-missing") from error
     if found is None:
         raise DataError(
             f"{path} is no idx file, or cut off or damaged",
@@ -189,7 +191,7 @@ def _read_folder(
     strange = sum(not _is_picture(one) for one, _ in inner)
     if loose or strange:
         raise DataError(
-            f"{path}: {loose} pictures beside the subfolders, {strange} of {len(inner)} files in them are none",
+            f"{loose} files beside the subfolders of {path} are pictures, {strange} of {len(inner)} in them are none",
             "one subfolder a class, with .png and .jpg files and nothing else",
             "move or remove the others",
             code="shard-format",
@@ -201,7 +203,7 @@ def _read_folder(
 def _listed(path: Path, folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
     entries = _entries(folder)
     if entries is None:
-        raise DataError(f"{path} or a subfolder cannot be listed", "the right to read it", code="shard-missing")
+        raise DataError(f"cannot list {path} or a subfolder of it", "the right to read it", code="shard-missing")
     return entries
 
 
@@ -219,13 +221,13 @@ def _refuse_links(path: Path, entries: Sequence[os.DirEntry[str]], located: Loca
                 located(Path(entry))
                 bad -= 1
     if bad:
-        raise DataError(f"{path}: {bad} links lead out of the site's folder", "files in it", code="shard-outside")
+        raise DataError(f"{bad} links in {path} lead out of the site's folder", "files in it", code="shard-outside")
 
 
 def _refuse_labels(path: Path, unknown: int, of: str, expected: str) -> None:
     if unknown:
         do = "correct the data, or list the classes under [task] labels"
-        raise DataError(f"{path}: {unknown} {of} have an unknown label", expected, do, code="shard-label-range")
+        raise DataError(f"{unknown} {of} in {path} have an unknown label", expected, do, code="shard-label-range")
 
 
 def decode(place: str, names: Sequence[Path]) -> Images:

@@ -70,7 +70,7 @@ def dirichlet(
     least = max(min_rows, 1)
     _check_enough(len(labels), clients, least)
     if not 0 < alpha <= MAX_ALPHA:
-        raise DataError(f"alpha = {alpha}", f"above 0, up to {MAX_ALPHA:g}", code=_CODE)
+        raise DataError(f"alpha = {alpha} is out of range", f"above 0, up to {MAX_ALPHA:g}", code=_CODE)
     classes = _shuffled_classes(np.asarray(labels), generator(seed, "partition", "dirichlet", "order"))
     shares, best = generator(seed, "partition", "dirichlet", "shares"), 0
     for _ in range(MAX_DRAWS):
@@ -117,7 +117,9 @@ def by_column(values: Sequence[str]) -> dict[str, Rows]:
     blank = [row for row, value in enumerate(values) if not value.strip()]
     if blank:
         raise DataError(
-            f"{len(blank)} rows have no value to split by, the first is row {blank[0] + 1}", "a value", code=_CODE
+            f"{len(blank)} rows have no value to split by, the first is row {blank[0] + 1}",
+            "a value in every row",
+            code=_CODE,
         )
     groups: dict[str, list[int]] = {}
     for row, value in enumerate(values):
@@ -131,7 +133,7 @@ def by_column(values: Sequence[str]) -> dict[str, Rows]:
         name = _name(value)
         if name in parts:
             both = f"the values in rows {parts[name][0] + 1} and {rows[0] + 1} differ"
-            raise DataError(f"{both} but become one site name", "a name for each", "rename one", code=_CODE)
+            raise DataError(f"{both} but become one site name", "a name of its own for each", "rename one", code=_CODE)
         parts[name] = np.asarray(rows, np.int64)
     return dict(sorted(parts.items()))
 
@@ -144,10 +146,10 @@ def _name(value: str) -> str:
 
 def _check_enough(rows: int, clients: int, least: int) -> None:
     if clients < 1:
-        raise DataError(f"clients = {clients}", "at least 1", code=_CODE)
+        raise DataError(f"clients = {clients} is too small", "at least 1", code=_CODE)
     if clients * least > rows:
         raise DataError(
-            f"{rows} rows for {clients} clients",
+            f"{rows} rows are too few for {clients} clients",
             f"at least {clients * least}, {least} for each",
             f"lower clients to {rows // least} or fewer" if rows >= least else "give more rows",
             code=_CODE,

@@ -107,7 +107,7 @@ def _read_images(
     kinds = {column.kind: column.name for column in columns}
     if data_format.columns or extra_columns:
         raise DataError(
-            f"{path} has no columns to map or to split by",
+            f"the images in {path} have no columns to map or to split by",
             "images and their classes",
             "remove data.columns, and split by iid or dirichlet",
             code="shard-columns",
@@ -124,7 +124,7 @@ def _refuse_few(path: Path, rows: int, min_rows: int) -> None:
     least = max(min_rows, 1)
     if rows < least:
         code: Code = "shard-too-small" if rows else "shard-empty"
-        raise DataError(f"{path} has {rows} rows", f"at least {least}", "add rows", code=code)
+        raise DataError(f"only {rows} rows are in {path}", f"at least {least}", "add rows", code=code)
 
 
 def _located(path: Path, inside: Path | None, folders: bool = False) -> Path:
@@ -133,13 +133,20 @@ def _located(path: Path, inside: Path | None, folders: bool = False) -> Path:
         target, folder = path.resolve(), (inside or path.parent).resolve()
         there = target.is_file() or (folders and target.is_dir())
     except (OSError, RuntimeError, ValueError) as error:  # no right to look, a loop of symlinks, a NUL in the name
-        raise DataError(f"{path} cannot be followed", "a file", "correct the path", code="shard-missing") from error
+        raise DataError(
+            f"the path {path} cannot be followed", "a file", "correct the path", code="shard-missing"
+        ) from error
     if not target.is_relative_to(folder):
         raise DataError(
-            f"{path} leads out of {folder}", "a file in that folder", "copy the file there", code="shard-outside"
+            f"the path {path} leads out of {folder}",
+            "a file in that folder",
+            "copy the file there",
+            code="shard-outside",
         )
     if not there:
-        raise DataError(f"{path} does not exist or is not a file", "a file", "correct the path", code="shard-missing")
+        raise DataError(
+            f"the file {path} does not exist, or is not a file", "a file", "correct the path", code="shard-missing"
+        )
     return target
 
 

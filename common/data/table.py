@@ -66,12 +66,14 @@ def load(target: Path, request: Request) -> Table:
     """
     reader = _READERS.get(request.ending)
     if reader is None:
-        raise DataError(f"{request.path}: unknown ending", " or ".join(_READERS), code="shard-format")
+        raise DataError(f"the ending of {request.path} is not known", " or ".join(_READERS), code="shard-format")
     try:
         with target.open("rb") as file:
             return reader(file, request)
     except OSError as error:
-        raise DataError(f"{request.path} cannot be read: {error.strerror}", "a file", code="shard-missing") from error
+        raise DataError(
+            f"cannot read {request.path}: {error.strerror}", "a readable file", code="shard-missing"
+        ) from error
 
 
 def listed(names: Sequence[str]) -> str:
@@ -96,7 +98,10 @@ def _positions(names: Sequence[str], request: Request) -> dict[str, int]:
         found = [index for index, known in enumerate(names) if source in (index, known)]
         if len(found) > 1:
             raise DataError(
-                f"{request.path}: {len(found)} columns are called {source!r}", "one", "rename one", code="shard-columns"
+                f"{len(found)} columns of {request.path} are called {source!r}",
+                "one such column",
+                "rename one",
+                code="shard-columns",
             )
         if found:
             positions[name] = found[0]
@@ -208,7 +213,9 @@ def _read_jsonl(file: BinaryIO, request: Request) -> Table:
         with suppress(ValueError, RecursionError):
             row = json.loads(text)
         if not isinstance(row, dict):
-            raise DataError(f"{request.path}: line {line} is not a JSON object", "one a line", code="shard-format")
+            raise DataError(
+                f"{request.path}: line {line} is not a JSON object", "one JSON object a line", code="shard-format"
+            )
         names.update(dict.fromkeys(row))
         lines.append(line)
         for name, key in keys.items():
@@ -232,7 +239,10 @@ def _read_parquet(file: BinaryIO, request: Request) -> Table:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise DataError(
-            f"{request.path}: Parquet needs pyarrow", "pyarrow installed", "pip install pyarrow", code="shard-format"
+            f"pyarrow, which reads {request.path}, is not installed",
+            "an installed pyarrow",
+            "pip install pyarrow",
+            code="shard-format",
         ) from error
     table = None
     with suppress(pyarrow.ArrowException, OSError):

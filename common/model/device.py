@@ -38,7 +38,9 @@ def choose_device(wanted: str) -> str:
     if wanted == "auto":
         return next(device for device, available in there.items() if available)
     if not there[wanted]:
-        raise ModelError(f"train.device = {wanted!r} is not available here", 'a device, or "auto"', code="device")
+        raise ModelError(
+            f"train.device = {wanted!r} is not available here", 'a device of this machine, or "auto"', code="device"
+        )
     return wanted
 
 

@@ -97,7 +97,7 @@ class Exported(Section):
         if spec.sha256 != self.spec_sha256:
             raise ModelError(
                 f"the adapter in {str(folder)!r}, as it was loaded, has the spec {spec.sha256[:12]}",
-                f"{self.spec_sha256[:12]}, of its run",
+                f"{self.spec_sha256[:12]}, the spec of its run",
                 "export it again with this version",
                 code="adapter-invalid",
             )

@@ -91,7 +91,7 @@ def _in_package(path: str) -> Path:
     folder = (root / inner).resolve()
     if not folder.is_relative_to(root) or not folder.is_dir():
         raise ModelError(
-            f"no folder {inner!r} in the package {package!r}", "a folder inside it", code="model-not-found"
+            f"the package {package!r} has no folder {inner!r}", "a folder inside it", code="model-not-found"
         )
     return folder
 

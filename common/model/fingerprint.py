@@ -40,7 +40,7 @@ def fingerprint(folder: Path, base: Base) -> str:
                 stored_as[stored.removeprefix(prefix)] = (file, stored)
     found = {name: place for name, place in stored_as.items() if name in wanted}
     if not found:
-        raise ModelError(f"{folder.name}: no tensor belongs to the backbone", "a checkpoint of this architecture")
+        raise ModelError(f"no tensor in {folder.name} belongs to the backbone", "a checkpoint of this architecture")
     if wanted - found.keys():  # transformers knows older names (ViT's); under whatever name, a tensor of a base counts
         prefixed = any(stored.startswith(prefix) for _, stored in stored_as.values())
         found |= {name: place for name, place in stored_as.items() if not prefixed or place[1].startswith(prefix)}

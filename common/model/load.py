@@ -189,7 +189,7 @@ def _check_architecture(method: AdapterMethod, base: Base) -> None:
     if reason := method.why_not(model_type):
         raise ModelError(
             f"adapter.method = {method.name!r} does not fit the architecture {model_type!r}: {reason}",
-            "a base and a method that fit",
+            "a base and a method that fit each other",
             'choose another base, or adapter.method = "lora"',
             code="adapter-unsupported",
         )
@@ -207,7 +207,7 @@ def _make_room(method: AdapterMethod, base: Base) -> None:
     room = positions - method.positions
     if room < _SHORTEST_TEXT:
         raise ModelError(
-            f"adapter.num_virtual_tokens = {method.positions}",
+            f"adapter.num_virtual_tokens = {method.positions} is too large",
             f"at most {positions - _SHORTEST_TEXT}, since the base has {positions} positions for them and a text",
             "lower it",
             code="adapter-positions",

@@ -101,9 +101,9 @@ class Ledger:
         budget = self.budgets.get(who, math.inf)
         if total > budget:
             raise BudgetError(
-                f"{self.path.name}: epsilon would be {total:.4g} for {ADVERSARIES[who]}",
+                f"by the ledger {self.path.name}, epsilon would be {total:.4g} for {ADVERSARIES[who]}",
                 f"at most {budget:g}",
-                "the last model is kept; more rounds on these clients need a larger budget",
+                "a larger budget, if these clients agree to it; the last model is kept",
                 code=_EXHAUSTED.get(who),
             )
         return total

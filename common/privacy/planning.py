@@ -98,5 +98,7 @@ def _modulus_bits(clients: int, noise_multiplier: float) -> int:
     for bits in _WIDTHS_BITS:
         if 2 ** (bits - 1) > largest:
             return bits
-    problem = Problem("privacy.enrolled_clients", str(clients), "a sum that 56 bits hold", "use fewer clients")
+    problem = Problem(
+        "privacy.enrolled_clients", str(clients), "small enough for a sum in 56 bits", "use fewer clients"
+    )
     raise ConfigError("privacy plan", [problem])

@@ -229,7 +229,7 @@ class Task(ABC):
         Raises:
             UsageError: this task predicts nothing for rows alone.
         """
-        raise UsageError(f"the task {self.name} predicts nothing for rows alone", "another run")
+        raise UsageError(f"the task {self.name} predicts nothing for rows alone", "a run of a task that predicts")
 
     @classmethod
     @abstractmethod

@@ -57,7 +57,7 @@ class CausalLmSettings(TaskSettings):
     @model_validator(mode="after")
     def _packs_texts(self) -> CausalLmSettings:
         if self.packing and self.format != "text":
-            raise ValueError('task.packing = false, unless task.format = "text"')
+            raise ValueError('given packing = false unless format is "text"')
         return self
 
 

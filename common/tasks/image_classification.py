@@ -86,7 +86,7 @@ class ImageClassification(Task):
             if config.num_labels != len(self.labels):
                 raise ModelError(
                     f"the model tells {config.num_labels} classes apart",
-                    f"{len(self.labels)}, as the run's task.labels or task.num_labels",
+                    f"{len(self.labels)}, as in the run's task.labels or task.num_labels",
                     "set task.num_labels, or train the base on as many classes",
                     code="model-classes",
                 )

@@ -189,8 +189,8 @@ def _pooler(network: Any) -> tuple[str, ...]:
     pooler = getattr(network.base_model, "pooler", None)
     if pooler is None or not list(pooler.parameters()):
         raise ModelError(
-            f"task.train_pooler, and {type(network).__name__} has no pooler in its base that could be trained",
-            "a base with one, as BERT's; the heads of others are trained whole without it",
+            f"task.train_pooler is set, and {type(network).__name__} has no pooler in its base that could be trained",
+            "a base with a pooler, such as BERT; the heads of others are trained whole without it",
             "set task.train_pooler = false",
             code="head-missing",
         )

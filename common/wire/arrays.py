@@ -87,18 +87,18 @@ def decode_levels(record: ArrayRecord, size: int, bits: int) -> npt.NDArray[np.i
 def _payload(record: ArrayRecord, dtype: np.dtype[Any], size: int) -> npt.NDArray[Any]:
     """Return the one array of a record, shape (size,), after comparing everything about it with what was agreed."""
     if list(record) != [ARRAY_KEY]:
-        raise WireError(f"{len(record)} arrays", f"one, named {ARRAY_KEY!r}", code="keys")
+        raise WireError(f"the record has {len(record)} arrays", f"one, named {ARRAY_KEY!r}", code="keys")
     array = record[ARRAY_KEY]
     if array.stype != "numpy.ndarray" or array.dtype != str(dtype):
         raise WireError("the declared type differs", str(dtype), code="dtype")
     if tuple(array.shape) != (size,):
-        raise WireError(f"shape {tuple(array.shape)!r:.60}", f"({size},)", code="shape")
+        raise WireError(f"the declared shape is {tuple(array.shape)!r:.60}", f"({size},)", code="shape")
     payload = size * dtype.itemsize
     if not payload < len(array.data) <= payload + _MAX_HEADER_BYTES:
-        raise WireError(f"{len(array.data)} bytes", f"{payload} and a header", code="size")
+        raise WireError(f"the array has {len(array.data)} bytes", f"{payload} and a header", code="size")
     start = _check_header(array.data, dtype, size)
     if len(array.data) - start != payload:
-        raise WireError(f"{len(array.data) - start} bytes after the header", f"{payload}", code="size")
+        raise WireError(f"{len(array.data) - start} bytes follow the header", f"{payload}", code="size")
     return np.frombuffer(array.data, dtype, size, start)
 
 
@@ -110,7 +110,7 @@ def _check_header(data: bytes, dtype: np.dtype[Any], size: int) -> int:
             raise ValueError("another format version")
         shape, fortran_order, found = np.lib.format.read_array_header_1_0(stream, max_header_size=_MAX_HEADER_BYTES)
     except Exception as error:  # NumPy raises many kinds here (ValueError, SyntaxError, tokenize's own)
-        raise WireError("the bytes are no NumPy array", "format 1.0", code="decode") from error
+        raise WireError("the bytes are no NumPy array", "NumPy's format 1.0", code="decode") from error
     if found != dtype:
         raise WireError("the type inside the bytes differs", str(dtype), code="dtype")
     if shape != (size,) or fortran_order:

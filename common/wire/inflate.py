@@ -33,11 +33,11 @@ def inflate(object_id: str, contents: Mapping[str, bytes], most_bytes: int) -> M
         size = _array_bytes(contents)
         message = inflate_object(object_id, contents) if size <= most_bytes else None
     except Exception as error:
-        raise WireError("an upload that is no message", "one of Flower's", code="decode") from error
+        raise WireError("the upload is no message", "a message of Flower", code="decode") from error
     if size > most_bytes:
-        raise WireError(f"arrays of {size} bytes in a message", f"at most {most_bytes}", code="size")
+        raise WireError(f"the arrays of a message have {size} bytes", f"at most {most_bytes}", code="size")
     if not isinstance(message, Message):
-        raise WireError("an upload of another kind", "a message", code="decode")
+        raise WireError("the upload is of another kind", "a message", code="decode")
     return message
 
 

@@ -182,7 +182,7 @@ def beside(content: RecordDict) -> dict[str, Any]:
     """
     record = content.config_records.get(BESIDE)
     if record is None:
-        raise WireError(f"no {BESIDE} record", "one", code="keys")
+        raise WireError(f"the message has no {BESIDE} record", "one such record", code="keys")
     return dict(record)
 
 
@@ -196,10 +196,10 @@ def from_record(kind: type[R], content: RecordDict) -> R:
     record = content.config_records.get(name)
     expected = {field.name for field in fields(kind)}
     if record is None or set(record) != expected:
-        raise WireError(f"no {name} record with the keys of {kind.__name__}", ", ".join(sorted(expected)), code="keys")
+        raise WireError(f"no {name} record has the keys of {kind.__name__}", ", ".join(sorted(expected)), code="keys")
     for field, wanted in _TYPES[kind].items():
         if type(record[field]) is not wanted:
-            raise WireError(f"{field} in {kind.__name__} has another type", wanted.__name__, code="type")
+            raise WireError(f"the field {field} in {kind.__name__} has another type", wanted.__name__, code="type")
     return kind(**record)  # type: ignore[arg-type]  # checked just above
 
 

@@ -46,7 +46,7 @@ def ring_from_bytes(data: bytes, size: int, bits: int) -> Ring:
     """
     if len(data) != size * width(bits):
         raise SecureAggregationError(
-            f"a masked vector of {len(data)} bytes", f"{size * width(bits)}", code="secagg-message"
+            f"a masked vector has {len(data)} bytes", f"{size * width(bits)} bytes", code="secagg-message"
         )
     # Each element is read as 8 bytes from where it starts, then cut: four times as fast as to copy byte by byte.
     unaligned: Ring = np.ndarray((size,), "<u8", data + bytes(8 - width(bits)), strides=(width(bits),))

@@ -111,7 +111,7 @@ def unpack(vector: Vector, spec: AdapterSpec) -> dict[str, npt.NDArray[np.float3
         SpecError: the vector has another length.
     """
     if vector.shape != (spec.size,):
-        raise SpecError(f"a vector of shape {vector.shape}", f"({spec.size},)")
+        raise SpecError(f"the vector has the shape {vector.shape}", f"({spec.size},)")
     tensors, start = {}, 0
     for tensor in spec.tensors:
         tensors[tensor.name] = vector[start : start + tensor.size].reshape(tensor.shape)

@@ -33,7 +33,9 @@ def init(
         with file.open("x", encoding="utf-8") as stream:
             stream.write(text)
     except FileExistsError:
-        raise UsageError(f"{file} is there already", "a new file", "choose another name, or delete it") from None
+        raise UsageError(
+            f"the file {file} is there already", "a new file", "choose another name, or delete it"
+        ) from None
     except OSError as error:
         raise unwritable(file, error) from error
     typer.echo(file)

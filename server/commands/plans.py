@@ -80,7 +80,7 @@ def _read_with_model(file: Path | None, model: str, overrides: list[str]) -> Run
     if file is not None:
         return read(file, [*overrides, f"model.name={model}"] if model else overrides)
     if overrides:
-        raise UsageError("--set without a file", "a run's TOML file", "give FILE, or --model alone")
+        raise UsageError("--set is given without a file", "a run's TOML file", "give FILE, or --model alone")
     return parse({"model": {"name": model}} if model else {})
 
 

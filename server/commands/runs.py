@@ -177,7 +177,7 @@ def compare(ctx: typer.Context, file: RunFile, overrides: Set = None, as_json: J
 
     config = read(file, overrides or [])
     if not config.evaluation.data:
-        raise UsageError("nothing to compare by", "evaluation.data in the run file", "name a held-out file")
+        raise UsageError("the run has nothing to compare by", "evaluation.data in the run file", "name a held-out file")
     client: SimulatedApp = ctx.obj
     with stop_on_signals() as stop:
         outcome = run(config, client, progress=choose(), stop=stop)
@@ -205,7 +205,7 @@ def _read_run(
     if file is None and resume is not None:
         return _at_folder(read(resume / "config.toml", overrides), resume)
     if file is None or resume is not None:
-        raise UsageError("either FILE or --resume RUN", do=f"tsugiki {command} --help")
+        raise UsageError("the command takes either FILE or --resume RUN", do=f"`tsugiki {command} --help`")
     if previous:
         raise UsageError("--previous goes with --resume RUN")
     return read(file, overrides)
@@ -217,7 +217,7 @@ def _at_folder(config: RunConfig, folder: Path) -> RunConfig:
 
     if folder.resolve().name != config.run.name:
         raise UsageError(
-            f"{folder} holds the run {config.run.name!r}",
+            f"the folder {folder} holds the run {config.run.name!r}",
             "a folder with the run's name",
             f"rename it to {config.run.name}",
         )

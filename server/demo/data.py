@@ -94,7 +94,7 @@ def generate(seed: int, rows_per_company: int = 360) -> DemoData:
         UsageError: `rows_per_company` is below 1.
     """
     if rows_per_company < 1:
-        raise UsageError(f"{rows_per_company} rows for each company", "1 or more")
+        raise UsageError(f"{rows_per_company} rows for each company are too few", "1 or more")
     train = {company: _company_rows(company, rows_per_company, seed) for company in COMPANIES}
     rng = generator(seed, "demo", "test")
     triplets = [_triplet(TEST, kind, meaning, rng) for kind in KINDS for meaning in _test_meanings(kind, rng)]

@@ -106,7 +106,7 @@ def _name(host: str) -> x509.GeneralName:
     except ValueError:
         pass
     if not re.fullmatch(r"(\*\.)?[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", host):
-        raise UsageError(f"--host {host!r:.80}", "a host name or an IP address")
+        raise UsageError(f"--host {host!r:.80} is not valid", "a host name or an IP address")
     return x509.DNSName(host)
 
 

@@ -133,10 +133,12 @@ def _answer(call: Callable[[], T]) -> T:
         return call()
     except httpx.HTTPStatusError as error:
         detail = error.response.text[:300]
-        raise DeployError(f"the SuperLink says {error.response.status_code}: {detail}", "a yes") from error
+        raise DeployError(
+            f"the SuperLink says {error.response.status_code}: {detail}", "an answer without an error"
+        ) from error
     except httpx.HTTPError as error:
         why = f"{type(error).__name__}: {error}"[:200]
-        raise DeployError(f"the SuperLink does not answer ({why})", "a running one") from error
+        raise DeployError(f"the SuperLink does not answer ({why})", "a running SuperLink") from error
 
 
 @contextmanager
@@ -166,8 +168,8 @@ def executed(endpoint: Endpoint, run_id: int) -> Iterator[SuperlinkGrid]:
         status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
         raise DeployError(
             f"the SuperLink ended this run, or does not answer any more ({status})",
-            "one that runs as long as the run",
-            "`tsugiki serve --resume RUN`, with the same options, goes on from the last checkpoint",
+            "a SuperLink that runs as long as the run",
+            "`tsugiki serve --resume RUN`, with the same options, which goes on from the last checkpoint",
             code="superlink-gone",
         ) from error
     except BaseException as error:

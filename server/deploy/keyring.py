@@ -30,7 +30,7 @@ def register(folder: Path, public: Path, name: str = "") -> tuple[str, str]:
     name = name or public.name.removesuffix(".pub")
     if not re.fullmatch(NAME_PATTERN, name):
         raise UsageError(
-            f"{name!r:.80} as a node's name", "lower-case letters, digits, . _ -, at most 64", "use --name"
+            f"{name!r:.80} is no name of a node", "lower-case letters, digits, . _ -, at most 64", "use --name"
         )
     key = read_public_key(public)
     known = {fingerprint(read_public_key(path)): other for other, path in registered(folder).items()}
@@ -44,7 +44,7 @@ def register(folder: Path, public: Path, name: str = "") -> tuple[str, str]:
     except OSError as error:
         raise unwritable(folder, error) from error
     if target.exists():
-        raise UsageError(f"{name} has a key already", "a new name", f"`tsugiki keys revoke {name}` first")
+        raise UsageError(f"the node {name} has a key already", "a new name", f"`tsugiki keys revoke {name}` first")
     write_atomically(target, public.read_bytes())  # a running server reads the folder all the time
     return name, fingerprint(key)
 
@@ -57,8 +57,8 @@ def revoke(folder: Path, name: str) -> None:
     """
     target = folder / f"{name}.pub"
     if not re.fullmatch(NAME_PATTERN, name) or not target.is_file():
-        known = ", ".join(registered(folder)) or "none"
-        raise UsageError(f"no node {name!r:.80} in {folder}", f"one of {known}")
+        known = ", ".join(registered(folder)) or "none is registered"
+        raise UsageError(f"there is no node {name!r:.80} in {folder}", f"a registered node: {known}")
     target.unlink()
 
 

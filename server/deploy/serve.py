@@ -95,9 +95,9 @@ def _check_certificates(deployment: Deployment) -> None:
     missing = [path for path in needed if not path.is_file()]
     if missing:
         raise UsageError(
-            f"no {missing[0]}",
+            f"there is no {missing[0]}",
             "a server certificate",
-            "`tsugiki certs --host NAME` makes one; --insecure is for trying things out on loopback",
+            "`tsugiki certs --host NAME`, which makes one; --insecure is for trying things out on loopback",
         )
 
 
@@ -107,7 +107,11 @@ def _endpoint(config: RunConfig, deployment: Deployment) -> Iterator[tuple[Endpo
     files = deployment.certificates
     if deployment.superlink:
         if files is None and split_address(deployment.superlink)[0] not in LOOPBACK:
-            raise UsageError(f"--insecure with --superlink {deployment.superlink}", "loopback", "leave --insecure out")
+            raise UsageError(
+                f"--insecure is given, and {deployment.superlink} is another machine",
+                "a SuperLink on loopback",
+                "leave --insecure out",
+            )
         yield Endpoint(deployment.superlink, files.ca.read_bytes() if files else None), None
         return
     folder = Path(config.run.output_dir) / ".superlink" / config.run.name

@@ -66,7 +66,7 @@ class Superlink:
             raise DeployError(
                 f"the SuperLink ended with status {status}",
                 "a SuperLink that runs as long as the run",
-                f"see {self.log}; `tsugiki serve --resume RUN`, with the same options, goes on",
+                f"`tsugiki serve --resume RUN`, with the same options, which goes on; {self.log} says why it ended",
                 code="superlink-gone",
             )
 
@@ -87,7 +87,9 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
     host, port = split_address(listen)
     if certificates is None and host not in LOOPBACK:
         raise UsageError(
-            f"--insecure with {listen}", "loopback", "`tsugiki certs` makes certificates; then leave --insecure out"
+            f"--insecure is given, and {listen} is open to others",
+            "an address on loopback",
+            "`tsugiki certs`, which makes certificates; then leave --insecure out",
         )
     _check_free(host, port)
     folder.mkdir(parents=True, exist_ok=True)

@@ -89,7 +89,7 @@ class Stop:
         """
         if self.requested:
             raise Interrupted(
-                "stopped by the user", do="the same command with --resume RUN goes on from the last checkpoint"
+                "stopped by the user", do="the same command with --resume RUN, which goes on from the last checkpoint"
             )
 
 

@@ -157,7 +157,7 @@ class SuperlinkGrid(HttpGrid):
         """Pull what is there; return the reply, or the error that stands for it, when no more is to come."""
         try:
             if len(transfer.missing) > self._most_objects:
-                raise WireError("a reply", "no more than an adapter and its envelope", code="size")
+                raise WireError("a reply is too large", "no more than an adapter and its envelope", code="size")
             for object_id in list(transfer.missing):
                 left = self._most_bytes - sum(map(len, transfer.contents.values()))
                 content = self._pull_object(object_id, left)
@@ -212,12 +212,12 @@ class SuperlinkGrid(HttpGrid):
             for chunk in response.iter_raw():
                 body += chunk
                 if len(body) > most_bytes + 1024:  # what protobuf itself needs
-                    raise WireError("a reply", "no more than an adapter and its envelope", code="size")
+                    raise WireError("a reply is too large", "no more than an adapter and its envelope", code="size")
         finally:
             response.close()
         answer = PullObjectResponse.FromString(bytes(body))
         if not answer.object_found:
-            raise WireError("an object that is gone", "all objects of a reply", code="decode")
+            raise WireError("an object of a reply is gone", "all objects of a reply", code="decode")
         return answer.object_content if answer.object_available else None
 
     def _confirm(self, transfer: Transfer) -> None:

@@ -140,13 +140,13 @@ def run_probe(job_file: Path, folder: Path, environment: dict[str, str]) -> None
         )
     except subprocess.TimeoutExpired:
         raise ExportError(
-            f"the export was not loaded within {TIMEOUT_S} s", "a loaded model", "try again", code="proof-timeout"
+            f"the export was not loaded within {TIMEOUT_S} s", "a loaded model", "export again", code="proof-timeout"
         ) from None
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit status {done.returncode}"]
         raise ExportError(
-            f"what was written cannot be loaded in a fresh process: {last[0].strip()[:300]}",
-            "a model",
+            f"the export cannot be loaded in a fresh process: {last[0].strip()[:300]}",
+            "a model that loads",
             "compare the installed versions with those that Tsugiki asks for: `tsugiki doctor`",
             code="proof-crashed",
         )

@@ -77,7 +77,7 @@ def _empty(target: Path) -> Path:
     target = target.absolute()
     if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
         raise StorageError(
-            f"{target} is there already",
+            f"the folder {target} is there already",
             "a new or empty folder",
             "remove it, or export to another",
             code="export-exists",

@@ -35,7 +35,7 @@ def read_config(folder: Path) -> RunConfig:
     """
     path = folder / "config.toml"
     if not path.is_file():
-        raise StorageError(f"no run in {folder}", "a folder with config.toml", code="run-missing")
+        raise StorageError(f"there is no run in {folder}", "a folder with config.toml", code="run-missing")
     return config_file.read(path)
 
 
@@ -57,7 +57,7 @@ def open_graft(folder: Path, config: RunConfig) -> Graft:
     if graft.spec.sha256 != recorded:
         raise ExportError(
             f"the adapter loaded here has the spec {graft.spec.sha256[:12]}",
-            f"{str(recorded)[:12]}, of the run",
+            f"{str(recorded)[:12]}, the spec of the run",
             "export with the base model and the settings that the run was made with",
             code="spec-mismatch",
         )
@@ -102,7 +102,7 @@ def _read(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise StorageError(
-            f"no {path}",
+            f"there is no {path}",
             "a run that is finished",
             "finish it with --resume, or export its last checkpoint",
             code="run-unfinished",

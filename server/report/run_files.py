@@ -79,7 +79,7 @@ def read_run(folder: Path) -> Run:
     for name in ("metrics.jsonl", "summary.json"):
         if not (folder / name).is_file():
             raise StorageError(
-                f"no {name} in {folder}",
+                f"there is no {name} in {folder}",
                 "the folder of a run that has ended",
                 "end or resume the run",
                 code="run-missing",

@@ -130,7 +130,7 @@ def promote_previous(folder: Path) -> None:
 
 def _read_manifest(manifest: Path) -> dict[str, Any]:
     if not manifest.is_file():
-        raise StorageError(f"no {manifest}", "a run with a checkpoint", code="checkpoint-missing")
+        raise StorageError(f"there is no {manifest}", "a run with a checkpoint", code="checkpoint-missing")
     try:
         body: dict[str, Any] = json.loads(manifest.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -140,8 +140,8 @@ def _read_manifest(manifest: Path) -> dict[str, Any]:
     if body["format"] != FORMAT_VERSION:
         newer = body["format"] > FORMAT_VERSION
         raise StorageError(
-            f"{manifest}: format {body['format']}",
-            f"{FORMAT_VERSION}",
+            f"{manifest} has the format {body['format']}",
+            f"the format {FORMAT_VERSION}",
             "update Tsugiki" if newer else "resume with the version of Tsugiki that started the run",
             code="checkpoint-newer" if newer else "checkpoint-older",
         )
@@ -165,7 +165,7 @@ def _corrupt(path: Path, part: str) -> StorageError:
     return StorageError(
         f"{path} is damaged: {part}",
         "the checkpoint as it was written",
-        "`--resume RUN --previous` goes on from the round before it",
+        "`--resume RUN --previous`, which goes on from the round before it",
         code="checkpoint-corrupt",
     )
 

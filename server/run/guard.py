@@ -52,10 +52,10 @@ def check(
         _check_origin(answer, asked)
         weight = _weight(answer.rows, asked.rows)
         if not (math.isfinite(answer.loss) and answer.steps > 0 and 0 <= answer.seconds < math.inf):
-            raise WireError("loss, steps or seconds out of range", code="metrics")
+            raise WireError("loss, steps or seconds are out of range", code="metrics")
         arrays = reply.content.array_records.get("arrays")
         if arrays is None or set(reply.content) != {"reply", "arrays"}:
-            raise WireError("other records than reply and arrays", code="keys")
+            raise WireError("the message has other records than reply and arrays", code="keys")
         update = widen(decode(arrays, part or spec), part or spec, spec)
     except WireError as error:
         return Rejected(asked.site, error.code, str(error), size)
@@ -80,7 +80,7 @@ def check_private(reply: Message, asked: Asked, plan: Plan, masked: bool = False
         _check_origin(answer, asked)
         arrays = reply.content.array_records.get("arrays")
         if arrays is None or set(reply.content) != {"reply", "arrays"}:
-            raise WireError("other records than reply and arrays", code="keys")
+            raise WireError("the message has other records than reply and arrays", code="keys")
         levels = decode_levels(arrays, plan.dimension, plan.modulus_bits)
     except WireError as error:
         return Rejected(asked.site, error.code, str(error), size)
@@ -107,7 +107,7 @@ def check_step(
     try:
         _check_origin(from_record(PrivateReply, reply.content), asked)
         if set(reply.content) != {"reply", BESIDE}:
-            raise WireError(f"other records than reply and {BESIDE}", code="keys")
+            raise WireError(f"the message has other records than reply and {BESIDE}", code="keys")
         value = read(beside(reply.content))
     except (WireError, SecureAggregationError) as error:
         return Rejected(asked.site, error.code, str(error))
@@ -123,7 +123,7 @@ def check_evaluation(reply: Message, asked: Asked) -> tuple[dict[str, float], in
         _check_origin(answer, asked)
         record = reply.content.metric_records.get("metrics")
         if record is None or not all(type(value) is float and math.isfinite(value) for value in record.values()):
-            raise WireError("metrics", "finite numbers", code="metrics")
+            raise WireError("metrics are not finite", "finite numbers", code="metrics")
         return {str(name)[:64]: float(value) for name, value in record.items()}, _weight(answer.rows, asked.rows)  # type: ignore[arg-type]  # floats, checked just above
     except WireError as error:
         return Rejected(asked.site, error.code, str(error))
@@ -137,15 +137,17 @@ def _refusal(reply: Message, asked: Asked) -> Rejected:
 
 def _check_origin(answer: TrainReply | PrivateReply | EvaluateReply, asked: Asked) -> None:
     if answer.site != asked.site:
-        raise WireError("another site's name", code="site")
+        raise WireError("the reply has another site's name", code="site")
     if answer.round != asked.round_number or answer.nonce != asked.nonce:
-        raise WireError(f"round {answer.round}", f"round {asked.round_number} and its nonce", code="stale")
+        raise WireError(
+            f"the reply is to round {answer.round}", f"round {asked.round_number} and its nonce", code="stale"
+        )
 
 
 def _weight(rows: int, known: int) -> int:
     """Return the weight of a site: its rows, at most what it said in the hello."""
     if rows < 1:
-        raise WireError(f"{rows} rows", "at least 1", code="weight")
+        raise WireError(f"the reply counts {rows} rows", "at least 1", code="weight")
     return min(rows, known)
 
 

@@ -83,7 +83,7 @@ def _train(ctx: RunContext, kind: Round[Replies], state: State) -> State:
             return _complete(ctx, kind, state, replies, record)
         _void(ctx, attempt, record)
     raise QuorumNotMet(
-        f"round {round_number}: {replies.clients} accepted replies, twice",
+        f"round {round_number} had {replies.clients} accepted replies, twice",
         f"strategy.min_clients = {ctx.config.strategy.min_clients}",
         f"see audit.jsonl; the model of round {state.round} is kept in {ctx.folder / 'checkpoint'}, "
         f"and --resume {ctx.folder} goes on from it",

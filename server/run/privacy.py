@@ -183,7 +183,7 @@ def open_privacy(
     ledger = Ledger(path, plan.delta, budgets, seeded=config.privacy.insecure_noise_seed > 0)
     if ledger.rounds(config.run.name) < rounds_done:
         raise StorageError(
-            f"{path} has {ledger.rounds(config.run.name)} rounds of {config.run.name!r}",
+            f"the ledger {path} has {ledger.rounds(config.run.name)} rounds of {config.run.name!r}",
             f"the {rounds_done} that it has released",
             "put the ledger back where it was: what was spent cannot be forgotten",
             code="ledger-behind",

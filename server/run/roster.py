@@ -140,7 +140,7 @@ class Roster:
         refusals = ", ".join(sorted(set(self.refused().values())))
         sites = f" at {len(self.members())} of {self.min_sites} sites" if self.min_sites else ""
         raise NotEnoughSites(
-            f"{self.clients()} of {wanted} clients{sites} after {timeout_s:g} s"
+            f"{self.clients()} of {wanted} clients{sites} are connected after {timeout_s:g} s"
             + (f"; {len(self.refused())} refused: {refusals}" if refusals else ""),
             f"strategy.min_clients = {wanted}" + (f", privacy.min_sites = {self.min_sites}" if self.min_sites else ""),
             "look at the refused sites' own logs" if refusals else "start more sites, or raise connect_timeout_s",

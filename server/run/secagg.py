@@ -227,7 +227,9 @@ def _sealed_reader(names: set[str]) -> Callable[[str, dict[str, Any]], dict[str,
     def read(name: str, fields: dict[str, Any]) -> dict[str, bytes]:
         sealed = from_fields("sealed", fields, SEALED_BYTES)
         if set(sealed) != names - {name}:
-            raise SecureAggregationError("sealed shares for others than asked", "one for each", code="secagg-message")
+            raise SecureAggregationError(
+                "the sealed shares are for other sites than were asked for", "one for each", code="secagg-message"
+            )
         return sealed
 
     return read
@@ -241,7 +243,7 @@ def _key_reader() -> Callable[[str, dict[str, Any]], bytes]:
         keys = exactly(fields.get("public_keys"), KEYS_BYTES)
         halves = {keys[: masks.SECRET_BYTES], keys[masks.SECRET_BYTES :]}
         if len(halves) < 2 or halves & seen:
-            raise SecureAggregationError("a public key sent twice", "fresh keys", code="secagg-message")
+            raise SecureAggregationError("a public key was sent twice", "fresh keys", code="secagg-message")
         for half in halves:  # raises for the points that agree on the same key with everybody
             masks.agree(masks.new_private_key(), half, secagg.new_session(), "trial", (name, name))
         seen.update(halves)

@@ -23,19 +23,19 @@ def run_folder(path: Path, *, resume: bool) -> Iterator[Path]:
     """
     try:
         if resume and not (path / "config.toml").is_file():
-            raise StorageError(f"no run in {path}", "a folder with config.toml", code="run-missing")
+            raise StorageError(f"there is no run in {path}", "a folder with config.toml", code="run-missing")
         if not resume and path.exists() and any(item.name != ".lock" for item in path.iterdir()):
             raise StorageError(
-                f"{path} is there already",
+                f"the folder {path} is there already",
                 "a new folder for a new run",
-                f"--resume {path} in place of the file goes on with it; --set run.name=... starts another",
+                f"--resume {path} in place of the file, which goes on with it; or --set run.name=... for another run",
                 code="run-exists",
             )
         path.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path).free
         if free < LEAST_FREE_BYTES:
             raise StorageError(
-                f"{path}: {free // 2**20} MiB free", f"at least {LEAST_FREE_BYTES // 2**20} MiB", code="disk-full"
+                f"{path} has {free // 2**20} MiB free", f"at least {LEAST_FREE_BYTES // 2**20} MiB", code="disk-full"
             )
     except OSError as error:
         raise unwritable(path, error) from error

@@ -20,7 +20,7 @@ def broken_at(path):
     with pytest.raises(StorageError) as caught:
         verify(path)
     assert caught.value.code == "audit-broken"
-    return int(str(caught.value).split("line ")[1].split()[0])
+    return int(str(caught.value).split("Line ")[1].split()[0])
 
 
 def test_events_are_numbered_dated_and_in_order(path):

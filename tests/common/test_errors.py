@@ -1,12 +1,16 @@
 """The tree of errors, as drawn and as written."""
 
+import ast
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
 from tsugiki.common import errors
 from tsugiki.common.errors import ConfigError, Problem, TsugikiError, WireError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 LINE = re.compile(r"^(?P<lead>[│├└─ ]*)(?P<name>[A-Z]\w+)(?: +(?P<status>\d+)  \S.*)?$")
 
@@ -61,13 +65,24 @@ def test_codes_are_kebab_case_and_statuses_are_sane():
     ("parts", "text"),
     [
         (("3 rows",), "3 rows."),
-        (("3 rows.", "at least 4."), "3 rows. expected at least 4."),
-        (("3 rows", "at least 4", "add rows"), "3 rows. expected at least 4. Do: add rows."),
-        (("3 rows", "", "add rows"), "3 rows. Do: add rows."),
+        (("3 rows.", "at least 4."), "3 rows. Expected at least 4."),
+        (("3 rows", "at least 4", "add rows"), "3 rows. Expected at least 4. Try: add rows."),
+        (("3 rows", "", "add rows"), "3 rows. Try: add rows."),
+        (("no server", "HOST:PORT"), "No server. Expected HOST:PORT."),
+        (("round 3: no reply",), "Round 3: no reply."),
+        (("this client's own key", "", "a\n"), "This client's own key. Try: a\n."),
+        (("train.bf16 = true",), "train.bf16 = true."),
+        (("clients = 3",), "clients = 3."),
+        (("runs/first is locked",), "runs/first is locked."),
+        (("clauses.csv: line 3",), "clauses.csv: line 3."),
+        (("localhost:9092 cannot be reached",), "localhost:9092 cannot be reached."),
+        (("site-1 has gone",), "site-1 has gone."),
+        (("`tsugiki keys`",), "`tsugiki keys`."),
+        (("'bank' is no name",), "'bank' is no name."),
     ],
 )
-def test_three_parts_in_one_line(parts, text):
-    """Catches: doubled full stops; "expected" with nothing behind it."""
+def test_three_parts_as_sentences(parts, text):
+    """Catches: doubled full stops; "Expected" with nothing behind it; a path, key or address with a capital."""
     assert str(TsugikiError(*parts)) == text
 
 
@@ -85,7 +100,35 @@ def test_config_error_lists_every_problem(count, headline):
     lines = str(error).splitlines()
     assert lines[0] == headline
     assert lines[1:] == [f"  {problem}" for problem in problems]
-    assert str(problems[0]) == "run.key_0 = 0: expected a name."
+    assert str(problems[0]) == "run.key_0 = 0: must be a name."
     assert error.problems == tuple(problems)
     if count > 1:
-        assert lines[2] == "  run.key_1 = 1: expected a name. Do: rename it."
+        assert lines[2] == "  run.key_1 = 1: must be a name. Try: rename it."
+
+
+def raised():
+    """Return the parts of each error and problem in the program that are plain strings: (place, part, text)."""
+    kinds, found = {*written(), "Problem"}, []
+    for path in sorted(one for side in ("common", "client", "server") for one in (ROOT / side).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") not in kinds:
+                continue
+            names = ("key", "value", "expected", "do") if node.func.id == "Problem" else ("what", "expected", "do")
+            given = dict(zip(names, node.args, strict=False)) | {word.arg: word.value for word in node.keywords}
+            for name, value in given.items():
+                parts = value.values if isinstance(value, ast.JoinedStr) else [value]
+                if name in ("what", "expected", "do") and isinstance(parts[-1], ast.Constant):
+                    found.append((f"{path.name}:{node.lineno}", name, ast.unparse(value), parts))
+    return found
+
+
+def test_texts_fit_into_the_sentences():
+    """Catches: "Expected expected", "must be must", "Try: Try", and a part that brings its own full stop or capital."""
+    texts = raised()
+    assert len(texts) > 300
+    for place, name, text, parts in texts:
+        first, last = parts[0], parts[-1].value
+        assert not str(last).endswith("."), (place, text)
+        if isinstance(first, ast.Constant) and first.value:
+            assert not re.match(r"(expected|must|try|do)\b", first.value, re.I), (place, text)
+            assert name == "expected" or not re.match(r"(A|An|The|No|This) ", first.value), (place, text)

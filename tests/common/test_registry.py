@@ -33,14 +33,14 @@ def test_register_get_names(shapes):
 
 def test_a_second_entry_is_refused_and_the_first_stays(shapes):
     """Catches: the last import silently winning."""
-    with pytest.raises(RegistryError, match=r"shape 'circle' is registered twice"):
+    with pytest.raises(RegistryError, match=r"Shape 'circle' is registered twice"):
         shapes.register("circle")(1)
     assert shapes.get("circle") == 0
 
 
 def test_a_miss_lists_what_is_there(shapes):
     """Catches: a bare KeyError; a message that leaves the reader guessing."""
-    with pytest.raises(RegistryError, match=r"unknown shape 'ring'\. expected one of circle, square") as caught:
+    with pytest.raises(RegistryError, match=r"Unknown shape 'ring'\. Expected one of circle, square") as caught:
         shapes.get("ring")
     assert (caught.value.code, caught.value.exit_status) == ("unknown-name", 2)
 

@@ -135,7 +135,7 @@ def test_half_a_character_in_bytes_is_refused(half, tmp_path):
 def test_half_a_character_on_the_command_line_is_refused(tmp_path):
     """Catches: bytes of a terminal that are no UTF-8, which Python hands on as surrogates, in a tokenizer."""
     run = run_tiny(tiny_config(tmp_path, run={"rounds": 1})).folder
-    with pytest.raises(UsageError, match="text 2 has bytes that are not UTF-8"):
+    with pytest.raises(UsageError, match="Text 2 has bytes that are not UTF-8"):
         predict(run, ["fine", "caf\udce9"], None, None)
     assert len(predict(run, ["fine", "\U0001f600"], None, None)) == 2
 
@@ -208,7 +208,7 @@ def test_targets_that_match_nothing_list_what_there_is(adapter, key, tmp_path):
     with pytest.raises(ModelError) as caught:
         load_graft(parse({"model": {"name": str(folder)}, "adapter": adapter}), str(folder), 1)
     assert caught.value.code == "adapter-targets"
-    assert str(caught.value).startswith(f"{key}: nope for the architecture 'bert'. expected some of ")
+    assert str(caught.value).startswith(f"{key} names nope for the architecture 'bert'. Expected some of ")
     assert "dense, key, query, value" in str(caught.value)
 
 

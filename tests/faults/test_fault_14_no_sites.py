@@ -45,7 +45,7 @@ def test_sites_that_leave_in_the_middle_stop_the_run_with_its_checkpoint(tmp_pat
             monkeypatch.setattr(InProcessGrid, "get_node_ids", lambda self: [1])
         return np.full(SPEC.size, 0.25, np.float32)
 
-    with pytest.raises(NotEnoughSites, match="round 3: 1 clients at 1 sites are connected") as caught:
+    with pytest.raises(NotEnoughSites, match="Round 3: 1 clients at 1 sites are connected") as caught:
         federate(monkeypatch, toy_app(["a", "b"], update), 2, config)
     assert caught.value.exit_status == 4
     monkeypatch.undo()

@@ -24,7 +24,7 @@ def test_a_superlink_that_dies_is_noticed_and_the_run_goes_on_with_another(tmp_p
         (child,) = superlinks([server.process.pid])
         os.kill(child, signal.SIGKILL)
         assert server.wait(40) == 13
-        assert "tsugiki: superlink-gone: the SuperLink ended with status -9" in server.text()
+        assert "tsugiki: superlink-gone: The SuperLink ended with status -9" in server.text()
         assert "--resume" in server.text()
         port = server.wait_for(r"sites connect to 127\.0\.0\.1:(\d+)", 5)[1]
         arguments = ["serve", "--resume", tmp_path / "runs" / "there", "--listen", f"127.0.0.1:{port}", "--insecure"]

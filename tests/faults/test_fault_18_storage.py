@@ -44,7 +44,7 @@ def test_a_full_disk_is_refused_at_the_start_with_what_is_free(tmp_path, monkeyp
     """Catches: hours of training that cannot be saved."""
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=3 * 2**20))
-    with pytest.raises(StorageError, match=r"3 MiB free\. expected at least 64 MiB") as caught:
+    with pytest.raises(StorageError, match=r"3 MiB free\. Expected at least 64 MiB") as caught:
         run(monkeypatch, adaptive(tmp_path))
     assert (caught.value.code, caught.value.exit_status) == ("disk-full", 5)
     assert str(tmp_path / "toy") in str(caught.value)

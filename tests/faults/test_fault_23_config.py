@@ -11,7 +11,7 @@ from tsugiki.common.errors import ConfigError
 WRONG = [
     ({"train": {"learning_rte": 1.0}}, "train.learning_rte", "1.0", "learning_rate"),
     ({"trian": {}}, "trian", "{}", "train"),
-    ({"train": 3}, "train", "3", "a section"),
+    ({"train": 3}, "train", "3", "one of the sections"),
     ({"train": {"learning_rate": "fast"}}, "train.learning_rate", "'fast'", "number"),
     ({"train": {"local_steps": 2.5}}, "train.local_steps", "2.5", "integer"),
     ({"train": {"local_steps": True}}, "train.local_steps", "True", "integer"),
@@ -24,7 +24,12 @@ WRONG = [
     ({"strategy": {"name": "fedmagic"}}, "strategy.name", "'fedmagic'", "one of"),
     ({"strategy": {"name": "fedavg", "beta_1": 0.9}}, "strategy.beta_1", "0.9", "a known key"),
     ({"strategy": {"min_clients": 9}, "simulation": {"data": "x.csv"}}, "strategy.min_clients", "9", "at most"),
-    ({"privacy": {"mode": "none", "target_epsilon": 8.0}}, "privacy.target_epsilon", "8.0", "a mode other than none"),
+    (
+        {"privacy": {"mode": "none", "target_epsilon": 8.0}},
+        "privacy.target_epsilon",
+        "8.0",
+        'left out while privacy.mode is "none"',
+    ),
     ({"privacy": {"mode": "wishful"}}, "privacy.mode", "'wishful'", "none"),
     ({"run": {"name": "../../etc/x"}}, "run.name", "'../../etc/x'", "pattern"),
     ({"run": {"rounds": 0}}, "run.rounds", "0", "greater than or equal to 1"),

@@ -7,7 +7,7 @@ from tsugiki.common.data.shard import read
 from tsugiki.common.errors import DataError
 from tsugiki.common.settings import DataFormat
 
-PRIVATE = "patient Jane hf_abc"
+PRIVATE = "Patient Jane hf_abc"
 GOOD = f"{PRIVATE},no\n{PRIVATE},yes\n"
 
 

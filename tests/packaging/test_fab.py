@@ -59,7 +59,7 @@ def tree(tmp_path):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in SECRETS:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_text("patient Jane hf_abc")
+        (target / name).write_text("Patient Jane hf_abc")
     return target
 
 

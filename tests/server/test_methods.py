@@ -61,7 +61,7 @@ def test_a_setting_that_does_not_go_says_what_would(bert):
     for key, value in (("rank", 33), ("target_modules", ["nope"])):
         listed = menu(parse({"model": {"name": str(bert)}, "adapter": {"method": "lora", key: value}}))
         reason[key] = listed.pairs["sequence-classification"]["lora"].reason
-    assert reason["rank"] == "adapter.rank = 33; expected at most 32, the width of the layers"
+    assert reason["rank"] == "adapter.rank = 33 is too large; expected at most 32, the width of the layers"
     assert "expected some of dense, key, query, value" in reason["target_modules"]
 
 

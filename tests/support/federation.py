@@ -27,8 +27,8 @@ from tsugiki.common.config.run import RunConfig
 from tsugiki.server.run.federation import Outcome
 from tsugiki.server.run.simulate import SimulatedApp, simulate
 
-CANARY = "patient Jane hf_abc123"
-CANARIES = ("patient Jane", "patient jane", "hf_abc123")
+CANARY = "Patient Jane hf_abc123"
+CANARIES = ("Patient Jane", "patient jane", "hf_abc123")
 
 
 @functools.cache

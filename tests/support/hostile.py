@@ -11,7 +11,7 @@ from tsugiki.client.node.channel import RunOver
 from tsugiki.client.node.connection import Connection
 from tsugiki.client.training import cohort
 
-PRIVATE = "patient Jane hf_abc123"
+PRIVATE = "Patient Jane hf_abc123"
 
 
 def replay() -> None:

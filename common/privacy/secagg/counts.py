@@ -28,7 +28,7 @@ def fewest_sites(counts: Mapping[str, int], min_clients: int, min_sites: int = 2
         left, sites = left - count, sites + 1
     if left > 0 or len(counts) < min_sites:
         raise SecureAggregationError(
-            f"{sum(counts.values())} clients at {len(counts)} sites",
+            f"{sum(counts.values())} clients at {len(counts)} sites are too few",
             f"{min_clients} clients at {min_sites} sites or more",
             code="secagg-too-few",
         )

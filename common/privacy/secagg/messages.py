@@ -82,12 +82,12 @@ class ClientState:
         """
         step, threshold = fields.get("step"), fields.get("threshold")
         if not isinstance(step, str) or step not in _SECRETS or type(threshold) is not int:
-            raise malformed("a stored state without its step and threshold", "what to_dict returned")
+            raise malformed("a stored state lacks its step or its threshold", "what to_dict returned")
         secrets = {name: exactly(fields.get(name), SECRET_BYTES) for name in _SECRETS[step]}
         (name,) = check_names([fields.get("name")])
         keys, held = from_fields("keys", fields, KEYS_BYTES), from_fields("held", fields, HELD_BYTES)
         if (name in held) != (step in ("shares", "received", "masked")):
-            raise malformed("a stored state with other shares than its step has", "what to_dict returned")
+            raise malformed("a stored state has other shares than its step", "what to_dict returned")
         session = exactly(fields.get("session"), SESSION_BYTES)
         return cls(session, name, step, threshold=threshold, keys=keys, held=held, **secrets)
 
@@ -117,7 +117,7 @@ class Answer:
         """
         answer = cls(*(from_fields(name, fields, SECRET_BYTES) for name in ("seeds", "mask_keys")))
         if set(answer.seeds) != set(survivors) or set(answer.mask_keys) != set(dropped):
-            raise malformed("shares of others than were asked for", "one for each name in the lists")
+            raise malformed("the shares are of other clients than were asked for", "one for each name in the lists")
         return answer
 
 
@@ -140,25 +140,25 @@ def from_fields(prefix: str, fields: Mapping[str, Any], size: int) -> dict[str, 
     """
     names, values = check_names(fields.get(f"{prefix}_names", [])), fields.get(f"{prefix}_values", [])
     if not isinstance(values, list) or len(values) != len(names):
-        raise malformed(f"{len(names)} names and another number of {prefix}", "one each")
+        raise malformed(f"{len(names)} names came with another number of {prefix}", "one for each name")
     return {name: exactly(value, size) for name, value in zip(names, values, strict=True)}
 
 
 def check_names(names: Any) -> list[str]:
     """Return received names if all of them are names, none stands there twice, and they are not too many."""
     if not isinstance(names, list) or len(names) > MOST_CLIENTS:
-        raise malformed("no list of names, or a long one", f"at most {MOST_CLIENTS}")
+        raise malformed("the names are no list, or too many", f"a list of at most {MOST_CLIENTS}")
     if not all(isinstance(name, str) and re.fullmatch(NAME_PATTERN, name) for name in names):
-        raise malformed("a client's name that is no name", NAME_PATTERN)
+        raise malformed("a client's name is not valid", f"a name that matches {NAME_PATTERN}")
     if len(set(names)) != len(names):
-        raise malformed("a client's name that stands there twice", "each once")
+        raise malformed("a client's name is in the list twice", "each name once")
     return names
 
 
 def exactly(value: Any, size: int) -> bytes:
     """Return a received value if it is bytes of this size."""
     if not isinstance(value, bytes) or len(value) != size:
-        raise malformed("a key, share or id of another size", f"{size} bytes")
+        raise malformed("a key, share or id has another size", f"{size} bytes")
     return value
 
 

@@ -83,7 +83,7 @@ def agree(private: bytes, public: bytes, session: bytes, purpose: str, names: tu
     try:
         shared = own.exchange(X25519PublicKey.from_public_bytes(_secret(public)))
     except ValueError:
-        raise SecureAggregationError("a public key of low order", "an X25519 key", code="secagg-message") from None
+        raise SecureAggregationError("a public key has a low order", "an X25519 key", code="secagg-message") from None
     return derive(shared, session, purpose, *names)
 
 
@@ -166,7 +166,9 @@ def stream(key: bytes, size: int, bits: int) -> Ring:
 def _secret(value: bytes) -> bytes:
     """Return 32 bytes, and nothing shorter or longer."""
     if len(value) != SECRET_BYTES:
-        raise SecureAggregationError(f"a key or share of {len(value)} bytes", f"{SECRET_BYTES}", code="secagg-message")
+        raise SecureAggregationError(
+            f"a key or share has {len(value)} bytes", f"{SECRET_BYTES} bytes", code="secagg-message"
+        )
     return value
 
 

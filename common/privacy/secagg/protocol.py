@@ -69,9 +69,9 @@ def threshold(clients: int, n_min: int) -> int:
         SecureAggregationError: `secagg-too-few`, or `secagg-message` for more than 255.
     """
     if clients > MOST_CLIENTS:
-        raise malformed(f"{clients} clients", f"at most {MOST_CLIENTS}")
+        raise malformed(f"{clients} clients are too many", f"at most {MOST_CLIENTS}")
     if clients < 2 or not 1 <= n_min <= clients:
-        raise too_few(f"{clients} clients, where a sum takes {n_min}", "at least 2, and as many as a sum takes")
+        raise too_few(f"{clients} clients are too few for a sum of {n_min}", "at least 2, and as many as a sum takes")
     return max(n_min, clients // 2 + 1)
 
 
@@ -105,7 +105,7 @@ def make_shares(state: ClientState, keys: Mapping[str, bytes], n_min: int) -> tu
     names = sorted(check_names(list(keys)))
     halves = [half for name in names for half in _halves(exactly(keys[name], KEYS_BYTES))]
     if len(set(halves)) != len(halves):
-        raise malformed("a public key that stands in the list twice", "keys made for this session")
+        raise malformed("a public key is in the list twice", "keys made for this session")
     if keys.get(state.name) != state.public_keys:
         raise refused("this client's own keys are not in the list", "the keys that it sent")
     needed, seed = threshold(len(names), n_min), os.urandom(SECRET_BYTES)
@@ -133,9 +133,9 @@ def receive_shares(state: ClientState, sealed: Mapping[str, bytes]) -> ClientSta
     """
     _expect(state, "shares")
     if set(check_names(list(sealed))) - set(state.keys):
-        raise malformed("sealed shares of a client that announced no keys", "those of clients in the list")
+        raise malformed("sealed shares are of a client that announced no keys", "shares of clients in the list")
     if len(sealed) + 1 < state.threshold:
-        raise too_few(f"{len(sealed) + 1} clients have made shares", f"at least {state.threshold}")
+        raise too_few(f"only {len(sealed) + 1} clients have made shares", f"at least {state.threshold}")
     held = dict(state.held)
     for sender, value in sealed.items():
         key = _sealing_key(state, state.keys, sender)
@@ -183,13 +183,13 @@ def answer_unmask(
     _expect(state, "masked")
     alive, gone = set(check_names(survivors)), set(check_names(dropped))
     if alive & gone:
-        raise refused("a client is said to have survived and to have dropped", "one of both")
+        raise refused("a client is said to have survived and to have dropped", "one of the two")
     if alive | gone != state.held.keys():
         raise refused("the lists are not the clients of this session", "all that exchanged shares, and no other")
     if state.name not in alive:
         raise refused("this client is not among the survivors", "a sum with its own vector in it")
     if len(alive) < max(n_min, state.threshold):
-        raise too_few(f"a sum of {len(alive)} clients", f"at least {max(n_min, state.threshold)}")
+        raise too_few(f"a sum of {len(alive)} clients is too small", f"at least {max(n_min, state.threshold)}")
     answer = Answer(
         {name: _halves(state.held[name])[0] for name in sorted(alive)},
         {name: _halves(state.held[name])[1] for name in sorted(gone)},
@@ -230,7 +230,7 @@ def unmask(
     if alive & gone or not alive | gone <= keys.keys() or not answers.keys() <= alive:
         raise refused("the lists overlap, or name clients without keys", "survivors, who answer, and dropped clients")
     if needed < threshold(len(keys), 1):  # would put together other secrets, unnoticed
-        raise refused(f"{needed} shares for a secret", "what threshold() returned")
+        raise refused(f"{needed} shares are another number than a secret takes", "what threshold() returned")
     numbered = {number: answers[name] for number, name in enumerate(sorted(keys), 1) if name in answers}
     opened = ring.reduce(total, bits)
     for name in sorted(alive):
@@ -250,7 +250,7 @@ def _recover(name: str, shares: Mapping[int, Mapping[str, bytes]], needed: int) 
     """Return a client's secret from the first `needed` shares of it among the answers, which are keyed by index."""
     found = [(index, shares[index][name]) for index in sorted(shares) if name in shares[index]]
     if len(found) < needed:
-        raise too_few(f"{len(found)} shares of the secret of {name!r}", f"at least {needed}")
+        raise too_few(f"only {len(found)} shares of the secret of {name!r} came", f"at least {needed}")
     return masks.combine(dict(found[:needed]))
 
 
@@ -277,4 +277,4 @@ def _halves(value: bytes) -> tuple[bytes, bytes]:
 def _expect(state: ClientState, step: str) -> None:
     """Refuse what is asked out of turn, or a second time."""
     if state.step != step:
-        raise refused(f"asked out of turn: this client's last step was {state.step!r}", f"{step!r}")
+        raise refused(f"this step is out of turn: the client's last one was {state.step!r}", f"{step!r}")

@@ -73,11 +73,11 @@ def _check(exported: Exported, base: Base, template: Template) -> None:
     settings = exported.make_task().settings
     name, objective = settings.name, getattr(settings, "objective", "")
     if name != "preference" or objective != "reward" or exported.heads != (HEAD,):
-        what = f"a {name} adapter{f' of the objective {objective}' if objective else ''} used as a reward"
+        what = f"a {name} adapter{f' of the objective {objective}' if objective else ''} cannot be a reward"
         expected = 'an export of a run with task.name = "preference" and objective = "reward", with its head'
     elif not same_template(base.tokenizer, template, settings.template):
-        what = f"a reward of prompts in the template {settings.template!r}, where task.template = {template!r}"
-        expected = "prompts as the reward has seen them"
+        what = f"the reward has seen prompts in the template {settings.template!r}, and task.template is {template!r}"
+        expected = "the template that the reward has seen"
     else:
         return
     raise ModelError(what, expected, "set task.reward_adapter and task.template to match", code="reward-adapter")

@@ -55,7 +55,9 @@ def judge(base: Base, prompts: list[Tokens], uniforms: torch.Tensor, temperature
     import torch
 
     if base.judge is None:
-        raise ModelError("no reward model was loaded", "one", "set task.reward_adapter", code="adapter-missing")
+        raise ModelError(
+            "no reward model was loaded", "a reward model", "set task.reward_adapter", code="adapter-missing"
+        )
     with torch.no_grad(), at_rest(base.network):
         drawn = draw(base, prompts, uniforms, temperature)
         device = drawn.logps.device

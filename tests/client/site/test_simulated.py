@@ -61,7 +61,7 @@ def test_a_skewed_split_needs_labels(tmp_path):
     (tmp_path / "pairs.csv").write_text("anchor,positive\n" + "a,b\n" * 20)
     simulation = {"partition": "dirichlet", "data": str(tmp_path / "pairs.csv")}
     sections = {"task": {"name": "sentence-embedding", "loss": "multiple-negatives"}, "evaluation": {"data": ""}}
-    with pytest.raises(ConfigError, match="a task with a label column"):
+    with pytest.raises(ConfigError, match="where a task has no label column"):
         parts(tiny_config(tmp_path, simulation=simulation, **sections))
 
 

@@ -45,7 +45,7 @@ def test_targets_given_are_the_targets():
 @pytest.mark.parametrize("settings", [{"target_modules": ("nope",)}, {"feedforward_modules": ("key", "nope")}])
 def test_unknown_targets_list_the_candidates(settings):
     """Catches: a layer that is silently left out; a name taken for a pattern."""
-    with pytest.raises(ModelError, match=r"nope for the architecture 'bert'\. expected some of dense, key") as caught:
+    with pytest.raises(ModelError, match=r"nope for the architecture 'bert'\. Expected some of dense, key") as caught:
         attach(make(), **settings)
     assert caught.value.code == "adapter-targets"
 

@@ -67,8 +67,8 @@ def test_unknown_targets_list_the_candidates(targets, named):
         attach(make(), target_modules=targets)
     assert caught.value.code == "adapter-targets"
     assert str(caught.value) == (
-        f"adapter.target_modules: {named} for the architecture 'bert'. expected some of dense, key, query, value. "
-        "Do: set adapter.target_modules."
+        f"adapter.target_modules names {named} for the architecture 'bert'. Expected some of dense, key, query, value. "
+        "Try: set adapter.target_modules."
     )
 
 
@@ -98,7 +98,7 @@ def test_a_rank_larger_than_the_layers_are_wide(rank, fits):
     if fits:
         attach(make(), rank=rank)
         return
-    with pytest.raises(ModelError, match=f"adapter.rank = {rank}. expected at most 16") as caught:
+    with pytest.raises(ModelError, match=f"adapter.rank = {rank} is too large. Expected at most 16") as caught:
         attach(make(), rank=rank)
     assert caught.value.code == "adapter-rank"
 
@@ -139,7 +139,7 @@ def test_the_orthogonal_start_is_away_from_zero_and_takes_an_even_rank():
     """Catches: B at zero; peft's own ValueError in the middle of a start."""
     _, model = attach(make(), rank=4, init="orthogonal")
     assert all(value.any() for name, value in trained(model).items() if "lora_B" in name)
-    with pytest.raises(ValidationError, match=r"an even adapter\.rank"):
+    with pytest.raises(ValidationError, match=r"an even rank"):
         LoraSettings(rank=3, init="orthogonal")
 
 

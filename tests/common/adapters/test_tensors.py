@@ -25,9 +25,9 @@ def test_all_tensors_are_set_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        ({"a": torch.ones(2)}, "'b': none"),
-        ({"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(2)}, "'c': shape"),
-        ({"a": torch.ones(2), "b": torch.ones(1)}, r"'b': shape \(1,\)"),
+        ({"a": torch.ones(2)}, "has nothing for the tensor 'b'"),
+        ({"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(2)}, "has shape .* for the tensor 'c'"),
+        ({"a": torch.ones(2), "b": torch.ones(1)}, r"has shape \(1,\) for the tensor 'b'"),
     ],
 )
 def test_nothing_is_set_unless_all_fits(found, words):

@@ -251,7 +251,7 @@ def test_a_missing_variable_is_one_problem_among_others(tmp_path, monkeypatch):
     file.write_text('[run]\nrounds = 0\n[simulation]\ndata = "${DATA}/a.csv"\n[evaluation]\ndata = "$DATA/b.csv"\n')
     found = refused(read, file)
     assert set(found) == {"run.rounds", "simulation.data", "evaluation.data"}
-    assert found["evaluation.data"].expected == "a set environment variable"
+    assert found["evaluation.data"].expected == "a path whose environment variables are set"
 
 
 @pytest.mark.parametrize("content", [None, b"[run\n", b"\xff\xfe", b"a = 1\na = 2\n"])

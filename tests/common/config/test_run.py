@@ -77,7 +77,7 @@ def test_every_problem_at_once():
             "servre",
         ),
     }
-    assert str(found["run.rounds"]) == "run.rounds = 0: expected greater than or equal to 1."
+    assert str(found["run.rounds"]) == "run.rounds = 0: must be greater than or equal to 1."
     assert found["strategy.name"].value == "'fedsgd'"
     assert found["strategy.name"].expected.startswith("one of fedadam, fedavg,")
 
@@ -224,7 +224,7 @@ def test_an_unknown_name_becomes_a_problem_in_its_section():
 
 @pytest.mark.parametrize(
     ("method", "reason"),
-    [("adalora", "its shapes change during training"), ("pissa", "it rewrites the base's weights")],
+    [("adalora", "adalora's shapes change during training"), ("pissa", "pissa rewrites the base's weights")],
 )
 def test_methods_that_cannot_be_averaged_are_refused_with_the_reason(method, reason):
     """Catches: a bare list of names for somebody who asks for a method that peft has."""
@@ -236,7 +236,7 @@ def test_methods_that_cannot_be_averaged_are_refused_with_the_reason(method, rea
 
 def test_pissa_is_refused_with_the_reason_where_peft_has_it_too():
     """Catches: a bare list of names for somebody who writes what peft calls an initialisation."""
-    with pytest.raises(ConfigError, match="it rewrites the base's weights") as caught:
+    with pytest.raises(ConfigError, match="pissa rewrites the base's weights") as caught:
         parse({"adapter": {"method": "lora", "init": "pissa_niter_4"}})
     assert [problem.key for problem in caught.value.problems] == ["adapter.init"]
 

@@ -20,7 +20,7 @@ from tsugiki.common.settings import DataFormat
 
 COLUMNS = (Column("image", "image"), Column("label", "label"))
 LABELS = ("0", "1", "2")
-PRIVATE = "patient Jane hf_abc"
+PRIVATE = "Patient Jane hf_abc"
 GREY = np.random.default_rng(1).integers(0, 256, (5, 4, 6)).astype(np.uint8)
 COLOURED = np.random.default_rng(2).integers(0, 256, (5, 4, 6, 3)).astype(np.uint8)
 NUMBERS = [2, 0, 1, 1, 0]

@@ -107,7 +107,7 @@ def test_alpha_out_of_range(alpha):
 @pytest.mark.parametrize(("clients", "min_rows"), [(0, 1), (-1, 1), (11, 0), (3, 4)])
 def test_contradictory_requests(clients, min_rows):
     """Catches: a hundred draws, or a ValueError of NumPy, for what can never be met."""
-    with pytest.raises(DataError, match=r"10 rows for|clients = ") as caught:
+    with pytest.raises(DataError, match=r"10 rows are too few for|clients = ") as caught:
         dirichlet([0, 1] * 5, clients, 1.0, min_rows, 0)
     assert caught.value.code == "shard-partition"
     with pytest.raises(DataError, match="clients"):

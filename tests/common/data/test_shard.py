@@ -10,7 +10,7 @@ from tsugiki.common.settings import DataFormat
 TEXT, LABEL, SCORE = Column("text", "text"), Column("label", "label"), Column("score", "score")
 CLASSIFIED = (TEXT, LABEL)
 LABELS = ("no", "yes")
-PRIVATE = "patient Jane hf_abc"
+PRIVATE = "Patient Jane hf_abc"
 
 
 def write(folder, name, content):

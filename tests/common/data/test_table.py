@@ -10,7 +10,7 @@ from tsugiki.common.data.table import Request, class_numbers, load
 from tsugiki.common.errors import DataError
 from tsugiki.common.settings import DataFormat
 
-PRIVATE = "patient Jane hf_abc"
+PRIVATE = "Patient Jane hf_abc"
 NAMES = {"text": "text", "label": "label"}
 
 

@@ -37,7 +37,7 @@ CASES = {
         "privacy.delta",
         "1e-03",
     ),
-    "a sum of one": (HIDDEN, {"strategy": {"min_clients": 1}}, "strategy.min_clients", "hides nothing"),
+    "a sum of one": (HIDDEN, {"strategy": {"min_clients": 1}}, "strategy.min_clients", "raise it"),
     "too few sites": (
         {**HIDDEN, "min_sites": 4},
         {"simulation": {"data": "x.csv", "clients": 30, "clients_per_site": 10}, "strategy": {"min_clients": 30}},
@@ -142,7 +142,7 @@ def test_a_right_run_has_no_problems():
 def test_metrics_of_rows_under_dp_sgd_are_refused():
     """Catches: exact metrics of rows that DP-SGD is to protect, because no client-level mode is on."""
     raw = {"privacy": {"examples": {"noise_multiplier": 1.0}}, "evaluation": {"at_sites": True}}
-    with pytest.raises(ConfigError, match=r"evaluation\.at_sites = true: expected false with DP-SGD"):
+    with pytest.raises(ConfigError, match=r"evaluation\.at_sites = true: must be false with DP-SGD"):
         parse(raw)
 
 
@@ -156,5 +156,5 @@ def test_more_sites_than_a_sum_holds_are_refused(each, fits):
     if fits:
         assert parse(raw).privacy.secure_aggregation
         return
-    with pytest.raises(ConfigError, match="at most 255 sites in a sum, not 300"):
+    with pytest.raises(ConfigError, match="with 300 sites: a sum has at most 255"):
         parse(raw)

@@ -117,8 +117,8 @@ def test_packing_copies_and_unpacking_does_not():
     [
         ({"b.bias": None}, "'b.bias' is missing"),
         ({"c": np.zeros(1, np.float32)}, "'c' is not part of the spec"),
-        ({"b.bias": np.zeros((4, 1), np.float32)}, r"'b.bias' has shape \(4, 1\). expected \(4,\)"),
-        ({"a.weight": np.zeros((3, 2), np.float32)}, r"'a.weight' has shape \(3, 2\). expected \(2, 3\)"),
+        ({"b.bias": np.zeros((4, 1), np.float32)}, r"'b.bias' has shape \(4, 1\). Expected \(4,\)"),
+        ({"a.weight": np.zeros((3, 2), np.float32)}, r"'a.weight' has shape \(3, 2\). Expected \(2, 3\)"),
     ],
 )
 def test_pack_refuses_other_tensors(change, message):
@@ -131,7 +131,7 @@ def test_pack_refuses_other_tensors(change, message):
 @pytest.mark.parametrize("shape", [(SIZE - 1,), (SIZE + 1,), (SIZE, 1), (1, SIZE), ()])
 def test_unpack_refuses_another_length(shape):
     """Catches: a vector that fills only some tensors, or one that broadcasts."""
-    with pytest.raises(SpecError, match=r"expected \(12,\)"):
+    with pytest.raises(SpecError, match=r"Expected \(12,\)"):
         unpack(np.zeros(shape, np.float32), SPEC)
 
 

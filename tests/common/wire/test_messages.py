@@ -89,7 +89,9 @@ def test_types_are_exactly_those(kind):
     }
     for field in dataclasses.fields(kind):
         for value in wrong[field.type]:
-            with pytest.raises(WireError, match=f"^{field.name} in {kind.__name__} has another type") as caught:
+            with pytest.raises(
+                WireError, match=f"^The field {field.name} in {kind.__name__} has another type"
+            ) as caught:
                 from_record(kind, content(kind, **{field.name: value}))
             assert caught.value.code == "type"
 

@@ -44,7 +44,7 @@ def test_the_same_seed_gives_the_same_data(data):
 
 def test_no_rows_are_refused():
     """Catches: an empty company."""
-    with pytest.raises(UsageError, match=r"0 rows for each company\. expected 1 or more"):
+    with pytest.raises(UsageError, match=r"0 rows for each company are too few\. Expected 1 or more"):
         generate(7, 0)
 
 
@@ -145,5 +145,5 @@ def test_the_files_are_what_the_tasks_read(data, tmp_path):
 def test_a_folder_that_cannot_be_written(data, tmp_path):
     """Catches: a traceback."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="the demo's data cannot be written"):
+    with pytest.raises(StorageError, match="The demo's data cannot be written"):
         write(tmp_path / "file", data)

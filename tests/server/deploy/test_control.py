@@ -35,7 +35,7 @@ def operator(child):
 
 
 def status_of(operator, run_id):
-    """Return what the SuperLink says of a run."""
+    """Return what The SuperLink says of a run."""
     return operator._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status
 
 
@@ -116,5 +116,5 @@ def test_a_bad_key_keeps_nobody_else_out(operator, tmp_path):
 
 def test_what_the_superlink_refuses_is_an_error_of_ours(operator):
     """Catches: a run id of nothing, and a wait for a run that never starts."""
-    with pytest.raises(DeployError, match="the SuperLink says"):
+    with pytest.raises(DeployError, match="The SuperLink says"):
         operator.submit(b"no bundle", {})

@@ -43,7 +43,7 @@ def test_a_wrong_file_is_refused_before_training(tmp_path):
 def test_a_monitor_that_the_file_does_not_give_is_refused_before_training(tmp_path):
     """Catches: a KeyError after the first round, in a folder that can then neither start nor resume."""
     config = tiny_config(tmp_path, evaluation={"monitor": "eval_speed"})
-    with pytest.raises(ConfigError, match=r"evaluation\.monitor = 'speed': expected one of accuracy, macro_f1, loss"):
+    with pytest.raises(ConfigError, match=r"evaluation\.monitor = 'speed': must be one of accuracy, macro_f1, loss"):
         make_evaluator(loaded(config), config)
 
 

@@ -108,7 +108,7 @@ def test_what_is_no_reward_is_refused(base_folder, tmp_path):
     policy = export_of(base_folder, tmp_path / "policy", {"name": "causal-lm", "max_length": 32})
     error = refused(base_folder, policy)
     assert error.code == "reward-adapter"
-    assert "a causal-lm adapter used as a reward" in str(error)
+    assert "A causal-lm adapter cannot be a reward" in str(error)
     dpo = export_of(base_folder, tmp_path / "dpo", {**REWARD, "objective": "dpo"})
     assert refused(base_folder, dpo).code == "reward-adapter"
     (policy / EXPORTED_FILE).unlink()
