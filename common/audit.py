@@ -40,7 +40,8 @@ class AuditLog:
         }
         record["hash"] = _hash(record)
         append_line(self._path, record)
-        self._last, self._sequence = record["hash"], self._sequence + 1
+        self._last = record["hash"]
+        self._sequence = self._sequence + 1
 
 
 def verify(path: Path) -> list[dict[str, Any]]:
@@ -49,7 +50,8 @@ def verify(path: Path) -> list[dict[str, Any]]:
     Raises:
         StorageError: `audit-broken`, with the first line that does not follow from the one before it.
     """
-    records, previous = read_lines(path), _START
+    records = read_lines(path)
+    previous = _START
     for number, record in enumerate(records):
         body = {key: value for key, value in record.items() if key != "hash"}
         linked = record.get("previous") == previous and record.get("sequence") == number

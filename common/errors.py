@@ -208,23 +208,27 @@ class TsugikiError(Exception):
     """The root of the tree.
 
     Args:
-        what: what was wrong with which value.
+        problem: what was wrong with which value.
         expected: what would have been right.
-        do: what to do now.
+        hint: what to do now.
         code: a more precise code than the class's own.
     """
 
     code: Code = "failed"
     exit_status = 1
 
-    def __init__(self, what: str, expected: str = "", do: str = "", *, code: Code | None = None) -> None:
-        self.what, self.expected, self.do = what, expected, do
+    def __init__(self, problem: str, expected: str = "", hint: str = "", *, code: Code | None = None) -> None:
+        self.problem = problem
+        self.expected = expected
+        self.hint = hint
         self.code = code or type(self).code
-        super().__init__(what, expected, do)
+        super().__init__(problem, expected, hint)
 
     def __str__(self) -> str:
         """Return the three parts as sentences: `No server. Expected --server HOST:PORT. Try: ...`."""
-        return _sentences(self.what, self.expected and f"Expected {self.expected}", self.do and f"Try: {self.do}")
+        return _sentences(
+            self.problem, self.expected and f"Expected {self.expected}", self.hint and f"Try: {self.hint}"
+        )
 
 
 class UsageError(TsugikiError):
@@ -241,11 +245,11 @@ class Problem:
     key: str
     value: str
     expected: str
-    do: str = ""
+    hint: str = ""
 
     def __str__(self) -> str:
         """Return one line: `train.rank = 0: must be ... Try: ...`."""
-        return _sentences(f"{self.key} = {self.value}: must be {self.expected}", self.do and f"Try: {self.do}")
+        return _sentences(f"{self.key} = {self.value}: must be {self.expected}", self.hint and f"Try: {self.hint}")
 
 
 class ConfigError(TsugikiError):
@@ -255,13 +259,14 @@ class ConfigError(TsugikiError):
     exit_status = 2
 
     def __init__(self, source: str, problems: list[Problem]) -> None:
-        self.source, self.problems = source, tuple(problems)
+        self.source = source
+        self.problems = tuple(problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(f"{source}: {count}", "", "")
 
     def __str__(self) -> str:
         """Return the headline and a line for each problem."""
-        return "\n".join([f"{self.what}", *(f"  {problem}" for problem in self.problems)])
+        return "\n".join([f"{self.problem}", *(f"  {problem}" for problem in self.problems)])
 
 
 class RegistryError(TsugikiError):

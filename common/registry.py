@@ -68,8 +68,8 @@ class Registry(Generic[T]):
 
         def enter(entry: T) -> T:
             if name in self._entries:
-                what = f"{self.kind} {name!r} is registered twice"
-                raise RegistryError(what, "one class for each name", code="name-taken")
+                problem = f"{self.kind} {name!r} is registered twice"
+                raise RegistryError(problem, "one class for each name", code="name-taken")
             if self._base is not None:
                 _check(self.kind, name, entry, self._base)
             self._entries[name] = entry
@@ -123,7 +123,7 @@ class Registry(Generic[T]):
         except (Exception, SystemExit) as error:  # noqa: BLE001  # another's module may fail in any way
             for registry, entries in before:
                 registry._entries = entries
-            problem = error.what if isinstance(error, RegistryError) else f"{type(error).__name__}: {error}"
+            problem = error.problem if isinstance(error, RegistryError) else f"{type(error).__name__}: {error}"
             problem = " ".join(problem.split())[:200]
             log.warning("%s is left out: its %s (%s) could not be loaded: %s", package, self.kind, entry, problem)
             return Plugin(package, entry, problem)
@@ -155,5 +155,7 @@ def _check(kind: str, name: str, entry: Any, base: type) -> None:
         problem = "without a class `Settings`"
     else:
         return
-    what = f"the {kind} {name!r} is {problem}"
-    raise RegistryError(what, f"a subclass of {base.__name__} with all its methods and this name", code="entry-invalid")
+    problem = f"the {kind} {name!r} is {problem}"
+    raise RegistryError(
+        problem, f"a subclass of {base.__name__} with all its methods and this name", code="entry-invalid"
+    )

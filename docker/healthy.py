@@ -19,9 +19,9 @@ def sockets() -> list[tuple[int, int, str]]:
     ]
 
 
-def healthy(what: str, port: int) -> bool:
+def healthy(problem: str, port: int) -> bool:
     """Return whether a server listens on a port, or a client is connected to one."""
-    if what == "server":
+    if problem == "server":
         return any(here == port and state == LISTEN for here, _, state in sockets())
     return any(there == port and state == ESTABLISHED for _, there, state in sockets())
 

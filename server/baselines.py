@@ -22,7 +22,7 @@ from tsugiki.common.files import read_lines, write_atomically
 from tsugiki.common.model.load import load_graft
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid
-from tsugiki.server.run.evaluate import evaluate_untouched, make_evaluator
+from tsugiki.server.run.evaluate import evaluate_base, make_evaluator
 from tsugiki.server.run.federation import run_federation
 from tsugiki.server.run.progress import Progress
 from tsugiki.server.run.simulate import SimulatedApp
@@ -102,7 +102,7 @@ def run_baselines(
     results: dict[str, Any] = {}
     if "untouched" in kinds:
         progress.note("baseline: the untouched base model")
-        results["untouched"] = evaluate_untouched(graft, config)
+        results["untouched"] = evaluate_base(graft, config)
 
     def train_alone(alone: RunConfig, name: str, app: ClientApp) -> Metrics:
         progress.note(f"baseline: {name}")

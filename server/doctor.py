@@ -52,7 +52,8 @@ def _library(name: str) -> Finding:
     # Extras come last in the list, and may name a library again without its range.
     wanted = {found.name: found for found in reversed([Requirement(text) for text in _requirements()])}
     asked = str(wanted.get(name, name)).split(";")[0]
-    needed, advice = name not in _OPTIONAL, f"pip install '{_OPTIONAL.get(name, asked)}'"
+    needed = name not in _OPTIONAL
+    advice = f"pip install '{_OPTIONAL.get(name, asked)}'"
     try:
         found = version(name)
     except PackageNotFoundError:

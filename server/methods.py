@@ -25,7 +25,7 @@ OPTIMISER_BYTES = 4 + 4 + 8
 
 
 @dataclass(frozen=True)
-class Pair:
+class Combination:
     """A task with a method on a base.
 
     Args:
@@ -42,7 +42,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Menu:
+class Compatibility:
     """What can be chosen on a base.
 
     Args:
@@ -53,7 +53,7 @@ class Menu:
 
     base: str
     base_bytes: int
-    pairs: dict[str, dict[str, Pair]]
+    pairs: dict[str, dict[str, Combination]]
 
     @property
     def trained_bytes(self) -> int:
@@ -66,7 +66,7 @@ class Menu:
         return {"base": self.base, "base_bytes": self.base_bytes, "pairs": pairs}
 
 
-def menu(config: RunConfig, watch: Callable[[str], None] = lambda task: None) -> Menu:
+def compatibility(config: RunConfig, watch: Callable[[str], None] = lambda task: None) -> Compatibility:
     """Return every pair of task and method on the run's base: the run's own settings where it has them, else defaults.
 
     Args:
@@ -78,7 +78,9 @@ def menu(config: RunConfig, watch: Callable[[str], None] = lambda task: None) ->
     """
     import torch
 
-    folder, pairs, size = find(config.model.name), {}, 0
+    folder = find(config.model.name)
+    pairs = {}
+    size = 0
     failed: TsugikiError | None = None
     for name in TASKS.names():
         watch(name)
@@ -88,20 +90,21 @@ def menu(config: RunConfig, watch: Callable[[str], None] = lambda task: None) ->
             with quiet_libraries():
                 base = load_base(task, folder, getattr(torch, config.model.dtype))
         except TsugikiError as error:
-            pairs[name], failed = dict.fromkeys(ADAPTERS.names(), Pair(reason=_reason(error))), error
+            pairs[name] = dict.fromkeys(ADAPTERS.names(), Combination(reason=_reason(error)))
+            failed = error
             continue
         size = max(size, weight_bytes(base, config.model.quantization))
         pairs[name] = {method: _pair(config, task, base, folder, method) for method in ADAPTERS.names()}
     if failed is not None and not size:
         raise failed
-    return Menu(config.model.exported_name or config.model.name, size, pairs)
+    return Compatibility(config.model.exported_name or config.model.name, size, pairs)
 
 
-def _pair(config: RunConfig, task: Task, base: Base, folder: Path, name: str) -> Pair:
+def _pair(config: RunConfig, task: Task, base: Base, folder: Path, name: str) -> Combination:
     """Put a method on a copy of the base's modules, which shares its tensors, and count what is trained."""
     kind = ADAPTERS.get(name)
     if reason := kind.why_not(base.transformer.config.model_type):
-        return Pair(reason=reason)
+        return Combination(reason=reason)
     method = kind(config.adapter if config.adapter.method == name else kind.Settings.model_validate({}))
     shared = {id(value): value for value in (*base.transformer.parameters(), *base.transformer.buffers())}
     asked = [value.requires_grad for value in base.transformer.parameters()]
@@ -111,9 +114,9 @@ def _pair(config: RunConfig, task: Task, base: Base, folder: Path, name: str) ->
         with quiet_libraries():
             attached = method.attach(copy.deepcopy(base.transformer, shared), base.heads)
         spec = describe(task, method, replace(base, transformer=attached), "")
-        return Pair(spec.parameters("adapter"), spec.parameters("head"), spec.size_bytes)
+        return Combination(spec.parameters("adapter"), spec.parameters("head"), spec.size_bytes)
     except TsugikiError as error:
-        return Pair(reason=_reason(error))
+        return Combination(reason=_reason(error))
     finally:
         for value, wanted in zip(base.transformer.parameters(), asked, strict=True):
             value.requires_grad_(wanted)
@@ -121,10 +124,10 @@ def _pair(config: RunConfig, task: Task, base: Base, folder: Path, name: str) ->
 
 def _reason(error: TsugikiError) -> str:
     """Return why it does not go, and what would: the first is at times no more than a setting and its value."""
-    return f"{error.what}; expected {error.expected}"
+    return f"{error.problem}; expected {error.expected}"
 
 
-def reasons(pairs: Mapping[str, Mapping[str, Pair]]) -> dict[str, int]:
+def reasons(pairs: Mapping[str, Mapping[str, Combination]]) -> dict[str, int]:
     """Return the reasons why pairs do not go together, numbered from 1 in the order of the table."""
     found = [pair.reason for method in ADAPTERS.names() for row in pairs.values() if (pair := row[method]).reason]
     return {reason: number for number, reason in enumerate(dict.fromkeys(found), 1)}

@@ -26,7 +26,7 @@ def predict(
     folder: Path,
     texts: Sequence[str],
     file: Path | None,
-    how: Generation,
+    generation: Generation,
     *,
     which: Which = "best",
     adapter: bool = True,
@@ -37,7 +37,7 @@ def predict(
         folder: the run's.
         texts: rows, for a task that asks for one text; for images, files of pictures.
         file: or a file of rows, in the run's own data format.
-        how: texts are continued.
+        generation: texts are continued.
         which: the best adapter, or that of the last checkpoint.
         adapter: False for the bare base, to compare with.
 
@@ -52,8 +52,8 @@ def predict(
     graft = open_graft(folder, config)
     rows = _rows(graft, config.data, texts, file)
     graft.write(choose(folder, config, graft, which).vector)
-    with nullcontext() if adapter else graft.untouched():
-        return graft.task.predict(graft.base, rows, how)
+    with nullcontext() if adapter else graft.adapter_disabled():
+        return graft.task.predict(graft.base, rows, generation)
 
 
 def open_adapters(folders: Sequence[Path], source: str = "") -> list[Graft]:
@@ -76,7 +76,12 @@ def open_adapters(folders: Sequence[Path], source: str = "") -> list[Graft]:
 
 
 def predict_each(
-    folders: Sequence[Path], source: str, texts: Sequence[str], file: Path | None, how: Generation, columns: str = ""
+    folders: Sequence[Path],
+    source: str,
+    texts: Sequence[str],
+    file: Path | None,
+    generation: Generation,
+    columns: str = "",
 ) -> list[dict[str, Any]]:
     """Return what each of several exported adapters makes of each row: `adapter`, its folder, and then the answer.
 
@@ -85,7 +90,7 @@ def predict_each(
         source: as `open_adapters`.
         texts: rows, for tasks that ask for one text.
         file: or a file of rows; its columns have the tasks' own names, or are mapped.
-        how: texts are continued.
+        generation: texts are continued.
         columns: maps the file's columns, as "text=sentence, text_pair=2"; numbers count from 0.
 
     Returns:
@@ -99,16 +104,16 @@ def predict_each(
     if columns and file is None:
         raise UsageError("--columns is given without --file", "a file whose columns they are", "give --file FILE")
     grafts = open_adapters(folders, source)
-    known = [column.name for graft in grafts for column in graft.task.asked]
+    known = [column.name for graft in grafts for column in graft.task.prediction_columns]
     form = _mapped(columns, known)
     try:
         rows = [_rows(graft, form, texts, file) for graft in grafts]
     except DataError as error:
         if error.code != "shard-columns":
             raise
-        do = f'say how the file calls them: --columns "{known[0]}=NAME IN THE FILE"'
-        raise DataError(error.what, error.expected, do, code=error.code) from error
-    answers = [graft.task.predict(graft.base, asked, how) for graft, asked in zip(grafts, rows, strict=True)]
+        hint = f'say how the file calls them: --columns "{known[0]}=NAME IN THE FILE"'
+        raise DataError(error.problem, error.expected, hint, code=error.code) from error
+    answers = [graft.task.predict(graft.base, asked, generation) for graft, asked in zip(grafts, rows, strict=True)]
     return [
         {"adapter": str(folder), **answer}
         for row in zip(*answers, strict=True)
@@ -121,7 +126,7 @@ def ask(
     adapters: Sequence[Path],
     source: str,
     file: Path | None,
-    how: Generation,
+    generation: Generation,
     *,
     which: Which,
     adapter: bool,
@@ -142,14 +147,14 @@ def ask(
             raise UsageError(
                 "neither a run nor an adapter is given", "one of the two", "name the run's folder, or --adapter FOLDER"
             )
-        return predict(Path(words[0]), words[1:], file, how, which=which, adapter=adapter)
+        return predict(Path(words[0]), words[1:], file, generation, which=which, adapter=adapter)
     if words and (Path(words[0]) / "config.toml").is_file():
         raise UsageError(
             f"both the run {words[0]} and --adapter are given", "one of the two", "export the run, and name its export"
         )
     if which != "best" or not adapter:
         raise UsageError("--which or --without-adapter is given with --adapter", "a run for these", "leave them out")
-    return predict_each(adapters, source, words, file, how, columns)
+    return predict_each(adapters, source, words, file, generation, columns)
 
 
 def show(found: Sequence[dict[str, Any]], as_json: bool) -> str:
@@ -199,7 +204,7 @@ def _mapped(columns: str, known: Sequence[str]) -> DataFormat:
 
 
 def _rows(graft: Graft, form: DataFormat, texts: Sequence[str], file: Path | None) -> Shard:
-    columns = graft.task.asked
+    columns = graft.task.prediction_columns
     if not columns:
         return Shard({})  # such a task refuses by itself
     names = ", ".join(column.name for column in columns)

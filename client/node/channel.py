@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 CALL_TIMEOUT_S = 20.0
 
 
-FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 10.0
+FIRST_RETRY_S = 0.5
+LONGEST_RETRY_S = 10.0
 
 
 MOST_MESSAGE_BYTES = 2**26
@@ -63,7 +64,10 @@ class Channel:
     def __init__(
         self, link: Link, keys: tuple[Any, Any], stopped: Callable[[], bool], note: Callable[[str], None]
     ) -> None:
-        self.link, self._keys, self._stopped, self._note = link, keys, stopped, note
+        self.link = link
+        self._keys = keys
+        self._stopped = stopped
+        self._note = note
         self.repeated = False
         self._channel: grpc.Channel | None = None
         self._open()
@@ -111,12 +115,15 @@ class Channel:
         """
         from tsugiki.client.node.diagnosis import refused
 
-        started, pause_s, reported = time.monotonic(), FIRST_RETRY_S, False
+        started = time.monotonic()
+        pause_s = FIRST_RETRY_S
+        reported = False
         while True:
             try:
                 answer = self.once(method, request, timeout_s)
             except grpc.RpcError as error:
-                status, details = error.code(), str(error.details())
+                status = error.code()
+                details = str(error.details())
                 if status == grpc.StatusCode.PERMISSION_DENIED:
                     raise RunOver("the run has ended") from error
                 if status == grpc.StatusCode.UNAUTHENTICATED and "node ID" in details:
@@ -126,7 +133,8 @@ class Channel:
                 self._give_up_or_wait(error, started, pause_s, reported)
                 if status == grpc.StatusCode.DEADLINE_EXCEEDED:
                     self._open()  # the old connection may lead nowhere, without anybody having closed it
-                pause_s, reported = min(2 * pause_s, LONGEST_RETRY_S), True
+                pause_s = min(2 * pause_s, LONGEST_RETRY_S)
+                reported = True
             else:
                 self.repeated = reported
                 if reported:
@@ -143,10 +151,10 @@ class Channel:
         from tsugiki.client.node.diagnosis import why_not
 
         if not reported:
-            problem = why_not(self.link)
-            if problem.code != "server-unreachable":
-                raise problem from error
-            self._note(f"{problem.what}: trying again for {self.link.retry_s:g} s")
+            cause = why_not(self.link)
+            if cause.code != "server-unreachable":
+                raise cause from error
+            self._note(f"{cause.problem}: trying again for {self.link.retry_s:g} s")
         if time.monotonic() - started + pause_s > self.link.retry_s:
             raise why_not(self.link) from error
         ends = time.monotonic() + pause_s

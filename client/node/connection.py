@@ -54,10 +54,12 @@ SLOWEST_BYTES_PER_S = 8_000.0
 """A transfer that is slower than this has stopped."""
 MOST_BYTES = 2**30
 """More than any adapter; `common/wire/arrays.py` compares with the one that was agreed."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
+FIRST_PAUSE_S = 0.02
+LONGEST_PAUSE_S = 0.5
 """Between looks at an object that the server is still uploading."""
 HEARTBEAT_TIMEOUT_S = 5.0
-HEARTBEAT_S, HEARTBEAT_INTERVAL_S = 5.0, 10.0
+HEARTBEAT_S = 5.0
+HEARTBEAT_INTERVAL_S = 10.0
 """How often, and what the server is told: Flower's shortest. After twice the interval, 20 s, a node is away for it."""
 
 AWAY_S = 2.0
@@ -77,14 +79,17 @@ class Connection:
     """
 
     def __init__(self, link: Link, stopped: Callable[[], bool], note: Callable[[str], None]) -> None:
-        self.link, self._stopped, self._note = link, stopped, note
+        self.link = link
+        self._stopped = stopped
+        self._note = note
         self.bytes_down = self.bytes_up = 0
         key = link.private_key
         private, public = (key, key.public_key()) if key is not None else generate_key_pairs()
         self._public_key = public_key_to_bytes(public)
         self._channel = Channel(link, (private, public), stopped, note)
         self._node: Node | None = None
-        self._over, self._beating = threading.Event(), threading.Lock()
+        self._over = threading.Event()
+        self._beating = threading.Lock()
         self._lost = False  # whether a message may have been
 
     @property
@@ -141,7 +146,9 @@ class Connection:
         Raises:
             RunOver: its run has ended, or it was not uploaded in time.
         """
-        run_id, ends, pause_s = envelope.metadata.run_id, time.monotonic() + timeout_s, FIRST_PAUSE_S
+        run_id = envelope.metadata.run_id
+        ends = time.monotonic() + timeout_s
+        pause_s = FIRST_PAUSE_S
         missing = list(dict.fromkeys(one.object_id for one in iterate_object_tree(tree)))
         contents: dict[str, bytes] = {}
         while missing:
@@ -183,7 +190,8 @@ class Connection:
         set_message_id(reply, reply.object_id)
         run_id = reply.metadata.run_id
         with no_object_id_recompute():
-            objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
+            objects = get_all_nested_objects(reply)
+            tree = get_object_tree(reply)
             envelope = message_to_proto(remove_content_from_message(reply) if reply.has_content() else reply)
             announced = PushMessagesRequest(
                 node=self._node,

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 PROBE_TIMEOUT_S = 4.0
 
-_EXPIRED, _NOT_YET, _WRONG_NAMES = 10, 9, (62, 64)  # X509_V_ERR_* of OpenSSL's x509_vfy.h
+_EXPIRED = 10
+_NOT_YET = 9
+_WRONG_NAMES = (62, 64)  # X509_V_ERR_* of OpenSSL's x509_vfy.h
 
 
 def why_not(link: Link) -> LinkError:
@@ -43,7 +45,8 @@ def why_not(link: Link) -> LinkError:
 def _without_tls(link: Link, raw: socket.socket) -> LinkError:
     """Return the verdict on a server that is spoken to in the clear: does it want TLS?"""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
     try:
         with context.wrap_socket(raw):

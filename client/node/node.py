@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tsugiki.client")
 
-SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 3.0
+SHORTEST_PAUSE_S = 0.02
+LONGEST_PAUSE_S = 3.0
 PAUSE_GROWTH = 1.1
 """The pause grows to a tenth of the time since the last message: so polling adds at most a tenth to a wait."""
 _ASKED_ANEW = ("query", "evaluate")

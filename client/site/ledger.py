@@ -57,5 +57,5 @@ def spend(ledger: Ledger, releases: Mapping[Adversary, tuple[Release, int]], run
     except BudgetError as error:
         code: Code = "policy-row-epsilon" if error.code == "rows-exhausted" else "policy-epsilon"
         raise PolicyError(
-            error.what, error.expected, "change [policy] in site.toml, if you agree", code=code
+            error.problem, error.expected, "change [policy] in site.toml, if you agree", code=code
         ) from error

@@ -197,5 +197,5 @@ def _allow(name: str, allowed: tuple[str, ...], setting: str, code: Code) -> Non
         )
 
 
-def _refusal(what: str, expected: str, code: Code) -> PolicyError:
-    return PolicyError(f"the run asks for {what}", expected, "change [policy] in site.toml, if you agree", code=code)
+def _refusal(problem: str, expected: str, code: Code) -> PolicyError:
+    return PolicyError(f"the run asks for {problem}", expected, "change [policy] in site.toml, if you agree", code=code)

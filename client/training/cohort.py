@@ -76,7 +76,7 @@ def train_openly(job: Job) -> tuple[Vector, Trained, int]:
     steps = 0
     for group in _train_all(job):
         if not all(map(math.isfinite, group.losses)):
-            raise TrainingError("the loss of a client is not finite", do="lower train.learning_rate", code="diverged")
+            raise TrainingError("the loss of a client is not finite", hint="lower train.learning_rate", code="diverged")
         weights = np.array([len(job.clients[name]) for name in group.names])
         total += weights @ group.updates
         loss += float(weights @ group.losses)

@@ -254,11 +254,11 @@ def _hooks() -> Any:
     try:
         from opacus.grad_sample import GradSampleHooks
     except ImportError as error:
-        raise UsageError("[privacy.examples] needs Opacus", do="pip install 'tsugiki[privacy]'") from error
+        raise UsageError("[privacy.examples] needs Opacus", hint="pip install 'tsugiki[privacy]'") from error
     finally:
         logging.root.handlers[:] = handlers  # importing Opacus sets up logging for everyone
     return GradSampleHooks
 
 
-def _unsupported(what: str, expected: str) -> TrainingError:
-    return TrainingError(f"[privacy.examples] cannot protect rows: {what}", expected, code="examples-unsupported")
+def _unsupported(problem: str, expected: str) -> TrainingError:
+    return TrainingError(f"[privacy.examples] cannot protect rows: {problem}", expected, code="examples-unsupported")

@@ -80,10 +80,10 @@ def find_rate(
             f"{lowest:g} to {highest:g} is no range of rates", "a range above 0", "`tsugiki lr-find --help`"
         )
     if TASKS.get(config.task.name).signed_loss:
-        what = (
+        problem = (
             f"a range test says nothing of {config.task.name}: its loss may be below 0, and varies with what is drawn"
         )
-        raise UsageError(what, "a task whose loss says how far it has come", "short runs with different rates")
+        raise UsageError(problem, "a task whose loss says how far it has come", "short runs with different rates")
     if central:
         one_site = {"clients": 1, "clients_per_site": 1, "partition": "iid", "column": "", "ranks": []}
         changes = {f"simulation.{key}": value for key, value in one_site.items()}

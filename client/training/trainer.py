@@ -212,7 +212,7 @@ def finite(loss: float) -> float:
         TrainingError: `diverged`, it is not finite.
     """
     if not math.isfinite(loss):
-        raise TrainingError("the loss is not finite", do="lower train.learning_rate", code="diverged")
+        raise TrainingError("the loss is not finite", hint="lower train.learning_rate", code="diverged")
     return loss
 
 

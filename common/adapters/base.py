@@ -15,7 +15,8 @@ from tsugiki.common.settings import AdapterSettings
 if TYPE_CHECKING:
     from torch import nn
 
-TRAINED, MERGED = "default", "merged"
+TRAINED = "default"
+MERGED = "merged"
 """The LoRA pair that sites train, by the name that peft gives to an only adapter; and the frozen one of `flora`."""
 
 REFUSED: Mapping[str, tuple[str, str]] = {

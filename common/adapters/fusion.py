@@ -178,9 +178,9 @@ def _read(name: str) -> _Part:
     return _Part(name, exported, settings, tensors)
 
 
-def _unfit(what: str) -> ModelError:
+def _unfit(problem: str) -> ModelError:
     return ModelError(
-        what,
+        problem,
         "exports of two or more houlsby runs with one placement, without train_layer_norm",
         "set adapter.adapters to such folders",
         code="adapter-fusion",
@@ -191,7 +191,8 @@ def _insert(place: Place, bottlenecks: Any) -> None:
     """Put an attention over frozen bottlenecks in its place, in the type and on the device of the projection."""
     from torch import nn
 
-    weight, hidden = place.projection.weight, place.projection.out_features
+    weight = place.projection.weight
+    hidden = place.projection.out_features
     fusion = nn.Module()
     for part in ("query", "key", "value"):
         matrix = nn.Linear(hidden, hidden, bias=False)

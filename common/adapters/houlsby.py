@@ -120,8 +120,10 @@ def make_bottleneck(settings: HoulsbySettings, place: Place) -> Any:
     """Return a new bottleneck for a place, in the type and on the device of the projection before it."""
     from torch import nn
 
-    weight, hidden = place.projection.weight, place.projection.out_features
-    down, up = nn.Linear(hidden, settings.bottleneck), nn.Linear(settings.bottleneck, hidden)
+    weight = place.projection.weight
+    hidden = place.projection.out_features
+    down = nn.Linear(hidden, settings.bottleneck)
+    up = nn.Linear(settings.bottleneck, hidden)
     nn.init.normal_(down.weight, std=_DOWN_STD)
     for zero in (down.bias, up.weight, up.bias):
         nn.init.zeros_(zero)

@@ -61,7 +61,8 @@ class Ia3(PeftMethod):
         from peft import IA3Config
 
         model_type = transformer.config.model_type
-        outputs, inputs = self.settings.target_modules, self.settings.feedforward_modules
+        outputs = self.settings.target_modules
+        inputs = self.settings.feedforward_modules
         layers = linear_layers(transformer, heads)
         if outputs or inputs or model_type not in _DEFAULT_TARGETS:
             check_targets((*outputs, *inputs), {name.rsplit(".", 1)[-1] for name in layers}, model_type, _KEYS)

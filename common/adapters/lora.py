@@ -184,7 +184,8 @@ def _add_merged_pair(model: Any, rank: int) -> None:
     from torch import nn
 
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
-        own, scaling = min(rank, layer.in_features, layer.out_features), layer.scaling[TRAINED]
+        own = min(rank, layer.in_features, layer.out_features)
+        scaling = layer.scaling[TRAINED]
         layer.update_layer(MERGED, own, lora_alpha=scaling * own, config=LoraConfig(r=own))
         for factor in (layer.lora_A[MERGED], layer.lora_B[MERGED]):
             nn.init.zeros_(factor.weight)

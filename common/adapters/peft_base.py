@@ -91,7 +91,8 @@ class PeftMethod(AdapterMethod):
     def save(self, transformer: Any, folder: Path, base_name: str) -> None:
         """Write a directory that `PeftModel.from_pretrained` loads."""
         config = transformer.peft_config["default"]
-        local_name, config.base_model_name_or_path = config.base_model_name_or_path, base_name
+        local_name = config.base_model_name_or_path
+        config.base_model_name_or_path = base_name
         try:
             # "auto" would ask the hub for the base's vocabulary; embeddings are frozen here anyway.
             transformer.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)

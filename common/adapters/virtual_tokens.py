@@ -103,7 +103,8 @@ class VirtualTokens(OwnMethod):
                 'set adapter.method = "lora"',
                 code="adapter-unsupported",
             )
-        base_model, config = transformer.base_model, transformer.config
+        base_model = transformer.base_model
+        config = transformer.config
         embeddings = base_model.get_input_embeddings().weight
         common = {
             "num_virtual_tokens": self.positions,

@@ -28,8 +28,8 @@ def _chosen(raw: Mapping[str, Any], section: str, key: str, registry: Registry[A
     if isinstance(name, str) and name in registry.names():
         return registry.get(name)
     known = (registry.expected(), "choose one of these")
-    expected, do = REFUSED.get(str(name), known) if registry is ADAPTERS else known
-    return Problem(f"{section}.{key}", repr(name)[:80], expected, do)
+    expected, hint = REFUSED.get(str(name), known) if registry is ADAPTERS else known
+    return Problem(f"{section}.{key}", repr(name)[:80], expected, hint)
 
 
 def families() -> dict[str, list[type[Section]]]:

@@ -23,7 +23,8 @@ def cross_checks(config: RunConfig) -> list[Problem]:
 
 def _federation_problems(config: RunConfig) -> list[Problem]:
     problems = []
-    sites, wanted = config.simulation.clients, config.strategy.min_clients
+    sites = config.simulation.clients
+    wanted = config.strategy.min_clients
     if config.simulation.data and config.simulation.partition != "by-column" and wanted > sites:
         problems.append(
             Problem(
@@ -42,14 +43,15 @@ def _federation_problems(config: RunConfig) -> list[Problem]:
     if isinstance(adapter, LoraSettings) and adapter.merged_rank and not strategy_of(config.strategy).fills_merged_pair:
         fitting = " or ".join(f'"{name}"' for name in names_with(lambda strategy: strategy.fills_merged_pair))
         expected = f"0 unless strategy.name is {fitting}: nothing else fills the second pair"
-        do = f"remove it, or use {fitting}"
-        problems.append(Problem("adapter.merged_rank", str(adapter.merged_rank), expected, do))
+        hint = f"remove it, or use {fitting}"
+        problems.append(Problem("adapter.merged_rank", str(adapter.merged_rank), expected, hint))
     return problems
 
 
 def _model_problems(config: RunConfig) -> list[Problem]:
     """Return with what a base in 4 bits, or one whose activations are computed twice, does not go together."""
-    model, problems = config.model, []
+    model = config.model
+    problems = []
     task = TASKS.get(config.task.name)
     private = config.privacy.examples.enabled
     if model.quantization != "none":
@@ -104,10 +106,13 @@ def _train_problems(config: RunConfig) -> list[Problem]:
 
 def _validation_problems(config: RunConfig) -> list[Problem]:
     """Return what is wrong with validation inside a round, beside the rest of the run."""
-    train, found, steps = config.train, [], config.train.validate_every_steps
+    train = config.train
+    found = []
+    steps = config.train.validate_every_steps
     if train.local_patience and not steps:
-        expected, do = "0 without train.validate_every_steps", "set both, or remove it"
-        return [Problem("train.local_patience", str(train.local_patience), expected, do)]
+        expected = "0 without train.validate_every_steps"
+        hint = "set both, or remove it"
+        return [Problem("train.local_patience", str(train.local_patience), expected, hint)]
     if steps and (config.privacy.mode != "none" or config.privacy.examples.enabled):
         why = "0 in a private run: which adapter is sent follows from rows that no account covers"
         found.append(Problem("train.validate_every_steps", str(steps), why, "remove it"))
@@ -179,7 +184,8 @@ def _factor_problems(config: RunConfig, adapter: LoraSettings) -> list[Problem]:
 
 def privacy_problems(config: RunConfig) -> list[Problem]:
     """Return the problems between `[privacy]` and the other sections."""
-    privacy, found = config.privacy, _example_problems(config)
+    privacy = config.privacy
+    found = _example_problems(config)
     if privacy.mode == "none":
         return found + _idle_settings(config)
     noisy = privacy.noise_multiplier > 0 or privacy.target_epsilon > 0
@@ -213,19 +219,20 @@ def _idle_settings(config: RunConfig) -> list[Problem]:
         "min_sites": privacy.min_sites > 2,
         "max_clients_per_site": privacy.max_clients_per_site > 0,
     }
-    do = 'set privacy.mode = "central", "local" or "distributed", or remove it'
+    hint = 'set privacy.mode = "central", "local" or "distributed", or remove it'
     return [
-        Problem(f"privacy.{name}", str(getattr(privacy, name)), 'left out while privacy.mode is "none"', do)
+        Problem(f"privacy.{name}", str(getattr(privacy, name)), 'left out while privacy.mode is "none"', hint)
         for name, given in idle.items()
         if given
     ]
 
 
 def _mode_problems(config: RunConfig) -> list[Problem]:
-    privacy, found = config.privacy, []
+    privacy = config.privacy
+    found = []
     if privacy.secure_aggregation and privacy.mode != "distributed":
-        do = 'set privacy.mode = "distributed"; without a budget it adds no noise'
-        found.append(Problem("privacy.secure_aggregation", "true", 'false unless mode is "distributed"', do))
+        hint = 'set privacy.mode = "distributed"; without a budget it adds no noise'
+        found.append(Problem("privacy.secure_aggregation", "true", 'false unless mode is "distributed"', hint))
     if privacy.honest_fraction < 1 and privacy.mode != "distributed":
         found.append(
             Problem(
@@ -240,7 +247,9 @@ def _mode_problems(config: RunConfig) -> list[Problem]:
 
 def _count_problems(config: RunConfig) -> list[Problem]:
 
-    privacy, clients, found = config.privacy, config.enrolled_clients, []
+    privacy = config.privacy
+    clients = config.enrolled_clients
+    found = []
     if privacy.delta * clients >= 1:
         expected = f"below 1 / {clients}, the enrolled clients: otherwise one of them may be given away"
         found.append(Problem("privacy.delta", f"{privacy.delta:g}", expected, f"use {0.1 / clients:.0e}"))
@@ -268,7 +277,8 @@ def _count_problems(config: RunConfig) -> list[Problem]:
     elif privacy.min_sites > max(2, clients):
         expected = f"at most privacy.enrolled_clients = {clients}"
         found.append(Problem("privacy.min_sites", str(privacy.min_sites), expected, "lower it"))
-    each, most = config.simulation.clients_per_site, privacy.max_clients_per_site
+    each = config.simulation.clients_per_site
+    most = privacy.max_clients_per_site
     if config.simulation.data and 0 < most < each:
         expected = f"at least simulation.clients_per_site = {each}"
         found.append(Problem("privacy.max_clients_per_site", str(most), expected, "raise it, or remove it"))
@@ -283,7 +293,8 @@ def _count_problems(config: RunConfig) -> list[Problem]:
 
 
 def _example_problems(config: RunConfig) -> list[Problem]:
-    examples, found = config.privacy.examples, []
+    examples = config.privacy.examples
+    found = []
     if examples.enabled and config.evaluation.at_sites:
         found.append(Problem("evaluation.at_sites", "true", "false with DP-SGD: no noise is on metrics", "remove it"))
     if examples.enabled and config.train.gradient_accumulation_steps > 1:

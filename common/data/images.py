@@ -164,7 +164,8 @@ def _idx(path: Path, file: Any, dimensions: int, stored_bytes: int, packed: bool
         return None
     if size > MAX_BYTES:
         raise DataError(f"{path} holds {size:,} bytes", f"at most {MAX_BYTES:,}", "split it", code="shard-too-large")
-    flat, got = np.empty(size, np.uint8), 0
+    flat = np.empty(size, np.uint8)
+    got = 0
     while got < size and (count := file.readinto(flat[got:])):
         got += count
     return flat.reshape(shape) if got == size and not file.read(1) else None
@@ -226,8 +227,8 @@ def _refuse_links(path: Path, entries: Sequence[os.DirEntry[str]], located: Loca
 
 def _refuse_labels(path: Path, unknown: int, of: str, expected: str) -> None:
     if unknown:
-        do = "correct the data, or list the classes under [task] labels"
-        raise DataError(f"{unknown} {of} in {path} have an unknown label", expected, do, code="shard-label-range")
+        hint = "correct the data, or list the classes under [task] labels"
+        raise DataError(f"{unknown} {of} in {path} have an unknown label", expected, hint, code="shard-label-range")
 
 
 def decode(place: str, names: Sequence[Path]) -> Images:

@@ -72,7 +72,8 @@ def dirichlet(
     if not 0 < alpha <= MAX_ALPHA:
         raise DataError(f"alpha = {alpha} is out of range", f"above 0, up to {MAX_ALPHA:g}", code=_CODE)
     classes = _shuffled_classes(np.asarray(labels), generator(seed, "partition", "dirichlet", "order"))
-    shares, best = generator(seed, "partition", "dirichlet", "shares"), 0
+    shares = generator(seed, "partition", "dirichlet", "shares")
+    best = 0
     for _ in range(MAX_DRAWS):
         parts = _deal(classes, clients, alpha, shares)
         smallest = min(len(part) for part in parts)

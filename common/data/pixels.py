@@ -56,7 +56,8 @@ def fit(images: Images, want: Pixels) -> npt.NDArray[np.uint8]:
 def _fit_one(image: npt.NDArray[np.uint8], want: Pixels) -> npt.NDArray[np.uint8]:
     from PIL import Image, ImageOps
 
-    size, method = (want.size[1], want.size[0]), Image.Resampling(want.resample)
+    size = (want.size[1], want.size[0])
+    method = Image.Resampling(want.resample)
     picture = Image.fromarray(image).convert("L" if want.channels == 1 else "RGB")
     if want.bleed is None:
         return np.asarray(picture.resize(size, method))
@@ -120,9 +121,11 @@ def _pixels(said: _Preprocessing, channels: int) -> Pixels:
     if edge:
         kept = min(1.0, min(crop) / edge) if crop else said.crop_pct or 1.0
         bleed = (1 - kept) / 2
-    mean, std = said.image_mean or [0.5] * channels, said.image_std or [0.5] * channels
+    mean = said.image_mean or [0.5] * channels
+    std = said.image_std or [0.5] * channels
     if not said.do_normalize:
-        mean, std = [0.0] * channels, [1.0] * channels
+        mean = [0.0] * channels
+        std = [1.0] * channels
     if channels not in (1, 3) or {len(mean), len(std)} != {channels} or min(std) <= 0:
         raise ValueError("channels")
     if not 8 <= min(size) <= max(size) <= 2048:

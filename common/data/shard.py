@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tsugiki.common.data import images
-from tsugiki.common.data.table import MAX_LINE_BYTES, Request, Table, class_numbers, load
+from tsugiki.common.data.table import MAX_LINE_BYTES, Table, TableSpec, class_numbers, load
 from tsugiki.common.errors import Code, DataError
 from tsugiki.common.settings import DataFormat
 
@@ -89,7 +89,7 @@ def read(
         return _read_images(path, columns, data_format, labels, extra_columns, min_rows, inside)
     sources = {name: data_format.columns.get(name, name) for name in (*(c.name for c in columns), *extra_columns)}
     optional = {c.name for c in columns if not c.required} - set(extra_columns) - set(data_format.columns)
-    table = load(_located(path, inside), Request(path, sources, frozenset(optional), data_format))
+    table = load(_located(path, inside), TableSpec(path, sources, frozenset(optional), data_format))
     _refuse_few(path, len(table.lines), min_rows)
     values = {c.name: _values(c, table, labels) for c in columns if c.name in table.cells}
     return Shard(values, {name: _extra(name, table) for name in extra_columns}, _notes(values))
@@ -130,7 +130,8 @@ def _refuse_few(path: Path, rows: int, min_rows: int) -> None:
 def _located(path: Path, inside: Path | None, folders: bool = False) -> Path:
     """Return what is behind `path`. Of a path that leads outside it is not told whether there is anything."""
     try:
-        target, folder = path.resolve(), (inside or path.parent).resolve()
+        target = path.resolve()
+        folder = (inside or path.parent).resolve()
         there = target.is_file() or (folders and target.is_dir())
     except (OSError, RuntimeError, ValueError) as error:  # no right to look, a loop of symlinks, a NUL in the name
         raise DataError(
@@ -157,7 +158,8 @@ def _values(column: Column, table: Table, labels: Sequence[str]) -> list[Any]:
 
 
 def _texts(column: Column, table: Table) -> list[str]:
-    name, most = column.name, f"at most {MAX_LINE_BYTES} characters"
+    name = column.name
+    most = f"at most {MAX_LINE_BYTES} characters"
     cells = [cell or "" for cell in table.cells[name]] if column.blank else table.cells[name]
     table.refuse(name, [not isinstance(c, str | None) for c in cells], "another type", "text", "shard-format")
     if not column.blank:
@@ -178,8 +180,8 @@ def has_surrogates(text: str) -> bool:
 def _classes(name: str, table: Table, labels: Sequence[str]) -> list[int]:
     known, expected = class_numbers(labels)
     found = [known.get(str(cell).strip()) for cell in table.cells[name]]
-    do = "correct these rows, or list the classes under [task] labels"
-    table.refuse(name, [index is None for index in found], "an unknown label", expected, "shard-label-range", do)
+    hint = "correct these rows, or list the classes under [task] labels"
+    table.refuse(name, [index is None for index in found], "an unknown label", expected, "shard-label-range", hint)
     return [index for index in found if index is not None]
 
 

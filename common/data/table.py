@@ -27,7 +27,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 
 
 @dataclass(frozen=True)
-class Request:
+class TableSpec:
     """Which columns to take from which file: the task's name -> the file's name or position."""
 
     path: Path
@@ -45,19 +45,21 @@ class Request:
 class Table:
     """The wanted cells as they stand in the file, and where each row begins: a line (Parquet: a row), from 1."""
 
-    request: Request
+    request: TableSpec
     lines: Sequence[int] = field(repr=False)
     cells: dict[str, list[Any]] = field(repr=False)
 
-    def refuse(self, name: str, bad: Sequence[bool], what: str, expected: str, code: Code, do: str = "") -> None:
+    def refuse(self, name: str, bad: Sequence[bool], problem: str, expected: str, code: Code, hint: str = "") -> None:
         """Raise a DataError if any row is bad: how many are, and where the first one is."""
         if True in bad:
             where = f"{'row' if self.request.ending == '.parquet' else 'line'} {self.lines[bad.index(True)]}"
-            counts = f"{sum(bad)} of {len(bad)} rows have {what} in column {name!r}, the first in {where}"
-            raise DataError(f"{self.request.path}: {counts}", expected, do or "correct or remove these rows", code=code)
+            counts = f"{sum(bad)} of {len(bad)} rows have {problem} in column {name!r}, the first in {where}"
+            raise DataError(
+                f"{self.request.path}: {counts}", expected, hint or "correct or remove these rows", code=code
+            )
 
 
-def load(target: Path, request: Request) -> Table:
+def load(target: Path, request: TableSpec) -> Table:
     """Read the file at `target`, which `request.path` led to.
 
     Raises:
@@ -91,9 +93,10 @@ def class_numbers(labels: Sequence[str]) -> tuple[dict[str, int], str]:
     return known, expected
 
 
-def _positions(names: Sequence[str], request: Request) -> dict[str, int]:
+def _positions(names: Sequence[str], request: TableSpec) -> dict[str, int]:
     """Return where each wanted column stands among the file's columns."""
-    positions, missing = {}, []
+    positions = {}
+    missing = []
     for name, source in request.sources.items():
         found = [index for index, known in enumerate(names) if source in (index, known)]
         if len(found) > 1:
@@ -112,7 +115,7 @@ def _positions(names: Sequence[str], request: Request) -> dict[str, int]:
     return positions
 
 
-def _missing_columns(names: Sequence[str], missing: list[str], request: Request) -> DataError:
+def _missing_columns(names: Sequence[str], missing: list[str], request: TableSpec) -> DataError:
     """Return the error that lists the file's columns, unless their names may be the first row of its data."""
     sources = [f"{request.sources[name]!r} (for {name!r})" for name in missing]
     plain = all(_PLAIN_NAME.fullmatch(name) for name in names)
@@ -152,7 +155,7 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[str]:
         yield text
 
 
-def _records(file: BinaryIO, request: Request) -> Iterator[tuple[int, list[str]]]:
+def _records(file: BinaryIO, request: TableSpec) -> Iterator[tuple[int, list[str]]]:
     """Yield the records of a CSV or TSV file that are not blank, each with the line where it begins."""
     # The csv module's own limit, one for the whole process, is shorter than a line may be.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
@@ -177,7 +180,7 @@ def _records(file: BinaryIO, request: Request) -> Iterator[tuple[int, list[str]]
         ) from error
 
 
-def _read_delimited(file: BinaryIO, request: Request) -> Table:
+def _read_delimited(file: BinaryIO, request: TableSpec) -> Table:
     records = _records(file, request)
     first = next(records, None)
     if first is None:
@@ -201,7 +204,7 @@ def _read_delimited(file: BinaryIO, request: Request) -> Table:
     return Table(request, lines, cells)
 
 
-def _read_jsonl(file: BinaryIO, request: Request) -> Table:
+def _read_jsonl(file: BinaryIO, request: TableSpec) -> Table:
     keys = {name: str(source) for name, source in request.sources.items()}
     names: dict[str, None] = {}
     lines: list[int] = []
@@ -226,14 +229,14 @@ def _read_jsonl(file: BinaryIO, request: Request) -> Table:
     return Table(request, lines, {name: cells[name] for name in present})
 
 
-def _read_text(file: BinaryIO, request: Request) -> Table:
+def _read_text(file: BinaryIO, request: TableSpec) -> Table:
     """Return a text for each line that is not blank, in the one column `text`."""
     positions = _positions(["text"], request)
     texts = {line: text.rstrip("\r\n") for line, text in enumerate(_lines(file, request.path), 1) if text.strip()}
     return Table(request, list(texts), {name: list(texts.values()) for name in positions})
 
 
-def _read_parquet(file: BinaryIO, request: Request) -> Table:
+def _read_parquet(file: BinaryIO, request: TableSpec) -> Table:
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -265,7 +268,7 @@ def _arrow_cells(column: Iterable[Any], name: str, path: Path) -> list[Any]:
     raise DataError(f"{path}: row {len(cells) + 1} of {name!r} does not decode", "UTF-8", code="shard-encoding")
 
 
-_READERS: dict[str, Callable[[BinaryIO, Request], Table]] = {
+_READERS: dict[str, Callable[[BinaryIO, TableSpec], Table]] = {
     ".csv": _read_delimited,
     ".tsv": _read_delimited,
     ".jsonl": _read_jsonl,

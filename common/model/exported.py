@@ -181,7 +181,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         return f"{'.'.join(map(str, first['loc'])) or EXPORTED_FILE}: {first['msg']}"
-    return error.what if isinstance(error, RegistryError) else f"{EXPORTED_FILE}: {getattr(error, 'strerror', '')}"
+    return error.problem if isinstance(error, RegistryError) else f"{EXPORTED_FILE}: {getattr(error, 'strerror', '')}"
 
 
 def load_exported(folder: Path, transformer: Any, exported: Exported | None = None, *, fingerprint: str) -> Any:

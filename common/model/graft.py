@@ -51,9 +51,9 @@ class Graft:
                 value.copy_(torch.from_numpy(np.array(tensors[tensor.name])))
 
     @contextmanager
-    def untouched(self) -> Iterator[None]:
+    def adapter_disabled(self) -> Iterator[None]:
         """The base model's own outputs inside a `with` block."""
-        with self.base.untouched():
+        with self.base.adapter_disabled():
             yield
 
     @contextmanager

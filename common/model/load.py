@@ -95,7 +95,8 @@ def _load(config: RunConfig, source: str, seed: int, agreed: Mapping[str, str] |
     method = ADAPTERS.get(config.adapter.method)(config.adapter)
     folder = find(source)
     seed_everything(derive_seed(seed, "initial-values"))
-    how, recompute = loading(config), config.model.gradient_checkpointing
+    how = loading(config)
+    recompute = config.model.gradient_checkpointing
 
     def put(base: Base, identity: str) -> Any:
         base.constants = agreed or base.constants
@@ -141,13 +142,13 @@ def assemble(
         for name, wanted in method.bases().items():
             check_base(identity, wanted, name)
         _make_room(method, base)
-        task.graft(base, put(base, identity))
-        base.untouched = lambda: method.disabled(base.transformer)
+        task.put_in_place(base, put(base, identity))
+        base.adapter_disabled = lambda: method.disabled(base.transformer)
     spec = describe(task, method, base, identity)
     place = torch.device(choose_device(device))
     base.network.to(place)
-    if base.judge is not None:
-        base.judge.to(place)  # the base's tensors are there already
+    if base.reward_model is not None:
+        base.reward_model.to(place)  # the base's tensors are there already
     base.network.eval()
     return Graft(task, method, base, spec, place)
 

@@ -67,7 +67,8 @@ def skellam_zcdp(noise_multiplier: float, dimension: int, levels: int = LEVELS) 
 
     Source: Agarwal et al. 2021, arXiv:2110.04995, theorem 3.5; with D2 = levels and D1 = min(sqrt(d) D2, D2^2).
     """
-    square, variance = float(levels) ** 2, (levels * noise_multiplier) ** 2
+    square = float(levels) ** 2
+    variance = (levels * noise_multiplier) ** 2
     taxicab = min(math.sqrt(dimension) * levels, square)
     first = (square / (2 * variance) + square / (2 * variance**2), (6 * taxicab - square) / (4 * variance**2))
     second = (square / (2 * variance), 3 * taxicab / (2 * variance))
@@ -141,11 +142,13 @@ def calibrate(
     def spent(noise_multiplier: float) -> float:
         return epsilon(make(noise_multiplier), delta)
 
-    low, high = 1e-2, 1.0
+    low = 1e-2
+    high = 1.0
     while spent(high) > target_epsilon:
         if high >= _MOST_NOISE:
             raise ValueError(f"no noise up to {_MOST_NOISE:,.0f} times the clip norm is enough")
-        low, high = high, min(high * 2, _MOST_NOISE)
+        low = high
+        high = min(high * 2, _MOST_NOISE)
     while high - low > 1e-4 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if spent(middle) <= target_epsilon else (middle, high)

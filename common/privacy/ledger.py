@@ -36,7 +36,10 @@ class Ledger:
     """
 
     def __init__(self, path: Path, delta: float, budgets: Mapping[Adversary, float], seeded: bool = False) -> None:
-        self.path, self.delta, self.budgets, self.seeded = path, delta, dict(budgets), seeded
+        self.path = path
+        self.delta = delta
+        self.budgets = dict(budgets)
+        self.seeded = seeded
 
     def spent(self) -> dict[Adversary, Counter[Release]]:
         """Return all releases so far and how often, by adversary.

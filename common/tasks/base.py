@@ -74,8 +74,9 @@ class Base:
         tokenizer: a `PreTrainedTokenizerBase`; None where the task reads no text.
         heads: names of modules of `transformer` that are trained and exchanged in full.
         pixels: how images become what the model reads; None where the task reads none.
-        untouched: makes the bare base's own outputs come back inside a `with` block.
-        judge: a second network, with the same base's tensors, that judges what the first one says; never trained.
+        adapter_disabled: makes the bare base's own outputs come back inside a `with` block.
+        reward_model: a second network, with the same base's tensors, that judges what the first one says; never
+        trained.
         constants: what both sides have to agree on beside the adapter, by name: they are a part of the spec.
     """
 
@@ -84,8 +85,8 @@ class Base:
     tokenizer: Any
     heads: tuple[str, ...] = ()
     pixels: Any = None
-    untouched: Callable[[], AbstractContextManager[None]] = nullcontext
-    judge: Any = None
+    adapter_disabled: Callable[[], AbstractContextManager[None]] = nullcontext
+    reward_model: Any = None
     constants: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -189,7 +190,7 @@ class Task(ABC):
             how: what else `from_pretrained` has to know; see `tsugiki.common.model.device.loading`.
         """
 
-    def graft(self, base: Base, transformer: nn.Module) -> None:
+    def put_in_place(self, base: Base, transformer: nn.Module) -> None:
         """Put the transformer with its adapter in the place of the bare one."""
         base.network = base.transformer = transformer
 
@@ -214,17 +215,17 @@ class Task(ABC):
         """Return the metrics over all rows; higher is better but for those in `lower_is_better`."""
 
     @property
-    def asked(self) -> tuple[Column, ...]:
+    def prediction_columns(self) -> tuple[Column, ...]:
         """The columns that `predict` reads; none: this task predicts nothing for rows alone."""
         return ()
 
-    def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
+    def predict(self, base: Base, shard: Shard, generation: Generation) -> list[dict[str, Any]]:
         """Return what the model makes of each row, by name.
 
         Args:
             base: with the adapter on it, in eval mode.
             shard: has the columns `asked`.
-            how: texts are continued, where the task does that.
+            generation: how texts are continued, where the task does that.
 
         Raises:
             UsageError: this task predicts nothing for rows alone.
@@ -233,11 +234,11 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def tiny(cls) -> TinyCase:
+    def test_case(cls) -> TinyCase:
         """Return a case for the contract tests."""
 
     @classmethod
-    def further(cls) -> dict[str, TinyCase]:
+    def extra_cases(cls) -> dict[str, TinyCase]:
         """Return cases of other forms that the task's settings give it, by name."""
         return {}
 

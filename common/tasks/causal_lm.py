@@ -21,7 +21,7 @@ from tsugiki.common.tasks.decoding.templates import (
     encode_prompts,
     encode_texts,
     fit_all,
-    head_length,
+    prefix_length,
 )
 from tsugiki.common.tasks.text import by_length, cut_note, pad
 
@@ -88,7 +88,9 @@ class CausalLm(Task):
         """The text; or prompt, input and completion."""
         if self.settings.format == "text":
             return (Column("text", "text"),)
-        prompt, extra, completion = "prompt", "input", "completion"
+        prompt = "prompt"
+        extra = "input"
+        completion = "completion"
         return (Column(prompt, "text"), Column(extra, "text", required=False, blank=True), Column(completion, "text"))
 
     @property
@@ -115,7 +117,7 @@ class CausalLm(Task):
         if self.settings.format == "instruction":
             prompts = encode_prompts(shard, tokenizer, self.settings.template)
             answers = encode_answers(shard.columns["completion"], tokenizer)
-            prompts, answers, notes = fit_all(prompts, answers, limit, head_length(tokenizer, self.settings.template))
+            prompts, answers, notes = fit_all(prompts, answers, limit, prefix_length(tokenizer, self.settings.template))
             return Encoded({"prompt": prompts, "completion": answers}, notes=notes)
         first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         found = tokenizer(
@@ -143,7 +145,8 @@ class CausalLm(Task):
         """Return the mean cross-entropy over the predicted tokens of the batch, computed in float32."""
         from torch.nn.functional import cross_entropy
 
-        logits, labels = next_logits(network, batch), batch["labels"]
+        logits = next_logits(network, batch)
+        labels = batch["labels"]
         total = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=NOTHING, reduction="sum")
         return total / (labels != NOTHING).sum().clamp(min=1)
 
@@ -152,7 +155,9 @@ class CausalLm(Task):
         from torch.nn.functional import cross_entropy
 
         device = next(base.network.parameters()).device
-        loss, right, tokens = 0.0, 0, 0
+        loss = 0.0
+        right = 0
+        tokens = 0
         rows = [_row(encoded, row) for row in range(len(encoded))]
         for chosen in by_length([len(tokens) for tokens, _ in rows], batch_size):
             batch = _padded([rows[row] for row in chosen], base)
@@ -160,7 +165,8 @@ class CausalLm(Task):
             # Row by row: the logarithms of a whole batch over a large vocabulary would double the memory.
             for logits, labels in zip(next_logits(base.network, batch), batch["labels"], strict=True):
                 told = labels != NOTHING
-                logits, labels = logits[told].float(), labels[told]
+                logits = logits[told].float()
+                labels = labels[told]
                 loss += float(cross_entropy(logits, labels, reduction="sum"))
                 right += int((logits.argmax(dim=1) == labels).sum())
                 tokens += len(labels)
@@ -172,25 +178,28 @@ class CausalLm(Task):
         }
 
     @property
-    def asked(self) -> tuple[Column, ...]:
+    def prediction_columns(self) -> tuple[Column, ...]:
         """What is to be continued, or answered."""
         return self.columns[:1] if self.settings.format == "text" else self.columns[:2]
 
-    def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
+    def predict(self, base: Base, shard: Shard, generation: Generation) -> list[dict[str, Any]]:
         """Return each row's `continuation`, or `completion`."""
         if self.settings.format == "instruction":
-            return complete(base, shard, self.settings.template, how)
+            return complete(base, shard, self.settings.template, generation)
         prompts = encode_texts(shard.columns["text"], base.tokenizer)
-        return [{"continuation": text} for text in generate(base, prompts, how, head_length(base.tokenizer, "plain"))]
+        return [
+            {"continuation": text}
+            for text in generate(base, prompts, generation, prefix_length(base.tokenizer, "plain"))
+        ]
 
     @classmethod
-    def tiny(cls) -> TinyCase:
+    def test_case(cls) -> TinyCase:
         """Texts of one form."""
         texts = [f"the {word} clause number {n}" for n in range(12) for word in ("good", "bad")]
         return TinyCase({"max_length": 16}, {"text": texts}, "llama")
 
     @classmethod
-    def further(cls) -> dict[str, TinyCase]:
+    def extra_cases(cls) -> dict[str, TinyCase]:
         """Prompts and completions."""
         words = ("party", "clause", "alpha", "beta") * 6
         rows = {"prompt": [f"name the {word}" for word in words], "completion": [f"good {word}" for word in words]}
@@ -245,7 +254,8 @@ def _row(encoded: Encoded, row: int) -> tuple[Tokens, Tokens]:
     if "text" in encoded.texts:
         tokens = encoded.texts["text"][row]
         return tokens, [*tokens[1:], NOTHING]
-    prompt, answer = encoded.texts["prompt"][row], encoded.texts["completion"][row]
+    prompt = encoded.texts["prompt"][row]
+    answer = encoded.texts["completion"][row]
     return prompt + answer, [*[NOTHING] * (len(prompt) - 1), *answer, NOTHING]
 
 

@@ -31,7 +31,8 @@ def class_metrics(logits: torch.Tensor, targets: npt.NDArray[Any] | None) -> dic
     from sklearn.metrics import f1_score
     from torch.nn.functional import cross_entropy
 
-    classes, predicted = torch.from_numpy(targets), logits.argmax(dim=1)
+    classes = torch.from_numpy(targets)
+    predicted = logits.argmax(dim=1)
     return {
         "accuracy": float((predicted == classes).float().mean()),
         "macro_f1": float(f1_score(classes.numpy(), predicted.numpy(), average="macro")),

@@ -155,11 +155,11 @@ class ImageClassification(Task):
         return class_metrics(self._logits(base, encoded, batch_size), encoded.targets)
 
     @property
-    def asked(self) -> tuple[Column, ...]:
+    def prediction_columns(self) -> tuple[Column, ...]:
         """The image."""
         return self.columns[:1]
 
-    def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
+    def predict(self, base: Base, shard: Shard, generation: Generation) -> list[dict[str, Any]]:
         """Return each row's `label`, and its `probability`."""
         return named_classes(self._logits(base, self.encode(shard, base), 64), self.labels)
 
@@ -177,7 +177,7 @@ class ImageClassification(Task):
         return logits
 
     @classmethod
-    def tiny(cls) -> TinyCase:
+    def test_case(cls) -> TinyCase:
         """Two classes told apart by the bright half."""
         images = np.random.default_rng(0).integers(0, 100, (24, 12, 12)).astype(np.uint8)
         images[::2, :, :6] += 150
@@ -201,7 +201,8 @@ def small_cnn() -> tuple[Any, Any]:
         model_type = MODEL_TYPE
 
         def __init__(self, channels: int = 1, image_size: int = 28, **settings: Any) -> None:
-            self.channels, self.image_size = channels, image_size
+            self.channels = channels
+            self.image_size = image_size
             super().__init__(**settings)
 
     class SmallCnn(PreTrainedModel):  # type: ignore[misc]

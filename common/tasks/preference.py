@@ -23,7 +23,7 @@ from tsugiki.common.tasks.decoding.templates import (
     encode_answers,
     encode_prompts,
     fit,
-    head_length,
+    prefix_length,
 )
 from tsugiki.common.tasks.text import by_length, pad, padding_id
 
@@ -122,7 +122,8 @@ class Preference(Task):
         if self.settings.objective == "reward":
             pairs = [[answer[:-1] for answer in answers] for answers in pairs]
         texts: dict[str, list[Tokens]] = {"prompt": [], "chosen": [], "rejected": []}
-        cut, head = 0, head_length(base.tokenizer, self.settings.template)
+        cut = 0
+        head = prefix_length(base.tokenizer, self.settings.template)
         for prompt, chosen, rejected in zip(prompts, *pairs, strict=True):
             longest = max(chosen, rejected, key=len)
             kept, _ = fit(prompt, longest, limit, head)
@@ -198,18 +199,19 @@ class Preference(Task):
         }
 
     @property
-    def asked(self) -> tuple[Column, ...]:
+    def prediction_columns(self) -> tuple[Column, ...]:
         """The prompt; for a reward also the answer, as `chosen`."""
         return self.columns[: 3 if self.settings.objective == "reward" else 2]
 
-    def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
+    def predict(self, base: Base, shard: Shard, generation: Generation) -> list[dict[str, Any]]:
         """Return the `reward` of each row's answer; for dpo the model's own `completion`."""
         import torch
 
         if self.settings.objective == "dpo":
-            return complete(base, shard, self.settings.template, how)
+            return complete(base, shard, self.settings.template, generation)
         rows = Shard({**shard.columns, "rejected": shard.columns["chosen"]})
-        encoded, device = self.encode(rows, base), next(base.network.parameters()).device
+        encoded = self.encode(rows, base)
+        device = next(base.network.parameters()).device
         rewards = []
         for row in range(len(encoded)):
             tokens = encoded.texts["prompt"][row] + encoded.texts["chosen"][row]
@@ -218,7 +220,7 @@ class Preference(Task):
         return [{"reward": reward} for reward in rewards]
 
     @classmethod
-    def tiny(cls) -> TinyCase:
+    def test_case(cls) -> TinyCase:
         """Pairs of which the good one is preferred."""
         words = [("party", "clause"), ("clause", "party"), ("alpha", "beta"), ("number", "shall")] * 6
         rows = {
@@ -229,9 +231,9 @@ class Preference(Task):
         return TinyCase({"max_length": 32, "template": "plain"}, rows, "llama")
 
     @classmethod
-    def further(cls) -> dict[str, TinyCase]:
+    def extra_cases(cls) -> dict[str, TinyCase]:
         """The same pairs for the other objective."""
-        case = cls.tiny()
+        case = cls.test_case()
         return {"dpo": TinyCase({**case.settings, "objective": "dpo"}, case.rows, case.model_type)}
 
 
@@ -279,7 +281,7 @@ def _without_adapter(base: Base, both: Batch) -> npt.NDArray[np.float32]:
     import torch
 
     device = next(base.network.parameters()).device
-    with torch.no_grad(), at_rest(base.network), base.untouched():
+    with torch.no_grad(), at_rest(base.network), base.adapter_disabled():
         logps = answer_logps(base.network, {name: tensor.to(device) for name, tensor in both.items()})
     found: npt.NDArray[np.float32] = torch.stack(logps.chunk(2), dim=1).cpu().numpy()
     return found

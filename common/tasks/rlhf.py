@@ -15,9 +15,9 @@ from tsugiki.common.settings import TaskSettings
 from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Generation, Task, TinyCase, at_rest
 from tsugiki.common.tasks.causal_lm import load_decoder
 from tsugiki.common.tasks.decoding.generate import complete
-from tsugiki.common.tasks.decoding.reward import add_judge
+from tsugiki.common.tasks.decoding.reward import add_reward_model
 from tsugiki.common.tasks.decoding.rollout import Judged, fixed_numbers, judge
-from tsugiki.common.tasks.decoding.templates import TEMPLATE_HELP, Template, encode_prompts, head_length, shorten
+from tsugiki.common.tasks.decoding.templates import TEMPLATE_HELP, Template, encode_prompts, prefix_length, shorten
 from tsugiki.common.tasks.preference import answer_logps, sequences
 from tsugiki.common.tasks.text import by_length, cut_note
 
@@ -136,11 +136,11 @@ class Rlhf(Task):
         """Load a decoder, and beside it the reward model, which has its base's tensors; without one it only predicts.
 
         Raises:
-            ModelError: `model-not-causal`, see `load_decoder`; and what `add_judge` raises.
+            ModelError: `model-not-causal`, see `load_decoder`; and what `add_reward_model` raises.
         """
         base = load_decoder(folder, dtype, **how)
         if self.settings.reward_adapter:
-            add_judge(base, folder, self.settings.reward_adapter, self.settings.template)
+            add_reward_model(base, folder, self.settings.reward_adapter, self.settings.template)
         return base
 
     def encode(self, shard: Shard, base: Base) -> Encoded:
@@ -149,7 +149,8 @@ class Rlhf(Task):
         Noted is `shard-texts-cut:COUNT`.
         """
         prompts = encode_prompts(shard, base.tokenizer, self.settings.template)
-        head, room = head_length(base.tokenizer, self.settings.template), self._limit(base) - self._steps(base)
+        head = prefix_length(base.tokenizer, self.settings.template)
+        room = self._limit(base) - self._steps(base)
         cut = sum(len(prompt) > room for prompt in prompts)
         return Encoded({"prompt": [shorten(prompt, room, head) for prompt in prompts]}, notes=cut_note(cut))
 
@@ -208,7 +209,8 @@ class Rlhf(Task):
         """
         import torch
 
-        many, prompts = self.settings.samples_per_prompt, encoded.texts["prompt"]
+        many = self.settings.samples_per_prompt
+        prompts = encoded.texts["prompt"]
         numbers = fixed_numbers(prompts, many, self._steps(base))
         found: dict[str, list[torch.Tensor]] = {}
         for rows in by_length([len(prompt) for prompt in prompts], max(1, batch_size // many)):
@@ -233,13 +235,13 @@ class Rlhf(Task):
         }
 
     @property
-    def asked(self) -> tuple[Column, ...]:
+    def prediction_columns(self) -> tuple[Column, ...]:
         """What is to be answered."""
         return self.columns
 
-    def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
+    def predict(self, base: Base, shard: Shard, generation: Generation) -> list[dict[str, Any]]:
         """Return the policy's `completion` of each row."""
-        return complete(base, shard, self.settings.template, how)
+        return complete(base, shard, self.settings.template, generation)
 
     def _limit(self, base: Base) -> int:
         """Return the most tokens of a prompt and its answer."""
@@ -253,7 +255,7 @@ class Rlhf(Task):
         return steps
 
     @classmethod
-    def tiny(cls) -> TinyCase:
+    def test_case(cls) -> TinyCase:
         """Prompts whose answers are to end soon, which few do by themselves."""
         words = ("party", "clause", "alpha", "beta") * 4
         rows = {"prompt": [f"name the {word} of the {word}s" for word in words]}

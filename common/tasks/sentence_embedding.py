@@ -113,7 +113,7 @@ class SentenceEmbedding(Task):
         setattr(network[0].model, _HEAD, nn.Linear(width, len(self.labels), bias=False, dtype=dtype))
         return Base(network, network[0].model, network.tokenizer, (_HEAD,))
 
-    def graft(self, base: Base, transformer: nn.Module) -> None:
+    def put_in_place(self, base: Base, transformer: nn.Module) -> None:
         """Set the module's transformer; pooling stays as the base has it."""
         base.network[0].model = transformer
         base.transformer = transformer
@@ -190,18 +190,18 @@ class SentenceEmbedding(Task):
         return {f"recall_at_{k}": recall_at(k, vectors["anchor"], candidates)}
 
     @property
-    def asked(self) -> tuple[Column, ...]:
+    def prediction_columns(self) -> tuple[Column, ...]:
         """The two texts to compare."""
         return _SCORED[:2]
 
-    def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
+    def predict(self, base: Base, shard: Shard, generation: Generation) -> list[dict[str, Any]]:
         """Return the `cosine` of each row's two texts."""
         texts = self.encode(shard, base).texts
         first, second = (embed(base, texts[name], 64) for name in ("sentence1", "sentence2"))
         return [{"cosine": float(cosine)} for cosine in (first * second).sum(axis=1)]
 
     @classmethod
-    def tiny(cls) -> TinyCase:
+    def test_case(cls) -> TinyCase:
         """Anchors and positives that share a rare word."""
         words = ["alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta"] * 3
         return TinyCase(
@@ -214,7 +214,7 @@ class SentenceEmbedding(Task):
         )
 
     @classmethod
-    def further(cls) -> dict[str, TinyCase]:
+    def extra_cases(cls) -> dict[str, TinyCase]:
         """Scored pairs, and labelled ones."""
         words = ["alpha", "beta", "gamma", "delta"] * 6
         rows = {

@@ -133,11 +133,11 @@ class SequenceClassification(Task):
         return class_metrics(self._logits(base, encoded, batch_size), encoded.targets)
 
     @property
-    def asked(self) -> tuple[Column, ...]:
+    def prediction_columns(self) -> tuple[Column, ...]:
         """The texts."""
         return self.columns[:-1]
 
-    def predict(self, base: Base, shard: Shard, how: Generation) -> list[dict[str, Any]]:
+    def predict(self, base: Base, shard: Shard, generation: Generation) -> list[dict[str, Any]]:
         """Return each row's `label`, and its `probability`."""
         return named_classes(self._logits(base, self.encode(shard, base), 64), self.labels)
 
@@ -156,13 +156,13 @@ class SequenceClassification(Task):
         return logits
 
     @classmethod
-    def tiny(cls) -> TinyCase:
+    def test_case(cls) -> TinyCase:
         """Two classes told apart by one word."""
         texts = [f"the {word} clause number {n}" for n in range(12) for word in ("good", "bad")]
         return TinyCase({"num_labels": 2, "max_length": 16}, {"text": texts, "label": [1, 0] * 12})
 
     @classmethod
-    def further(cls) -> dict[str, TinyCase]:
+    def extra_cases(cls) -> dict[str, TinyCase]:
         """Pairs of texts that agree or do not; texts whose pooler is trained."""
         first = [f"the {word} clause" for word in ("good", "bad") * 12]
         second = ["a good one"] * 24
@@ -170,7 +170,7 @@ class SequenceClassification(Task):
         pooled = {"num_labels": 2, "max_length": 16, "train_pooler": True}
         return {
             "pair": TinyCase(settings, {"text": first, "text_pair": second, "label": [1, 0] * 12}),
-            "pooler": TinyCase(pooled, cls.tiny().rows),
+            "pooler": TinyCase(pooled, cls.test_case().rows),
         }
 
 

@@ -112,7 +112,8 @@ def unpack(vector: Vector, spec: AdapterSpec) -> dict[str, npt.NDArray[np.float3
     """
     if vector.shape != (spec.size,):
         raise SpecError(f"the vector has the shape {vector.shape}", f"({spec.size},)")
-    tensors, start = {}, 0
+    tensors = {}
+    start = 0
     for tensor in spec.tensors:
         tensors[tensor.name] = vector[start : start + tensor.size].reshape(tensor.shape)
         start += tensor.size

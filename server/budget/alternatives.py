@@ -194,7 +194,9 @@ def scaled(plan: Plan, factor: float) -> Plan:
 
 def most_rounds(release: Release, most_epsilon: float, plan: Plan) -> int:
     """Return how many of the plan's rounds keep to an epsilon; 0: not one."""
-    low, high, middle = 0, plan.rounds + 1, plan.rounds  # usually all of them
+    low = 0
+    high = plan.rounds + 1
+    middle = plan.rounds  # usually all of them
     while high - low > 1:
         fits = epsilon({release: middle}, plan.delta) <= most_epsilon
         low, high = (middle, high) if fits else (low, middle)

@@ -14,7 +14,8 @@ from tsugiki.common.privacy.mechanisms import ADVERSARIES, Adversary, mechanism_
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.server.budget.alternatives import Lever, Noise, everything_seen, levers, most_rounds, noise_on_mean
 
-HOPELESS, HARD = 0.1, 1.0
+NO_SIGNAL = 0.1
+WEAK_SIGNAL = 1.0
 """Rules of thumb for the signal-to-noise bound: below the first nothing is learned, below the second little."""
 
 SURVIVING = (0.9, 0.8, 0.5)
@@ -107,7 +108,7 @@ def assess(plan: Plan, clients: int, calibrated: bool, target_epsilon: float) ->
         noise=noise,
         growth=math.sqrt(clients / (plan.honest_fraction * plan.min_clients)) if shares else 1.0,
         verdict=judge(noise[-1].bound),
-        levers=levers(plan, clients, target_epsilon) if noise[-1].bound < HARD else (),
+        levers=levers(plan, clients, target_epsilon) if noise[-1].bound < WEAK_SIGNAL else (),
         dropouts=_dropouts(plan) if shares else (),
     )
 
@@ -116,7 +117,7 @@ def judge(bound: float) -> Verdict:
     """Return what a signal-to-noise bound means."""
     if math.isinf(bound):
         return "no-noise"
-    return "hopeless" if bound < HOPELESS else "hard" if bound < HARD else "possible"
+    return "hopeless" if bound < NO_SIGNAL else "hard" if bound < WEAK_SIGNAL else "possible"
 
 
 def _views(plan: Plan) -> tuple[View, ...]:

@@ -103,7 +103,8 @@ def make_budget(config: RunConfig, size: Size, mode: str, assumed: bool) -> Budg
     plan = make_plan(config, size.total)
     assert plan is not None  # noqa: S101  # for the type checker: the mode is not none
     asked = plan.denominator or max(plan.min_clients, round(config.strategy.fraction_train * plan.enrolled_clients))
-    clients, target = max(1, round(asked)), _target(plan)
+    clients = max(1, round(asked))
+    target = _target(plan)
     calibrated = plan.noise_multiplier > 0 and config.privacy.noise_multiplier == 0
     return Budget(
         run=config.run.name,
@@ -157,7 +158,8 @@ def measure(config: RunConfig) -> Size:
     """
     from tsugiki.common.model.load import load_graft
 
-    freeze_a, otherwise = getattr(config.adapter, "freeze_a", None), None
+    freeze_a = getattr(config.adapter, "freeze_a", None)
+    otherwise = None
     if freeze_a is not None:
         other = changed(config, {"adapter.freeze_a": "no" if freeze_a == "yes" else "yes"})
         otherwise = load_graft(other, config.model.name, config.run.seed).spec.size

@@ -27,7 +27,8 @@ _VIEWS: dict[Adversary, tuple[str, str]] = {
     "sums": (ORANGE, "server, secure aggregation"),
     "uploads": (RED, "server, each upload"),
 }
-_POINTS, _SAMPLED_POINTS = 25, 8  # an epsilon under sampling takes a tenth of a second
+_POINTS = 25
+_SAMPLED_POINTS = 8  # an epsilon under sampling takes a tenth of a second
 
 
 def draw(budget: Budget, format_: Format) -> bytes:

@@ -170,7 +170,8 @@ def _learning(found: Assessment) -> Iterator[RenderableType]:
         table.add_row(f"{noise.clients:,}", _short(noise.coordinate), _short(noise.norm), _ratio(noise.bound))
     yield _indented(table)
     colour, verdict = _VERDICTS[found.verdict]
-    bound, rounds = found.noise[-1].bound, found.plan.rounds
+    bound = found.noise[-1].bound
+    rounds = found.plan.rounds
     why = f"In a round, signal / noise is at most {_ratio(bound)}, because no mean update is longer than the clip norm"
     total = f"; summed over {rounds:,} rounds that all pull the same way, at most {_ratio(bound * math.sqrt(rounds))}."
     yield _paragraph(verdict, "" if math.isinf(bound) else why + total, style=colour)
@@ -202,7 +203,8 @@ def _dropouts(found: Assessment) -> Iterator[RenderableType]:
 
 
 def _table(budget: Budget) -> Iterator[RenderableType]:
-    plan, modes = budget.base, len(MECHANISMS.names())
+    plan = budget.base
+    modes = len(MECHANISMS.names())
     assumed = " (assumed)" if budget.assumed else ""
     yield _paragraph(
         f"At epsilon {_short(budget.target_epsilon)}{assumed}, delta {plan.delta:g}, {plan.rounds:,} rounds, clip norm "

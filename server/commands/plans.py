@@ -14,7 +14,7 @@ from tsugiki.common.options import Json, Plot, RunFile, Set
 
 if TYPE_CHECKING:
     from tsugiki.common.config.run import RunConfig
-    from tsugiki.server.methods import Menu, Pair
+    from tsugiki.server.methods import Combination, Compatibility
 
 app = typer.Typer()
 
@@ -61,11 +61,11 @@ def methods(
     """List which adapter methods go with which tasks on a base, with sizes, and why the others do not."""
     from rich.console import Console
 
-    from tsugiki.server.methods import menu
+    from tsugiki.server.methods import compatibility
 
     config = _read_with_model(file, model, overrides or [])
     with Console(stderr=True).status("looking at each task") as status:
-        found = menu(config, lambda task: status.update(f"{task} with each method"))
+        found = compatibility(config, lambda task: status.update(f"{task} with each method"))
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=1))
     else:
@@ -84,7 +84,7 @@ def _read_with_model(file: Path | None, model: str, overrides: list[str]) -> Run
     return parse({"model": {"name": model}} if model else {})
 
 
-def _print_menu(found: Menu) -> None:
+def _print_menu(found: Compatibility) -> None:
     """Print a table: in each cell the parameters of adapter and head, and the bytes of a round each way."""
     from rich import filesize
     from rich.console import Console
@@ -114,7 +114,7 @@ def _print_menu(found: Menu) -> None:
     )
 
 
-def _cell(pair: Pair, numbers: Mapping[str, int]) -> str:
+def _cell(pair: Combination, numbers: Mapping[str, int]) -> str:
     from rich import filesize
 
     if pair.reason:

@@ -205,7 +205,7 @@ def _read_run(
     if file is None and resume is not None:
         return _at_folder(read(resume / "config.toml", overrides), resume)
     if file is None or resume is not None:
-        raise UsageError("the command takes either FILE or --resume RUN", do=f"`tsugiki {command} --help`")
+        raise UsageError("the command takes either FILE or --resume RUN", hint=f"`tsugiki {command} --help`")
     if previous:
         raise UsageError("--previous goes with --resume RUN")
     return read(file, overrides)

@@ -44,7 +44,9 @@ _RARE_KINDS = {
 _COMMON_SHARE = 0.85
 _MEANINGS_PER_KIND = 12
 
-SAME, NEAR_MISS, DIFFERENT = 1.0, 0.4, 0.0
+SAME = 1.0
+NEAR_MISS = 0.4
+DIFFERENT = 0.0
 """Scores of pairs. A near miss is more alike than clauses on different matters, but below the middle: a search that
 offers it as a match is wrong."""
 
@@ -104,7 +106,8 @@ def generate(seed: int, rows_per_company: int = 360) -> DemoData:
 def _company_rows(company: str, rows: int, seed: int) -> list[Triplet]:
     """Return one company's triplets, of its own mix of kinds."""
     rng = generator(seed, "demo", company)
-    common, rare = _COMMON_KINDS[company], _RARE_KINDS[company]
+    common = _COMMON_KINDS[company]
+    rare = _RARE_KINDS[company]
     shares = [_COMMON_SHARE / len(common)] * len(common) + [(1 - _COMMON_SHARE) / len(rare)] * len(rare)
     triplets = []
     for kind in rng.choice(common + rare, rows, p=shares):
@@ -131,7 +134,8 @@ def _test_meanings(kind: str, rng: np.random.Generator) -> list[Meaning]:
 
 def _triplet(part: Part, kind: str, meaning: Meaning, rng: np.random.Generator) -> Triplet:
     """Return one meaning in two wordings, and a near miss worded like the positive, all of one contract."""
-    templates, contract = part.templates(kind), draw_contract(part, rng)
+    templates = part.templates(kind)
+    contract = draw_contract(part, rng)
     first, second = rng.permutation(len(templates))[:2]
     return Triplet(
         render(part, templates[first], meaning, contract),

@@ -12,7 +12,7 @@ from tsugiki.common.files import write_atomically
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.wire.spec import Vector
 from tsugiki.server.demo.data import DemoFiles, generate, write
-from tsugiki.server.run.evaluate import evaluate_untouched, make_evaluator
+from tsugiki.server.run.evaluate import evaluate_base, make_evaluator
 
 DEMO_TOML = """\
 # The run of `tsugiki demo`: four companies with different contracts learn one search for similar clauses.
@@ -83,7 +83,8 @@ def demo_config(seed: int, output_dir: Path, name: str, files: DemoFiles) -> Run
 
 def free_name(output_dir: Path) -> str:
     """Return "demo", or "demo-2" and so on where that folder is taken."""
-    number, name = 1, "demo"
+    number = 1
+    name = "demo"
     while (output_dir / name).exists():
         number += 1
         name = f"demo-{number}"
@@ -118,4 +119,4 @@ def scored(config: RunConfig, files: DemoFiles, vector: Vector) -> dict[str, Any
     graft = load_graft(on_pairs, config.model.name, config.run.seed)
     evaluate = make_evaluator(graft, on_pairs)
     after = evaluate(vector) if evaluate else {}
-    return {"before": evaluate_untouched(graft, on_pairs)["pearson"], "after": after["pearson"]}
+    return {"before": evaluate_base(graft, on_pairs)["pearson"], "after": after["pearson"]}

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-CA_DAYS, SERVER_DAYS = 3650, 397
+CA_DAYS = 3650
+SERVER_DAYS = 397
 ALWAYS = ("localhost", "127.0.0.1")
 """The run itself talks to the SuperLink over loopback."""
 

@@ -159,11 +159,13 @@ def executed(endpoint: Endpoint, run_id: int) -> Iterator[SuperlinkGrid]:
     grid.set_run(run_from_proto(given.run))
     over = threading.Event()
     threading.Thread(target=_beat, args=(client, over), name="heartbeat", daemon=True).start()
-    outcome, details = SubStatus.FAILED, "ended"
+    outcome = SubStatus.FAILED
+    details = "ended"
     adopted = SuperlinkGrid.adopt(grid)
     try:
         yield adopted
-        outcome, details = SubStatus.COMPLETED, ""
+        outcome = SubStatus.COMPLETED
+        details = ""
     except (httpx.HTTPError, ObjectPushError) as error:
         status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
         raise DeployError(
@@ -173,7 +175,8 @@ def executed(endpoint: Endpoint, run_id: int) -> Iterator[SuperlinkGrid]:
             code="superlink-gone",
         ) from error
     except BaseException as error:
-        outcome, details = SubStatus.FAILED, str(getattr(error, "code", type(error).__name__))
+        outcome = SubStatus.FAILED
+        details = str(getattr(error, "code", type(error).__name__))
         raise
     finally:
         over.set()

@@ -19,7 +19,8 @@ from tsugiki.common.errors import DeployError, UsageError
 from tsugiki.common.keys import write_private
 from tsugiki.server.deploy.certs import CertificateFiles
 
-START_TIMEOUT_S, STOP_TIMEOUT_S = 60.0, 8.0
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 8.0
 
 _CHILD = """
 import sys
@@ -96,7 +97,8 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
     (folder / "secret").unlink(missing_ok=True)
     secret = secrets.token_bytes(48)
     write_private(folder / "secret", secret)
-    runtime, log = free_port(), folder / "superlink.log"
+    runtime = free_port()
+    log = folder / "superlink.log"
     command = [sys.executable, "-c", _CHILD, str(os.getpid()), *_arguments(listen, runtime, certificates, folder)]
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -184,7 +186,7 @@ def _wait_for(running: Superlink, addresses: list[tuple[str, int]]) -> None:
             except OSError as error:
                 if time.monotonic() > ends:
                     raise DeployError(
-                        f"the SuperLink does not listen after {START_TIMEOUT_S:g} s", do=f"see {running.log}"
+                        f"the SuperLink does not listen after {START_TIMEOUT_S:g} s", hint=f"see {running.log}"
                     ) from error
                 time.sleep(0.05)
 

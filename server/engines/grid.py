@@ -89,7 +89,7 @@ class Stop:
         """
         if self.requested:
             raise Interrupted(
-                "stopped by the user", do="the same command with --resume RUN, which goes on from the last checkpoint"
+                "stopped by the user", hint="the same command with --resume RUN, which goes on from the last checkpoint"
             )
 
 
@@ -110,7 +110,8 @@ def exchange(grid: RunGrid, messages: list[Message], timeout_s: float, stop: Sto
     """
     pending = set(grid.push_messages(messages))
     ends = time.monotonic() + timeout_s * (len(messages) if grid.sequential else 1)
-    pause, away = FIRST_PAUSE_S, _Away(grid, messages)
+    pause = FIRST_PAUSE_S
+    away = _Away(grid, messages)
     while (pending or away.nodes) and time.monotonic() < ends:
         stop.check()
         replies = list(grid.pull_messages(pending)) if pending else []
@@ -130,7 +131,8 @@ class _Away:
     """The nodes that left while they were asked: node -> the SuperLink's error, and when it left."""
 
     def __init__(self, grid: RunGrid, messages: list[Message]) -> None:
-        self._grid, self._messages = grid, messages
+        self._grid = grid
+        self._messages = messages
         self._asked_again: set[int] = set()
         self.nodes: dict[int, tuple[Message, float]] = {}
 
@@ -171,7 +173,9 @@ class _Away:
 
 def wait_for_nodes(grid: RunGrid, count: int, timeout_s: float, stop: Stop, seen: Callable[[int], None]) -> list[int]:
     """Return the ids of the connected nodes once there are `count`, or of those there are when the time is up."""
-    ends, pause, known = time.monotonic() + timeout_s, FIRST_PAUSE_S, -1
+    ends = time.monotonic() + timeout_s
+    pause = FIRST_PAUSE_S
+    known = -1
     while True:
         stop.check()
         nodes = sorted(grid.get_node_ids())

@@ -30,7 +30,9 @@ def run(client_app: ClientApp, nodes: int, threads: int, gpus: float, main: Call
         import ray  # noqa: F401  (only asked for here so that the message says what to install)
         from flwr.simulation import run_simulation
     except ImportError as error:
-        raise UsageError("the Ray engine needs Ray", do="pip install 'tsugiki[ray]', or --engine in-process") from error
+        raise UsageError(
+            "the Ray engine needs Ray", hint="pip install 'tsugiki[ray]', or --engine in-process"
+        ) from error
 
     failures: list[BaseException] = []
     server_app = ServerApp()

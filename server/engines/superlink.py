@@ -43,7 +43,8 @@ from tsugiki.server.engines.grid import NODE_UNAVAILABLE, RETURN_S, RunGrid, Sto
 
 log = logging.getLogger("tsugiki.server")
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
+FIRST_PAUSE_S = 0.02
+LONGEST_PAUSE_S = 0.5
 PATIENCE_S = 0.05
 """How long one look waits for transfers that could be complete at once."""
 CHUNK_BYTES = 5 * 2**20
@@ -53,7 +54,8 @@ SUPERLINK_NODE = 1
 REPLY_UNAVAILABLE = 4
 UNAVAILABLE = (3, REPLY_UNAVAILABLE, NODE_UNAVAILABLE)
 """Of Flower's error codes (`flwr.common.constant.ErrorCode`): message, reply or node unavailable."""
-SPARE_BYTES, SPARE_OBJECTS = 256 * 2**10, 16
+SPARE_BYTES = 256 * 2**10
+SPARE_OBJECTS = 16
 """For everything in a reply but its array: envelope, records, metrics."""
 
 
@@ -147,7 +149,8 @@ class SuperlinkGrid(HttpGrid):
         complete = []
         for key, transfer in list(self._transfers.items()):
             if transfer.step is not None and transfer.step.done():
-                reply, transfer.step = transfer.step.result(), None
+                reply = transfer.step.result()
+                transfer.step = None
                 if reply is not None:
                     complete.append(reply)
                     del self._transfers[key]
@@ -206,7 +209,8 @@ class SuperlinkGrid(HttpGrid):
             headers={"content-type": PROTOBUF_MEDIA_TYPE, "accept": PROTOBUF_MEDIA_TYPE, "accept-encoding": "identity"},
         )
         call = ProtobufRequestContext("/flwr.proto.Runtime/PullObject", request, http_request)
-        response, body = client._send(call, stream=True), bytearray()
+        response = client._send(call, stream=True)
+        body = bytearray()
         try:
             response.raise_for_status()
             for chunk in response.iter_raw():

@@ -178,7 +178,9 @@ def _use_on_images(want: Pixels) -> Code:
 
 def _prompt(graft: Graft) -> str:
     """Return the first arguments of a tokenizer for a prompt in the template in which the adapter has seen prompts."""
-    tokenizer, template, prompt = graft.base.tokenizer, graft.task.settings.template, "One prompt."
+    tokenizer = graft.base.tokenizer
+    template = graft.task.settings.template
+    prompt = "One prompt."
     tokens = encode_prompts(Shard({"prompt": [prompt]}), tokenizer, template)[0]
     text = prompt_text(prompt, tokenizer, template)
     ways = [(text, True), (text, False), (f"{tokenizer.bos_token}{text}", False)]
@@ -210,7 +212,8 @@ def _own_settings(graft: Graft, base_folder: Path) -> dict[str, Any]:
     if labels != tuple(map(str, range(len(labels)))):
         settings["id2label"] = dict(enumerate(labels))
         settings["label2id"] = {label: index for index, label in enumerate(labels)}
-    own, base = graft.base.transformer.config, AutoConfig.from_pretrained(base_folder)
+    own = graft.base.transformer.config
+    base = AutoConfig.from_pretrained(base_folder)
     if graft.base.heads and not labels and own.num_labels != base.num_labels:
         settings["num_labels"] = own.num_labels  # a head without classes: a score
     if graft.base.tokenizer is not None and base.pad_token_id != own.pad_token_id:
@@ -282,7 +285,8 @@ def _metrics(export: Export) -> str:
     evaluated = {line["round"]: line["eval"] for line in export.lines if "eval" in line}
     if export.round not in evaluated:
         return "## Metrics\n\nThis adapter was not evaluated on held-out data.\n"
-    before, after = evaluated[min(evaluated)], evaluated[export.round]
+    before = evaluated[min(evaluated)]
+    after = evaluated[export.round]
     rows = "".join(f"| {name} | {before[name]:.4f} | {after[name]:.4f} |\n" for name in after)
     head = f"| metric | after round {min(evaluated)} | after round {export.round} |\n|---|---|---|\n"
     return f"## Metrics\n\nOn the operator's held-out data.\n\n{head}{rows}"

@@ -68,7 +68,7 @@ def expect(graft: Graft) -> Expected:
     settings = _probe_settings(graft)
     tokenizer = None if is_sentence_transformer(graft) else graft.base.tokenizer
     found = export_probe.outputs(graft.base.network, tokenizer, **settings)
-    with graft.untouched():
+    with graft.adapter_disabled():
         return Expected(found, export_probe.outputs(graft.base.network, tokenizer, **settings))
 
 

@@ -46,8 +46,10 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
     chosen = choose(folder, config, graft, which)
     graft.write(chosen.vector)
     kind: Kind = "merged" if merged else graft.method.export_format
-    base_folder, expected = find(config.model.name), expect(graft)
-    code, lines = loading_code(graft, config, kind, base_folder), read_lines(folder / "metrics.jsonl")
+    base_folder = find(config.model.name)
+    expected = expect(graft)
+    code = loading_code(graft, config, kind, base_folder)
+    lines = read_lines(folder / "metrics.jsonl")
     made = Export(kind, code, base_name, base_folder, chosen.round, lines, expected.effect > 0)
     with _built(target) as building:
         _write(graft, building, made, config.model.dtype)
@@ -107,8 +109,10 @@ def _built(target: Path) -> Iterator[Path]:
 
 def _write(graft: Graft, folder: Path, export: Export, dtype: str) -> None:
     """Write everything but the card. A sentence embedder's head, which its loss alone reads, stays behind."""
-    kind, base_name = export.kind, export.base_name
-    transformer, network = graft.base.transformer, graft.base.network
+    kind = export.kind
+    base_name = export.base_name
+    transformer = graft.base.transformer
+    network = graft.base.network
     headless = is_sentence_transformer(graft) and bool(graft.base.heads)
     written = graft.method.without_heads(transformer) if headless else transformer
     if graft.base.tokenizer is not None and not is_sentence_transformer(graft):
@@ -116,11 +120,11 @@ def _write(graft: Graft, folder: Path, export: Export, dtype: str) -> None:
     if kind == "merged":
         whole = graft.method.merge(written)
         if is_sentence_transformer(graft):
-            graft.task.graft(graft.base, whole)
+            graft.task.put_in_place(graft.base, whole)
             try:
                 network.save(str(folder), create_model_card=False)
             finally:
-                graft.task.graft(graft.base, transformer)
+                graft.task.put_in_place(graft.base, transformer)
         else:
             whole.save_pretrained(folder)
             if (said := export.base_folder / PREPROCESSING).is_file():  # how the model wants its images

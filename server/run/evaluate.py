@@ -58,13 +58,13 @@ def _check_monitor(graft: Graft, config: RunConfig, encoded: Encoded) -> None:
         raise ConfigError("run file", [problem])
 
 
-def evaluate_untouched(graft: Graft, config: RunConfig) -> dict[str, float]:
+def evaluate_base(graft: Graft, config: RunConfig) -> dict[str, float]:
     """Return the metrics of the base model with the adapter switched off, and its head as it was before training."""
     import torch
 
     shard = read_evaluation(Path(config.evaluation.data), graft.task, config)
     graft.write(graft.initial)
-    with torch.no_grad(), graft.untouched():
+    with torch.no_grad(), graft.adapter_disabled():
         return graft.task.evaluate(graft.base, graft.task.encode(shard, graft.base), config.evaluation.batch_size)
 
 

@@ -84,7 +84,9 @@ def take_step(ctx: RunContext, state: State, round_number: int, updates: Sequenc
     update, moments = aggregated_step(ctx.config, ctx.spec, state, updates)
     vector = (state.vector + update).astype(np.float32)
     if not np.isfinite(vector).all():  # each update was finite; their sum may have overflowed
-        raise TrainingError(f"round {round_number}: the aggregated model is not finite", do="lower the learning rates")
+        raise TrainingError(
+            f"round {round_number}: the aggregated model is not finite", hint="lower the learning rates"
+        )
     return Step(vector, moments, l2_norm(update), {})
 
 

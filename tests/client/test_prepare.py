@@ -226,9 +226,9 @@ def test_an_evaluation_opens_one_run(config, graft, monkeypatch):
 def test_a_site_says_where_a_reward_lies(tmp_path):
     """Catches: a folder that the server dictates; a reward of the site's own that passes for the run's."""
     base, task = tiny_llama(tmp_path / "base"), TASKS.get("rlhf")
-    reward = settings_of(task.tiny(), base)["reward_adapter"]
-    other = export_of(base, tmp_path / "other", task.tiny().exports["reward_adapter"], step=0.3)
-    named = {**task.tiny().settings, "name": "rlhf", "reward_adapter": "judge"}
+    reward = settings_of(task.test_case(), base)["reward_adapter"]
+    other = export_of(base, tmp_path / "other", task.test_case().exports["reward_adapter"], step=0.3)
+    named = {**task.test_case().settings, "name": "rlhf", "reward_adapter": "judge"}
     config = parse({"model": {"name": "base"}, "task": named, "train": {"device": "cpu"}})
     hashes = []
     for models in ({"judge": reward}, {"judge": str(other)}, {reward: reward}):

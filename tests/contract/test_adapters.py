@@ -48,7 +48,7 @@ LITTLE = {"prompt": 0.99, "p-tuning": 0.99}
 
 def knows(method, task):
     """Return whether a method goes on the kind of model of a task's tiny case."""
-    return not ADAPTERS.get(method).why_not(TASKS.get(task).tiny().model_type)
+    return not ADAPTERS.get(method).why_not(TASKS.get(task).test_case().model_type)
 
 
 PAIRS = [pair for pair in itertools.product(TASKS.names(), ADAPTERS.names()) if knows(pair[1], pair[0])]
@@ -70,7 +70,7 @@ def bases(tmp_path_factory):
 @pytest.fixture
 def folder(bases, task):
     """A base that the task can load. Read only."""
-    return bases(TASKS.get(task).tiny().model_type)
+    return bases(TASKS.get(task).test_case().model_type)
 
 
 @cache
@@ -90,7 +90,7 @@ def no_graft_is_left():
 def run(folder, task, method, form="", **adapter):
     """Return the run of a tiny case, or of one of its further forms, at a rate that moves; a batch is all rows."""
     kind = TASKS.get(task)
-    settings = settings_of(kind.further()[form] if form else kind.tiny(), folder)
+    settings = settings_of(kind.extra_cases()[form] if form else kind.test_case(), folder)
     train_settings = {
         "learning_rate": 0.01,
         "local_steps": 15,
@@ -116,7 +116,7 @@ class Site:
         self.config = run(folder, task, method, **adapter)
         self.graft = load_graft(self.config, str(folder), self.config.run.seed)
         self.task = self.graft.task
-        self.encoded = self.task.encode(Shard(TASKS.get(task).tiny().rows), self.graft.base)
+        self.encoded = self.task.encode(Shard(TASKS.get(task).test_case().rows), self.graft.base)
 
     def train(self, round_=1, proximal_mu=0.0, **changes):
         """Train one round from where the graft is; return the update and what the loop reports."""
@@ -173,7 +173,7 @@ def test_there_are_methods_and_a_registry_without_any_fails():
 )
 def test_a_pair_that_does_not_go_is_refused_with_the_reason(task, method, folder):
     """Catches: a declared reason that nobody is told; a pair that is left out of these tests and run all the same."""
-    reason = ADAPTERS.get(method).why_not(TASKS.get(task).tiny().model_type)
+    reason = ADAPTERS.get(method).why_not(TASKS.get(task).test_case().model_type)
     assert 10 < len(reason) < 80
     with pytest.raises(ModelError, match=f"does not fit .*: {reason}") as caught:
         Site(folder, task, method)
@@ -201,7 +201,7 @@ def test_without_training_the_update_is_zero_and_the_outputs_are_the_bases(task,
     update = make_update(site.graft.read(), received)
     assert update.dtype == np.float32
     assert not update.any()
-    with site.graft.untouched():
+    with site.graft.adapter_disabled():
         assert torch.allclose(site.hidden(), before, atol=1e-6) == site.graft.method.starts_at_base
 
 
@@ -245,7 +245,7 @@ def test_off_gives_the_bases_outputs_and_on_the_trained_ones(task, method, folde
     site.train()
     on = site.hidden()
     assert not torch.allclose(on, plain, atol=1e-4)
-    with site.graft.untouched():
+    with site.graft.adapter_disabled():
         assert torch.allclose(site.hidden(), plain, atol=1e-6)
     assert torch.equal(site.hidden(), on)
     trained = {name for name, value in site.graft.base.transformer.named_parameters() if value.requires_grad}
@@ -342,7 +342,7 @@ def test_the_proximal_term_holds_the_update_back(task, method, folder):
         (*pair, form)
         for pair in PAIRS
         for form in ("", "pooler")
-        if TASKS.get(pair[0]).row_losses and form in ("", *TASKS.get(pair[0]).further())
+        if TASKS.get(pair[0]).row_losses and form in ("", *TASKS.get(pair[0]).extra_cases())
     ],
 )
 def test_the_gradient_of_each_row_is_right_or_refused(task, method, form, folder):
@@ -383,12 +383,12 @@ def test_a_head_inside_the_base_is_trained_and_comes_back(task, method, folder, 
     site.graft.method.save(site.graft.base.transformer, tmp_path, "tiny/base")
     write_exported(tmp_path, site.graft, "float32", "tiny/base")
     identity = site.graft.spec.base_fingerprint
-    with site.graft.untouched():
+    with site.graft.adapter_disabled():
         off = site.loss()
     assert off != on
     site.graft = open_exported(tmp_path, str(folder))
     assert site.graft.read().tobytes() == vector.tobytes()
     assert site.loss() == on
-    with site.graft.untouched():
+    with site.graft.adapter_disabled():
         assert site.loss() == off
     assert site.graft.spec.base_fingerprint == identity == Site(folder, task, method).graft.spec.base_fingerprint

@@ -16,7 +16,7 @@ from tsugiki.common.tasks import TASKS, Task
 CASES = {
     f"{name} {form}".strip(): (name, case)
     for name in TASKS.names()
-    for form, case in {"": TASKS.get(name).tiny(), **TASKS.get(name).further()}.items()
+    for form, case in {"": TASKS.get(name).test_case(), **TASKS.get(name).extra_cases()}.items()
 }
 each_task = pytest.mark.parametrize("name", CASES)
 

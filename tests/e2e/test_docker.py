@@ -44,8 +44,8 @@ def test_the_demo_in_containers_gives_what_one_process_gives(tmp_path):
         assert mine.get("eval", {}) == pytest.approx(theirs.get("eval", {}), abs=1e-3)
         assert mine.get("train_loss", 0.0) == pytest.approx(theirs.get("train_loss", 0.0), abs=1e-3)
         assert set(mine.get("accepted", COMPANIES)) == set(theirs.get("accepted", COMPANIES)) == set(COMPANIES)
-    for what in ("ps --all", "volume ls", "network ls"):
-        left = done("docker", *what.split(), "--format", "{{json .}}").stdout
+    for problem in ("ps --all", "volume ls", "network ls"):
+        left = done("docker", *problem.split(), "--format", "{{json .}}").stdout
         assert "tsugiki-" not in left, left
 
 

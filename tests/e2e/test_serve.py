@@ -56,7 +56,7 @@ def test_with_tls_and_keys_the_adapter_is_that_of_the_in_process_engine(tmp_path
 
 def rlhf(folder):
     """Return the base of a run that is judged by an exported reward, and the sections of it."""
-    case, base = TASKS.get("rlhf").tiny(), tiny_llama(folder / "base")
+    case, base = TASKS.get("rlhf").test_case(), tiny_llama(folder / "base")
     prompts = {"data": str(write_case(folder, case.rows))}
     task = {"name": "rlhf", **settings_of(case, base)}
     return str(base), {"task": task, "simulation": prompts, "evaluation": prompts}

@@ -29,7 +29,7 @@ from tsugiki.server.predict import predict
 CASES = {
     f"{name} {form}".strip(): (name, case)
     for name in TASKS.names()
-    for form, case in {"": TASKS.get(name).tiny(), **TASKS.get(name).further()}.items()
+    for form, case in {"": TASKS.get(name).test_case(), **TASKS.get(name).extra_cases()}.items()
     if "image" not in case.rows
 }
 each_task = pytest.mark.parametrize("name", CASES)
@@ -223,7 +223,7 @@ def test_a_rank_beyond_the_layer_is_refused_where_it_would_be_no_low_rank(tmp_pa
     assert load_graft(vera, str(folder), 1).spec.parameters("adapter") == 2 * 2 * (64 + 32)
 
 
-REWARD = TASKS.get("rlhf").tiny().exports["reward_adapter"]
+REWARD = TASKS.get("rlhf").test_case().exports["reward_adapter"]
 
 
 def error_of(*words):
@@ -246,7 +246,7 @@ def test_an_adapter_of_another_base_is_refused_by_the_command(tmp_path, bases):
 )
 def test_what_cannot_judge_a_run_stops_it(reward, code, tmp_path, bases):
     """Catches: a run that learns from numbers that mean nothing: of another base, or of no reward."""
-    tiny = TASKS.get("rlhf").tiny()
+    tiny = TASKS.get("rlhf").test_case()
     export_of(tiny_llama(tmp_path / "base", seed=8), tmp_path / "other", REWARD)
     export_of(bases("llama"), tmp_path / "policy", {"name": "causal-lm", "max_length": 32})
     config = tiny_config(

@@ -11,7 +11,7 @@ from tsugiki.common.errors import ModelError
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks import TASKS
 from tsugiki.server import methods as module
-from tsugiki.server.methods import menu, reasons
+from tsugiki.server.methods import compatibility, reasons
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def bert(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(bert):
     """What can be chosen on it."""
-    return menu(parse({"model": {"name": str(bert)}, "adapter": {"method": "lora", "rank": 2}}))
+    return compatibility(parse({"model": {"name": str(bert)}, "adapter": {"method": "lora", "rank": 2}}))
 
 
 def test_every_pair_is_there(found):
@@ -47,7 +47,7 @@ def test_what_does_not_go_has_a_reason(found, tmp_path):
     """Catches: an empty cell; a traceback of a library in the place of a reason."""
     assert all(pair.reason for pair in found.pairs["causal-lm"].values())
     assert all(pair.reason for pair in found.pairs["image-classification"].values())
-    llama = menu(parse({"model": {"name": str(tiny_llama(tmp_path / "llama"))}}))
+    llama = compatibility(parse({"model": {"name": str(tiny_llama(tmp_path / "llama"))}}))
     assert llama.pairs["causal-lm"]["bitfit"].reason == "it has no bias terms"
     assert llama.pairs["causal-lm"]["lora"].adapter > 0
     numbers = reasons(llama.pairs)
@@ -59,7 +59,7 @@ def test_a_setting_that_does_not_go_says_what_would(bert):
     """Catches: a setting and its value in the place of a reason; candidates that are kept back."""
     reason = {}
     for key, value in (("rank", 33), ("target_modules", ["nope"])):
-        listed = menu(parse({"model": {"name": str(bert)}, "adapter": {"method": "lora", key: value}}))
+        listed = compatibility(parse({"model": {"name": str(bert)}, "adapter": {"method": "lora", key: value}}))
         reason[key] = listed.pairs["sequence-classification"]["lora"].reason
     assert reason["rank"] == "adapter.rank = 33 is too large; expected at most 32, the width of the layers"
     assert "expected some of dense, key, query, value" in reason["target_modules"]
@@ -70,7 +70,9 @@ def test_fusion_needs_adapters_and_is_listed_with_them(found, bert, tmp_path):
     reason = found.pairs["sequence-classification"]["fusion"].reason
     assert reason.startswith("adapter.adapters names fewer than two; expected exports of two or more houlsby runs")
     adapter = {"method": "fusion", "adapters": to_fuse(tmp_path, bert, placement="pfeiffer")}
-    fused = menu(parse({"model": {"name": str(bert)}, "adapter": adapter})).pairs["sequence-classification"]["fusion"]
+    fused = compatibility(parse({"model": {"name": str(bert)}, "adapter": adapter})).pairs["sequence-classification"][
+        "fusion"
+    ]
     assert (fused.adapter, fused.reason) == (2 * 3 * 32 * 32, "")
 
 
@@ -78,7 +80,7 @@ def test_adapters_of_another_base_do_not_go(bert, tmp_path):
     """Catches: a pair that is listed as possible, and refused as soon as it is run."""
     other = tiny_bert(tmp_path / "other", seed=8)
     adapter = {"method": "fusion", "adapters": to_fuse(tmp_path, other)}
-    listed = menu(parse({"model": {"name": str(bert)}, "adapter": adapter})).pairs["sequence-classification"]
+    listed = compatibility(parse({"model": {"name": str(bert)}, "adapter": adapter})).pairs["sequence-classification"]
     assert "fingerprint" in listed["fusion"].reason
     assert listed["houlsby"].reason == ""
 
@@ -92,7 +94,7 @@ def test_one_base_serves_all_methods(bert, monkeypatch):
         return loads[-1]
 
     monkeypatch.setattr(module, "load_base", watched)
-    menu(parse({"model": {"name": str(bert)}}))
+    compatibility(parse({"model": {"name": str(bert)}}))
     assert len(loads) < len(TASKS.names())  # those that do not load are not here
     for base in loads:
         fresh = load(
@@ -119,4 +121,4 @@ def test_memory_is_that_of_the_base_and_of_what_adam_keeps(found, bert):
 def test_a_base_that_is_not_there_is_an_error(tmp_path):
     """Catches: a table of nothing."""
     with pytest.raises(ModelError):
-        menu(parse({"model": {"name": str(tmp_path / "gone")}}))
+        compatibility(parse({"model": {"name": str(tmp_path / "gone")}}))

@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
 
     def run(name):
         if name not in done:
-            case = TASKS.get(name).tiny()
+            case = TASKS.get(name).test_case()
             (folder / name).mkdir()
             file = write_case(folder / name, case.rows)
             base = tiny_base(folder / name / "base", case.model_type)
@@ -177,14 +177,14 @@ def test_what_cannot_be_asked_is_refused(runs, name, texts, with_file):
     folder, file = runs(name)
     with pytest.raises(UsageError) as caught:
         predict(folder, texts, file if with_file else None, HOW)
-    assert caught.value.what
+    assert caught.value.problem
 
 
 def test_a_task_that_predicts_nothing_says_so(runs, monkeypatch):
     """Catches: a traceback for a task of one's own that has no `predict`."""
     folder, _ = runs("sequence-classification")
     kind = TASKS.get("sequence-classification")
-    monkeypatch.setattr(kind, "asked", Task.asked)
+    monkeypatch.setattr(kind, "prediction_columns", Task.prediction_columns)
     monkeypatch.setattr(kind, "predict", Task.predict)
     with pytest.raises(UsageError, match="predicts nothing"):
         predict(folder, ["good"], None, HOW)

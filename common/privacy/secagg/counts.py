@@ -21,11 +21,13 @@ def fewest_sites(counts: Mapping[str, int], min_clients: int, min_sites: int = 2
     Raises:
         SecureAggregationError: `secagg-too-few`, all of them have not as many.
     """
-    left, sites = min_clients, 0
+    left = min_clients
+    sites = 0
     for count in sorted(counts.values(), reverse=True):
         if left <= 0:
             break
-        left, sites = left - count, sites + 1
+        left = left - count
+        sites = sites + 1
     if left > 0 or len(counts) < min_sites:
         raise SecureAggregationError(
             f"{sum(counts.values())} clients at {len(counts)} sites are too few",

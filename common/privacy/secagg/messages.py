@@ -80,12 +80,14 @@ class ClientState:
         Raises:
             SecureAggregationError: `secagg-message`, if a value is missing or has another type or size.
         """
-        step, threshold = fields.get("step"), fields.get("threshold")
+        step = fields.get("step")
+        threshold = fields.get("threshold")
         if not isinstance(step, str) or step not in _SECRETS or type(threshold) is not int:
             raise malformed("a stored state lacks its step or its threshold", "what to_dict returned")
         secrets = {name: exactly(fields.get(name), SECRET_BYTES) for name in _SECRETS[step]}
         (name,) = check_names([fields.get("name")])
-        keys, held = from_fields("keys", fields, KEYS_BYTES), from_fields("held", fields, HELD_BYTES)
+        keys = from_fields("keys", fields, KEYS_BYTES)
+        held = from_fields("held", fields, HELD_BYTES)
         if (name in held) != (step in ("shares", "received", "masked")):
             raise malformed("a stored state has other shares than its step", "what to_dict returned")
         session = exactly(fields.get("session"), SESSION_BYTES)
@@ -138,7 +140,8 @@ def from_fields(prefix: str, fields: Mapping[str, Any], size: int) -> dict[str, 
         SecureAggregationError: `secagg-message`, for anything else: other sizes or types, more than 255 clients, one
             of them twice, a name that is none.
     """
-    names, values = check_names(fields.get(f"{prefix}_names", [])), fields.get(f"{prefix}_values", [])
+    names = check_names(fields.get(f"{prefix}_names", []))
+    values = fields.get(f"{prefix}_values", [])
     if not isinstance(values, list) or len(values) != len(names):
         raise malformed(f"{len(names)} names came with another number of {prefix}", "one for each name")
     return {name: exactly(value, size) for name, value in zip(names, values, strict=True)}
@@ -162,16 +165,16 @@ def exactly(value: Any, size: int) -> bytes:
     return value
 
 
-def refused(what: str, expected: str) -> SecureAggregationError:
+def refused(problem: str, expected: str) -> SecureAggregationError:
     """Return the error for what the protocol does not allow."""
-    return SecureAggregationError(what, expected)
+    return SecureAggregationError(problem, expected)
 
 
-def malformed(what: str, expected: str) -> SecureAggregationError:
+def malformed(problem: str, expected: str) -> SecureAggregationError:
     """Return the error for a message that holds what it cannot hold."""
-    return SecureAggregationError(what, expected, code="secagg-message")
+    return SecureAggregationError(problem, expected, code="secagg-message")
 
 
-def too_few(what: str, expected: str) -> SecureAggregationError:
+def too_few(problem: str, expected: str) -> SecureAggregationError:
     """Return the error for fewer clients, or shares, than it takes."""
-    return SecureAggregationError(what, expected, code="secagg-too-few")
+    return SecureAggregationError(problem, expected, code="secagg-too-few")

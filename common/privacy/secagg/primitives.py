@@ -185,7 +185,8 @@ def _weights(indices: tuple[int, ...]) -> tuple[int, ...]:
         above = below = 1
         for other in indices:
             if other != index:
-                above, below = _multiply(above, other), _multiply(below, other ^ index)
+                above = _multiply(above, other)
+                below = _multiply(below, other ^ index)
         weights.append(_multiply(above, _inverse(below)))
     return tuple(weights)
 

@@ -108,7 +108,8 @@ def make_shares(state: ClientState, keys: Mapping[str, bytes], n_min: int) -> tu
         raise malformed("a public key is in the list twice", "keys made for this session")
     if keys.get(state.name) != state.public_keys:
         raise refused("this client's own keys are not in the list", "the keys that it sent")
-    needed, seed = threshold(len(names), n_min), os.urandom(SECRET_BYTES)
+    needed = threshold(len(names), n_min)
+    seed = os.urandom(SECRET_BYTES)
     parts = [masks.split(secret, needed, len(names)) for secret in (seed, state.mask_private)]
     held = {name: one + other for name, one, other in zip(names, *parts, strict=True)}
     sealed = {
@@ -181,7 +182,8 @@ def answer_unmask(
             `secagg-too-few` for fewer survivors than `n_min` or the threshold; `secagg-message` for hostile lists.
     """
     _expect(state, "masked")
-    alive, gone = set(check_names(survivors)), set(check_names(dropped))
+    alive = set(check_names(survivors))
+    gone = set(check_names(dropped))
     if alive & gone:
         raise refused("a client is said to have survived and to have dropped", "one of the two")
     if alive | gone != state.held.keys():
@@ -226,7 +228,8 @@ def unmask(
             key that was put together is not the announced one; `secagg-refused` for lists that overlap or name clients
             without keys, or for too low a `needed`.
     """
-    alive, gone = set(survivors), set(dropped)
+    alive = set(survivors)
+    gone = set(dropped)
     if alive & gone or not alive | gone <= keys.keys() or not answers.keys() <= alive:
         raise refused("the lists overlap, or name clients without keys", "survivors, who answer, and dropped clients")
     if needed < threshold(len(keys), 1):  # would put together other secrets, unnoticed

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tsugiki.common.tasks.base import Base, Generation, Tokens
-from tsugiki.common.tasks.decoding.templates import Template, encode_prompts, head_length, shorten
+from tsugiki.common.tasks.decoding.templates import Template, encode_prompts, prefix_length, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ _DRAWING = ("temperature", "top_p", "top_k")
 """What a checkpoint may set for drawing, and `transformers` warns about where nothing is drawn."""
 
 
-def generate(base: Base, prompts: Sequence[Tokens], how: Generation, head: int = 0) -> list[str]:
+def generate(base: Base, prompts: Sequence[Tokens], generation: Generation, head: int = 0) -> list[str]:
     """Return what follows each prompt, up to the token for the end, without special tokens.
 
     Prompts are continued one by one: there is no padding that could change a token.
@@ -26,37 +26,39 @@ def generate(base: Base, prompts: Sequence[Tokens], how: Generation, head: int =
     Args:
         base: with a tokenizer.
         prompts: each may take at least half of the model's window; of a longer one what comes after its head is cut.
-        how: they are continued.
+        generation: they are continued.
         head: how many tokens of a prompt's beginning stay.
     """
     import torch
 
-    network, tokenizer = base.transformer, base.tokenizer
+    network = base.transformer
+    tokenizer = base.tokenizer
     device = next(network.parameters()).device
-    drawn = {"do_sample": True, "temperature": how.temperature, "top_k": 0, "top_p": 1.0}
+    drawn = {"do_sample": True, "temperature": generation.temperature, "top_k": 0, "top_p": 1.0}
     found = []
-    torch.manual_seed(how.seed)
+    torch.manual_seed(generation.seed)
     for prompt in prompts:
         window = tokenizer.model_max_length
-        kept = shorten(prompt, max(window // 2, window - how.max_new_tokens), head)
+        kept = shorten(prompt, max(window // 2, window - generation.max_new_tokens), head)
         ids = torch.tensor([kept], device=device)
         with torch.no_grad():
             output = network.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=min(how.max_new_tokens, tokenizer.model_max_length - len(kept)),
+                max_new_tokens=min(generation.max_new_tokens, tokenizer.model_max_length - len(kept)),
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-                **(drawn if how.temperature else {"do_sample": False} | dict.fromkeys(_DRAWING)),
+                **(drawn if generation.temperature else {"do_sample": False} | dict.fromkeys(_DRAWING)),
             )
         found.append(tokenizer.decode(output[0, len(kept) :], skip_special_tokens=True).strip())
     return found
 
 
-def complete(base: Base, shard: Shard, template: Template, how: Generation) -> list[dict[str, str]]:
+def complete(base: Base, shard: Shard, template: Template, generation: Generation) -> list[dict[str, str]]:
     """Return the `completion` of each row's prompt, which stands in its template; see `generate`."""
-    prompts, head = encode_prompts(shard, base.tokenizer, template), head_length(base.tokenizer, template)
-    return [{"completion": text} for text in generate(base, prompts, how, head)]
+    prompts = encode_prompts(shard, base.tokenizer, template)
+    head = prefix_length(base.tokenizer, template)
+    return [{"completion": text} for text in generate(base, prompts, generation, head)]
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,16 @@ def draw(base: Base, prompts: Sequence[Tokens], uniforms: torch.Tensor, temperat
     """
     import torch
 
-    network, end = base.transformer, base.tokenizer.eos_token_id
-    device, longest = next(network.parameters()).device, max(map(len, prompts))
+    network = base.transformer
+    end = base.tokenizer.eos_token_id
+    device = next(network.parameters()).device
+    longest = max(map(len, prompts))
     padded = [[end] * (longest - len(prompt)) + prompt for prompt in prompts]  # on the left: all go on at one place
     real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    ids, mask = torch.tensor(padded, device=device), torch.tensor(real, device=device)
-    places, cache = (mask.cumsum(dim=1) - 1).clamp(min=0), None
+    ids = torch.tensor(padded, device=device)
+    mask = torch.tensor(real, device=device)
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    cache = None
     answers: list[Tokens] = [[] for _ in prompts]
     going = torch.ones(len(prompts), dtype=torch.bool, device=device)
     logps, entropies = torch.zeros(2, len(prompts), device=device)
@@ -107,7 +113,8 @@ def draw(base: Base, prompts: Sequence[Tokens], uniforms: torch.Tensor, temperat
                 use_cache=True,
                 logits_to_keep=1,
             )
-            cache, chances = output.past_key_values, (output.logits[:, -1].float() / temperature).log_softmax(dim=1)
+            cache = output.past_key_values
+            chances = (output.logits[:, -1].float() / temperature).log_softmax(dim=1)
             tokens = _where(chances, drawn).to(device)
             logps += going * chances.gather(1, tokens[:, None])[:, 0]
             entropies += going * torch.special.entr(chances.exp()).sum(dim=1)
@@ -116,7 +123,8 @@ def draw(base: Base, prompts: Sequence[Tokens], uniforms: torch.Tensor, temperat
             going &= tokens != end
             if not going.any():
                 break
-            ids, places = tokens[:, None], places[:, -1:] + 1
+            ids = tokens[:, None]
+            places = places[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
     return Drawn(answers, logps, entropies)
 

@@ -26,8 +26,8 @@ _NOT_PADDING = -1
 """The id that no token has: what is scored is never padded, so the last token is the one that is read."""
 
 
-def add_judge(base: Base, folder: Path, reward_adapter: str, template: Template) -> None:
-    """Load an exported reward beside a bare decoder, as `base.judge`, with its hash in `base.constants`.
+def add_reward_model(base: Base, folder: Path, reward_adapter: str, template: Template) -> None:
+    """Load an exported reward beside a bare decoder, as `base.reward_model`, with its hash in `base.constants`.
 
     Args:
         base: a decoder with its output layer and nothing on it. Its tokenizer learns how many positions the reward's
@@ -53,7 +53,8 @@ def add_judge(base: Base, folder: Path, reward_adapter: str, template: Template)
     exported = read_exported(place)
     _check(exported, base, template)
     wanted_gradients = [value for value in base.network.parameters() if value.requires_grad]
-    method, judge = exported.make_method(place), classifier(base.network)
+    method = exported.make_method(place)
+    judge = classifier(base.network)
     identity = fingerprint(folder, base)
     judge = load_exported(place, judge, exported, fingerprint=identity)
     loaded = Base(judge, judge, None, exported.heads, constants=exported.constants)
@@ -66,21 +67,24 @@ def add_judge(base: Base, folder: Path, reward_adapter: str, template: Template)
     positions = getattr(base.network.config, "max_position_embeddings", None)
     if positions:
         base.tokenizer.model_max_length = min(base.tokenizer.model_max_length, positions - method.positions)
-    base.judge = judge
+    base.reward_model = judge
 
 
 def _check(exported: Exported, base: Base, template: Template) -> None:
     settings = exported.make_task().settings
-    name, objective = settings.name, getattr(settings, "objective", "")
+    name = settings.name
+    objective = getattr(settings, "objective", "")
     if name != "preference" or objective != "reward" or exported.heads != (HEAD,):
-        what = f"a {name} adapter{f' of the objective {objective}' if objective else ''} cannot be a reward"
+        problem = f"a {name} adapter{f' of the objective {objective}' if objective else ''} cannot be a reward"
         expected = 'an export of a run with task.name = "preference" and objective = "reward", with its head'
     elif not same_template(base.tokenizer, template, settings.template):
-        what = f"the reward has seen prompts in the template {settings.template!r}, and task.template is {template!r}"
+        problem = (
+            f"the reward has seen prompts in the template {settings.template!r}, and task.template is {template!r}"
+        )
         expected = "the template that the reward has seen"
     else:
         return
-    raise ModelError(what, expected, "set task.reward_adapter and task.template to match", code="reward-adapter")
+    raise ModelError(problem, expected, "set task.reward_adapter and task.template to match", code="reward-adapter")
 
 
 def classifier(network: Any) -> Any:
@@ -122,12 +126,13 @@ def scores(judge: Any, sequences: Sequence[Tokens]) -> torch.Tensor:
     Sequences of one length go together, without padding: what is read is the last token, whatever the method.
 
     Args:
-        judge: from `add_judge`.
+        judge: from `add_reward_model`.
         sequences: prompts with their answers, without the token for the end, as a reward is trained.
     """
     import torch
 
-    device, lengths = next(judge.parameters()).device, [len(sequence) for sequence in sequences]
+    device = next(judge.parameters()).device
+    lengths = [len(sequence) for sequence in sequences]
     found = torch.zeros(len(sequences), device=device)
     with torch.no_grad():
         for length in sorted(set(lengths)):

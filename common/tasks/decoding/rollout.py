@@ -54,7 +54,7 @@ def judge(base: Base, prompts: list[Tokens], uniforms: torch.Tensor, temperature
     """
     import torch
 
-    if base.judge is None:
+    if base.reward_model is None:
         raise ModelError(
             "no reward model was loaded", "a reward model", "set task.reward_adapter", code="adapter-missing"
         )
@@ -63,13 +63,14 @@ def judge(base: Base, prompts: list[Tokens], uniforms: torch.Tensor, temperature
         device = drawn.logps.device
         whole = sequences(prompts, drawn.answers, base.tokenizer.pad_token_id or 0)
         batch = {name: value.to(device) for name, value in whole.items()}
-        with base.untouched():
+        with base.adapter_disabled():
             reference = answer_logps(base.network, batch, temperature)
         ended = [answer[-1] == base.tokenizer.eos_token_id for answer in drawn.answers]
         told = [answer[:-1] if done else answer for answer, done in zip(drawn.answers, ended, strict=True)]
-        rewards = scores(base.judge, [prompt + answer for prompt, answer in zip(prompts, told, strict=True)])
+        rewards = scores(base.reward_model, [prompt + answer for prompt, answer in zip(prompts, told, strict=True)])
     lengths = torch.tensor([float(len(answer)) for answer in drawn.answers], device=device)
-    drifts, ends = drawn.logps - reference, torch.tensor(ended, device=device).float()
+    drifts = drawn.logps - reference
+    ends = torch.tensor(ended, device=device).float()
     return Judged(drawn.answers, rewards, drifts, drawn.entropies, lengths, ends)
 
 

@@ -56,7 +56,7 @@ def encode_answers(answers: Sequence[str], tokenizer: Any) -> list[Tokens]:
     return [[*tokens, tokenizer.eos_token_id] for tokens in _plain(tokenizer, [answer.strip() for answer in answers])]
 
 
-def head_length(tokenizer: Any, template: Template) -> int:
+def prefix_length(tokenizer: Any, template: Template) -> int:
     """Return how many tokens stand before what a row says: the first token, or what opens a chat."""
     head = _around(tokenizer, template)[0]
     return int(tokenizer.bos_token_id is not None) if isinstance(head, str) else len(head)
@@ -76,7 +76,8 @@ def same_template(tokenizer: Any, one: Template, other: Template) -> bool:
 
 def shorten(prompt: Tokens, room: int, head: int) -> Tokens:
     """Return a prompt of at most `room` tokens: its head and its end stay."""
-    head, excess = min(head, room // 2), max(0, len(prompt) - room)
+    head = min(head, room // 2)
+    excess = max(0, len(prompt) - room)
     return prompt[:head] + prompt[head + excess :] if excess else prompt
 
 

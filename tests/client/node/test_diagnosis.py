@@ -47,9 +47,9 @@ def test_a_certificate_out_of_its_time(tmp_path, days):
     """Catches: an expired certificate reported as a wrong CA."""
     old = make_certificates(tmp_path, [], 90, datetime.now(UTC) + timedelta(days=days))
     with listening(Fleet(), old) as port:
-        problem = why_not(link(port, old))
-    assert problem.code == "tls-expired"
-    assert ("has expired" if days < 0 else "not valid yet") in problem.what
+        cause = why_not(link(port, old))
+    assert cause.code == "tls-expired"
+    assert ("has expired" if days < 0 else "not valid yet") in cause.problem
 
 
 def test_a_name_that_is_not_in_the_certificate(files):
@@ -77,9 +77,9 @@ def test_a_name_that_is_not_in_the_certificate(files):
                     return
 
             threading.Thread(target=pump, daemon=True).start()
-            problem = why_not(link(forward.getsockname()[1], files, "127.0.0.2"))
-    assert problem.code == "tls-wrong-name"
-    assert "127.0.0.2" in problem.what
+            cause = why_not(link(forward.getsockname()[1], files, "127.0.0.2"))
+    assert cause.code == "tls-wrong-name"
+    assert "127.0.0.2" in cause.problem
 
 
 def test_nobody_listens():
@@ -88,7 +88,7 @@ def test_nobody_listens():
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     assert why_not(link(port)).code == "server-unreachable"
-    assert "refused" in why_not(link(port)).what
+    assert "refused" in why_not(link(port)).problem
 
 
 def test_a_host_that_does_not_exist():

@@ -65,7 +65,7 @@ def test_the_sites_know_the_adapters_that_a_run_fuses(tmp_path):
 
 def image_config(folder, **simulation):
     """Return a run on the tiny case of images, which is written into `folder`."""
-    case = TASKS.get("image-classification").tiny()
+    case = TASKS.get("image-classification").test_case()
     folder.mkdir(exist_ok=True)
     data = str(write_case(folder, case.rows))
     return tiny_config(

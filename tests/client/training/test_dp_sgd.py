@@ -670,9 +670,9 @@ class Counting(nn.Linear):
         (lambda: nn.Linear(WIDTH, 1, dtype=torch.bfloat16), "half precision"),
     ],
 )
-def test_layers_whose_rows_cannot_be_told_apart_are_refused(network, what):
+def test_layers_whose_rows_cannot_be_told_apart_are_refused(network, problem):
     """Catches: clipping of something else than a row's whole gradient, which bounds nothing."""
-    assert what in refused(graft(network=network()))
+    assert problem in refused(graft(network=network()))
 
 
 def test_a_batch_norm_that_stays_in_eval_mode_is_fine():

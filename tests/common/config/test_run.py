@@ -116,7 +116,7 @@ def test_an_unknown_key_is_named_with_what_may_be_meant(raw, key, hint):
     """Catches: a typing error that is ignored, so that the run goes on with the default."""
     found = problems(raw)
     assert set(found) == {key}
-    assert found[key].do == hint
+    assert found[key].hint == hint
 
 
 def test_a_list_is_asked_for_in_the_words_of_a_file():
@@ -231,7 +231,7 @@ def test_methods_that_cannot_be_averaged_are_refused_with_the_reason(method, rea
     with pytest.raises(ConfigError, match=reason) as caught:
         parse({"adapter": {"method": method, "rank": 4}})
     assert [problem.key for problem in caught.value.problems] == ["adapter.method"]
-    assert '"lora"' in caught.value.problems[0].do
+    assert '"lora"' in caught.value.problems[0].hint
 
 
 def test_pissa_is_refused_with_the_reason_where_peft_has_it_too():

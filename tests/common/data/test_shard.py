@@ -95,8 +95,8 @@ def test_a_label_that_is_no_class(tmp_path, label):
     """Catches: int() as the check, a negative index, other alphabets' digits, and the label in the message."""
     error = refusal(write(tmp_path, "shard.csv", f'text,label\n"{PRIVATE}\n",no\nx,{label}\ny,1\nz,{label}\n'))
     assert error.code == "shard-label-range"
-    assert "2 of 4 rows" in error.what
-    assert error.what.endswith("line 4")
+    assert "2 of 4 rows" in error.problem
+    assert error.problem.endswith("line 4")
 
 
 @pytest.mark.parametrize("label", ["null", "true", "2", "-1", "1.0", "[1]"])
@@ -110,16 +110,16 @@ def test_a_score_that_is_no_finite_number(tmp_path, score):
     """Catches: float() as the check, which takes NaN and True and overflows on long integers."""
     error = refusal(write(tmp_path, "shard.jsonl", f'{{"score": 1}}\n{{"score": {score}}}\n'), (SCORE,))
     assert error.code == "shard-score"
-    assert "1 of 2 rows" in error.what
-    assert error.what.endswith("line 2")
+    assert "1 of 2 rows" in error.problem
+    assert error.problem.endswith("line 2")
 
 
 def test_a_blank_text_is_counted(tmp_path):
     """Catches: only the empty string refused, and row numbers in the place of line numbers."""
     error = refusal(write(tmp_path, "shard.csv", f"text,label\n{PRIVATE},no\n,no\n \t ,no\n"))
     assert error.code == "shard-empty-text"
-    assert "2 of 3 rows" in error.what
-    assert error.what.endswith("line 3")
+    assert "2 of 3 rows" in error.problem
+    assert error.problem.endswith("line 3")
     assert refusal(write(tmp_path, "shard.jsonl", '{"text": "a"}\n{}\n'), (TEXT,)).code == "shard-empty-text"
 
 
@@ -135,7 +135,7 @@ def test_unpaired_surrogates(tmp_path):
     path = write(tmp_path, "shard.jsonl", f'{{"text": "\\ud83d\\ude00"}}\n{{"text": "{PRIVATE} \\ud800"}}\n')
     error = refusal(path, (TEXT,))
     assert error.code == "shard-encoding"
-    assert error.what.endswith("line 2")
+    assert error.problem.endswith("line 2")
     path = write(tmp_path, "shard.jsonl", '{"text": "a", "ward": "\\ud800"}\n')
     assert refusal(path, (TEXT,), extra_columns=("ward",)).code == "shard-encoding"
 
@@ -148,7 +148,7 @@ def test_a_long_parquet_text(tmp_path):
     write_table(pyarrow.table({"text": ["x", "x" * (2**20 + 1)]}), tmp_path / "shard.parquet")
     error = refusal(tmp_path / "shard.parquet", (TEXT,))
     assert error.code == "shard-line-too-long"
-    assert error.what.endswith("row 2")
+    assert error.problem.endswith("row 2")
 
 
 def test_a_file_must_stay_in_its_folder(tmp_path):
@@ -182,6 +182,6 @@ def test_too_few_rows_are_counted(tmp_path):
     assert len(read(path, CLASSIFIED, DataFormat(), labels=LABELS, min_rows=2)) == 2
     error = refusal(path, min_rows=3)
     assert error.code == "shard-too-small"
-    assert "2 rows" in error.what
+    assert "2 rows" in error.problem
     assert error.expected == "at least 3"
     assert refusal(write(tmp_path, "shard.csv", "text,label\n"), min_rows=0).code == "shard-empty"

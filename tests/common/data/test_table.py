@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tsugiki.common.data.table import Request, class_numbers, load
+from tsugiki.common.data.table import TableSpec, class_numbers, load
 from tsugiki.common.errors import DataError
 from tsugiki.common.settings import DataFormat
 
@@ -18,7 +18,7 @@ def load_file(path, content, sources=NAMES, **data_format):
     """Write the content, unless it is None, and load the columns from it; `optional` may be missing."""
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return load(path, Request(path, sources, frozenset({"optional"}), DataFormat(**data_format)))
+    return load(path, TableSpec(path, sources, frozenset({"optional"}), DataFormat(**data_format)))
 
 
 def refusal(path, content, *args, **options):
@@ -107,7 +107,7 @@ def test_plain_text_has_no_other_column(tmp_path):
     """Catches: a label invented for every line, or a text handed out as one; private text in the error."""
     error = refusal(tmp_path / "shard.txt", f"{PRIVATE}\n")
     assert error.code == "shard-columns"
-    assert "'label'" in error.what
+    assert "'label'" in error.problem
     optional = load_file(tmp_path / "shard.txt", "one\n", {"text": "text", "optional": "more"})
     assert optional.cells == {"text": ["one"]}
 
@@ -137,7 +137,7 @@ def test_broken_rows_name_their_line(tmp_path, name, content, line):
     """Catches: short rows padded, an open quotation mark that swallows the rest, and parser errors that escape."""
     error = refusal(tmp_path / name, content)
     assert error.code == "shard-format"
-    assert f"line {line} " in error.what
+    assert f"line {line} " in error.problem
 
 
 @pytest.mark.parametrize("name", ["shard.text", "shard", "shard.parquet"])
@@ -167,7 +167,7 @@ def test_bytes_that_are_not_utf_8(tmp_path, name, content, line):
     """Catches: errors="replace", and UnicodeDecodeError in the chain, which holds all the bytes."""
     error = refusal(tmp_path / name, content, {"text": "text"} if name == "shard.txt" else NAMES)
     assert error.code == "shard-encoding"
-    assert f"line {line} " in error.what
+    assert f"line {line} " in error.problem
 
 
 def test_parquet_text_that_is_not_utf_8(tmp_path):
@@ -178,7 +178,7 @@ def test_parquet_text_that_is_not_utf_8(tmp_path):
     text = pyarrow.StringArray.from_buffers(2, buffers[1], buffers[2])
     error = refusal(write_parquet(tmp_path / "shard.parquet", text=text), None, {"text": "text"})
     assert error.code == "shard-encoding"
-    assert "row 2 " in error.what
+    assert "row 2 " in error.problem
 
 
 @pytest.mark.parametrize("name", ["shard.jsonl", "shard.txt"])
@@ -190,7 +190,7 @@ def test_a_long_line_is_refused_before_it_is_read(tmp_path, name):
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert error.code == "shard-line-too-long"
-    assert "line 2 " in error.what
+    assert "line 2 " in error.problem
     assert peak_bytes < 5_000_000
 
 
@@ -205,8 +205,8 @@ def test_missing_columns_are_named_beside_those_that_are_there(tmp_path):
     """Catches: a KeyError, or only the first missing column reported."""
     error = refusal(tmp_path / "shard.csv", f"sentence,class\n{PRIVATE},no\n")
     assert error.code == "shard-columns"
-    assert all(name in error.what for name in ("'text'", "'label'", "sentence", "class"))
-    assert "[data.columns]" in error.do
+    assert all(name in error.problem for name in ("'text'", "'label'", "sentence", "class"))
+    assert "[data.columns]" in error.hint
 
 
 @pytest.mark.parametrize("name", ["shard.csv", "shard.tsv"])
@@ -214,7 +214,7 @@ def test_the_first_row_of_a_file_without_a_header_is_not_repeated(tmp_path, name
     """Catches: private text listed as names of columns because nobody wrote header = false."""
     error = refusal(tmp_path / name, f"{PRIVATE},1\nother,0\n")
     assert error.code == "shard-columns"
-    assert "header = false" in error.do
+    assert "header = false" in error.hint
 
 
 @pytest.mark.parametrize(

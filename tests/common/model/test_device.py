@@ -33,7 +33,7 @@ PAIRS = [
     (task, method)
     for task in ("causal-lm", "sequence-classification", "sentence-embedding")
     for method in ADAPTERS.names()
-    if method != "prefix" and not ADAPTERS.get(method).why_not(TASKS.get(task).tiny().model_type)
+    if method != "prefix" and not ADAPTERS.get(method).why_not(TASKS.get(task).test_case().model_type)
 ]
 
 installed = pytest.mark.skipif(
@@ -59,7 +59,7 @@ def config_of(task, method="lora", adapters=(), **settings):
     fused = {"adapters": list(adapters)} if adapters else {}
     return parse(
         {
-            "task": {"name": task, **TASKS.get(task).tiny().settings},
+            "task": {"name": task, **TASKS.get(task).test_case().settings},
             "adapter": {"method": method, **SMALL.get(method, {}), **virtual, **fused},
             "train": {"threads": 1, "local_steps": 8, "learning_rate": 0.02, "lr_schedule": "constant"},
             "model": settings,
@@ -69,7 +69,7 @@ def config_of(task, method="lora", adapters=(), **settings):
 
 def graft_of(bases, task, method="lora", **settings):
     """Return a new graft and its rows."""
-    case = TASKS.get(task).tiny()
+    case = TASKS.get(task).test_case()
     base = bases[case.model_type]
     adapters = to_fuse(base.parent / f"{base.name}-fused", base) if method == "fusion" else ()
     model.grafts.clear()

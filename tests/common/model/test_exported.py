@@ -73,14 +73,14 @@ def test_what_is_opened_answers_as_what_was_exported(bases, tmp_path, name):
     """Catches: tensors left at chance; a head of another draw; a switch that does not lead back to the base."""
     graft = exported(bases["bert"], tmp_path, name)
     on = logits(graft.base.transformer)
-    with graft.untouched():
+    with graft.adapter_disabled():
         off = logits(graft.base.transformer)
     assert not torch.allclose(on, off, atol=1e-3)
     torch.manual_seed(123)
     again = open_exported(tmp_path, str(bases["bert"]))
     assert not again.base.transformer.training
     torch.testing.assert_close(logits(again.base.transformer), on, rtol=0, atol=1e-6)
-    with again.untouched():
+    with again.adapter_disabled():
         torch.testing.assert_close(logits(again.base.transformer), off, rtol=0, atol=1e-6)
     assert again.spec == graft.spec
 

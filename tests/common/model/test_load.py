@@ -324,7 +324,7 @@ def test_untouched_gives_the_bases_outputs_and_comes_back(bert):
     graft.write(np.random.default_rng(1).normal(size=graft.spec.size).astype(np.float32))
     moved = hidden()
     assert not torch.allclose(moved, plain, atol=1e-3)
-    with graft.untouched():
+    with graft.adapter_disabled():
         assert torch.allclose(hidden(), plain, atol=1e-6)
     assert torch.equal(hidden(), moved)
 
@@ -347,7 +347,7 @@ def test_a_text_leaves_room_for_virtual_tokens(tmp_path, task, method):
     folder = tiny_sentence_transformer(tmp_path, max_tokens=64)
     sections = {"task": {"name": task, "max_length": 512}, "adapter": {"method": method, "num_virtual_tokens": 30}}
     graft = load_graft(parse({"train": {"threads": 1, "device": "cpu"}, **sections}), str(folder), 1)
-    rows = TASKS.get(task).tiny().rows
+    rows = TASKS.get(task).test_case().rows
     shard = Shard(
         {name: ["good " * 500] * 2 if type(values[0]) is str else values[:2] for name, values in rows.items()}
     )

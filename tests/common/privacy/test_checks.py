@@ -78,7 +78,7 @@ def test_a_problem_is_told_with_its_mend(privacy, sections, key, mend):
     """Catches: a promise that the run would not keep, accepted; a refusal that does not say what to do."""
     found = problems(privacy, **sections)
     assert list(found) == [key]
-    assert mend in found[key].do
+    assert mend in found[key].hint
     assert found[key].expected
     assert found[key].value
 

@@ -25,7 +25,7 @@ def problem(config, dimension=SIZE):
     with pytest.raises(ConfigError) as caught:
         make_plan(config, dimension)
     (found,) = caught.value.problems
-    assert found.do
+    assert found.hint
     return found
 
 

@@ -231,7 +231,7 @@ def test_the_columns_of_instructions(base, tmp_path):
     with pytest.raises(DataError) as caught:
         read(file, columns, DataFormat())
     assert caught.value.code == "shard-empty-text"
-    assert "completion" in caught.value.what
+    assert "completion" in caught.value.problem
 
 
 def test_instructions_are_learned(tmp_path):

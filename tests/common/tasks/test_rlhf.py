@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 def settings(folder, **changes):
     """Return settings with a reward that is there."""
-    return settings_of(Rlhf.tiny(), folder) | {"name": "rlhf", **changes}
+    return settings_of(Rlhf.test_case(), folder) | {"name": "rlhf", **changes}
 
 
 def opened(folder, train=None, **changes):
@@ -201,7 +201,7 @@ def test_metrics(folder):
     worth = found["reward"] - (1 - found["ended"]) - 0.02 * found["kl"]
     assert found["loss"] == pytest.approx(-worth, abs=1e-5)
     assert found["kl_above"] > 0
-    with graft.untouched():
+    with graft.adapter_disabled():
         bare = graft.task.evaluate(graft.base, encoded, 64)
     assert bare["kl"] == pytest.approx(0, abs=1e-5)
     assert bare["kl_above"] == 0
@@ -247,7 +247,7 @@ def test_an_exported_policy_answers_without_its_reward(folder, tmp_path):
     how = Generation(max_new_tokens=4)
     said = graft.task.predict(graft.base, ROWS, how)
     again = open_exported(tmp_path, str(folder))
-    assert again.base.judge is None
+    assert again.base.reward_model is None
     assert again.task.predict(again.base, ROWS, how) == said
     assert [set(one) for one in said] == [{"completion"}] * 3
 

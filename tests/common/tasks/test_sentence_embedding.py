@@ -190,7 +190,7 @@ def test_the_head_goes_with_every_method(folder, tmp_path, method):
     assert graft.spec.parameters("head") == 9 * 32
     assert graft.spec.parameters("adapter") == plain.spec.parameters("adapter")
     bare = make().load(folder, torch.float32).network.eval()
-    case = SentenceEmbedding.further()["softmax"]
+    case = SentenceEmbedding.extra_cases()["softmax"]
     encoded = graft.task.encode(Shard(case.rows), graft.base)
     before = graft.task.evaluate(graft.base, encoded, 8)["loss"]
     received = graft.read()
@@ -198,7 +198,7 @@ def test_the_head_goes_with_every_method(folder, tmp_path, method):
     moved = unpack(graft.read() - received, graft.spec)
     assert all(value.any() for value in moved.values())
     assert graft.task.evaluate(graft.base, encoded, 8)["loss"] < before
-    with graft.untouched():
+    with graft.adapter_disabled():
         assert np.allclose(graft.base.network.encode("the alpha clause"), bare.encode("the alpha clause"), atol=1e-6)
     headless = graft.method.without_heads(graft.base.transformer)
     assert not [name for name, _ in headless.named_modules() if "nli_head" in name]

@@ -145,7 +145,7 @@ def test_rows_without_an_allowed_delta_are_refused():
     assert [row.noise is None for row in rows if row.mode == "central"] == [False, True, True]
 
 
-HARD = {
+WEAK_SIGNAL = {
     "central": (private_plan("central", 100), 100),
     "local": (private_plan("local", 1_000, dimension=500, rounds=10), 1_000),
     "distributed": (private_plan("distributed", 80, enrolled=100, honest_fraction=0.9), 100),
@@ -154,10 +154,10 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("name", WEAK_SIGNAL)
 def test_each_lever_alone_brings_the_bound_to_one_and_a_little_less_does_not(name):
     """Catches: a number that does not help when it is followed, or asks for much more than is needed."""
-    plan, clients = HARD[name]
+    plan, clients = WEAK_SIGNAL[name]
     target = plan.target_epsilon or independent_epsilon(releases_of(plan)["release"], plan.rounds, plan.delta)
 
     def bound(n=clients, d=plan.dimension, rounds=plan.rounds, epsilon=target):

@@ -10,7 +10,7 @@ from tests.support.tiny import tiny_bert
 from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import UsageError
 from tsugiki.server import doctor
-from tsugiki.server.methods import menu
+from tsugiki.server.methods import compatibility
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_methods_prints_a_table_or_json(bert, tmp_path):
     text = printed("methods", "--model", bert)
     assert "houlsby" in text
     assert "(1)" in text
-    found = menu(parse({"model": {"name": str(bert)}}))
+    found = compatibility(parse({"model": {"name": str(bert)}}))
     frozen = filesize.decimal(found.base_bytes)
     trained = filesize.decimal(found.trained_bytes)
     assert f"Memory at a site: {frozen} of frozen weights, at most {trained} for what is trained" in text

@@ -105,14 +105,14 @@ def runs(tmp_path_factory):
     kinds["prefix-causal"] = causal
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(f'{{"prompt": "the {word} clause"}}\n' for word in WORDS * 2))
-    tiny = TASKS.get("rlhf").tiny()
+    tiny = TASKS.get("rlhf").test_case()
     judged = {"name": "rlhf", **settings_of(tiny, Path(causal["model"]["name"]))}
     kinds["rlhf"] = {**causal, "task": judged, "simulation": {"data": str(prompts)}}
     kinds |= {f"{method}-softmax": softmax for method in ("dora", "bitfit", "prompt")}
     images = {
         "task": {"name": "image-classification", "num_labels": 2},
         "evaluation": {"data": ""},
-        "simulation": {"data": str(write_case(folder, TASKS.get("image-classification").tiny().rows))},
+        "simulation": {"data": str(write_case(folder, TASKS.get("image-classification").test_case().rows))},
     }
     kinds["cnn"] = {**images, "model": {"name": str(tiny_cnn(folder / "cnn"))}}
     kinds["vit"] = {**images, "model": {"name": str(tiny_vit(folder / "vit"))}}

@@ -5,7 +5,7 @@ from tests.support.federation import tiny_config
 from tsugiki.common.data.columns import Column
 from tsugiki.common.errors import ConfigError, DataError
 from tsugiki.common.model.load import load_graft
-from tsugiki.server.run.evaluate import evaluate_untouched, make_evaluator, read_evaluation
+from tsugiki.server.run.evaluate import evaluate_base, make_evaluator, read_evaluation
 
 
 def loaded(config):
@@ -52,9 +52,9 @@ def test_the_untouched_base_does_not_depend_on_what_was_trained(tmp_path):
     config = tiny_config(tmp_path)
     graft = loaded(config)
     graft.write(graft.initial)
-    before = evaluate_untouched(graft, config)
+    before = evaluate_base(graft, config)
     graft.write(graft.initial + 0.5)
-    assert evaluate_untouched(graft, config) == before
+    assert evaluate_base(graft, config) == before
     assert make_evaluator(graft, config)(graft.initial) == before  # LoRA begins at the base's own outputs
 
 

@@ -14,7 +14,7 @@ from tsugiki.common.errors import ModelError
 from tsugiki.common.model.exported import EXPORTED_FILE, open_exported
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks.causal_lm import load_decoder
-from tsugiki.common.tasks.decoding.reward import add_judge, classifier, scores
+from tsugiki.common.tasks.decoding.reward import add_reward_model, classifier, scores
 
 REWARD = {"name": "preference", "max_length": 32, "template": "plain"}
 ANSWERS = [[1, 5, 6, 7], [1, 9, 10], [1, 20, 21, 22], [1, 30]]
@@ -41,7 +41,7 @@ def reward(base_folder):
 def judged(base_folder, folder, template="plain"):
     """Return a decoder with a reward beside it."""
     base = load_decoder(base_folder, torch.float32)
-    add_judge(base, base_folder, str(folder), template)
+    add_reward_model(base, base_folder, str(folder), template)
     return base
 
 
@@ -59,7 +59,7 @@ def test_a_reward_is_what_was_exported(base_folder, tmp_path, method):
     base, alone = judged(base_folder, folder), open_exported(folder, str(base_folder))
     with torch.no_grad():
         wanted = [alone.base.network(torch.tensor([answer])).logits[0, 0] for answer in ANSWERS]
-    torch.testing.assert_close(scores(base.judge, ANSWERS), torch.stack(wanted), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores(base.reward_model, ANSWERS), torch.stack(wanted), rtol=0, atol=1e-5)
     assert len({round(float(value), 4) for value in wanted}) == len(ANSWERS)
 
 
@@ -67,7 +67,7 @@ def test_padding_is_no_end_of_what_is_judged(base_folder, reward):
     """Catches: an answer whose last token is the one for padding, judged by the token before."""
     base = judged(base_folder, reward)
     pad = base.tokenizer.pad_token_id
-    with_pad, without = scores(base.judge, [[1, 5, pad], [1, 5]])
+    with_pad, without = scores(base.reward_model, [[1, 5, pad], [1, 5]])
     assert float(with_pad) != pytest.approx(float(without), abs=1e-4)
 
 
@@ -75,14 +75,14 @@ def test_one_base_is_in_memory(base_folder, reward):
     """Catches: a second base, which would double the memory; a base that the reward has frozen, or changed."""
     base, bare = judged(base_folder, reward), load_decoder(base_folder, torch.float32)
     own = {value.data_ptr(): value for value in base.network.parameters() if value.ndim > 1}
-    shared = [value for value in base.judge.parameters() if value.data_ptr() in own]
+    shared = [value for value in base.reward_model.parameters() if value.data_ptr() in own]
     assert len(shared) == len(own)
-    beside = sum(value.numel() for value in base.judge.parameters() if value.data_ptr() not in own)
+    beside = sum(value.numel() for value in base.reward_model.parameters() if value.data_ptr() not in own)
     assert beside < 0.2 * sum(value.numel() for value in own.values())
     assert all(value.requires_grad for value in base.network.parameters())
     both = zip(base.network.parameters(), bare.network.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in both)
-    assert {value.device.type for value in (*base.judge.parameters(), *base.judge.buffers())} == {"cpu"}
+    assert {value.device.type for value in (*base.reward_model.parameters(), *base.reward_model.buffers())} == {"cpu"}
 
 
 @pytest.mark.parametrize("method", ["houlsby", "layernorm", "lora", "prompt"])
@@ -91,16 +91,16 @@ def test_two_adapters_do_not_touch_each_other(base_folder, tmp_path, method):
     folder = export_of(base_folder, tmp_path / "reward", REWARD, **METHODS["houlsby"])
     config = {"task": {"name": "rlhf", "reward_adapter": str(folder), "template": "plain"}, "train": {"device": "cpu"}}
     graft = load_graft(parse({**config, "adapter": {"method": "lora", **METHODS[method]}}), str(base_folder), 1)
-    ids, before = torch.tensor(ANSWERS[:1]), scores(graft.base.judge, ANSWERS)
+    ids, before = torch.tensor(ANSWERS[:1]), scores(graft.base.reward_model, ANSWERS)
     plain = load_decoder(base_folder, torch.float32).network(ids).logits
     stir(graft.base.transformer)
-    torch.testing.assert_close(scores(graft.base.judge, ANSWERS), before, rtol=0, atol=0)
+    torch.testing.assert_close(scores(graft.base.reward_model, ANSWERS), before, rtol=0, atol=0)
     with torch.no_grad():
         assert not torch.allclose(graft.base.network(ids).logits, plain, atol=1e-3)
-        with graft.untouched():
+        with graft.adapter_disabled():
             torch.testing.assert_close(graft.base.network(ids).logits, plain, rtol=0, atol=1e-5)
     trained = {id(value) for value in graft.parameters}
-    assert not trained & {id(value) for value in graft.base.judge.parameters()}
+    assert not trained & {id(value) for value in graft.base.reward_model.parameters()}
 
 
 def test_what_is_no_reward_is_refused(base_folder, tmp_path):
@@ -172,7 +172,7 @@ def test_settings_that_an_export_leaves_out_are_the_defaults(base_folder, tmp_pa
     folder = export_of(base_folder, tmp_path / "reward", {"name": "preference"})
     said = json.loads((folder / EXPORTED_FILE).read_text())
     (folder / EXPORTED_FILE).write_text(json.dumps(said | {"task": {"name": "preference"}}))
-    assert judged(base_folder, folder, "auto").judge is not None
+    assert judged(base_folder, folder, "auto").reward_model is not None
     assert refused(base_folder, folder, "plain").code == "reward-adapter"
 
 

@@ -42,14 +42,14 @@ def test_what_is_thought_of_answers(base):
         ids = torch.tensor([prompt + answer])
         with torch.no_grad():
             policy = (base.network(ids).logits[0].double() / 0.7).log_softmax(dim=1)
-            with base.untouched():
+            with base.adapter_disabled():
                 bare = (base.network(ids).logits[0].double() / 0.7).log_softmax(dim=1)
         for at, token in enumerate(answer):
             place = len(prompt) - 1 + at
             total += float(policy[place, token] - bare[place, token])
         assert float(judged.drifts[row]) == pytest.approx(total, abs=1e-4)
         read = prompt + [token for token in answer if token != EOS]
-        assert float(judged.rewards[row]) == pytest.approx(float(scores(base.judge, [read])[0]), abs=1e-5)
+        assert float(judged.rewards[row]) == pytest.approx(float(scores(base.reward_model, [read])[0]), abs=1e-5)
         assert bool(judged.ended[row]) == (answer[-1] == EOS)
         assert float(judged.lengths[row]) == len(answer)
     assert float(judged.drifts.abs().max()) > 0.1
@@ -64,7 +64,7 @@ def test_an_end_is_not_judged(base):
     judged = judge(base, PROMPTS[:1], draws, 1.0)
     assert judged.answers == [[EOS]]
     assert float(judged.ended) == 1.0
-    assert float(judged.rewards) == pytest.approx(float(scores(base.judge, PROMPTS[:1])), abs=1e-6)
+    assert float(judged.rewards) == pytest.approx(float(scores(base.reward_model, PROMPTS[:1])), abs=1e-6)
 
 
 def test_nothing_is_dropped_and_the_mode_stays(base):

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from tests.support.tiny import tiny_llama
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import ModelError
-from tsugiki.common.tasks.decoding.templates import encode_answers, encode_prompts, fit, fit_all, head_length, shorten
+from tsugiki.common.tasks.decoding.templates import encode_answers, encode_prompts, fit, fit_all, prefix_length, shorten
 
 CHAT = (
     "{% for message in messages %}{{ '<s>' + message['role'] + ' ' + message['content'] + '</s>' }}{% endfor %}"
@@ -109,13 +109,13 @@ def test_a_long_prompt_keeps_what_opens_its_chat(tokenizer):
     tokenizer.chat_template = CHAT
     long = Shard({"prompt": ["good " * 60 + "party"]})
     (prompt,) = encode_prompts(long, tokenizer, "chat")
-    head = head_length(tokenizer, "chat")
+    head = prefix_length(tokenizer, "chat")
     kept, said = fit(prompt, [7, 8, EOS], 20, head)
     assert kept[:head] == prompt[:head]
     assert BOS in kept[:head]
     assert kept[-4:] == prompt[-4:]
     assert (len(kept), said) == (17, [7, 8, EOS])
-    assert head_length(tokenizer, "plain") == 1
+    assert prefix_length(tokenizer, "plain") == 1
     assert shorten(prompt, 4, head)[:2] == prompt[:2]
 
 
