@@ -225,12 +225,8 @@ def _rows(graft: Graft, form: DataFormat, texts: Sequence[str], file: Path | Non
         )
     empty = [number for number, text in enumerate(texts, 1) if not text.strip()]
     if empty:
-        raise UsageError(
-            f"a text alone is given, and {graft.task.name} reads {names}", "a file of them", "give --file FILE"
-        )
+        raise UsageError(f"text {empty[0]} is empty", "some text")
     broken = [number for number, text in enumerate(texts, 1) if has_surrogates(text)]
     if broken:
-        raise UsageError(
-            f"a text alone is given, and {graft.task.name} reads {names}", "a file of them", "give --file FILE"
-        )
+        raise UsageError(f"text {broken[0]} has bytes that are not UTF-8, or unpaired surrogates", "Unicode text")
     return Shard({wanted[0].name: list(texts)})

@@ -69,7 +69,7 @@ def test_init_refuses_what_the_file_could_not_hold(tmp_path, options):
 
 def test_init_in_a_folder_that_is_not_there_is_an_error_of_ours(tmp_path):
     """Catches: a traceback."""
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(UsageError, match="Cannot write"):
         printed("site", "init", tmp_path / "missing" / "site.toml")
 
 

@@ -594,7 +594,7 @@ def test_the_deadline_ends_training(monkeypatch):
     monkeypatch.setattr(trainer, "time", clock)
     monkeypatch.setattr(dp_sgd, "time", clock)
     model = graft()
-    with pytest.raises(TrainingError, match="step 3 of 8 after 2 s") as caught:
+    with pytest.raises(TrainingError, match="Only 3 of 8 steps were done in 2 s") as caught:
         train_protecting_rows(model, rows(ROWS), settings(local_steps=8), local_round(deadline_s=2.0), examples())
     assert caught.value.code == "deadline"
     assert not model.base.network.training

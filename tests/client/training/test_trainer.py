@@ -340,7 +340,7 @@ def test_the_deadline_ends_training(monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     model = graft()
-    with pytest.raises(TrainingError, match="step 3 of 8 after 2 s") as caught:
+    with pytest.raises(TrainingError, match="Only 3 of 8 steps were done in 2 s") as caught:
         train(model, ENCODED, settings(local_steps=8), local_round(deadline_s=2.0))
     assert caught.value.code == "deadline"
     assert not model.base.network.training

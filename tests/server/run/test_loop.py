@@ -131,7 +131,7 @@ def test_a_quorum_missed_twice_stops_the_run_with_the_last_checkpoint(tmp_path):
     fault = forging(2, lambda reply: reply if next(count) < 1 else None)
     ctx = toy_context(tmp_path, toy_app(["a", "b"]), 2, fault=fault)
     ctx.roster.wait(lambda count: None)
-    with pytest.raises(QuorumNotMet, match="round 2: 1 accepted replies, twice") as caught:
+    with pytest.raises(QuorumNotMet, match="Round 2 had 1 accepted replies, twice") as caught:
         run_rounds(ctx, toy_state())
     assert (caught.value.exit_status, caught.value.code) == (3, "quorum-not-met")
     assert str(tmp_path / "checkpoint") in str(caught.value)

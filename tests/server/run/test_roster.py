@@ -218,7 +218,7 @@ def test_waiting_where_no_more_can_come_ends_at_once(tmp_path):
 def test_waiting_for_sites_that_never_come_ends_in_time(tmp_path):
     """Catches: a wait without end on a grid that could grow."""
     ctx = growing(tmp_path, ["a"], strategy={"min_clients": 2})
-    with pytest.raises(NotEnoughSites, match="1 of 2 clients after 30 s"):
+    with pytest.raises(NotEnoughSites, match="1 of 2 clients are connected after 30 s"):
         ctx.roster.wait(lambda count: None)
 
 
