@@ -193,7 +193,7 @@ def test_a_client_without_a_server_or_a_ca_is_told(tmp_path):
         ((), "--server"),
         (("--server", "127.0.0.1:1"), "CA certificate"),
         (("--server", "192.0.2.1:1", "--insecure"), "loopback"),
-        (("--server", "127.0.0.1:1", "--ca", tmp_path / "missing"), "cannot read"),
+        (("--server", "127.0.0.1:1", "--ca", tmp_path / "missing"), "Cannot read"),
     ):
         with pytest.raises(UsageError, match=words):
             printed("client", "--site", site, *options)

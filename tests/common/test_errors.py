@@ -113,11 +113,13 @@ def raised():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if not isinstance(node, ast.Call) or getattr(node.func, "id", "") not in kinds:
                 continue
-            names = ("key", "value", "expected", "do") if node.func.id == "Problem" else ("what", "expected", "do")
+            names = (
+                ("key", "value", "expected", "hint") if node.func.id == "Problem" else ("problem", "expected", "hint")
+            )
             given = dict(zip(names, node.args, strict=False)) | {word.arg: word.value for word in node.keywords}
             for name, value in given.items():
                 parts = value.values if isinstance(value, ast.JoinedStr) else [value]
-                if name in ("what", "expected", "do") and isinstance(parts[-1], ast.Constant):
+                if name in ("problem", "expected", "hint") and isinstance(parts[-1], ast.Constant):
                     found.append((f"{path.name}:{node.lineno}", name, ast.unparse(value), parts))
     return found
 

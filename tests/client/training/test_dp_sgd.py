@@ -660,7 +660,7 @@ class Counting(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    ("network", "what"),
+    ("network", "problem"),
     [
         (lambda: nn.Sequential(nn.BatchNorm1d(WIDTH, affine=False), nn.Linear(WIDTH, 1)), "batch norm"),
         (Windows, "for each row"),
