@@ -1,4 +1,4 @@
-"""How long `tsugiki --help` takes: median of 10 fresh processes.
+"""How long `tsugiki --help` and `import tsugiki` take: medians of 10 fresh processes.
 
 python scripts/bench/startup.py
 """
@@ -12,17 +12,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from figures import Figure, median, show, spread
 
-COMMAND = [str(Path(sys.executable).parent / "tsugiki"), "--help"]
+HELP = [str(Path(sys.executable).parent / "tsugiki"), "--help"]
+IMPORT = [sys.executable, "-c", "import sys, tsugiki; assert 'torch' not in sys.modules"]
 
 
-def seconds() -> float:
+def seconds(command: list[str]) -> float:
     """Return the wall time of one call."""
     started = time.perf_counter()
-    subprocess.run(COMMAND, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 
+def measured(name: str, command: list[str], target: str) -> Figure:
+    """Return the median of ten calls."""
+    seconds(command)  # fill the file cache
+    times = [seconds(command) for _ in range(10)]
+    return Figure(name, median(times), "s", target, spread(times))
+
+
 if __name__ == "__main__":
-    seconds()  # fill the file cache
-    times = [seconds() for _ in range(10)]
-    show("Start-up", [Figure("tsugiki --help", median(times), "s", "<= 0.5", spread(times))])
+    show(
+        "Start-up",
+        [measured("tsugiki --help", HELP, "<= 0.5"), measured("import tsugiki, without torch", IMPORT, "<= 0.3")],
+    )
