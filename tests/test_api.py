@@ -29,7 +29,7 @@ SURFACE = {
     "ConfigError": "(source, problems)",
     "Run": "(folder, config, summary, metrics)",
     "Table": "",
-    "TsugikiError": "(what, expected='', do='', *, code='')",
+    "TsugikiError": "(problem, expected='', hint='', *, code=None)",
     "__version__": "",
     "compare": "(config, *, progress=True)",
     "load_adapter": "(folder, base=None)",
