@@ -1,4 +1,4 @@
-"""How long `tsugiki --help` takes: median of 10 fresh processes.
+"""Measure how long `tsugiki --help` takes: the median of 10 fresh processes.
 
 python scripts/bench/startup.py
 """
