@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the image, runs the demo federation to its end, copies the run out, and leaves nothing behind but the image.
+# Builds the image, runs the demo federation to its end, copies the run out, and removes everything but the image.
 #
 #   docker/federation.sh [FOLDER]      where the run goes; runs/federation by default
 set -euo pipefail

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Makes what a federation needs: the demo's data for three companies, certificates, and a key for each site.
-# Each file goes into the volume of whoever needs it; a site's volume is mounted by no other site, nor by the server.
-# Volumes that hold files already are left as they are, unless this script was cut off while it filled them.
+# Makes the files of a federation: the demo's data for three companies, certificates, and a key for each site.
+# Each file goes into the volume of the container that needs it. A site's volume is mounted by that site alone.
+# Volumes that already hold files are left as they are, unless this script was interrupted while it filled them.
 set -eu
 
 server=/init/server
@@ -25,6 +25,6 @@ for site in logistics software clinic; do
     tsugiki keys register "/init/$site/node.key.pub" --name "$site" --keys keys
     printf '\n[server]\naddress = "server:9092"\nca = "ca.crt"\nkey = "node.key"\n' >>"/init/$site/site.toml"
 done
-# What the server does not need does not stay there: the CA signs nothing else, and the rows are the sites'.
+# Remove what the server does not need: the CA signs nothing else, and the rows belong to the sites.
 rm -r tls/ca.key runs/demo-data/train.csv runs/demo-data/sites
 rm .unfinished

@@ -1,4 +1,4 @@
-"""How benchmarks and studies report: a readable table, then one JSON object a figure."""
+"""Report the results of benchmarks and studies: a readable table, then one JSON object for each figure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from statistics import mean, median, quantiles, stdev
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number, beside its target where it has one.
+    """One measured number, with its target if it has one.
 
     Args:
         name: what was measured.
         value: the number.
         unit: of the value; "ratio" for ratios.
         target: as text, such as "<= 0.5"; empty for none.
-        note: spread, seeds, or what to know.
+        note: spread, seeds, or anything else a reader needs.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Figure:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the target is met; None without one."""
+        """Whether the target is met; None if there is no target."""
         if not self.target:
             return None
         sign, bound = self.target.split()
@@ -38,7 +38,7 @@ class Figure:
 
 
 def show(title: str, figures: list[Figure]) -> None:
-    """Print the table and the JSON lines."""
+    """Print figures as a table, then as JSON lines."""
     print(f"\n{title} ({platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()})\n")
     width = max(len(figure.name) for figure in figures)
     for figure in figures:
@@ -51,13 +51,13 @@ def show(title: str, figures: list[Figure]) -> None:
 
 
 def spread(values: list[float]) -> str:
-    """Return the quartiles and the number of values."""
+    """Return the first and third quartile and the number of values, as text."""
     low, _, high = quantiles(values, n=4)
     return f"quartiles {low:.4f} to {high:.4f}, n = {len(values)}"
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """Return mean and the 95 % confidence interval of the mean (Student's t)."""
+    """Return the mean and the ends of its 95 % confidence interval (Student's t), NaN for a single value."""
     from scipy.stats import t
 
     centre = mean(values)

@@ -1,15 +1,16 @@
-"""How the code hangs together: import circles, rooms, floors, arrows that run upwards; and how dense its lines are.
+"""Measure the structure of the code: import circles, rooms, floors, upward arrows; and the density of its lines.
 
-    python scripts/structure.py             the figures, one JSON object a line behind the table
-    python scripts/structure.py --circles   also each circle, drawn
+    python scripts/structure.py             a table of rooms, then the figures, one JSON object for each
+    python scripts/structure.py --circles   also draw each circle
 
 A *room* is a module or folder at the top level of `common/`, `client/` or `server/`. A room has an arrow to each room
-that one of its modules imports. Rooms stand on *floors*: each one above all that it imports. Where rooms import each
-other in a circle there is no such order; then the order with the fewest *arrows upwards* counts.
+that one of its modules imports. Each room is on a *floor* above all rooms that it imports. If rooms import each other
+in a circle, no such order exists; then the order with the fewest *arrows upwards* is used.
 
-All imports count: those inside functions, and those for annotations only. Plain `ast`; nothing is imported.
+All imports count, also those inside functions and those for annotations only. The modules are parsed with `ast`, not
+imported.
 
-Density is counted on lines of code, without blank lines and docstrings. Twelve codebases that read well (httpx, trio,
+Density is measured on lines of code, without blank lines and docstrings. Twelve codebases that read well (httpx, trio,
 grain, attrs and others) have 24 to 40 characters a line, 0.1 to 2.7 packed assignments (`a, b = x, y`) and 2 to 15
 conditional expressions in 1,000 lines, and 2 to 15 comments in 100.
 """
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("tsugiki", "common", "client", "server")
 _TARGETS = {"circles": 0, "server rooms": 13, "server arrows up": 0, "common floors": 6}
 _MOST_TRIED = 8
-"""Up to so many rooms in a circle, all orders are tried; beyond, the rooms that import most stand highest."""
+"""The largest circle whose rooms are tried in all orders. In a larger one, the rooms that import most come last."""
 
 Graph = Mapping[str, set[str]]
 
@@ -67,13 +68,13 @@ def imports(name: str, source: str, known: Iterable[str]) -> set[str]:
 
 
 def graph(root: Path = ROOT) -> dict[str, set[str]]:
-    """Return which modules each module imports."""
+    """Return the modules that each module imports, by name."""
     named = modules(root)
     return {name: imports(name, path.read_text("utf-8"), named) for name, path in named.items()}
 
 
 def circles(edges: Graph) -> list[list[str]]:
-    """Return the sets of nodes that reach each other (strongly connected components), sorted; Tarjan 1972."""
+    """Return the strongly connected components of two or more nodes, sorted (Tarjan 1972)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -101,7 +102,7 @@ def circles(edges: Graph) -> list[list[str]]:
 
 
 def drawn(circle: Iterable[str], edges: Graph) -> str:
-    """Return a shortest way round a circle, as "a -> b -> a"."""
+    """Return a shortest path around a circle, as "a -> b -> a"."""
     members = set(circle)
     start = min(members)
     ways = [[start]]
@@ -115,7 +116,7 @@ def drawn(circle: Iterable[str], edges: Graph) -> str:
 
 
 def rooms(side: str, edges: Graph) -> dict[str, set[str]]:
-    """Return which rooms of a folder each of its rooms imports."""
+    """Return the other rooms of a folder that each of its rooms imports."""
 
     def room(name: str) -> str:
         parts = name.split(".")
@@ -130,7 +131,7 @@ def rooms(side: str, edges: Graph) -> dict[str, set[str]]:
 
 
 def arrows_up(arrows: Graph) -> list[tuple[str, str]]:
-    """Return the arrows that run upwards in the order of rooms that has the fewest."""
+    """Return the upward arrows, for the order of rooms that has the fewest of them."""
     found = []
     for circle in circles(arrows):
         inside = {room: arrows[room] & set(circle) for room in circle}
@@ -142,13 +143,13 @@ def arrows_up(arrows: Graph) -> list[tuple[str, str]]:
 
 
 def _upwards(order: tuple[str, ...], arrows: Graph) -> list[tuple[str, str]]:
-    """Return the arrows from a room to one that stands after it."""
+    """Return the arrows from a room to a later one in this order."""
     place = {room: number for number, room in enumerate(order)}
     return [(room, other) for room in order for other in arrows[room] if place[other] > place[room]]
 
 
 def floors(arrows: Graph) -> dict[str, int]:
-    """Return the floor of each room, counted from 1, without the arrows that run upwards."""
+    """Return the floor of each room, counted from 1. Upward arrows are ignored."""
     up = set(arrows_up(arrows))
     down = {room: {other for other in others if (room, other) not in up} for room, others in arrows.items()}
     levels: dict[str, int] = {}
@@ -164,7 +165,7 @@ def floors(arrows: Graph) -> dict[str, int]:
 
 
 def figures(root: Path = ROOT) -> dict[str, int]:
-    """Return the figures by name."""
+    """Return the numbers of modules, circles, rooms, floors and upward arrows, by name."""
     edges = graph(root)
     found = {"modules": len(edges), "circles": len(circles(edges))}
     for side in FOLDERS[1:]:
@@ -176,7 +177,7 @@ def figures(root: Path = ROOT) -> dict[str, int]:
 
 
 def density(source: str) -> dict[str, int]:
-    """Return lines of code, their characters, packed assignments, conditional expressions and comments of a module."""
+    """Return the numbers of lines, characters, packed assignments, conditional expressions and comments of a module."""
     docstrings: set[int] = set()
     found = {"lines": 0, "characters": 0, "packed": 0, "conditional": 0, "comments": 0}
     for node in ast.walk(ast.parse(source)):
@@ -190,13 +191,13 @@ def density(source: str) -> dict[str, int]:
     found["lines"] = len(lines)
     found["characters"] = sum(map(len, lines))
     for token in tokenize.tokenize(io.BytesIO(source.encode()).readline):
-        marks = ("# noqa", "# type: ignore")  # they are for tools
+        marks = ("# noqa", "# type: ignore")  # for tools, not for readers
         found["comments"] += token.type == tokenize.COMMENT and not token.string.startswith(marks)
     return found
 
 
 def densities(root: Path = ROOT) -> dict[str, float]:
-    """Return the density of all modules, but for the demo's clauses, which are prose."""
+    """Return the density of all modules except the demo's clauses, which are prose."""
     counted = [density(path.read_text("utf-8")) for path in modules(root).values() if "clauses" not in path.name]
     total = {name: sum(one[name] for one in counted) for name in counted[0]}
     lines = total["lines"]
@@ -209,7 +210,7 @@ def densities(root: Path = ROOT) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the figures."""
+    """Print the rooms with their arrows, then all figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--circles", action="store_true", help="draw each circle of imports")
     arguments = parser.parse_args()

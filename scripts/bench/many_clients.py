@@ -1,9 +1,9 @@
-"""Ten clients at once: does every round have them all, and does the server's memory stay as it is?
+"""Check with ten clients at once that no round misses a reply, and that the server's memory does not grow.
 
     python scripts/bench/many_clients.py [--clients 10] [--rounds 20]
 
-One SuperLink and trivial clients with 75,000 floats on loopback. The server's memory is what this process, which runs
-the ServerApp, and the SuperLink hold (VmRSS of proc(5)), read as a round begins.
+One SuperLink and trivial clients with 75,000 floats on loopback. The server's memory is the resident memory (VmRSS of
+proc(5)) of this process, which runs the ServerApp, and of the SuperLink, read at the start of each round.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ FROM_ROUND = 5
 
 
 def resident_bytes(pid: int) -> int:
-    """Return how much memory a process holds."""
+    """Return the resident memory of a process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
 class Memory(Progress):
-    """Notes what the server holds as each round begins."""
+    """Records the server's memory at the start of each round: this process and the SuperLink, in bytes."""
 
     def __init__(self, superlink_pid: int) -> None:
         self._pids = (os.getpid(), superlink_pid)
         self.bytes: dict[int, tuple[int, int]] = {}
 
     def round_begins(self, round_: int, rounds: int, cohort: list[str]) -> None:
-        """Note it."""
+        """Record the memory."""
         here, there = map(resident_bytes, self._pids)
         self.bytes[round_] = (here, there)
 
 
 def measure(clients: int, rounds: int, folder: Path) -> list[Figure]:
-    """Return what came out."""
+    """Run the rounds and return the figures."""
     strategy = {"min_clients": clients, "connect_timeout_s": 120.0}
     config = parse({"run": {"rounds": rounds}, "strategy": strategy})
     address, spec = f"127.0.0.1:{free_port()}", trivial_spec(FLOATS)
@@ -81,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds <= FROM_ROUND:
         parser.error(f"--rounds: more than {FROM_ROUND}, the round that memory is compared with")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # else the clients would outlive us
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # or the clients would outlive us
     with tempfile.TemporaryDirectory() as name:
         figures = measure(options.clients, options.rounds, Path(name))
     show(f"{options.clients} clients, {options.rounds} rounds, {FLOATS:,} floats", figures)

@@ -1,10 +1,10 @@
-"""Seconds a round takes when deployed, beyond the training itself: our resident nodes, and Flower's stock SuperNodes.
+"""Measure the seconds of a deployed round beyond training: our resident nodes against Flower's stock SuperNodes.
 
     python scripts/bench/orchestration.py [--rounds 50] [--stock-rounds 4] [--model-rounds 4]
 
 One SuperLink and four clients on loopback. First with a trivial app and 75,000 floats; then with all-MiniLM loaded and
 one step on four rows (a stock SuperNode starts a process, and loads the model, for every message). The server is ours
-in all of them. A round is measured from its beginning to that of the next; the first and last are left out.
+in every case. A round is measured from its start to the start of the next one; the first and the last are left out.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ CLIENTS = 4
 
 
 class Clock(Progress):
-    """Notes when each round begins."""
+    """Records the start time of each round."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def round_begins(self, round_: int, rounds: int, cohort: list[str]) -> None:
-        """Note the time."""
+        """Record the time."""
         self.times.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Return the length of each round but the first and the last."""
+        """Return the seconds of each round except the first and the last."""
         return [later - earlier for earlier, later in zip(self.times[1:], self.times[2:], strict=False)]
 
 
 @contextmanager
 def processes(commands: list[list[str]], folder: Path) -> Iterator[None]:
-    """Run commands inside a `with` block, each in a session of its own."""
+    """Run commands during a `with` block, each in its own session, and end them after it."""
     environment = quiet_environment(folder / "flwr-home", PYTHONPATH=str(ROOT))
     with ExitStack() as stack:
         for number, command in enumerate(commands):
@@ -78,13 +78,13 @@ def processes(commands: list[list[str]], folder: Path) -> Iterator[None]:
 
 
 def resident_trivial(address: str, clients: int = CLIENTS) -> list[list[str]]:
-    """Return the commands of our nodes with the trivial app."""
+    """Return the commands that start our nodes with the trivial app."""
     script = str(ROOT / "scripts" / "bench" / "trivial.py")
     return [[sys.executable, script, address, str(number)] for number in range(clients)]
 
 
 def stock(address: str, configs: list[str]) -> list[list[str]]:
-    """Return the commands of stock SuperNodes."""
+    """Return the commands that start stock SuperNodes."""
     options = ["--insecure", "--superlink", address, "--host", "127.0.0.1"]
     return [
         [str(BIN / "flower-supernode"), *options, "--port", str(free_port()), "--node-config", config]
@@ -93,7 +93,7 @@ def stock(address: str, configs: list[str]) -> list[list[str]]:
 
 
 def trivial_bundle() -> bytes:
-    """Return an app bundle whose ClientApp is the trivial one."""
+    """Return a Flower app bundle (FAB) with the trivial ClientApp."""
     from flwr.cli.build import build_fab_from_files
 
     app = {
@@ -123,7 +123,7 @@ def trivial_rounds(rounds: int, ours: bool, folder: Path) -> list[float]:
 
 
 def run_trivial(grid: SuperlinkGrid, config: RunConfig, spec: AdapterSpec, clock: Progress, folder: Path) -> None:
-    """Run the rounds with the trivial app, from the hello on."""
+    """Run the hello and the rounds with the trivial app."""
     audit, stop = AuditLog(folder / "audit.jsonl"), Stop()
     roster = Roster(grid, config, spec, None, audit, stop)
     roster.wait(lambda count: None)
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--stock-rounds", type=int, default=4, help="of stock SuperNodes with the trivial app")
     parser.add_argument("--model-rounds", type=int, default=4, help="of both with a model")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # else the clients would outlive us
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # or the clients would outlive us
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     figures = []
     with tempfile.TemporaryDirectory() as name:

@@ -1,11 +1,11 @@
-"""What secure aggregation costs: seconds at a client, bytes, and a deployed round, beside aggregation in the open.
+"""Measure the cost of secure aggregation against open aggregation: seconds at a client, bytes, and a deployed round.
 
     python scripts/bench/secagg.py [--rounds 5] [--no-deployed]
 
-In one process: 30 sites of the trivial app with 150,000 numbers, through the real protocol; in every round a site drops
-out after the shares and another after its masked sum. The client's time is that of its four steps together, without
-training. Deployed: `tsugiki serve` and five `tsugiki client` on loopback, all-MiniLM with a LoRA of 147,456 numbers,
-one local step. Each against the same runs with the same noise and without masks. Needs the extra [demo].
+In one process: 30 sites of the trivial app with 150,000 numbers run the real protocol. In every round one site drops
+out after the shares, and another after its masked sum. A client's time is the sum of its four steps, without training.
+Deployed: `tsugiki serve` and five `tsugiki client` on loopback, all-MiniLM with a LoRA of 147,456 numbers, one local
+step. Each is compared with the same run with the same noise but without masks. Needs the extra [demo].
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ DEPLOYED = 5
 
 
 def private_app(spec: AdapterSpec, plan: Plan, seconds: dict[str, float]) -> ClientApp:
-    """Return a ClientApp that trains nothing, protects zeros, and counts the seconds of its steps by site."""
+    """Return a ClientApp that protects zeros instead of training, and adds up the seconds of its steps by site."""
     app = ClientApp()
 
     def name(context: Any) -> str:
@@ -130,7 +130,7 @@ def private_app(spec: AdapterSpec, plan: Plan, seconds: dict[str, float]) -> Cli
 
 
 def dropping(node: int, reply: Any) -> list[Any]:
-    """Let one site fail in training, and another at the end."""
+    """Replace the replies of two sites by errors: one fails in training, the other when a sum is unmasked."""
     from flwr.app import Error
     from flwr.app.message import make_message
 
@@ -139,7 +139,7 @@ def dropping(node: int, reply: Any) -> list[Any]:
 
 
 def in_process(secure: bool, rounds: int, folder: Path) -> tuple[list[dict[str, Any]], list[float]]:
-    """Return the rounds' lines, and the seconds of each client in a round, on average."""
+    """Return the lines of metrics.jsonl, one for each round, and each client's mean seconds in a round."""
     folder.mkdir()
     spec, seconds = trivial_spec(FLOATS), defaultdict(float)
     privacy = {"mode": "distributed", "noise_multiplier": 4.0, "secure_aggregation": secure, "enrolled_clients": SITES}
@@ -160,7 +160,7 @@ def in_process(secure: bool, rounds: int, folder: Path) -> tuple[list[dict[str, 
 
 
 def deployed_config(secure: bool, rounds: int, folder: Path) -> RunConfig:
-    """Return a run of five sites on loopback."""
+    """Return the settings of a run of five sites on loopback."""
     file, _ = write_files(folder / "data", 1)
     changes = ["adapter.rank=16", "adapter.freeze_a=no", "train.threads=1", "train.local_steps=1"]
     changes += [f"run.rounds={rounds}", f"run.name=secure-{secure}".lower(), f"run.output_dir={folder / 'runs'}"]
@@ -171,7 +171,7 @@ def deployed_config(secure: bool, rounds: int, folder: Path) -> RunConfig:
 
 
 def deployed(secure: bool, rounds: int, folder: Path) -> list[dict[str, Any]]:
-    """Return the rounds' lines of a real server and five real clients, but for the first round."""
+    """Return the lines of metrics.jsonl of a real server with five real clients, without the first round."""
     folder.mkdir()
     config = deployed_config(secure, rounds + 1, folder)
     sites = split(config, folder / "sites")
@@ -183,12 +183,12 @@ def deployed(secure: bool, rounds: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def traffic(lines: list[dict[str, Any]]) -> float:
-    """Return the bytes of a round, both ways."""
+    """Return the median bytes of a round, both ways."""
     return median([line["bytes_up"] + line["bytes_down"] for line in lines])
 
 
 def compare(title: str, secure: list[dict[str, Any]], plain: list[dict[str, Any]]) -> list[Figure]:
-    """Return the figures that both settings have."""
+    """Return the figures of rounds with masks, compared with rounds without."""
     waits = [[line["seconds"]["wait"] for line in lines] for lines in (secure, plain)]
     accepted = {len(line["accepted"]) for line in secure}
     megabytes = [traffic(lines) / 1e6 for lines in (secure, plain)]

@@ -1,8 +1,8 @@
-"""The design's figures for simulation: messages per second, local loop and whole run against bare PyTorch, bytes.
+"""Measure simulation: messages per second, the local loop and a whole run against bare PyTorch, and bytes.
 
     python scripts/bench/simulation.py [--pairs 9]
 
-Needs the extras [demo] and [ray]. All ratios are within this one run, interleaved.
+Needs the extras [demo] and [ray]. The two sides of each ratio are measured in this one run, in turns.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FLOWER_ROUNDS = 3
 
 
 def our_messages_per_second(size: int, folder: Path) -> float:
-    """Return train messages per second: loop, guard, FedAvg, checkpoint and logs included."""
+    """Return our train messages per second, including loop, guard, FedAvg, checkpoint and logs."""
     spec = trivial_spec(size)
     config = parse({"run": {"rounds": ROUNDS}, "strategy": {"min_clients": SITES}})
     folder.mkdir()
@@ -57,7 +57,7 @@ def our_messages_per_second(size: int, folder: Path) -> float:
 
 
 def flower_messages_per_second(size: int) -> float:
-    """Return train messages per second of Flower's own Ray simulation with its FedAvg, Ray's start not counted."""
+    """Return the train messages per second of Flower's own Ray simulation with its FedAvg, without Ray's start."""
     from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.serverapp import ServerApp
@@ -87,7 +87,7 @@ def flower_messages_per_second(size: int) -> float:
 
 
 def text_config(folder: Path, **train: Any) -> RunConfig:
-    """Return a classification run on generated reviews: 4 sites, MiniLM, LoRA rank 8."""
+    """Return the settings of a classification run on generated reviews: 4 sites, MiniLM, LoRA rank 8."""
     words = [
         "plot",
         "acting",
@@ -125,7 +125,7 @@ def text_config(folder: Path, **train: Any) -> RunConfig:
 
 
 def bare_steps(graft: Any, batches: list[Any], settings: Any) -> float:
-    """Return the seconds of the loop that anyone would write, on ready batches."""
+    """Return the seconds of a plain PyTorch training loop on prepared batches."""
     import torch
 
     parameters = [value for value in graft.base.network.parameters() if value.requires_grad]
@@ -144,7 +144,7 @@ def bare_steps(graft: Any, batches: list[Any], settings: Any) -> float:
 
 
 def site_batches(config: RunConfig, graft: Any) -> dict[str, list[Any]]:
-    """Return, for each site, the batches of all rounds as the client draws them."""
+    """Return the batches of all rounds by site, as the client draws them."""
     from tsugiki.client.site.simulated import simulated_sites
 
     batches: dict[str, list[Any]] = {}
@@ -160,7 +160,7 @@ def site_batches(config: RunConfig, graft: Any) -> dict[str, list[Any]]:
 
 
 def local_loop_ratios(folder: Path, pairs: int) -> list[float]:
-    """Return bare seconds over ours, for pairs of 10 steps on the same batches, in alternating order."""
+    """Return bare seconds / our seconds for pairs of 10 steps on the same batches, in alternating order."""
     import torch
 
     config = text_config(folder)
@@ -189,7 +189,7 @@ def local_loop_ratios(folder: Path, pairs: int) -> list[float]:
 
 
 def whole_run_ratios(folder: Path, pairs: int) -> tuple[list[float], dict[str, Any]]:
-    """Return bare seconds over those of a whole simulated run (base loaded before), and the last run's summary."""
+    """Return bare seconds / seconds of a whole simulated run (base loaded before), and the last run's summary."""
     ratios, summary = [], {}
     for pair in range(pairs):
         config = text_config(folder)
@@ -210,7 +210,7 @@ def whole_run_ratios(folder: Path, pairs: int) -> tuple[list[float], dict[str, A
 
 
 def bytes_ratio(folder: Path, wire_dtype: str) -> tuple[float, int]:
-    """Return reported bytes a client, round and direction over the adapter's float32 bytes, and those bytes."""
+    """Return the ratio of reported bytes (a client, round and direction) to the adapter's float32 bytes, and these."""
     config = text_config(folder, local_steps=1)
     names = {"adapter.wire_dtype": wire_dtype, "run.name": f"bytes-{wire_dtype}"}
     summary = simulate(changed(config, {**names, "run.rounds": 1}), simulated_app).summary

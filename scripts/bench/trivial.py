@@ -1,4 +1,4 @@
-"""A ClientApp that does nothing, through the same messages as the real one; and a resident node that runs it.
+"""A ClientApp that does nothing but answers with the same messages as the real one; and a resident node that runs it.
 
 python scripts/bench/trivial.py HOST:PORT NUMBER [FLOATS]
 """
@@ -21,12 +21,12 @@ FLOATS = 75_000
 
 
 def trivial_spec(size: int) -> AdapterSpec:
-    """Return a spec of one tensor."""
+    """Return the spec of an adapter with one tensor of `size` numbers."""
     return AdapterSpec("trivial", "none", "{}", "0" * 64, "float32", (TensorSpec("w", (size,), "adapter"),))
 
 
 def trivial_app(spec: AdapterSpec) -> ClientApp:
-    """Return a ClientApp that sends zeros; `partition-id` in the node config tells its sites apart."""
+    """Return a ClientApp that sends zeros. `partition-id` in the node config numbers its sites."""
     app = ClientApp()
     arrays = encode(np.zeros(spec.size, np.float32), spec)
 
@@ -49,11 +49,11 @@ def _name(context: Any) -> str:
 
 
 app = trivial_app(trivial_spec(FLOATS))
-"""What a stock SuperNode finds in the bundle."""
+"""The app that a stock SuperNode loads from the bundle."""
 
 
 def main() -> None:
-    """Run a resident node until it is ended."""
+    """Run a resident node until a signal stops it."""
     from tsugiki.client.node.channel import Stopping
     from tsugiki.client.node.connection import Connection
     from tsugiki.client.node.link import Link

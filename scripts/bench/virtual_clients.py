@@ -1,12 +1,13 @@
-"""A round of 10,000 clients behind a gateway: together, one after the other, and in Flower's own simulation.
+"""Measure a round of 10,000 clients behind a gateway: together, one after the other, and in Flower's own simulation.
 
     TSUGIKI_DATA=... python scripts/bench/virtual_clients.py [--rounds 5] [--alone 100] [--flower 500]
 
 The network and the data of `scripts/studies/mnist_populations.py`: LoRA of rank 8 on the last layer, MNIST over 10,000
 clients of six images, distributed noise, one local epoch. A round is everything from the sampled cohort to the
 checkpoint: training, clipping, noise, sum, guard, account, aggregation. "One after the other" trains some of the same
-clients by the ordinary local loop, scaled up. Flower's simulation (Ray, its FedAvg) trains 500 clients of the same size
-with the same number of steps by plain PyTorch on the whole network, scaled up; its start is not counted.
+clients with the ordinary local loop; the time is scaled up. Flower's simulation (Ray, its FedAvg) trains 500 clients of
+the same size for the same number of steps with plain PyTorch on the whole network; the time is scaled up, and Ray's
+start is not counted.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ CLIENTS = 10_000
 
 
 def config(base: Path, folder: Path, rounds: int, freeze_a: str) -> RunConfig:
-    """Return the run."""
+    """Return the settings of the run."""
     data = Path(os.environ["TSUGIKI_DATA"]) / "mnist" / "train-images-idx3-ubyte.gz"
     return parse(
         {
@@ -60,14 +61,14 @@ def config(base: Path, folder: Path, rounds: int, freeze_a: str) -> RunConfig:
 
 
 def together(run: RunConfig) -> list[float]:
-    """Return the seconds of each round but the first, in which the data are read and the trunk's features computed."""
+    """Return the seconds of each round except the first, which reads the data and computes the trunk's features."""
     outcome = simulate(run, simulated_app)
     lines = [line for line in read_lines(outcome.folder / "metrics.jsonl") if line["round"]]
     return [sum(line["seconds"].values()) for line in lines[1:]]
 
 
 def alone(run: RunConfig, count: int) -> float:
-    """Return the seconds that all clients would take one after the other, from some of them."""
+    """Return the seconds that all clients would take one after the other, estimated from `count` of them."""
     site = simulated_sites(run)[0]
     opened = SiteRun.open(site, run)
     if opened.plan is None:
@@ -84,7 +85,7 @@ def alone(run: RunConfig, count: int) -> float:
 
 
 def flower(run: RunConfig, base: Path, count: int, rounds: int = 2) -> float:
-    """Return the seconds that Flower's own simulation would take for all clients, from some of them."""
+    """Return the seconds that Flower's own simulation would take for all clients, estimated from `count` of them."""
     from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.serverapp import ServerApp

@@ -1,10 +1,10 @@
-"""What crosses the wire, counted outside the program: against what it reports, and whether a site's text is in it.
+"""Count the bytes on the wire from outside the program: compare them with its report, and search them for private text.
 
     python scripts/bench/wire.py [--rounds 5]
 
 `tsugiki serve` and two `tsugiki client` on loopback without TLS, all-MiniLM with a LoRA of 1 MB; the first site is
-connected through a proxy that counts and keeps every byte. Before the second site comes, the first one's idle polling
-is measured; it is subtracted. Every private row holds a sentence that is looked for in what was kept.
+connected through a proxy that counts and keeps every byte. Before the second site connects, the first one's idle
+polling is measured; it is subtracted. Every private row holds a sentence that is searched for in the kept bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ IDLE_S = 15.0
 
 
 def prepare(folder: Path, rounds: int) -> tuple[RunConfig, list[Path]]:
-    """Return the run and its sites, whose rows all hold the canary."""
+    """Return the run and the `site.toml` of each site; all rows hold the canary."""
     file, _ = write_files(folder / "runs", 1)
     changes = ["adapter.rank=28", "train.threads=1", "train.local_steps=1", f"run.rounds={rounds}"]
     changes += ["strategy.min_clients=2", "strategy.connect_timeout_s=300", "run.name=wire", "evaluation.data="]
@@ -51,12 +51,12 @@ def prepare(folder: Path, rounds: int) -> tuple[RunConfig, list[Path]]:
 
 
 def passed(line: Proxy) -> int:
-    """Return the bytes that have crossed, both ways."""
+    """Return the bytes that have passed the proxy, both ways."""
     return line.passed["up"] + line.passed["down"]
 
 
 def measure(folder: Path, rounds: int) -> list[Figure]:
-    """Return what came out."""
+    """Run the federation and return the figures."""
     config, sites = prepare(folder, rounds)
     address = f"127.0.0.1:{free_port()}"
     with proxied(int(address.split(":")[1]), listening=True) as line, started() as start:
