@@ -103,6 +103,7 @@ def _deal(classes: list[Rows], clients: int, alpha: float, shares: np.random.Gen
     hands: list[list[Rows]] = [[] for _ in range(clients)]
     for rows in classes:
         ends = (np.cumsum(shares.dirichlet(np.full(clients, alpha))) * len(rows)).astype(np.int64)
+        # The last cut is left out: rounding must not lose the last rows of a class.
         for hand, piece in zip(hands, np.split(rows, ends[:-1]), strict=True):
             hand.append(piece)
     return [np.sort(np.concatenate(hand)) for hand in hands]

@@ -94,7 +94,7 @@ def _load(config: RunConfig, source: str, seed: int, agreed: Mapping[str, str] |
         )
     settings = config.task
     if agreed is not None:
-        settings = config.task.resolved(lambda name: "")  # the agreed hashes stand for the adapters that it names
+        settings = config.task.resolved(lambda name: "")  # its adapters are not loaded: only their hashes count
     task = TASKS.get(config.task.name)(settings)
     method = ADAPTERS.get(config.adapter.method)(config.adapter)
     folder = find(source)
