@@ -1,4 +1,4 @@
-"""What an adapter method is."""
+"""The interface of an adapter method."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TRAINED = "default"
 MERGED = "merged"
-"""The LoRA pair that sites train, by the name that peft gives to an only adapter; and the frozen one of `flora`."""
+"""Names of LoRA pairs: sites train `TRAINED`, which is peft's default name; `MERGED` is the frozen pair of `flora`."""
 
 REFUSED: Mapping[str, tuple[str, str]] = {
     "adalora": (
@@ -29,34 +29,34 @@ REFUSED: Mapping[str, tuple[str, str]] = {
         'choose "lora", with init = "orthogonal" if a start away from zero is what you want',
     ),
 }
-"""Methods that people ask for and that a federation cannot have: what is expected and why, and what to do."""
+"""Known methods that do not work in a federation: the expected value with the reason, and what to do instead."""
 
 
 class AdapterMethod(ABC):
     """One way to put few trainable parameters on a frozen transformer.
 
-    What is exchanged is every parameter of the transformer that requires a gradient after `attach`, by name.
+    All parameters of the transformer that require a gradient after `attach` are exchanged, by name.
     Instances hold settings only; the parameters live in the transformer.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type[AdapterSettings]]
     model_types: ClassVar[frozenset[str] | None] = None
-    """The `config.model_type`s that this method knows; None for all."""
+    """The `config.model_type`s that this method supports; None for all."""
     unfit: ClassVar[Mapping[str, str]] = {}
-    """The `config.model_type`s on which this method cannot work, and why, in words that go on from "because"."""
+    """The reason why this method cannot work, by `config.model_type`; it continues a sentence after "because"."""
     starts_at_base: ClassVar[bool] = True
-    """Whether the outputs are the base's own before anything is trained."""
+    """Whether the untrained adapter leaves the base's outputs unchanged."""
     export_format: ClassVar[Literal["peft", "tsugiki"]]
     tensors_file: ClassVar[str]
-    """What `save` calls the file with the tensors."""
+    """The name of the file into which `save` writes the tensors."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
     @classmethod
     def why_not(cls, model_type: str) -> str:
-        """Return why this method does not go on such a model, in a few words; empty where it does."""
+        """Return in a few words why this method does not fit such a model; empty if it fits."""
         if model_type in cls.unfit:
             return cls.unfit[model_type]
         if cls.model_types is not None and model_type not in cls.model_types:
@@ -65,35 +65,35 @@ class AdapterMethod(ABC):
 
     @property
     def positions(self) -> int:
-        """Return how many of the base's positions this method takes up; a text has so many fewer."""
+        """Return the number of the base's positions that this method takes from a text."""
         return 0
 
     @property
     def loads_anywhere(self) -> bool:
-        """Return whether transformers itself, and so `SentenceTransformer(folder)`, loads a PEFT directory whole."""
+        """Return whether transformers, and so `SentenceTransformer(folder)`, loads a PEFT directory in full."""
         return True
 
     @property
     def row_gradients(self) -> bool:
-        """Return whether Opacus can tell the gradient of each row: DP-SGD needs that."""
+        """Return whether Opacus can compute the gradient of each row: DP-SGD needs that."""
         return True
 
     def bases(self) -> dict[str, str]:
-        """Return the fingerprint of the base that a part of this method was trained on, by name; most bring no such."""
+        """Return the base fingerprint of each trained part that this method brings along, by name; empty for most."""
         return {}
 
     def spec_settings(self) -> dict[str, Any]:
-        """Return the settings on which both sides of a run have to agree, for their `AdapterSpec`."""
+        """Return the settings on which both sides of a run must agree, for their `AdapterSpec`."""
         settings: dict[str, Any] = self.settings.model_dump(mode="json", exclude={"method", "wire_dtype"})
         return settings
 
     def exported_settings(self) -> dict[str, Any]:
-        """Return the settings as an export has them: nothing of this machine is in them."""
+        """Return the settings for an export; they contain nothing of this machine."""
         settings: dict[str, Any] = self.settings.model_dump(mode="json")
         return settings
 
     def exported_in(self, folder: Path) -> Self:
-        """Return this method, read from the export in a folder, with what else lies there and belongs to it."""
+        """Return this method as the export in a folder has it, with the further files there that belong to it."""
         return self
 
     @abstractmethod
@@ -107,14 +107,14 @@ class AdapterMethod(ABC):
             heads: names of modules of `transformer` that are trained and exchanged in full.
 
         Returns:
-            What stands in the transformer's place from now on; the same object if it was changed in place.
+            The module that replaces the transformer; the same object if it was changed in place.
 
         Raises:
-            ModelError: the transformer has nothing that this method could be attached to.
+            ModelError: this method finds nothing in the transformer to be attached to.
         """
 
     def constants(self, transformer: Any) -> dict[str, Any]:
-        """Return the parameters that this method drew and does not train, by name: both sides compare their hash."""
+        """Return the random parameters that this method does not train, by name; both sides compare their hash."""
         return {}
 
     @abstractmethod
@@ -123,7 +123,7 @@ class AdapterMethod(ABC):
 
     @abstractmethod
     def without_heads(self, transformer: Any) -> Any:
-        """Return a copy with the adapter and without its heads, for a model whose outputs do not come from them."""
+        """Return a copy with the adapter but without heads, for a model whose outputs do not use them."""
 
     @abstractmethod
     def save(self, transformer: Any, folder: Path, base_name: str) -> None:
@@ -131,13 +131,13 @@ class AdapterMethod(ABC):
 
         Args:
             transformer: with the adapter on it.
-            folder: made if it is not there.
-            base_name: under which others find the base, for a file that names it.
+            folder: created if it is missing.
+            base_name: the name under which others find the base, for the files that contain it.
         """
 
     @abstractmethod
     def saved(self, transformer: Any) -> dict[str, Any]:
-        """Return the tensors that `save` writes, by their names in its file: the transformer's own, not copies."""
+        """Return the tensors that `save` writes, by their names in the file: the transformer's own, not copies."""
 
     @abstractmethod
     def merge(self, transformer: Any) -> Any:
@@ -152,10 +152,10 @@ ADAPTERS: Registry[type[AdapterMethod]] = Registry("adapter method", "tsugiki.ad
 
 
 def require_heads(transformer: Any, heads: tuple[str, ...]) -> dict[str, Any]:
-    """Return the modules of a transformer by name, the heads among them.
+    """Return the modules of a transformer by name, after checking that the heads are there.
 
     Raises:
-        ModelError: `head-missing`.
+        ModelError: `head-missing`, a head is not there.
     """
     modules = dict(transformer.named_modules())
     if missing := [head for head in heads if head not in modules]:

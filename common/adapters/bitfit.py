@@ -1,4 +1,4 @@
-"""BitFit: the bias terms of the base alone are trained."""
+"""BitFit: train only the bias terms of the base."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BitfitSettings(AdapterSettings):
 class Bitfit(OwnMethod):
     """Training of the bias terms. Source: Ben Zaken et al. 2022, arXiv:2106.10199, section 3.
 
-    The biases of keys are among them, as in the paper, though a softmax does not see them.
+    The biases of keys are trained too, as in the paper, although they do not change a softmax.
     """
 
     name = "bitfit"
@@ -32,12 +32,14 @@ class Bitfit(OwnMethod):
     unfit = dict.fromkeys(("llama", "mistral"), NO_BIASES)
 
     def place(self, transformer: Any, heads: tuple[str, ...]) -> None:
-        """Let the biases require a gradient; of a bare transformer, the pooler's is none of the outputs'.
+        """Let the biases require a gradient, except in heads and in the pooler of a bare transformer.
 
         Raises:
             ModelError: `adapter-unsupported`, there are no biases.
         """
-        outside = (*(f"{head}." for head in heads), *(("pooler.",) if transformer.base_model is transformer else ()))
+        outside = tuple(f"{head}." for head in heads)
+        if transformer.base_model is transformer:
+            outside += ("pooler.",)  # the outputs of a bare transformer do not depend on it
         biases = [
             value
             for name, value in transformer.named_parameters()
@@ -54,7 +56,7 @@ class Bitfit(OwnMethod):
             value.requires_grad_(True)
 
     def merge(self, transformer: Any) -> Any:
-        """Return a copy without the base's own values: what is trained are tensors of the base."""
+        """Return a copy without the kept values of the base: the trained tensors are already the base's own."""
         import copy
 
         merged = copy.deepcopy(transformer)

@@ -1,4 +1,4 @@
-"""AdapterFusion: an attention over bottleneck modules of earlier runs, which stay as they are."""
+"""AdapterFusion: train an attention over frozen bottleneck modules of earlier runs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import AdapterSettings, Names
 
 _STD = 0.02
-"""Initial standard deviation of queries and keys, as in the authors' code: at first all adapters weigh much alike."""
+"""Initial standard deviation of queries and keys, as in the authors' code: all adapters start with similar weights."""
 
 _FOLDER = "adapters"
-"""Where an export keeps the adapters that are fused, by their numbers."""
+"""The folder of an export in which the fused adapters are, by their numbers."""
 
 
 class FusionSettings(AdapterSettings):
@@ -40,13 +40,13 @@ class FusionSettings(AdapterSettings):
         return self.adapters
 
     def resolved(self, source: Callable[[str], str]) -> Self:
-        """Return these settings with what stands behind the names of adapters."""
+        """Return these settings with the source behind each adapter's name."""
         return self.model_copy(update={"adapters": tuple(map(source, self.adapters))})
 
 
 @dataclass(frozen=True)
 class _Part:
-    """An adapter that is fused: what its export says, its own settings, its tensors by name with its heads."""
+    """A fused adapter: the content of its `tsugiki.json`, its settings, and its tensors by name, heads included."""
 
     name: str
     exported: Any
@@ -58,12 +58,12 @@ class _Part:
 class Fusion(OwnMethod):
     """AdapterFusion. Source: Pfeiffer et al. 2021, arXiv:2005.00247, section 3.2.
 
-    With h, the output of a half of a block, and z_n, what adapter n makes of it (without its residual h):
+    With h, the output of a half of a block, and z_n, the output of adapter n for h (without its residual h):
 
         o = h + sum over n of softmax_n(h Q . z_n K) z_n V
 
-    Q, K and V are one square matrix each in every place, trained and exchanged; V is the identity in the beginning. The
-    paper's regulariser, which keeps V near it, is left out.
+    Each place has its own square matrices Q, K and V, which are trained and exchanged. V starts at the identity. The
+    paper's regulariser, which keeps V near the identity, is left out.
     """
 
     name = "fusion"
@@ -75,22 +75,24 @@ class Fusion(OwnMethod):
         """Return the fingerprint of each adapter's base.
 
         Raises:
-            ModelError: as `place`, for what the adapters say of themselves.
+            ModelError: an adapter cannot be read or fused, as in `place`.
         """
         return {part.name: part.exported.base_fingerprint for part in self._parts}
 
     def place(self, transformer: Any, heads: tuple[str, ...]) -> None:
-        """Put the adapters and an attention over them in each of their places.
+        """Put the adapters, and an attention over them, into each of their places.
 
         Raises:
-            ModelError: `adapter-fusion`, they are too few, or no two bottleneck modules of one placement;
+            ModelError: `adapter-fusion`, there are fewer than two, or they are no bottleneck modules of one placement;
                 `adapter-invalid`, one cannot be read; `adapter-unsupported`, the architecture is not in `model_types`.
         """
         from torch import nn
 
+        # All adapters have the placement of the first one (`_parts`).
         chosen = places(transformer, self._parts[0].settings.placement)
         stacks = [nn.ModuleList(make_bottleneck(part.settings, place) for part in self._parts) for place in chosen]
         names = {id(module): name for name, module in transformer.base_model.named_modules()}
+        # An export names its tensors by their place in the transformer, so the wanted ones are named in that way.
         for number, part in enumerate(self._parts):
             wanted = {
                 f"{names[id(place.after)]}.bottleneck.{name}": value
@@ -107,20 +109,20 @@ class Fusion(OwnMethod):
             _insert(place, stack.requires_grad_(False))
 
     def constants(self, transformer: Any) -> dict[str, Any]:
-        """Return the adapters that are fused."""
+        """Return the tensors of the fused adapters."""
         return {name: value for name, value in transformer.named_parameters() if ".fusion.bottlenecks." in name}
 
     def spec_settings(self) -> dict[str, Any]:
-        """Return the settings of the adapters; each machine has names of its own for them, and their order counts."""
+        """Return the adapters' settings in their order, without their names, which differ between machines."""
         return {"adapters": [part.settings.model_dump(mode="json") for part in self._parts]}
 
     def exported_settings(self) -> dict[str, Any]:
-        """Return the settings with the places that the adapters have in the export."""
+        """Return the settings with the adapters' folders inside the export."""
         inside = [f"{_FOLDER}/{number}" for number in range(len(self.settings.adapters))]
         return {**super().exported_settings(), "adapters": inside}
 
     def exported_in(self, folder: Path) -> Self:
-        """Return this method with the adapters in the export; of their names nothing but their number counts.
+        """Return this method with the adapters in the export. Their names in the settings are ignored, except how many.
 
         Raises:
             ModelError: `adapter-invalid`, a link leads out of the export.
@@ -137,7 +139,7 @@ class Fusion(OwnMethod):
         return type(self)(self.settings.model_copy(update={"adapters": tuple(map(str, inside))}))
 
     def save(self, transformer: Any, folder: Path, base_name: str) -> None:
-        """Write what is trained, and the adapters that it needs beside it: anew, from what was read and checked."""
+        """Write the trained tensors, and copies of the fused adapters from the checked content."""
         super().save(transformer, folder, base_name)
         for number, part in enumerate(self._parts):
             target = folder / _FOLDER / str(number)
@@ -149,7 +151,7 @@ class Fusion(OwnMethod):
         """The adapters, read once and compared.
 
         Raises:
-            ModelError: `adapter-fusion`, `adapter-missing`, `adapter-invalid`.
+            ModelError: `adapter-fusion`, as in `place`; `adapter-missing`; `adapter-invalid`, one cannot be read.
         """
         if len(self.settings.adapters) < 2:
             raise _unfit("adapter.adapters names fewer than two")
@@ -160,10 +162,8 @@ class Fusion(OwnMethod):
 
 
 def _read(name: str) -> _Part:
-    from tsugiki.common.model.exported import (
-        find_export,
-        read_exported,
-    )  # which knows all methods, that of this module too
+    # Imported here, because that module imports all methods.
+    from tsugiki.common.model.exported import find_export, read_exported
 
     folder = find_export(name, "adapter.adapters")
     exported = read_exported(folder)
@@ -188,7 +188,7 @@ def _unfit(problem: str) -> ModelError:
 
 
 def _insert(place: Place, bottlenecks: Any) -> None:
-    """Put an attention over frozen bottlenecks in its place, in the type and on the device of the projection."""
+    """Put an attention over frozen bottlenecks into a place, with the dtype and device of the projection."""
     from torch import nn
 
     weight = place.projection.weight
@@ -196,7 +196,10 @@ def _insert(place: Place, bottlenecks: Any) -> None:
     fusion = nn.Module()
     for part in ("query", "key", "value"):
         matrix = nn.Linear(hidden, hidden, bias=False)
-        nn.init.eye_(matrix.weight) if part == "value" else nn.init.normal_(matrix.weight, std=_STD)
+        if part == "value":
+            nn.init.eye_(matrix.weight)
+        else:
+            nn.init.normal_(matrix.weight, std=_STD)
         fusion.add_module(part, matrix)
     fusion.add_module("bottlenecks", bottlenecks)
     place.after.fusion = fusion.to(device=weight.device, dtype=weight.dtype)

@@ -1,7 +1,7 @@
 """Bottleneck modules: two small ones in every transformer block (Houlsby), or one (Pfeiffer).
 
-A bottleneck is a child of the module after which it stands (`...output.dropout.bottleneck`), run by a forward hook on
-that module. So the base's own tensors keep their names, and nothing here needs torch before a model is loaded.
+A bottleneck is a child of the module that it follows (`...output.dropout.bottleneck`), and a forward hook on that
+module runs it. So the base's tensors keep their names, and this file needs no torch before a model is loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Placement = Literal["houlsby", "pfeiffer"]
 
 
 class Place(NamedTuple):
-    """Where a bottleneck goes: paths inside a block, or the modules that were found there.
+    """The place of a bottleneck: paths inside a block, or the modules at these paths.
 
     Args:
         after: the module whose output goes through the bottleneck; the block adds its residual to the result.
@@ -89,12 +89,12 @@ class HoulsbySettings(AdapterSettings):
 class Houlsby(OwnMethod):
     """Bottleneck modules. Source: Houlsby et al. 2019, arXiv:1902.00751, section 2.1.
 
-    They stand after the attention's output projection and after the second feed-forward projection, each with its
-    dropout, and before the residual is added and normalised. The original starts near the identity, with both
-    projections close to zero (section 3.6); here the up-projection is zero, so that the start is the base itself.
+    They follow the attention's output projection and the second feed-forward projection, each after its dropout and
+    before the residual is added and normalised. The original starts near the identity, with both projections close to
+    zero (section 3.6). Here the up-projection is zero, so that training starts at the base itself.
 
-    Pfeiffer et al. 2021, arXiv:2005.00247, found the one after the feed-forward to be enough. Of their architecture the
-    choice of the place is taken, not the additional layer norm.
+    Pfeiffer et al. 2021, arXiv:2005.00247, found the module after the feed-forward to be enough. The placement is
+    theirs; their additional layer norm is left out.
     """
 
     name = "houlsby"
@@ -102,7 +102,7 @@ class Houlsby(OwnMethod):
     model_types = frozenset(_LAYOUTS)
 
     def place(self, transformer: Any, heads: tuple[str, ...]) -> None:
-        """Put a bottleneck in each place.
+        """Put a bottleneck into each place.
 
         Raises:
             ModelError: `adapter-unsupported`, the architecture is not in `model_types`.
@@ -117,7 +117,7 @@ class Houlsby(OwnMethod):
 
 
 def make_bottleneck(settings: HoulsbySettings, place: Place) -> Any:
-    """Return a new bottleneck for a place, in the type and on the device of the projection before it."""
+    """Return a new bottleneck for a place, with the dtype and device of the projection before it."""
     from torch import nn
 
     weight = place.projection.weight
@@ -136,7 +136,7 @@ def places(transformer: Any, placement: Placement = "houlsby") -> list[Place]:
     """Return the modules at all places of a placement, in the order of the blocks.
 
     Raises:
-        ModelError: `adapter-unsupported`, the architecture is unknown, or is not laid out as its name says.
+        ModelError: `adapter-unsupported`, the architecture is unknown, or its modules are not where its name says.
     """
     model_type = transformer.config.model_type
     try:

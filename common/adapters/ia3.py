@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import Field
@@ -27,10 +28,10 @@ _DEFAULT_TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vit": (("k_proj", "v_proj"), ("fc2",)),
     "tsugiki-cnn": ((), ("fc",)),
 }
-"""For each `config.model_type`: layers whose outputs are scaled, and layers whose inputs are; the ends of their names.
+"""For each `config.model_type`: ends of the names of layers whose outputs are scaled, and of those whose inputs are.
 
-gpt2 makes queries in one layer with keys and values, so they are scaled too. A network without attention has the input
-of its last layer here.
+gpt2 has queries, keys and values in one layer, so queries are scaled too. In a network without attention, the input of
+the last layer is scaled.
 """
 
 _KEYS = "adapter.target_modules and adapter.feedforward_modules"
@@ -54,10 +55,10 @@ class Ia3(PeftMethod):
 
     name = "ia3"
     Settings = Ia3Settings
-    row_gradients = False  # its vectors are no layers, which is where Opacus looks
+    row_gradients = False  # Opacus finds gradients in layers, and its vectors are no layers
 
     def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:
-        """Return peft's configuration, with full names: `output.dense` would fit the attention's output too."""
+        """Return peft's configuration, with full names, because `output.dense` matches the attention's output too."""
         from peft import IA3Config
 
         model_type = transformer.config.model_type
@@ -68,12 +69,17 @@ class Ia3(PeftMethod):
             check_targets((*outputs, *inputs), {name.rsplit(".", 1)[-1] for name in layers}, model_type, _KEYS)
         else:
             outputs, inputs = _DEFAULT_TARGETS[model_type]
-        scaled_outputs, scaled_inputs = (
-            [name for name in layers if re.search(rf"(^|\.)({'|'.join(group)})$", name)] if group else []
-            for group in (outputs, inputs)
-        )
+        scaled_outputs = _ending_with(outputs, layers)
+        scaled_inputs = _ending_with(inputs, layers)
         return IA3Config(
             target_modules=scaled_outputs + scaled_inputs,
             feedforward_modules=scaled_inputs,
             fan_in_fan_out=model_type == "gpt2",
         )
+
+
+def _ending_with(ends: Collection[str], names: Collection[str]) -> list[str]:
+    """Return the names that end with one of the patterns; a pattern starts at a dot or at the beginning."""
+    if not ends:
+        return []
+    return [name for name in names if re.search(rf"(^|\.)({'|'.join(ends)})$", name)]

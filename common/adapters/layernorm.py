@@ -1,4 +1,4 @@
-"""LN tuning: the layer norms alone are trained."""
+"""LN tuning: train only the layer norms."""
 
 from __future__ import annotations
 

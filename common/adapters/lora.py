@@ -25,9 +25,9 @@ ATTENTION_TARGETS = {
     "vit": ("q_proj", "v_proj"),
     "tsugiki-cnn": ("fc",),
 }
-"""Query and value projections, as in Hu et al. 2021, section 4.2, under the names of each architecture.
+"""Query and value projections, as in Hu et al. 2021, section 4.2, by the names in each architecture.
 
-A network without attention has its last layer here.
+For a network without attention it is the last layer.
 """
 
 
@@ -85,7 +85,7 @@ class LoraSettings(TargetedSettings):
     @field_validator("init", mode="before")
     @classmethod
     def _no_pissa(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.startswith("pissa"):  # peft's own place for it
+        if isinstance(value, str) and value.startswith("pissa"):  # peft's setting for it
             raise ValueError(f'"default" or "orthogonal", or {REFUSED["pissa"][0]}')
         return value
 
@@ -100,8 +100,8 @@ class LoraSettings(TargetedSettings):
 class Lora(PeftMethod):
     """Low-rank adaptation. Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
 
-    rsLoRA: Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2. DoRA: the row norms m of W' = m (W + B A) / |W + B A| are
-    trained too; Liu et al. 2024, arXiv:2402.09353, equation 5.
+    rsLoRA: Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2. DoRA also trains the row norms m of
+    W' = m (W + B A) / |W + B A|: Liu et al. 2024, arXiv:2402.09353, equation 5.
     """
 
     name = "lora"
@@ -109,12 +109,12 @@ class Lora(PeftMethod):
 
     @property
     def loads_anywhere(self) -> bool:
-        """Return False for DoRA: transformers reports its lengths as missing and goes on; `PeftModel` loads them."""
+        """Return False for DoRA: transformers reports its lengths as missing and continues; `PeftModel` loads them."""
         return not self.settings.use_dora
 
     @property
     def row_gradients(self) -> bool:
-        """Return False for DoRA, whose layer runs A and B on a unit matrix, and its lengths on no rows."""
+        """Return False for DoRA: its layer applies A and B to a unit matrix, and its lengths to no rows."""
         return not self.settings.use_dora
 
     def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:
@@ -133,7 +133,7 @@ class Lora(PeftMethod):
         )
 
     def attach(self, transformer: Any, heads: tuple[str, ...]) -> Any:
-        """Wrap the transformer; with `merged_rank`, every adapted layer gets a second pair, which is zero."""
+        """Wrap the transformer; with `merged_rank`, every adapted layer gets a second pair at zero."""
         model = super().attach(transformer, heads)
         if self.settings.merged_rank:
             _add_merged_pair(model, self.settings.merged_rank)
@@ -143,7 +143,7 @@ class Lora(PeftMethod):
         """Write a directory that `PeftModel.from_pretrained` loads.
 
         Raises:
-            ExportError: `export-unsupported`, there are two pairs, and one adapter has one.
+            ExportError: `export-unsupported`, `merged_rank` is set: a PEFT directory has room for one pair only.
         """
         if self.settings.merged_rank:
             raise ExportError(
@@ -155,7 +155,7 @@ class Lora(PeftMethod):
         super().save(transformer, folder, base_name)
 
     def constants(self, transformer: Any) -> dict[str, Any]:
-        """Return A of every layer if it is frozen: then B A is linear in what is trained, noised and averaged.
+        """Return A of every layer if it is frozen: B A is then linear in B, which is trained, noised and averaged.
 
         Source: Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning" (ICLR), section 4.
         """
@@ -164,7 +164,7 @@ class Lora(PeftMethod):
         return {name: value for name, value in transformer.named_parameters() if ".lora_A." in name}
 
     def _targets(self, transformer: Any, heads: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the modules to adapt, after checking that they are there and not narrower than the rank."""
+        """Return the modules to adapt, after checking that they exist and are not narrower than the rank."""
         targets = attention_targets(self.settings, transformer, heads)
         layers = linear_layers(transformer, heads).items()
         narrowest = min(narrower_side(layer) for name, layer in layers if name.rsplit(".", 1)[-1] in targets)
@@ -178,7 +178,7 @@ class Lora(PeftMethod):
 
 
 def _add_merged_pair(model: Any, rank: int) -> None:
-    """Add a pair named `MERGED` to every adapted layer, of a rank up to the layer's own, at zero and scaled alike."""
+    """Add a pair `MERGED` to each adapted layer, at zero and scaled alike; the layer's width limits its rank."""
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
     from torch import nn
@@ -196,7 +196,7 @@ def attention_targets(settings: TargetedSettings, transformer: Any, heads: tuple
     """Return the last parts of the names of the layers to adapt: as set, or query and value projections.
 
     Raises:
-        ModelError: `adapter-targets`.
+        ModelError: `adapter-targets`, a layer is not there, or the architecture has no default.
     """
     model_type = transformer.config.model_type
     targets = settings.target_modules or ATTENTION_TARGETS.get(model_type, ())

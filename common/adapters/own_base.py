@@ -1,6 +1,6 @@
-"""What the adapter methods of our own have in common: how they are put on, switched off and saved.
+"""The base class of our own adapter methods: attach, switch off, save.
 
-They change the transformer in place and keep the names of its tensors.
+These methods change the transformer in place and keep the names of its tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TENSORS_FILE = "tsugiki_adapter.safetensors"
 
 
 class OwnMethod(AdapterMethod):
-    """A method whose modules, or chosen tensors of the base, are ours to handle."""
+    """A method that is implemented here: it adds modules, or trains chosen tensors of the base."""
 
     export_format = "tsugiki"
     tensors_file = TENSORS_FILE
@@ -27,8 +27,8 @@ class OwnMethod(AdapterMethod):
         """Put the adapter on the transformer, which is changed in place and returned.
 
         Raises:
-            ModelError: `adapter-attached`, an adapter of ours is there already; `head-missing`, a head is not there;
-                and what `place` raises. The transformer is unchanged then.
+            ModelError: `adapter-attached`, the transformer already has an adapter of ours; `head-missing`, a head is
+                not there; and as in `place`. After an error the transformer is unchanged.
         """
         from torch import nn
 
@@ -46,15 +46,18 @@ class OwnMethod(AdapterMethod):
         try:
             self.place(transformer, heads)
         except ModelError:
+            # The caller may try another method on the same transformer.
             for value in wanted_gradients:
                 value.requires_grad_(True)
             raise
-        kept = nn.Module()  # not on the trained modules themselves: Opacus refuses those with buffers
+        # The base's values of trained tensors are kept for `disabled`, in a module of their own: Opacus refuses trained
+        # modules with buffers.
+        kept = nn.Module()
         for name, value in base.items():
             if value.requires_grad:
                 kept.register_buffer(name.replace(".", "/"), value.detach().clone(), persistent=False)
         transformer.base_values = kept
-        transformer.adapter_heads = heads  # `without_heads` gets the transformer alone
+        transformer.adapter_heads = heads  # for `without_heads`, which is called with the transformer only
         for head in heads:
             modules[head].requires_grad_(True)
         return transformer
@@ -63,10 +66,10 @@ class OwnMethod(AdapterMethod):
     def place(self, transformer: Any, heads: tuple[str, ...]) -> None:
         """Add this method's modules to the frozen transformer, or let tensors of the base require a gradient.
 
-        The values of such tensors are kept for `disabled`.
+        `attach` keeps the values of such tensors for `disabled`.
 
         Raises:
-            ModelError: the transformer has nothing that this method could be attached to. It is unchanged then.
+            ModelError: this method finds nothing in the transformer to be attached to, and has not changed it.
         """
 
     def switches(self, transformer: Any) -> list[Any]:
@@ -75,7 +78,7 @@ class OwnMethod(AdapterMethod):
 
     @contextmanager
     def disabled(self, transformer: Any) -> Iterator[None]:
-        """Switch this method's modules off, and put the base's own values in the place of trained ones."""
+        """Switch this method's modules off inside a `with` block, and give the base its own values back."""
         from torch import nn
 
         switches = [(module, module.adapter_on) for module in self.switches(transformer)]
@@ -88,7 +91,7 @@ class OwnMethod(AdapterMethod):
             for module, _ in switches:
                 module.adapter_on = False
             for module, name, _, base in values:
-                # The parameter is exchanged, not its values: a graph made before this block can still run backward.
+                # The parameter is replaced, not its values: a graph made before this block can still run backward.
                 setattr(module, name, nn.Parameter(base, requires_grad=False))
             yield
         finally:
@@ -98,7 +101,7 @@ class OwnMethod(AdapterMethod):
                 setattr(module, name, trained)
 
     def without_heads(self, transformer: Any) -> Any:
-        """Return a copy without the modules that were named when the adapter was put on."""
+        """Return a copy without the heads that `attach` was called with."""
         import copy
 
         bare = copy.deepcopy(transformer)
@@ -117,7 +120,7 @@ class OwnMethod(AdapterMethod):
 
         Args:
             saved: tensors by name, heads included.
-            folder: made if it is not there.
+            folder: created if it is missing.
         """
         from safetensors.torch import save_file
 
@@ -126,14 +129,14 @@ class OwnMethod(AdapterMethod):
         save_file(tensors, folder / self.tensors_file, metadata={"format": "pt"})
 
     def saved(self, transformer: Any) -> dict[str, Any]:
-        """Return what is trained."""
+        """Return the trained tensors by name."""
         return trained_tensors(transformer)
 
     def merge(self, transformer: Any) -> Any:
-        """Refuse.
+        """Refuse to merge.
 
         Raises:
-            ExportError: always; no weights of the base compute what this method's modules do between its layers.
+            ExportError: `merge-unsupported`, always: no weights of the base can do the work of this method's modules.
         """
         raise ExportError(
             f"an adapter of the method {self.name!r} cannot be merged into the base's weights",
@@ -144,5 +147,5 @@ class OwnMethod(AdapterMethod):
 
 
 def trained_tensors(transformer: Any) -> dict[str, Any]:
-    """Return the parameters that are trained, by name."""
+    """Return the parameters that require a gradient, by name."""
     return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}

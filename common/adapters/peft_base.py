@@ -1,4 +1,4 @@
-"""What the adapter methods that the `peft` library provides have in common."""
+"""The base class of adapter methods from the `peft` library."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class TargetedSettings(AdapterSettings):
 
 
 class PeftMethod(AdapterMethod):
-    """A method whose layers, merging and files are those of `peft`."""
+    """A method for which `peft` provides the layers, the merging and the file format."""
 
     export_format = "peft"
     tensors_file = "adapter_model.safetensors"
 
     @abstractmethod
     def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:
-        """Return peft's configuration, without heads and kind of model.
+        """Return peft's configuration, without `modules_to_save` and `task_type`.
 
         Raises:
             ModelError: `adapter-targets`, `adapter-rank`: the settings do not fit the transformer.
@@ -50,8 +50,9 @@ class PeftMethod(AdapterMethod):
         config.task_type = _task_type(transformer, heads)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)  # norms have no width for peft
-            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)  # `_untie` sees to it
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)  # `_untie` solves this
             model = get_peft_model(transformer, config)
+        # Constants stay frozen, such as A under `freeze_a`.
         for name, value in model.named_parameters():
             if name in self.constants(model):
                 value.requires_grad_(False)
@@ -59,7 +60,7 @@ class PeftMethod(AdapterMethod):
 
     @contextmanager
     def disabled(self, transformer: Any) -> Iterator[None]:
-        """Switch the adapter off. peft would switch the heads back as well, so their trained copies are called."""
+        """Switch the adapter off. peft switches the trained heads off too, so they are switched on again."""
         from peft.utils import ModulesToSaveWrapper
 
         trained = [(value, value.requires_grad) for value in transformer.parameters()]
@@ -70,11 +71,12 @@ class PeftMethod(AdapterMethod):
                     wrapper.enable_adapters(True)
                 yield
         finally:
-            for value, was_trained in trained:  # peft lets all of an adapter be trained that it switches on
+            # peft makes all parameters of an adapter trainable when it switches the adapter on.
+            for value, was_trained in trained:
                 value.requires_grad_(was_trained)
 
     def without_heads(self, transformer: Any) -> Any:
-        """Return a copy without the modules that peft saves beside its own."""
+        """Return a copy without the heads, which peft keeps in `ModulesToSaveWrapper`s."""
         import copy
 
         from peft.utils import ModulesToSaveWrapper
@@ -98,10 +100,10 @@ class PeftMethod(AdapterMethod):
             transformer.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         finally:
             config.base_model_name_or_path = local_name
-        (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; ours says what happened
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; the export has its own
 
     def saved(self, transformer: Any) -> dict[str, Any]:
-        """Return what peft makes of the adapter and its heads for a file; frozen projections are among it."""
+        """Return peft's state dict of the adapter and its heads, including frozen projections."""
         from peft import get_peft_model_state_dict
 
         saved: dict[str, Any] = get_peft_model_state_dict(transformer, save_embedding_layers=False)
@@ -110,8 +112,8 @@ class PeftMethod(AdapterMethod):
     def merge(self, transformer: Any) -> Any:
         """Return a copy of the base whose weights carry the adapter, and whose heads are the trained ones.
 
-        The heads come first: peft's own unloading fails on heads of more than one layer beside (IA)^3 and VeRA. An
-        output layer that is adapted and shares the embeddings' weights gets weights of its own.
+        The heads are replaced first: with (IA)^3 and VeRA, peft's own unloading fails on heads of more than one layer.
+        An adapted output layer that shares the embeddings' weights gets weights of its own.
         """
         import copy
 
@@ -127,7 +129,7 @@ class PeftMethod(AdapterMethod):
 
 
 def _untie(transformer: Any) -> None:
-    """Give an adapted output layer weights of its own: what is merged into them is not for the embeddings."""
+    """Give an adapted output layer weights of its own, so that merging does not change the embeddings."""
     from torch import nn
 
     layer = getattr(transformer.get_output_embeddings(), "base_layer", None)
@@ -137,37 +139,39 @@ def _untie(transformer: Any) -> None:
 
 
 def _task_type(transformer: Any, heads: tuple[str, ...]) -> str | None:
-    """Return peft's name for the kind of model; None for those that read images: its named ones all read tokens."""
+    """Return peft's task type for a model; None if it reads images, because all of peft's types read tokens."""
     if transformer.main_input_name == "pixel_values":
         return None
-    if heads and transformer.base_model is not transformer:  # on a bare one, a head is of the task's own
+    if heads and transformer.base_model is not transformer:  # a bare transformer's head is added by the task
         return "SEQ_CLS"
     return "CAUSAL_LM" if transformer.can_generate() else "FEATURE_EXTRACTION"
 
 
 def linear_layers(transformer: Any, heads: tuple[str, ...]) -> dict[str, Any]:
-    """Return the linear layers by full name, without those of heads, which are trained in full already."""
+    """Return the linear layers by full name, without those in heads, which are trained in full."""
     from torch import nn
 
-    return {
-        name: module
-        for name, module in transformer.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-        and not f"{name}.".startswith(tuple(f"{head}." for head in heads))
-    }
+    inside_heads = tuple(f"{head}." for head in heads)
+    layers = {}
+    for name, module in transformer.named_modules():
+        is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # gpt2's linear layers
+        if is_linear and not f"{name}.".startswith(inside_heads):
+            layers[name] = module
+    return layers
 
 
 def narrower_side(layer: Any) -> int:
-    """Return the lesser of a layer's widths; the weights of one in 4 bits lie in another shape."""
-    sides = (layer.in_features, layer.out_features) if hasattr(layer, "in_features") else layer.weight.shape
-    return int(min(sides))
+    """Return the smaller width of a layer. The weights of a 4-bit layer do not have its shape."""
+    if hasattr(layer, "in_features"):
+        return int(min(layer.in_features, layer.out_features))
+    return int(min(layer.weight.shape))
 
 
 def check_targets(targets: Collection[str], known: Collection[str], model_type: str, key: str) -> None:
-    """Refuse targets that are not known, and none at all.
+    """Check that there are targets, and that all of them are known.
 
     Raises:
-        ModelError: `adapter-targets`.
+        ModelError: `adapter-targets`, there are none, or one is unknown.
     """
     missing = [target for target in targets if target not in known]
     if missing or not targets:

@@ -1,4 +1,4 @@
-"""The files of a saved adapter, which may come from elsewhere; its tensors are set if all are there and no others."""
+"""Read the files of a saved adapter, which may come from elsewhere, and set its tensors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 from tsugiki.common.errors import ModelError
 
 MANIFEST_LIMIT_BYTES = 16 * 2**20
-"""Many times what a manifest needs, and no burden on memory."""
+"""Far more than a manifest needs, and small enough for memory."""
 
 
 def read_manifest(path: Path) -> bytes:
-    """Return what stands in a small file of an export.
+    """Return the content of a small file of an export.
 
     Raises:
-        OSError: it is not there, is a link, which may lead anywhere on this machine, is no regular file, of which some
-            never end, or has more than `MANIFEST_LIMIT_BYTES`.
+        OSError: the file is missing; is a link, which may lead anywhere on this machine; is no regular file, because
+            others may never end; or is larger than `MANIFEST_LIMIT_BYTES`.
     """
     if _regular_bytes(path) > MANIFEST_LIMIT_BYTES:
         raise OSError(errno.EFBIG, f"more than {MANIFEST_LIMIT_BYTES // 2**20} MiB", str(path))
@@ -28,7 +28,7 @@ def read_manifest(path: Path) -> bytes:
 
 
 def _regular_bytes(path: Path) -> int:
-    """Return the size of a file that is neither a link nor a device or pipe."""
+    """Return the size of a file in bytes; refuse links, devices and pipes."""
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "a link, or no regular file", str(path))
@@ -39,7 +39,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     """Return the tensors of a safetensors file by name.
 
     Raises:
-        ModelError: `adapter-invalid`, also for a link and for what is no regular file.
+        ModelError: `adapter-invalid`, the file cannot be read, is a link, or is no regular file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -57,13 +57,13 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def fill(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Set each of the tensors `wanted` to the one of its name in `found`, after comparing all names and shapes.
+    """Set each tensor in `wanted` to the tensor of the same name in `found`, after comparing all names and shapes.
 
-    Libraries' own loads leave at chance what a file lacks, and drop what they do not know.
+    The libraries' own loaders leave missing tensors at their random values, and ignore unknown ones.
 
     Raises:
-        ModelError: `adapter-invalid`, naming the first tensor that is missing, extra or of another shape; nothing was
-            set then.
+        ModelError: `adapter-invalid`, a tensor is missing, extra or of another shape; the error names the first one,
+            and nothing was set.
     """
     import torch
 
@@ -82,7 +82,7 @@ def fill(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
 
 
 def tensors_sha256(tensors: Mapping[str, Any], start: bytes = b"") -> str:
-    """Return the SHA-256 over `start`, and names and float32 values of tensors, in the order of their names."""
+    """Return the SHA-256 over `start` and the names and float32 values of tensors, sorted by name."""
     digest = hashlib.sha256(start)
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].detach().float().cpu().numpy().tobytes())

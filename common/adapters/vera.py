@@ -40,16 +40,16 @@ class VeraSettings(TargetedSettings):
 class Vera(PeftMethod):
     """Vector-based random matrix adaptation. Source: Kopiczko et al. 2024, arXiv:2310.11454, section 3.1.
 
-    It takes a higher learning rate than LoRA: what is trained are factors of small numbers.
+    It needs a higher learning rate than LoRA, because the trained factors multiply small numbers.
     """
 
     name = "vera"
     Settings = VeraSettings
-    loads_anywhere = False  # transformers refuses state that layers share; `PeftModel` loads it
-    row_gradients = False  # its vectors are no layers, which is where Opacus looks
+    loads_anywhere = False  # transformers refuses tensors that layers share; `PeftModel` loads them
+    row_gradients = False  # Opacus finds gradients in layers, and its vectors are no layers
 
     def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:
-        """Return peft's configuration; the projections follow from torch's generator, and are saved with the rest."""
+        """Return peft's configuration. The projections are drawn from torch's generator and saved with the adapter."""
         import torch
         from peft import VeraConfig
 

@@ -1,11 +1,11 @@
 """Virtual tokens before a text: prompt tuning, P-tuning, prefix tuning.
 
-The trained part is peft's. How it meets the base is ours: peft's own wrapper leaves the virtual tokens in a language
-model's logits and in what sentence embeddings pool, reads a decoder's score at the padding, and cannot be switched off
-on classifiers. Here they are gone again from all that the base model returns, so that every task reads the places it
-knows.
+The trained module is peft's; its connection to the base is ours. peft's own wrapper leaves the virtual tokens in a
+language model's logits and in the states that sentence embeddings pool, reads a decoder's score at the padding, and
+cannot be switched off on classifiers. Here all outputs of the base model are without the virtual tokens, so that every
+task finds the positions that it expects.
 
-Each row of a batch looks its virtual tokens up by itself, so that Opacus finds gradients row by row.
+Virtual tokens are looked up for each row of a batch, so that Opacus finds gradients row by row.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WITHOUT_CACHE = frozenset({"distilbert", "mpnet"})
 _IMAGES = dict.fromkeys(("vit", "tsugiki-cnn"), "it reads images, which have no words to put virtual ones before")
 
 _PREFIX_STD = 0.02
-"""BERT's own initial standard deviation; equal rows, as zeros, would stay equal for ever."""
+"""BERT's own initial standard deviation. Equal rows, such as zeros, would stay equal for ever."""
 
 
 class VirtualTokensSettings(AdapterSettings):
@@ -71,30 +71,30 @@ class PrefixSettings(VirtualTokensSettings):
 
 
 class VirtualTokens(OwnMethod):
-    """What the methods with virtual tokens have in common."""
+    """The base class of methods with virtual tokens."""
 
     unfit = _IMAGES
     starts_at_base = False
 
     @property
     def positions(self) -> int:
-        """Return how many of the base's positions the virtual tokens take up."""
+        """Return the number of the base's positions that the virtual tokens take."""
         return int(self.settings.num_virtual_tokens)
 
     @abstractmethod
     def encoder(self, base_model: Any, common: dict[str, Any]) -> Any:
-        """Return peft's module, which maps the virtual tokens' numbers, shape (rows, tokens), to their vectors.
+        """Return peft's module, which maps the numbers of virtual tokens, shape (rows, tokens), to their vectors.
 
         Args:
             base_model: the transformer without head.
-            common: what every configuration of peft's takes.
+            common: the arguments that all of peft's configurations take.
         """
 
     def place(self, transformer: Any, heads: tuple[str, ...]) -> None:
-        """Put the module on the base model, and ours in the place of its forward.
+        """Add the module to the base model, and replace its `forward` by ours.
 
         Raises:
-            ModelError: `adapter-unsupported`, the architecture is none of those that are known.
+            ModelError: `adapter-unsupported`, the architecture is not supported.
         """
         if reason := self.why_not(transformer.config.model_type):
             raise ModelError(
@@ -154,7 +154,7 @@ class PTuning(VirtualTokens):
 
 @ADAPTERS.register("prefix")
 class Prefix(VirtualTokens):
-    """Prefix tuning. Source: Li and Liang 2021, arXiv:2101.00190, section 4.2; without the detour by a perceptron.
+    """Prefix tuning. Source: Li and Liang 2021, arXiv:2101.00190, section 4.2; without the perceptron.
 
     On encoders: Liu et al. 2022, arXiv:2110.07602, section 3.2.
     """
@@ -179,26 +179,30 @@ class Prefix(VirtualTokens):
 
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run the base model with its virtual tokens, which stay before the text only inside."""
+    """Run the base model with virtual tokens before the text; its outputs are without them."""
     plain = type(module).forward
     if not module.adapter_on:
         return plain(module, *args, **kwargs)
     names = list(inspect.signature(plain).parameters)[1:]
     inputs = dict(zip(names, args, strict=False)) | kwargs
     past = inputs.get("past_key_values")
-    first = past is None or past.get_seq_length() == 0  # else the text goes on from a cache that has them already
+    first = past is None or past.get_seq_length() == 0  # else the cache has the virtual tokens already
     prefix = hasattr(module.virtual_tokens, "shape")
     count = module.virtual_tokens.count
-    text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    text = inputs.get("input_ids")
+    if text is None:
+        text = inputs["inputs_embeds"]
     numbers = _numbers(count, text)
     if first and prefix:
         inputs["past_key_values"] = _prefix(module, numbers, past)
     elif first:
         words = inputs.get("inputs_embeds")
-        words = module.get_input_embeddings()(text) if words is None else words
+        if words is None:
+            words = module.get_input_embeddings()(text)
         inputs["inputs_embeds"] = _join(module.virtual_tokens(numbers).to(words.dtype), words)
         inputs["input_ids"] = None
     _adjust(module, inputs, numbers, inside=first and not prefix)
+    # A prefix is in the cache only, so the hidden states have no virtual tokens to remove.
     if prefix or not first:
         return plain(module, **inputs)
     with _without_pooler(module) as pooler:
@@ -207,7 +211,7 @@ def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _numbers(count: int, text: Any) -> Any:
-    """Return the virtual tokens' numbers for every row of a text, shape (rows, count)."""
+    """Return the numbers of the virtual tokens for every row of a text, shape (rows, count)."""
     import torch
 
     return torch.arange(count, device=text.device).expand(len(text), count)
@@ -220,25 +224,27 @@ def _join(front: Any, back: Any) -> Any:
 
 
 def _prefix(module: Any, numbers: Any, past: Any) -> Any:
-    """Return a cache with the virtual tokens' keys and values, each of shape (rows, heads, tokens, width)."""
+    """Return a cache with keys and values of the virtual tokens, each of shape (rows, heads, tokens, width)."""
     from transformers import DynamicCache
 
-    past = DynamicCache() if past is None else past
+    if past is None:
+        past = DynamicCache()
     vectors = module.virtual_tokens(numbers).to(module.dtype)
     parts = vectors.view(*numbers.shape, *module.virtual_tokens.shape).permute(2, 0, 3, 1, 4)
+    # Each block has two parts: keys, then values.
     for block in range(len(parts) // 2):
         past.update(parts[2 * block], parts[2 * block + 1], block)
     return past
 
 
 def _adjust(module: Any, inputs: dict[str, Any], numbers: Any, *, inside: bool) -> None:
-    """Make what goes with a text as long as the text with its virtual tokens, and shift its places.
+    """Extend masks and token types by the virtual tokens, and shift the positions of the text.
 
     Args:
         module: the base model.
-        inputs: of its forward.
+        inputs: of its forward; changed in place.
         numbers: of the virtual tokens.
-        inside: whether they stand in the text itself, and not in the cache.
+        inside: whether the virtual tokens are in the text itself, not in the cache.
     """
     import torch
 
@@ -250,16 +256,16 @@ def _adjust(module: Any, inputs: dict[str, Any], numbers: Any, *, inside: bool) 
     if inputs.get("attention_mask") is not None:
         mask = _join(torch.ones_like(numbers), inputs["attention_mask"])
         if module.config.model_type in _ENCODERS and not inside:
-            # The mask that an encoder makes by itself is for as many keys as there are words.
+            # An encoder's own mask has no room for keys from the cache, so it gets a finished one.
             mask = (1 - mask[:, None, None].to(module.dtype)) * torch.finfo(module.dtype).min
         inputs["attention_mask"] = mask
 
 
 @contextmanager
 def _without_pooler(module: Any) -> Iterator[Any]:
-    """Take a base model's pooler away inside a `with` block, and give it: the first token is a virtual one there.
+    """Take a base model's pooler off inside a `with` block, and yield it: there, the first token is a virtual one.
 
-    In its place is what keeps its place in the output.
+    An identity replaces it, so that the output keeps its form.
     """
     from torch import nn
 
@@ -274,7 +280,7 @@ def _without_pooler(module: Any) -> Iterator[Any]:
 
 
 def _cut(pooler: Any, output: Any, count: int) -> Any:
-    """Take the virtual tokens out of the hidden states, and pool from the first word."""
+    """Remove the virtual tokens from the hidden states, and pool from the first word."""
     output.last_hidden_state = output.last_hidden_state[:, count:]
     if output.get("hidden_states") is not None:
         output.hidden_states = tuple(states[:, count:] for states in output.hidden_states)

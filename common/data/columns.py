@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    pass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -14,9 +11,9 @@ class Column:
     """A column that a task reads from a site's file.
 
     Args:
-        name: the task's own name for it, to which a file's column is mapped.
+        name: the task's name for the column; a file's column is mapped to it.
         kind: `text`; `label`, a class by name or number; `score`, a float; `image`, a picture.
-        required: whether every file must have it.
+        required: whether every file must have the column.
         blank: whether a text may be empty.
     """
 

@@ -1,7 +1,7 @@
-"""Pictures as data: idx files, as MNIST's, and folders with one subfolder a class.
+"""Read pictures from idx files, the format of MNIST, or from folders with one subfolder per class.
 
-Sizes are checked before anything is decoded. As in `common/data/table.py`, an error holds counts and positions, never a
-picture or the name of one, and is not chained to the exception of a decoder.
+Sizes are checked before anything is decoded. As in `common/data/table.py`, an error contains counts and positions,
+never a picture or its name, and is not chained to a decoder's exception.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ from tsugiki.common.errors import DataError
 
 Picture = npt.NDArray[np.uint8]
 Images = Picture | list[Picture]
-"""Grey pictures of shape (height, width) and coloured ones of (height, width, 3): one array where all are alike."""
+"""Grey pictures of shape (height, width), coloured ones of (height, width, 3): one array if all shapes are equal."""
 
 Located = Callable[[Path], Path]
 """Follows a path to a file or folder that may be read, or raises a DataError."""
 
 MAX_BYTES = 2**32
-"""All pictures of a shard together, decoded."""
+"""Limit for all decoded pictures of a shard together."""
 
 MAX_PIXELS = 50_000_000
-"""One picture as it is stored."""
+"""Limit for one picture as it is stored."""
 
 KEPT_SIDE = 512
-"""Pixels of the shorter side. Larger pictures of a folder are shrunk to it, so that photographs fit into memory."""
+"""Pixels of the shorter side. Larger pictures of a folder are shrunk to this, so that photographs fit into memory."""
 
 _IDX = re.compile(r"(?P<stem>.*)images(?P<joint>[-.])idx(?P<dimensions>[34])-ubyte(\.gz)?")
 _ENDINGS = (".png", ".jpg", ".jpeg")
 _GREY_MODES = ("1", "L", "LA")
 _COLOUR_MODES = ("RGB", "RGBA", "P", "CMYK", "YCbCr")
 _MOST_INFLATED = 1032
-"""How many bytes a byte of gzip may become at most, by the construction of deflate."""
+"""The most bytes that one byte of gzip can become, by the design of deflate."""
 
 
 def read(path: Path, located: Located, classes: Mapping[str, int], expected: str) -> tuple[Images, list[int]]:
-    """Return the pictures behind `path`, and the class of each.
+    """Return the pictures at `path` and the class of each.
 
-    A folder's pictures come in the order of the names of its subfolders, and there of their own names. They are turned
-    upright as their EXIF says, and lose their transparency. What is hidden (a dot before its name) is left out.
+    A folder's pictures are sorted by the name of their subfolder, then by their own name. They are turned upright as
+    their EXIF data say, and lose their transparency. Hidden entries (a dot before the name) are left out.
 
     Args:
         path: `...images-idx3-ubyte`, or `.gz`, beside `...labels-idx1-ubyte` (idx4: coloured pictures); or a folder
-            with one subfolder a class, full of PNG and JPEG files.
+            with one subfolder per class, which contains PNG and JPEG files.
         located: decides which files may be read.
-        classes: class by label: an idx file's number, a subfolder's name.
-        expected: the labels in words.
+        classes: class number by label. The label is a number in an idx file, or a subfolder's name.
+        expected: the known labels in words, for errors.
 
     Raises:
         DataError: with the code `shard-missing`, `shard-outside`, `shard-format`, `shard-label-range`,
@@ -82,6 +82,7 @@ def read(path: Path, located: Located, classes: Mapping[str, int], expected: str
         raise DataError(
             f"{beside} has {len(numbers)} labels", f"{len(images)}, as many as there are pictures", code="shard-format"
         )
+    # Labels are bytes, so a table of 256 entries covers them all; -1 marks an unknown one.
     known = np.array([classes.get(str(number), -1) for number in range(256)])
     found = known[numbers]
     _refuse_labels(path, int((found < 0).sum()), f"of {len(found)} pictures", expected)
@@ -89,7 +90,7 @@ def read(path: Path, located: Located, classes: Mapping[str, int], expected: str
 
 
 def files(path: Path) -> list[Path]:
-    """Return every file that reading `path` may look at; a change of the data is a change of these."""
+    """Return every file that reading `path` may look at: the data have changed only if one of these has."""
     if matched := _IDX.fullmatch(path.name):
         return [path, _labels_beside(path, matched)]
     if not path.is_dir():
@@ -100,7 +101,7 @@ def files(path: Path) -> list[Path]:
 
 
 def stamp(file: Path) -> tuple[str, int, int]:
-    """Return path, size in bytes and time of the last change in nanoseconds, these being 0 for what is not there."""
+    """Return path, size in bytes and modification time in nanoseconds; both are 0 if the file is missing."""
     with suppress(OSError, ValueError):
         found = file.stat()
         return str(file), found.st_size, found.st_mtime_ns
@@ -108,7 +109,7 @@ def stamp(file: Path) -> tuple[str, int, int]:
 
 
 def write_idx(folder: Path, name: str, images: Picture, numbers: Sequence[int]) -> str:
-    """Write pictures, all of one shape, and their labels into a folder; return the name of the file to read."""
+    """Write pictures of one shape and their labels into a folder; return the name of the file to read."""
     beside = folder / f"{name}-labels-idx1-ubyte"
     written = folder / f"{name}-images-idx{images.ndim}-ubyte"
     for path, array in ((written, images), (beside, np.asarray(numbers, np.uint8))):
@@ -118,14 +119,14 @@ def write_idx(folder: Path, name: str, images: Picture, numbers: Sequence[int]) 
 
 
 def odd(images: Images) -> int:
-    """Return how many pictures differ from most in size, or in being grey or coloured."""
+    """Return how many pictures do not have the most common shape."""
     if isinstance(images, np.ndarray) or not images:
         return 0
     return len(images) - Counter(image.shape for image in images).most_common(1)[0][1]
 
 
 def _labels_beside(path: Path, matched: re.Match[str]) -> Path:
-    """Return the path of the labels: compressed as the pictures are, or else the other way."""
+    """Return the path of the labels: compressed like the pictures, unless only the other form exists."""
     plain = path.with_name(f"{matched['stem']}labels{matched['joint']}idx1-ubyte")
     packed = path.with_name(f"{plain.name}.gz")
     first, other = (packed, plain) if path.name.endswith(".gz") else (plain, packed)
@@ -133,13 +134,13 @@ def _labels_beside(path: Path, matched: re.Match[str]) -> Path:
 
 
 def _array(path: Path, target: Path, dimensions: int) -> Picture:
-    """Return what is in an idx file."""
+    """Return the array that an idx file contains."""
     found = None
     try:
         with gzip.open(target) if path.name.endswith(".gz") else target.open("rb") as file:
             found = _idx(path, file, dimensions, target.stat().st_size, path.name.endswith(".gz"))
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        found = None  # raised below, where it is not chained to these: they tell bytes of the file
+        found = None  # raised below, not chained to these: they may repeat bytes of the file
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", "a readable file", code="shard-missing") from error
     if found is None:
@@ -153,7 +154,7 @@ def _array(path: Path, target: Path, dimensions: int) -> Picture:
 
 
 def _idx(path: Path, file: Any, dimensions: int, stored_bytes: int, packed: bool) -> Picture | None:
-    """Return the array, or None for whatever is none. Memory is taken only for what the file can hold."""
+    """Return the array, or None if the file is invalid. Memory is allocated only for what the file can contain."""
     header = file.read(4 * (1 + dimensions))
     if len(header) < 4 * (1 + dimensions) or header[:4] != bytes((0, 0, 8, dimensions)):
         return None
@@ -172,7 +173,7 @@ def _idx(path: Path, file: Any, dimensions: int, stored_bytes: int, packed: bool
 
 
 def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]] | None:
-    """Return what is in a folder and not hidden, sorted by name; None where it cannot be listed."""
+    """Return the entries of a folder that are not hidden, sorted by name; None if it cannot be listed."""
     with suppress(OSError), os.scandir(folder) as entries:
         return sorted((one for one in entries if not one.name.startswith(".")), key=lambda one: one.name)
     return None
@@ -181,6 +182,7 @@ def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]] | None:
 def _read_folder(
     path: Path, target: Path, located: Located, classes: Mapping[str, int], expected: str
 ) -> tuple[Images, list[int]]:
+    # Names, links and file types of the whole folder are checked before anything is decoded.
     top = _listed(path, target)
     folders = [one for one in top if one.is_dir()]
     _refuse_links(path, folders, located)
@@ -213,7 +215,7 @@ def _is_picture(entry: os.DirEntry[str]) -> bool:
 
 
 def _refuse_links(path: Path, entries: Sequence[os.DirEntry[str]], located: Located) -> None:
-    """Refuse links that lead out, or nowhere. Few entries are links, and only these take long to follow."""
+    """Refuse links that lead outside or to nothing. Only links are resolved, because resolving is slow."""
     bad = 0
     for entry in entries:
         if entry.is_symlink():
@@ -232,14 +234,18 @@ def _refuse_labels(path: Path, unknown: int, of: str, expected: str) -> None:
 
 
 def decode(place: str, names: Sequence[Path]) -> Images:
-    """Return pictures of files; `place` is what an error calls where they are, and in which order.
+    """Decode picture files.
+
+    Args:
+        place: the folder and the order of the pictures, in words, for errors.
+        names: the files.
 
     Raises:
-        DataError: as `read`; which picture it is, and not its name.
+        DataError: as in `read`; it contains the position of the picture, not its name.
     """
     images: list[Picture] = []
     room = MAX_BYTES
-    with warnings.catch_warnings(action="ignore"):  # Pillow's, of large pictures and odd palettes: counted here
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns of sizes, which are checked here, and of odd palettes
         for number, name in enumerate(names, 1):
             image = _picture(name, f"{place}: picture {number} of {len(names)}", room)
             if isinstance(image, DataError):
@@ -251,7 +257,7 @@ def decode(place: str, names: Sequence[Path]) -> Images:
 
 
 def _picture(name: Path, what: str, room: int) -> Picture | DataError:
-    """Return a decoded picture of at most `room` bytes; or the error to raise, outside of what a decoder raised."""
+    """Return a picture of at most `room` bytes decoded, or an error to raise outside the decoder's own exception."""
     from PIL import Image
 
     large = DataError(
@@ -288,7 +294,7 @@ def _shrunk(width: int, height: int) -> tuple[int, int]:
 
 
 def _upright(picture: Any, size: tuple[int, int], mode: str) -> Picture:
-    """Decode: shrunk, in one of two modes, turned as the camera was held."""
+    """Decode a picture in the given size and mode, and turn it as its EXIF data say."""
     from PIL import Image, ImageOps
 
     if size != picture.size:

@@ -1,6 +1,6 @@
-"""Splitting one file over simulated sites. A deployed site has its own file, and none of this runs there.
+"""Split one file over simulated sites. Deployed sites have their own files and do not use this module.
 
-A part is an array of row numbers, int64, ascending: a site's rows keep the order of the file, and training shuffles
+A part is an ascending int64 array of row numbers: a site's rows keep the order of the file, and training shuffles
 them. Every row is in exactly one part, and the same seed gives the same parts.
 """
 
@@ -23,13 +23,13 @@ Rows = npt.NDArray[np.int64]
 MAX_DRAWS = 100
 MAX_GROUPS = 1000
 MAX_ALPHA = 1e6
-"""More is not told from an even split, and NumPy's sum over the clients overflows long after it."""
+"""A larger alpha gives an even split; much larger still, NumPy's sum over the clients overflows."""
 
 _CODE: Code = "shard-partition"
 
 
 def site_names(count: int) -> list[str]:
-    """Return `site-0`, `site-1`, ...: padded with zeros to equal width, so that they sort by number."""
+    """Return `site-0`, `site-1`, ..., zero-padded to equal width, so that they sort by number."""
     width = len(str(count - 1))
     return [f"site-{number:0{width}}" for number in range(count)]
 
@@ -48,24 +48,24 @@ def iid(rows: int, clients: int, seed: int) -> list[Rows]:
 def dirichlet(
     labels: Sequence[Any] | npt.NDArray[Any], clients: int, alpha: float, min_rows: int, seed: int
 ) -> list[Rows]:
-    """Split so that the clients' shares of each class differ: the smaller `alpha`, the more.
+    """Split so that the clients' shares of each class differ, more so for a smaller `alpha`.
 
-    For each class, in sorted order, the clients' shares are drawn from a symmetric Dirichlet distribution; the whole
-    draw is repeated until every client has `min_rows` rows. As flwr-datasets' `DirichletPartitioner` without
-    self-balancing, except that the rows of a class are dealt in random order and not in the order of the file.
+    For each class, in sorted order, the clients' shares are drawn from a symmetric Dirichlet distribution. The whole
+    draw is repeated until every client has `min_rows` rows. This is flwr-datasets' `DirichletPartitioner` without
+    self-balancing, except that the rows of a class are dealt in random order, not in the order of the file.
 
     Args:
         labels: the class of each row.
         clients: number of parts.
         alpha: concentration, above 0, up to 1e6.
-        min_rows: the least rows of a part; 0 is taken as 1.
+        min_rows: fewest rows of a part; 0 counts as 1.
         seed: the run's seed.
 
     Raises:
-        DataError: `shard-partition`, `alpha` is out of range, or too few rows in some part of each of 100 draws.
+        DataError: `shard-partition`, `alpha` is out of range, or each of 100 draws left some part with too few rows.
 
     Source: Yurochkin et al. 2019, arXiv:1905.12022. Hsu et al. 2019, arXiv:1909.06335, which made alpha the
-    usual measure of skew, draws the classes of each client instead, all clients having equally many rows.
+    usual measure of skew, draws the classes of each client instead, with equally many rows for all clients.
     """
     least = max(min_rows, 1)
     _check_enough(len(labels), clients, least)
@@ -80,10 +80,13 @@ def dirichlet(
         if smallest >= least:
             return parts
         best = max(best, smallest)
+    hint = "raise alpha or lower clients"
+    if best:
+        hint = f"raise alpha, lower clients, or lower min_rows to {best}"
     raise DataError(
         f"in the best of {MAX_DRAWS} draws with alpha = {alpha} the smallest of {clients} clients has {best} rows",
         f"min_rows = {least}",
-        f"raise alpha, lower clients, or lower min_rows to {best}" if best else "raise alpha or lower clients",
+        hint,
         code=_CODE,
     )
 
@@ -96,24 +99,25 @@ def _shuffled_classes(labels: npt.NDArray[Any], order: np.random.Generator) -> l
 
 
 def _deal(classes: list[Rows], clients: int, alpha: float, shares: np.random.Generator) -> list[Rows]:
-    """Return one draw: every class cut at its cumulated shares."""
+    """Return one draw: every class is cut at its cumulative shares."""
     hands: list[list[Rows]] = [[] for _ in range(clients)]
     for rows in classes:
         ends = (np.cumsum(shares.dirichlet(np.full(clients, alpha))) * len(rows)).astype(np.int64)
+        # The last cut is left out: rounding must not lose the last rows of a class.
         for hand, piece in zip(hands, np.split(rows, ends[:-1]), strict=True):
             hand.append(piece)
     return [np.sort(np.concatenate(hand)) for hand in hands]
 
 
 def by_column(values: Sequence[str]) -> dict[str, Rows]:
-    """Split by a column: one part for each of its values, under a name made from the value, sorted by name.
+    """Split by a column: one part for each value, under a name made from the value, sorted by name.
 
-    A name matches `tsugiki.common.settings.NAME_PATTERN`: the value in lower case, without accents and other characters
-    that are not ASCII, `-` in the place of the rest that no name may have; if nothing is left, `group-` and eight
-    digits of the value's SHA-256.
+    A name matches `tsugiki.common.settings.NAME_PATTERN`. It is the value in lower case, without accents and other
+    non-ASCII characters; `-` replaces what else a name must not contain. If nothing is left, the name is `group-` and
+    eight digits of the value's SHA-256.
 
     Raises:
-        DataError: `shard-partition`, a value is blank, two values get one name, or there are more than 1000.
+        DataError: `shard-partition`, a value is blank, two values get one name, or there are more than 1000 values.
     """
     blank = [row for row, value in enumerate(values) if not value.strip()]
     if blank:
@@ -149,9 +153,12 @@ def _check_enough(rows: int, clients: int, least: int) -> None:
     if clients < 1:
         raise DataError(f"clients = {clients} is too small", "at least 1", code=_CODE)
     if clients * least > rows:
+        hint = "give more rows"
+        if rows >= least:
+            hint = f"lower clients to {rows // least} or fewer"
         raise DataError(
             f"{rows} rows are too few for {clients} clients",
             f"at least {clients * least}, {least} for each",
-            f"lower clients to {rows // least} or fewer" if rows >= least else "give more rows",
+            hint,
             code=_CODE,
         )

@@ -1,8 +1,7 @@
-"""From images, as `common/data/images.py` reads them, to what a model reads: one size, its channels, its scale."""
+"""Convert images, as `common/data/images.py` reads them, to the size, channels and scale of a model."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +17,17 @@ PREPROCESSING = "preprocessor_config.json"
 
 @dataclass(frozen=True)
 class Pixels:
-    """How a model wants its images.
+    """The image format that a model reads.
 
     Args:
         size: height and width.
-        channels: 1, where colours become their luma (ITU-R 601); or 3, where grey is repeated.
-        mean: of each channel, subtracted after bytes were multiplied by `scale`.
-        std: of each channel, divided by after that.
+        channels: 1 (colours become their luma, ITU-R 601) or 3 (grey is repeated).
+        mean: of each channel; subtracted after bytes are multiplied by `scale`.
+        std: of each channel; the result is divided by it.
         scale: factor on bytes of 0 to 255.
-        resample: Pillow's number of the filter that resizes; 2 is bilinear.
-        bleed: None: images are stretched to the size. Else they keep their proportions: this share is cut off each
-            side, and what is over after that off both ends of the longer side.
+        resample: Pillow's number of the resampling filter; 2 is bilinear.
+        bleed: share that is cut off at each side; after that, images are cropped to the proportions of `size`. None:
+            images are stretched to `size`.
     """
 
     size: tuple[int, int]
@@ -41,7 +40,7 @@ class Pixels:
 
 
 def fit(images: Images, want: Pixels) -> npt.NDArray[np.uint8]:
-    """Return images as bytes of shape (rows, height, width, channels); a view where there is nothing to do."""
+    """Return images as bytes of shape (rows, height, width, channels); a view if they fit already."""
     if isinstance(images, np.ndarray) and images.shape[1:3] == want.size:
         if images.ndim == 4 and want.channels == 3:
             return images
@@ -73,7 +72,7 @@ class _Sides(BaseModel):
 
 
 class _Preprocessing(BaseModel):
-    """What is read of a `preprocessor_config.json`; where nothing is said, what `transformers` does."""
+    """The fields of a `preprocessor_config.json` that are read, with the defaults of `transformers`."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -90,20 +89,21 @@ class _Preprocessing(BaseModel):
 
 
 def read_pixels(folder: Path, channels: int, image_size: int = 0) -> Pixels:
-    """Return how a model wants its images, from its `preprocessor_config.json`.
+    """Return the image format of a model, from its `preprocessor_config.json`.
 
     Args:
         folder: the model's.
-        channels: that it reads.
-        image_size: side of the images where there is no such file; 0: there has to be one.
+        channels: number of channels that the model reads.
+        image_size: side of the images if the file is missing; 0: the file is required.
 
     Raises:
-        ModelError: `model-load`, there is none, or it is not for such images.
+        ModelError: `model-load`, the file is missing, or does not describe such images.
     """
     file = folder / PREPROCESSING
     try:
-        content = json.dumps({"size": image_size}) if image_size and not file.exists() else file.read_text("utf-8")
-        return _pixels(_Preprocessing.model_validate_json(content), channels)
+        if image_size and not file.exists():
+            return _pixels(_Preprocessing(size=image_size), channels)
+        return _pixels(_Preprocessing.model_validate_json(file.read_text("utf-8")), channels)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{PREPROCESSING} of the model in {folder.name!r} does not say how it wants images of {channels} channels",
@@ -114,13 +114,7 @@ def read_pixels(folder: Path, channels: int, image_size: int = 0) -> Pixels:
 
 
 def _pixels(said: _Preprocessing, channels: int) -> Pixels:
-    crop = _both(said.crop_size) if said.do_center_crop and said.crop_size is not None else None
-    edge = said.size.shortest_edge if isinstance(said.size, _Sides) else said.size if crop else 0
-    size = crop or ((edge, edge) if edge else _both(said.size))
-    bleed = None
-    if edge:
-        kept = min(1.0, min(crop) / edge) if crop else said.crop_pct or 1.0
-        bleed = (1 - kept) / 2
+    size, bleed = _size_and_bleed(said)
     mean = said.image_mean or [0.5] * channels
     std = said.image_std or [0.5] * channels
     if not said.do_normalize:
@@ -132,6 +126,33 @@ def _pixels(said: _Preprocessing, channels: int) -> Pixels:
         raise ValueError("size")
     scale = said.rescale_factor if said.do_rescale else 1.0
     return Pixels(size, channels, tuple(mean), tuple(std), scale, said.resample, bleed)
+
+
+def _size_and_bleed(said: _Preprocessing) -> tuple[tuple[int, int], float | None]:
+    """Return the fields `size` and `bleed` of `Pixels`."""
+    crop = None
+    if said.do_center_crop and said.crop_size is not None:
+        crop = _both(said.crop_size)
+    # `edge` is the length to which the shorter side is resized; 0: images are stretched to `size`.
+    edge = 0
+    if isinstance(said.size, _Sides):
+        edge = said.size.shortest_edge
+    elif crop:
+        edge = said.size
+    if crop:
+        size = crop
+    elif edge:
+        size = (edge, edge)
+    else:
+        size = _both(said.size)
+    bleed = None
+    if edge:
+        # transformers resizes and then crops; here the share that its crop removes is cut off first.
+        kept = said.crop_pct or 1.0
+        if crop:
+            kept = min(1.0, min(crop) / edge)
+        bleed = (1 - kept) / 2
+    return size, bleed
 
 
 def _both(size: _Sides | int) -> tuple[int, int]:

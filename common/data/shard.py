@@ -1,4 +1,4 @@
-"""A site's private data file: columns of checked values, or a coded refusal.
+"""Read a site's private data file: return columns of checked values, or raise a coded error.
 
 As in `common/data/table.py`, an error never repeats the content of a cell.
 """
@@ -30,11 +30,11 @@ class Shard:
     """The rows of a data file, column by column.
 
     Args:
-        columns: the task's name of a column -> one value a row: text as str, label as int, score as float, an image as
-            uint8 of shape (height, width) or (height, width, 3); all images in one array where they are alike.
-        extra: columns that no task reads, as text: what a simulation splits by.
-        notes: what is unusual but no error: `shard-one-class`; `shard-images-mixed:COUNT`, so many images differ from
-            most in size, or in being grey or coloured, and are brought to one size like all.
+        columns: one value per row, by the task's name of the column: text as str, label as int, score as float, an
+            image as uint8 of shape (height, width) or (height, width, 3). Images of equal shape are one array.
+        extra: columns that no task reads, as text; a simulation can split by them.
+        notes: unusual but no error: `shard-one-class`, all rows have one class; `shard-images-mixed:COUNT`, COUNT
+            images do not have the most common shape, and are brought to one size like all others.
     """
 
     columns: dict[str, Any] = field(repr=False)
@@ -46,7 +46,7 @@ class Shard:
         return len(next(iter(self.columns.values()), ()))
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Shard:
-        """Return the given rows, in the given order, with the notes that hold for them."""
+        """Return the given rows, in the given order, with the notes that apply to them."""
         columns = {name: _taken(values, rows) for name, values in self.columns.items()}
         extra = {name: [values[row] for row in rows] for name, values in self.extra.items()}
         return Shard(columns, extra, _notes(columns))
@@ -68,26 +68,27 @@ def read(
     min_rows: int = 1,
     inside: Path | None = None,
 ) -> Shard:
-    """Read a CSV, TSV, JSONL, Parquet or text file, by its ending, in UTF-8; images: see `images.read`.
+    """Read a CSV, TSV, JSONL, Parquet or text file in UTF-8, by its ending; for images see `images.read`.
 
     Args:
         path: the file.
-        columns: what the task reads. A column that is not required, is not in the file and is not mapped by
-            `data_format` is left out.
-        data_format: how the task's columns are called in the file, and how CSV is written. In JSONL a number is a key.
-        labels: the classes in order. A label is a class's name, or its number where no class has a number for a name.
+        columns: what the task reads. An optional column is left out if it is neither in the file nor mapped by
+            `data_format`.
+        data_format: the file's names for the task's columns, and its form of CSV. In JSONL a number is a key.
+        labels: the classes in order. A row's label is a class name, or a class number if no class name is a number.
         extra_columns: further columns to return as text, by their names in `data_format` or else in the file.
-        min_rows: the least number of rows.
-        inside: the folder that the file, symlinks followed, must be in; None: its own.
+        min_rows: fewest rows of the file.
+        inside: the folder that must contain the file after symlinks are followed; None: the path's own folder.
 
     Raises:
         DataError: with the code `shard-outside`, `shard-missing`, `shard-format`, `shard-encoding`,
             `shard-line-too-long`, `shard-columns`, `shard-empty`, `shard-too-small`, `shard-empty-text`,
-            `shard-label-range` or `shard-score`; for images, those of `images.read`.
+            `shard-label-range` or `shard-score`; for images, the codes of `images.read`.
     """
     if any(column.kind == "image" for column in columns):
         return _read_images(path, columns, data_format, labels, extra_columns, min_rows, inside)
     sources = {name: data_format.columns.get(name, name) for name in (*(c.name for c in columns), *extra_columns)}
+    # A column that the operator mapped or asked for must be there, even if the task can do without it.
     optional = {c.name for c in columns if not c.required} - set(extra_columns) - set(data_format.columns)
     table = load(_located(path, inside), TableSpec(path, sources, frozenset(optional), data_format))
     _refuse_few(path, len(table.lines), min_rows)
@@ -128,7 +129,7 @@ def _refuse_few(path: Path, rows: int, min_rows: int) -> None:
 
 
 def _located(path: Path, inside: Path | None, folders: bool = False) -> Path:
-    """Return what is behind `path`. Of a path that leads outside it is not told whether there is anything."""
+    """Return the resolved path. The error for a path that leads outside does not reveal whether anything is there."""
     try:
         target = path.resolve()
         folder = (inside or path.parent).resolve()
@@ -170,7 +171,7 @@ def _texts(column: Column, table: Table) -> list[str]:
 
 
 def has_surrogates(text: str) -> bool:
-    """Return whether a text has half a character, which JSON can spell and no tokenizer reads."""
+    """Return whether a text contains an unpaired surrogate, which JSON can spell but no tokenizer reads."""
     with suppress(UnicodeEncodeError):
         text.encode()
         return False
@@ -192,7 +193,7 @@ def _scores(name: str, table: Table) -> list[float]:
 
 
 def _score(cell: Any) -> float:
-    """Return the cell as a float; NaN for whatever is none."""
+    """Return the cell as a float; NaN if it is not a finite number."""
     with suppress(TypeError, ValueError, OverflowError):
         score = math.nan if isinstance(cell, bool) else float(cell)
         return score if math.isfinite(score) else math.nan
@@ -208,7 +209,7 @@ def _extra(name: str, table: Table) -> list[str]:
 
 
 def _notes(columns: dict[str, Any]) -> tuple[str, ...]:
-    """Return what is unusual: a column of labels, which are the only ints, with one value; images of mixed shapes."""
+    """Return notes on labels (the only ints) that are all equal, and on images of mixed shapes."""
     single = any(len(cells) and isinstance(cells[0], int) and len(set(cells)) == 1 for cells in columns.values())
     pictures = [cells for cells in columns.values() if len(cells) and isinstance(cells[0], np.ndarray)]
     mixed = sum(map(images.odd, pictures))

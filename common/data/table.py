@@ -1,7 +1,7 @@
-"""The cells of a data file, before they mean anything: CSV, TSV, JSONL, Parquet, and plain text.
+"""Read the cells of a data file without interpreting them: CSV, TSV, JSONL, Parquet or plain text.
 
-An error holds counts, line numbers and names of columns, never the content of a cell, because errors are logged. None
-is chained to an exception of a decoder, which would carry along the bytes that it could not decode.
+An error contains counts, line numbers and column names, never the content of a cell, because errors are logged. No
+error is chained to a decoder's exception, which would contain the bytes that could not be decoded.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tsugiki.common.errors import Code, DataError
 from tsugiki.common.settings import DataFormat
 
 MAX_LINE_BYTES = 2**20
-"""The longest line, its end included. A line is held in memory before anything about it is known."""
+"""The longest line, including its end. A line is in memory before anything about it is known."""
 
 _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 
 
 @dataclass(frozen=True)
 class TableSpec:
-    """Which columns to take from which file: the task's name -> the file's name or position."""
+    """A file and the columns to take from it: `sources` maps the task's name to the file's name or position."""
 
     path: Path
     sources: dict[str, str | int]
@@ -37,20 +37,20 @@ class TableSpec:
 
     @property
     def ending(self) -> str:
-        """The path's ending, in lower case, which says what is in the file."""
+        """The path's ending in lower case; it decides how the file is read."""
         return self.path.suffix.lower()
 
 
 @dataclass(frozen=True)
 class Table:
-    """The wanted cells as they stand in the file, and where each row begins: a line (Parquet: a row), from 1."""
+    """The wanted cells as the file has them, and the line (Parquet: the row) where each row begins, from 1."""
 
     request: TableSpec
     lines: Sequence[int] = field(repr=False)
     cells: dict[str, list[Any]] = field(repr=False)
 
     def refuse(self, name: str, bad: Sequence[bool], problem: str, expected: str, code: Code, hint: str = "") -> None:
-        """Raise a DataError if any row is bad: how many are, and where the first one is."""
+        """Raise a DataError if any row is bad, with the number of bad rows and the place of the first."""
         if True in bad:
             where = f"{'row' if self.request.ending == '.parquet' else 'line'} {self.lines[bad.index(True)]}"
             counts = f"{sum(bad)} of {len(bad)} rows have {problem} in column {name!r}, the first in {where}"
@@ -60,7 +60,7 @@ class Table:
 
 
 def load(target: Path, request: TableSpec) -> Table:
-    """Read the file at `target`, which `request.path` led to.
+    """Read the file at `target`, the resolved `request.path`.
 
     Raises:
         DataError: with the code `shard-missing`, `shard-format`, `shard-columns`, `shard-encoding` or
@@ -79,12 +79,12 @@ def load(target: Path, request: TableSpec) -> Table:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the names for a message, the first 20 of them."""
+    """Return the first 20 names for a message, and the number of the others."""
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def class_numbers(labels: Sequence[str]) -> tuple[dict[str, int], str]:
-    """Return the number of each class by all labels that mean it, and these labels in words."""
+    """Return the class number for each accepted label, and the accepted labels in words."""
     known = {label: index for index, label in enumerate(labels)}
     expected = f"one of the classes {listed(labels)}"
     if not any(label.removeprefix("-").isdecimal() for label in labels):  # else "1" might mean two classes
@@ -94,7 +94,7 @@ def class_numbers(labels: Sequence[str]) -> tuple[dict[str, int], str]:
 
 
 def _positions(names: Sequence[str], request: TableSpec) -> dict[str, int]:
-    """Return where each wanted column stands among the file's columns."""
+    """Return the position of each wanted column among the file's columns."""
     positions = {}
     missing = []
     for name, source in request.sources.items():
@@ -116,7 +116,7 @@ def _positions(names: Sequence[str], request: TableSpec) -> dict[str, int]:
 
 
 def _missing_columns(names: Sequence[str], missing: list[str], request: TableSpec) -> DataError:
-    """Return the error that lists the file's columns, unless their names may be the first row of its data."""
+    """Return an error that lists the file's columns, or counts them if their names may be a row of data."""
     sources = [f"{request.sources[name]!r} (for {name!r})" for name in missing]
     plain = all(_PLAIN_NAME.fullmatch(name) for name in names)
     if plain or list(names) == _numbers(len(names)):
@@ -137,7 +137,7 @@ def _numbers(count: int) -> list[str]:
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[str]:
-    """Yield the lines with their ends. Only a line feed ends one: a text may hold every other separator."""
+    """Yield the lines with their ends. Only a line feed ends a line: a text may contain any other separator."""
     number = 0
     while raw := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -156,7 +156,7 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[str]:
 
 
 def _records(file: BinaryIO, request: TableSpec) -> Iterator[tuple[int, list[str]]]:
-    """Yield the records of a CSV or TSV file that are not blank, each with the line where it begins."""
+    """Yield the records of a CSV or TSV file, each with the line where it begins; blank ones are skipped."""
     # The csv module's own limit, one for the whole process, is shorter than a line may be.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
     reader = csv.reader(
@@ -225,12 +225,13 @@ def _read_jsonl(file: BinaryIO, request: TableSpec) -> Table:
             cells[name].append(row.get(key))
     if not lines:
         return Table(request, [], {})
+    # Keys may differ between lines, so only now is it known which columns the file has.
     present = _positions(list(names), replace(request, sources=dict(keys)))
     return Table(request, lines, {name: cells[name] for name in present})
 
 
 def _read_text(file: BinaryIO, request: TableSpec) -> Table:
-    """Return a text for each line that is not blank, in the one column `text`."""
+    """Return one text per line, without blank lines, in the single column `text`."""
     positions = _positions(["text"], request)
     texts = {line: text.rstrip("\r\n") for line, text in enumerate(_lines(file, request.path), 1) if text.strip()}
     return Table(request, list(texts), {name: list(texts.values()) for name in positions})

@@ -1,4 +1,4 @@
-"""What depends on a site's machine: its device, a base that is held in 4 bits, activations that are computed twice."""
+"""Device selection, 4-bit loading and gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tsugiki.common.tasks.base import Base
 
 BITS_PER_WEIGHT = 4 + 8 / 64 + 32 / (64 * 256)
-"""Of a linear layer as `nf4`: each block of 64 has a constant of 8 bits, and 256 of these one of 32.
+"""Bits of a linear layer's weight in `nf4`: 64 weights share an 8-bit constant, and 256 of these a 32-bit one.
 
 Source: Dettmers et al. 2023, arXiv:2305.14314, section 3, "Double Quantization".
 """
@@ -23,15 +23,19 @@ _WHOLE = [
     r"(.*\.)?(pre_classifier|classifier|score|head|classification_head|logits_proj|sequence_summary|pooler|lm_head)",
     "^dense",
 ]
-"""Patterns for what tasks train in full, or may, as 4 bits take no gradient, and for the output layer.
+"""Patterns for modules that stay unquantised: the output layer, and those that tasks may train in full.
 
-They match from the start of a name to the end of one of its parts. A head called `dense`, as EuroBERT's, is one at the
-top alone: blocks have layers of that name.
+4-bit weights take no gradient. A pattern matches whole parts from the start of a module's name. `dense` is a head only
+at the top level (EuroBERT's): blocks have layers of that name.
 """
 
 
 def choose_device(wanted: str) -> str:
-    """Return "cuda", "mps" or "cpu"; "auto" takes the first that is there."""
+    """Return "cuda", "mps" or "cpu"; "auto" takes the first that is available.
+
+    Raises:
+        ModelError: `device`, this machine does not have the wanted device.
+    """
     import torch
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -45,12 +49,12 @@ def choose_device(wanted: str) -> str:
 
 
 def device_notes(config: RunConfig, device: str) -> tuple[str, ...]:
-    """Return what a run asks of a device of this type and does not get: `no-bf16`, autocast is for CUDA only."""
+    """Return notes on settings that this type of device ignores: `no-bf16`, because autocast needs CUDA."""
     return ("no-bf16",) if config.train.bf16 and device != "cuda" else ()
 
 
 def loading(config: RunConfig) -> dict[str, Any]:
-    """Return what a base's `from_pretrained` has to know of the run, beside the type: how to hold weights in 4 bits.
+    """Return further arguments for a base's `from_pretrained`, beside the dtype: how to load weights in 4 bits.
 
     The linear layers become 4-bit NormalFloats with double quantisation; they compute in `model.dtype`. Embeddings,
     norms, heads and the output layer stay as they are. Source: Dettmers et al. 2023, arXiv:2305.14314, section 3.
@@ -63,9 +67,9 @@ def loading(config: RunConfig) -> dict[str, Any]:
     device = choose_device(config.train.device)
     installed = importlib.util.find_spec("bitsandbytes") is not None
     if device not in _QUANTISED_ON or not installed:
+        where = f"on the device {device!r}" if installed else "without bitsandbytes"
         raise ModelError(
-            f"model.quantization = {config.model.quantization!r} "
-            + (f"on the device {device!r}" if installed else "without bitsandbytes"),
+            f"model.quantization = {config.model.quantization!r} {where}",
             "an NVIDIA GPU, and bitsandbytes installed",
             "pip install 'tsugiki[quantized]' on a machine with CUDA, or model.quantization = \"none\"",
             code="quantization",
@@ -85,12 +89,12 @@ def loading(config: RunConfig) -> dict[str, Any]:
 
 
 def recompute_activations(base: Base) -> None:
-    """Let a bare base keep the inputs of its blocks only, and compute the rest once more for the gradient.
+    """Turn on gradient checkpointing: keep only the inputs of blocks, and recompute the rest for the gradient.
 
     Source: Chen et al. 2016, arXiv:1604.06174, section 4.
 
     Raises:
-        ModelError: `gradient-checkpointing`, the model cannot.
+        ModelError: `gradient-checkpointing`, the model does not support it.
     """
     try:
         base.transformer.gradient_checkpointing_enable({"use_reentrant": False})
@@ -104,7 +108,7 @@ def recompute_activations(base: Base) -> None:
 
 
 def weight_bytes(base: Base, quantization: str) -> int:
-    """Return the size of a base's weights in memory, where they are loaded unquantised and are to be held otherwise."""
+    """Return the bytes that the weights of an unquantised base would take in this quantization."""
     from torch import nn
 
     sizes = {id(value): value.numel() * value.element_size() for value in base.transformer.parameters()}

@@ -1,8 +1,8 @@
-"""Exports that say what they are (`tsugiki.json`), and how this program puts one on its base again.
+"""Read and write `tsugiki.json`, which describes an export, and put an exported adapter on its base again.
 
-Every export but a merged one has that file. A method is built and attached as for a run, and its tensors are set by
-name, all and no others. So what is loaded is what was trained, for every method alike; the loaders of peft and
-transformers leave out without a word what they do not find: a head of another class of model, DoRA's lengths.
+Every export but a merged one has that file. A method is built and attached as in a run; then its tensors are set by
+name, all of them and no others. So what is loaded is what was trained, for every method. The loaders of peft and
+transformers skip silently what they do not find, such as the head of another model class, or DoRA's lengths.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _hub_id(name: str) -> str:
 
 
 class Exported(Section):
-    """What an export says of itself."""
+    """The content of `tsugiki.json`."""
 
     format: Literal[1] = 1
     task: dict[str, Any] = Field(description="the task's settings, its name among them")
@@ -79,20 +79,20 @@ class Exported(Section):
         """Return the spec of an adapter without loading its base.
 
         Args:
-            method: one that saves what is trained under its own name, and draws no constants.
+            method: saves trained tensors under their own names, and draws no constants.
             shapes: of the saved tensors, by name.
         """
         return make_spec(self.make_task(), method, self.constants, self.base_fingerprint, shapes, self.heads)
 
     def check_spec(self, spec: AdapterSpec, folder: Path) -> None:
-        """Compare the spec of what was loaded with that of what was exported.
+        """Check that a loaded adapter has the spec that was exported.
 
         Args:
-            spec: by `tsugiki.common.model.spec.describe`, or `spec_of`.
-            folder: the export's.
+            spec: from `tsugiki.common.model.spec.describe`, or `spec_of`.
+            folder: of the export.
 
         Raises:
-            ModelError: `adapter-invalid`.
+            ModelError: `adapter-invalid`, the specs differ.
         """
         if spec.sha256 != self.spec_sha256:
             raise ModelError(
@@ -108,14 +108,14 @@ class Exported(Section):
 
 
 def write_exported(folder: Path, graft: Graft, dtype: str, base_name: str, *, headless: bool = False) -> None:
-    """Write `tsugiki.json` for a graft whose adapter is saved in a folder; nothing of this machine is in it.
+    """Write `tsugiki.json` for a graft whose adapter is saved in a folder; it contains nothing of this machine.
 
     Args:
         folder: of the export.
-        graft: whose adapter it is.
+        graft: has the adapter on it.
         dtype: of the frozen weights.
         base_name: under which others find the base.
-        headless: the head stays behind; without it the spec is another.
+        headless: whether the head is left out, which changes the spec.
     """
     spec = graft.spec
     if headless:
@@ -136,21 +136,22 @@ def write_exported(folder: Path, graft: Graft, dtype: str, base_name: str, *, he
 
 
 def find_export(name: str, setting: str) -> Path:
-    """Return the folder of an export that a run names; nothing is looked for elsewhere than on this machine.
+    """Return the folder of an export that a run names; only this machine is searched.
 
     Args:
         name: of the folder.
-        setting: that names it.
+        setting: the setting with this name, for the error.
 
     Raises:
-        ModelError: `adapter-missing`, there is no such folder; `adapter-invalid`, it is no export.
+        ModelError: `adapter-missing`, there is no such folder; `adapter-invalid`, the folder is no export.
     """
     expanded = os.path.expanduser(name)
     if os.path.isfile(os.path.join(expanded, EXPORTED_FILE)):
         return Path(expanded).resolve()
     there = os.path.isdir(expanded)  # Path.is_dir raises on too long a name
+    problem = f"has no {EXPORTED_FILE}" if there else "is no folder here"
     raise ModelError(
-        f"{setting} names {name!r}, which {f'has no {EXPORTED_FILE}' if there else 'is no folder here'}",
+        f"{setting} names {name!r}, which {problem}",
         "the folder that `tsugiki export` wrote without --merged, such as RUN/adapter",
         "export the run, and name the export's folder",
         code="adapter-invalid" if there else "adapter-missing",
@@ -158,10 +159,10 @@ def find_export(name: str, setting: str) -> Path:
 
 
 def read_exported(folder: Path) -> Exported:
-    """Return what the export in a folder says of itself.
+    """Return the content of an export's `tsugiki.json`.
 
     Raises:
-        ModelError: `adapter-invalid`, it says nothing that can be read, or names what is not known here.
+        ModelError: `adapter-invalid`, the file cannot be read, or names a task or method that is not known here.
     """
     try:
         exported = Exported.model_validate_json(read_manifest(folder / EXPORTED_FILE))
@@ -177,29 +178,31 @@ def read_exported(folder: Path) -> Exported:
 
 
 def _reason(error: Exception) -> str:
-    """Return what is wrong with a file, without what stands in it."""
+    """Return what is wrong with a file, without repeating its content."""
     if isinstance(error, ValidationError):
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         return f"{'.'.join(map(str, first['loc'])) or EXPORTED_FILE}: {first['msg']}"
-    return error.problem if isinstance(error, RegistryError) else f"{EXPORTED_FILE}: {getattr(error, 'strerror', '')}"
+    if isinstance(error, RegistryError):
+        return error.problem
+    return f"{EXPORTED_FILE}: {getattr(error, 'strerror', '')}"
 
 
 def load_exported(folder: Path, transformer: Any, exported: Exported | None = None, *, fingerprint: str) -> Any:
     """Put an exported adapter and its heads on a freshly loaded transformer.
 
     Args:
-        folder: the export's.
+        folder: of the export.
         transformer: a `PreTrainedModel` of the class that was trained.
-        exported: what the export says of itself, if it was read already.
+        exported: the content of its `tsugiki.json`, if that was read already.
         fingerprint: of the base that the transformer was loaded from, by `common/model/fingerprint.py`.
 
     Returns:
-        What stands in the transformer's place from now on, in eval mode, with the adapter on.
+        The module that replaces the transformer, in eval mode, with the adapter on.
 
     Raises:
         ModelError: `adapter-other-base`; `head-missing`, this class of model has no such module; `adapter-invalid`, a
-            tensor is missing, extra or of another shape, or the files cannot be read; and what `attach` raises. After a
-            wrong tensor the transformer is of no use; load it anew.
+            tensor is missing, extra or of another shape, or the files cannot be read; and what `attach` raises. After
+            an error about a tensor the transformer cannot be used any more; load it anew.
     """
     exported = exported or read_exported(folder)
     check_base(fingerprint, exported.base_fingerprint, str(folder))
@@ -210,43 +213,43 @@ def load_exported(folder: Path, transformer: Any, exported: Exported | None = No
         attached: Any = method.attach(transformer, exported.heads)
     for value in attached.parameters():
         if value.requires_grad:
-            value.data = value.data.clone()  # of a base that is shared (`share_frozen`), others read it
+            value.data = value.data.clone()  # other models may read the same memory (`share_frozen`)
     fill(method.saved(attached), tensors)
     return attached.eval()
 
 
 def open_exported(folder: Path, source: str = "", *, beside: Any = None, device: str = "cpu") -> Graft:
-    """Load an exported adapter with its base, as a graft that can predict, or serve as a reference.
+    """Load an exported adapter with its base, as a graft for predictions or as a reference.
 
     Args:
-        folder: the export's.
-        source: hub id, folder or `package:...` behind its base; by default the name that the export has for it, looked
-            for in the hub and its cache alone: an export from elsewhere opens no folder of this machine.
-        beside: a transformer on the same base, whose frozen tensors are used: memory holds one base.
+        folder: of the export.
+        source: hub id, folder or `package:...` behind its base. By default the name in the export, searched for in the
+            hub and its cache alone, so that an export from elsewhere opens no folder of this machine.
+        beside: a transformer on the same base. Its frozen tensors are used, so that memory holds one base.
         device: as in `tsugiki.common.model.load.choose_device`.
 
     Raises:
-        ModelError: the base cannot be found, or as `load_exported`; `adapter-invalid` also where its frozen numbers or
-            settings are not those that it was trained with.
+        ModelError: the base cannot be found, or as in `load_exported`; `adapter-invalid` also if frozen values or
+            settings differ from those of the training.
     """
     exported = read_exported(folder)
 
-    def put(base: Base, fingerprint: str) -> Any:
+    def attach(base: Base, fingerprint: str) -> Any:
         _check_heads(exported, base)
-        base.constants = exported.constants  # of adapters that it was trained with, and can do without
+        base.constants = exported.constants  # hashes of adapters that only its training needed
         if beside is not None:
             share_frozen(base.transformer, beside)
         return load_exported(folder, base.transformer, exported, fingerprint=fingerprint)
 
     base_folder = find(source) if source else find_in_hub(exported.base_name)
-    graft = assemble(exported.make_task(), exported.make_method(folder), base_folder, exported.dtype, device, put)
+    graft = assemble(exported.make_task(), exported.make_method(folder), base_folder, exported.dtype, device, attach)
     exported.check_spec(graft.spec, folder)
     return graft
 
 
 def _check_heads(exported: Exported, base: Base) -> None:
-    """Refuse an export that brings other modules in full than its task trains; those of the base stay as they are."""
-    embedder = base.network is not base.transformer  # whose head may stay behind
+    """Refuse an export that would replace other modules of the base than the heads of its task."""
+    embedder = base.network is not base.transformer  # an embedder may be exported without its head
     if exported.heads != base.heads and not (embedder and not exported.heads):
         raise ModelError(
             f"the export brings the modules {', '.join(exported.heads) or 'none'} in full",
@@ -257,9 +260,9 @@ def _check_heads(exported: Exported, base: Base) -> None:
 
 
 def share_frozen(transformer: Any, other: Any) -> None:
-    """Let a bare transformer use the frozen tensors of another one on the same base, where both are equal.
+    """Let a bare transformer share the frozen tensors of another one on the same base, where their values are equal.
 
-    Each keeps parameters of its own, with one memory behind them: whether they are trained is a matter of each.
+    Each keeps its own parameters over the same memory, so that each decides whether they are trained.
 
     Args:
         transformer: freshly loaded; changed in place.
@@ -274,6 +277,7 @@ def share_frozen(transformer: Any, other: Any) -> None:
         there = frozen.get(name)
         if there is not None and there.dtype == value.dtype and torch.equal(there, value.to(there.device)):
             shared[id(value)] = nn.Parameter(there.data, requires_grad=value.requires_grad)
+    # By identity, not by name: tied weights stay tied.
     for module in transformer.modules():
         for name, value in module.named_parameters(recurse=False):
             if id(value) in shared:
@@ -281,7 +285,7 @@ def share_frozen(transformer: Any, other: Any) -> None:
 
 
 def _base_parameters(transformer: Any) -> Iterator[tuple[str, Any]]:
-    """Return the parameters by the names that they have in the base without adapter and head."""
+    """Yield the parameters under the names that they have in the base without adapter and head."""
     plain = transformer.get_base_model() if hasattr(transformer, "get_base_model") else transformer
     prefix = f"{plain.base_model_prefix}."
     for name, value in plain.named_parameters(remove_duplicate=False):

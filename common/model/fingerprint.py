@@ -1,4 +1,4 @@
-"""The fingerprint of a frozen base: both sides compare it, and so does whoever loads an export."""
+"""The fingerprint of a frozen base: client and server compare it, and so does the loader of an export."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def fingerprint(folder: Path, base: Base) -> str:
     """Return the SHA-256 over the backbone's tensors as the checkpoint stores them, sorted by name.
 
-    Heads are left out (they are random or trained), and so is the prefix that a model with a head puts before the
-    backbone's names: the same backbone has the same fingerprint with and without a head.
+    Heads are left out (they are random or trained). So is the prefix that a model with a head puts before the
+    backbone's names: a backbone has the same fingerprint with and without a head.
 
     Raises:
         ModelError: no tensor of the checkpoint belongs to the backbone.
@@ -27,13 +27,13 @@ def fingerprint(folder: Path, base: Base) -> str:
     from safetensors import safe_open
 
     backbone = getattr(base.transformer, "base_model", base.transformer)
-    heads = tuple(f"{head}." for head in base.heads)  # a bare transformer can have one too
+    heads = tuple(f"{head}." for head in base.heads)  # a bare transformer can have a head too
     named = (*backbone.named_parameters(remove_duplicate=False), *backbone.named_buffers(remove_duplicate=False))
     wanted = {name for name, _ in named if not name.startswith(heads)}
-    wanted &= set(backbone.state_dict())  # which has more of 4-bit weights, and no buffers that are not kept
+    wanted &= set(backbone.state_dict())  # drops buffers that are not saved; names of 4-bit state are not added
     prefix = f"{getattr(base.transformer, 'base_model_prefix', '')}."
     stored_as: dict[str, tuple[Path, str]] = {}
-    whole = folder / "model.safetensors"  # where it is there, nothing else is loaded
+    whole = folder / "model.safetensors"  # transformers loads no other file if this one exists
     for file in [whole] if whole.is_file() else sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as tensors:
             for stored in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
@@ -41,7 +41,8 @@ def fingerprint(folder: Path, base: Base) -> str:
     found = {name: place for name, place in stored_as.items() if name in wanted}
     if not found:
         raise ModelError(f"no tensor in {folder.name} belongs to the backbone", "a checkpoint of this architecture")
-    if wanted - found.keys():  # transformers knows older names (ViT's); under whatever name, a tensor of a base counts
+    if wanted - found.keys():
+        # The checkpoint has older names, which transformers translates (ViT's): then all its backbone tensors count.
         prefixed = any(stored.startswith(prefix) for _, stored in stored_as.values())
         found |= {name: place for name, place in stored_as.items() if not prefixed or place[1].startswith(prefix)}
     digest = hashlib.sha256()
@@ -58,8 +59,8 @@ def check_base(found: str, wanted: str, name: str) -> None:
 
     Args:
         found: the fingerprint of the base that was loaded.
-        wanted: that of the adapter's.
-        name: the adapter's.
+        wanted: the fingerprint of the base that the adapter was trained on.
+        name: the name of the adapter, for the error.
 
     Raises:
         ModelError: `adapter-other-base`.

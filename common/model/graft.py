@@ -1,4 +1,4 @@
-"""A base model with an adapter on it: read, write, switch the adapter off, train a part of it."""
+"""A base model with an adapter on it: read and write the adapter, switch it off, train a part of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tsugiki.common.wire.spec import AdapterSpec, Vector, pack, unpack
 
 @dataclass
 class Graft:
-    """A base model with an adapter on it: one for each process, shared by whoever needs it in turn."""
+    """A base model with an adapter on it. Each process has one, and its users share it in turn."""
 
     task: Task
     method: AdapterMethod
@@ -27,7 +27,7 @@ class Graft:
     device: Any
 
     def __post_init__(self) -> None:
-        """Keep the initial values, before the graft is lent to anyone who trains it."""
+        """Keep the initial values before anything trains the graft."""
         self.initial = self.read()
 
     @cached_property
@@ -52,13 +52,13 @@ class Graft:
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
-        """The base model's own outputs inside a `with` block."""
+        """Switch the adapter off inside a `with` block: the base model's own outputs come back."""
         with self.base.adapter_disabled():
             yield
 
     @contextmanager
     def training_only(self, part: AdapterSpec) -> Iterator[None]:
-        """Let nothing but a part of the adapter be trained inside a `with` block."""
+        """Freeze all but a part of the adapter inside a `with` block."""
         trained = {tensor.name for tensor in part.tensors}
         named = zip(self.spec.tensors, self.parameters, strict=True)
         held = [value for tensor, value in named if tensor.name not in trained]

@@ -1,4 +1,4 @@
-"""Load a frozen base model and put an adapter on it, once a process."""
+"""Load a frozen base model and put an adapter on it, once per process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tsugiki.common.tasks import TASKS, Task
 from tsugiki.common.tasks.base import Base
 
 _SHORTEST_TEXT = 8
-"""Tokens that an adapter must leave room for: as many as the least `task.max_length`."""
+"""Fewest tokens of a text that an adapter must leave room for: the minimum of `task.max_length`."""
 
 
 class GraftCache:
@@ -39,7 +39,7 @@ class GraftCache:
         self.key = ""
 
     def get(self, key: str, load: Callable[[], Graft]) -> Graft:
-        """Return the graft with this key; `load` is called if another one, or none, is kept."""
+        """Return the graft with this key; call `load` unless it is the one that is kept."""
         if self.graft is None or self.key != key:
             self.clear()  # before loading: the old base's memory is free for the new one
             self.graft = load()
@@ -60,23 +60,24 @@ def load_graft(config: RunConfig, source: str, seed: int, *, agreed: Mapping[str
     """Load the base and attach the adapter, once per process for the same settings.
 
     Args:
-        config: the sections model, task, adapter and train.device are used.
+        config: the sections model, task and adapter, and train.device, are used.
         source: hub id, folder or `package:...` behind the run's model name.
         seed: for the initial values of adapter and head.
-        agreed: a finished run's `Base.constants`; with them, the adapters that its task names are left out.
+        agreed: `Base.constants` of a finished run. If given, the adapters that its task names are not loaded.
 
     Raises:
-        ModelError: the base cannot be found or is not to be trusted, or the adapter does not fit it; `adapter-missing`,
-            the task asks for an exported adapter, and the run names none.
+        ModelError: the base cannot be found or is not trusted, or the adapter does not fit it; `adapter-missing`, the
+            task needs an exported adapter, and the run names none.
     """
     sections = config.model_dump(mode="json", include={"model", "task", "adapter"})
+    # The key covers all that the graft depends on, so that a changed setting or export loads anew.
     stamps = [_stamps(name) for name in (*config.task.models, *config.adapter.models)]
     key = json.dumps([sections, stamps, config.train.device, source, seed, agreed], sort_keys=True)
     return grafts.get(key, lambda: _load(config, source, seed, agreed))
 
 
 def _stamps(name: str) -> list[tuple[str, int, int]]:
-    """Return name, size and time of change of the files in a folder: an export may be replaced under its name."""
+    """Return name, size and modification time of a folder's files: an export may be replaced under its name."""
     if not name or not os.path.isdir(folder := os.path.expanduser(name)):
         return []
     found = sorted((entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir(folder))
@@ -91,18 +92,21 @@ def _load(config: RunConfig, source: str, seed: int, agreed: Mapping[str, str] |
             "name it in [task]",
             code="adapter-missing",
         )
-    task = TASKS.get(config.task.name)(config.task if agreed is None else config.task.resolved(lambda name: ""))
+    settings = config.task
+    if agreed is not None:
+        settings = config.task.resolved(lambda name: "")  # its adapters are not loaded: only their hashes count
+    task = TASKS.get(config.task.name)(settings)
     method = ADAPTERS.get(config.adapter.method)(config.adapter)
     folder = find(source)
     seed_everything(derive_seed(seed, "initial-values"))
     how = loading(config)
     recompute = config.model.gradient_checkpointing
 
-    def put(base: Base, identity: str) -> Any:
+    def attach(base: Base, identity: str) -> Any:
         base.constants = agreed or base.constants
         return method.attach(base.transformer, base.heads)
 
-    return assemble(task, method, folder, config.model.dtype, config.train.device, put, how=how, recompute=recompute)
+    return assemble(task, method, folder, config.model.dtype, config.train.device, attach, how=how, recompute=recompute)
 
 
 def assemble(
@@ -120,16 +124,16 @@ def assemble(
 
     Args:
         task: loads the base.
-        method: of the adapter.
-        folder: the base's.
+        method: the adapter method.
+        folder: of the base.
         dtype: of the frozen weights.
         device: as in `choose_device`.
-        put: gets the bare base and its fingerprint, and returns what stands in the transformer's place from now on.
-        how: what else `from_pretrained` has to know (`tsugiki.common.model.device.loading`).
-        recompute: compute activations twice instead of keeping them.
+        put: called with the bare base and its fingerprint; returns the module that replaces the transformer.
+        how: further arguments of `from_pretrained` (`tsugiki.common.model.device.loading`).
+        recompute: whether to use gradient checkpointing.
 
     Raises:
-        ModelError: the base is not to be trusted, or the adapter does not fit it.
+        ModelError: the base is not trusted, or the adapter does not fit it.
     """
     import torch
 
@@ -137,6 +141,7 @@ def assemble(
         base = load_base(task, folder, getattr(torch, dtype), **(how or {}))
         if recompute:
             recompute_activations(base)
+        # Whether base and method fit each other is checked before the adapter changes anything.
         _check_architecture(method, base)
         identity = fingerprint(folder, base)
         for name, wanted in method.bases().items():
@@ -148,13 +153,13 @@ def assemble(
     place = torch.device(choose_device(device))
     base.network.to(place)
     if base.reward_model is not None:
-        base.reward_model.to(place)  # the base's tensors are there already
+        base.reward_model.to(place)  # its tensors of the base are there already
     base.network.eval()
     return Graft(task, method, base, spec, place)
 
 
 def load_base(task: Task, folder: Path, dtype: Any, **how: Any) -> Base:
-    """Load the base, and give what the libraries raise for a broken or foreign checkpoint our own name."""
+    """Load the base; raise a ModelError for a checkpoint that the libraries cannot load."""
     from safetensors import SafetensorError
 
     try:
@@ -170,7 +175,7 @@ def load_base(task: Task, folder: Path, dtype: Any, **how: Any) -> Base:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep the libraries from reporting what is meant to be so: a new head, and names that they renamed themselves."""
+    """Silence the libraries' expected messages: on a new head, and on names that they changed themselves."""
     from transformers.utils import logging
 
     shown = logging.get_verbosity()
@@ -197,10 +202,10 @@ def _check_architecture(method: AdapterMethod, base: Base) -> None:
 
 
 def _make_room(method: AdapterMethod, base: Base) -> None:
-    """Let the tokenizer, and a sentence embedder, cut texts where an adapter leaves them fewer positions.
+    """Limit the length of texts to the positions that the adapter leaves free.
 
     Raises:
-        ModelError: `adapter-positions`, there is hardly room for a text.
+        ModelError: `adapter-positions`, fewer than `_SHORTEST_TEXT` positions are left.
     """
     if not method.positions:
         return
@@ -214,5 +219,6 @@ def _make_room(method: AdapterMethod, base: Base) -> None:
             code="adapter-positions",
         )
     base.tokenizer.model_max_length = min(base.tokenizer.model_max_length, room)
+    # A `SentenceTransformer` has a limit of its own.
     if base.network is not base.transformer:
         base.network.max_seq_length = min(base.network.max_seq_length or room, room)

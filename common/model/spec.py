@@ -1,4 +1,4 @@
-"""The spec of an adapter: of one that is on its base, and of one that was only read from its export."""
+"""Build the spec of an adapter, which is on its base or was only read from its export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tsugiki.common.wire.spec import AdapterSpec, TensorSpec
 
 
 def describe(task: Task, method: AdapterMethod, base: Base, identity: str) -> AdapterSpec:
-    """Return the spec: every parameter that requires a gradient, sorted by name, and what it was made with."""
+    """Return the spec of an adapter on its base: every parameter with a gradient, sorted by name, and its settings."""
     shapes = {name: tuple(value.shape) for name, value in base.transformer.named_parameters() if value.requires_grad}
     agreed = dict(base.constants)
     if constants := method.constants(base.transformer):
@@ -31,7 +31,16 @@ def make_spec(
     shapes: Mapping[str, tuple[int, ...]],
     heads: tuple[str, ...],
 ) -> AdapterSpec:
-    """Return the spec of trained tensors of these names and shapes, and of what both sides agree on beside settings."""
+    """Return the spec of an adapter from the names and shapes of its trained tensors.
+
+    Args:
+        task: of the run.
+        method: the adapter method.
+        agreed: what both sides agree on beside the settings, by name.
+        identity: the fingerprint of the base.
+        shapes: of the trained tensors, by name.
+        heads: modules that are trained in full.
+    """
     tensors = (TensorSpec(one, shapes[one], _part(one, heads)) for one in sorted(shapes))
     settings = json.dumps({**method.spec_settings(), **agreed}, sort_keys=True)
     return AdapterSpec(task.name, method.name, settings, identity, method.settings.wire_dtype, tuple(tensors))

@@ -1,4 +1,4 @@
-"""What a task is: the columns that it reads, its model with a head, its loss, its metrics."""
+"""The interface of a task: the columns that it reads, its model with a head, its loss, its metrics."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ Batch = dict[str, "torch.Tensor"]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenised shard: made once, kept between rounds.
+    """A tokenised shard. It is made once and kept between rounds.
 
     Args:
         texts: for each text column, the token ids of each row, special tokens included.
-        targets: classes as int64 or scores as float32, shape (rows,); None where the task has none.
-        images: pixels as uint8, shape (rows, height, width, channels); None where the task reads none.
-        notes: what is unusual but no error, as in a `Shard`: `shard-texts-cut:COUNT`, so many texts were too long.
-        reference: what a task has found out about each row from the bare base, shape (rows, ...), not a number where it
-            has not yet looked; None where it needs none.
+        targets: classes as int64 or scores as float32, shape (rows,); None if the task has no targets.
+        images: pixels as uint8, shape (rows, height, width, channels); None if the task reads no images.
+        notes: unusual but no error, as in a `Shard`: `shard-texts-cut:COUNT`, COUNT texts were too long.
+        reference: values that the task computes from the bare base for each row, shape (rows, ...); NaN until they are
+            computed. None if the task needs no such values.
     """
 
     texts: dict[str, list[Tokens]]
@@ -66,18 +66,17 @@ class Encoded:
 
 @dataclass
 class Base:
-    """A loaded base model with the task's head.
+    """A loaded base model with the head of a task.
 
     Args:
-        network: what the task calls; for most tasks the transformer itself.
-        transformer: the `PreTrainedModel` (later: with the adapter on it) inside `network`.
-        tokenizer: a `PreTrainedTokenizerBase`; None where the task reads no text.
+        network: the module that the task calls; for most tasks the transformer itself.
+        transformer: the `PreTrainedModel` inside `network`; later it has the adapter on it.
+        tokenizer: a `PreTrainedTokenizerBase`; None if the task reads no text.
         heads: names of modules of `transformer` that are trained and exchanged in full.
-        pixels: how images become what the model reads; None where the task reads none.
-        adapter_disabled: makes the bare base's own outputs come back inside a `with` block.
-        reward_model: a second network, with the same base's tensors, that judges what the first one says; never
-        trained.
-        constants: what both sides have to agree on beside the adapter, by name: they are a part of the spec.
+        pixels: the image format that the model reads; None if the task reads no images.
+        adapter_disabled: switches the adapter off inside a `with` block.
+        reward_model: a second network on the same base tensors, which scores the answers of the first; never trained.
+        constants: hashes and values that both sides must agree on beside the adapter, by name; a part of the spec.
     """
 
     network: Any
@@ -92,11 +91,11 @@ class Base:
 
 @dataclass(frozen=True)
 class Tail:
-    """The end of a network, where everything that is trained is in it: many clients train it together.
+    """The end of a network that contains all trained parameters, so that many clients can train it in one pass.
 
     Args:
         module: maps features of shape (rows, width) to logits; its parameters are the transformer's own.
-        features: of all rows, shape (rows, width), without gradient: what the frozen trunk makes of them.
+        features: outputs of the frozen trunk for all rows, shape (rows, width), without gradient.
         losses: returns a loss for each row, shape (rows,), from logits and targets; their mean is the task's loss.
     """
 
@@ -110,8 +109,8 @@ class Generation:
     """How a text is continued.
 
     Args:
-        max_new_tokens: at most.
-        temperature: 0: the likeliest token at each step; else tokens are drawn, from logits over so much.
+        max_new_tokens: most tokens to add.
+        temperature: 0: take the likeliest token at each step; above 0: divide the logits by it and draw.
         seed: of the draws.
     """
 
@@ -126,9 +125,9 @@ class TinyCase:
 
     Args:
         settings: of the task.
-        rows: columns.
+        rows: the values of each column, by name.
         model_type: of the base.
-        exports: settings that name an exported adapter, and the task that it is to be one of, with its settings.
+        exports: by the name of each setting that names an exported adapter: the settings of that adapter's task.
     """
 
     settings: dict[str, Any]
@@ -144,13 +143,13 @@ class Task(ABC):
     Settings: ClassVar[type[TaskSettings]]
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss"})
     row_losses: ClassVar[bool] = False
-    """Whether `loss` is the mean of a loss of each row that no other row of the batch enters: DP-SGD needs that."""
+    """Whether `loss` is a mean of losses that depend on one row each: DP-SGD needs that."""
     signed_loss: ClassVar[bool] = False
-    """Whether `loss` may be below zero, so that one loss is no multiple of another."""
+    """Whether `loss` may be negative, so that the ratio of two losses means nothing."""
     shares_base: ClassVar[bool] = False
-    """Whether two models share the base's tensors, which then cannot be in 4 bits."""
+    """Whether two models share the base's tensors, which excludes 4-bit loading."""
     gradient_in_eval_mode: ClassVar[bool] = False
-    """Whether the gradient is taken in eval mode, in which activations are not computed twice."""
+    """Whether the gradient is taken in eval mode, which excludes gradient checkpointing."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -158,7 +157,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def columns(self) -> tuple[Column, ...]:
-        """The columns that this task reads, given its settings."""
+        """The columns that this task reads with its settings."""
 
     @property
     @abstractmethod
@@ -167,7 +166,7 @@ class Task(ABC):
 
     @property
     def evaluation_columns(self) -> tuple[tuple[Column, ...], ...]:
-        """The forms that an evaluation file may have; the first whose columns are all there is used."""
+        """The forms that an evaluation file may have. The first one is used whose columns the file has."""
         return (self.columns,)
 
     @property
@@ -177,7 +176,7 @@ class Task(ABC):
 
     @property
     def pipeline_tag(self) -> str | None:
-        """The model hub's name for this task, for the card of an export; None: the hub has none."""
+        """The model hub's name for this task, for the card of an export; None if the hub has no name."""
         return None
 
     @abstractmethod
@@ -187,11 +186,11 @@ class Task(ABC):
         Args:
             folder: of the checkpoint.
             dtype: of the frozen weights.
-            how: what else `from_pretrained` has to know; see `tsugiki.common.model.device.loading`.
+            how: further arguments of `from_pretrained`; see `tsugiki.common.model.device.loading`.
         """
 
     def put_in_place(self, base: Base, transformer: nn.Module) -> None:
-        """Put the transformer with its adapter in the place of the bare one."""
+        """Replace the bare transformer by the one with the adapter."""
         base.network = base.transformer = transformer
 
     @abstractmethod
@@ -207,28 +206,28 @@ class Task(ABC):
         """Return the mean loss over the batch, a scalar."""
 
     def tail(self, base: Base, encoded: Encoded) -> Tail | None:
-        """Return what comes after the frozen trunk, where all trainable parameters are there; None elsewhere."""
+        """Return the end of the network if all trainable parameters are in it, else None."""
         return None
 
     @abstractmethod
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
-        """Return the metrics over all rows; higher is better but for those in `lower_is_better`."""
+        """Return the metrics over all rows. Higher is better, except for those in `lower_is_better`."""
 
     @property
     def prediction_columns(self) -> tuple[Column, ...]:
-        """The columns that `predict` reads; none: this task predicts nothing for rows alone."""
+        """The columns that `predict` reads; empty if the task cannot predict."""
         return ()
 
     def predict(self, base: Base, shard: Shard, generation: Generation) -> list[dict[str, Any]]:
-        """Return what the model makes of each row, by name.
+        """Return the model's predictions for each row, by name.
 
         Args:
             base: with the adapter on it, in eval mode.
-            shard: has the columns `asked`.
-            generation: how texts are continued, where the task does that.
+            shard: has the `prediction_columns`.
+            generation: how texts are continued, if the task does that.
 
         Raises:
-            UsageError: this task predicts nothing for rows alone.
+            UsageError: this task cannot predict.
         """
         raise UsageError(f"the task {self.name} predicts nothing for rows alone", "a run of a task that predicts")
 
@@ -239,7 +238,7 @@ class Task(ABC):
 
     @classmethod
     def extra_cases(cls) -> dict[str, TinyCase]:
-        """Return cases of other forms that the task's settings give it, by name."""
+        """Return cases for other settings of the task, by name."""
         return {}
 
 
@@ -248,7 +247,7 @@ TASKS: Registry[type[Task]] = Registry("task", "tsugiki.tasks", Task)
 
 @contextmanager
 def at_rest(network: Any) -> Iterator[None]:
-    """Eval mode inside a `with` block, where nothing is dropped; then the network's own mode again."""
+    """Put a network in eval mode, without dropout, inside a `with` block; then restore its mode."""
     training = network.training
     network.eval()
     try:

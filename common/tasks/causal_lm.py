@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from tsugiki.common.data.shard import Shard
 
 NOTHING = -100
-"""The label of a position after which nothing is predicted: what PyTorch's cross-entropy leaves out."""
+"""The label of a position that has no prediction: PyTorch's cross-entropy skips it."""
 
 _EXP_LIMIT = 700.0
-"""The exponential of more is too large for a float."""
+"""The exponential of a larger number overflows a float."""
 
 
 class CausalLmSettings(TaskSettings):
@@ -65,13 +65,14 @@ class CausalLmSettings(TaskSettings):
 class CausalLm(Task):
     """`AutoModelForCausalLM` with cross-entropy; its output layer is a part of the base and stays frozen.
 
-    A row is one text, from the tokenizer's first token (where it has one) to its last, so that the model also learns
-    where texts end; or a prompt and its completion, of which the completion alone is predicted. Packing saves padding:
-    a batch is as many blocks as its texts fill, and a text sees those before it in its block. A block holds rows of one
-    batch only, because a row belongs to one client of a site. Evaluation looks at each row alone.
+    A row is either one text or a prompt and its completion. A text goes from the tokenizer's first token (if it has
+    one) to its end token, so that the model also learns where texts end. Of a prompt and its completion, only the
+    completion is predicted. Packing saves padding: a batch has as many blocks as its texts fill, and a text sees the
+    texts before it in its block. A block contains rows of one batch only, because a row belongs to one client of a
+    site. Evaluation looks at each row alone.
 
-    The loss is a mean over tokens, where a long text weighs more than a short one: it is no mean of losses of rows, so
-    `row_losses` stays False.
+    The loss is a mean over tokens, in which a long text weighs more than a short one. It is not a mean of row losses,
+    so `row_losses` stays False.
     """
 
     name = "causal-lm"
@@ -99,7 +100,7 @@ class CausalLm(Task):
         return "text-generation"
 
     def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
-        """Load the base; nothing of it is new.
+        """Load the base, without any new module.
 
         Raises:
             ModelError: `model-not-causal`, see `load_decoder`.
@@ -107,10 +108,10 @@ class CausalLm(Task):
         return load_decoder(folder, dtype, **how)
 
     def encode(self, shard: Shard, base: Base) -> Encoded:
-        """Tokenise the texts; the end of one that is too long is lost, and with it the last token of the row.
+        """Tokenise the texts. A text that is too long loses its end, and with it the end token.
 
-        For prompts and completions see `prompts.fit`. What looks like a special token in a text is ordinary text. Noted
-        is `shard-texts-cut:COUNT`.
+        For prompts and completions see `templates.fit`. Text that looks like a special token is ordinary text. The
+        notes contain `shard-texts-cut:COUNT`.
         """
         tokenizer = base.tokenizer
         limit = min(self.settings.max_length, tokenizer.model_max_length)
@@ -125,16 +126,16 @@ class CausalLm(Task):
             add_special_tokens=False,
             split_special_tokens=True,
             truncation=True,
-            max_length=limit,  # beside so many the end has no room: such a text counts as cut
+            max_length=limit,  # leaves no room for the end token: such a text counts as cut
         )
         whole = [[*first, *tokens, tokenizer.eos_token_id] for tokens in found["input_ids"]]
         cut = sum(len(tokens) > limit for tokens in whole)
         return Encoded({"text": [tokens[:limit] for tokens in whole]}, notes=cut_note(cut))
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
-        """Return `input_ids`, `attention_mask` and `labels`: the token to come, or `NOTHING`; all (rows, tokens).
+        """Return `input_ids`, `attention_mask` and `labels` (the next token, or `NOTHING`), all (rows, tokens).
 
-        Packed, they have a row for each block.
+        With packing they have one row per block.
         """
         if self.settings.packing and self.settings.format == "text":
             block = min(self.settings.max_length, base.tokenizer.model_max_length)
@@ -151,7 +152,7 @@ class CausalLm(Task):
         return total / (labels != NOTHING).sum().clamp(min=1)
 
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
-        """Return loss (in nats for each predicted token), perplexity, its exponential, and accuracy."""
+        """Return loss (in nats per predicted token), perplexity (its exponential) and accuracy."""
         from torch.nn.functional import cross_entropy
 
         device = next(base.network.parameters()).device
@@ -164,9 +165,9 @@ class CausalLm(Task):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             # Row by row: the logarithms of a whole batch over a large vocabulary would double the memory.
             for logits, labels in zip(next_logits(base.network, batch), batch["labels"], strict=True):
-                told = labels != NOTHING
-                logits = logits[told].float()
-                labels = labels[told]
+                predicted = labels != NOTHING
+                logits = logits[predicted].float()
+                labels = labels[predicted]
                 loss += float(cross_entropy(logits, labels, reduction="sum"))
                 right += int((logits.argmax(dim=1) == labels).sum())
                 tokens += len(labels)
@@ -179,7 +180,7 @@ class CausalLm(Task):
 
     @property
     def prediction_columns(self) -> tuple[Column, ...]:
-        """What is to be continued, or answered."""
+        """The text to continue, or the prompt to answer."""
         return self.columns[:1] if self.settings.format == "text" else self.columns[:2]
 
     def predict(self, base: Base, shard: Shard, generation: Generation) -> list[dict[str, Any]]:
@@ -207,7 +208,7 @@ class CausalLm(Task):
 
 
 def load_decoder(folder: Path, dtype: torch.dtype, **how: Any) -> Base:
-    """Load a model that predicts next tokens, with its output layer; nothing of it is new.
+    """Load a model that predicts next tokens, with its output layer and without any new module.
 
     Raises:
         ModelError: `model-not-causal`, the checkpoint lacks the output layer or another tensor, the model reads ahead,
@@ -236,7 +237,7 @@ def load_decoder(folder: Path, dtype: torch.dtype, **how: Any) -> Base:
 
 
 def limit_length(tokenizer: Any, network: Any) -> None:
-    """Let a tokenizer know how many positions its model has."""
+    """Limit a tokenizer to the number of positions that its model has."""
     positions = getattr(network.config, "max_position_embeddings", None)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
 
@@ -250,7 +251,7 @@ def next_logits(network: Any, batch: Batch) -> torch.Tensor:
 
 
 def _row(encoded: Encoded, row: int) -> tuple[Tokens, Tokens]:
-    """Return a row's tokens, and after each the one to come, `NOTHING` where none is to be predicted."""
+    """Return a row's tokens and their labels: the next token, or `NOTHING` if it is not predicted."""
     if "text" in encoded.texts:
         tokens = encoded.texts["text"][row]
         return tokens, [*tokens[1:], NOTHING]
@@ -260,19 +261,19 @@ def _row(encoded: Encoded, row: int) -> tuple[Tokens, Tokens]:
 
 
 def _packed(rows: Sequence[tuple[Tokens, Tokens]], block: int) -> list[tuple[Tokens, Tokens]]:
-    """Return rows laid end to end, in blocks of so many tokens; what comes after a block's end is still predicted."""
+    """Return rows joined end to end and cut into blocks; a block's last label is the first token of the next."""
     tokens, labels = ([one for row in rows for one in row[side]] for side in (0, 1))
     return [(tokens[at : at + block], labels[at : at + block]) for at in range(0, len(tokens), block)]
 
 
 def _padded(rows: Sequence[tuple[Tokens, Tokens]], base: Base) -> Batch:
-    """Return a batch of rows; only the mask says what is padding, which can be the token for the end."""
+    """Return a batch of rows. Only the mask marks the padding, because the padding token can be the end token."""
     ids, mask = pad([tokens for tokens, _ in rows], base.tokenizer.pad_token_id or 0)
     return {"input_ids": ids, "attention_mask": mask, "labels": pad([labels for _, labels in rows], NOTHING)[0]}
 
 
 def _reads_ahead(network: Any) -> bool:
-    """Return whether a token changes what the model says at the places before it, as in an encoder."""
+    """Return whether a token changes the model's output at earlier positions, as in an encoder."""
     import torch
 
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Classification of images, by a small convolutional network of our own or by any checkpoint of `transformers`."""
+"""Image classification with our own small convolutional network or any checkpoint of `transformers`."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class ImageClassificationSettings(ClassesSettings):
 
 @TASKS.register("image-classification")
 class ImageClassification(Task):
-    """`AutoModelForImageClassification`, of which `SmallCnn` is one, with cross-entropy.
+    """`AutoModelForImageClassification` with cross-entropy; `SmallCnn` is one such model.
 
-    A checkpoint of `transformers` gets a new `classifier`, which is trained and exchanged. `SmallCnn` has no head
-    apart: its last layer is a part of the base, and the adapter goes on it.
+    A checkpoint of `transformers` gets a new `classifier`, which is trained and exchanged. `SmallCnn` has no separate
+    head: its last layer is a part of the base, and carries the adapter.
     """
 
     name = "image-classification"
@@ -71,11 +71,11 @@ class ImageClassification(Task):
         return "image-classification"
 
     def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
-        """Load the base; the head of a foreign one is new unless the checkpoint has one of the same shape.
+        """Load the base. Except for our own network, its head is new unless the checkpoint has one of the same shape.
 
         Raises:
-            ModelError: `model-classes`, our own network tells another number of classes apart; `head-missing`;
-                `model-load`, nothing says how the model wants its images.
+            ModelError: `model-classes`, our own network has another number of classes; `head-missing`, the model has no
+                module `classifier`; `model-load`, the model's image format is not given.
         """
         from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -106,7 +106,7 @@ class ImageClassification(Task):
         return Base(network, network, None, ("classifier",), pixels)
 
     def encode(self, shard: Shard, base: Base) -> Encoded:
-        """Bring all images to the model's size and channels; they stay bytes."""
+        """Convert all images to the model's size and channels; they stay bytes."""
         want: Pixels = base.pixels
         labels = shard.columns.get("label")
         targets = None if labels is None else np.asarray(labels, np.int64)
@@ -133,7 +133,7 @@ class ImageClassification(Task):
         return cross_entropy(network(pixel_values=batch["pixel_values"]).logits.float(), batch["labels"])
 
     def tail(self, base: Base, encoded: Encoded) -> Tail | None:
-        """Return the last layer of our own network, if all that is trained is in it."""
+        """Return the last layer of our own network if it contains all trained parameters, else None."""
         import torch
         from torch.nn.functional import cross_entropy
 
@@ -143,11 +143,12 @@ class ImageClassification(Task):
         if not isinstance(cnn, small_cnn()[1]) or not all(name.startswith("fc.") for name in trained):
             return None
         device = next(cnn.parameters()).device
+        parts = []
         with torch.no_grad():
-            parts = [
-                cnn.features(self.batch(encoded, rows, base)["pixel_values"].to(device))
-                for rows in (range(at, min(at + 1024, len(encoded))) for at in range(0, len(encoded), 1024))
-            ]
+            for start in range(0, len(encoded), 1024):
+                rows = range(start, min(start + 1024, len(encoded)))
+                pixels = self.batch(encoded, rows, base)["pixel_values"]
+                parts.append(cnn.features(pixels.to(device)))
         return Tail(cnn.fc, torch.cat(parts), lambda logits, labels: cross_entropy(logits, labels, reduction="none"))
 
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
@@ -178,7 +179,7 @@ class ImageClassification(Task):
 
     @classmethod
     def test_case(cls) -> TinyCase:
-        """Two classes told apart by the bright half."""
+        """Two classes that differ in their bright half."""
         images = np.random.default_rng(0).integers(0, 100, (24, 12, 12)).astype(np.uint8)
         images[::2, :, :6] += 150
         images[1::2, :, 6:] += 150
@@ -187,7 +188,7 @@ class ImageClassification(Task):
 
 @cache
 def small_cnn() -> tuple[Any, Any]:
-    """Return the classes `SmallCnnConfig` and `SmallCnn`, and let the Auto classes of `transformers` know them.
+    """Return the classes `SmallCnnConfig` and `SmallCnn`, registered with the Auto classes of `transformers`.
 
     They are made by the first call, because importing this module must not import `transformers`.
     """
@@ -224,7 +225,7 @@ def small_cnn() -> tuple[Any, Any]:
                 module.reset_parameters()
 
         def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-            """Return what the last layer reads.
+            """Return the features that the last layer reads.
 
             Args:
                 pixel_values: of shape (rows, channels, image_size, image_size).
@@ -246,7 +247,7 @@ def small_cnn() -> tuple[Any, Any]:
 
 
 def _keep_statistics(network: Any) -> None:
-    """Leave batch norms in eval mode for good: their running statistics are the base's, and are not exchanged."""
+    """Keep batch norms in eval mode for good: their running statistics belong to the base and are not exchanged."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
     for module in network.modules():

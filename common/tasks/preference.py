@@ -1,4 +1,4 @@
-"""Learn from pairs of answers, of which one was preferred: a reward model, or direct preference optimisation."""
+"""Learn from pairs of answers with a preferred one: train a reward model, or use direct preference optimisation."""
 
 from __future__ import annotations
 
@@ -59,10 +59,11 @@ class Preference(Task):
     reward: margin = r(chosen) - r(rejected), with a linear head on the last token's hidden state
     (`AutoModelForSequenceClassification`). Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5, equation 1.
 
-    dpo: margin = beta * (log p(chosen) - log p(rejected) - log q(chosen) + log q(rejected)) of whole answers; p is the
-    model with the adapter, q without: one base in memory. Source: Rafailov et al. 2023, arXiv:2305.18290, equation 7.
+    dpo: margin = beta * (log p(chosen) - log p(rejected) - log q(chosen) + log q(rejected)) of whole answers. p is the
+    model with the adapter, q without, so memory holds one base. Source: Rafailov et al. 2023, arXiv:2305.18290,
+    equation 7.
 
-    A pair is two sequences of a batch, so its gradient is no gradient of one row for DP-SGD: `row_losses` stays False.
+    A pair is two sequences of a batch, so DP-SGD cannot take the gradient of one row: `row_losses` stays False.
     """
 
     name = "preference"
@@ -75,17 +76,17 @@ class Preference(Task):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """The prompt, its input where there is one, and both answers."""
+        """The prompt, its optional input, and both answers."""
         prompt = (Column("prompt", "text"), Column("input", "text", required=False, blank=True))
         return (*prompt, Column("chosen", "text"), Column("rejected", "text"))
 
     @property
     def pipeline_tag(self) -> str | None:
-        """The model hub's name for what is trained; it has none for a reward model."""
+        """The model hub's name for what is trained; None for a reward model."""
         return "text-generation" if self.settings.objective == "dpo" else None
 
     def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
-        """Load a decoder; for `reward` with a new head, `score`.
+        """Load a decoder; for the objective "reward" it gets a new head, `score`.
 
         Raises:
             ModelError: `model-not-causal`, the base is no decoder.
@@ -111,10 +112,11 @@ class Preference(Task):
         return Base(network, network, tokenizer, ("score",))
 
     def encode(self, shard: Shard, base: Base) -> Encoded:
-        """Tokenise prompts and answers; both answers of a pair see the same part of a prompt that is too long.
+        """Tokenise prompts and answers. A prompt that is too long is cut alike for both answers of a pair.
 
-        A reward is read at the last token of an answer, before the one for its end: that can be the padding too, which
-        `transformers` looks for to find the place. Noted are `shard-texts-cut:COUNT` and `shard-pairs-equal:COUNT`.
+        A reward is read at the last token of an answer before its end token. `transformers` finds that place by the
+        padding token, which can be the end token too. The notes contain `shard-texts-cut:COUNT` and
+        `shard-pairs-equal:COUNT`.
         """
         limit = min(self.settings.max_length, base.tokenizer.model_max_length)
         prompts = encode_prompts(shard, base.tokenizer, self.settings.template)
@@ -125,6 +127,7 @@ class Preference(Task):
         cut = 0
         head = prefix_length(base.tokenizer, self.settings.template)
         for prompt, chosen, rejected in zip(prompts, *pairs, strict=True):
+            # The prompt is cut for the longer answer, so that both answers follow the same prompt.
             longest = max(chosen, rejected, key=len)
             kept, _ = fit(prompt, longest, limit, head)
             cut += len(prompt) + len(longest) > limit
@@ -139,14 +142,14 @@ class Preference(Task):
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
         """Return `SIDE.input_ids` and `SIDE.attention_mask` of shape (rows, tokens) for chosen and rejected.
 
-        For dpo also `SIDE.labels`, the answer's token to come or `NOTHING`, and `reference`, the log-probability that
-        the bare base gives both answers, shape (rows, 2): found when a row is first asked for, and kept.
+        For dpo also `SIDE.labels` (the answer's next token, or `NOTHING`) and `reference`, the log-probability of both
+        answers under the bare base, shape (rows, 2). It is computed when a row is first used, and kept.
         """
         import torch
 
         prompts = [encoded.texts["prompt"][row] for row in rows] * len(SIDES)
         answers = [encoded.texts[side][row] for side in SIDES for row in rows]
-        pad_id = base.transformer.config.pad_token_id or 0  # decoders look for it to find an answer's end
+        pad_id = base.transformer.config.pad_token_id or 0  # decoders find an answer's end by it
         both = sequences(prompts, answers, pad_id)
         if encoded.reference is None:
             del both["labels"]  # a reward is read at the end
@@ -168,7 +171,7 @@ class Preference(Task):
         return -logsigmoid(self.margins(network, batch)).mean()
 
     def margins(self, network: Any, batch: Batch) -> torch.Tensor:
-        """Return by how much each pair's chosen answer is ahead, shape (rows,), float32."""
+        """Return the margin of each pair's chosen answer over the rejected one, shape (rows,), float32."""
         if self.settings.objective == "reward":
             scores: torch.Tensor = network(**_both(batch), use_cache=False).logits[:, 0].float()
         else:
@@ -177,12 +180,13 @@ class Preference(Task):
         return chosen - rejected
 
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
-        """Return accuracy (a margin of 0 counts as wrong), the mean margin, and loss; over pairs that differ."""
+        """Return accuracy (a margin of 0 counts as wrong), mean margin and loss over the pairs whose answers differ."""
         import torch
         from torch.nn.functional import logsigmoid
 
         device = next(base.network.parameters()).device
         texts = encoded.texts
+        # Pairs of equal answers have a margin of 0 by construction, and say nothing about the model.
         differ = [row for row in range(len(encoded)) if not _equal(texts["chosen"][row], texts["rejected"][row])]
         lengths = [len(texts["prompt"][row]) + max(len(texts[side][row]) for side in SIDES) for row in differ]
         found = [torch.zeros(0)]
@@ -204,11 +208,12 @@ class Preference(Task):
         return self.columns[: 3 if self.settings.objective == "reward" else 2]
 
     def predict(self, base: Base, shard: Shard, generation: Generation) -> list[dict[str, Any]]:
-        """Return the `reward` of each row's answer; for dpo the model's own `completion`."""
+        """Return the `reward` of each row's answer; for dpo the model's `completion`."""
         import torch
 
         if self.settings.objective == "dpo":
             return complete(base, shard, self.settings.template, generation)
+        # `encode` wants pairs, so each answer is paired with itself.
         rows = Shard({**shard.columns, "rejected": shard.columns["chosen"]})
         encoded = self.encode(rows, base)
         device = next(base.network.parameters()).device
@@ -252,12 +257,12 @@ def _both(batch: Batch) -> Batch:
 def sequences(prompts: Sequence[Tokens], answers: Sequence[Tokens], pad_id: int) -> Batch:
     """Return prompts with their answers, padded on the right, as `input_ids`, `attention_mask` and `labels`.
 
-    All have the shape (rows, tokens); labels are the answer's token to come, and `NOTHING` elsewhere.
+    All have the shape (rows, tokens). Labels are the answer's next token, and `NOTHING` elsewhere.
 
     Args:
         prompts: token ids.
-        answers: one to each prompt.
-        pad_id: the token of the padding.
+        answers: token ids, one answer per prompt.
+        pad_id: the padding token.
     """
     pairs = list(zip(prompts, answers, strict=True))
     ids, mask = pad([prompt + answer for prompt, answer in pairs], pad_id)
@@ -266,18 +271,19 @@ def sequences(prompts: Sequence[Tokens], answers: Sequence[Tokens], pad_id: int)
 
 
 def answer_logps(network: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-    """Return the log-probability of each sequence's answer, the tokens that `labels` names; shape (rows,), float32."""
+    """Return the log-probability of each sequence's answer (the tokens in `labels`), shape (rows,), float32."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    told = batch["labels"] != NOTHING
-    logits = next_logits(network, batch)[told].float() / temperature
-    losses = cross_entropy(logits, batch["labels"][told], reduction="none")
-    return torch.zeros(len(told), device=losses.device).index_add(0, told.nonzero()[:, 0], -losses)
+    predicted = batch["labels"] != NOTHING
+    logits = next_logits(network, batch)[predicted].float() / temperature
+    losses = cross_entropy(logits, batch["labels"][predicted], reduction="none")
+    # All predicted tokens are in one list; their log-probabilities are summed by row.
+    return torch.zeros(len(predicted), device=losses.device).index_add(0, predicted.nonzero()[:, 0], -losses)
 
 
 def _without_adapter(base: Base, both: Batch) -> npt.NDArray[np.float32]:
-    """Return what the bare base says of the chosen and the rejected answers, shape (rows, 2)."""
+    """Return the bare base's log-probabilities of the chosen and the rejected answers, shape (rows, 2)."""
     import torch
 
     device = next(base.network.parameters()).device

@@ -1,4 +1,4 @@
-"""Learn from a reward: answers are drawn, a reward model on the same base judges them, the better become likelier."""
+"""Learn from a reward model: draw answers, score them, and make the better ones likelier."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class RlhfSettings(TaskSettings):
         return (self.reward_adapter,)
 
     def resolved(self, source: Callable[[str], str]) -> Self:
-        """Return these settings with what stands behind the reward's name."""
+        """Return these settings with the source behind the reward's name."""
         return self.model_copy(update={"reward_adapter": source(self.reward_adapter)})
 
 
@@ -94,20 +94,20 @@ class RlhfSettings(TaskSettings):
 class Rlhf(Task):
     """REINFORCE with a leave-one-out baseline (RLOO), against a reward adapter on the same frozen base.
 
-    Of each prompt k answers y_1, ..., y_k are drawn from the policy p, which is the model with the adapter. An answer's
-    return is R(y) = r(y) - beta * (log p(y) - log q(y)), with the reward r and the bare base q; the gradient is that of
-    -mean of (R(y_i) - mean of R(y_j), j != i) * log p(y_i), through log p alone. Source: Ahmadian et al. 2024,
-    arXiv:2402.14740, sections 2 and 3, where an answer is one action; the baseline: Kool et al. 2019, "Buy 4 REINFORCE
-    samples, get a baseline for free!". Each batch is drawn anew and used for one gradient, so no ratio of an old
-    policy to a new one is needed.
+    For each prompt, k answers y_1, ..., y_k are drawn from the policy p, which is the model with the adapter. An
+    answer's return is R(y) = r(y) - beta * (log p(y) - log q(y)), with the reward r and the bare base q. The loss has
+    the gradient of -mean of (R(y_i) - mean of R(y_j), j != i) * log p(y_i), through log p alone. Source: Ahmadian et
+    al. 2024, arXiv:2402.14740, sections 2 and 3, where an answer is one action; the baseline: Kool et al. 2019, "Buy 4
+    REINFORCE samples, get a baseline for free!". Each batch is drawn anew and used for one gradient, so no ratio of an
+    old policy to a new one is needed.
 
-    The value of the loss is minus the mean return, which is what its gradient makes smaller; a loss below zero is fine.
+    The value of the loss is minus the mean return, which its gradient reduces; it may be negative.
 
-    The reward is read at an answer's last token before the one for its end, as it is trained; an answer that does not
-    end within `max_new_tokens` is read where it breaks off, less `missing_end_penalty`. An answer of nothing but the
-    end is read at the prompt's last token.
+    The reward is read at an answer's last token before its end token, as in its training. An answer that does not end
+    within `max_new_tokens` is read where it breaks off, and loses `missing_end_penalty`. An answer that is only the
+    end token is read at the prompt's last token.
 
-    An answer is drawn from no row alone, but compared with those to the same prompt: `row_losses` stays False.
+    An answer's loss depends on the other answers to its prompt, so `row_losses` stays False.
     """
 
     name = "rlhf"
@@ -124,7 +124,7 @@ class Rlhf(Task):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """The prompt, and its input where there is one."""
+        """The prompt, and its optional input."""
         return (Column("prompt", "text"), Column("input", "text", required=False, blank=True))
 
     @property
@@ -133,10 +133,10 @@ class Rlhf(Task):
         return "text-generation"
 
     def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
-        """Load a decoder, and beside it the reward model, which has its base's tensors; without one it only predicts.
+        """Load a decoder, and a reward model on the same base tensors if the settings name one; predicting needs none.
 
         Raises:
-            ModelError: `model-not-causal`, see `load_decoder`; and what `add_reward_model` raises.
+            ModelError: `model-not-causal`, see `load_decoder`; and as in `add_reward_model`.
         """
         base = load_decoder(folder, dtype, **how)
         if self.settings.reward_adapter:
@@ -144,9 +144,9 @@ class Rlhf(Task):
         return base
 
     def encode(self, shard: Shard, base: Base) -> Encoded:
-        """Tokenise prompts; one too long to leave room for an answer loses its middle: its head and its end stay.
+        """Tokenise prompts. A prompt that leaves no room for an answer loses its middle, not its head or its end.
 
-        Noted is `shard-texts-cut:COUNT`.
+        The notes contain `shard-texts-cut:COUNT`.
         """
         prompts = encode_prompts(shard, base.tokenizer, self.settings.template)
         head = prefix_length(base.tokenizer, self.settings.template)
@@ -155,15 +155,16 @@ class Rlhf(Task):
         return Encoded({"prompt": [shorten(prompt, room, head) for prompt in prompts]}, notes=cut_note(cut))
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
-        """Draw answers by torch's global generator, and return them with what they are worth.
+        """Draw answers with torch's global generator, and return them with their returns.
 
         Returns:
-            For each of the k answers, counted from 0, `I.input_ids`, `I.attention_mask` and `I.labels`, the answer's
-            token to come or `NOTHING`, of shape (rows, tokens); and `returns` and `advantages`, of shape (rows, k).
+            For each of the k answers, with I from 0: `I.input_ids`, `I.attention_mask` and `I.labels` (the answer's
+            next token, or `NOTHING`), of shape (rows, tokens); and `returns` and `advantages`, of shape (rows, k).
         """
         import torch
 
         many = self.settings.samples_per_prompt
+        # All first answers come first, then all second ones: entry i * rows + r is answer i to prompt r.
         prompts = [encoded.texts["prompt"][row] for row in rows] * many
         numbers = torch.rand(len(prompts), self._steps(base), dtype=torch.float64)
         judged = judge(base, prompts, numbers, self.settings.temperature)
@@ -176,14 +177,15 @@ class Rlhf(Task):
         return batch | {"returns": returns, "advantages": advantages(returns)}
 
     def loss(self, network: Any, batch: Batch) -> torch.Tensor:
-        """Return minus the mean return, with the gradient that the class describes; computed in float32."""
+        """Return minus the mean return, with the gradient in the text of the class; computed in float32."""
         with at_rest(network):  # the policy that drew the answers drops nothing
             logps = answer_logps(network, _joined(batch), self.settings.temperature)
+        # The surrogate gives the gradient. Its value is taken off again, so that the loss is minus the mean return.
         surrogate = -(batch["advantages"].T.flatten() * logps).mean()
         return surrogate - surrogate.detach() - batch["returns"].mean()
 
     def returns(self, judged: Judged) -> torch.Tensor:
-        """Return what the answers of a batch are worth, shape (rows,); above `max_kl` the drift alone counts."""
+        """Return the returns of a batch's answers, shape (rows,); above `max_kl` only the drift counts."""
         drift = float(judged.drifts.mean())
         if drift > self.settings.max_kl:
             log.info("a batch's KL is %.1f nats an answer, above task.max_kl: its rewards do not count", drift)
@@ -195,17 +197,17 @@ class Rlhf(Task):
         return cost
 
     def _worth(self, judged: Judged) -> torch.Tensor:
-        """Return R of the class's text, with what a missing end costs."""
+        """Return R as in the text of the class, less the penalty for a missing end."""
         return judged.rewards - (1 - judged.ended) * float(self.settings.missing_end_penalty) + self._cost(judged)
 
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
-        """Return what k answers to each prompt are like; the same draws each time, whatever else the file holds.
+        """Return metrics of k answers to each prompt, with the same draws each time, whatever else the file contains.
 
         Returns:
-            `reward`, the mean over prompts, with `reward_low` and `reward_high`, its 95 % interval over which prompts
-            are asked (Student's t on the means of the prompts; as wide as nothing for one prompt); `kl` in nats an
-            answer, and `kl_above`, the share of prompts where it exceeds `max_kl`; `entropy` in nats a token;
-            `length_tokens` of an answer; `ended`, the share of answers with an end; `loss`, minus the mean return.
+            `reward`, the mean over prompts, with `reward_low` and `reward_high`, its 95 % interval over the choice of
+            prompts (Student's t on the means of the prompts; of width 0 for one prompt); `kl` in nats per answer, and
+            `kl_above`, the share of prompts where it exceeds `max_kl`; `entropy` in nats per token; `length_tokens` of
+            an answer; `ended`, the share of answers with an end; `loss`, minus the mean return.
         """
         import torch
 
@@ -216,11 +218,11 @@ class Rlhf(Task):
         for rows in by_length([len(prompt) for prompt in prompts], max(1, batch_size // many)):
             repeated = [prompts[row] for row in rows for _ in range(many)]
             judged = judge(base, repeated, numbers[rows].flatten(0, 1), self.settings.temperature)
-            told = {"return": self._worth(judged), "reward": judged.rewards, "drift": judged.drifts}
-            told |= {"entropy": judged.entropies, "length": judged.lengths, "ended": judged.ended}
-            for name, values in told.items():
+            measured = {"return": self._worth(judged), "reward": judged.rewards, "drift": judged.drifts}
+            measured |= {"entropy": judged.entropies, "length": judged.lengths, "ended": judged.ended}
+            for name, values in measured.items():
                 found.setdefault(name, []).append(values.view(-1, many).mean(dim=1).double().cpu())
-        means = {name: torch.cat(parts) for name, parts in found.items()}  # a number for each prompt
+        means = {name: torch.cat(parts) for name, parts in found.items()}  # one number per prompt
         low, high = interval(means["reward"].tolist())
         return {
             "reward": float(means["reward"].mean()),
@@ -236,7 +238,7 @@ class Rlhf(Task):
 
     @property
     def prediction_columns(self) -> tuple[Column, ...]:
-        """What is to be answered."""
+        """The prompt to answer."""
         return self.columns
 
     def predict(self, base: Base, shard: Shard, generation: Generation) -> list[dict[str, Any]]:
@@ -249,7 +251,7 @@ class Rlhf(Task):
         return limit
 
     def _steps(self, base: Base) -> int:
-        """Return the most tokens of an answer: at least half of the room is the prompt's."""
+        """Return the most tokens of an answer: the prompt gets at least half of the room."""
         limit = self._limit(base)
         steps: int = min(self.settings.max_new_tokens, limit - limit // 2)
         return steps
@@ -273,13 +275,13 @@ class Rlhf(Task):
 
 
 def advantages(returns: torch.Tensor) -> torch.Tensor:
-    """Return each answer's return less the mean of the others to its prompt; both of shape (rows, answers)."""
+    """Return each answer's return minus the mean return of its prompt's other answers; both (rows, answers)."""
     others = (returns.sum(dim=1, keepdim=True) - returns) / (returns.shape[1] - 1)
     return returns - others
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of a mean, by Student's t; the value itself where there is one only."""
+    """Return the 95 % interval of a mean, by Student's t; twice the value itself if there is only one."""
     import numpy as np
     from scipy.stats import t
 
@@ -291,7 +293,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _joined(batch: Batch) -> Batch:
-    """Return all answers of a batch as one, shape (answers * rows, tokens)."""
+    """Return all answers as one batch, shape (answers * rows, tokens)."""
     import torch
 
     indices = range(batch["returns"].shape[1])

@@ -1,4 +1,4 @@
-"""Sentence embeddings: bring texts that mean the same together, with `sentence-transformers`."""
+"""Sentence embeddings with `sentence-transformers`: texts of the same meaning get similar vectors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class SentenceEmbeddingSettings(ClassesSettings):
 
 @TASKS.register("sentence-embedding")
 class SentenceEmbedding(Task):
-    """A `SentenceTransformer` whose transformer carries the adapter; pooling and normalisation are its own."""
+    """A `SentenceTransformer` whose transformer carries the adapter; it keeps its own pooling and normalisation."""
 
     name = "sentence-embedding"
     Settings = SentenceEmbeddingSettings
@@ -74,7 +74,7 @@ class SentenceEmbedding(Task):
 
     @property
     def evaluation_columns(self) -> tuple[tuple[Column, ...], ...]:
-        """The loss's own form first; labelled pairs only where there is a head for them."""
+        """The form of the loss first; labelled pairs only if the network has a head for them."""
         if self.settings.loss == "softmax-nli":
             return _LABELLED, _SCORED, _TRIPLET
         return (_TRIPLET, _SCORED) if self.settings.loss == "multiple-negatives" else (_SCORED, _TRIPLET)
@@ -88,7 +88,7 @@ class SentenceEmbedding(Task):
 
     @property
     def monitor(self) -> str:
-        """Accuracy where pairs are labelled, Spearman where they are scored, else recall."""
+        """Accuracy for labelled pairs, Spearman for scored pairs, else recall."""
         own = {"multiple-negatives": f"recall_at_{self.settings.recall_at}", "softmax-nli": "accuracy"}
         return own.get(self.settings.loss, "spearman")
 
@@ -98,9 +98,9 @@ class SentenceEmbedding(Task):
         return "sentence-similarity"
 
     def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
-        """Load the `SentenceTransformer`. Its transformer gets the head that softmax-nli reads; other losses need none.
+        """Load the `SentenceTransformer`. For softmax-nli its transformer gets a head.
 
-        The head stands in the transformer, which does not call it, because what is exchanged is found there by name.
+        The head is a child of the transformer, which does not call it, because trained modules are found there by name.
         """
         from sentence_transformers import SentenceTransformer
         from torch import nn
@@ -114,12 +114,12 @@ class SentenceEmbedding(Task):
         return Base(network, network[0].model, network.tokenizer, (_HEAD,))
 
     def put_in_place(self, base: Base, transformer: nn.Module) -> None:
-        """Set the module's transformer; pooling stays as the base has it."""
+        """Replace the transformer inside the `SentenceTransformer`; its pooling stays."""
         base.network[0].model = transformer
         base.transformer = transformer
 
     def encode(self, shard: Shard, base: Base) -> Encoded:
-        """Tokenise each text column. Noted is `shard-texts-cut:COUNT`, over all columns."""
+        """Tokenise each text column. The notes contain `shard-texts-cut:COUNT`, summed over the columns."""
         limit = min(self.settings.max_length, base.network.max_seq_length or self.settings.max_length)
         names = [name for name in _TEXTS if name in shard.columns]
         found = {name: tokenise(base.tokenizer, limit, shard.columns[name]) for name in names}
@@ -133,7 +133,7 @@ class SentenceEmbedding(Task):
         return Encoded(texts, targets, notes=notes)
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
-        """Return `NAME.input_ids` and `NAME.attention_mask` of (rows, tokens) for each text; `labels` of (rows,)."""
+        """Return `NAME.input_ids` and `NAME.attention_mask`, (rows, tokens), for each text; `labels`, (rows,)."""
         import torch
 
         batch: Batch = {}
@@ -169,13 +169,14 @@ class SentenceEmbedding(Task):
         return result
 
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
-        """Return what the rows allow.
+        """Return the metrics for the form of the rows.
 
-        Labelled pairs: accuracy, macro_f1 and loss. Scored pairs: pearson and spearman. Else recall_at_k of each
-        anchor's positive, whose candidates are all positives and all negatives of the file.
+        Labelled pairs: accuracy, macro_f1 and loss. Scored pairs: pearson and spearman. Otherwise: recall_at_k of each
+        anchor's positive among all positives and negatives of the file.
         """
         import torch
 
+        # Integer targets are labels, float targets are scores.
         if encoded.targets is not None and encoded.targets.dtype == np.int64:
             first, second = (raw_vectors(base, encoded.texts[name], batch_size) for name in _PAIR)
             device = next(base.network.parameters()).device
@@ -219,7 +220,7 @@ class SentenceEmbedding(Task):
         words = ["alpha", "beta", "gamma", "delta"] * 6
         rows = {
             "sentence1": [f"the {word} clause" for word in words],
-            "sentence2": [f"a clause on {word if n % 2 else 'sigma'}" for n, word in enumerate(words)],
+            "sentence2": [f"a clause on {second}" for second in ["sigma", "beta", "sigma", "delta"] * 6],
             "score": [float(n % 2) for n in range(24)],
         }
         forms = {"cosine": "cosine-similarity", "cosent": "cosent"}
@@ -238,15 +239,15 @@ _SCORED = (Column("sentence1", "text"), Column("sentence2", "text"), Column("sco
 _LABELLED = (Column("sentence1", "text"), Column("sentence2", "text"), Column("label", "label"))
 _PAIR = ("sentence1", "sentence2")
 _HEAD = "nli_head"
-_ROUNDING = 1e-6  # a product of float32 matrices does not even give equal columns equal sums
+_ROUNDING = 1e-6  # a float32 matrix product gives even equal columns slightly different sums
 _TEXTS = ("anchor", "positive", "negative", "sentence1", "sentence2")
 
 
 def nli_logits(network: Any, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Return W (u, v, |u - v|) of pairs of vectors, shape (pairs, classes), float32.
 
-    Source: Reimers and Gurevych 2019, arXiv:1908.10084, section 3, "Classification Objective Function". There is no
-    bias, as there.
+    Source: Reimers and Gurevych 2019, arXiv:1908.10084, section 3, "Classification Objective Function"; as there,
+    without a bias.
 
     Args:
         network: the `SentenceTransformer` whose transformer has the head.
@@ -262,7 +263,7 @@ def nli_logits(network: Any, first: torch.Tensor, second: torch.Tensor) -> torch
 
 
 def embed(base: Base, texts: Sequence[Tokens], batch_size: int) -> npt.NDArray[np.float32]:
-    """Return one unit vector for each text, shape (texts, dimensions)."""
+    """Return one unit vector per text, shape (texts, dimensions)."""
     import torch
 
     unit: npt.NDArray[np.float32] = torch.nn.functional.normalize(raw_vectors(base, texts, batch_size), dim=1).numpy()
@@ -270,7 +271,7 @@ def embed(base: Base, texts: Sequence[Tokens], batch_size: int) -> npt.NDArray[n
 
 
 def raw_vectors(base: Base, texts: Sequence[Tokens], batch_size: int) -> torch.Tensor:
-    """Return one vector for each text as the network gives it, shape (texts, dimensions), float32, on the CPU."""
+    """Return the network's vector for each text, shape (texts, dimensions), float32, on the CPU."""
     import torch
 
     device = next(base.network.parameters()).device
@@ -285,9 +286,9 @@ def raw_vectors(base: Base, texts: Sequence[Tokens], batch_size: int) -> torch.T
 
 
 def recall_at(k: int, anchors: npt.NDArray[np.float32], candidates: npt.NDArray[np.float32]) -> float:
-    """Return the share of anchors whose own candidate (same row) is among the k of highest cosine.
+    """Return the share of anchors whose own candidate (same row) is among the k with the highest cosine.
 
-    A candidate with the same cosine, but for rounding, counts as higher: equal vectors earn nothing.
+    A candidate with the same cosine, up to rounding, counts as higher, so that equal vectors earn nothing.
 
     Args:
         k: at least 1.

@@ -73,7 +73,7 @@ class SequenceClassification(Task):
         """Load the base; its head is new unless the checkpoint has one of the same shape.
 
         Raises:
-            ModelError: `head-missing`, the pooler is to be trained, and there is none.
+            ModelError: `head-missing`, `train_pooler` is set, and the base has no pooler.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -86,7 +86,7 @@ class SequenceClassification(Task):
             label2id={label: index for index, label in enumerate(self.labels)},
             ignore_mismatched_sizes=True,
             use_safetensors=True,
-            trust_remote_code=False,  # left open, transformers asks at the terminal
+            trust_remote_code=False,  # if it is not set, transformers asks at the terminal
             **how,
         )
         if network.config.pad_token_id is None:
@@ -97,7 +97,7 @@ class SequenceClassification(Task):
     def encode(self, shard: Shard, base: Base) -> Encoded:
         """Tokenise the texts; a pair becomes one sequence with its segments marked.
 
-        Noted is `shard-texts-cut:COUNT`.
+        The notes contain `shard-texts-cut:COUNT`.
         """
         texts = shard.columns["text"]
         pairs = (shard.columns["text_pair"],) if self.settings.pair else ()
@@ -112,7 +112,7 @@ class SequenceClassification(Task):
         """Return `input_ids`, `attention_mask` (and `token_type_ids`) of shape (rows, tokens), `labels` of (rows,)."""
         import torch
 
-        pad_id = base.transformer.config.pad_token_id  # decoders look for it to find a text's last token
+        pad_id = base.transformer.config.pad_token_id  # decoders find a text's last token by it
         ids, mask = pad([encoded.texts["input_ids"][row] for row in rows], pad_id)
         batch = {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in encoded.texts:
@@ -157,7 +157,7 @@ class SequenceClassification(Task):
 
     @classmethod
     def test_case(cls) -> TinyCase:
-        """Two classes told apart by one word."""
+        """Two classes that differ in one word."""
         texts = [f"the {word} clause number {n}" for n in range(12) for word in ("good", "bad")]
         return TinyCase({"num_labels": 2, "max_length": 16}, {"text": texts, "label": [1, 0] * 12})
 
@@ -175,7 +175,7 @@ class SequenceClassification(Task):
 
 
 def _after_the_backbone(network: Any) -> tuple[str, ...]:
-    """Return the modules that a classifier has beside its backbone: most are new, DeBERTa's own pooler among them."""
+    """Return the modules of a classifier outside its backbone; most are new, and one is DeBERTa's own pooler."""
     backbone = network.base_model_prefix
     return tuple(name for name, part in network.named_children() if name != backbone and list(part.parameters()))
 
@@ -184,7 +184,7 @@ def _pooler(network: Any) -> tuple[str, ...]:
     """Return the name of the backbone's pooler.
 
     Raises:
-        ModelError: `head-missing`.
+        ModelError: `head-missing`, there is no pooler with parameters.
     """
     pooler = getattr(network.base_model, "pooler", None)
     if pooler is None or not list(pooler.parameters()):

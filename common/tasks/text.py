@@ -1,4 +1,4 @@
-"""Texts as tokens: cut, padded, and batched by length."""
+"""Tokenise, cut and pad texts, and batch them by length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def tokenise(tokenizer: Any, limit: int, *texts: Sequence[str]) -> tuple[Any, int]:
-    """Return what a tokenizer makes of texts, or of pairs, cut to `limit` tokens each, and how many were too long."""
+    """Tokenise texts or pairs, cut to `limit` tokens each; also return how many were too long."""
     tokens = tokenizer(*texts, truncation=True, max_length=limit)
     if tokens.is_fast:
         return tokens, sum(bool(one.overflowing) for one in tokens.encodings)
@@ -22,12 +22,12 @@ def tokenise(tokenizer: Any, limit: int, *texts: Sequence[str]) -> tuple[Any, in
 
 
 def cut_note(cut: int) -> tuple[str, ...]:
-    """Return the note that so many texts were cut, where there are any."""
+    """Return the note that `cut` texts were cut; empty if there are none."""
     return (f"shard-texts-cut:{cut}",) if cut else ()
 
 
 def padding_id(tokenizer: Any) -> int:
-    """Return the token with which a model that names none is padded: the tokenizer's own, the one for the end, or 0."""
+    """Return the padding token for a model that names none: the tokenizer's own, its end token, or 0."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(number for number in known if number is not None)
 

@@ -1,10 +1,10 @@
-"""Continue texts: what a causal language model says next."""
+"""Continue texts with a causal language model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tsugiki.common.tasks.base import Base, Generation, Tokens
 from tsugiki.common.tasks.decoding.templates import Template, encode_prompts, prefix_length, shorten
@@ -15,26 +15,28 @@ if TYPE_CHECKING:
     from tsugiki.common.data.shard import Shard
 
 _DRAWING = ("temperature", "top_p", "top_k")
-"""What a checkpoint may set for drawing, and `transformers` warns about where nothing is drawn."""
+"""Settings for drawing that a checkpoint may have; `transformers` warns about them if nothing is drawn."""
 
 
 def generate(base: Base, prompts: Sequence[Tokens], generation: Generation, head: int = 0) -> list[str]:
-    """Return what follows each prompt, up to the token for the end, without special tokens.
+    """Return the continuation of each prompt up to the end token, without special tokens.
 
-    Prompts are continued one by one: there is no padding that could change a token.
+    Prompts are continued one by one, so that no padding can change a token.
 
     Args:
         base: with a tokenizer.
-        prompts: each may take at least half of the model's window; of a longer one what comes after its head is cut.
-        generation: they are continued.
-        head: how many tokens of a prompt's beginning stay.
+        prompts: each may take at least half of the model's window. A longer one is cut after its head.
+        generation: how they are continued.
+        head: number of tokens at a prompt's beginning that are never cut.
     """
     import torch
 
     network = base.transformer
     tokenizer = base.tokenizer
     device = next(network.parameters()).device
-    drawn = {"do_sample": True, "temperature": generation.temperature, "top_k": 0, "top_p": 1.0}
+    sampling: dict[str, Any] = {"do_sample": False} | dict.fromkeys(_DRAWING)
+    if generation.temperature:
+        sampling = {"do_sample": True, "temperature": generation.temperature, "top_k": 0, "top_p": 1.0}
     found = []
     torch.manual_seed(generation.seed)
     for prompt in prompts:
@@ -48,14 +50,14 @@ def generate(base: Base, prompts: Sequence[Tokens], generation: Generation, head
                 max_new_tokens=min(generation.max_new_tokens, tokenizer.model_max_length - len(kept)),
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-                **(drawn if generation.temperature else {"do_sample": False} | dict.fromkeys(_DRAWING)),
+                **sampling,
             )
         found.append(tokenizer.decode(output[0, len(kept) :], skip_special_tokens=True).strip())
     return found
 
 
 def complete(base: Base, shard: Shard, template: Template, generation: Generation) -> list[dict[str, str]]:
-    """Return the `completion` of each row's prompt, which stands in its template; see `generate`."""
+    """Return the `completion` of each row's prompt in its template; see `generate`."""
     prompts = encode_prompts(shard, base.tokenizer, template)
     head = prefix_length(base.tokenizer, template)
     return [{"completion": text} for text in generate(base, prompts, generation, head)]
@@ -63,12 +65,12 @@ def complete(base: Base, shard: Shard, template: Template, generation: Generatio
 
 @dataclass(frozen=True)
 class Drawn:
-    """Answers that were drawn.
+    """Answers drawn from a model.
 
     Args:
-        answers: the tokens of each, the one for its end included where it was drawn.
+        answers: the tokens of each answer, including the end token if it was drawn.
         logps: the log-probability of each answer, shape (rows,), float32, in nats.
-        entropies: the sum over an answer's tokens of the entropy of what each was drawn from, shape (rows,), in nats.
+        entropies: of the distributions that an answer's tokens were drawn from, summed, shape (rows,), in nats.
     """
 
     answers: list[Tokens]
@@ -79,14 +81,14 @@ class Drawn:
 def draw(base: Base, prompts: Sequence[Tokens], uniforms: torch.Tensor, temperature: float = 1.0) -> Drawn:
     """Draw an answer to each prompt from the model's own probabilities, all prompts at once.
 
-    A token is where its row's number falls in the distribution function over the vocabulary (inverse transform
-    sampling). So a row's answer follows from its prompt and its numbers, whatever rows it is drawn with.
+    A token is the one where its row's number falls in the cumulative distribution over the vocabulary (inverse
+    transform sampling). So a row's answer depends on its prompt and its numbers only, not on the other rows.
 
     Args:
         base: in eval mode.
-        prompts: each leaves room for an answer in the model's window; none is empty.
+        prompts: not empty; each leaves room for an answer in the model's window.
         uniforms: in [0, 1), shape (rows, most tokens of an answer), on the CPU.
-        temperature: above 0: the logits are divided by it.
+        temperature: divides the logits; above 0.
     """
     import torch
 
@@ -94,7 +96,8 @@ def draw(base: Base, prompts: Sequence[Tokens], uniforms: torch.Tensor, temperat
     end = base.tokenizer.eos_token_id
     device = next(network.parameters()).device
     longest = max(map(len, prompts))
-    padded = [[end] * (longest - len(prompt)) + prompt for prompt in prompts]  # on the left: all go on at one place
+    # Padded on the left, so that all answers begin at the same place.
+    padded = [[end] * (longest - len(prompt)) + prompt for prompt in prompts]
     real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     ids = torch.tensor(padded, device=device)
     mask = torch.tensor(real, device=device)
@@ -114,6 +117,7 @@ def draw(base: Base, prompts: Sequence[Tokens], uniforms: torch.Tensor, temperat
                 logits_to_keep=1,
             )
             cache = output.past_key_values
+            # `going` is 0 for answers that have ended: they gain no more tokens, log-probability or entropy.
             chances = (output.logits[:, -1].float() / temperature).log_softmax(dim=1)
             tokens = _where(chances, drawn).to(device)
             logps += going * chances.gather(1, tokens[:, None])[:, 0]
@@ -123,6 +127,7 @@ def draw(base: Base, prompts: Sequence[Tokens], uniforms: torch.Tensor, temperat
             going &= tokens != end
             if not going.any():
                 break
+            # The cache holds everything before, so the next step reads one token per row.
             ids = tokens[:, None]
             places = places[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
@@ -130,7 +135,7 @@ def draw(base: Base, prompts: Sequence[Tokens], uniforms: torch.Tensor, temperat
 
 
 def _where(logps: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Return in which token's share of [0, 1) each row's number lies, shape (rows,), on the CPU.
+    """Return the token into whose share of [0, 1) each row's number falls, shape (rows,), on the CPU.
 
     Args:
         logps: of shape (rows, vocabulary).
@@ -138,6 +143,7 @@ def _where(logps: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    heaped = logps.cpu().double().exp().cumsum(dim=1)
-    found = torch.searchsorted(heaped, uniforms[:, None].double() * heaped[:, -1:], right=True)[:, 0]
+    cumulative = logps.cpu().double().exp().cumsum(dim=1)
+    # The total differs from 1 by rounding, so numbers are scaled to it.
+    found = torch.searchsorted(cumulative, uniforms[:, None].double() * cumulative[:, -1:], right=True)[:, 0]
     return found.clamp(max=logps.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""A reward model beside the network that it judges: another adapter, with a head, on the same base in memory."""
+"""A reward model on the same base tensors as the policy: another adapter, with a head."""
 
 from __future__ import annotations
 
@@ -20,33 +20,29 @@ if TYPE_CHECKING:
     from tsugiki.common.model.exported import Exported
 
 HEAD = "score"
-"""What decoders call the head of their `AutoModelForSequenceClassification`."""
+"""The name of the head in a decoder's `AutoModelForSequenceClassification`."""
 
 _NOT_PADDING = -1
-"""The id that no token has: what is scored is never padded, so the last token is the one that is read."""
+"""An id that no token has. Scored sequences are never padded, so their last token is the one that is read."""
 
 
 def add_reward_model(base: Base, folder: Path, reward_adapter: str, template: Template) -> None:
     """Load an exported reward beside a bare decoder, as `base.reward_model`, with its hash in `base.constants`.
 
     Args:
-        base: a decoder with its output layer and nothing on it. Its tokenizer learns how many positions the reward's
-            method takes up.
+        base: a decoder with its output layer and without an adapter. Its tokenizer is limited to the positions that
+            the reward's method leaves free.
         folder: of the base.
-        reward_adapter: the folder that `tsugiki export` wrote of a run of the task `preference` with the objective
-            "reward".
-        template: in which the prompts will be; the reward has to know it.
+        reward_adapter: the export of a run of the task `preference` with the objective "reward".
+        template: of the prompts; the reward must have been trained with it.
 
     Raises:
-        ModelError: `reward-adapter`, it is no reward, or one of other prompts; and as
-        `tsugiki.common.model.exported.load_exported`:
-            `adapter-other-base`, `adapter-invalid`, `head-missing`; `adapter-missing`, there is no such folder.
+        ModelError: `reward-adapter`, the adapter is no reward, or was trained with another template;
+            `adapter-missing`, there is no such folder; `adapter-other-base`, `adapter-invalid` and `head-missing`, as
+            in `tsugiki.common.model.exported.load_exported`.
     """
-    from tsugiki.common.model.exported import (
-        find_export,
-        load_exported,
-        read_exported,
-    )  # which know all tasks, and so this one
+    # Imported here, because that module imports all tasks.
+    from tsugiki.common.model.exported import find_export, load_exported, read_exported
     from tsugiki.common.model.spec import describe
 
     place = find_export(reward_adapter, "task.reward_adapter")
@@ -60,9 +56,10 @@ def add_reward_model(base: Base, folder: Path, reward_adapter: str, template: Te
     loaded = Base(judge, judge, None, exported.heads, constants=exported.constants)
     exported.check_spec(describe(exported.make_task(), method, loaded, identity), place)
     settings = json.dumps(exported.adapter, sort_keys=True).encode()
+    # Both sides must train against the same reward, so its hash goes into the spec.
     base.constants = {"reward_sha256": tensors_sha256(method.saved(judge), start=settings)}
     judge.requires_grad_(False)
-    for value in wanted_gradients:  # tensors that both have
+    for value in wanted_gradients:  # both share these tensors
         value.requires_grad_(True)
     positions = getattr(base.network.config, "max_position_embeddings", None)
     if positions:
@@ -75,7 +72,8 @@ def _check(exported: Exported, base: Base, template: Template) -> None:
     name = settings.name
     objective = getattr(settings, "objective", "")
     if name != "preference" or objective != "reward" or exported.heads != (HEAD,):
-        problem = f"a {name} adapter{f' of the objective {objective}' if objective else ''} cannot be a reward"
+        described = f" of the objective {objective}" if objective else ""
+        problem = f"a {name} adapter{described} cannot be a reward"
         expected = 'an export of a run with task.name = "preference" and objective = "reward", with its head'
     elif not same_template(base.tokenizer, template, settings.template):
         problem = (
@@ -88,10 +86,10 @@ def _check(exported: Exported, base: Base, template: Template) -> None:
 
 
 def classifier(network: Any) -> Any:
-    """Return a model with one score for each sequence, around the backbone of a bare causal model.
+    """Return a model that scores a sequence, around the backbone of a bare causal model.
 
-    Their matrices are the same tensors. Vectors (norms and biases) and buffers are copies: there are methods that train
-    those of the base in place, and what one network learns is not for the other.
+    Both models share their matrices. Vectors (norms and biases) and buffers are copies: some methods train those of the
+    base in place, and what one network learns must not change the other.
 
     Raises:
         ModelError: `model-not-causal`, the architecture has no such model with a head `score`.
@@ -103,7 +101,7 @@ def classifier(network: Any) -> Any:
     config = copy.deepcopy(network.config)
     config.num_labels = 1
     try:
-        with torch.device("meta"):  # no memory: every tensor that stays comes from the network
+        with torch.device("meta"):  # no memory: every tensor that is kept comes from the network
             shell = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
         head = getattr(shell, HEAD)
     except (ValueError, AttributeError) as error:
@@ -113,6 +111,7 @@ def classifier(network: Any) -> Any:
             "choose another base",
             code="model-not-causal",
         ) from error
+    # deepcopy takes this as its memo: it keeps these tensors instead of copying them.
     matrices = {id(value): value for value in network.base_model.parameters() if value.ndim > 1}
     setattr(shell, shell.base_model_prefix, copy.deepcopy(network.base_model, matrices))
     setattr(shell, HEAD, nn.Linear(head.in_features, 1, bias=head.bias is not None, dtype=network.dtype))
@@ -123,11 +122,11 @@ def classifier(network: Any) -> Any:
 def scores(judge: Any, sequences: Sequence[Tokens]) -> torch.Tensor:
     """Return the reward of each sequence, shape (rows,), float32: the score of its last token.
 
-    Sequences of one length go together, without padding: what is read is the last token, whatever the method.
+    Sequences of equal length form a batch without padding, so that the last token is read with every method.
 
     Args:
         judge: from `add_reward_model`.
-        sequences: prompts with their answers, without the token for the end, as a reward is trained.
+        sequences: prompts with their answers, without the end token, as in the reward's training.
     """
     import torch
 

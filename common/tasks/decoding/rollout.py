@@ -1,4 +1,4 @@
-"""Answers that a policy draws, and what is thought of them: by the reward model, and by the bare base."""
+"""Draw answers from the policy, and score them with the reward model and the bare base."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Judged:
-    """Answers and what is thought of them; tensors have the shape (rows,).
+    """Answers with their scores; tensors have the shape (rows,).
 
     Args:
-        answers: tokens, the one for the end included where it was drawn.
+        answers: the tokens of each answer, including the end token if it was drawn.
         rewards: the reward model's scores.
         drifts: log p(answer) - log q(answer), in nats; p is the policy, q the bare base. Their mean estimates the KL.
-        entropies: of what the tokens were drawn from, summed over an answer, in nats.
+        entropies: of the policy's distribution, summed over the tokens of an answer, in nats.
         lengths: tokens of the answers.
-        ended: 1 where the token for the end was drawn, else 0.
+        ended: 1 if the end token was drawn, else 0.
     """
 
     answers: list[Tokens]
@@ -41,12 +41,12 @@ class Judged:
 
 
 def judge(base: Base, prompts: list[Tokens], uniforms: torch.Tensor, temperature: float) -> Judged:
-    """Draw an answer to each prompt, and judge it, in eval mode and without gradients.
+    """Draw an answer to each prompt and score it, in eval mode and without gradients.
 
     Args:
-        base: with the reward model beside it.
-        prompts: may repeat.
-        uniforms: from which the answers follow, see `generation.draw`.
+        base: with a reward model.
+        prompts: token ids; prompts may repeat.
+        uniforms: random numbers that determine the answers, see `generate.draw`.
         temperature: of policy and bare base.
 
     Raises:
@@ -66,8 +66,9 @@ def judge(base: Base, prompts: list[Tokens], uniforms: torch.Tensor, temperature
         with base.adapter_disabled():
             reference = answer_logps(base.network, batch, temperature)
         ended = [answer[-1] == base.tokenizer.eos_token_id for answer in drawn.answers]
-        told = [answer[:-1] if done else answer for answer, done in zip(drawn.answers, ended, strict=True)]
-        rewards = scores(base.reward_model, [prompt + answer for prompt, answer in zip(prompts, told, strict=True)])
+        # The reward was trained on answers without the end token.
+        bodies = [answer[:-1] if done else answer for answer, done in zip(drawn.answers, ended, strict=True)]
+        rewards = scores(base.reward_model, [prompt + body for prompt, body in zip(prompts, bodies, strict=True)])
     lengths = torch.tensor([float(len(answer)) for answer in drawn.answers], device=device)
     drifts = drawn.logps - reference
     ends = torch.tensor(ended, device=device).float()
@@ -75,12 +76,13 @@ def judge(base: Base, prompts: list[Tokens], uniforms: torch.Tensor, temperature
 
 
 def fixed_numbers(prompts: Sequence[Tokens], many: int, steps: int) -> torch.Tensor:
-    """Return the draws of an evaluation, shape (rows, answers, steps): a prompt's are the same wherever it stands."""
+    """Return an evaluation's draws, shape (rows, answers, steps). They depend on the prompt, not on its place."""
     import torch
 
     seen: Counter[str] = Counter()
     found = []
     for prompt in prompts:
+        # Seeded by the prompt and by how often it came before, so that equal prompts get different draws.
         text = json.dumps(prompt)
         found.append(torch.from_numpy(generator(0, "evaluation-answers", text, seen[text]).random((many, steps))))
         seen[text] += 1

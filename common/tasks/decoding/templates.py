@@ -1,4 +1,4 @@
-"""How a prompt and an answer become tokens: the template around the prompt, and what is cut where both are too long."""
+"""Tokenise prompts and answers: put the template around a prompt, and cut what is too long."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ TEMPLATE_HELP = (
 
 
 def encode_prompts(shard: Shard, tokenizer: Any, template: Template) -> list[Tokens]:
-    """Return each row's prompt in its template, with its input where the row has one, ready to be answered.
+    """Return each row's prompt, with its input if it has one, in the template.
 
-    What looks like a special token in a row is ordinary text: only the template has special ones.
+    Text in a row that looks like a special token is ordinary text: only the template has special tokens.
 
     Args:
         shard: has the column `prompt`, and may have `input`.
@@ -32,38 +32,42 @@ def encode_prompts(shard: Shard, tokenizer: Any, template: Template) -> list[Tok
         template: see `TEMPLATE_HELP`.
 
     Raises:
-        ModelError: `model-template`, the tokenizer has no chat template, or one that changes what it is given.
+        ModelError: `model-template`, the tokenizer has no chat template, or one that changes the message.
     """
     inputs = shard.columns.get("input", [""] * len(shard))
     head, middle, tail = _around(tokenizer, template)
-    bodies = [
-        f"{prompt.strip()}{middle if extra.strip() else ''}{extra.strip()}"
-        for prompt, extra in zip(shard.columns["prompt"], inputs, strict=True)
-    ]
-    if isinstance(tail, str):  # a template of plain text is tokenised with what stands in it
+    bodies = []
+    for prompt, extra in zip(shard.columns["prompt"], inputs, strict=True):
+        body = prompt.strip()
+        if extra.strip():
+            body += middle + extra.strip()
+        bodies.append(body)
+    if isinstance(tail, str):  # a template of plain text is tokenised together with its content
         return encode_texts([f"{head}{body}{tail}" for body in bodies], tokenizer)
     return [[*head, *tokens, *tail] for tokens in _plain(tokenizer, bodies)]
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[Tokens]:
-    """Return each text after the tokenizer's first token, where it has one, ready to be continued."""
+    """Return the tokens of each text, after the tokenizer's first token if it has one."""
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return [[*first, *tokens] for tokens in _plain(tokenizer, texts)]
 
 
 def encode_answers(answers: Sequence[str], tokenizer: Any) -> list[Tokens]:
-    """Return each answer with the token for its end."""
+    """Return the tokens of each answer, with the end token."""
     return [[*tokens, tokenizer.eos_token_id] for tokens in _plain(tokenizer, [answer.strip() for answer in answers])]
 
 
 def prefix_length(tokenizer: Any, template: Template) -> int:
-    """Return how many tokens stand before what a row says: the first token, or what opens a chat."""
+    """Return the number of tokens before a row's own text: the first token, or the opening of a chat."""
     head = _around(tokenizer, template)[0]
-    return int(tokenizer.bos_token_id is not None) if isinstance(head, str) else len(head)
+    if isinstance(head, str):
+        return int(tokenizer.bos_token_id is not None)
+    return len(head)
 
 
 def prompt_text(prompt: str, tokenizer: Any, template: Template) -> str:
-    """Return a prompt in its template as text; where that is a chat, its special tokens are spelt out."""
+    """Return a prompt in its template as text; the special tokens of a chat are spelt out."""
     head, _, tail = _around(tokenizer, template)
     before, after = (head, tail) if isinstance(head, str) else _chat(tokenizer)
     return f"{before}{prompt}{after}"
@@ -75,14 +79,14 @@ def same_template(tokenizer: Any, one: Template, other: Template) -> bool:
 
 
 def shorten(prompt: Tokens, room: int, head: int) -> Tokens:
-    """Return a prompt of at most `room` tokens: its head and its end stay."""
+    """Cut a prompt to at most `room` tokens; its head and its end stay."""
     head = min(head, room // 2)
     excess = max(0, len(prompt) - room)
     return prompt[:head] + prompt[head + excess :] if excess else prompt
 
 
 def fit(prompt: Tokens, answer: Tokens, limit: int, head: int = 0) -> tuple[Tokens, Tokens]:
-    """Return both, cut so that they have at most `limit` tokens together.
+    """Cut a prompt and its answer to at most `limit` tokens together.
 
     The prompt keeps its head and its end, and at least half of the room if it needs it; the answer keeps its beginning.
     """
@@ -93,7 +97,7 @@ def fit(prompt: Tokens, answer: Tokens, limit: int, head: int = 0) -> tuple[Toke
 def fit_all(
     prompts: Sequence[Tokens], answers: Sequence[Tokens], limit: int, head: int = 0
 ) -> tuple[list[Tokens], list[Tokens], tuple[str, ...]]:
-    """Return prompts and answers, each pair fitted, and a note of how many were cut: `shard-texts-cut:COUNT`."""
+    """Cut each prompt and answer as `fit` does; also return a note of how many were cut: `shard-texts-cut:COUNT`."""
     pairs = list(zip(prompts, answers, strict=True))
     fitted = [fit(prompt, answer, limit, head) for prompt, answer in pairs]
     cut = sum(len(prompt) + len(answer) > limit for prompt, answer in pairs)
@@ -101,7 +105,7 @@ def fit_all(
 
 
 def _around(tokenizer: Any, template: Template) -> tuple[str, str, str] | tuple[Tokens, str, Tokens]:
-    """Return what stands before a prompt, between it and its input, and after both: text, or tokens of a chat."""
+    """Return the template before a prompt, before its input and after both; as text, or for a chat partly as tokens."""
     if template == "plain":
         return "", "\n", "\n"
     if template == "alpaca" or (template == "auto" and not tokenizer.chat_template):
@@ -111,8 +115,8 @@ def _around(tokenizer: Any, template: Template) -> tuple[str, str, str] | tuple[
 
 
 def _chat(tokenizer: Any) -> list[str]:
-    """Return what a chat template puts before and after what a user says, with its special tokens."""
-    mark = secrets.token_hex(8)  # nothing that a template would change, or have itself
+    """Return the text that a chat template puts before and after a user's message, special tokens included."""
+    mark = secrets.token_hex(8)  # a text that no template changes or contains
     message = [{"role": "user", "content": mark}]
     try:
         parts = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True).split(mark)
@@ -133,7 +137,8 @@ def _no_template(why: str) -> ModelError:
 
 
 def _plain(tokenizer: Any, texts: Sequence[str]) -> list[Tokens]:
-    """Return tokens without special ones, whatever the texts look like."""
-    how = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}  # it is cut, and counted, later
+    """Return the tokens of texts; nothing in a text becomes a special token."""
+    # Not verbose: its warnings of long texts are not needed, because texts are cut, and counted, later.
+    how = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     found: list[Tokens] = tokenizer(list(texts), **how)["input_ids"]
     return found
