@@ -1,7 +1,8 @@
 """The audit log: append-only JSON lines, each with the hash of the one before it.
 
-Whoever changes, drops or inserts a line breaks the chain from there on; only the last lines can be cut off unseen. The
-operator keeps one for each run, a site one of its own. They record codes, counts and hashes, never a site's data.
+A changed, dropped or inserted line breaks the chain from there on; only the last lines can be cut off unseen. The
+operator keeps one log for each run, and each site keeps its own. Logs contain codes, counts and hashes, never a site's
+data.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class AuditLog:
         self._sequence = len(records)
 
     def write(self, event: str, **details: Any) -> None:
-        """Append an event. Values are escaped as JSON, so that none can forge a line."""
+        """Append an event. Values are escaped as JSON, so that no value can forge a line."""
         record = {
             "sequence": self._sequence,
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -45,7 +46,7 @@ class AuditLog:
 
 
 def verify(path: Path) -> list[dict[str, Any]]:
-    """Return the events of an audit log.
+    """Return the events of an audit log, after checking the chain of hashes.
 
     Raises:
         StorageError: `audit-broken`, with the first line that does not follow from the one before it.

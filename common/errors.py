@@ -59,19 +59,19 @@ KnownCode = Literal[
     "version-mismatch",  # another minor version of Tsugiki, or another Flower
     "base-mismatch",  # the site's base model has other weights
     "spec-mismatch",  # two sides disagree about the adapter
-    "site-name",  # a site's name that is none
+    "site-name",  # a site's name that is not valid
     "site",  # a reply under another site's name
     "site-name-taken",  # a site of this name is connected
     "site-name-key",  # the key is registered under another name
-    "clients",  # a site that stands for no clients, too many, or others than were asked for
+    "clients",  # a site that represents no clients, too many, or others than requested
     "too-many-clients",  # more clients than `privacy.enrolled_clients`
     "policy-refused",  # the site's policy forbids the run
     "policy-task",  # it forbids the task
     "policy-adapter",  # it forbids the adapter method
     "policy-base",  # it forbids the base model
-    "policy-rounds",  # it forbids so many rounds
-    "policy-steps",  # it forbids so many local steps
-    "policy-rank",  # it forbids so large a rank
+    "policy-rounds",  # it forbids this number of rounds
+    "policy-steps",  # it forbids this number of local steps
+    "policy-rank",  # it forbids this rank
     "policy-privacy-mode",  # it forbids the privacy mode
     "policy-secure-aggregation",  # it demands secure aggregation
     "policy-sites",  # it demands sums of more sites
@@ -94,7 +94,7 @@ KnownCode = Literal[
     "adapter-rank",  # the rank is larger than the layers
     "adapter-attached",  # the model has an adapter already
     "adapter-unsupported",  # the adapter method does not fit the model
-    "adapter-invalid",  # an exported adapter cannot be read, or is not what its run made
+    "adapter-invalid",  # an exported adapter cannot be read, or differs from the one that its run made
     "adapter-fusion",  # the exported adapters cannot be fused
     "adapter-positions",  # too few positions are left for a text
     "adapter-missing",  # the run needs an exported adapter that is not there
@@ -114,7 +114,7 @@ KnownCode = Literal[
     "shard-line-too-long",  # a line or a text is too long
     "shard-empty-text",  # a row has no text
     "shard-score",  # a score is no finite number
-    "shard-label-range",  # a label that is none of the task's classes
+    "shard-label-range",  # a label outside the task's classes
     "shard-partition",  # the file cannot be split as asked
     "shard-empty",  # no rows
     "shard-too-small",  # too few rows
@@ -142,7 +142,7 @@ KnownCode = Literal[
     "size",  # another number of bytes
     "dtype",  # another type of number
     "shape",  # another shape
-    "decode",  # bytes that are no array
+    "decode",  # bytes that are not an array
     "keys",  # other records, keys or number of arrays
     "type",  # a value of another type
     "metrics",  # metrics out of range
@@ -151,8 +151,8 @@ KnownCode = Literal[
     "duplicate",  # a second reply
     "unexpected-reply",  # a reply that nobody asked for
     "secagg-refused",  # a step out of turn, or lists that an honest server would not send
-    "secagg-message",  # a name, key or share that cannot be
-    "secagg-too-few",  # fewer clients or shares than a sum takes
+    "secagg-message",  # a name, key or share that is not valid
+    "secagg-too-few",  # fewer clients or shares than a sum needs
     # runs
     "quorum-not-met",  # too few accepted replies, twice
     "not-enough-sites",  # too few sites in time
@@ -195,7 +195,7 @@ WireCode = NewType("WireCode", str)
 Code: TypeAlias = KnownCode | WireCode
 
 _PLAIN_WORD = re.compile(r"^[a-z]+(?=[,;:]? |'|$)(?! = )")
-"""A word that begins a sentence. Paths, quoted values, settings and kebab-case names are no such words."""
+"""A word that gets a capital at the start of a sentence; paths, quoted values, settings and kebab-case names do not."""
 
 
 def _sentences(*parts: str) -> str:
@@ -205,13 +205,13 @@ def _sentences(*parts: str) -> str:
 
 
 class TsugikiError(Exception):
-    """The root of the tree.
+    """The base class of all errors that Tsugiki raises on purpose.
 
     Args:
         problem: what was wrong with which value.
         expected: what would have been right.
         hint: what to do now.
-        code: a more precise code than the class's own.
+        code: a more precise code than that of the class.
     """
 
     code: Code = "failed"

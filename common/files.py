@@ -20,7 +20,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file beside its place, flush it to the disk, and rename it into place.
 
     Raises:
-        StorageError: `disk-full` or `not-writable`; what was there before is untouched.
+        StorageError: `disk-full` or `not-writable`; an earlier file at this path is unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -36,7 +36,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.close(folder)
     except OSError as error:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # on a full disk, what was written of it is in the way
+            temporary.unlink(missing_ok=True)  # on a full disk, the unfinished file would take space
         raise unwritable(path, error) from error
 
 
@@ -67,10 +67,10 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON-lines file; a last line that a crash cut off is left out.
+    """Return the records of a JSON-lines file, without a last line that a crash cut off.
 
     Raises:
-        StorageError: a line before the last is no JSON.
+        StorageError: a line before the last is not JSON.
     """
     if not path.is_file():
         return []
@@ -86,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file that a run has written.
 
     Raises:
-        StorageError: `run-corrupt`, the file holds no JSON or no object.
+        StorageError: `run-corrupt`, the file is not JSON or holds no object.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -101,10 +101,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold a lock file inside a `with` block, against other processes and other threads.
 
-    The operating system releases the lock of a process that crashes. The file may stay: it holds nothing.
+    The operating system releases the lock of a process that crashes. The file is empty and may stay.
 
     Args:
-        path: of the lock file, in an existing folder.
+        path: path of the lock file, in an existing folder.
         wait: wait until the lock is free; False: raise an error if it is held.
 
     Raises:

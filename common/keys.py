@@ -21,10 +21,10 @@ LONGEST_FILE_BYTES = 10_000
 
 
 def new_key_pair(path: Path) -> Path:
-    """Write a new private key to `path` and its public part to `path`.pub; return the latter.
+    """Write a new private key to `path` and its public part to `path`.pub; return the path of the public part.
 
     Raises:
-        UsageError: either is there already, or cannot be written.
+        UsageError: either file exists already, or cannot be written.
     """
     from cryptography.hazmat.primitives import serialization as form
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -33,7 +33,7 @@ def new_key_pair(path: Path) -> Path:
     private = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption())
     public = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH)
     target = path.with_name(path.name + ".pub")
-    if target.exists():
+    if target.exists():  # checked before anything is written: a new key must not be beside an old public part
         raise UsageError(f"the file {target} is there already", "a new name", "choose another, or delete both files")
     write_private(path, private)
     target.write_bytes(public + b"\n")
@@ -41,20 +41,21 @@ def new_key_pair(path: Path) -> Path:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a new file that only its owner can read; never over another.
+    """Write a new file that only its owner can read; an existing file is never replaced.
 
     Raises:
-        UsageError: it is there already, or cannot be written.
+        UsageError: the file exists already, or cannot be written.
     """
     try:
-        number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        # The file is created with these permissions, so that others can read it at no moment.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise UsageError(
             f"the file {path} is there already", "a new name", "choose another, or delete the file"
         ) from None
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}", "a writable folder", "check the folder") from error
-    with os.fdopen(number, "wb") as file:
+    with os.fdopen(descriptor, "wb") as file:
         file.write(content)
 
 
@@ -85,7 +86,7 @@ def read_private_key(path: Path) -> EllipticCurvePrivateKey:
     """Return a node's private key.
 
     Raises:
-        LinkError: `key-missing`, `key-permissions`, or `key-invalid`: encrypted, or no key of Flower's kind.
+        LinkError: `key-missing`, `key-permissions`, or `key-invalid`: encrypted, or not a key of Flower's kind.
     """
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
@@ -94,8 +95,10 @@ def read_private_key(path: Path) -> EllipticCurvePrivateKey:
     try:
         key = load_ssh_private_key(content, None)
     except Exception as error:  # noqa: BLE001  # cryptography raises ValueError, TypeError and its own
-        locked = b"PRIVATE KEY" in content and ("encrypted" in str(error) or "password" in str(error).lower())
-        why = "it is encrypted, and nobody can be asked for a password" if locked else "it is no OpenSSH private key"
+        why = "it is no OpenSSH private key"
+        about_password = "encrypted" in str(error) or "password" in str(error).lower()
+        if b"PRIVATE KEY" in content and about_password:
+            why = "it is encrypted, and nobody can be asked for a password"
         raise LinkError(
             f"the key {path} cannot be used: {why}", "a key of `tsugiki keys new`", "make a new one", code="key-invalid"
         ) from None
@@ -120,7 +123,7 @@ def read_public_key(path: Path) -> EllipticCurvePublicKey:
 
     try:
         with path.open("rb") as file:
-            content = file.read(LONGEST_FILE_BYTES)
+            content = file.read(LONGEST_FILE_BYTES)  # the operator did not make this file, so its size is not trusted
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", "a public key file", "check the path") from error
     if b"PRIVATE KEY" in content:
@@ -144,5 +147,6 @@ def fingerprint(key: EllipticCurvePublicKey) -> str:
     from cryptography.hazmat.primitives import serialization as form
 
     line = key.public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH)
+    # The line has the type and the key; OpenSSH hashes the key alone.
     digest = hashlib.sha256(base64.b64decode(line.split()[1])).digest()
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")

@@ -1,6 +1,6 @@
-"""The style of all figures, and figures as bytes: equal values give equal bytes.
+"""The style of all figures, and their rendering: equal values give equal bytes.
 
-Matplotlib is slow to import, so that each function imports it when it is called.
+Matplotlib is slow to import, so each function imports it when it is called.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _STYLE: dict[str, Any] = {
 }
 
 _STAMPS: dict[Format, tuple[str, ...]] = {"svg": ("Creator", "Date", "Format", "Type"), "png": ("Software",)}
-"""Metadata that matplotlib writes into a file unless it is switched off."""
+"""Metadata that matplotlib writes into a file unless it is switched off; dates and versions would change the bytes."""
 
 
 def plot_format(path: Path) -> Format:

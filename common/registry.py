@@ -38,7 +38,7 @@ class Registry(Generic[T]):
     """Names and the classes behind them. A folder registers its modules by importing them.
 
     Args:
-        kind: what is registered, as messages call it.
+        kind: the kind of entry, as messages name it.
         group: the group of entry points by which installed packages add to it; empty: they cannot.
         base: the class that every entry is derived from; None: entries are not checked.
 
@@ -63,7 +63,7 @@ class Registry(Generic[T]):
         """Return a decorator that enters its class under `name`.
 
         Raises:
-            RegistryError: `name-taken`; `entry-invalid`, the class is not what is registered here.
+            RegistryError: `name-taken`; `entry-invalid`, the class is incomplete or of another kind.
         """
 
         def enter(entry: T) -> T:
@@ -78,10 +78,10 @@ class Registry(Generic[T]):
         return enter
 
     def get(self, name: str) -> T:
-        """Return what is registered under `name`.
+        """Return the entry that is registered under `name`.
 
         Raises:
-            RegistryError: nothing is; the message lists what is.
+            RegistryError: there is none; the message lists all names.
         """
         self.plugins()
         if name not in self._entries:
@@ -94,7 +94,7 @@ class Registry(Generic[T]):
         return tuple(sorted(self._entries))
 
     def expected(self) -> str:
-        """Return what an unknown name should have been, in words, and which packages could not be loaded."""
+        """Return the known names as words for a message, and the packages that could not be loaded."""
         broken = [f"; {one.package} could not be loaded: {one.problem}" for one in self.plugins() if one.problem]
         return f"one of {', '.join(self.names())}" + "".join(broken)
 
@@ -110,7 +110,7 @@ class Registry(Generic[T]):
         return self._plugins
 
     def _load(self, found: EntryPoint) -> Plugin:
-        """Import what an entry point names. What cannot be loaded is reported, and nothing of it stays registered."""
+        """Import an entry point. If it cannot be loaded, this is reported, and nothing of it stays registered."""
         package = _package(found)
         entry = f"{found.name} = {found.value}"
         before = [(registry, dict(registry._entries)) for registry in _EXTENSIBLE]
@@ -135,7 +135,7 @@ _EXTENSIBLE: list[Registry[Any]] = []
 
 
 def _installed(group: str) -> list[EntryPoint]:
-    """Return the entry points of a group in one order on every machine: of two with the same name, the first stays."""
+    """Return the entry points of a group, in the same order on every machine: the first one of a name is kept."""
     return sorted(entry_points(group=group), key=lambda found: (_package(found), found.name, found.value))
 
 
@@ -144,7 +144,7 @@ def _package(found: EntryPoint) -> str:
 
 
 def _check(kind: str, name: str, entry: Any, base: type) -> None:
-    """Raise RegistryError where a class is not whole: the program would fail later, and elsewhere."""
+    """Check that a class is complete: the program would otherwise fail later, and elsewhere."""
     if not (isinstance(entry, type) and issubclass(entry, base)):
         problem = f"no subclass of {base.__name__}"
     elif inspect.isabstract(entry):

@@ -16,7 +16,7 @@ import numpy as np
 def derive_seed(run_seed: int, *purpose: str | int) -> int:
     """Return a 63-bit seed for one purpose, for example `derive_seed(42, "batches", "site-0", 3)`.
 
-    SHA-256 over the parts with their lengths, so that ("ab", "c") and ("a", "bc") differ.
+    It is a SHA-256 over the parts and their lengths, so that ("ab", "c") and ("a", "bc") differ.
     """
     digest = hashlib.sha256()
     for part in (run_seed, *purpose):
@@ -35,5 +35,5 @@ def seed_everything(seed: int) -> None:
     import torch
 
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # NumPy's old generator takes 32 bits
     torch.manual_seed(seed)

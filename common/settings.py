@@ -1,4 +1,4 @@
-"""The base classes of all settings, and the pieces that several sections share.
+"""The base classes of all settings, and types that several sections share.
 
 A task, an adapter method or a strategy brings a class of its own that adds fields to `TaskSettings`,
 `AdapterSettings` or `StrategySettings`; `common/config/run.py` finds it through the registries.
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
-"""What becomes part of a path or a log line: run, site and file names."""
+"""Pattern of names that become part of a path or a log line: of runs, sites and files."""
 
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 
@@ -26,7 +26,7 @@ class Section(BaseModel):
 
 def _split(value: Any) -> Any:
     """Turn "a, b" or '["a", "b"]' into ("a", "b"): Flower's run config carries no lists."""
-    if isinstance(value, str) and value.startswith("["):
+    if isinstance(value, str) and value.startswith("["):  # as `to_run_config` writes a list
         value = json.loads(value)
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
@@ -39,19 +39,29 @@ def _split_pairs(value: Any) -> Any:
         return value
     if value.startswith("{"):
         return json.loads(value)
-    pairs = {key: name for key, _, name in (str(part).partition("=") for part in _split(value))}
-    return {key.strip(): int(name) if name.strip().isdigit() else name.strip() for key, name in pairs.items()}
+    parts = [str(part).partition("=") for part in _split(value)]
+    pairs = {key: name for key, _, name in parts}
+    return {key.strip(): _name_or_position(name.strip()) for key, name in pairs.items()}
+
+
+def _name_or_position(text: str) -> str | int:
+    return int(text) if text.isdigit() else text
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
 def _split_numbers(value: Any) -> Any:
-    """Turn "2, 4" into (2, 4)."""
+    """Turn "2, 4" into (2, 4). A part that is not a number is kept, so that pydantic reports it."""
     parts = _split(value)
     if not isinstance(parts, tuple):
         return value
-    return tuple(int(part) if isinstance(part, str) and part.isdecimal() else part for part in parts)
+    return tuple(map(_number, parts))
+
+
+def _number(part: Any) -> Any:
+    is_number = isinstance(part, str) and part.isdecimal()
+    return int(part) if is_number else part
 
 
 Ranks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split_numbers)]
@@ -61,7 +71,7 @@ Columns = Annotated[dict[str, str | int], BeforeValidator(_split_pairs)]
 class DataFormat(Section):
     """How tables are read; the ending decides the rest: .csv, .tsv, .jsonl, .parquet, or .txt with a text a line.
 
-    Images need nothing of it.
+    These settings have no effect on images.
     """
 
     columns: Columns = Field(
@@ -87,11 +97,11 @@ class NamingSettings(Section):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The names in these settings that a site resolves as it does `model.name`; most have none."""
+        """The model names in these settings, which a site resolves like `model.name`; empty for most classes."""
         return ()
 
     def resolved(self, source: Callable[[str], str]) -> Self:
-        """Return these settings with what `source` has for each of `models`."""
+        """Return these settings with each of `models` replaced by the name that `source` returns for it."""
         return self
 
 

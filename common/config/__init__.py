@@ -1,1 +1,1 @@
-"""One file describes a run."""
+"""The configuration of a run: its settings, their rules, and the files that hold them."""

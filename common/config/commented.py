@@ -1,4 +1,4 @@
-"""A section of settings as commented TOML: what `tsugiki config init` and `tsugiki site init` write."""
+"""Write a section of settings as commented TOML, for `tsugiki config init` and `tsugiki site init`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ def commented_table(
     Settings that are sections themselves follow as tables of their own.
 
     Args:
-        name: of the table, as "privacy.examples".
-        section: the settings.
+        name: the table's name, such as "privacy.examples".
+        section: the class of the settings.
         shown: values to write instead of the defaults, by key.
-        active: keys of the settings that are not commented out, which come first; None: all. A setting that is
-            commented out begins with "#", its description with "# ".
+        active: keys of the settings that take effect; they come first. None: all. The line of any other setting
+            begins with "#", that of a description with "# ".
     """
     values = shown or {}
-    optional = set(section.model_fields) - set(section.model_fields if active is None else active)
+    optional = set() if active is None else set(section.model_fields) - set(active)
     paragraphs = [f"[{name}]\n{comment(_first_paragraph(section))}".rstrip("\n")]
     tables = []
+    # Settings that take effect come first. The sort is stable, so both groups keep the order of the class.
     for key, field in sorted(section.model_fields.items(), key=lambda item: item[0] in optional):
         if isinstance(field.default, Section):
             tables.append(commented_table(f"{name}.{key}", type(field.default)))
@@ -56,8 +57,10 @@ def comment(text: str) -> str:
 def toml_value(value: Any) -> str:
     """Return a value as TOML on one line."""
     if isinstance(value, Mapping):
+        if not value:
+            return "{}"
         pairs = [f"{toml_key(key)} = {toml_value(inner)}" for key, inner in value.items()]
-        return f"{{ {', '.join(pairs)} }}" if pairs else "{}"
+        return f"{{ {', '.join(pairs)} }}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(toml_value, value))}]"
     return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")

@@ -1,4 +1,4 @@
-"""Run files on disk and on the command line, and their form as Flower's run config."""
+"""Read and write run configurations: TOML files, command-line overrides and Flower's flat run config."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Return the tables of a TOML file.
 
     Raises:
-        ConfigError: there is no such file, or it is no TOML; the message has the line.
+        ConfigError: there is no such file, or it is not TOML; the message names the line.
     """
     try:
         return tomllib.loads(path.read_text("utf-8"))
@@ -50,7 +50,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def override(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return `raw` with `section.key=value` applied; a value is TOML, or else taken as a string."""
+    """Return `raw` with every `section.key=value` applied. A value that is not TOML is taken as a string."""
     changes: dict[str, Any] = {}
     problems = []
     for assignment in overrides:
@@ -79,14 +79,18 @@ def expand(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     problems = []
     for dotted in PATH_KEYS:
         section, key = dotted.split(".")
-        value = result.get(section, {}).get(key) if isinstance(result.get(section), dict) else None
+        table = result.get(section)
+        if not isinstance(table, dict):
+            continue  # `parse` reports a section that is not a table
+        value = table.get(key)
         if isinstance(value, str) and value:
             expanded = os.path.expanduser(os.path.expandvars(value))
+            # `expandvars` keeps the name of a variable that is not set.
             if "$" in expanded:
                 problems.append(
                     Problem(dotted, value, "a path whose environment variables are set", "set them, or write the path")
                 )
-            result[section][key] = expanded
+            table[key] = expanded
     return result, problems
 
 
@@ -105,7 +109,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _absolute(name: str) -> str:
-    """Return the name of a model, as an absolute path if it is a folder here."""
+    """Return the name of a model; if it names a local folder, as an absolute path."""
     folder = os.path.expanduser(name)
     return os.path.abspath(folder) if os.path.isdir(folder) else name
 
@@ -132,10 +136,10 @@ def _flat(value: Any) -> bool | float | int | str:
 
 
 def run_config_defaults() -> dict[str, bool | float | int | str]:
-    """Return what stands in pyproject.toml as [tool.flwr.app.config]: every key of every task, method and strategy.
+    """Return the table [tool.flwr.app.config] of pyproject.toml: every key of every task, method and strategy.
 
-    Flower only takes overrides of keys that are there. Keys that belong to one task, method or strategy alone, and
-    keys whose default depends on it, are empty: `from_run_config` leaves empty values to the default.
+    Flower accepts overrides only for keys in this table. A key is empty if only some tasks, methods or strategies
+    have it, or if its default depends on them: `from_run_config` leaves empty values to the default.
     """
     known = families()
     result: dict[str, bool | float | int | str] = {}
@@ -145,8 +149,13 @@ def run_config_defaults() -> dict[str, bool | float | int | str]:
         for key in keys:
             defaults = [member.model_fields[key].default for member in members if key in member.model_fields]
             shared = len(defaults) == len(members) and all(default == defaults[0] for default in defaults)
-            named = key in ("name", "method") and name in known
-            result[f"{name}.{key}"] = _default_name(name) if named else (_jsonable(defaults[0]) if shared else "")
+            if key in ("name", "method") and name in known:
+                # The name differs between the members of a family, but Flower's table needs one choice.
+                result[f"{name}.{key}"] = _default_name(name)
+            elif shared:
+                result[f"{name}.{key}"] = _jsonable(defaults[0])
+            else:
+                result[f"{name}.{key}"] = ""
     return result
 
 
@@ -156,7 +165,7 @@ def _default_name(section: str) -> str:
 
 def _jsonable(value: Any) -> bool | float | int | str:
     if isinstance(value, Section):
-        return ""  # a table of its own; as text where it is given
+        return ""  # the default of a nested table; an override gives it as text
     return _flat(list(value) if isinstance(value, tuple) else value)
 
 
@@ -191,7 +200,7 @@ def commented(task: str, method: str, strategy: str) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """Return a JSON schema of run files; task, adapter and strategy each allow what is registered."""
+    """Return a JSON schema of run files; task, adapter and strategy allow every registered name."""
     properties: dict[str, Any] = {}
     known = families()
     for name, section in section_classes({}).items():

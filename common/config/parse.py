@@ -1,4 +1,4 @@
-"""From tables of raw settings to a `RunConfig`, with every problem of the file at once."""
+"""Parse tables of raw settings into a `RunConfig`, and report every problem of the file at once."""
 
 from __future__ import annotations
 
@@ -22,18 +22,23 @@ from tsugiki.common.strategies import STRATEGIES, strategy_of
 from tsugiki.common.tasks import TASKS
 
 
-def _chosen(raw: Mapping[str, Any], section: str, key: str, registry: Registry[Any], default: str) -> Any:
-    """Return the registered class that a section names, or a Problem."""
+def _settings_class(
+    raw: Mapping[str, Any], section: str, key: str, registry: Registry[Any], default: str
+) -> type[Section] | Problem:
+    """Return the settings class of the name that a section chooses; a Problem if the name is unknown."""
     name = raw.get(section, {}).get(key, default)
     if isinstance(name, str) and name in registry.names():
-        return registry.get(name)
-    known = (registry.expected(), "choose one of these")
-    expected, hint = REFUSED.get(str(name), known) if registry is ADAPTERS else known
+        settings: type[Section] = registry.get(name).Settings
+        return settings
+    advice = (registry.expected(), "choose one of these")
+    if registry is ADAPTERS:
+        advice = REFUSED.get(str(name), advice)
+    expected, hint = advice
     return Problem(f"{section}.{key}", repr(name)[:80], expected, hint)
 
 
 def families() -> dict[str, list[type[Section]]]:
-    """Return all settings classes of the sections that have one for each name: task, adapter and strategy."""
+    """Return all settings classes of task, adapter and strategy, which have one class for each name."""
     return {
         "task": [TASKS.get(name).Settings for name in TASKS.names()],
         "adapter": [ADAPTERS.get(name).Settings for name in ADAPTERS.names()],
@@ -46,12 +51,10 @@ def section_classes(raw: Mapping[str, Any]) -> dict[str, type[Section] | Problem
     classes: dict[str, type[Section] | Problem] = {}
     for name, field in RunConfig.model_fields.items():
         classes[name] = field.annotation  # type: ignore[assignment]  # pydantic types it as Any | None
-    task = _chosen(raw, "task", "name", TASKS, "sequence-classification")
-    method = _chosen(raw, "adapter", "method", ADAPTERS, "lora")
-    strategy = _chosen(raw, "strategy", "name", STRATEGIES, "fedavg")
-    classes["task"] = task if isinstance(task, Problem) else task.Settings
-    classes["adapter"] = method if isinstance(method, Problem) else method.Settings
-    classes["strategy"] = strategy if isinstance(strategy, Problem) else strategy.Settings
+    # The settings of these three sections depend on the name in the section.
+    classes["task"] = _settings_class(raw, "task", "name", TASKS, "sequence-classification")
+    classes["adapter"] = _settings_class(raw, "adapter", "method", ADAPTERS, "lora")
+    classes["strategy"] = _settings_class(raw, "strategy", "name", STRATEGIES, "fedavg")
     return classes
 
 
@@ -59,8 +62,8 @@ def parse(raw: Mapping[str, Any], source: str = "run file", found: Sequence[Prob
     """Return the validated configuration.
 
     Args:
-        raw: sections of settings.
-        source: where they come from.
+        raw: settings by section.
+        source: where the settings come from, for the error message.
         found: problems that are known already.
 
     Raises:
@@ -68,11 +71,13 @@ def parse(raw: Mapping[str, Any], source: str = "run file", found: Sequence[Prob
     """
     problems = list(found)
     raw = dict(raw)
-    for name in [name for name in raw if name not in RunConfig.model_fields or not isinstance(raw[name], Mapping)]:
-        known = ", ".join(RunConfig.model_fields)
+    known = ", ".join(RunConfig.model_fields)
+    unusable = [name for name in raw if name not in RunConfig.model_fields or not isinstance(raw[name], Mapping)]
+    for name in unusable:
         problems.append(
             Problem(name, repr(raw.pop(name))[:80], f"one of the sections {known}", _did_you_mean(name, known))
         )
+    # Each section is validated by itself, so that one mistake does not hide those in other sections.
     sections: dict[str, Any] = {}
     for name, section in section_classes(raw).items():
         if isinstance(section, Problem):
@@ -82,7 +87,7 @@ def parse(raw: Mapping[str, Any], source: str = "run file", found: Sequence[Prob
             sections[name] = section.model_validate(raw.get(name, {}))
         except ValidationError as error:
             problems += [explain(name, section, detail) for detail in error.errors()]
-    if not problems:
+    if not problems:  # rules between settings need a whole run
         config = _with_factors(RunConfig(**sections))
         problems = cross_checks(config) + strategy_problems(config) + privacy_problems(config)
     if problems:
@@ -94,7 +99,7 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """Return a configuration with some of its settings changed, and validated as a file would be.
 
     Args:
-        config: stays as it is.
+        config: the configuration to start from; it is not modified.
         changes: new values by dotted key, such as `{"train.device": "cpu"}`. The name of a section alone replaces the
             whole section; what its new table leaves out gets its default.
 
@@ -108,7 +113,7 @@ def with_changes(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     """Return tables of raw settings with values set by dotted key.
 
     Args:
-        raw: stays as it is. A section of it that is no table stays too, for `parse` to report.
+        raw: settings by section, not modified. A section that is not a table is kept, so that `parse` reports it.
         changes: new values by dotted key.
     """
     result = dict(raw)
@@ -127,11 +132,13 @@ def _with_value(table: Mapping[str, Any], keys: Sequence[str], value: Any) -> di
     if not rest:
         return {**table, first: value}
     inner = table.get(first)
-    return {**table, first: _with_value(inner if isinstance(inner, Mapping) else {}, rest, value)}
+    if not isinstance(inner, Mapping):
+        inner = {}
+    return {**table, first: _with_value(inner, rest, value)}
 
 
 def _with_factors(config: RunConfig) -> RunConfig:
-    """Return the run with what follows for LoRA's factors from strategy and privacy."""
+    """Return the run with the LoRA settings that follow from its strategy and privacy."""
     strategy = strategy_of(config.strategy)
     adapter = strategy.complete(config.adapter)
     private = config.privacy.mode != "none" or config.privacy.examples.enabled
@@ -164,7 +171,7 @@ _PYDANTIC_WORDS = {
 
 
 def _after_must_be(message: str) -> str:
-    """Return one of pydantic's messages, `String should have at least 1 character`, as what a value must be."""
+    """Turn a message of pydantic, such as `String should have at least 1 character`, into words after "must be"."""
     message = message[:1].lower() + message[1:]
     for pattern, words in _PYDANTIC_WORDS.items():
         message = re.sub(pattern, words, message)
@@ -173,7 +180,9 @@ def _after_must_be(message: str) -> str:
 
 def _did_you_mean(name: str, known: str) -> str:
     close = difflib.get_close_matches(name, known.split(", "), 1)
-    return f"write {close[0]!r}, if that is what you mean" if close else "remove it"
+    if close:
+        return f"write {close[0]!r}, if that is what you mean"
+    return "remove it"
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""What does not go together: problems between settings that are right by themselves."""
+"""Find conflicts between settings that are each valid by themselves."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ if TYPE_CHECKING:
 
 
 def cross_checks(config: RunConfig) -> list[Problem]:
-    """Return the problems between sections, or inside one."""
+    """Return conflicts between the sections of a run, except those of `[strategy]` and `[privacy]`."""
     return (
         _federation_problems(config) + _model_problems(config) + _train_problems(config) + _validation_problems(config)
     )
 
 
 def _federation_problems(config: RunConfig) -> list[Problem]:
+    """Return conflicts in the simulation, the evaluation, or LoRA's second pair."""
     problems = []
     sites = config.simulation.clients
     wanted = config.strategy.min_clients
+    # A split by column finds its number of clients only when the data are read.
     if config.simulation.data and config.simulation.partition != "by-column" and wanted > sites:
         problems.append(
             Problem(
@@ -49,7 +51,7 @@ def _federation_problems(config: RunConfig) -> list[Problem]:
 
 
 def _model_problems(config: RunConfig) -> list[Problem]:
-    """Return with what a base in 4 bits, or one whose activations are computed twice, does not go together."""
+    """Return conflicts of 4-bit loading or gradient checkpointing with other settings."""
     model = config.model
     problems = []
     task = TASKS.get(config.task.name)
@@ -82,6 +84,7 @@ def _model_problems(config: RunConfig) -> list[Problem]:
 
 
 def _train_problems(config: RunConfig) -> list[Problem]:
+    """Return conflicts of the optimizer and the local loop with other settings."""
     problems = []
     if config.train.bf16 and config.train.device == "cpu":
         problems.append(Problem("train.bf16", "true", "false on a CPU", 'set train.device = "cuda", or drop bf16'))
@@ -105,7 +108,7 @@ def _train_problems(config: RunConfig) -> list[Problem]:
 
 
 def _validation_problems(config: RunConfig) -> list[Problem]:
-    """Return what is wrong with validation inside a round, beside the rest of the run."""
+    """Return conflicts of validation inside a round with other settings."""
     train = config.train
     found = []
     steps = config.train.validate_every_steps
@@ -123,13 +126,14 @@ def _validation_problems(config: RunConfig) -> list[Problem]:
 
 
 def strategy_problems(config: RunConfig) -> list[Problem]:
-    """Return the problems between `[strategy]` and the other sections."""
+    """Return conflicts between `[strategy]` and the other sections."""
     strategy = strategy_of(config.strategy)
     name = strategy.name
     adapter = config.adapter
     found = []
     if strategy.needs_lora and isinstance(adapter, LoraSettings):
         found += _factor_problems(config, adapter)
+    # A strategy that needs LoRA may read LoRA's settings in its own check, so the check is skipped without LoRA.
     if isinstance(adapter, LoraSettings) or not strategy.needs_lora:
         found += strategy.problems(config)
     else:
@@ -143,7 +147,7 @@ def strategy_problems(config: RunConfig) -> list[Problem]:
 
 
 def _rank_problems(config: RunConfig) -> list[Problem]:
-    """Return what is wrong with the ranks of simulated sites."""
+    """Return conflicts of the simulated sites' ranks with the strategy or the adapter."""
     ranks = config.simulation.ranks
     if not ranks:
         return []
@@ -159,12 +163,13 @@ def _rank_problems(config: RunConfig) -> list[Problem]:
 
 
 def _factor_problems(config: RunConfig, adapter: LoraSettings) -> list[Problem]:
-    """Return what keeps a strategy for LoRA's factors from finding them as it needs them."""
+    """Return the settings of a LoRA run that a strategy on LoRA's factors cannot work with."""
     strategy = strategy_of(config.strategy)
     name = strategy.name
     found = []
     wanted = "yes" if strategy.freezes_a else "no"
-    private = config.privacy.mode != "none" or config.privacy.examples.enabled  # freezes A, and refuses the strategy
+    # Privacy freezes A whatever the strategy wants, and has rules of its own for the strategy.
+    private = config.privacy.mode != "none" or config.privacy.examples.enabled
     if not private and adapter.freeze_a not in {wanted, "auto"}:
         expected = f'"{wanted}" or "auto" with strategy {name}'
         found.append(Problem("adapter.freeze_a", repr(adapter.freeze_a), expected, "remove it"))
@@ -183,13 +188,13 @@ def _factor_problems(config: RunConfig, adapter: LoraSettings) -> list[Problem]:
 
 
 def privacy_problems(config: RunConfig) -> list[Problem]:
-    """Return the problems between `[privacy]` and the other sections."""
+    """Return conflicts between `[privacy]` and the other sections."""
     privacy = config.privacy
     found = _example_problems(config)
     if privacy.mode == "none":
         return found + _idle_settings(config)
     noisy = privacy.noise_multiplier > 0 or privacy.target_epsilon > 0
-    if not noisy and not privacy.secure_aggregation:
+    if not noisy and not privacy.secure_aggregation:  # secure aggregation protects updates without noise, too
         wanted = "above 0, or privacy.noise_multiplier above 0"
         found.append(
             Problem("privacy.target_epsilon", "0.0", wanted, "`tsugiki budget FILE`, which shows what each costs")
@@ -208,7 +213,7 @@ def privacy_problems(config: RunConfig) -> list[Problem]:
 
 
 def _idle_settings(config: RunConfig) -> list[Problem]:
-    """Return settings that promise something which the mode "none" does not do."""
+    """Return the privacy settings that have no effect because the mode is "none"."""
     privacy = config.privacy
     idle = {
         "target_epsilon": privacy.target_epsilon > 0,
@@ -228,6 +233,7 @@ def _idle_settings(config: RunConfig) -> list[Problem]:
 
 
 def _mode_problems(config: RunConfig) -> list[Problem]:
+    """Return the privacy settings that need another mode."""
     privacy = config.privacy
     found = []
     if privacy.secure_aggregation and privacy.mode != "distributed":
@@ -246,7 +252,7 @@ def _mode_problems(config: RunConfig) -> list[Problem]:
 
 
 def _count_problems(config: RunConfig) -> list[Problem]:
-
+    """Return conflicts between the numbers of clients, of sites, and of those that a sum needs."""
     privacy = config.privacy
     clients = config.enrolled_clients
     found = []
@@ -265,7 +271,7 @@ def _count_problems(config: RunConfig) -> list[Problem]:
     if privacy.honest_fraction * config.strategy.min_clients < 1:
         expected = f"at least 1 / min_clients, which is {1 / config.strategy.min_clients:.3g}"
         found.append(Problem("privacy.honest_fraction", str(privacy.honest_fraction), expected, "raise either of them"))
-    sites = -(-config.simulation.clients // config.simulation.clients_per_site)
+    sites = -(-config.simulation.clients // config.simulation.clients_per_site)  # rounded up: the last may be smaller
     if privacy.secure_aggregation and config.simulation.data and sites > MOST_CLIENTS:
         expected = f"false with {sites} sites: a sum has at most {MOST_CLIENTS}"
         found.append(Problem("privacy.secure_aggregation", "true", expected, "raise simulation.clients_per_site"))
@@ -293,6 +299,7 @@ def _count_problems(config: RunConfig) -> list[Problem]:
 
 
 def _example_problems(config: RunConfig) -> list[Problem]:
+    """Return conflicts of DP-SGD at the sites with other settings."""
     examples = config.privacy.examples
     found = []
     if examples.enabled and config.evaluation.at_sites:

@@ -1,6 +1,6 @@
-"""One file describes a run: its sections, their defaults, and what follows from them.
+"""The settings of a run: its sections, their defaults, and values that follow from them.
 
-Every setting has its one default here, or in the settings class of a task, adapter method or strategy.
+Every setting has its only default here, or in the settings class of a task, adapter method or strategy.
 """
 
 from __future__ import annotations
@@ -73,9 +73,11 @@ class ModelSection(Section):
 
     @property
     def exported_name(self) -> str:
-        """What an export names as its base: never a path of this machine."""
-        looks_public = not self.name.startswith(("package:", "/", ".", "~"))
-        return self.public_name or (self.name if looks_public else "")
+        """The name of the base model in exports, never a path of this machine; empty if it has no public name."""
+        if self.public_name:
+            return self.public_name
+        is_local = self.name.startswith(("package:", "/", ".", "~"))
+        return "" if is_local else self.name
 
 
 class TrainSection(Section):
@@ -312,37 +314,40 @@ class RunConfig(Section):
 
     @property
     def monitor(self) -> str:
-        """The metric that decides what is best, without `eval_`."""
+        """The metric that decides which round is best, without the prefix `eval_`."""
         return self.evaluation.monitor.removeprefix("eval_") or TASKS.get(self.task.name)(self.task).monitor
 
     @property
     def enrolled_clients(self) -> int:
-        """How many clients may ever take part in a private run."""
+        """The number of clients that may ever take part in a private run."""
         simulated = self.simulation.clients if self.simulation.data else 0
         return self.privacy.enrolled_clients or simulated or self.strategy.min_clients
 
     @property
     def most_clients_of_a_site(self) -> int:
-        """How many clients one site may stand for in a private run."""
+        """The most clients that one site may represent in a private run."""
         simulated = self.simulation.clients_per_site if self.simulation.data else 1
         return self.privacy.max_clients_per_site or simulated
 
     @property
     def sha256(self) -> str:
-        """Hash over what shapes the result: not the run's folder, the base's public name, engine or patience."""
-        apart: Any = {"run": {"output_dir"}, "model": {"public_name"}, "simulation": {"engine"}}
-        apart["strategy"] = {"connect_timeout_s", "round_timeout_s"}
-        apart["privacy"] = set(PrivacySection.model_fields) - {"mode", "examples"}  # the privacy plan says the rest
-        body = self.model_dump(mode="json", exclude=apart)
+        """Hash over the settings that shape the result.
+
+        It leaves out the run's folder, the base's public name, the engine and the timeouts.
+        """
+        excluded: Any = {"run": {"output_dir"}, "model": {"public_name"}, "simulation": {"engine"}}
+        excluded["strategy"] = {"connect_timeout_s", "round_timeout_s"}
+        excluded["privacy"] = set(PrivacySection.model_fields) - {"mode", "examples"}  # the plan's hash covers the rest
+        body = self.model_dump(mode="json", exclude=excluded)
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     def with_plan(self, plan: Plan | None) -> RunConfig:
-        """Return a copy whose [privacy] states the numbers that the plan took from elsewhere.
+        """Return a copy whose [privacy] contains the numbers that the plan took from calibration or other sections.
 
-        A plan made from the copy is the same plan, without calibration and without knowing the simulation.
+        From the copy, the same plan can be made without calibration and without the [simulation] section.
 
         Args:
-            plan: of this run; None: of a run without privacy, which is returned as it is.
+            plan: the run's privacy plan; None: the run has no privacy, and is returned unchanged.
         """
         if plan is None:
             return self
@@ -354,17 +359,18 @@ class RunConfig(Section):
         return self.model_copy(update={"privacy": self.privacy.model_copy(update=numbers)})
 
     def for_sites(self, plan: Plan | None = None) -> str:
-        """Return, as JSON, what sites have to know: none of the operator's data files or output folders.
+        """Return the settings that sites need, as JSON, without the operator's data files and output folders.
 
         `model.name` is sent unchanged, because a site resolves it through its own [models].
 
         Args:
-            plan: of a private run: its numbers are sent too, so that a site can make the same plan. None: of a run
-                without privacy.
+            plan: the run's privacy plan, whose numbers are sent too, so that a site can make the same plan; None: the
+                run has no privacy.
         """
         sections = {"model", "task", "adapter", "train", "privacy", "strategy"}
+        # Of these sections sites get everything, of evaluation and run only what their work needs.
         body = self.with_plan(plan).model_dump(mode="json", include=sections)
-        body["privacy"].pop("ledger")
+        body["privacy"].pop("ledger")  # a path of the operator's machine
         body["evaluation"] = {"batch_size": self.evaluation.batch_size, "monitor": self.evaluation.monitor}
         body["run"] = {"name": self.run.name, "rounds": self.run.rounds, "seed": self.run.seed}
         return json.dumps(body, sort_keys=True)

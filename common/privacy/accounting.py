@@ -1,4 +1,4 @@
-"""What was spent: epsilon of all releases together, by Google's `dp-accounting`.
+"""Compute the epsilon of all releases together, with Google's `dp-accounting`.
 
 A release is one noisy value that an adversary saw. Gaussian releases are accounted exactly, sampled Gaussian ones by
 privacy loss distributions, Skellam ones (and mixtures) by Renyi differential privacy; all under zero-out adjacency
@@ -18,21 +18,22 @@ from tsugiki.common.privacy.clipping import LEVELS
 
 RELATION = "zero-out (REPLACE_SPECIAL)"
 _DISCRETIZATION = 1e-3
-_MOST_NOISE = 10_000.0  # what [privacy] takes
+_MOST_NOISE = 10_000.0  # the largest value that [privacy] accepts
 _PLD_MOST_EPSILON = 100.0
-"""Above, a privacy loss distribution takes gigabytes: the bound by RDP is told. No such figure promises anything."""
+"""Above it, a privacy loss distribution takes gigabytes, so the RDP bound is used. No such figure promises anything."""
 _ORDERS = (*range(2, 64), 72, 96, 128, 192, 256, 384, 512, 1024, 2048)
 """Renyi orders; integers, because the Skellam bound is proved for these."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """One noisy value that somebody saw.
+    """One noisy value that an adversary saw.
 
     Args:
-        noise: its distribution.
+        noise: distribution of the noise.
         noise_multiplier: the standard deviation of the noise over the sensitivity; 0: no noise, no privacy.
-        sampling_probability: of each client to be in it at all, if whoever sees it does not know who is; else 1.
+        sampling_probability: probability of each client to be in the value, if the adversary does not know which
+            clients are; else 1.
         dimension: number of coordinates; Skellam only.
     """
 
@@ -42,7 +43,7 @@ class Release:
     dimension: int = 1
 
     def event(self) -> Any:
-        """Return it as a `dp_accounting.DpEvent`."""
+        """Return the release as a `dp_accounting.DpEvent`."""
         import dp_accounting
 
         if self.noise_multiplier <= 0:
@@ -58,7 +59,7 @@ class Release:
 def skellam_zcdp(noise_multiplier: float, dimension: int, levels: int = LEVELS) -> tuple[float, float]:
     """Return (rho, xi) so that a Skellam release has a Renyi divergence of at most xi + rho * a for integers a > 1.
 
-    The bound's two branches are both linear in a; the smaller one at a = 2 is taken. A negative xi is taken as 0.
+    The bound has two branches, both linear in a; the one that is smaller at a = 2 is used. A negative xi becomes 0.
 
     Args:
         noise_multiplier: standard deviation of the noise over the L2 sensitivity.
@@ -80,10 +81,10 @@ def epsilon(releases: Iterable[Release] | Mapping[Release, int], delta: float) -
     """Return the epsilon of all releases together; infinite if one of them had no noise.
 
     Args:
-        releases: in any order, or how often each was made.
+        releases: all releases, in any order, or the number of times that each was made.
         delta: in (0, 1).
     """
-    counts = Counter(releases)  # takes counts as well
+    counts = Counter(releases)  # accepts a mapping of counts, too
     return _epsilon(tuple(sorted(counts.items(), key=repr)), delta)
 
 
@@ -97,9 +98,11 @@ def _epsilon(counts: tuple[tuple[Release, int], ...], delta: float) -> float:
     from dp_accounting.pld import PLDAccountant
     from dp_accounting.rdp import RdpAccountant
 
+    # Gaussians alone have an exact epsilon.
     merged = _merge_gaussians(counts)
     if len(merged) == 1 and merged[0][0].noise == "gaussian" and merged[0][0].sampling_probability >= 1:
         return float(dp_accounting.get_epsilon_gaussian(merged[0][0].noise_multiplier, delta))
+    # Everything else is bounded by RDP; without Skellam noise, a privacy loss distribution may be tighter.
     relation = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
     renyi = RdpAccountant(_ORDERS, relation)
     for release, count in merged:
@@ -114,9 +117,9 @@ def _epsilon(counts: tuple[tuple[Release, int], ...], delta: float) -> float:
 
 
 def _merge_gaussians(counts: tuple[tuple[Release, int], ...]) -> list[tuple[Release, int]]:
-    """Return the same releases with all Gaussian ones that are not sampled as the single one that equals them.
+    """Return the releases with all Gaussian ones that are not sampled replaced by a single equivalent one.
 
-    Gaussians of z_1, z_2, ... are together as revealing as one of (1 / z_1^2 + 1 / z_2^2 + ...)^(-1/2).
+    Gaussians of z_1, z_2, ... together reveal as much as one of (1 / z_1^2 + 1 / z_2^2 + ...)^(-1/2).
     Source: Dong, Roth and Su 2022, arXiv:1905.02383, corollary 3.3.
     """
     plain = [(r, count) for r, count in counts if r.noise == "gaussian" and r.sampling_probability >= 1]
@@ -128,10 +131,10 @@ def _merge_gaussians(counts: tuple[tuple[Release, int], ...]) -> list[tuple[Rele
 def calibrate(
     make: Callable[[float], Iterable[Release] | Mapping[Release, int]], target_epsilon: float, delta: float
 ) -> float:
-    """Return the least noise multiplier, to 4 digits and rounded up, with which the releases keep the target.
+    """Return the smallest noise multiplier, rounded up to 4 digits, with which the releases keep the target epsilon.
 
     Args:
-        make: returns all releases of a run, given the noise multiplier.
+        make: called with a noise multiplier; returns all releases of a run.
         target_epsilon: above 0.
         delta: in (0, 1).
 
@@ -142,6 +145,7 @@ def calibrate(
     def spent(noise_multiplier: float) -> float:
         return epsilon(make(noise_multiplier), delta)
 
+    # Double the noise until it is enough, then bisect.
     low = 1e-2
     high = 1.0
     while spent(high) > target_epsilon:
@@ -152,6 +156,7 @@ def calibrate(
     while high - low > 1e-4 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if spent(middle) <= target_epsilon else (middle, high)
+    # Rounded up to 4 digits, so that the rounded multiplier keeps the target, too.
     digits = 4 - math.ceil(math.log10(high))
     rounded = math.ceil(high * 10**digits) / 10**digits
     return min(float(rounded), _MOST_NOISE)

@@ -1,9 +1,9 @@
-"""Constrain what one client can change: scale its update to a bounded L2 norm, in integers.
+"""Limit the influence of one client: scale its update to a bounded L2 norm, in integers.
 
-Everything private is done on integers. A float has more values near zero than elsewhere, so that the low bits of a
-noisy float can betray what was under the noise (Mironov 2012, section 4); and a sum of rounded floats is not the
-rounded sum. An update is therefore measured in levels, `LEVELS` of them a clip norm, rounded toward zero, and its
-norm is checked exactly.
+All private arithmetic uses integers. Floats are denser near zero than elsewhere, so the low bits of a noisy float can
+reveal the value under the noise (Mironov 2012, section 4); and a sum of rounded floats is not the rounded sum. An
+update is therefore measured in levels (`LEVELS` of them are one clip norm) and rounded toward zero, and its norm is
+checked exactly.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ Levels = npt.NDArray[np.int64]
 """Updates in units of clip_norm / LEVELS; shape (size,), or (clients, size)."""
 
 LEVELS = 2**16
-"""Levels of a clip norm. More would round less (at most 1 / LEVELS of the clip norm a coordinate now), but above about
-10^12 NumPy's Poisson sampler loses its acceptance test to float64's rounding, and the noise's variance is about
-(LEVELS * noise_multiplier)^2."""
+"""Number of levels in a clip norm. Rounding changes a coordinate by at most 1 / LEVELS of the clip norm, and more
+levels would make that smaller. But the noise has a variance of about (LEVELS * noise_multiplier)^2, and above about
+10^12 the acceptance test of NumPy's Poisson sampler fails, because float64 rounds."""
 
 
 @dataclass(frozen=True)
 class Clipped:
-    """Clipped updates, and what clipping did to them; the numbers stay with whoever clipped.
+    """Clipped updates, and how clipping changed them. The party that clipped keeps `norm` and `null` to itself.
 
     Args:
-        levels: shape (..., size).
-        norm: L2 norms before, shape (...); 0 for updates that were not finite, infinite above 1e154.
-        null: which updates were not finite and became zero, shape (...), bool.
+        levels: the clipped updates, shape (..., size).
+        norm: L2 norms before clipping, shape (...); 0 for updates that were not finite, infinite above 1e154.
+        null: whether an update was not finite and became zero, shape (...), bool.
     """
 
     levels: Levels
@@ -41,8 +41,8 @@ class Clipped:
 def clip(update: npt.NDArray[Any], clip_norm: float) -> Clipped:
     """Scale each update to an L2 norm of at most `clip_norm` and round it toward zero.
 
-    The norm is taken over the whole last axis, in float64, without overflow. An update with a NaN or an infinity in it
-    becomes zero: to raise an error would tell the server something about the data.
+    The norm is taken over the whole last axis, in float64, without overflow. An update with a NaN or an infinity
+    becomes zero, because an error would reveal something about the data to the server.
 
     Args:
         update: local minus received adapters, shape (..., size), any numeric type.
@@ -55,24 +55,26 @@ def clip(update: npt.NDArray[Any], clip_norm: float) -> Clipped:
     null = np.asarray(~np.isfinite(values).all(axis=-1))
     if null.any():
         values = np.where(null[..., None], 0.0, values)
+    # Short updates keep their length: the factor then only changes the unit to levels.
     norm = _norm(values)
     factor = LEVELS / np.where(norm > clip_norm, norm, clip_norm)
     huge = np.isinf(norm)  # squares of 1e200 overflow; such updates are scaled down first
     if huge.any():
         values = np.where(huge[..., None], values * 2.0**-600, values)
         factor = np.where(huge, LEVELS / _norm(values), factor)
+    # Rounding toward zero makes no coordinate longer, so it does not undo the clipping.
     levels = np.trunc(values * factor[..., None]).astype(np.int64)
     return Clipped(_within(levels), norm, null)
 
 
 def _norm(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return L2 norms over the last axis, shape (...); infinite where a square is."""
+    """Return L2 norms over the last axis, shape (...); infinite where a square overflows."""
     with np.errstate(over="ignore"):
         return np.asarray(np.sqrt(np.einsum("...i,...i->...", values, values)))
 
 
 def _within(levels: Levels) -> Levels:
-    """Return the levels, moved toward zero where float rounding has left the exact norm above `LEVELS`."""
+    """Return the levels, moved toward zero where float rounding leaves the exact norm above `LEVELS`."""
     while (over := squared_norm(levels) > LEVELS**2).any():
         levels = np.where(over[..., None], levels - np.sign(levels), levels)
     return levels

@@ -1,7 +1,7 @@
 """A running privacy account on disk: one line for every release, written and flushed before it leaves.
 
-A ledger belongs to a group of clients, not to a run: later runs on the same clients go on with it, and so do runs at
-the same time. A round that is voided, repeated or lost in a crash stays charged to whoever may have seen it. Lines are
+A ledger belongs to a group of clients, not to a run: later and simultaneous runs on the same clients continue it. A
+round that is voided, repeated or lost in a crash stays charged to every adversary that may have seen it. Lines are
 chained by hashes, as in the audit log.
 """
 
@@ -25,14 +25,14 @@ _EXHAUSTED: dict[Adversary, Code] = {"rows": "rows-exhausted"}
 
 
 class Ledger:
-    """What was spent on some clients.
+    """The privacy account of a group of clients.
 
     Args:
-        path: the file; its folder exists.
-        delta: of every epsilon.
-        budgets: the most epsilon of some adversaries.
-        seeded: whether the run at hand has seeded noise itself, and counts such rounds as they were planned; for any
-            other run they have shown everything.
+        path: the ledger's file; its folder exists.
+        delta: the delta of every epsilon.
+        budgets: the largest epsilon allowed, for some adversaries.
+        seeded: whether the current run has seeded noise itself. If so, it counts rounds with seeded noise as they were
+            planned; any other run counts them as rounds without noise.
     """
 
     def __init__(self, path: Path, delta: float, budgets: Mapping[Adversary, float], seeded: bool = False) -> None:
@@ -42,22 +42,22 @@ class Ledger:
         self.seeded = seeded
 
     def spent(self) -> dict[Adversary, Counter[Release]]:
-        """Return all releases so far and how often, by adversary.
+        """Return all releases so far, with their counts, by adversary.
 
         Raises:
             StorageError: the file was tampered with.
         """
-        found: dict[Adversary, Counter[Release]] = {who: Counter() for who in ADVERSARIES}
+        found: dict[Adversary, Counter[Release]] = {adversary: Counter() for adversary in ADVERSARIES}
         for line in verify(self.path):
             if line["event"] == EVENT:
                 release = Release(**line["release"])
                 if line.get("private") is False and not self.seeded:
-                    release = replace(release, noise_multiplier=0.0)  # anybody can draw its noise too
+                    release = replace(release, noise_multiplier=0.0)  # its noise is known to anybody with the seed
                 found[line["adversary"]][release] += line["count"]
         return found
 
     def rounds(self, run: str) -> int:
-        """Return how many rounds of a run have been charged as released, whoever else is on the ledger.
+        """Return the number of rounds of a run that are charged as released; other runs on the ledger do not count.
 
         Raises:
             StorageError: the file was tampered with.
@@ -66,47 +66,53 @@ class Ledger:
         return len({line["round"] for line in lines if line["adversary"] == "release"})
 
     def epsilons(self) -> dict[Adversary, float]:
-        """Return the epsilon of each adversary who has seen anything; infinite where there was no noise."""
-        return {who: epsilon(releases, self.delta) for who, releases in self.spent().items() if releases}
+        """Return the epsilon of each adversary that has seen a release; infinite if a release had no noise."""
+        spent = self.spent().items()
+        return {adversary: epsilon(releases, self.delta) for adversary, releases in spent if releases}
 
     def check(self, seen: Mapping[Adversary, tuple[Release, int]]) -> None:
-        """Do nothing if so many more releases are within all budgets.
-
-        Raises:
-            BudgetError: it is not.
-        """
-        spent = self.spent()
-        for who in sorted(self.budgets.keys() & seen.keys()):
-            self._check(who, spent[who], *seen[who])
-
-    def charge(self, who: Adversary, release: Release, count: int = 1, **details: Any) -> float:
-        """Write down one release, before it leaves; return the epsilon with it.
+        """Check that these further releases are within all budgets.
 
         Args:
-            who: sees it.
-            release: what is seen.
-            count: how many of them.
-            details: run, round and attempt, for the reader; private, False where the noise is seeded.
+            seen: by adversary, a release and the number of times that it is to be made.
 
         Raises:
-            BudgetError: it would exceed the budget; nothing was written, and nothing may leave.
-            StorageError: it cannot be written; nothing may leave either.
+            BudgetError: a budget would be exceeded.
         """
+        spent = self.spent()
+        for adversary in sorted(self.budgets.keys() & seen.keys()):
+            self._check(adversary, spent[adversary], *seen[adversary])
+
+    def charge(self, who: Adversary, release: Release, count: int = 1, **details: Any) -> float:
+        """Write a release to the ledger before it leaves, and return the epsilon that includes it.
+
+        Args:
+            who: the adversary that sees the release.
+            release: what the adversary sees.
+            count: the number of such releases.
+            details: run, round and attempt, for the reader; `private`, False if the noise is seeded.
+
+        Raises:
+            BudgetError: the release would exceed the budget; nothing was written, and nothing may leave.
+            StorageError: the ledger cannot be written; nothing may leave either.
+        """
+        # Two runs must not both spend what is left, so the check and the line share a lock.
         with locked(self.path.with_name(f".{self.path.name}.lock")):
             spent = self.spent()[who]
             total = self._check(who, spent, release, count)
-            told = {"delta": self.delta, "epsilon": total if math.isfinite(total) else None}
-            AuditLog(self.path).write(EVENT, adversary=who, release=asdict(release), count=count, **told, **details)
+            cost = {"delta": self.delta, "epsilon": total if math.isfinite(total) else None}  # JSON has no infinity
+            AuditLog(self.path).write(EVENT, adversary=who, release=asdict(release), count=count, **cost, **details)
         return total
 
-    def _check(self, who: Adversary, spent: Counter[Release], release: Release, count: int) -> float:
+    def _check(self, adversary: Adversary, spent: Counter[Release], release: Release, count: int) -> float:
+        """Return the epsilon with `count` more releases, after checking it against the budget."""
         total = epsilon(spent + Counter({release: count}), self.delta)
-        budget = self.budgets.get(who, math.inf)
+        budget = self.budgets.get(adversary, math.inf)
         if total > budget:
             raise BudgetError(
-                f"by the ledger {self.path.name}, epsilon would be {total:.4g} for {ADVERSARIES[who]}",
+                f"by the ledger {self.path.name}, epsilon would be {total:.4g} for {ADVERSARIES[adversary]}",
                 f"at most {budget:g}",
                 "a larger budget, if these clients agree to it; the last model is kept",
-                code=_EXHAUSTED.get(who),
+                code=_EXHAUSTED.get(adversary),
             )
         return total

@@ -1,14 +1,14 @@
-"""Who adds which noise, and what each adversary sees of it: one class a mode.
+"""The privacy modes, one class each: who adds which noise, and what each adversary sees.
 
-Each step of a mechanism says how much noise it adds; the plan (`common/privacy/plan.py`) holds the numbers. There are
-three adversaries, each with a ledger of its own:
+The methods of a mode return the noise of each party; the plan (`common/privacy/plan.py`) contains the numbers. There
+are three adversaries, each with a ledger of its own:
 
-- `release`: whoever sees the models that the run releases; also every other site.
-- `sums`: a curious server under secure aggregation; it sees the sums that were opened, and who is in them.
-- `uploads`: a curious server without secure aggregation; it sees what each site sends.
+- `release`: anyone who sees the models that the run releases, and every other site.
+- `sums`: a curious server under secure aggregation; it sees the sums that were opened, and whose updates are in them.
+- `uploads`: a curious server without secure aggregation; it sees each site's upload.
 
-A fourth ledger, `rows`, belongs to another promise: DP-SGD at a site protects one row of it
-(`client/training/dp_sgd.py`). It is kept by the site alone and never added to the others, which protect a whole client.
+A fourth ledger, `rows`, is for DP-SGD at a site, which protects single rows (`client/training/dp_sgd.py`). Only the
+site keeps it, and it is never added to the others, which protect a whole client.
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ class Mechanism(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     budgeted: ClassVar[tuple[Adversary, ...]]
-    """The ledgers that `target_epsilon` bounds: of the adversaries that the mode is there against."""
+    """The adversaries that the mode protects against; `target_epsilon` bounds their ledgers."""
 
     @classmethod
     @abstractmethod
     def seen(cls, plan: Plan) -> dict[Adversary, Release]:
-        """Return what a round shows to each adversary who sees anything of it."""
+        """Return the release that each adversary sees in a round, without adversaries that see nothing."""
 
     @classmethod
     def client_noise(cls, plan: Plan, draw: np.random.Generator, clients: int = 1) -> Levels:
-        """Return the sum of what so many clients add to their clipped updates, in levels, shape (dimension,).
+        """Return the sum of the noise that `clients` clients add to their clipped updates, in levels.
 
-        Behind a gateway only the sum leaves. It is drawn as one: a sum of k independent shares has the distribution of
-        a single one of k times the variance.
+        Its shape is (dimension,). A gateway sends only the sum over its clients, so their noise is drawn at once: a
+        sum of k independent shares has the distribution of one share with k times the variance.
         """
         return np.zeros(plan.dimension, np.int64)
 
     @classmethod
     def server_noise(cls, plan: Plan, draw: np.random.Generator) -> npt.NDArray[np.float64]:
-        """Return what the server adds to the sum, in levels, shape (dimension,)."""
+        """Return the noise that the server adds to the sum, in levels, shape (dimension,)."""
         return np.zeros(plan.dimension)
 
     @classmethod
@@ -91,13 +91,13 @@ class Central(Mechanism):
 
     @classmethod
     def seen(cls, plan: Plan) -> dict[Adversary, Release]:
-        """The models, with the noise; the server sees the updates as they are."""
+        """Return the models, with the noise, and the uploads, without noise."""
         noisy = Release("gaussian", plan.noise_multiplier, plan.sampling_probability)
         return {"release": noisy, "uploads": Release("gaussian", 0.0)}
 
     @classmethod
     def server_noise(cls, plan: Plan, draw: np.random.Generator) -> npt.NDArray[np.float64]:
-        """Gaussian noise of standard deviation z on the sum."""
+        """Return Gaussian noise of standard deviation z on the sum."""
         return gaussian(draw, math.sqrt(cls.server_variance(plan)), (plan.dimension,))
 
     @classmethod
@@ -110,8 +110,8 @@ class Central(Mechanism):
 class Local(Mechanism):
     """Each client adds all of the noise to its own update: every upload is private by itself.
 
-    Zero-out adjacency asks whether a client took part with its data or with none; between any two updates that a
-    client might have, the sensitivity is twice as large and z counts half.
+    Zero-out adjacency compares a client that takes part with its data and one that takes part with none. Between any
+    two updates of a client, the sensitivity is twice as large, so z counts half.
     """
 
     name = "local"
@@ -120,13 +120,13 @@ class Local(Mechanism):
 
     @classmethod
     def seen(cls, plan: Plan) -> dict[Adversary, Release]:
-        """The upload; the models follow from uploads, and cost at most as much."""
+        """Return the upload for both adversaries: the models follow from uploads, and cost at most as much."""
         noisy = Release("gaussian", plan.noise_multiplier)
         return {"release": noisy, "uploads": noisy}
 
     @classmethod
     def client_noise(cls, plan: Plan, draw: np.random.Generator, clients: int = 1) -> Levels:
-        """Gaussian noise of standard deviation z; rounding what is private already costs nothing."""
+        """Return Gaussian noise of standard deviation z; rounding noisy values costs no privacy."""
         deviation = math.sqrt(clients * cls.client_variance(plan))
         return np.rint(gaussian(draw, deviation, (plan.dimension,))).astype(np.int64)
 
@@ -138,10 +138,10 @@ class Local(Mechanism):
 
 @MECHANISMS.register("distributed")
 class Distributed(Mechanism):
-    """Each client adds a share of the noise; the sum of any `n_min` clients carries at least all of it.
+    """Each client adds a share of the noise; the sum of any `n_min` clients contains at least all of it.
 
-    Shares are Skellam noise of variance (z * LEVELS)^2 / (h * n_min). A sum over n' >= n_min clients, of which at
-    least h * n_min are honest, carries a variance of at least (z * LEVELS)^2 that nobody knows.
+    Shares are Skellam noise of variance (z * LEVELS)^2 / (h * n_min). In a sum over n' >= n_min clients, of which at
+    least h * n_min are honest, noise of variance (z * LEVELS)^2 or more stays secret.
 
     Source: Kairouz, Liu and Steinke 2021, arXiv:2102.06387; Agarwal et al. 2021, arXiv:2110.04995.
     """
@@ -152,7 +152,7 @@ class Distributed(Mechanism):
 
     @classmethod
     def seen(cls, plan: Plan) -> dict[Adversary, Release]:
-        """The sum, with the noise of all; without secure aggregation each upload, with its share only."""
+        """Return the sum, with all noise; without secure aggregation also each upload, with only its share."""
         total = Release("skellam", plan.noise_multiplier, dimension=plan.dimension)
         if plan.secure_aggregation:
             return {"release": total, "sums": total}
@@ -161,7 +161,7 @@ class Distributed(Mechanism):
 
     @classmethod
     def client_noise(cls, plan: Plan, draw: np.random.Generator, clients: int = 1) -> Levels:
-        """Skellam shares."""
+        """Return the sum of the clients' Skellam shares."""
         return skellam(draw, clients * cls.client_variance(plan), (plan.dimension,))
 
     @classmethod
@@ -171,18 +171,18 @@ class Distributed(Mechanism):
 
 
 def mechanism_of(plan: Plan) -> type[Mechanism]:
-    """Return who adds which noise under a plan."""
+    """Return the mechanism of a plan's mode."""
     return MECHANISMS.get(plan.mode)
 
 
 def releases_of(plan: Plan) -> dict[Adversary, Release]:
-    """Return what a round shows to each adversary who sees anything of it."""
+    """Return the release that each adversary sees in a round, without adversaries that see nothing."""
     return mechanism_of(plan).seen(plan)
 
 
 def epsilon_after(plan: Plan, rounds: int) -> dict[Adversary, float]:
-    """Return each adversary's epsilon after so many undisturbed rounds."""
-    return {who: epsilon([release] * rounds, plan.delta) for who, release in releases_of(plan).items()}
+    """Return each adversary's epsilon after `rounds` rounds, none of them repeated."""
+    return {adversary: epsilon([release] * rounds, plan.delta) for adversary, release in releases_of(plan).items()}
 
 
 def mean_noise(plan: Plan, clients: int) -> float:

@@ -1,7 +1,7 @@
-"""Noise that nobody can foretell: a stream cipher keyed by the operating system, never a seeded generator.
+"""Unpredictable noise, from a stream cipher keyed by the operating system, never from a seeded generator.
 
-Gaussian noise is for a single party's noise; Skellam noise, the difference of two Poisson variables, for shares that
-are added up: the sum of Skellam shares is again exactly Skellam, whoever drops out. Both are drawn in levels.
+Gaussian noise is for noise of a single party. Skellam noise, the difference of two Poisson variables, is for shares
+that are summed: a sum of Skellam shares is again exactly Skellam, also after dropouts. Both are drawn in levels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def noise_generator(insecure_seed: int = 0, *purpose: str | int) -> np.random.Ge
     """Return a generator for one draw of noise: ChaCha20 with a fresh 256-bit key.
 
     Args:
-        insecure_seed: tests only; above 0 the noise follows from it and from `purpose`, and hides nothing.
+        insecure_seed: for tests only; above 0, the noise follows from it and from `purpose`, and hides nothing.
         purpose: what the noise is for.
     """
     if insecure_seed:
@@ -54,7 +54,7 @@ def skellam(draw: np.random.Generator, variance: float, shape: tuple[int, ...]) 
 
     Args:
         draw: from `noise_generator`.
-        variance: in levels^2. Above `MOST_VARIANCE` it is drawn in parts, whose sum has the same distribution.
+        variance: in levels^2. Above `MOST_VARIANCE` the noise is drawn in parts, whose sum has the same distribution.
         shape: of the result.
 
     Source: Agarwal et al. 2021, arXiv:2110.04995, definition 3.1.

@@ -1,7 +1,7 @@
 """Make the privacy plan of a run from its settings.
 
-The server makes it once, at the start of a run. A site makes the same plan from the settings that it is sent
-(`RunConfig.for_sites`), so that it need not believe anything about the noise.
+The server makes the plan once, at the start of a run. A site makes the same plan from the settings that it receives
+(`RunConfig.for_sites`), so that it does not have to trust the server about the noise.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def make_plan(config: RunConfig, dimension: int) -> Plan | None:
     the budget over all rounds.
 
     Args:
-        config: of the run.
-        dimension: coordinates of an update, at least 1.
+        config: the run's configuration.
+        dimension: number of coordinates of an update, at least 1.
 
     Raises:
         ConfigError: no noise keeps the budget, or integers are too narrow for a sum of all clients.
@@ -44,7 +44,7 @@ def make_plan(config: RunConfig, dimension: int) -> Plan | None:
 def _calibrated(config: RunConfig, dimension: int) -> float:
     """Return the smallest noise multiplier that keeps the budget over all rounds."""
     privacy = config.privacy
-    adversary = MECHANISMS.get(privacy.mode).budgeted[0]
+    adversary = MECHANISMS.get(privacy.mode).budgeted[0]  # a second one sees the same releases, or none
 
     def releases(noise_multiplier: float) -> list[Release]:
         seen = releases_of(_plan(config, dimension, noise_multiplier))
@@ -60,7 +60,7 @@ def _calibrated(config: RunConfig, dimension: int) -> float:
 
 
 def _plan(config: RunConfig, dimension: int, noise_multiplier: float) -> Plan:
-    """Return the plan with this noise, whatever the settings say of noise."""
+    """Return the plan with this noise multiplier instead of the one in the settings."""
     privacy = config.privacy
     sampled = privacy.sampling == "poisson"
     return Plan(
@@ -87,9 +87,9 @@ def _plan(config: RunConfig, dimension: int, noise_multiplier: float) -> Plan:
 
 
 def _modulus_bits(clients: int, noise_multiplier: float) -> int:
-    """Return the width of integers in which a sum of all clients cannot wrap around, but for noise beyond 8 sigma.
+    """Return the width of integers in which a sum of all clients cannot wrap around, unless noise exceeds 8 sigma.
 
-    Every client may add noise of full strength, as in the mode `local`: no mode needs more.
+    The width allows noise of full strength from every client, as in the mode `local`; no mode needs more.
 
     Raises:
         ConfigError: 56 bits are too few.

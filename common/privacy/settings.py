@@ -11,7 +11,7 @@ from tsugiki.common.settings import Section
 
 
 def _from_json(value: Any) -> Any:
-    """Flower's run config carries a table as text."""
+    """Parse a table that comes as text, as in Flower's run config."""
     return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
 
 

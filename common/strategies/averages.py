@@ -1,4 +1,4 @@
-"""Strategies that Flower has: means, a server's optimiser on the mean, and what withstands sites that lie."""
+"""Strategies that Flower implements: means, server optimisers on the mean, and robust aggregation."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class Krum(Strategy):
         return Krum(num_malicious_nodes=self.settings.num_malicious_sites)
 
     def problems(self, config: RunConfig) -> list[Problem]:
-        """Return a quorum with which liars could outvote the others."""
+        """Return a problem if the quorum is so small that lying sites could outvote the others."""
         settings: KrumSettings = self.settings
         if settings.min_clients >= 2 * settings.num_malicious_sites + 3:
             return []

@@ -1,4 +1,4 @@
-"""What a strategy is: what of the adapter sites train in a round, and how the server combines their updates."""
+"""The base class of strategies: which part of the adapter sites train, and how the server combines their updates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tsugiki.common.config.run import RunConfig
 
 Moments = dict[str, npt.NDArray[np.float64]]
-"""What a strategy remembers between rounds, each of shape (size,), by the attribute of Flower's strategy."""
+"""The arrays that a strategy keeps between rounds, each of shape (size,), by the attribute of Flower's strategy."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class WeightedUpdate:
     """One update that the server aggregates.
 
     Args:
-        site: whose it is; updates are summed in the order of these names.
+        site: name of the site; updates are summed in the order of these names.
         update: local minus received adapter, shape (size,).
-        weight: its share in a mean, at least 1: the rows it was trained on.
-        clients: how many clients are in it; more than one behind a gateway, which has averaged them.
+        weight: weight in a mean: the number of rows that the update was trained on, at least 1.
+        clients: number of clients in the update; more than one if a gateway has averaged its clients.
     """
 
     site: str
@@ -44,7 +44,7 @@ class WeightedUpdate:
 class Strategy(ABC):
     """One way to combine the updates of a round. Instances hold settings only.
 
-    The attributes say what a strategy needs. The rules between settings (`common/config/rules.py`) and the sites ask
+    The attributes say what a strategy needs. The rules between settings (`common/config/rules.py`) and the sites read
     them, so a new strategy is refused wherever it would not work.
     """
 
@@ -73,11 +73,11 @@ class Strategy(ABC):
         """Return Flower's strategy that averages the updates, with these settings."""
 
     def complete(self, adapter: AdapterSettings) -> AdapterSettings:
-        """Return the adapter's settings with those that follow from this strategy."""
+        """Return the adapter's settings, completed with the values that this strategy needs."""
         return adapter
 
     def problems(self, config: RunConfig) -> list[Problem]:
-        """Return what in a run does not go with this strategy, beside what its attributes say.
+        """Return conflicts of this strategy with the run, except those that follow from its attributes.
 
         Args:
             config: the run. Its adapter is LoRA where `needs_lora` is set.
@@ -88,7 +88,7 @@ class Strategy(ABC):
         """Return the part of an adapter that sites train and send back in a round; the rest stays as they received it.
 
         Args:
-            spec: of the whole adapter. Only the server changes its merged pairs.
+            spec: the spec of the whole adapter. Only the server changes its merged pairs.
             round_number: counted from 1.
         """
         return replace(spec, tensors=tuple(tensor for tensor in spec.tensors if tensor.part != "merged"))
@@ -101,13 +101,13 @@ class Strategy(ABC):
         updates: Sequence[WeightedUpdate],
         draw: np.random.Generator,
     ) -> Vector:
-        """Return the server's step, shape (spec.size,); by default what Flower's strategy has made of the updates.
+        """Return the server's step, shape (spec.size,); by default the step of Flower's strategy.
 
         Args:
-            spec: of the adapter.
+            spec: the spec of the adapter.
             before: the adapter that sites started from, shape (spec.size,).
-            update: what Flower's strategy has made of the updates, shape (spec.size,).
-            updates: at least one, by site name.
+            update: the step that Flower's strategy computed from the updates, shape (spec.size,).
+            updates: at least one, sorted by site name.
             draw: random numbers of this run and round.
         """
         return update

@@ -1,7 +1,7 @@
-"""LoRA's factors in an adapter: which tensors are a pair, and a part of an adapter taken out and put back.
+"""Find the pairs of LoRA's factors in an adapter; take a part out of an adapter, and put it back.
 
-A layer's weight gets s * B A, with A of shape (rank, in) and B of shape (out, rank). A mean of the factors is not the
-factors of the mean, which is why some strategies look into an adapter (`lora.py`).
+LoRA adds s * B A to a layer's weight, with A of shape (rank, in) and B of shape (out, rank). The product of the mean
+factors is not the mean of the products, so some strategies work on the factors (`lora.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tsugiki.common.wire.spec import AdapterSpec, Vector, unpack
 
 A = ".lora_A."
 B = ".lora_B."
-"""What the names of the two factors have in them."""
+"""Parts of the tensors' names by which the two factors are recognised."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ def pairs(spec: AdapterSpec, which: str = TRAINED) -> list[Pair]:
     found = []
     for tensor in spec.tensors:
         if B in tensor.name and f"{B}{which}." in tensor.name:
-            a = tensor.name.replace(B, A)
+            a = tensor.name.replace(B, A)  # the two names differ in this part only
             found.append(Pair(a if a in names else "", tensor.name))
     return found
 
 
 def narrow(vector: Vector, spec: AdapterSpec, part: AdapterSpec) -> Vector:
-    """Return the numbers of a part of an adapter, shape (part.size,), from those of the whole, shape (spec.size,)."""
+    """Return a part of an adapter, shape (part.size,), from the whole adapter, shape (spec.size,)."""
     if part == spec:
         return vector
     tensors = unpack(vector, spec)
@@ -46,7 +46,7 @@ def narrow(vector: Vector, spec: AdapterSpec, part: AdapterSpec) -> Vector:
 
 
 def widen(vector: Vector, part: AdapterSpec, spec: AdapterSpec) -> Vector:
-    """Return an update of the whole adapter, shape (spec.size,), from one of a part: zero elsewhere."""
+    """Return an update of the whole adapter, shape (spec.size,), from an update of a part; it is zero elsewhere."""
     if part == spec:
         return vector
     whole = np.zeros(spec.size, np.float32)
@@ -57,9 +57,9 @@ def widen(vector: Vector, part: AdapterSpec, spec: AdapterSpec) -> Vector:
 
 
 def truncate(vector: Vector, spec: AdapterSpec, rank: int) -> Vector:
-    """Return an adapter of which only the first `rank` components are left in each pair; 0: all of them.
+    """Return an adapter with only the first `rank` components of each pair, the others set to zero; 0: all of them.
 
-    Where both factors of a component are zero, so are their gradients: it stays zero in training.
+    Where both factors of a component are zero, so are their gradients, so the component stays zero in training.
     """
     if not rank:
         return vector

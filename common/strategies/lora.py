@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tsugiki.common.config.run import RunConfig
 
 WHOLE_RANK = 65_536
-"""More than any layer has; each takes as much of it as it has."""
+"""A rank above that of any layer; each layer uses its own full rank instead."""
 
 
 class FactorStrategy(Strategy):
@@ -75,7 +75,7 @@ class Rolora(FactorStrategy):
     same_part = False
 
     def problems(self, config: RunConfig) -> list[Problem]:
-        """Return an optimiser that would count the steps of one factor as those of the other."""
+        """Return a problem if the optimiser would count the steps of both factors together."""
         train = config.train
         if not train.persist_optimizer or train.bias_correction:
             return []
@@ -83,14 +83,14 @@ class Rolora(FactorStrategy):
         return [Problem("train.bias_correction", "false", expected, "remove it")]
 
     def trained_part(self, spec: AdapterSpec, round_number: int) -> AdapterSpec:
-        """Return all but A in odd rounds, all but B in even ones. B is first: A learns nothing while B is zero."""
+        """Return all but A in odd rounds, all but B in even ones. B comes first: A learns nothing while B is zero."""
         part = super().trained_part(spec, round_number)
         resting = A if round_number % 2 else B
         return replace(part, tensors=tuple(tensor for tensor in part.tensors if resting not in tensor.name))
 
 
 class ProductStrategy(FactorStrategy):
-    """A strategy that forms the exact mean of the clients' B A, and makes new factors of it."""
+    """A strategy that forms the exact mean of the clients' B A, and computes new factors from it."""
 
     sees_factors = True
     same_part = False
@@ -101,8 +101,8 @@ class ProductStrategy(FactorStrategy):
 
         Args:
             layer: the layer.
-            before: the adapter that sites started from, by name.
-            mean: of what sites made of the layer.
+            before: the adapter that sites started from, by tensor name.
+            mean: the mean of the sites' B A in this layer, merged pair included.
             draw: random numbers of this run and round.
         """
 
@@ -122,6 +122,7 @@ class ProductStrategy(FactorStrategy):
         with threadpool_limits(1, "blas"):  # its threads cost more than they save here
             for layer in layers(spec):
                 new |= self.factors(layer, old, mean_change(layer, old, changes, shares(updates)), draw)
+        # A step is a difference, so that heads and other tensors can be taken from `update` as they are.
         stepped = {name: (values - old[name]).astype(np.float32) for name, values in new.items()}
         return pack({**moved, **stepped}, spec)
 
@@ -141,10 +142,10 @@ class FloraSettings(StrategySettings):
 
 @STRATEGIES.register("flora")
 class Flora(ProductStrategy):
-    """A fresh pair in each round, and a merged one with what all sites have learned: theirs stacked, rank by rank.
+    """A fresh pair in each round, and a merged pair that stacks, rank by rank, what all sites have learned.
 
     Source: Wang et al. 2024, arXiv:2409.05976, section 3 (FLoRA). The paper adds the stack to the base's weights; here
-    the base stays as it is, and a second pair that sites do not train holds the sum, exactly while its rank suffices.
+    the base is unchanged, and a second pair that sites do not train holds the sum, exactly while its rank suffices.
     """
 
     name = "flora"
@@ -152,7 +153,7 @@ class Flora(ProductStrategy):
     fills_merged_pair = True
 
     def complete(self, adapter: AdapterSettings) -> AdapterSettings:
-        """Return LoRA's settings with a merged pair: of the strategy's rank, or the adapter's, or the whole one."""
+        """Return LoRA's settings with a merged pair of the strategy's rank, else the adapter's, else the full one."""
         if not isinstance(adapter, LoraSettings):
             return adapter
         rank = self.settings.merged_rank or adapter.merged_rank or WHOLE_RANK
@@ -165,6 +166,7 @@ class Flora(ProductStrategy):
         assert merged is not None  # noqa: S101  # `complete` sets adapter.merged_rank
         b, a = project(mean, len(before[merged.a]))
         rank, width = before[pair.a].shape
+        # A is drawn as LoRA draws it; with B at zero, the fresh pair does not change the layer.
         fresh = draw.uniform(-1, 1, (rank, width)) / np.sqrt(width)
         return {merged.b: b, merged.a: a, pair.b: np.zeros((len(b), rank)), pair.a: fresh}
 

@@ -1,8 +1,8 @@
-"""Products B A of LoRA's factors: their mean over sites, its best factors, and how far an adapter is from it.
+"""Products B A of LoRA's factors: their mean over sites, its best factors, and an adapter's distance from it.
 
-Products are kept as factors, (left, right) with shapes (out, k) and (k, in): with the QR decompositions of both,
-whatever is asked of the product is a matter of a k x k matrix. They are multiplied out only where k would exceed the
-layer's smaller side. All is done in float64.
+A product is kept as factors (left, right) of shapes (out, k) and (k, in). With the QR decompositions of both, its norm
+and its best factors follow from a k x k matrix. Factors are multiplied out only where k would exceed the layer's
+smaller side. All arithmetic is in float64.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ROW_NORM = 1 / np.sqrt(3)
 
 @dataclass(frozen=True)
 class Layer:
-    """An adapted layer: the pair that sites train, and the merged one of `flora`, if it is there."""
+    """An adapted layer: the pair that sites train, and the merged pair that `flora` fills, if there is one."""
 
     pair: Pair
     merged: Pair | None
@@ -43,13 +43,15 @@ def layers(spec: AdapterSpec) -> list[Layer]:
 
 
 def change(layer: Layer, tensors: Tensors) -> Product:
-    """Return B A of a layer, with what is merged; A counts as the identity where it is frozen."""
+    """Return B A of a layer, merged pair included. Where A is frozen, the identity takes its place."""
     return _joined([_product(pair, tensors) for pair in (layer.pair, layer.merged) if pair])
 
 
 def _product(pair: Pair, tensors: Tensors) -> Product:
     left = tensors[pair.b].astype(np.float64)
-    return left, tensors[pair.a].astype(np.float64) if pair.a else np.eye(left.shape[1])
+    if not pair.a:  # A is frozen and not exchanged
+        return left, np.eye(left.shape[1])
+    return left, tensors[pair.a].astype(np.float64)
 
 
 def _joined(terms: Sequence[Product], weights: Sequence[float] = ()) -> Product:
@@ -64,14 +66,18 @@ def _joined(terms: Sequence[Product], weights: Sequence[float] = ()) -> Product:
     if inner <= min(shape):
         scaled = [weight * left for (left, _), weight in zip(terms, weights, strict=True)]
         return np.concatenate(scaled, axis=1), np.concatenate([right for _, right in terms])
+    # Multiplied out, the sum is one factor, and the identity is the other.
     total = np.zeros(shape)
     for (left, right), weight in zip(terms, weights, strict=True):
         total += weight * (left @ right)
-    return (np.eye(shape[0]), total) if shape[0] <= shape[1] else (total, np.eye(shape[1]))
+    if shape[0] <= shape[1]:
+        return np.eye(shape[0]), total
+    return total, np.eye(shape[1])
 
 
 def norm(product: Product) -> float:
     """Return the Frobenius norm of a product."""
+    # The orthonormal factors of the QR decompositions do not change the norm.
     left: Matrix = np.linalg.qr(product[0], mode="r")  # type: ignore[assignment]  # an array, in this mode
     right: Matrix = np.linalg.qr(product[1].T, mode="r")  # type: ignore[assignment]
     return l2_norm(left @ right.T)
@@ -80,12 +86,12 @@ def norm(product: Product) -> float:
 def project(product: Product, rank: int) -> tuple[Matrix, Matrix]:
     """Return the best factors B, A of a rank, shapes (out, rank) and (rank, in), of a product.
 
-    By Eckart and Young, the first `rank` components of its singular value decomposition. They are in order: the first
-    say most. Rows of A are orthogonal and as long as when LoRA draws them, also where nothing has been learned yet, so
-    that B, which has the rest, can learn there.
+    By Eckart and Young, these are the first `rank` components of its singular value decomposition, the largest first.
+    Rows of A are orthogonal and as long as LoRA draws them, also where nothing has been learned yet; B contains the
+    scale. So B can learn everywhere.
 
     Args:
-        product: of inner size `rank` at least.
+        product: its inner size is at least `rank`.
         rank: at most the smaller side of the layer.
     """
     q_left, r_left = np.linalg.qr(product[0])
@@ -95,54 +101,59 @@ def project(product: Product, rank: int) -> tuple[Matrix, Matrix]:
 
 
 def mean_change(layer: Layer, before: Tensors, accepted: Sequence[Tensors], weights: Sequence[float]) -> Product:
-    """Return the mean of what sites have made of a layer: the exact sum of their B A, and what was merged before.
+    """Return the mean of a layer over the sites: the exact weighted sum of their B A, plus the merged pair.
 
     Args:
         layer: the layer.
-        before: what sites started from, by name.
-        accepted: the sites' updates, by name.
-        weights: of the sites; their sum is 1.
+        before: the adapter that sites started from, by tensor name.
+        accepted: the sites' updates, by tensor name.
+        weights: the weights of the sites; their sum is 1.
     """
     names = [name for name in (layer.pair.a, layer.pair.b) if name]
-    terms = [_product(layer.pair, {n: before[n].astype(np.float64) + one[n] for n in names}) for one in accepted]
+    terms = []
+    for update in accepted:
+        trained = {name: before[name].astype(np.float64) + update[name] for name in names}
+        terms.append(_product(layer.pair, trained))
     mean = _joined(terms, weights)
-    return mean if layer.merged is None else _joined([mean, _product(layer.merged, before)])
+    if layer.merged is None:
+        return mean
+    return _joined([mean, _product(layer.merged, before)])
 
 
 def aggregation_error(
     spec: AdapterSpec, before: Vector, after: Vector, updates: Sequence[WeightedUpdate]
 ) -> float | None:
-    """Return how far the server's choice is from the mean of what sites have learned.
+    """Return the relative distance of the server's new adapter from the mean of the sites' products.
 
     ||mean(B_i A_i) - B A|| / ||mean(B_i A_i)||, in Frobenius norms over all adapted layers; means are weighted by rows.
-    Where A is frozen, it is that of B.
+    Where A is frozen, B alone is compared.
 
     Args:
-        spec: of the adapter.
-        before: what sites started from, shape (spec.size,).
-        after: what the server has made of it.
-        updates: of the sites.
+        spec: the spec of the adapter.
+        before: the adapter that sites started from, shape (spec.size,).
+        after: the server's new adapter, shape (spec.size,).
+        updates: the sites' updates.
 
     Returns:
-        None without LoRA, and where a gateway has averaged the factors of its clients before they came here.
+        The distance; None without LoRA, without updates, or if a gateway has averaged its clients' factors.
     """
     if not pairs(spec) or not updates or any(one.clients > 1 for one in updates):
         return None
     start = unpack(before, spec)
     end = unpack(after, spec)
     changes = [unpack(one.update, spec) for one in updates]
-    apart = []
-    whole = []
+    distances = []
+    norms = []
     with threadpool_limits(1, "blas"):  # its threads cost more than they save here
         for layer in layers(spec):
             mean = mean_change(layer, start, changes, shares(updates))
-            apart.append(norm(_joined([mean, change(layer, end)], [1.0, -1.0])))
-            whole.append(norm(mean))
-    total = l2_norm(np.array(whole))
-    return l2_norm(np.array(apart)) / total if total else 0.0
+            distances.append(norm(_joined([mean, change(layer, end)], [1.0, -1.0])))
+            norms.append(norm(mean))
+    total = l2_norm(np.array(norms))
+    return l2_norm(np.array(distances)) / total if total else 0.0
 
 
 def shares(updates: Sequence[WeightedUpdate]) -> list[float]:
-    """Return the updates' weights, which sum to 1."""
+    """Return the updates' weights, scaled so that their sum is 1."""
     total = sum(one.weight for one in updates)
     return [one.weight / total for one in updates]

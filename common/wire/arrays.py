@@ -1,7 +1,7 @@
-"""A vector as received bytes, and back: the only code that touches received bytes.
+"""Encode a vector for Flower and decode it: the only code that interprets received bytes.
 
-An adapter travels as one flat array in the order of an `AdapterSpec`, because Flower sends every array as an object of
-its own, each a round trip.
+An adapter travels as one flat array in the order of an `AdapterSpec`, because Flower sends every array as a separate
+object, with a round trip for each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from flwr.app import ArrayRecord
 
 ARRAY_KEY = "adapter"
-
 
 _MAX_HEADER_BYTES = 256  # NumPy's header for a flat array takes 128
 
@@ -48,7 +47,7 @@ def decode(record: ArrayRecord, spec: AdapterSpec) -> Vector:
     """Return a received vector as float32, shape (spec.size,).
 
     Everything is compared with the spec before a byte is interpreted: keys, declared type and shape, number of bytes,
-    then the header inside the bytes. No pickle, and no allocation that the sender chooses.
+    then the header inside the bytes. No pickle is read, and the sender does not choose how much memory is allocated.
 
     Raises:
         WireError: with the code `keys`, `dtype`, `shape`, `size`, `decode` or `non-finite`.
@@ -68,12 +67,13 @@ def encode_levels(levels: npt.NDArray[np.int64], bits: int) -> ArrayRecord:
     """
     from flwr.app import Array, ArrayRecord
 
+    # Of an integer's 8 bytes, the low ones come first; modulo 2^bits, the high ones do not matter.
     wide = np.ascontiguousarray(levels, "<i8").view(np.uint8).reshape(-1, 8)
     return ArrayRecord({ARRAY_KEY: Array(np.ascontiguousarray(wide[:, : bits // 8]).reshape(-1))})
 
 
 def decode_levels(record: ArrayRecord, size: int, bits: int) -> npt.NDArray[np.int64]:
-    """Return received integers, shape (size,), each as the one of its class modulo 2^bits that is nearest to zero.
+    """Return received integers modulo 2^bits, shape (size,), each as its representative nearest to zero.
 
     Raises:
         WireError: as `decode`; every value that fits is allowed.
@@ -103,7 +103,7 @@ def _payload(record: ArrayRecord, dtype: np.dtype[Any], size: int) -> npt.NDArra
 
 
 def _check_header(data: bytes, dtype: np.dtype[Any], size: int) -> int:
-    """Compare NumPy's header with what was agreed; return where the numbers start."""
+    """Compare NumPy's header with what was agreed, and return the offset of the first number."""
     stream = io.BytesIO(data[: _MAX_HEADER_BYTES + 16])
     try:
         if np.lib.format.read_magic(stream) != (1, 0):

@@ -1,4 +1,4 @@
-"""What both sides need of Flower's private parts. Flower may change these in any release, its public names may not.
+"""The private parts of Flower that both sides need. Unlike its public names, they may change in any release.
 
 The other files that use private parts are named in tests/test_architecture.py.
 """
@@ -28,7 +28,7 @@ def set_message_id(message: Message, message_id: str) -> None:
 
 
 def inflate_object(object_id: str, contents: Mapping[str, bytes]) -> object:
-    """Return the Flower object with this id, made from the bytes of all its objects. Raises whatever Flower raises."""
+    """Return the Flower object with this id, made from the bytes of all its objects. Flower may raise any exception."""
     from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
     inflated: object = inflate_object_from_contents(object_id, dict(contents))
@@ -36,7 +36,7 @@ def inflate_object(object_id: str, contents: Mapping[str, bytes]) -> object:
 
 
 def chunk_ids(content: bytes) -> list[str]:
-    """Return the ids of the chunks that an array consists of, repeated ones too; none if this is no array's object."""
+    """Return the ids of an array's chunks, in order and with repetitions; empty if the object is not an array."""
     from flwr.app import Array
     from flwr.supercore.inflatable.inflatable_object import (
         get_object_body,

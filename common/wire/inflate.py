@@ -1,7 +1,8 @@
-"""From the objects of an uploaded message back to the message, within bounds.
+"""Rebuild an uploaded message from its objects, within a limit on its size.
 
-Flower cuts arrays into chunks and lists, in the array's own object, which chunk comes when. The list is the sender's: a
-few kilobytes of it can name one chunk so often that gigabytes come out. So the sum is made before anything is inflated.
+Flower cuts arrays into chunks, and lists their order in the array's own object. The sender writes this list: in a few
+kilobytes, it can name one chunk again and again, until the array has gigabytes. So the sizes are added up before
+anything is inflated.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ if TYPE_CHECKING:
 
 
 def inflate(object_id: str, contents: Mapping[str, bytes], most_bytes: int) -> Message:
-    """Return the message whose objects these are.
+    """Return the message that consists of these objects.
 
     Args:
-        object_id: of the message itself.
-        contents: all its objects.
-        most_bytes: what its arrays may have in all.
+        object_id: id of the message itself.
+        contents: the bytes of all its objects, by id.
+        most_bytes: the most bytes that all its arrays together may have.
 
     Raises:
-        WireError: `size`; or `decode`, for whatever a malformed object makes Flower raise.
+        WireError: `size`, the arrays are too large; `decode`, a malformed object made Flower raise an exception.
     """
     from flwr.app import Message
 
+    # Malformed objects can make Flower raise any exception; all of them become one error.
     try:
         size = _array_bytes(contents)
         message = inflate_object(object_id, contents) if size <= most_bytes else None

@@ -1,4 +1,4 @@
-"""The messages between server and sites: what each holds, and how it stands in Flower's records.
+"""The messages between server and sites: their fields, and how they are stored in Flower's records.
 
 A request carries a `request` record of plain values, a reply a `reply` record; the adapter or an update travels beside
 it as the one array of `common/wire/arrays.py`. A site that cannot answer sends a Flower error whose reason is a code
@@ -21,17 +21,15 @@ if TYPE_CHECKING:
 SITE_ERROR = 1000
 """The number of a Flower error that carries one of our codes; Flower's own are below 10."""
 
-
 BESIDE = "secagg"
 """The record that holds the fields of a step of secure aggregation."""
-
 
 _CODE = re.compile(r"[a-z][a-z0-9-]{0,63}(:[A-Za-z_][A-Za-z0-9_]{0,63})?")
 
 
 @dataclass(frozen=True)
 class HelloRequest:
-    """Who are you, and do you fit this run?"""
+    """Ask a site who it is, and whether it fits this run."""
 
     config: str
     version: str
@@ -39,10 +37,10 @@ class HelloRequest:
 
 @dataclass(frozen=True)
 class HelloReply:
-    """What a site says of itself. `notes` are codes, separated by commas.
+    """A site's description of itself. `notes` are codes, separated by commas.
 
-    `clients` is how many clients train at this site: 1, or those behind a gateway. In a private run, `rows`,
-    `evaluation_rows` and the notes about rows are withheld: 0, 0 and none.
+    `clients` is the number of clients that train at this site: 1, or more behind a gateway. In a private run, `rows`
+    and `evaluation_rows` are withheld (0), and the notes contain nothing about rows.
     """
 
     site: str
@@ -63,12 +61,12 @@ class TrainRequest:
     Args:
         config: the run as sites see it, JSON.
         round: counted from 1.
-        spec_sha256: of the adapter that travels.
+        spec_sha256: hash of the spec of the adapter that travels.
         schedule_start: share of the whole run's training done before this round, in [0, 1).
         schedule_stop: the same after it.
-        deadline_s: a reply after so many seconds is not used any more.
+        deadline_s: a reply that takes longer, in seconds, is not used.
         nonce: to be repeated in the reply.
-        clients: which of the site's clients are to train, as numbers from 0 separated by commas; empty: all.
+        clients: the site's clients that train, as numbers from 0, separated by commas; empty: all.
     """
 
     config: str
@@ -83,9 +81,9 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class StageRequest:
-    """Do one of the steps of secure aggregation.
+    """Do one step of secure aggregation.
 
-    Its flat fields travel beside it (`common/privacy/secagg/messages.py`).
+    The step's flat fields travel beside the request (`common/privacy/secagg/messages.py`).
 
     Args:
         config: the run as sites see it, JSON.
@@ -102,9 +100,9 @@ class StageRequest:
 
 @dataclass(frozen=True)
 class PrivateReply:
-    """In a private run, beside it travels the protected sum of the site's updates, and nothing else is said.
+    """The reply of a site in a private run.
 
-    In secure aggregation, the same beside the fields of a step.
+    Only the protected sum of the site's updates travels beside it; in secure aggregation, the fields of a step do.
     """
 
     site: str
@@ -114,7 +112,10 @@ class PrivateReply:
 
 @dataclass(frozen=True)
 class TrainReply:
-    """Beside it travels the update: local minus received adapter. `loss` means nothing unless `loss_shared`."""
+    """The reply to a `TrainRequest`, beside the update: local minus received adapter.
+
+    `loss` has a meaning only if `loss_shared` is true.
+    """
 
     site: str
     round: int
@@ -138,7 +139,7 @@ class EvaluateRequest:
 
 @dataclass(frozen=True)
 class EvaluateReply:
-    """Beside it travels a record of metrics."""
+    """The reply to an `EvaluateRequest`, beside a record of metrics."""
 
     site: str
     round: int
@@ -178,7 +179,7 @@ def beside(content: RecordDict) -> dict[str, Any]:
     """Return the fields that travel beside a message.
 
     Raises:
-        WireError: `keys`, there are none.
+        WireError: `keys`, if there are none.
     """
     record = content.config_records.get(BESIDE)
     if record is None:
@@ -187,17 +188,17 @@ def beside(content: RecordDict) -> dict[str, Any]:
 
 
 def from_record(kind: type[R], content: RecordDict) -> R:
-    """Return the typed message in a received content.
+    """Return the typed message of the given kind in a received content.
 
     Raises:
-        WireError: `keys`, if the record is not there or has other keys; `type`, if a value has another type.
+        WireError: `keys`, if the record is missing or has other keys; `type`, if a value has another type.
     """
     name = "request" if kind.__name__.endswith("Request") else "reply"
     record = content.config_records.get(name)
     expected = {field.name for field in fields(kind)}
     if record is None or set(record) != expected:
         raise WireError(f"no {name} record has the keys of {kind.__name__}", ", ".join(sorted(expected)), code="keys")
-    for field, wanted in _TYPES[kind].items():
+    for field, wanted in _TYPES[kind].items():  # exact types: `isinstance` would take a bool for an int
         if type(record[field]) is not wanted:
             raise WireError(f"the field {field} in {kind.__name__} has another type", wanted.__name__, code="type")
     return kind(**record)  # type: ignore[arg-type]  # checked just above
@@ -207,15 +208,16 @@ _TYPES: dict[type[Any], dict[str, type[Any]]] = {kind: get_type_hints(kind) for 
 
 
 def error_reply(code: str, to: Message) -> Message:
-    """Return the reply of a site that cannot do what it was asked: a code, never a text."""
+    """Return a site's reply to a request that it cannot fulfil: a code, never a text."""
     from flwr.app import Error, Message
 
     return Message(Error(SITE_ERROR, code), reply_to=to)
 
 
 def error_code(reply: Message) -> Code:
-    """Return the code in an error reply, whoever made it; what is not a code becomes `client-error`."""
+    """Return the code in an error reply of a site or of Flower. A reason that is not a code becomes `client-error`."""
     if reply.error.code != SITE_ERROR:
         return WireCode(f"flower-error-{int(reply.error.code)}")
+    # The reason comes from the network, so it is used only if it has the form of a code.
     reason = reply.error.reason or ""
     return WireCode(reason) if _CODE.fullmatch(reason) else "client-error"

@@ -23,7 +23,7 @@ def width(bits: int) -> int:
 
 
 def reduce(vector: npt.NDArray[np.int64] | Ring, bits: int) -> Ring:
-    """Return integers modulo 2^bits, shape (size,), as a copy; negative ones from the top.
+    """Return integers modulo 2^bits, shape (size,), as a copy; -1 becomes 2^bits - 1.
 
     Raises:
         ValueError: the vector has another shape or type.
@@ -34,8 +34,8 @@ def reduce(vector: npt.NDArray[np.int64] | Ring, bits: int) -> Ring:
 
 
 def signed(vector: Ring, bits: int) -> npt.NDArray[np.int64]:
-    """Return ring elements as the integers of their classes that are nearest to zero, shape (size,)."""
-    return (vector << np.uint64(64 - bits)).view(np.int64) >> (64 - bits)  # shifts the sign down with it
+    """Return ring elements as integers, each as its representative nearest to zero, shape (size,)."""
+    return (vector << np.uint64(64 - bits)).view(np.int64) >> (64 - bits)  # the second shift extends the sign
 
 
 def ring_from_bytes(data: bytes, size: int, bits: int) -> Ring:
@@ -48,7 +48,7 @@ def ring_from_bytes(data: bytes, size: int, bits: int) -> Ring:
         raise SecureAggregationError(
             f"a masked vector has {len(data)} bytes", f"{size * width(bits)} bytes", code="secagg-message"
         )
-    # Each element is read as 8 bytes from where it starts, then cut: four times as fast as to copy byte by byte.
+    # Each element is read as 8 bytes from its offset, then cut: four times as fast as copying byte by byte.
     unaligned: Ring = np.ndarray((size,), "<u8", data + bytes(8 - width(bits)), strides=(width(bits),))
     return np.bitwise_and(unaligned, _top(bits))
 

@@ -1,7 +1,7 @@
-"""What is exchanged, in which order: the manifest of an adapter, and its numbers as one vector.
+"""The manifest of an adapter, which says what is exchanged in which order, and an adapter's numbers as one vector.
 
-Both sides build the spec from what they loaded themselves and compare its hash, so a reply says nothing about shapes
-that has to be believed.
+Both sides build the spec from the model that they loaded themselves, and compare its hash. So neither has to trust the
+other about shapes.
 """
 
 from __future__ import annotations
@@ -12,29 +12,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from tsugiki.common.errors import SpecError
 
-if TYPE_CHECKING:
-    pass
-
-
 Vector = npt.NDArray[np.float32]
 """All trainable numbers of an adapter in spec order; shape (size,)."""
-
 
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One trainable tensor: its name, shape, and to what it belongs.
+    """One exchanged tensor: its name, its shape, and the part that it belongs to.
 
-    That is the adapter, the task's head, or what is `merged`: exchanged with the rest, and trained by no site.
+    Sites train the adapter and the task's head. A `merged` tensor is exchanged with the rest, but no site trains it.
     """
 
     name: str
@@ -57,7 +52,7 @@ class AdapterSpec:
         settings: the method's settings, as sorted JSON.
         base_fingerprint: SHA-256 of the frozen base (`common/model/fingerprint.py`).
         wire_dtype: the type of the numbers that travel.
-        tensors: in the order in which they are packed.
+        tensors: all exchanged tensors, in the order in which they are packed.
     """
 
     task: str
@@ -126,5 +121,5 @@ def l2_norm(vector: npt.NDArray[Any]) -> float:
 
 
 def sha256(vector: Vector) -> str:
-    """Return the SHA-256 of a vector's bytes (little endian float32): the name by which adapters are compared."""
+    """Return the SHA-256 of a vector's bytes (little endian float32), by which adapters are compared."""
     return hashlib.sha256(np.ascontiguousarray(vector, "<f4").tobytes()).hexdigest()

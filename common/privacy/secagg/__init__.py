@@ -1,1 +1,1 @@
-"""Secure aggregation."""
+"""Secure aggregation: the server learns only the sum of the clients' vectors."""

@@ -1,4 +1,4 @@
-"""How many clients a sum takes, where a site may bring several: what server and sites each check by themselves."""
+"""Check that a sum has enough clients and sites. The server and every site run these checks themselves."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from tsugiki.common.errors import SecureAggregationError
 def fewest_sites(counts: Mapping[str, int], min_clients: int, min_sites: int = 2) -> int:
     """Return the fewest sites that have `min_clients` clients together, and at least `min_sites`.
 
-    With one client a site it is `min_clients`. It goes into the threshold of the shares, so that no smaller sum can
-    be opened at all.
+    With one client at each site, the result is `min_clients`. The threshold of the shares is computed from it, so that
+    no smaller sum can be opened at all.
 
     Args:
-        counts: how many clients each site has.
-        min_clients: that a sum takes.
-        min_sites: that a sum takes, 2 or more: a sum of one hides nothing.
+        counts: number of clients at each site.
+        min_clients: the least number of clients in a sum.
+        min_sites: the least number of sites in a sum, 2 or more: a sum of one hides nothing.
 
     Raises:
-        SecureAggregationError: `secagg-too-few`, all of them have not as many.
+        SecureAggregationError: `secagg-too-few`, if all sites together have too few clients, or are too few.
     """
     left = min_clients
     sites = 0
-    for count in sorted(counts.values(), reverse=True):
+    for count in sorted(counts.values(), reverse=True):  # the largest sites reach the number first
         if left <= 0:
             break
         left = left - count
@@ -38,9 +38,9 @@ def fewest_sites(counts: Mapping[str, int], min_clients: int, min_sites: int = 2
 
 
 def check_sum(counts: Mapping[str, int], min_clients: int, min_sites: int = 2) -> None:
-    """Do nothing if these sites may make a sum.
+    """Check that these sites may form a sum.
 
     Raises:
-        SecureAggregationError: `secagg-too-few`.
+        SecureAggregationError: `secagg-too-few`, if they may not.
     """
     fewest_sites(counts, min_clients, min_sites)

@@ -1,7 +1,7 @@
-"""What the clients of secure aggregation keep and send, and the only code that looks at what they received.
+"""The state and the messages of secure aggregation's clients, and the only code that reads received values.
 
-A message is a set of flat values, so that it fits Flower's ConfigRecord. Everything in it has one exact size, and names
-are checked before they are used.
+A message is a set of flat values, so that it fits Flower's ConfigRecord. Every key, share and id has one exact size,
+and names are checked before they are used.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from tsugiki.common.settings import NAME_PATTERN
 SESSION_BYTES = 16
 MOST_CLIENTS = 255
 KEYS_BYTES = 2 * SECRET_BYTES
-"""A client's public keys: that for masks, that for sealing shares."""
+"""A client's two public keys: first the one for masks, then the one for sealing shares."""
 HELD_BYTES = 2 * SECRET_BYTES
-"""What one client holds of another: a share of the seed, a share of the mask key."""
+"""The shares that one client holds of another: first one of its seed, then one of its mask key."""
 SEALED_BYTES = HELD_BYTES + masks.SEALED_EXTRA_BYTES
 
 Fields = dict[str, Any]
 """Flat values as Flower's ConfigRecord takes them: str, int, bytes, and lists of one of these."""
 
-_SECRETS: dict[str, tuple[str, ...]] = {  # what a client still needs after each step
+_SECRETS: dict[str, tuple[str, ...]] = {  # the secrets that a client still needs after each step
     "keys": ("mask_private", "share_private"),
     "shares": ("mask_private", "share_private", "seed"),
     "received": ("mask_private", "seed"),
@@ -38,16 +38,16 @@ _SECRETS: dict[str, tuple[str, ...]] = {  # what a client still needs after each
 
 @dataclass(frozen=True)
 class ClientState:
-    """What a client keeps between the messages of one session.
+    """The state of a client between the messages of one session.
 
     Args:
         session: 16 random bytes that the server chose.
-        name: the client's own.
-        step: what was done last: keys, shares, received, masked or answered.
-        mask_private: the private key of the pair masks, 32 bytes while it is needed.
+        name: the client's own name.
+        step: the last step that was done: keys, shares, received, masked or answered.
+        mask_private: the private key of the pair masks, 32 bytes while it is needed, else empty.
         share_private: the private key for sealing shares, likewise.
-        seed: of its own mask, likewise.
-        threshold: how many shares give a secret back.
+        seed: the seed of the client's own mask, likewise.
+        threshold: the number of shares that recover a secret.
         keys: everyone's public keys by name, 64 bytes each.
         held: by name, this client's shares of the others' secrets and of its own, 64 bytes each.
     """
@@ -64,18 +64,18 @@ class ClientState:
 
     @property
     def public_keys(self) -> bytes:
-        """The client's public keys, 64 bytes; only before it made shares."""
+        """The client's public keys, 64 bytes. Read them only before the client makes shares."""
         return masks.public_key(self.mask_private) + masks.public_key(self.share_private)
 
     def to_dict(self) -> Fields:
-        """Return the state as flat values. They hold secrets, and stay at the client."""
+        """Return the state as flat values. They contain secrets, and must stay at the client."""
         secrets = {name: getattr(self, name) for name in _SECRETS[self.step]}
         plain = {"session": self.session, "name": self.name, "step": self.step, "threshold": self.threshold}
         return {**plain, **secrets, **to_fields("keys", self.keys), **to_fields("held", self.held)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ClientState:
-        """Return the state that `to_dict` was called on.
+        """Return the state that `to_dict` turned into these values.
 
         Raises:
             SecureAggregationError: `secagg-message`, if a value is missing or has another type or size.
@@ -88,6 +88,7 @@ class ClientState:
         (name,) = check_names([fields.get("name")])
         keys = from_fields("keys", fields, KEYS_BYTES)
         held = from_fields("held", fields, HELD_BYTES)
+        # A client holds its own shares from the step in which it makes them until it has answered.
         if (name in held) != (step in ("shares", "received", "masked")):
             raise malformed("a stored state has other shares than its step", "what to_dict returned")
         session = exactly(fields.get("session"), SESSION_BYTES)
@@ -96,7 +97,7 @@ class ClientState:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a client gives the server to open the sum.
+    """The shares that a client sends to the server to open the sum.
 
     Args:
         seeds: for each survivor, a share of the seed of its own mask; 32 bytes each.
@@ -112,10 +113,10 @@ class Answer:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], survivors: Collection[str], dropped: Collection[str]) -> Answer:
-        """Return a received answer to a request with these lists.
+        """Return a received answer, after checking it against the lists in the request.
 
         Raises:
-            SecureAggregationError: `secagg-message`, if it is about other clients, or a share has another size.
+            SecureAggregationError: `secagg-message`, if the answer is about other clients, or a share has another size.
         """
         answer = cls(*(from_fields(name, fields, SECRET_BYTES) for name in ("seeds", "mask_keys")))
         if set(answer.seeds) != set(survivors) or set(answer.mask_keys) != set(dropped):
@@ -126,7 +127,7 @@ class Answer:
 def to_fields(prefix: str, values: Mapping[str, bytes]) -> Fields:
     """Return public keys, sealed shares or shares by client name as two flat lists, in the order of names.
 
-    None if there are no values: Flower's `ConfigRecord.count_bytes` stumbles over an empty list.
+    Without values, both lists are left out: Flower's `ConfigRecord.count_bytes` fails on an empty list.
     """
     if not values:
         return {}
@@ -134,11 +135,11 @@ def to_fields(prefix: str, values: Mapping[str, bytes]) -> Fields:
 
 
 def from_fields(prefix: str, fields: Mapping[str, Any], size: int) -> dict[str, bytes]:
-    """Return what `to_fields` was given, each value of exactly `size` bytes.
+    """Return the values by client name from the two lists of `to_fields`, each of exactly `size` bytes.
 
     Raises:
-        SecureAggregationError: `secagg-message`, for anything else: other sizes or types, more than 255 clients, one
-            of them twice, a name that is none.
+        SecureAggregationError: `secagg-message`, for other sizes or types, more than 255 clients, a client that occurs
+            twice, or a name that is not valid.
     """
     names = check_names(fields.get(f"{prefix}_names", []))
     values = fields.get(f"{prefix}_values", [])
@@ -148,7 +149,7 @@ def from_fields(prefix: str, fields: Mapping[str, Any], size: int) -> dict[str, 
 
 
 def check_names(names: Any) -> list[str]:
-    """Return received names if all of them are names, none stands there twice, and they are not too many."""
+    """Return received names, after checking that they are valid and distinct, and at most 255."""
     if not isinstance(names, list) or len(names) > MOST_CLIENTS:
         raise malformed("the names are no list, or too many", f"a list of at most {MOST_CLIENTS}")
     if not all(isinstance(name, str) and re.fullmatch(NAME_PATTERN, name) for name in names):
@@ -159,22 +160,22 @@ def check_names(names: Any) -> list[str]:
 
 
 def exactly(value: Any, size: int) -> bytes:
-    """Return a received value if it is bytes of this size."""
+    """Return a received value, after checking that it is bytes of this size."""
     if not isinstance(value, bytes) or len(value) != size:
         raise malformed("a key, share or id has another size", f"{size} bytes")
     return value
 
 
 def refused(problem: str, expected: str) -> SecureAggregationError:
-    """Return the error for what the protocol does not allow."""
+    """Return the error for a step that the protocol does not allow."""
     return SecureAggregationError(problem, expected)
 
 
 def malformed(problem: str, expected: str) -> SecureAggregationError:
-    """Return the error for a message that holds what it cannot hold."""
+    """Return the error for a message with a value that is not valid."""
     return SecureAggregationError(problem, expected, code="secagg-message")
 
 
 def too_few(problem: str, expected: str) -> SecureAggregationError:
-    """Return the error for fewer clients, or shares, than it takes."""
+    """Return the error for too few clients or shares."""
     return SecureAggregationError(problem, expected, code="secagg-too-few")

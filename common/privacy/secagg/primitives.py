@@ -1,8 +1,8 @@
-"""What secure aggregation is made of: keys, shared secrets, sealed messages, mask streams. `secagg.py` has the rest.
+"""Cryptographic primitives of secure aggregation: keys, shared secrets, sealed messages and mask streams.
 
-Nothing here is invented: X25519, HKDF-SHA256, AES-256-GCM and AES-256-CTR come from `cryptography`, the splitting of
-secrets from pycryptodome. Every secret is 32 bytes, and every key is derived for one session, one purpose and the
-names that it concerns, so that no stream is ever used twice. Vectors live in the ring of integers modulo 2^bits.
+`protocol.py` uses them. X25519, HKDF-SHA256, AES-256-GCM and AES-256-CTR come from `cryptography`, the splitting of
+secrets from pycryptodome. Every secret has 32 bytes, and every key is derived for one session, one purpose and the
+names that it concerns, so that no stream is ever used twice. Vectors are in the ring of integers modulo 2^bits.
 """
 
 from __future__ import annotations
@@ -17,16 +17,12 @@ from tsugiki.common.wire.ring import Ring, ring_from_bytes, width
 SECRET_BYTES = 32
 """Length of a private key, a public key, a seed, and of one share of any of these."""
 
-
 SEALED_EXTRA_BYTES = 12 + 16
-"""What sealing adds: the nonce and the tag of AES-GCM."""
-
+"""The bytes that sealing adds: the nonce and the tag of AES-GCM."""
 
 _DOMAIN = b"tsugiki-secagg-1"
 
-
 _BLOCK_BYTES = 16  # Shamir's field in pycryptodome is GF(2^128)
-
 
 _POLYNOMIAL = 2**128 + 0b10000111
 
@@ -52,11 +48,11 @@ def derive(secret: bytes, session: bytes, purpose: str, *names: str) -> bytes:
         secret: 32 bytes.
         session: 16 bytes.
         purpose: what the key is for.
-        names: whom it concerns, in any order.
+        names: the clients that it concerns, in any order.
 
     Raises:
-        SecureAggregationError: `secagg-message`, if the secret has another length: a seed of 28 or 32 bits can be tried
-            out.
+        SecureAggregationError: `secagg-message`, if the secret has another length: a seed of 28 or 32 bits could be
+            found by trying all of them.
 
     Source: Krawczyk and Eronen 2010, RFC 5869.
     """
@@ -69,7 +65,7 @@ def derive(secret: bytes, session: bytes, purpose: str, *names: str) -> bytes:
 
 
 def agree(private: bytes, public: bytes, session: bytes, purpose: str, names: tuple[str, str]) -> bytes:
-    """Return the key that two clients have in common, from one's private and the other's public key; 32 bytes.
+    """Return the key that two clients share, 32 bytes, from one client's private key and the other's public key.
 
     Raises:
         SecureAggregationError: `secagg-message`, if a key has another length or is one of the few points that would
@@ -90,7 +86,8 @@ def agree(private: bytes, public: bytes, session: bytes, purpose: str, names: tu
 def seal(key: bytes, content: bytes, session: bytes, sender: str, receiver: str) -> bytes:
     """Return `content` encrypted by AES-256-GCM: the nonce, the ciphertext, the tag.
 
-    Session, sender and receiver are authenticated, so that what is replayed, redirected or sent back does not open.
+    Session, sender and receiver are authenticated, so that a message which is replayed, redirected or sent back does
+    not open.
     """
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -99,10 +96,11 @@ def seal(key: bytes, content: bytes, session: bytes, sender: str, receiver: str)
 
 
 def unseal(key: bytes, sealed: bytes, session: bytes, sender: str, receiver: str) -> bytes:
-    """Return what `seal` was given.
+    """Return the content of a message that `seal` made.
 
     Raises:
-        SecureAggregationError: `secagg-message`, if it was changed, or made for another session, sender or receiver.
+        SecureAggregationError: `secagg-message`, if the message was changed, or sealed for another session, sender or
+            receiver.
     """
     from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -120,12 +118,13 @@ def unseal(key: bytes, sealed: bytes, session: bytes, sender: str, receiver: str
 def split(secret: bytes, threshold: int, shares: int) -> list[bytes]:
     """Return shares of a 32-byte secret, 32 bytes each; the first belongs to index 1.
 
-    Any `threshold` of them give the secret back, fewer say nothing about it.
+    Any `threshold` of them recover the secret; fewer reveal nothing about it.
 
     Source: Shamir 1979, "How to share a secret".
     """
     from Crypto.Protocol.SecretSharing import Shamir
 
+    # A field element has 16 bytes, so each half of the secret is split by itself.
     halves = (_secret(secret)[:_BLOCK_BYTES], secret[_BLOCK_BYTES:])
     low, high = (Shamir.split(threshold, shares, half, ssss=False) for half in halves)
     return [one + other for (_, one), (_, other) in zip(low, high, strict=True)]
@@ -134,9 +133,9 @@ def split(secret: bytes, threshold: int, shares: int) -> list[bytes]:
 def combine(shares: Mapping[int, bytes]) -> bytes:
     """Return the 32-byte secret behind exactly as many shares as its threshold, keyed by their indices from 1.
 
-    pycryptodome's `Shamir.combine` gives the same, but finds the interpolation's weights anew for each secret: 14 s
-    for the 100 secrets of a round of 100 clients, against less than 1 s here. It is the receiver who combines, and may
-    know all of it, so that constant time does not matter.
+    pycryptodome's `Shamir.combine` gives the same, but computes the interpolation's weights again for each secret: 14 s
+    for the 100 secrets of a round of 100 clients, against less than 1 s here. The code does not run in constant time,
+    which does not matter: the receiver runs it, and may know the secret.
     """
     indices = tuple(sorted(shares))
     weights = _weights(indices)
@@ -155,7 +154,7 @@ def stream(key: bytes, size: int, bits: int) -> Ring:
     The counter starts at zero: a key from `derive` is used for one stream only.
 
     Raises:
-        SecureAggregationError: `secagg-message`, if the key has not 32 bytes.
+        SecureAggregationError: `secagg-message`, if the key does not have 32 bytes.
     """
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
@@ -164,7 +163,7 @@ def stream(key: bytes, size: int, bits: int) -> Ring:
 
 
 def _secret(value: bytes) -> bytes:
-    """Return 32 bytes, and nothing shorter or longer."""
+    """Return the value, after checking that it has 32 bytes."""
     if len(value) != SECRET_BYTES:
         raise SecureAggregationError(
             f"a key or share has {len(value)} bytes", f"{SECRET_BYTES} bytes", code="secagg-message"
@@ -173,13 +172,13 @@ def _secret(value: bytes) -> bytes:
 
 
 def _addressed(session: bytes, sender: str, receiver: str) -> bytes:
-    """Return what a sealed message is bound to; here the order of the names counts."""
+    """Return the data that a sealed message is authenticated with; here the order of the names matters."""
     return b"\0".join([_DOMAIN, session, sender.encode(), receiver.encode()])
 
 
 @lru_cache(maxsize=8)
 def _weights(indices: tuple[int, ...]) -> tuple[int, ...]:
-    """Return Lagrange's weights for the value at 0; nearly always one set of indices serves a whole round."""
+    """Return Lagrange's weights for the value at 0; they are cached, as a round nearly always needs one set."""
     weights = []
     for index in indices:
         above = below = 1
@@ -193,7 +192,7 @@ def _weights(indices: tuple[int, ...]) -> tuple[int, ...]:
 
 def _multiply(one: int, other: int) -> int:
     """Return the product of two elements of GF(2^128), in pycryptodome's representation."""
-    one, other = max(one, other), min(one, other)
+    one, other = max(one, other), min(one, other)  # the loop runs over the bits of the smaller one
     product = 0
     while other:
         if other & 1:

@@ -1,4 +1,4 @@
-"""Secure aggregation: a server learns the sum of its clients' vectors, and nothing else of any of them.
+"""The protocol of secure aggregation: a server learns the sum of its clients' vectors, and nothing else about them.
 
     client                                  server                              client's step
     start             -> public keys     -> collects, sends the list to all     keys
@@ -9,16 +9,16 @@
 
 Each client adds a mask that it shares with each other client, of opposite sign at the two, and one of its own. The
 secrets behind the masks are split among all, so that a threshold of clients can open the sum after some dropped out:
-for a survivor they tell the seed of its own mask, for a dropped client the key of its pair masks, never both.
+for a survivor they reveal the seed of its own mask, for a dropped client the key of its pair masks, never both.
 
-The protocol is that of Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning"
-(CCS 2017, figure 4; eprint 2017/281), with the complete graph and without its signatures: the server is believed to
-follow the protocol and to relay the public keys as they are, but may keep and combine all it sees. A client still
-refuses whatever an honest server would not ask. With `c` clients that hand the server all they hold, a threshold above
-(n + c) / 2 keeps it from getting both secrets of another client by telling the clients different lists.
+Source: Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning" (CCS 2017, figure
+4; eprint 2017/281), with the complete graph and without its signatures. The server is trusted to follow the protocol
+and to relay the public keys unchanged, but may keep and combine all it sees. A client still refuses every request that
+an honest server would not make. If `c` clients hand all their secrets to the server, a threshold above (n + c) / 2
+keeps it from getting both secrets of another client by sending different lists to different clients.
 
 Every function that a client calls takes its state and returns the next one, to be stored before the answer is sent. A
-step is done once: a vector masked twice with the same masks would give away the difference. A driver that has to answer
+step is done once: a vector masked twice with the same masks would reveal the difference. A driver that has to answer
 again sends the stored answer again. Secrets are dropped as soon as they are used (Python cannot overwrite them).
 """
 
@@ -56,13 +56,13 @@ def new_session() -> bytes:
 
 
 def threshold(clients: int, n_min: int) -> int:
-    """Return how many shares shall give a secret back: at least `n_min`, and more than half.
+    """Return the number of shares that recover a secret: at least `n_min`, and more than half of the clients.
 
-    More than half, because a server that told the clients different lists would need that many answers of each kind
-    for one client, and each client answers once.
+    More than half, because a server that sends different lists to the clients would need this many answers of each
+    kind for one client, and each client answers once.
 
     Args:
-        clients: how many announced keys, 2 to 255.
+        clients: number of clients that announced keys, 2 to 255.
         n_min: the fewest clients whose sum may be opened.
 
     Raises:
@@ -76,10 +76,10 @@ def threshold(clients: int, n_min: int) -> int:
 
 
 def start(session: bytes, name: str) -> ClientState:
-    """Return a client's state for a new session, with fresh keys; `public_keys` of it goes to the server.
+    """Return a client's state for a new session, with fresh keys. Its `public_keys` go to the server.
 
     Raises:
-        SecureAggregationError: `secagg-message`, if the session id has another length or the name is none.
+        SecureAggregationError: `secagg-message`, if the session id has another length or the name is not valid.
     """
     (name,) = check_names([name])
     exactly(session, SESSION_BYTES)
@@ -99,7 +99,7 @@ def make_shares(state: ClientState, keys: Mapping[str, bytes], n_min: int) -> tu
 
     Raises:
         SecureAggregationError: `secagg-refused` out of turn, or if its own keys are not in the list as it sent them;
-            `secagg-too-few`; `secagg-message` for hostile names or sizes, or a key that stands in the list twice.
+            `secagg-too-few`; `secagg-message` for hostile names or sizes, or a key that is in the list twice.
     """
     _expect(state, "keys")
     names = sorted(check_names(list(keys)))
@@ -110,6 +110,7 @@ def make_shares(state: ClientState, keys: Mapping[str, bytes], n_min: int) -> tu
         raise refused("this client's own keys are not in the list", "the keys that it sent")
     needed = threshold(len(names), n_min)
     seed = os.urandom(SECRET_BYTES)
+    # Shares are numbered by the sorted names. The client keeps its own share of each secret.
     parts = [masks.split(secret, needed, len(names)) for secret in (seed, state.mask_private)]
     held = {name: one + other for name, one, other in zip(names, *parts, strict=True)}
     sealed = {
@@ -122,7 +123,7 @@ def make_shares(state: ClientState, keys: Mapping[str, bytes], n_min: int) -> tu
 
 
 def receive_shares(state: ClientState, sealed: Mapping[str, bytes]) -> ClientState:
-    """Open what the others sealed for this client. From now on its session consists of them and of itself.
+    """Open the shares that others sealed for this client. From now on, its session consists of them and itself.
 
     Args:
         state: after `make_shares`.
@@ -157,6 +158,7 @@ def mask_vector(state: ClientState, vector: npt.NDArray[np.int64] | Ring, bits: 
         ValueError: another type, shape or modulus.
     """
     _expect(state, "received")
+    # The two clients of a pair add the same mask with opposite signs, so that it cancels in the sum.
     total = ring.reduce(vector, bits)
     total += masks.stream(masks.derive(state.seed, state.session, "self-mask", state.name), total.size, bits)
     for other in sorted(state.held.keys() - {state.name}):
@@ -173,12 +175,12 @@ def answer_unmask(
     Args:
         state: after `mask_vector`.
         survivors: the clients whose masked vectors are in the sum.
-        dropped: those that exchanged shares and sent no masked vector.
+        dropped: the clients that exchanged shares and sent no masked vector.
         n_min: the fewest clients whose sum may be opened, as this client sees it.
 
     Raises:
-        SecureAggregationError: `secagg-refused` if it answered before, if a name stands in both lists, if the lists
-            are not together the clients it exchanged shares with, or if it is not a survivor itself;
+        SecureAggregationError: `secagg-refused` if it answered before, if a name is in both lists, if the lists
+            together are not the clients it exchanged shares with, or if it is not a survivor itself;
             `secagg-too-few` for fewer survivors than `n_min` or the threshold; `secagg-message` for hostile lists.
     """
     _expect(state, "masked")
@@ -192,6 +194,7 @@ def answer_unmask(
         raise refused("this client is not among the survivors", "a sum with its own vector in it")
     if len(alive) < max(n_min, state.threshold):
         raise too_few(f"a sum of {len(alive)} clients is too small", f"at least {max(n_min, state.threshold)}")
+    # Of each client one secret is opened, never both: together they would reveal its vector.
     answer = Answer(
         {name: _halves(state.held[name])[0] for name in sorted(alive)},
         {name: _halves(state.held[name])[1] for name in sorted(gone)},
@@ -211,36 +214,38 @@ def unmask(
 ) -> Ring:
     """Return the sum of the survivors' vectors modulo 2^bits, exactly; shape (size,).
 
-    A wrong share of a seed cannot be noticed and gives a random sum, as would a client's random vector.
+    A wrong share of a seed cannot be detected, and makes the sum random, as a client's random vector would.
 
     Args:
         total: the sum of the survivors' masked vectors, shape (size,); it may be taken modulo 2^64.
         survivors: the clients whose masked vectors are in it.
-        dropped: those that exchanged shares and sent no masked vector.
-        keys: the public keys of all clients, the same list as the clients got: it numbers the shares.
+        dropped: the clients that exchanged shares and sent no masked vector.
+        keys: the public keys of all clients, the same list as the clients received: it numbers the shares.
         answers: by client.
-        needed: how many shares give a secret back: `threshold(len(keys), n_min)`.
-        session: its id.
-        bits: as the clients were told.
+        needed: the number of shares that recover a secret: `threshold(len(keys), n_min)`.
+        session: the session's id.
+        bits: the same as at the clients.
 
     Raises:
-        SecureAggregationError: `secagg-too-few` for fewer shares of a secret than `needed`; `secagg-message` if a mask
-            key that was put together is not the announced one; `secagg-refused` for lists that overlap or name clients
+        SecureAggregationError: `secagg-too-few` for fewer shares of a secret than `needed`; `secagg-message` if a
+            recovered mask key is not the announced one; `secagg-refused` for lists that overlap or name clients
             without keys, or for too low a `needed`.
     """
     alive = set(survivors)
     gone = set(dropped)
     if alive & gone or not alive | gone <= keys.keys() or not answers.keys() <= alive:
         raise refused("the lists overlap, or name clients without keys", "survivors, who answer, and dropped clients")
-    if needed < threshold(len(keys), 1):  # would put together other secrets, unnoticed
+    if needed < threshold(len(keys), 1):  # too few shares would give wrong secrets, unnoticed
         raise refused(f"{needed} shares are another number than a secret takes", "what threshold() returned")
     numbered = {number: answers[name] for number, name in enumerate(sorted(keys), 1) if name in answers}
+    # Take away each survivor's own mask, then the pair masks that survivors share with dropped clients.
     opened = ring.reduce(total, bits)
     for name in sorted(alive):
         seed = _recover(name, {number: answer.seeds for number, answer in numbered.items()}, needed)
         _add(opened, masks.stream(masks.derive(seed, session, "self-mask", name), total.size, bits), positive=False)
     for name in sorted(gone):
         private = _recover(name, {number: answer.mask_keys for number, answer in numbered.items()}, needed)
+        # Unlike a seed, a recovered key can be checked, as its public key is known.
         if masks.public_key(private) != _halves(keys[name])[0]:
             raise malformed(f"the mask key put together for {name!r} is not the announced one", "shares that fit")
         for other in sorted(alive):
@@ -250,7 +255,7 @@ def unmask(
 
 
 def _recover(name: str, shares: Mapping[int, Mapping[str, bytes]], needed: int) -> bytes:
-    """Return a client's secret from the first `needed` shares of it among the answers, which are keyed by index."""
+    """Return a client's secret from its first `needed` shares; `shares` contains the answers by the shares' index."""
     found = [(index, shares[index][name]) for index in sorted(shares) if name in shares[index]]
     if len(found) < needed:
         raise too_few(f"only {len(found)} shares of the secret of {name!r} came", f"at least {needed}")
@@ -278,6 +283,6 @@ def _halves(value: bytes) -> tuple[bytes, bytes]:
 
 
 def _expect(state: ClientState, step: str) -> None:
-    """Refuse what is asked out of turn, or a second time."""
+    """Check that the client's last step was this one; a step out of turn, or a second time, is refused."""
     if state.step != step:
         raise refused(f"this step is out of turn: the client's last one was {state.step!r}", f"{step!r}")
