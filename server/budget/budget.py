@@ -85,7 +85,9 @@ def _plain(value: Any) -> Any:
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and math.isinf(value) else value
+    if isinstance(value, float) and math.isinf(value):
+        return None
+    return value
 
 
 def make_budget(config: RunConfig, size: Size, mode: str, assumed: bool) -> Budget:

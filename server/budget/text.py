@@ -179,8 +179,9 @@ def _limit(view: View) -> str:
     """Return an adversary's epsilon and its budget, or that nothing limits it."""
     if math.isinf(view.epsilon):
         return _UNPROTECTED[view.who]
-    budget = "" if view.budget is None else f", budget {_short(view.budget)}"
-    return _epsilon(view.epsilon) + budget
+    if view.budget is None:
+        return _epsilon(view.epsilon)
+    return f"{_epsilon(view.epsilon)}, budget {_short(view.budget)}"
 
 
 def _learning(found: Assessment) -> Iterator[RenderableType]:
@@ -212,9 +213,12 @@ def _learning(found: Assessment) -> Iterator[RenderableType]:
 def _lever(lever: Lever) -> str:
     if lever.needed is None:
         return f"no number is enough, now {_short(lever.now)}"
-    delta = "" if lever.delta is None else f", and delta {lever.delta:g}"
-    empty = ", which promises nothing" if lever.name == "epsilon" and lever.needed > _EMPTY_PROMISE else ""
-    return f"{_short(lever.needed)} instead of {_short(lever.now)}{delta}{empty}"
+    text = f"{_short(lever.needed)} instead of {_short(lever.now)}"
+    if lever.delta is not None:
+        text += f", and delta {lever.delta:g}"
+    if lever.name == "epsilon" and lever.needed > _EMPTY_PROMISE:
+        text += ", which promises nothing"
+    return text
 
 
 def _dropouts(found: Assessment) -> Iterator[RenderableType]:
