@@ -44,7 +44,7 @@ def test_init_refuses_an_unknown_name_and_leaves_no_file(tmp_path, option):
 
 def test_init_in_a_folder_that_is_not_there_is_an_error_of_ours(tmp_path):
     """Catches: a traceback."""
-    with pytest.raises(TsugikiError, match="cannot write"):
+    with pytest.raises(TsugikiError, match="Cannot write"):
         invoke("config", "init", tmp_path / "missing" / "run.toml")
 
 
