@@ -14,7 +14,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run as a Flower app: the run config is the configuration."""
+    """Run a federation as a Flower app, with Flower's run config as its configuration."""
     from tsugiki.server.engines.superlink import run_grid
 
     run_federation(run_grid(grid), from_run_config(context.run_config), progress=choose())

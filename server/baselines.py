@@ -1,8 +1,8 @@
-"""What federated training is compared with: no training, every site alone, all data in one place.
+"""Baselines of federated training: no training, every site alone, all data in one place.
 
-Each is the same program with other settings: a federation of one. A site alone does what it does in the federation,
-round by round with a fresh optimiser in each, so that only the averaging is missing. The central run takes the steps of
-all sites together in one stretch, as one would train without a federation.
+Each trained baseline is a federation of one, the same program with other settings. A site alone trains as in the
+federation, round by round with a fresh optimiser in each, so that only the averaging is missing. The central run takes
+the steps of all sites together in one round, as in training without a federation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tsugiki.server.run.simulate import SimulatedApp
 Metrics = dict[str, float]
 
 KINDS = ("untouched", "local", "centralised")
-"""What a federated run can be compared with."""
+"""Names of the baselines."""
 
 _ALONE: Mapping[str, Any] = {
     "strategy": {
@@ -40,17 +40,17 @@ _ALONE: Mapping[str, Any] = {
         "max_update_norm": sys.float_info.max,  # an update may be the whole training here
     },
     "simulation.ranks": [],
-    "privacy": {"mode": "none"},  # what is compared with keeps nothing back from itself
+    "privacy": {"mode": "none"},  # one party alone has nobody to protect its data from
     "evaluation.data": "",
     "evaluation.at_sites": False,
     "evaluation.early_stopping_patience": 0,
 }
-"""What a federation of one changes in a run."""
+"""Settings that a federation of one changes in a run."""
 
 
 def centralised(config: RunConfig, sites: int) -> RunConfig:
-    """Return the run with all data at one site, at equal samples; of passes over the data, to whole ones."""
-    rounds = config.run.rounds * config.strategy.fraction_train
+    """Return the run with all data at one site and equally many training samples; epochs are rounded."""
+    rounds = config.run.rounds * config.strategy.fraction_train  # rounds of an average site
     changes = {
         **_ALONE,
         "run.rounds": 1,
@@ -67,7 +67,7 @@ def centralised(config: RunConfig, sites: int) -> RunConfig:
 
 
 def local_only(config: RunConfig) -> RunConfig:
-    """Return the run as one site would do it by itself, as often as it is asked; the split of the data stays."""
+    """Return the run of one site by itself, with its average number of rounds and the same split of data."""
     asked = max(1, round(config.run.rounds * config.strategy.fraction_train))
     return changed(config, {**_ALONE, "run.rounds": asked})
 
@@ -81,26 +81,26 @@ def run_baselines(
     progress: Progress,
     stop: Stop | None = None,
 ) -> dict[str, Any]:
-    """Return, and write to baselines.json, the metrics of each baseline on the central evaluation data.
+    """Return the metrics of each baseline on the central evaluation data, and write them to baselines.json.
 
     Args:
         config: the federated run, with evaluation data.
-        folder: the federated run's.
+        folder: folder of the federated run.
         client: makes ClientApps of simulated sites.
         sites: names of all sites.
-        kinds: of `KINDS`.
-        progress: shows what happens.
-        stop: set to end the baseline at work.
+        kinds: baselines to run, of `KINDS`.
+        progress: is given a note as each baseline begins.
+        stop: a request to stop ends the baseline that is running.
 
     Raises:
-        Interrupted: it was set.
+        Interrupted: `stop` was requested.
     """
     graft = load_graft(config, config.model.name, config.run.seed)
     evaluate = make_evaluator(graft, config)
     if evaluate is None:
         return {}
     results: dict[str, Any] = {}
-    if "untouched" in kinds:
+    if "untouched" in kinds:  # nothing is trained, so this one needs no federation
         progress.note("baseline: the untouched base model")
         results["untouched"] = evaluate_base(graft, config)
 

@@ -1,4 +1,4 @@
-"""What `tsugiki doctor` looks at."""
+"""The checks of `tsugiki doctor`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from tsugiki.server.run.storage import LEAST_FREE_BYTES
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's: what was looked at, what was found, and what to do if that is not fine."""
+    """The result of one check.
+
+    Args:
+        name: what was checked.
+        found: what was found.
+        fine: whether that is good.
+        needed: whether Tsugiki cannot work if it is not.
+        do: what to do if it is not; may be empty.
+    """
 
     name: str
     found: str
@@ -48,7 +56,7 @@ def _python() -> Finding:
 
 
 def _library(name: str) -> Finding:
-    """Compare what is installed with what the installed Tsugiki asks for."""
+    """Compare the installed version of a library with the requirement of the installed Tsugiki."""
     # Extras come last in the list, and may name a library again without its range.
     wanted = {found.name: found for found in reversed([Requirement(text) for text in _requirements()])}
     asked = str(wanted.get(name, name)).split(";")[0]
@@ -58,7 +66,8 @@ def _library(name: str) -> Finding:
         found = version(name)
     except PackageNotFoundError:
         return Finding(name, "not installed", False, needed, advice)
-    return Finding(name, found, name not in wanted or found in wanted[name].specifier, needed, advice)
+    fits = name not in wanted or found in wanted[name].specifier
+    return Finding(name, found, fits, needed, advice)
 
 
 def _requirements() -> list[str]:
@@ -73,10 +82,11 @@ def _devices() -> Finding:
         return Finding("devices", "torch is not installed", False, True, "pip install torch")
     import torch
 
-    there = ["cpu" + f" ({os.cpu_count()} cores)"]
-    there += [f"cuda ({torch.cuda.get_device_name(index)})" for index in range(torch.cuda.device_count())]
-    there += ["mps"] if torch.backends.mps.is_available() else []
-    return Finding("devices", ", ".join(there), True, False)
+    devices = [f"cpu ({os.cpu_count()} cores)"]
+    devices += [f"cuda ({torch.cuda.get_device_name(index)})" for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return Finding("devices", ", ".join(devices), True, False)
 
 
 def _plugins() -> list[Finding]:
@@ -84,8 +94,9 @@ def _plugins() -> list[Finding]:
     found = []
     for registry in (TASKS, ADAPTERS, STRATEGIES):
         for plugin in registry.plugins():
-            what = f"{registry.kind} {plugin.entry}"
-            text = f"{what}: {plugin.problem}" if plugin.problem else what
+            text = f"{registry.kind} {plugin.entry}"
+            if plugin.problem:
+                text += f": {plugin.problem}"
             found.append(Finding(plugin.package, text, not plugin.problem, False, "mend or uninstall the package"))
     return found
 
@@ -98,11 +109,11 @@ def _disk() -> Finding:
 def _phones_home() -> Finding:
     switches = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     wrong = [name for name, value in switches.items() if os.environ.get(name) != value]
-    return Finding("telemetry", "off" if not wrong else f"on: {', '.join(wrong)}", not wrong, True)
+    found = f"on: {', '.join(wrong)}" if wrong else "off"
+    return Finding("telemetry", found, not wrong, True)
 
 
 def _hub() -> Finding:
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-    return Finding(
-        "model hub", "offline: HF_HUB_OFFLINE is set" if offline else "used for models named by a hub id", True, False
-    )
+    found = "offline: HF_HUB_OFFLINE is set" if offline else "used for models named by a hub id"
+    return Finding("model hub", found, True, False)

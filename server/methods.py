@@ -1,4 +1,4 @@
-"""Which adapter methods go with which tasks on a base, and how much each of them sends in a round."""
+"""Compatibility of adapter methods and tasks on a base, and the bytes that each pair sends in a round."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tsugiki.common.tasks import TASKS, Task
 from tsugiki.common.tasks.base import Base
 
 OPTIMISER_BYTES = 4 + 4 + 8
-"""Of each trained number while it is trained in float32: itself, its gradient, Adam's two moments."""
+"""Bytes for each number trained in float32: the number, its gradient, Adam's two moments."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Combination:
     """A task with a method on a base.
 
     Args:
-        adapter: trained numbers of the adapter.
-        head: and of the task's head.
-        size_bytes: of both as they travel, each way and round.
-        reason: why the two do not go together on this base; empty where they do.
+        adapter: number of trained parameters of the adapter.
+        head: number of trained parameters of the task's head.
+        size_bytes: bytes of both in a message, which is sent once each way in a round.
+        reason: why the method and the task do not go together on this base; empty if they do.
     """
 
     adapter: int = 0
@@ -43,12 +43,12 @@ class Combination:
 
 @dataclass(frozen=True)
 class Compatibility:
-    """What can be chosen on a base.
+    """The combinations of task and method on a base.
 
     Args:
-        base: its name.
-        base_bytes: of its weights in memory.
-        pairs: by task and method.
+        base: name of the base.
+        base_bytes: bytes of its weights in memory.
+        pairs: combinations by task, then by method.
     """
 
     base: str
@@ -57,21 +57,24 @@ class Compatibility:
 
     @property
     def trained_bytes(self) -> int:
-        """Memory for the trained numbers of the largest pair, while they are trained."""
-        return OPTIMISER_BYTES * max(pair.adapter + pair.head for row in self.pairs.values() for pair in row.values())
+        """Memory for the trained numbers of the largest pair during training, in bytes."""
+        pairs = [pair for row in self.pairs.values() for pair in row.values()]
+        return OPTIMISER_BYTES * max(pair.adapter + pair.head for pair in pairs)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the same for scripts."""
+        """Return the combinations as plain values, for scripts."""
         pairs = {task: {name: vars(pair) for name, pair in row.items()} for task, row in self.pairs.items()}
         return {"base": self.base, "base_bytes": self.base_bytes, "pairs": pairs}
 
 
 def compatibility(config: RunConfig, watch: Callable[[str], None] = lambda task: None) -> Compatibility:
-    """Return every pair of task and method on the run's base: the run's own settings where it has them, else defaults.
+    """Return every pair of task and method on the run's base.
+
+    The run's own task and method keep their settings; all others have defaults.
 
     Args:
         config: the run; its sections model, task and adapter are used.
-        watch: told each task as it begins.
+        watch: called with the name of each task as it begins.
 
     Raises:
         ModelError: the base cannot be found, or no task can load it.
@@ -84,12 +87,14 @@ def compatibility(config: RunConfig, watch: Callable[[str], None] = lambda task:
     failed: TsugikiError | None = None
     for name in TASKS.names():
         watch(name)
-        task = TASKS.get(name)(config.task if config.task.name == name else TASKS.get(name).Settings.model_validate({}))
+        kind = TASKS.get(name)
+        task = kind(config.task if config.task.name == name else kind.Settings.model_validate({}))
         seed_everything(0)
         try:
             with quiet_libraries():
                 base = load_base(task, folder, getattr(torch, config.model.dtype))
         except TsugikiError as error:
+            # This task cannot use the base, so no method can; other tasks may.
             pairs[name] = dict.fromkeys(ADAPTERS.names(), Combination(reason=_reason(error)))
             failed = error
             continue
@@ -101,16 +106,17 @@ def compatibility(config: RunConfig, watch: Callable[[str], None] = lambda task:
 
 
 def _pair(config: RunConfig, task: Task, base: Base, folder: Path, name: str) -> Combination:
-    """Put a method on a copy of the base's modules, which shares its tensors, and count what is trained."""
+    """Attach a method to a copy of the base's modules that shares its tensors, and count the trained parameters."""
     kind = ADAPTERS.get(name)
     if reason := kind.why_not(base.transformer.config.model_type):
         return Combination(reason=reason)
     method = kind(config.adapter if config.adapter.method == name else kind.Settings.model_validate({}))
+    # With the tensors as its memo, deepcopy copies the modules around them only.
     shared = {id(value): value for value in (*base.transformer.parameters(), *base.transformer.buffers())}
-    asked = [value.requires_grad for value in base.transformer.parameters()]
+    requires_grad = [value.requires_grad for value in base.transformer.parameters()]
     try:
-        for adapter, wanted in method.bases().items():
-            check_base(fingerprint(folder, base), wanted, adapter)
+        for adapter, expected in method.bases().items():
+            check_base(fingerprint(folder, base), expected, adapter)
         with quiet_libraries():
             attached = method.attach(copy.deepcopy(base.transformer, shared), base.heads)
         spec = describe(task, method, replace(base, transformer=attached), "")
@@ -118,16 +124,17 @@ def _pair(config: RunConfig, task: Task, base: Base, folder: Path, name: str) ->
     except TsugikiError as error:
         return Combination(reason=_reason(error))
     finally:
-        for value, wanted in zip(base.transformer.parameters(), asked, strict=True):
-            value.requires_grad_(wanted)
+        # Methods freeze the shared tensors: give each its flag back for the next method.
+        for value, flag in zip(base.transformer.parameters(), requires_grad, strict=True):
+            value.requires_grad_(flag)
 
 
 def _reason(error: TsugikiError) -> str:
-    """Return why it does not go, and what would: the first is at times no more than a setting and its value."""
+    """Return an error's problem and what was expected; the problem alone may be only a setting and its value."""
     return f"{error.problem}; expected {error.expected}"
 
 
 def reasons(pairs: Mapping[str, Mapping[str, Combination]]) -> dict[str, int]:
     """Return the reasons why pairs do not go together, numbered from 1 in the order of the table."""
-    found = [pair.reason for method in ADAPTERS.names() for row in pairs.values() if (pair := row[method]).reason]
-    return {reason: number for number, reason in enumerate(dict.fromkeys(found), 1)}
+    found = dict.fromkeys(row[method].reason for method in ADAPTERS.names() for row in pairs.values())
+    return {reason: number for number, reason in enumerate(filter(None, found), 1)}

@@ -1,4 +1,4 @@
-"""What a run's model, or exported adapters, make of texts or of a file's rows: labels, scores, continuations."""
+"""Predictions of a run's model, or of exported adapters, for texts or a file's rows: labels, scores, continuations."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def predict(
     which: Which = "best",
     adapter: bool = True,
 ) -> list[dict[str, Any]]:
-    """Return what a run's model makes of each row, by name.
+    """Return the predictions of a run's model: for each row, the task's values by name.
 
     Args:
-        folder: the run's.
-        texts: rows, for a task that asks for one text; for images, files of pictures.
-        file: or a file of rows, in the run's own data format.
-        generation: texts are continued.
-        which: the best adapter, or that of the last checkpoint.
-        adapter: False for the bare base, to compare with.
+        folder: the run's folder.
+        texts: rows of one text each; for a task of images, paths of pictures.
+        file: in place of texts, a file of rows in the run's own data format.
+        generation: settings for continuing texts.
+        which: the best adapter, or the adapter of the last checkpoint.
+        adapter: whether to use the adapter; False uses the bare base, to compare.
 
     Raises:
-        UsageError: neither texts nor a file, or both, or a text alone for a task that asks for more.
+        UsageError: neither texts nor a file are given, or both, or only a text for a task that needs more.
         StorageError: the run cannot be used.
-        ExportError: `spec-mismatch`, its model cannot be loaded as it was.
+        ExportError: `spec-mismatch`, the run's model cannot be loaded as it was.
         DataError: the file cannot be used.
         ModelError: the base model cannot be loaded.
     """
@@ -57,18 +57,18 @@ def predict(
 
 
 def open_adapters(folders: Sequence[Path], source: str = "") -> list[Graft]:
-    """Return a graft for each export, all on one base: memory holds its tensors once.
+    """Return a graft for each export, all on one base, whose tensors are in memory only once.
 
-    Their tasks, methods and heads may differ; each has modules of its own around the frozen tensors that all share.
+    The grafts may have different tasks, methods and heads. Each has its own modules around the shared frozen tensors.
 
     Args:
-        folders: of exports; all were trained on the same base.
-        source: hub id, folder or `package:...` behind the base; by default the first export's name for it, in the
-            hub and its cache.
+        folders: folders of exports that were trained on the same base.
+        source: hub id, folder or `package:...` of the base; by default the first export's name for it, in the hub and
+            its cache.
 
     Raises:
-        ModelError: as `tsugiki.common.model.exported.open_exported`; `adapter-other-base`, they were trained on
-        different bases.
+        ModelError: as `tsugiki.common.model.exported.open_exported`; `adapter-other-base`, the exports were trained on
+            different bases.
     """
     source = source or str(find_in_hub(read_exported(folders[0]).base_name))
     first = open_exported(folders[0], source)
@@ -83,23 +83,24 @@ def predict_each(
     generation: Generation,
     columns: str = "",
 ) -> list[dict[str, Any]]:
-    """Return what each of several exported adapters makes of each row: `adapter`, its folder, and then the answer.
+    """Return the predictions of several exported adapters for each row.
 
     Args:
-        folders: as `open_adapters`.
-        source: as `open_adapters`.
-        texts: rows, for tasks that ask for one text.
-        file: or a file of rows; its columns have the tasks' own names, or are mapped.
-        generation: texts are continued.
-        columns: maps the file's columns, as "text=sentence, text_pair=2"; numbers count from 0.
+        folders: as in `open_adapters`.
+        source: as in `open_adapters`.
+        texts: rows of one text each.
+        file: in place of texts, a file of rows; its columns have the tasks' own names, or `columns` maps them.
+        generation: settings for continuing texts.
+        columns: mapping of the file's columns, as "text=sentence, text_pair=2"; numbers count from 0.
 
     Returns:
-        The answers of all adapters to the first row, in the order of `folders`, then to the second, and so on.
+        One dictionary for each row and adapter: `adapter`, its folder, and the task's values by name. The first row
+        comes first, with all adapters in the order of `folders`.
 
     Raises:
-        UsageError: as `predict`, for one of the adapters; `columns` is no mapping, or there is no file.
+        UsageError: as in `predict`, for one of the adapters; `columns` is not a mapping, or is given without a file.
         DataError: the file cannot be used.
-        ModelError: as `open_adapters`.
+        ModelError: as in `open_adapters`.
     """
     if columns and file is None:
         raise UsageError("--columns is given without --file", "a file whose columns they are", "give --file FILE")
@@ -111,9 +112,11 @@ def predict_each(
     except DataError as error:
         if error.code != "shard-columns":
             raise
+        # The usual hint names a run's settings, but exports have a command-line option instead.
         hint = f'say how the file calls them: --columns "{known[0]}=NAME IN THE FILE"'
         raise DataError(error.problem, error.expected, hint, code=error.code) from error
-    answers = [graft.task.predict(graft.base, asked, generation) for graft, asked in zip(grafts, rows, strict=True)]
+    answers = [graft.task.predict(graft.base, shard, generation) for graft, shard in zip(grafts, rows, strict=True)]
+    # From one list for each adapter to one group for each row.
     return [
         {"adapter": str(folder), **answer}
         for row in zip(*answers, strict=True)
@@ -132,10 +135,11 @@ def ask(
     adapter: bool,
     columns: str = "",
 ) -> list[dict[str, Any]]:
-    """Do what the command's words and options say: ask a run, which is the first word, or exported adapters.
+    """Predict as the command's arguments ask: with a run, named by the first word, or with exported adapters.
 
     Raises:
-        UsageError: they do not go together; and what `predict` and `predict_each` raise.
+        UsageError: the arguments contradict each other.
+        TsugikiError: as in `predict` and `predict_each`.
     """
     if not adapters:
         if source or columns:
@@ -158,27 +162,29 @@ def ask(
 
 
 def show(found: Sequence[dict[str, Any]], as_json: bool) -> str:
-    """Return predictions as lines: JSON, or the bare values."""
+    """Return predictions as lines of JSON, or of bare values separated by tabs."""
     if as_json:
-        return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
-    return "".join("\t".join(map(_plain, one.values())) + "\n" for one in found)
+        return "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in found)
+    return "".join("\t".join(map(_plain, answer.values())) + "\n" for answer in found)
 
 
 def _plain(value: Any) -> str:
-    """Return a value on one line; what a terminal would obey is shown as an escape."""
+    """Return a value on one line; control characters, which a terminal would obey, are shown as escapes."""
     if isinstance(value, float):
         return f"{value:.4f}"
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in str(value))
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(value)
+    )
 
 
 def _pictures(names: Sequence[str]) -> images.Images:
-    """Return the pictures of files.
+    """Return the pictures in the named files.
 
     Raises:
-        DataError: `shard-missing`, a file is not there; and as `images.decode`.
+        DataError: `shard-missing`, a file does not exist; or as in `images.decode`.
     """
     for number, name in enumerate(names, 1):
-        if not os.path.isfile(name):  # Path.is_file raises on too long a name
+        if not os.path.isfile(name):  # Path.is_file would raise on a name that is too long
             raise DataError(
                 f"picture {number} is no file here", "a PNG or JPEG", "check its path", code="shard-missing"
             )
@@ -186,10 +192,10 @@ def _pictures(names: Sequence[str]) -> images.Images:
 
 
 def _mapped(columns: str, known: Sequence[str]) -> DataFormat:
-    """Return the form of a file whose columns are mapped as `[data] columns` of a run would be.
+    """Return the format of a file whose columns are mapped as by a run's `[data] columns`.
 
     Raises:
-        UsageError: no task reads such a column, or it is no mapping.
+        UsageError: `columns` is not a mapping, or maps a column that no task reads.
     """
     names = ", ".join(sorted(set(known)))
     try:
@@ -198,23 +204,31 @@ def _mapped(columns: str, known: Sequence[str]) -> DataFormat:
         raise UsageError(
             f"--columns {columns!r} is no mapping", f'a mapping such as "text=sentence", for {names}'
         ) from error
-    if wrong := [name for name, column in form.columns.items() if name not in known or column == ""]:
+    wrong = [name for name, column in form.columns.items() if name not in known or column == ""]
+    if wrong:
         raise UsageError(f"--columns maps {wrong[0]!r} to nothing, or no task here reads it", f"some of {names}")
     return form
 
 
 def _rows(graft: Graft, form: DataFormat, texts: Sequence[str], file: Path | None) -> Shard:
+    """Return the rows to predict, from texts or from a file.
+
+    Raises:
+        UsageError: neither texts nor a file are given, or both, or the task cannot use the texts.
+        DataError: the file or a picture cannot be used.
+    """
     columns = graft.task.prediction_columns
     if not columns:
-        return Shard({})  # such a task refuses by itself
+        return Shard({})  # the task cannot predict, and says so itself
     names = ", ".join(column.name for column in columns)
     if bool(texts) == (file is not None):
         if texts:
             raise UsageError("both texts and a file are given", "one of the two", "leave one out")
         raise UsageError("neither texts nor a file is given", "one of the two", "give --file FILE")
     if file is not None:
-        picture = columns[0].kind == "image"  # pictures lie in files and folders that have their classes
-        kinds = graft.task.columns if picture else columns
+        kinds = columns
+        if columns[0].kind == "image":  # the folders of pictures also name their classes
+            kinds = graft.task.columns
         return read(file, kinds, form, labels=graft.task.labels, inside=Path(file.absolute().anchor))
     if columns[0].kind == "image":
         return Shard({columns[0].name: _pictures(texts)})

@@ -1,7 +1,7 @@
-"""Plans that differ from a run's in one thing: other modes, more clients, and what would have to change to learn.
+"""Alternatives to a run's plan: other modes, other numbers of clients, and changes that would make learning possible.
 
-Symbols in brackets are those of docs/privacy.md. The signal-to-noise bound of a round is the clip norm over the norm of
-the noise on the mean: no mean update is longer than the clip norm.
+docs/privacy.md explains the symbols in brackets. The signal-to-noise bound of a round is the clip norm divided by the
+norm of the noise on the mean, because no mean update is longer than the clip norm.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tsugiki.common.privacy.plan import Plan
 TABLE_CLIENTS = (100, 1_000, 10_000)
 
 _AIM = 1.002
-"""The bound that is aimed at instead of 1: calibration rounds the noise multiplier up, by at most 0.11 %."""
+"""Target for the bound: a little above 1, because calibration rounds the noise multiplier up by at most 0.11 %."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Noise:
     """The noise on the mean update of one round.
 
     Args:
-        clients: in the mean (n').
+        clients: number of clients in the mean (n').
         coordinate: standard deviation on each coordinate, in the adapter's own units.
-        norm: of the whole noise vector: coordinate * sqrt(d).
-        bound: of the signal-to-noise ratio: the clip norm over `norm`; infinite without noise.
+        norm: norm of the whole noise vector: coordinate * sqrt(d).
+        bound: upper bound of the signal-to-noise ratio: clip norm / `norm`; infinite without noise.
     """
 
     clients: int
@@ -43,10 +43,11 @@ class Row:
 
     Args:
         mode: name of the mechanism.
-        clients: in each sum (n = n_min).
-        noise_multiplier: for the epsilon in question (z); None if no such plan is accepted.
-        noise: on the mean; None likewise.
-        epsilon: of each adversary who sees anything, with secure aggregation and without; infinite: no noise.
+        clients: number of clients in each sum (n = n_min).
+        noise_multiplier: the value that keeps the target epsilon (z); None if no such plan is accepted.
+        noise: the noise on the mean; None if no such plan is accepted.
+        epsilon: epsilon by adversary, for all who see anything with or without secure aggregation; infinite where
+            there is no noise.
     """
 
     mode: str
@@ -58,13 +59,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Lever:
-    """What one number alone would have to be for a bound of 1.
+    """The value that one number of a plan needs for a bound of 1, if all others stay.
 
     Args:
-        name: of the number.
+        name: name of the number.
         now: its value in the plan.
-        needed: None if no value is enough.
-        delta: other than the plan's, if so many clients need a smaller one; else None.
+        needed: the value needed; None if no value is enough.
+        delta: a smaller delta that the needed clients require; None if the plan's own is small enough.
     """
 
     name: Literal["clients", "parameters", "rounds", "epsilon"]
@@ -74,17 +75,17 @@ class Lever:
 
 
 def budgeted_release(plan: Plan) -> Release:
-    """Return what a round shows to the adversary against whom the mode is there first."""
+    """Return the release of a round to the adversary that the mode mainly protects against."""
     return releases_of(plan)[mechanism_of(plan).budgeted[0]]
 
 
 def everything_seen(plan: Plan) -> dict[Adversary, Release]:
-    """Return what a round shows to each adversary, with secure aggregation and without."""
+    """Return the release of a round to each adversary that sees one with or without secure aggregation."""
     both = {
         **releases_of(replace(plan, secure_aggregation=False)),
         **releases_of(replace(plan, secure_aggregation=True)),
     }
-    return {who: both[who] for who in ADVERSARIES if who in both}
+    return {adversary: both[adversary] for adversary in ADVERSARIES if adversary in both}
 
 
 def noise_on_mean(plan: Plan, clients: int) -> Noise:
@@ -94,11 +95,12 @@ def noise_on_mean(plan: Plan, clients: int) -> Noise:
     """
     coordinate = mean_noise(plan, clients) * clients / (plan.denominator or clients)
     norm = coordinate * math.sqrt(plan.dimension)
-    return Noise(clients, coordinate, norm, plan.clip_norm / norm if norm else math.inf)
+    bound = plan.clip_norm / norm if norm else math.inf
+    return Noise(clients, coordinate, norm, bound)
 
 
 def calibrated(plan: Plan, target_epsilon: float) -> Plan | None:
-    """Return the plan with the least noise that keeps the target; None if such a plan is not accepted."""
+    """Return the plan with the least noise that keeps the target epsilon; None if no such plan is accepted."""
 
     def releases(noise_multiplier: float) -> dict[Release, int]:
         return {budgeted_release(replace(plan, noise_multiplier=noise_multiplier)): plan.rounds}
@@ -111,9 +113,9 @@ def calibrated(plan: Plan, target_epsilon: float) -> Plan | None:
 
 
 def without_slack(plan: Plan, mode: str, clients: int) -> Plan:
-    """Return the plan in another mode, with another number of clients, all of which have to take part.
+    """Return the plan in another mode and with another number of clients, all of which must take part.
 
-    Only what a mode is made for goes with it: sampling stays in mode central, dishonest clients in mode distributed.
+    Sampling is kept only if the mode stays the same, and dishonest clients only in mode distributed.
     """
     probability = plan.sampling_probability if mode == plan.mode else 1.0
     return replace(
@@ -130,9 +132,9 @@ def table(plan: Plan, target_epsilon: float, clients: int) -> tuple[Row, ...]:
     """Return a row for each number of clients and each mode, at the plan's rounds, clip norm and delta.
 
     Args:
-        plan: of the run.
-        target_epsilon: that each mode is calibrated for.
-        clients: the run's own number.
+        plan: the run's plan.
+        target_epsilon: epsilon that each mode is calibrated for.
+        clients: the run's own number of clients in a round.
     """
     counts = sorted({clients, *TABLE_CLIENTS})
     return tuple(
@@ -142,24 +144,28 @@ def table(plan: Plan, target_epsilon: float, clients: int) -> tuple[Row, ...]:
 
 def _row(plan: Plan, target_epsilon: float) -> Row:
     noisy = calibrated(plan, target_epsilon)
+    # At a delta of 1 / N or more, publishing one client's update would count as private.
     if noisy is None or plan.delta * plan.enrolled_clients >= 1:
         return Row(plan.mode, plan.min_clients, None, None, {})
-    spent = {who: epsilon({release: plan.rounds}, plan.delta) for who, release in everything_seen(noisy).items()}
+    spent = {
+        adversary: epsilon({release: plan.rounds}, plan.delta) for adversary, release in everything_seen(noisy).items()
+    }
     noise = noise_on_mean(noisy, plan.min_clients)
     return Row(plan.mode, plan.min_clients, noisy.noise_multiplier, noise, spent)
 
 
 def levers(plan: Plan, clients: int, target_epsilon: float) -> tuple[Lever, ...]:
-    """Return what each of four numbers alone would have to be for a signal-to-noise bound of 1.
+    """Return the value that each of four numbers needs, if the others stay, for a signal-to-noise bound of 1.
 
     The bound is proportional to 1 / z, to 1 / sqrt(d), and to n (in mode local, to sqrt(n)).
 
     Args:
-        plan: with a bound below 1.
-        clients: that are asked in a round.
-        target_epsilon: what the noise was found for.
+        plan: a plan with a bound below 1.
+        clients: number of clients asked in a round.
+        target_epsilon: epsilon that the noise was calibrated for.
     """
     bound = noise_on_mean(plan, clients).bound
+    # The plan with the noise multiplier that lifts the bound to 1 at the plan's own clients and parameters.
     enough = replace(plan, noise_multiplier=plan.noise_multiplier * bound / _AIM)
     release = budgeted_release(enough)
     needed, delta = _clients_needed(plan, clients, target_epsilon)
@@ -173,38 +179,45 @@ def levers(plan: Plan, clients: int, target_epsilon: float) -> tuple[Lever, ...]
 
 
 def _clients_needed(plan: Plan, clients: int, target_epsilon: float) -> tuple[int | None, float]:
-    """Return how many clients are needed, and with which delta: it has to stay below 1 / enrolled clients."""
+    """Return the number of clients needed, None if no number is enough, and a delta below 1 / enrolled clients."""
     noisy: Plan | None = plan
     while noisy is not None:
         bound = noise_on_mean(noisy, clients).bound
         twice = noise_on_mean(scaled(noisy, 2), 2 * clients).bound
+        # The bound grows as a power of the clients; doubling them shows the exponent.
         factor = (_AIM / bound) ** (1 / math.log2(twice / bound))
         enrolled = scaled(plan, factor).enrolled_clients
         if noisy.delta * enrolled < 1:
             return math.ceil(clients * factor), noisy.delta
+        # The delta is too large for the clients found: calibrate again with a smaller one.
         noisy = calibrated(replace(plan, delta=float(f"{0.1 / enrolled:.0e}")), target_epsilon)
     return None, plan.delta
 
 
 def scaled(plan: Plan, factor: float) -> Plan:
-    """Return the plan with so many times its clients."""
-    enrolled, least = (math.ceil(count * factor) for count in (plan.enrolled_clients, plan.min_clients))
-    return replace(plan, enrolled_clients=enrolled, min_clients=least)
+    """Return the plan with its numbers of clients multiplied by a factor and rounded up."""
+    return replace(
+        plan,
+        enrolled_clients=math.ceil(plan.enrolled_clients * factor),
+        min_clients=math.ceil(plan.min_clients * factor),
+    )
 
 
 def most_rounds(release: Release, most_epsilon: float, plan: Plan) -> int:
-    """Return how many of the plan's rounds keep to an epsilon; 0: not one."""
+    """Return how many of the plan's rounds stay within an epsilon; 0 if even one round exceeds it."""
     low = 0
     high = plan.rounds + 1
-    middle = plan.rounds  # usually all of them
+    middle = plan.rounds  # all rounds usually fit, so they are tried first
     while high - low > 1:
-        fits = epsilon({release: middle}, plan.delta) <= most_epsilon
-        low, high = (middle, high) if fits else (low, middle)
+        if epsilon({release: middle}, plan.delta) <= most_epsilon:
+            low = middle
+        else:
+            high = middle
         middle = (low + high) // 2
     return low
 
 
 def _round_up(value: float, digits: int = 3) -> float:
-    """Return a positive number, rounded up to so many digits."""
+    """Return a positive number, rounded up to a number of significant digits."""
     unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
     return float(f"{math.ceil(value / unit) * unit:.{digits}g}")

@@ -1,6 +1,6 @@
-"""A run's own privacy plan, judged: who learns how much, whether anything can be learned, what dropouts would cost.
+"""Assess a run's own privacy plan: what each adversary learns, whether the model can learn, and what dropouts cost.
 
-Symbols in brackets are those of docs/privacy.md.
+docs/privacy.md explains the symbols in brackets.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from tsugiki.server.budget.alternatives import Lever, Noise, everything_seen, le
 
 NO_SIGNAL = 0.1
 WEAK_SIGNAL = 1.0
-"""Rules of thumb for the signal-to-noise bound: below the first nothing is learned, below the second little."""
+"""Rules of thumb for the signal-to-noise bound: below NO_SIGNAL nothing is learned, below WEAK_SIGNAL little."""
 
 SURVIVING = (0.9, 0.8, 0.5)
-"""Shares of the least number of clients for which the cost of opening their sum all the same is told."""
+"""Shares of the least number of clients for which the cost of opening their sum is reported."""
 
 Verdict = Literal["hopeless", "hard", "possible", "no-noise"]
 
@@ -29,11 +29,11 @@ class View:
     """What one adversary may have learned about one client after all rounds.
 
     Args:
-        who: the ledger's name.
-        words: who that is.
-        epsilon: infinite if it sees updates or sums without noise.
-        here: whether it sees that in this plan, and not only with secure aggregation switched the other way.
-        budget: that bounds it in this plan; None: none does.
+        who: the adversary's name in the ledger.
+        words: a description of the adversary.
+        epsilon: epsilon after all rounds; infinite if the adversary sees updates or sums without noise.
+        here: whether the adversary sees anything in this plan; if not, it does with secure aggregation switched.
+        budget: the epsilon that limits this adversary in the plan; None without a limit.
     """
 
     who: Adversary
@@ -45,12 +45,12 @@ class View:
 
 @dataclass(frozen=True)
 class Dropout:
-    """What sums over too few clients would cost if they were opened all the same; the program refuses to.
+    """The cost of opening sums over too few clients. The program refuses to open them.
 
     Args:
-        clients: that are left, of the least number (n_min).
-        share: of the noise's variance that is left with them.
-        epsilon: of the release after all rounds.
+        clients: number of clients left, below the least number (n_min).
+        share: share of the noise's variance that is left with them, from 0 to 1.
+        epsilon: epsilon of the release after all rounds.
     """
 
     clients: int
@@ -60,19 +60,21 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Assessment:
-    """What there is to say about a run's plan.
+    """The assessment of a run's plan.
 
     Args:
         plan: the frozen plan.
         calibrated: whether its noise multiplier was found from the budget.
-        views: of the adversaries.
-        strict_epsilon: of uploads between any two updates, not an update and none (mode local); else None.
+        views: what each adversary may learn.
+        strict_epsilon: in mode local, epsilon of uploads if any two updates are compared, in place of an update and
+            none; None in other modes.
         rounds_allowed: how many of the planned rounds the budget allows.
-        noise: with the least number of clients, then with all that are asked; one entry where that makes no difference.
-        growth: of the noise on the sum when all take part, sqrt(n' / (h n_min)); 1 where clients add no shares.
-        verdict: on the bound with all clients that are asked.
-        levers: none if the bound is 1 or more.
-        dropouts: none where dropouts take no noise away.
+        noise: the noise with the least number of clients, then with all clients asked; one entry if both are the same.
+        growth: factor by which the noise on the sum grows if all take part, sqrt(n' / (h n_min)); 1 if clients add no
+            shares of noise.
+        verdict: verdict on the bound with all clients asked.
+        levers: changes that would lift the bound to 1; empty if it is 1 or more.
+        dropouts: costs of missing clients; empty if dropouts take no noise away.
     """
 
     plan: Plan
@@ -88,16 +90,20 @@ class Assessment:
 
 
 def assess(plan: Plan, clients: int, calibrated: bool, target_epsilon: float) -> Assessment:
-    """Return everything about a run's plan.
+    """Return the assessment of a run's plan.
 
     Args:
-        plan: of the run.
-        clients: asked in a round; under Poisson sampling, on average.
-        calibrated: whether its noise multiplier was found from its budget.
-        target_epsilon: what the levers are to keep.
+        plan: the run's plan.
+        clients: number of clients asked in a round; under Poisson sampling, the average.
+        calibrated: whether the plan's noise multiplier was found from its budget.
+        target_epsilon: epsilon that the levers keep.
     """
-    noise = tuple(noise_on_mean(plan, count) for count in dict.fromkeys((plan.min_clients, clients)))
-    noise = noise[-1:] if plan.denominator else noise
+    counts = [plan.min_clients, clients]
+    if plan.denominator:  # the mean has a fixed denominator: its noise is the same for every number of clients
+        counts = [clients]
+    noise = tuple(noise_on_mean(plan, count) for count in dict.fromkeys(counts))
+    bound = noise[-1].bound
+    # In modes with sums, each client adds a share of the noise, so that dropouts take noise away.
     shares = "sums" in everything_seen(plan) and plan.noise_multiplier > 0
     return Assessment(
         plan=plan,
@@ -107,25 +113,38 @@ def assess(plan: Plan, clients: int, calibrated: bool, target_epsilon: float) ->
         rounds_allowed=_rounds_allowed(plan),
         noise=noise,
         growth=math.sqrt(clients / (plan.honest_fraction * plan.min_clients)) if shares else 1.0,
-        verdict=judge(noise[-1].bound),
-        levers=levers(plan, clients, target_epsilon) if noise[-1].bound < WEAK_SIGNAL else (),
+        verdict=judge(bound),
+        levers=levers(plan, clients, target_epsilon) if bound < WEAK_SIGNAL else (),
         dropouts=_dropouts(plan) if shares else (),
     )
 
 
 def judge(bound: float) -> Verdict:
-    """Return what a signal-to-noise bound means."""
+    """Return the verdict on a signal-to-noise bound."""
     if math.isinf(bound):
         return "no-noise"
-    return "hopeless" if bound < NO_SIGNAL else "hard" if bound < WEAK_SIGNAL else "possible"
+    if bound < NO_SIGNAL:
+        return "hopeless"
+    if bound < WEAK_SIGNAL:
+        return "hard"
+    return "possible"
 
 
 def _views(plan: Plan) -> tuple[View, ...]:
+    """Return what each adversary may learn, with secure aggregation as planned and switched the other way."""
     here = releases_of(plan)
-    budgets = {who: plan.target_epsilon for who in mechanism_of(plan).budgeted if who in here and plan.target_epsilon}
+    limited: set[Adversary] = set()
+    if plan.target_epsilon:
+        limited = {adversary for adversary in mechanism_of(plan).budgeted if adversary in here}
     return tuple(
-        View(who, ADVERSARIES[who], epsilon({release: plan.rounds}, plan.delta), who in here, budgets.get(who))
-        for who, release in everything_seen(plan).items()
+        View(
+            who=adversary,
+            words=ADVERSARIES[adversary],
+            epsilon=epsilon({release: plan.rounds}, plan.delta),
+            here=adversary in here,
+            budget=plan.target_epsilon if adversary in limited else None,
+        )
+        for adversary, release in everything_seen(plan).items()
     )
 
 
@@ -133,19 +152,24 @@ def _rounds_allowed(plan: Plan) -> int:
     if not plan.target_epsilon:
         return plan.rounds
     seen = releases_of(plan)
-    return min(most_rounds(seen[who], plan.target_epsilon, plan) for who in mechanism_of(plan).budgeted if who in seen)
+    limited = [adversary for adversary in mechanism_of(plan).budgeted if adversary in seen]
+    return min(most_rounds(seen[adversary], plan.target_epsilon, plan) for adversary in limited)
 
 
-def _scaled_epsilon(plan: Plan, who: Adversary, share: float) -> float:
+def _scaled_epsilon(plan: Plan, adversary: Adversary, share: float) -> float:
     """Return an adversary's epsilon after all rounds if the noise had only a share of its variance."""
-    release = releases_of(plan)[who]
+    release = releases_of(plan)[adversary]
     weaker = replace(release, noise_multiplier=release.noise_multiplier * math.sqrt(share))
     return epsilon({weaker: plan.rounds}, plan.delta)
 
 
 def _dropouts(plan: Plan) -> tuple[Dropout, ...]:
-    """Return what releases cost that lack the shares of some clients: privacy notes, section 1.3."""
+    """Return the cost of releases that lack the noise shares of some clients.
+
+    Source: Tsugiki's privacy notes, section 1.3.
+    """
     least = plan.min_clients
+    # The small addend makes up for rounding in the product, which could cost one client.
     left = dict.fromkeys(max(1, math.floor(share * least + 1e-9)) for share in SURVIVING)
     return tuple(
         Dropout(count, count / least, _scaled_epsilon(plan, "release", count / least))

@@ -1,9 +1,9 @@
-"""Privacy planning: what a run's plan costs, and whether anything can be learned under it, before anybody trains.
+"""Privacy planning before training: the cost of a run's plan, and whether the model can learn under it.
 
     run file -> the plan that the run itself would make -> Budget, all numbers -> words, JSON, a figure
     assessment.py: that plan    alternatives.py: others    text.py: words    figure.py: the figure
 
-Symbols in brackets are those of docs/privacy.md.
+docs/privacy.md explains the symbols in brackets.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from tsugiki.server.budget.alternatives import Row, budgeted_release, table
 from tsugiki.server.budget.assessment import Assessment, assess
 
 ASSUMED_EPSILON = 8.0
-"""Planned for where a run file has no budget: usual in the literature, and a weak promise."""
+"""Epsilon that is planned for if a run file has no budget: usual in the literature, and a weak promise."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many numbers an update has.
+    """The number of parameters in an update.
 
     Args:
-        total: all of them (d).
-        adapter: of them, the adapter's; None where only the total was given.
-        head: of them, the task head's; None likewise.
-        freeze_a: whether LoRA's A is frozen, "yes" or "no"; None for other methods, and where the total was given.
-        otherwise: the total with LoRA's A the other way; None likewise.
+        total: all parameters (d).
+        adapter: parameters of the adapter; None if only the total was given.
+        head: parameters of the task's head; None if only the total was given.
+        freeze_a: whether LoRA's A is frozen, "yes" or "no"; None for other methods, or if only the total was given.
+        otherwise: the total with the other choice of `freeze_a`; None if that is None.
     """
 
     total: int
@@ -52,14 +52,14 @@ class Budget:
     """All numbers of `tsugiki budget`.
 
     Args:
-        run: its name.
-        mode: of the run file.
-        target_epsilon: that the table's noise is found for.
-        assumed: whether the run file has no budget and no noise, and the target was assumed.
-        clients: asked in a round (n); under Poisson sampling, on average.
-        size: of an update.
+        run: name of the run.
+        mode: privacy mode of the run file.
+        target_epsilon: epsilon that the table's noise is calibrated for.
+        assumed: whether the target was assumed, because the run file has no budget and no noise.
+        clients: number of clients asked in a round (n); under Poisson sampling, the average.
+        size: size of an update.
         base: the plan that the table varies; the run's own, if it has one.
-        assessment: of the run's plan; None in mode none.
+        assessment: assessment of the run's plan; None in mode none.
         table: other modes and numbers of clients.
     """
 
@@ -74,7 +74,7 @@ class Budget:
     table: tuple[Row, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as plain values; None for what is infinite, which JSON cannot say."""
+        """Return the numbers as plain values for JSON; None replaces infinity, which JSON does not have."""
         found: dict[str, Any] = _plain(asdict(self))
         base = found.pop("base")
         return {**found, **{name: base[name] for name in ("rounds", "clip_norm", "delta")}}
@@ -85,16 +85,18 @@ def _plain(value: Any) -> Any:
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and math.isinf(value) else value
+    if isinstance(value, float) and math.isinf(value):
+        return None
+    return value
 
 
 def make_budget(config: RunConfig, size: Size, mode: str, assumed: bool) -> Budget:
     """Return all numbers.
 
     Args:
-        config: of a run with a privacy mode.
-        size: of an update.
-        mode: of the run file; in mode none, `config` has another, for comparison.
+        config: a run with a privacy mode.
+        size: size of an update.
+        mode: mode of the run file; if it is none, `config` has another mode, for comparison.
         assumed: whether the run file has no budget.
 
     Raises:
@@ -105,6 +107,7 @@ def make_budget(config: RunConfig, size: Size, mode: str, assumed: bool) -> Budg
     asked = plan.denominator or max(plan.min_clients, round(config.strategy.fraction_train * plan.enrolled_clients))
     clients = max(1, round(asked))
     target = _target(plan)
+    # The plan has noise that the run file does not name: it was calibrated from the budget.
     calibrated = plan.noise_multiplier > 0 and config.privacy.noise_multiplier == 0
     return Budget(
         run=config.run.name,
@@ -120,7 +123,7 @@ def make_budget(config: RunConfig, size: Size, mode: str, assumed: bool) -> Budg
 
 
 def _target(plan: Plan) -> float:
-    """Return the epsilon to compare at: the budget if the noise keeps it, else what the noise comes to."""
+    """Return the epsilon to compare at: the budget if the noise keeps it, else the epsilon of that noise."""
     spent = epsilon({budgeted_release(plan): plan.rounds}, plan.delta)
     if plan.target_epsilon >= spent:
         return plan.target_epsilon
@@ -134,14 +137,16 @@ def read(file: Path, overrides: Sequence[str]) -> tuple[RunConfig, str, bool]:
         ConfigError: the file has problems, or would have with privacy.
     """
     given = config_file.override(config_file.read_toml(file), overrides).get("privacy", {})
-    given = given if isinstance(given, Mapping) else {}  # `config_file.read` says what is wrong with it
+    if not isinstance(given, Mapping):
+        given = {}  # `config_file.read` reports the mistake
     mode = given.get("mode", "none")
     assumed = [f"privacy.target_epsilon={ASSUMED_EPSILON}"]
     if mode == "none":
         config = config_file.read(file, overrides)
         assumed += ["privacy.mode=central", "privacy.sampling=fixed", "privacy.honest_fraction=1.0"]
         if config.simulation.partition == "by-column" and not config.privacy.enrolled_clients:
-            assumed.append(f"privacy.enrolled_clients={config.strategy.min_clients}")  # the column is not read here
+            # The column says how many sites there are, but it is not read here.
+            assumed.append(f"privacy.enrolled_clients={config.strategy.min_clients}")
     elif any(given.get(name) for name in ("target_epsilon", "noise_multiplier", "secure_aggregation")):
         return config_file.read(file, overrides), mode, False
     try:

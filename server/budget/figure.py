@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 Points = dict[int, float]
 
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
-"""With different dashes, lines on top of each other stay visible."""
+"""Different dashes keep lines visible that cover each other."""
+
 _MODES = {"central": (BLUE, _DASHES[0]), "distributed": (ORANGE, _DASHES[1]), "local": (GREEN, _DASHES[0])}
 _VIEWS: dict[Adversary, tuple[str, str]] = {
     "release": (BLUE, "models"),
@@ -32,7 +33,7 @@ _SAMPLED_POINTS = 8  # an epsilon under sampling takes a tenth of a second
 
 
 def draw(budget: Budget, format_: Format) -> bytes:
-    """Return a figure: the bound over the number of clients, and epsilon over the number of rounds."""
+    """Return a figure as bytes: the bound over the number of clients, and epsilon over the number of rounds."""
     with style():
         figure = new_figure(width_in=9.2, height_in=4.4)
         left, right = figure.subplots(1, 2)
@@ -42,28 +43,31 @@ def draw(budget: Budget, format_: Format) -> bytes:
 
 
 def bounds(budget: Budget) -> dict[str, Points]:
-    """Return the signal-to-noise bound of each mode by the number of clients, if all of them take part."""
+    """Return the signal-to-noise bound for each mode and number of clients, if all clients take part."""
     found: dict[str, Points] = {}
     most = max(10_000, 4 * budget.clients)
     for row in budget.table:
         if row.clients == budget.clients and row.noise_multiplier is not None:
             plan = replace(budget.base, noise_multiplier=row.noise_multiplier)
+            # Each curve keeps the noise multiplier that the table found for the run's own clients.
             counts = _geometric(min(10, budget.clients), most, _POINTS)
             found[row.mode] = {n: noise_on_mean(without_slack(plan, row.mode, n), n).bound for n in counts}
     return found
 
 
 def epsilons(plan: Plan) -> dict[Adversary, Points]:
-    """Return the epsilon by the number of rounds, for each adversary against whom the plan has noise."""
+    """Return the epsilon for each adversary and number of rounds, if the plan has noise against the adversary."""
     points = _SAMPLED_POINTS if plan.sampling_probability < 1 else _POINTS
     rounds = {*_geometric(1, max(10, 2 * plan.rounds), points), plan.rounds}
-    seen = {who: release for who, release in everything_seen(plan).items() if release.noise_multiplier > 0}
-    return {
-        who: {count: epsilon({release: count}, plan.delta) for count in sorted(rounds)} for who, release in seen.items()
-    }
+    found: dict[Adversary, Points] = {}
+    for adversary, release in everything_seen(plan).items():
+        if release.noise_multiplier > 0:
+            found[adversary] = {count: epsilon({release: count}, plan.delta) for count in sorted(rounds)}
+    return found
 
 
 def _geometric(first: int, last: int, points: int) -> list[int]:
+    """Return whole numbers from first to last at equal ratios, without repetitions."""
     ratio = (last / first) ** (1 / (points - 1))
     return list(dict.fromkeys(round(first * ratio**index) for index in range(points)))
 
@@ -73,10 +77,9 @@ def _draw_bounds(axes: Axes, budget: Budget) -> None:
         colour, dashes = _MODES.get(mode, (GREY, "-"))
         axes.plot(list(points), list(points.values()), color=colour, linestyle=dashes, label=mode)
     axes.axhline(1.0, color=GREY, linestyle=":", label="noise as long as the longest mean")
-    if budget.assessment is None:
-        axes.axvline(
-            budget.clients, color=GREY, linestyle="-.", linewidth=1.2, label=f"this run: n = {budget.clients:,}"
-        )
+    if budget.assessment is None:  # the run has no plan of its own whose bound could be marked
+        label = f"this run: n = {budget.clients:,}"
+        axes.axvline(budget.clients, color=GREY, linestyle="-.", linewidth=1.2, label=label)
     elif math.isfinite(bound := budget.assessment.noise[-1].bound):
         label = f"this plan: n = {budget.clients:,}, {bound:.3g}"
         axes.plot([budget.clients], [bound], "*", color=RED, markersize=12, linestyle="none", label=label, zorder=4)
@@ -87,12 +90,13 @@ def _draw_bounds(axes: Axes, budget: Budget) -> None:
 
 def _draw_epsilons(axes: Axes, budget: Budget) -> None:
     plan = _shown(budget)
-    for (who, points), dashes in zip(epsilons(plan).items(), _DASHES, strict=False):
-        colour, label = _VIEWS[who]
+    for (adversary, points), dashes in zip(epsilons(plan).items(), _DASHES, strict=False):
+        colour, label = _VIEWS[adversary]
         axes.plot(list(points), list(points.values()), color=colour, linestyle=dashes, label=label)
-    for who, release in everything_seen(plan).items():
+    # An infinite epsilon has no curve: the legend alone mentions it.
+    for adversary, release in everything_seen(plan).items():
         if release.noise_multiplier <= 0:
-            axes.plot([], [], linestyle="none", label=f"{_VIEWS[who][1]}: no limit")
+            axes.plot([], [], linestyle="none", label=f"{_VIEWS[adversary][1]}: no limit")
     axes.axhline(budget.target_epsilon, color=GREY, linestyle=":", label=f"epsilon {budget.target_epsilon:.4g}")
     axes.axvline(plan.rounds, color=GREY, linestyle="-.", linewidth=1.2, label=f"this run: T = {plan.rounds:,}")
     title = f"mode {plan.mode}, z = {plan.noise_multiplier:g}, delta = {plan.delta:g}"
@@ -101,7 +105,7 @@ def _draw_epsilons(axes: Axes, budget: Budget) -> None:
 
 
 def _shown(budget: Budget) -> Plan:
-    """Return the run's plan. If that has no noise, return the table's plan in mode distributed, if it has one."""
+    """Return the run's plan or, if that has no noise, the table's plan in mode distributed."""
     if budget.assessment is not None and budget.base.noise_multiplier > 0:
         return budget.assessment.plan
     for row in budget.table:

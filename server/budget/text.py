@@ -37,17 +37,17 @@ _VERDICTS = {
 _LEVERS = {"clients": "clients in a round (n)", "parameters": "parameters (d)", "rounds": "rounds (T)"}
 
 _EMPTY_PROMISE = 20.0
-"""At a larger epsilon, what was believed possible one time in 10^8 may become likely."""
+"""Above this epsilon, an event with a prior probability of 10^-8 may become likely."""
 
 
 def show(budget: Budget, file: Path, plot: Path | None = None, console: Console | None = None) -> None:
-    """Print everything.
+    """Print the budget in words and tables.
 
     Args:
         budget: the numbers.
-        file: the run's, for a command to try next.
-        plot: a figure that was written.
-        console: None: standard output.
+        file: the run file, for the command that is suggested.
+        plot: path of a figure that was written, to be shown at the end.
+        console: where to print; by default standard output.
     """
     console = console or Console(highlight=False)
     for part in _parts(budget, file):
@@ -105,23 +105,26 @@ def _unprotected(budget: Budget, file: Path) -> Iterator[RenderableType]:
 
 def _plan(budget: Budget, found: Assessment) -> Iterator[RenderableType]:
     plan = found.plan
-    source = f"calibrated for epsilon {_short(plan.target_epsilon)}" if found.calibrated else "as given"
-    source += " (assumed: the run file has no budget)" if found.calibrated and budget.assumed else ""
-    average = f", on average: each with q = {plan.sampling_probability:g}" if plan.denominator else ""
-    honest = f", {plan.honest_fraction:.4g} of them honest (h)" if plan.honest_fraction < 1 else ""
+    clients = f"{budget.clients:,}"
+    if plan.denominator:
+        clients += f", on average: each with q = {plan.sampling_probability:g}"
+    least = f"{plan.min_clients:,}"
+    if plan.honest_fraction < 1:
+        least += f", {plan.honest_fraction:.4g} of them honest (h)"
     rows = [
         ("clients enrolled (N)", f"{plan.enrolled_clients:,}"),
-        ("clients in a round (n)", f"{budget.clients:,}{average}"),
-        ("least clients in a sum (n_min)", f"{plan.min_clients:,}{honest}"),
+        ("clients in a round (n)", clients),
+        ("least clients in a sum (n_min)", least),
         ("rounds (T)", f"{plan.rounds:,}"),
         ("clip norm (C)", f"{plan.clip_norm:g}"),
-        ("noise multiplier (z)", f"{plan.noise_multiplier:g}, {source}" if plan.noise_multiplier else "0: no noise"),
+        ("noise multiplier (z)", _noise_multiplier(budget, found)),
         ("delta", f"{plan.delta:g}"),
         ("parameters (d)", _size(budget.size)),
         ("integers", f"modulo 2^{plan.modulus_bits}, {plan.levels:,} to a clip norm"),
     ]
-    secure = [("secure aggregation", "yes" if plan.secure_aggregation else "no")]
-    yield _pairs(rows + (secure if plan.mode == "distributed" else []))
+    if plan.mode == "distributed":
+        rows.append(("secure aggregation", "yes" if plan.secure_aggregation else "no"))
+    yield _pairs(rows)
     if found.rounds_allowed < plan.rounds:
         ends = f"The budget of {_short(plan.target_epsilon)} ends the run after {found.rounds_allowed:,} of its rounds."
         yield _paragraph(ends, style="red")
@@ -129,17 +132,30 @@ def _plan(budget: Budget, found: Assessment) -> Iterator[RenderableType]:
         yield _paragraph("NOT PRIVATE: the noise follows from privacy.insecure_noise_seed.", style="red")
 
 
+def _noise_multiplier(budget: Budget, found: Assessment) -> str:
+    """Return the noise multiplier and where it comes from."""
+    plan = found.plan
+    if not plan.noise_multiplier:
+        return "0: no noise"
+    if not found.calibrated:
+        return f"{plan.noise_multiplier:g}, as given"
+    assumed = " (assumed: the run file has no budget)" if budget.assumed else ""
+    return f"{plan.noise_multiplier:g}, calibrated for epsilon {_short(plan.target_epsilon)}{assumed}"
+
+
 def _size(size: Size) -> str:
-    parts = "" if not size.head else f": {size.adapter:,} of the adapter, {size.head:,} of the head"
-    other = "no" if size.freeze_a == "yes" else "yes"
-    return f"{size.total:,}{parts}" + (
-        "" if size.otherwise is None else f'\n{size.otherwise:,} with adapter.freeze_a = "{other}"'
-    )
+    text = f"{size.total:,}"
+    if size.head:
+        text += f": {size.adapter:,} of the adapter, {size.head:,} of the head"
+    if size.otherwise is not None:
+        other = "no" if size.freeze_a == "yes" else "yes"
+        text += f'\n{size.otherwise:,} with adapter.freeze_a = "{other}"'
+    return text
 
 
 def _adversaries(found: Assessment) -> Iterator[RenderableType]:
     plan = found.plan
-    rows = [(_who(view), _spoken(view)) for view in found.views]
+    rows = [(_adversary(view), _limit(view)) for view in found.views]
     if found.strict_epsilon is not None:
         rows.append(("the same between any two updates, where z counts half", _epsilon(found.strict_epsilon)))
     yield _pairs(rows)
@@ -151,15 +167,21 @@ def _adversaries(found: Assessment) -> Iterator[RenderableType]:
     yield _paragraph(cohort, compared, "Earlier runs on the same clients and repeated rounds come on top.")
 
 
-def _who(view: View) -> str:
+def _adversary(view: View) -> str:
+    """Return an adversary's description; if this plan shows it nothing, with the switch that would."""
+    if view.here:
+        return view.words
     switched = {"sums": "with", "uploads": "without"}.get(view.who, "")
-    return view.words if view.here else f"{view.words} ({switched} secure aggregation)"
+    return f"{view.words} ({switched} secure aggregation)"
 
 
-def _spoken(view: View) -> str:
+def _limit(view: View) -> str:
+    """Return an adversary's epsilon and its budget, or that nothing limits it."""
     if math.isinf(view.epsilon):
         return _UNPROTECTED[view.who]
-    return _epsilon(view.epsilon) + ("" if view.budget is None else f", budget {_short(view.budget)}")
+    if view.budget is None:
+        return _epsilon(view.epsilon)
+    return f"{_epsilon(view.epsilon)}, budget {_short(view.budget)}"
 
 
 def _learning(found: Assessment) -> Iterator[RenderableType]:
@@ -172,9 +194,15 @@ def _learning(found: Assessment) -> Iterator[RenderableType]:
     colour, verdict = _VERDICTS[found.verdict]
     bound = found.noise[-1].bound
     rounds = found.plan.rounds
-    why = f"In a round, signal / noise is at most {_ratio(bound)}, because no mean update is longer than the clip norm"
-    total = f"; summed over {rounds:,} rounds that all pull the same way, at most {_ratio(bound * math.sqrt(rounds))}."
-    yield _paragraph(verdict, "" if math.isinf(bound) else why + total, style=colour)
+    why = ""
+    if math.isfinite(bound):
+        # Signal adds up over rounds, noise only by the square root of their number.
+        total = _ratio(bound * math.sqrt(rounds))
+        why = (
+            f"In a round, signal / noise is at most {_ratio(bound)}, because no mean update is longer than the clip "
+            f"norm; summed over {rounds:,} rounds that all pull the same way, at most {total}."
+        )
+    yield _paragraph(verdict, why, style=colour)
     if found.levers:
         yield _paragraph("Each of these alone, with the noise found anew, would make the bound of a round 1:")
         yield _pairs([(f"  {_LEVERS.get(lever.name, lever.name)}", _lever(lever)) for lever in found.levers])
@@ -185,9 +213,12 @@ def _learning(found: Assessment) -> Iterator[RenderableType]:
 def _lever(lever: Lever) -> str:
     if lever.needed is None:
         return f"no number is enough, now {_short(lever.now)}"
-    delta = "" if lever.delta is None else f", and delta {lever.delta:g}"
-    empty = ", which promises nothing" if lever.name == "epsilon" and lever.needed > _EMPTY_PROMISE else ""
-    return f"{_short(lever.needed)} instead of {_short(lever.now)}{delta}{empty}"
+    text = f"{_short(lever.needed)} instead of {_short(lever.now)}"
+    if lever.delta is not None:
+        text += f", and delta {lever.delta:g}"
+    if lever.name == "epsilon" and lever.needed > _EMPTY_PROMISE:
+        text += ", which promises nothing"
+    return text
 
 
 def _dropouts(found: Assessment) -> Iterator[RenderableType]:
@@ -213,17 +244,18 @@ def _table(budget: Budget) -> Iterator[RenderableType]:
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("n", "mode", "z", "noise", "bound", "release", "sums", "uploads"):
         table.add_column(name, justify="left" if name == "mode" else "right")
-    for number, row in enumerate(budget.table, 1):
-        style = "bold" if row.clients == budget.clients else ""
-        table.add_row(*_cells(row), end_section=number % modes == 0, style=style)
+    for position, row in enumerate(budget.table, 1):
+        style = "bold" if row.clients == budget.clients else ""  # the run's own number of clients
+        table.add_row(*_cells(row), end_section=position % modes == 0, style=style)
     yield _indented(table)
+    refused = ""
+    if any(row.noise is None for row in budget.table):
+        refused = "refused: delta is not below 1 / N, or the noise too much to be drawn."
     yield _paragraph(
         "noise: standard deviation on a coordinate of the mean. bound: signal / noise at most, in a round. release, "
         "sums, uploads: epsilon of those who see the models, of the server with secure aggregation and without; "
         "none: it sees updates as they are.",
-        "refused: delta is not below 1 / N, or the noise too much to be drawn."
-        if any(not row.noise for row in budget.table)
-        else "",
+        refused,
     )
 
 
@@ -231,17 +263,22 @@ def _cells(row: Row) -> list[str]:
     if row.noise is None or row.noise_multiplier is None:
         return [f"{row.clients:,}", row.mode, "refused"]
     numbers = [f"{row.noise_multiplier:g}", f"{row.noise.coordinate:.3g}", _ratio(row.noise.bound)]
-    spent = ["-" if who not in row.epsilon else _epsilon(row.epsilon[who]) for who in _UNPROTECTED]
+    spent = [_epsilon(row.epsilon[adversary]) if adversary in row.epsilon else "-" for adversary in _UNPROTECTED]
     return [f"{row.clients:,}", row.mode, *numbers, *spent]
 
 
 def _epsilon(value: float) -> str:
-    return "none" if math.isinf(value) else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+    if math.isinf(value):
+        return "none"
+    return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
 
 
 def _ratio(value: float) -> str:
-    return "no limit" if math.isinf(value) else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+    if math.isinf(value):
+        return "no limit"
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value == round(value) or value >= 10_000 else f"{value:.4g}"
+    whole = value == round(value) or value >= 10_000
+    return f"{value:,.0f}" if whole else f"{value:.4g}"

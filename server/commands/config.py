@@ -53,6 +53,7 @@ def show(file: RunFile, overrides: Set = None, as_json: Json = False) -> None:
     changed = {key for key, _, _ in changes(resolved)}
     given = {assignment.split("=", 1)[0] for assignment in overrides or []}
     section = ""
+    # Each line of the TOML gets the source of its value as a comment.
     for line in to_toml(resolved).splitlines():
         if line.startswith("["):
             section = line.strip("[]")
@@ -60,12 +61,12 @@ def show(file: RunFile, overrides: Set = None, as_json: Json = False) -> None:
             typer.echo(line)
             continue
         key = f"{section}.{line.split(' = ')[0]}"
-        setting = ".".join(key.split(".")[:2])  # a table's own keys come from where the table comes from
+        setting = ".".join(key.split(".")[:2])  # the source of a table is also the source of its keys
         typer.echo(f"{line:<72}  # {_source(setting, file, given, changed)}")
 
 
 def _source(setting: str, file: Path, given: Container[str], changed: Container[str]) -> str:
-    """Return where the value of a setting comes from."""
+    """Return the source of a setting's value: `--set`, the run file or "default"."""
     if setting in given:
         return "--set"
     return str(file) if setting in changed else "default"

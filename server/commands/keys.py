@@ -1,4 +1,4 @@
-"""Who may connect: the server's certificate and the nodes' keys."""
+"""Commands for the server's certificate and for the keys of nodes that may connect."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def certs(
     """Make the server's certificate, and the CA that signs it if there is none yet."""
     from tsugiki.server.deploy.certs import make_certificates, names_in
 
+    # The CA is announced only when this call makes it; later certificates reuse it.
     new_authority = not (tls / "ca.crt").exists()
     files = make_certificates(tls, hosts or [], days)
     if new_authority:

@@ -1,4 +1,4 @@
-"""What a run would do and what it could be, before it is run: its privacy, the adapter methods, this machine."""
+"""Commands to plan a run before it starts: its privacy budget, the adapter methods, this machine."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tsugiki.common.options import Json, Plot, RunFile, Set
 
 if TYPE_CHECKING:
     from tsugiki.common.config.run import RunConfig
+    from tsugiki.server.doctor import Finding
     from tsugiki.server.methods import Combination, Compatibility
 
 app = typer.Typer()
@@ -35,7 +36,7 @@ def budget(
     from tsugiki.server.budget.text import show
 
     if plot is not None:
-        plot_format(plot)  # a wrong name is refused before the work
+        plot_format(plot)  # refuses a wrong name before the work
     config, mode, assumed = read(file, overrides or [])
     size = Size(dimension) if dimension else measure(config)
     found = make_budget(config, size, mode, assumed)
@@ -78,14 +79,15 @@ def _read_with_model(file: Path | None, model: str, overrides: list[str]) -> Run
     from tsugiki.common.config.parse import parse
 
     if file is not None:
-        return read(file, [*overrides, f"model.name={model}"] if model else overrides)
+        named = [f"model.name={model}"] if model else []
+        return read(file, [*overrides, *named])
     if overrides:
         raise UsageError("--set is given without a file", "a run's TOML file", "give FILE, or --model alone")
     return parse({"model": {"name": model}} if model else {})
 
 
 def _print_menu(found: Compatibility) -> None:
-    """Print a table: in each cell the parameters of adapter and head, and the bytes of a round each way."""
+    """Print a table of methods and tasks, with the parameters of adapter and head and the bytes of a round each way."""
     from rich import filesize
     from rich.console import Console
     from rich.table import Table
@@ -100,6 +102,7 @@ def _print_menu(found: Compatibility) -> None:
         table.add_column(task, justify="right")
     for method in ADAPTERS.names():
         table.add_row(method, *(_cell(row[method], numbers) for row in found.pairs.values()))
+    # A narrow terminal would break the cells' numbers: let the table run over instead.
     console = Console(width=max(Console().width, 24 * len(found.pairs)))
     console.print(table)
     for reason, number in numbers.items():
@@ -119,8 +122,10 @@ def _cell(pair: Combination, numbers: Mapping[str, int]) -> str:
 
     if pair.reason:
         return f"({numbers[pair.reason]})"
-    head = f" + {pair.head:,}" if pair.head else ""
-    return f"{pair.adapter:,}{head}\n{filesize.decimal(pair.size_bytes)}"
+    parameters = f"{pair.adapter:,}"
+    if pair.head:
+        parameters += f" + {pair.head:,}"
+    return f"{parameters}\n{filesize.decimal(pair.size_bytes)}"
 
 
 @app.command(epilog="Example: tsugiki doctor --json")
@@ -133,8 +138,17 @@ def doctor(as_json: Json = False) -> None:
         typer.echo(json.dumps([vars(finding) for finding in findings], indent=1))
     else:
         for finding in findings:
-            mark = "ok  " if finding.fine else ("FAIL" if finding.needed else "-   ")
-            advice = f"  -> {finding.do}" if finding.do and not finding.fine else ""
-            typer.echo(f"{mark} {finding.name}: {finding.found}{advice}")
+            typer.echo(_finding_line(finding))
     if any(finding.needed and not finding.fine for finding in findings):
         raise typer.Exit(1)
+
+
+def _finding_line(finding: Finding) -> str:
+    """Return a finding on one line: its mark, what was found, and advice if something is wrong."""
+    if finding.fine:
+        return f"ok   {finding.name}: {finding.found}"
+    mark = "FAIL" if finding.needed else "-   "
+    line = f"{mark} {finding.name}: {finding.found}"
+    if finding.do:
+        line += f"  -> {finding.do}"
+    return line

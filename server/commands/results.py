@@ -1,4 +1,4 @@
-"""What becomes of a finished run: an exported adapter, predictions, a report."""
+"""Commands that use a finished run: export its adapter, predict with it, write its report."""
 
 from __future__ import annotations
 

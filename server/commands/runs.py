@@ -1,4 +1,4 @@
-"""A whole run from its file: on this machine, over a network, beside its baselines, or as the demo."""
+"""Commands that run a whole federation: on this machine, over a network, with its baselines, or as the demo."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _write_demo_data(seed: int, output_dir: Path) -> None:
 
 
 def _run_demo(seed: int, output_dir: Path, baselines: bool, client: SimulatedApp) -> dict[str, Any]:
-    """Make the data, run the federation and the baselines, export and report; return what came out."""
+    """Make the data, run the federation and the baselines, export and report; return a summary."""
     from tsugiki.server.baselines import last_evaluation, run_baselines, site_names
     from tsugiki.server.demo import run as parts
     from tsugiki.server.export.export import export
@@ -80,6 +80,7 @@ def _run_demo(seed: int, output_dir: Path, baselines: bool, client: SimulatedApp
         outcome = run(config, client, progress=choose(), stop=stop)
         sites = site_names(outcome.folder)
         results = run_baselines(config, outcome.folder, client, sites, kinds, Lines(), stop)
+    # The baselines are measured by retrieval; the scored pairs are a second measure of the same adapter.
     pearson = parts.scored(config, files, outcome.state.vector)
     adapter = export(outcome.folder)
     report = write_report(outcome.folder)
@@ -194,11 +195,11 @@ def compare(ctx: typer.Context, file: RunFile, overrides: Set = None, as_json: J
 def _read_run(
     command: str, file: Path | None, resume: Path | None, previous: bool, overrides: Sequence[str]
 ) -> RunConfig:
-    """Return the run to start, or the one to go on with.
+    """Return the configuration of a run to start, or of a run to resume.
 
     Raises:
-        UsageError: `file`, `resume` and `previous` do not go together.
-        ConfigError: the run's file is wrong.
+        UsageError: `file`, `resume` and `previous` contradict each other.
+        ConfigError: the run file has mistakes.
     """
     from tsugiki.common.config.files import read
 
@@ -231,22 +232,23 @@ def stop_on_signals() -> Iterator[Stop]:
 
     stop = Stop()
 
-    def handle(number: int, frame: Any) -> None:
-        if stop.requested:
+    def handle(signal_number: int, frame: Any) -> None:
+        if stop.requested:  # the second signal
             sys.exit(130)
         stop.request()
         sys.stderr.write("\nstopping; again to stop at once\n")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {signal_number: signal.signal(signal_number, handle) for signal_number in signals}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signal_number, handler in before.items():
+            signal.signal(signal_number, handler)
 
 
 def _finish(folder: Path, summary: dict[str, Any], *, with_export: bool, as_json: bool) -> None:
-    """Write the report, export the adapter, and show what came out."""
+    """Write the report, export the adapter, and print the summary."""
     from tsugiki.server.export.export import export
     from tsugiki.server.report.page import write_report
 
@@ -254,9 +256,12 @@ def _finish(folder: Path, summary: dict[str, Any], *, with_export: bool, as_json
     if with_export:
         adapter = folder / "adapter"
         try:
-            # A resumed run that had ended before has been exported; it ends with the same adapter.
-            summary["adapter"] = str(adapter if adapter.exists() else export(folder))
+            # A resumed run that had ended before was exported then, with the same adapter.
+            if not adapter.exists():
+                adapter = export(folder)
+            summary["adapter"] = str(adapter)
         except ExportError as error:
+            # Some runs cannot be exported at all; that must not make a good run fail.
             if error.code not in ("no-public-name", "export-unsupported"):
                 raise
             typer.echo(f"not exported: {error}", err=True)
@@ -267,7 +272,7 @@ def _finish(folder: Path, summary: dict[str, Any], *, with_export: bool, as_json
 
 
 def _show_summary(summary: dict[str, Any]) -> None:
-    """Print a run's result as a table, and where its files are."""
+    """Print a run's result as a table, and the paths of its files."""
     from rich.console import Console
     from rich.table import Table
 
@@ -299,7 +304,8 @@ def _show_comparison(monitor: str, federated: dict[str, float], results: dict[st
     table = Table(title="the same rows, the same steps")
     table.add_column("training")
     for name in federated:
-        table.add_column(name + (" *" if name == monitor else ""), justify="right")
+        mark = " *" if name == monitor else ""  # the metric by which the best round is chosen
+        table.add_column(f"{name}{mark}", justify="right")
     rows: list[tuple[str, dict[str, float]]] = []
     if "untouched" in results:
         rows.append(("none (base model)", results["untouched"]))

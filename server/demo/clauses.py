@@ -1,9 +1,9 @@
-"""Contract clauses from templates: the notation, and how a meaning becomes a sentence.
+"""Contract clauses from templates: the notation, and the step from a meaning to a sentence.
 
-A template names slots in two ways. `{days}` stands for a value, an amount or a place, or for one of the names
-`{provider}`, `{recipient}` and `{agreement}`. `[pay: must be paid | is waived]` stands for a choice, in this
-template's own words; all templates of a kind list the options of a choice in the same order. What a clause means is
-the kind and the value of every slot but the three names, which differ from contract to contract.
+A template names slots in two ways. `{days}` is a slot for a value, an amount or a place, or for one of the names
+`{provider}`, `{recipient}` and `{agreement}`. `[pay: must be paid | is waived]` is a choice, in this template's own
+words; all templates of a kind list the options of a choice in the same order. The meaning of a clause is its kind and
+the value of every slot except the three names, which differ between contracts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 NAMES = ("provider", "recipient", "agreement")
 Meaning = dict[str, int]
-"""For each slot of a kind, which of its values: a position in the part's list, or in the choice's options."""
+"""The value of each slot of a kind, as a position in the part's list of values or in the options of the choice."""
 
 _CHOICE = re.compile(r"\[(\w+): ([^]]+)\]")
 _VALUE = re.compile(r"\{(\w+)\}")
@@ -50,9 +50,9 @@ class Part:
     """The wordings of one part of the data, training or test.
 
     Args:
-        texts: for each kind, its templates as paragraphs.
-        values: for each value slot, its values.
-        roles: pairs of names, of who provides and of who receives.
+        texts: templates of each kind, as paragraphs.
+        values: values of each slot that is not a choice.
+        roles: pairs of names: the provider and the recipient.
         agreements: names for the contract.
     """
 
@@ -74,21 +74,21 @@ class Part:
 
 @dataclass(frozen=True)
 class Contract:
-    """What stays the same within one contract: the names of its parties and of itself, and how it writes numbers."""
+    """The constants of one contract: the names of its parties and of itself, and its way of writing numbers."""
 
     names: Mapping[str, str]
     style: int
 
 
 def draw_contract(part: Part, rng: np.random.Generator) -> Contract:
-    """Return a contract of one part of the data."""
+    """Draw a contract with names from one part of the data."""
     provider, recipient = part.roles[rng.integers(len(part.roles))]
     names = {"provider": provider, "recipient": recipient, "agreement": str(rng.choice(part.agreements))}
     return Contract(names, int(rng.integers(6)))
 
 
 def render(part: Part, template: str, meaning: Meaning, contract: Contract) -> str:
-    """Return a sentence with this meaning."""
+    """Return a sentence with this meaning, in the wording of a template."""
     words = dict(contract.names)
     for slot, values in part.values.items():
         if slot in meaning:
@@ -96,6 +96,7 @@ def render(part: Part, template: str, meaning: Meaning, contract: Contract) -> s
             words[slot] = written[contract.style % len(written)]
     chosen = _CHOICE.sub(lambda found: found[2].split("|")[meaning[found[1]]].strip(), template)
     sentence = _VALUE.sub(lambda found: words[found[1]], chosen)
+    # A slot may begin a sentence: its first letter becomes a capital.
     return re.sub(r"(^|\. )[a-z]", lambda found: found[0].upper(), sentence)
 
 
@@ -112,8 +113,11 @@ def surfaces(slot: str, value: int | str) -> tuple[str, ...]:
 
 def spell(number: int) -> str:
     """Return a number from 1 to 199 in words."""
-    if number >= 100:
-        return "one hundred" + (f" and {spell(number - 100)}" if number > 100 else "")
+    if number == 100:
+        return "one hundred"
+    if number > 100:
+        return f"one hundred and {spell(number - 100)}"
     if number < 20:
         return _ONES[number]
-    return _TENS[number // 10] + (f"-{_ONES[number % 10]}" if number % 10 else "")
+    tens = _TENS[number // 10]
+    return f"{tens}-{_ONES[number % 10]}" if number % 10 else tens

@@ -1,12 +1,13 @@
 """Generated contract clauses for the demo: four companies, and a search for clauses that mean the same.
 
-A clause means its kind and a value for each of its slots: the notice is 30 days, it is the customer's right, nothing is
-refunded. A positive pair is one meaning in two wordings. A near miss is worded like the positive and differs in exactly
-one slot: 90 days, or the supplier's right. Embedding models look at wording first, so an untouched one often takes the
-near miss, or another clause in familiar words, for the match; which words decide is what can be learned.
+The meaning of a clause is its kind and a value for each of its slots: the notice is 30 days, it is the customer's
+right, nothing is refunded. A positive pair has one meaning in two wordings. A near miss is worded like the positive and
+differs in exactly one slot: 90 days, or the supplier's right. Embedding models look at wording first, so an untouched
+one often takes the near miss, or another clause in familiar words, for the match. Training can teach it which words
+decide.
 
-Each company's contracts are mostly of four kinds, and six kinds it never sees, so the companies together know what none
-of them does. The test data has wordings, numbers, places and party names of its own.
+Most of a company's contracts are of four kinds, and it never sees six kinds, so the companies together know more than
+any of them alone. The test data has its own wordings, numbers, places and party names.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ _MEANINGS_PER_KIND = 12
 SAME = 1.0
 NEAR_MISS = 0.4
 DIFFERENT = 0.0
-"""Scores of pairs. A near miss is more alike than clauses on different matters, but below the middle: a search that
-offers it as a match is wrong."""
+"""Scores of pairs. A near miss is more alike than clauses on different matters, but it scores below the middle because
+a search that offers it as a match is wrong."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class DemoData:
 
 @dataclass(frozen=True)
 class DemoFiles:
-    """Where the data lie: all training rows, each company's own, and the two test files."""
+    """Paths of the data: all training rows, the rows of each company, and the two test files."""
 
     train: Path
     sites: dict[str, Path]
@@ -90,7 +91,7 @@ class DemoFiles:
 
 
 def generate(seed: int, rows_per_company: int = 360) -> DemoData:
-    """Return the demo's data: the same for the same arguments; the test part depends on the seed only.
+    """Return the demo's data. Equal arguments give equal data; the test part depends on the seed only.
 
     Raises:
         UsageError: `rows_per_company` is below 1.
@@ -104,28 +105,30 @@ def generate(seed: int, rows_per_company: int = 360) -> DemoData:
 
 
 def _company_rows(company: str, rows: int, seed: int) -> list[Triplet]:
-    """Return one company's triplets, of its own mix of kinds."""
+    """Return one company's triplets, drawn from its own mix of kinds."""
     rng = generator(seed, "demo", company)
     common = _COMMON_KINDS[company]
     rare = _RARE_KINDS[company]
     shares = [_COMMON_SHARE / len(common)] * len(common) + [(1 - _COMMON_SHARE) / len(rare)] * len(rare)
     triplets = []
     for kind in rng.choice(common + rare, rows, p=shares):
-        slots = TRAINING.slots(TRAINING.templates(kind)[0])
+        slots = TRAINING.slots(TRAINING.templates(kind)[0])  # all templates of a kind have the same slots
         meaning = {slot: int(rng.integers(count)) for slot, count in slots.items()}
         triplets.append(_triplet(TRAINING, kind, meaning, rng))
     return triplets
 
 
 def _test_meanings(kind: str, rng: np.random.Generator) -> list[Meaning]:
-    """Return meanings any two of which differ in at least two slots.
+    """Return meanings of which any two differ in at least two slots.
 
     A near miss differs from its anchor in one slot, by an odd step, and all meanings here have an even sum of
-    positions: so each anchor has exactly one right answer among all positives and negatives.
+    positions. Each anchor therefore has exactly one right answer among all positives and negatives.
     """
     slots = TEST.slots(TEST.templates(kind)[0])
-    even = [position for position in itertools.product(*map(range, slots.values())) if sum(position) % 2 == 0]
+    positions = itertools.product(*map(range, slots.values()))
+    even = [position for position in positions if sum(position) % 2 == 0]
     chosen: list[tuple[int, ...]] = []
+    # Take meanings in random order, and keep each one that differs enough from all kept before.
     for index in rng.permutation(len(even)):
         if all(sum(map(operator.ne, even[index], other)) > 1 for other in chosen):
             chosen.append(even[index])
@@ -133,7 +136,7 @@ def _test_meanings(kind: str, rng: np.random.Generator) -> list[Meaning]:
 
 
 def _triplet(part: Part, kind: str, meaning: Meaning, rng: np.random.Generator) -> Triplet:
-    """Return one meaning in two wordings, and a near miss worded like the positive, all of one contract."""
+    """Return a meaning in two wordings, and a near miss worded like the positive, all from one contract."""
     templates = part.templates(kind)
     contract = draw_contract(part, rng)
     first, second = rng.permutation(len(templates))[:2]
@@ -166,10 +169,10 @@ def _scored(triplets: Sequence[Triplet], rng: np.random.Generator) -> list[Score
 
 
 def write(folder: Path, data: DemoData) -> DemoFiles:
-    """Write the data as CSV into `folder`, made if need be; files that are there are replaced.
+    """Write the data as CSV files into `folder`, which is created if needed. Existing files are replaced.
 
     Raises:
-        StorageError: the folder cannot be written to.
+        StorageError: a file cannot be written.
     """
     files = DemoFiles(
         folder / "train.csv",
@@ -177,19 +180,23 @@ def write(folder: Path, data: DemoData) -> DemoFiles:
         folder / "test_retrieval.csv",
         folder / "test_scored.csv",
     )
-    triplet = ("anchor", "positive", "negative")
-    rows = {company: [(t.anchor, t.positive, t.negative) for t in train] for company, train in data.train.items()}
+    columns = ("anchor", "positive", "negative")
+    rows = {company: [_texts(triplet) for triplet in train] for company, train in data.train.items()}
     try:
         (folder / "sites").mkdir(parents=True, exist_ok=True)
-        _write(files.train, (*triplet, "company"), [(*row, company) for company in rows for row in rows[company]])
+        _write(files.train, (*columns, "company"), [(*row, company) for company in rows for row in rows[company]])
         for company, path in files.sites.items():
-            _write(path, triplet, rows[company])
-        _write(files.test_retrieval, triplet, [(t.anchor, t.positive, t.negative) for t in data.test_triplets])
+            _write(path, columns, rows[company])
+        _write(files.test_retrieval, columns, [_texts(triplet) for triplet in data.test_triplets])
         scored = [(pair.sentence1, pair.sentence2, pair.score) for pair in data.test_pairs]
         _write(files.test_scored, ("sentence1", "sentence2", "score"), scored)
     except OSError as error:
         raise StorageError(f"the demo's data cannot be written ({error.strerror})", "a writable folder") from error
     return files
+
+
+def _texts(triplet: Triplet) -> tuple[str, str, str]:
+    return triplet.anchor, triplet.positive, triplet.negative
 
 
 def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str | float]]) -> None:

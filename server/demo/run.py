@@ -64,11 +64,11 @@ data = "runs/demo-data/train.csv"
 
 
 ROWS_PER_COMPANY = 16
-"""Few, as in life, where a lawyer has to mark every pair: alone, a company sees the same ones over and over."""
+"""Few rows, as in practice, where a lawyer must label every pair: alone, a company sees the same rows repeatedly."""
 
 
 def demo_config(seed: int, output_dir: Path, name: str, files: DemoFiles) -> RunConfig:
-    """Return the demo's run on the files that were generated for it."""
+    """Return the configuration of the demo's run on its generated files."""
     import tomllib
 
     changes = [
@@ -82,12 +82,12 @@ def demo_config(seed: int, output_dir: Path, name: str, files: DemoFiles) -> Run
 
 
 def free_name(output_dir: Path) -> str:
-    """Return "demo", or "demo-2" and so on where that folder is taken."""
-    number = 1
+    """Return "demo", or "demo-2" and so on if that folder exists."""
+    count = 1
     name = "demo"
     while (output_dir / name).exists():
-        number += 1
-        name = f"demo-{number}"
+        count += 1
+        name = f"demo-{count}"
     return name
 
 
@@ -97,14 +97,15 @@ def make_data(folder: Path, seed: int) -> DemoFiles:
 
 
 def write_files(output_dir: Path, seed: int) -> tuple[Path, DemoFiles]:
-    """Write the data and the run file and run nothing; return the run file's path and the data's.
+    """Write the demo's data and run file without running anything; return the paths of both.
 
     Args:
-        output_dir: as it stands it is in the run file: a relative one may be moved with everything in it.
-        seed: everything random follows from it.
+        output_dir: folder to write into. The run file contains it as given, so that a relative folder can be moved
+            with its content.
+        seed: seed of all random draws.
 
     Raises:
-        StorageError: they cannot be written.
+        StorageError: a file cannot be written.
     """
     name = free_name(output_dir)
     folder = output_dir / f"{name}-data"
@@ -114,7 +115,7 @@ def write_files(output_dir: Path, seed: int) -> tuple[Path, DemoFiles]:
 
 
 def scored(config: RunConfig, files: DemoFiles, vector: Vector) -> dict[str, Any]:
-    """Return Pearson's correlation on the scored test pairs, for the untouched base and for an adapter."""
+    """Return Pearson's correlation on the scored test pairs: `before`, of the untouched base, and `after`."""
     on_pairs = changed(config, {"evaluation.data": str(files.test_scored), "evaluation.monitor": "pearson"})
     graft = load_graft(on_pairs, config.model.name, config.run.seed)
     evaluate = make_evaluator(graft, on_pairs)

@@ -1,1 +1,1 @@
-"""From a finished run to a folder that others load."""
+"""Export a finished run to a folder that other programs load."""

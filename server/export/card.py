@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, the code that loads it, how it was trained."""
+"""The model card of an export: what it contains, the code that loads it, how it was trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tsugiki.common.tasks.decoding.templates import encode_prompts, prompt_text
 from tsugiki.common.tasks.image_classification import MODEL_TYPE
 
 Kind = Literal["peft", "tsugiki", "merged"]
-"""What an export is: a PEFT directory, files of our own, or a whole model."""
+"""Form of an export: a PEFT directory, files of our own, or a whole model."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Export:
     """An export that is being made.
 
     Args:
-        kind: what it is.
-        code: from `loading_code`.
-        base_name: the public name of the base; may be empty for a whole model.
-        base_folder: where the base is on this machine.
-        round: the round after which the adapter was as it is exported.
-        lines: of metrics.jsonl.
+        kind: its form.
+        code: Python that loads it, from `loading_code`.
+        base_name: public name of the base; may be empty for a whole model.
+        base_folder: folder of the base on this machine.
+        round: the round that left the adapter which is exported.
+        lines: the lines of metrics.jsonl.
         has_effect: whether the adapter changes any output of the base.
     """
 
@@ -58,7 +58,7 @@ def loads_itself(graft: Graft, kind: Kind) -> bool:
 
 
 def needs_tsugiki(graft: Graft, kind: Kind) -> bool:
-    """Return whether an export of this kind needs this program: for a method of our own, or a network of our own."""
+    """Return whether an export of this kind needs this program: our own methods and networks do."""
     return kind == "tsugiki" or graft.base.transformer.config.model_type == MODEL_TYPE
 
 
@@ -68,28 +68,28 @@ def reads_pairs(graft: Graft) -> bool:
 
 
 def token_limit(graft: Graft) -> int:
-    """Return after how many tokens the task cuts a text."""
+    """Return the number of tokens at which the task cuts a text."""
     return int(min(graft.task.settings.max_length, graft.base.tokenizer.model_max_length))
 
 
 Import = tuple[str, str]
-"""A module, and the name that is imported from it; without a name, the module itself."""
+"""A module, and the name that is imported from it; an empty name imports the module itself."""
 
 Code = tuple[list[Import], list[str]]
 """Imports, and the lines that need them."""
 
 
 def loading_code(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path) -> str:
-    """Return Python that loads an export from the working folder and uses it.
+    """Return Python code that loads an export from the working folder and uses it.
 
-    It leaves `model` and, beside a model that reads texts and does not bring its own, `tokenizer`. The code imports
-    Tsugiki only for what no other library can load.
+    The code defines `model` and, for a model of texts without a tokenizer of its own, `tokenizer`. It imports Tsugiki
+    only if no other library can load the export.
 
     Args:
-        graft: what is exported.
-        config: the run.
-        kind: how it is exported.
-        base_folder: where the base is on this machine.
+        graft: the model and adapter that are exported.
+        config: the run's settings.
+        kind: the form of the export.
+        base_folder: folder of the base on this machine.
     """
     imports, load = _load(graft, config, kind, base_folder)
     more, use = _use(graft)
@@ -107,7 +107,7 @@ def _import_lines(imports: Sequence[Import]) -> list[str]:
 
 
 def _load(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path) -> Code:
-    """Return how an export is loaded."""
+    """Return the code that loads an export."""
     if needs_tsugiki(graft, kind) and kind != "merged":
         return [("tsugiki", "")], ["model = tsugiki.load_adapter(folder)"]
     if is_sentence_transformer(graft):
@@ -116,6 +116,7 @@ def _load(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path) -> Cod
 
 
 def _load_embedder(graft: Graft, config: RunConfig, kind: Kind) -> Code:
+    """Return the code for a `SentenceTransformer`, from the export alone or from its base and the adapter."""
     itself = loads_itself(graft, kind)
     source = "folder" if itself else json.dumps(config.model.exported_name)
     imports = [("sentence_transformers", "SentenceTransformer")]
@@ -127,14 +128,18 @@ def _load_embedder(graft: Graft, config: RunConfig, kind: Kind) -> Code:
 
 
 def _load_transformer(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path) -> Code:
+    """Return the code for a transformers model: a merged one, or the base with an adapter that PEFT loads."""
     auto = _auto_class(graft.base.transformer)
     imports = [("transformers", auto)]
     lines = []
     if needs_tsugiki(graft, kind):
         imports.append(("tsugiki.common.tasks.image_classification", "small_cnn"))
         lines.append("small_cnn()  # now transformers knows this network")
-    source = "folder" if kind == "merged" else json.dumps(config.model.exported_name)
-    settings = {} if kind == "merged" else _own_settings(graft, base_folder)
+    source = "folder"
+    settings: dict[str, Any] = {}
+    if kind != "merged":  # the base does not have the task's settings, such as the number of classes
+        source = json.dumps(config.model.exported_name)
+        settings = _own_settings(graft, base_folder)
     arguments = [source, f"dtype={json.dumps(config.model.dtype)}"]
     arguments += [f"{name}={value!r}" for name, value in settings.items()]
     lines += [f"model = {auto}.from_pretrained(", *(f"    {argument}," for argument in arguments), ")"]
@@ -145,7 +150,7 @@ def _load_transformer(graft: Graft, config: RunConfig, kind: Kind, base_folder: 
 
 
 def _use(graft: Graft) -> Code:
-    """Return how a loaded model is used."""
+    """Return the code that uses a loaded model."""
     if is_sentence_transformer(graft):
         return [], ['vectors = model.encode(["One text.", "Another one."])']
     if graft.base.pixels is not None:
@@ -154,10 +159,13 @@ def _use(graft: Graft) -> Code:
 
 
 def _use_on_texts(graft: Graft) -> Code:
-    texts = '"One text.", "The other one."' if reads_pairs(graft) else '"One text."'
     limit = f"truncation=True, max_length={token_limit(graft)}"
     if any(column.name == "prompt" for column in graft.task.columns):
         texts = _prompt(graft)
+    elif reads_pairs(graft):
+        texts = '"One text.", "The other one."'
+    else:
+        texts = '"One text."'
     use = [
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         f'logits = model(**tokenizer({texts}, {limit}, return_tensors="pt")).logits',
@@ -165,24 +173,26 @@ def _use_on_texts(graft: Graft) -> Code:
     return [("transformers", "AutoTokenizer")], use
 
 
-def _use_on_images(want: Pixels) -> Code:
-    shape = ", ".join(map(str, (1, want.channels, *want.size)))
-    mean, std = (f"torch.tensor({list(values)}).reshape(-1, 1, 1)" for values in (want.mean, want.std))
+def _use_on_images(pixels: Pixels) -> Code:
+    shape = ", ".join(map(str, (1, pixels.channels, *pixels.size)))
+    mean = f"torch.tensor({list(pixels.mean)}).reshape(-1, 1, 1)"
+    std = f"torch.tensor({list(pixels.std)}).reshape(-1, 1, 1)"
     use = [
         f"images = torch.zeros({shape})  # bytes from 0 to 255: rows, channels, height, width",
         f"mean, std = {mean}, {std}",
-        f"logits = model(pixel_values=((images * {want.scale!r} - mean) / std).to(model.dtype)).logits",
+        f"logits = model(pixel_values=((images * {pixels.scale!r} - mean) / std).to(model.dtype)).logits",
     ]
     return [("torch", "")], use
 
 
 def _prompt(graft: Graft) -> str:
-    """Return the first arguments of a tokenizer for a prompt in the template in which the adapter has seen prompts."""
+    """Return the tokenizer's first arguments for a prompt in the template that the adapter was trained with."""
     tokenizer = graft.base.tokenizer
     template = graft.task.settings.template
     prompt = "One prompt."
     tokens = encode_prompts(Shard({"prompt": [prompt]}), tokenizer, template)[0]
     text = prompt_text(prompt, tokenizer, template)
+    # The card must show a call that gives the same tokens as training, with or without the special tokens.
     ways = [(text, True), (text, False), (f"{tokenizer.bos_token}{text}", False)]
     same = [way for way in ways if tokenizer(way[0], add_special_tokens=way[1])["input_ids"] == tokens]
     text, added = (same or ways)[0]
@@ -201,12 +211,12 @@ def _auto_class(transformer: Any) -> str:
 
 
 def _own_settings(graft: Graft, base_folder: Path) -> dict[str, Any]:
-    """Return what the task sets in the model's configuration that the base's own does not have."""
+    """Return the settings of the model's configuration that the task adds to the base's own."""
     from transformers import AutoConfig
 
     settings: dict[str, Any] = {}
     labels = graft.task.labels
-    if labels:
+    if labels:  # the base may have a head for other classes, which the adapter replaces
         settings["num_labels"] = len(labels)
         settings["ignore_mismatched_sizes"] = True
     if labels != tuple(map(str, range(len(labels)))):
@@ -222,7 +232,7 @@ def _own_settings(graft: Graft, base_folder: Path) -> dict[str, Any]:
 
 
 def card(graft: Graft, config: RunConfig, export: Export) -> str:
-    """Return the README.md of an export: front matter that the hub understands, and a page for people."""
+    """Return the README.md of an export: front matter for the hub, and a page for people."""
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
@@ -247,11 +257,15 @@ def _library(graft: Graft, kind: Kind) -> str:
 
 def _head(config: RunConfig, export: Export) -> str:
     base = f"`{export.base_name}`" if export.base_name else "a base model"
-    what = f"A {config.adapter.method} adapter for {base}" + (", merged into it" if export.kind == "merged" else "")
-    nothing = "The adapter changes nothing: the outputs are exactly those of the base, with this head where it has one."
+    merged = ", merged into it" if export.kind == "merged" else ""
+    what = f"A {config.adapter.method} adapter for {base}{merged}"
+    warning = ""
+    if not export.has_effect:
+        nothing = "The adapter changes nothing: the outputs are exactly those of the base"
+        warning = f" **{nothing}, with this head where it has one.**"
     return f"""# {config.run.name}
 
-{what}, trained with Tsugiki on data that stayed at its sites.{"" if export.has_effect else f" **{nothing}**"}
+{what}, trained with Tsugiki on data that stayed at its sites.{warning}
 
 ## Load it
 

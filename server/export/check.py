@@ -1,7 +1,7 @@
-"""The proof of an export: a fresh process loads it as its card says, and finds the outputs of the run's own model.
+"""The proof of an export: a fresh process loads it with the card's code and compares its outputs with the run's model.
 
-The base is looked for under its public name, in a hub cache made for the occasion, so that the name in the export is
-tried as well. Nothing is fetched.
+The process looks for the base under its public name, in a temporary hub cache, so that the name in the export is tested
+too. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from tsugiki.server.export.card import Export, is_sentence_transformer, needs_ts
 log = logging.getLogger("tsugiki.server")
 
 TOLERANCE = 1e-5
-"""The largest difference between two outputs that count as equal, as a share of the largest output if that exceeds 1.
+"""Largest difference between outputs that count as equal, times the largest output if that exceeds 1.
 
-Rounding grows with what is rounded: the logits of a language model go beyond 10, where a vector of length 1 does not.
+Rounding errors grow with the outputs: logits of a language model exceed 10, coordinates of a unit vector stay below 1.
 """
 
 TIMEOUT_S = 600
@@ -41,11 +41,11 @@ _LOADED = {".json", ".safetensors", ".txt", ".model"}
 
 @dataclass(frozen=True)
 class Expected:
-    """The probe's outputs in the exporting process, each flat.
+    """The probe's outputs in the exporting process, as flat arrays of the same length.
 
     Args:
-        outputs: of the base with the adapter.
-        base_outputs: with the adapter off.
+        outputs: outputs of the base with the adapter.
+        base_outputs: outputs with the adapter switched off.
     """
 
     outputs: npt.NDArray[np.float32]
@@ -53,14 +53,17 @@ class Expected:
 
     @property
     def effect(self) -> float:
-        """The largest change that the adapter makes; exactly 0 if it does nothing."""
+        """The largest change that the adapter makes to an output; exactly 0 if it does nothing."""
         return float(np.abs(self.outputs - self.base_outputs).max())
 
     @property
     def tolerance(self) -> float:
-        """By `TOLERANCE`, or a tenth of a smaller effect: the base without the adapter must not pass for an export."""
+        """The largest difference that is accepted, at most a tenth of the adapter's effect unless that is 0."""
         rounding = TOLERANCE * max(1.0, float(np.abs(self.outputs).max()))
-        return min(rounding, self.effect / 10) if self.effect else rounding
+        if not self.effect:
+            return rounding
+        # The base without the adapter must not pass as the export, even if the adapter changes little.
+        return min(rounding, self.effect / 10)
 
 
 def expect(graft: Graft) -> Expected:
@@ -73,8 +76,9 @@ def expect(graft: Graft) -> Expected:
 
 
 def _probe_settings(graft: Graft) -> dict[str, Any]:
-    if (want := graft.base.pixels) is not None:
-        return {"pixels": (want.channels, *want.size)}
+    pixels = graft.base.pixels
+    if pixels is not None:
+        return {"pixels": (pixels.channels, *pixels.size)}
     return {"pair": reads_pairs(graft), "max_length": token_limit(graft)}
 
 
@@ -82,14 +86,13 @@ def prove(folder: Path, export: Export, graft: Graft, expected: Expected) -> Non
     """Load an export in a fresh process and compare its outputs with those expected.
 
     Args:
-        folder: what was written.
-        export: how to load it.
-        graft: says what the probe looks like.
-        expected: from `expect`.
+        folder: folder of the export.
+        export: its form, its base and the code that loads it.
+        graft: the model that is exported, from which the probe is made.
+        expected: the outputs to find, from `expect`.
 
     Raises:
-        ExportError: `proof-failed`, the outputs differ; `proof-timeout`; `proof-crashed`, what was written cannot be
-            loaded.
+        ExportError: `proof-failed`, the outputs differ; `proof-timeout`; `proof-crashed`, the export cannot be loaded.
     """
     import torch
 
@@ -98,7 +101,7 @@ def prove(folder: Path, export: Export, graft: Graft, expected: Expected) -> Non
     ours = needs_tsugiki(graft, export.kind)
     with TemporaryDirectory(prefix="tsugiki-export-") as name:
         workshop = Path(name)
-        if export.kind != "merged":  # a whole model has to do without its base
+        if export.kind != "merged":  # a whole model must load without its base
             seed_hub_cache(workshop / "hub", export.base_name, export.base_folder)
         (workshop / "load.py").write_text(export.code, "utf-8")
         job = {
@@ -114,10 +117,14 @@ def prove(folder: Path, export: Export, graft: Graft, expected: Expected) -> Non
 
 
 def _compare(found: npt.NDArray[np.float32], expected: Expected) -> None:
-    """Refuse outputs that are not those expected."""
+    """Check that the outputs are the expected ones.
+
+    Raises:
+        ExportError: `proof-failed`, they differ.
+    """
     same_shape = found.shape == expected.outputs.shape
     difference = float(np.abs(found - expected.outputs).max()) if same_shape else float("inf")
-    if not difference <= expected.tolerance:  # a NaN is no proof
+    if not difference <= expected.tolerance:  # written this way round so that a NaN fails
         raise ExportError(
             f"loaded in a fresh process, the export's outputs differ from the run's by up to {difference:.1e}",
             f"at most {expected.tolerance:.1e}",
@@ -133,6 +140,7 @@ def run_probe(job_file: Path, folder: Path, environment: dict[str, str]) -> None
     Raises:
         ExportError: `proof-timeout` or `proof-crashed`.
     """
+    # -P keeps the script's own folder from the import path: the export must load without our files.
     command = [sys.executable, "-P", str(Path(export_probe.__file__)), str(job_file)]
     try:
         done = subprocess.run(
@@ -156,8 +164,8 @@ def _environment(workshop: Path, ours: bool) -> dict[str, str]:
     """Return the fresh process's environment: offline, on the CPU, with the workshop's hub cache and no other.
 
     Args:
-        workshop: holds the cache.
-        ours: this program has to be found as well.
+        workshop: folder that contains the hub cache.
+        ours: whether the export needs this program, so that the process must find it.
     """
     private = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "SENTENCE_TRANSFORMERS_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(private)}
@@ -173,7 +181,7 @@ def _environment(workshop: Path, ours: bool) -> dict[str, str]:
 
 
 def _home() -> str:
-    """Return the folder in which `import tsugiki` finds this program, which need not be installed."""
+    """Return the folder from which `import tsugiki` loads this program, installed or not."""
     found = importlib.util.find_spec("tsugiki")
     if found is None or found.origin is None:
         raise ExportError("tsugiki cannot be found by its import name", "an installed tsugiki", "install it")
@@ -181,12 +189,12 @@ def _home() -> str:
 
 
 def seed_hub_cache(cache: Path, name: str, folder: Path) -> None:
-    """Make a hub cache in which `name` is the model in `folder`, by links; `HF_HUB_CACHE` may point to it.
+    """Make a hub cache, for `HF_HUB_CACHE`, that contains the model in `folder` under `name`, as links.
 
     Args:
-        cache: made if it is not there.
-        name: a hub id, as "org/model".
-        folder: its JSON, text and safetensors files are linked, at any depth.
+        cache: folder of the cache; created if it does not exist.
+        name: hub id, as "org/model".
+        folder: folder of the model; JSON, text and safetensors files at any depth are linked.
     """
     model = cache / f"models--{name.replace('/', '--')}"
     snapshot = model / "snapshots" / _REVISION

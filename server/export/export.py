@@ -1,4 +1,4 @@
-"""Export a run's adapter: written for the libraries that will load it, and proved before it is in place."""
+"""Export a run's adapter for other libraries, and prove that they load it before it gets its place."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from tsugiki.server.export.finished import Which, choose, open_graft, read_confi
 
 
 def export(folder: Path, target: Path | None = None, *, which: Which = "best", merged: bool = False) -> Path:
-    """Write a run's adapter so that other programs can load it, and return where.
+    """Write a run's adapter in a form that other programs load, and return its folder.
 
-    A fresh process loads what was written, by its base's public name, and has to find the outputs of the run's own
-    model; only then does the export get its place.
+    A fresh process first loads the export by its base's public name and compares its outputs with the run's own model.
+    Only an export that passes gets its place.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
         target: a new or empty folder; by default `adapter/`, or `merged/`, in the run's folder.
-        which: the best adapter, or that of the last checkpoint.
+        which: the best adapter, or the adapter of the last checkpoint.
         merged: add the adapter to the base's weights and write a whole model.
 
     Raises:
-        ExportError: `no-public-name`, `export-unsupported`, `merge-unsupported`, `spec-mismatch`, or the proof failed:
-            see `tsugiki.server.export.check.prove`. Nothing is left behind.
+        ExportError: `no-public-name`, `export-unsupported`, `merge-unsupported`, `spec-mismatch`, or a failed proof as
+            in `tsugiki.server.export.check.prove`. Nothing is left behind.
         StorageError: the run's files or the target cannot be used.
         ModelError: the base model cannot be loaded.
     """
@@ -45,6 +45,7 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
     graft = open_graft(folder, config)
     chosen = choose(folder, config, graft, which)
     graft.write(chosen.vector)
+    # The outputs to find again are computed first: merging changes the model.
     kind: Kind = "merged" if merged else graft.method.export_format
     base_folder = find(config.model.name)
     expected = expect(graft)
@@ -60,7 +61,13 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
 
 
 def _public_name(config: RunConfig, merged: bool) -> str:
-    """Return what the export names as its base: a hub id, never a folder of this machine."""
+    """Return the hub id that the export names as its base, or "" for a whole model without one.
+
+    A folder of this machine is never named, because others do not have it.
+
+    Raises:
+        ExportError: `no-public-name`, an adapter has no hub id for its base.
+    """
     name = config.model.exported_name
     public = is_hub_id(name) and (bool(config.model.public_name) or not Path(name).is_dir())
     if not public and not merged:
@@ -75,9 +82,14 @@ def _public_name(config: RunConfig, merged: bool) -> str:
 
 
 def _empty(target: Path) -> Path:
-    """Return the target as an absolute path, if nothing is there."""
+    """Return the target as an absolute path, after checking that it is new or an empty folder.
+
+    Raises:
+        StorageError: `export-exists`, something is there.
+    """
     target = target.absolute()
-    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+    empty_folder = target.is_dir() and not any(target.iterdir())
+    if target.is_symlink() or (target.exists() and not empty_folder):
         raise StorageError(
             f"the folder {target} is there already",
             "a new or empty folder",
@@ -89,7 +101,7 @@ def _empty(target: Path) -> Path:
 
 @contextmanager
 def _built(target: Path) -> Iterator[Path]:
-    """Lend a folder beside the target, which becomes the target if the `with` block ends well, and else is gone."""
+    """Yield a folder beside the target. It becomes the target if the `with` block succeeds, and is removed if not."""
     from safetensors import SafetensorError
 
     try:
@@ -101,14 +113,14 @@ def _built(target: Path) -> Iterator[Path]:
             building.rename(target)
     except OSError as error:
         raise unwritable(target, error) from error
-    except SafetensorError as error:  # what a full disk becomes in that library
+    except SafetensorError as error:  # safetensors reports a full disk this way
         raise StorageError(
             f"cannot write {target}: {error}", "a writable folder with free space", "free some space", code="disk-full"
         ) from error
 
 
 def _write(graft: Graft, folder: Path, export: Export, dtype: str) -> None:
-    """Write everything but the card. A sentence embedder's head, which its loss alone reads, stays behind."""
+    """Write everything except the card. A sentence embedder's head is left out, because only its loss uses it."""
     kind = export.kind
     base_name = export.base_name
     transformer = graft.base.transformer
@@ -120,6 +132,7 @@ def _write(graft: Graft, folder: Path, export: Export, dtype: str) -> None:
     if kind == "merged":
         whole = graft.method.merge(written)
         if is_sentence_transformer(graft):
+            # The library saves its whole network: put the merged transformer into it for as long as that takes.
             graft.task.put_in_place(graft.base, whole)
             try:
                 network.save(str(folder), create_model_card=False)
@@ -127,8 +140,9 @@ def _write(graft: Graft, folder: Path, export: Export, dtype: str) -> None:
                 graft.task.put_in_place(graft.base, transformer)
         else:
             whole.save_pretrained(folder)
-            if (said := export.base_folder / PREPROCESSING).is_file():  # how the model wants its images
-                (folder / PREPROCESSING).write_bytes(said.read_bytes())
+            preprocessing = export.base_folder / PREPROCESSING
+            if preprocessing.is_file():  # a model of images needs it, and does not save it
+                (folder / PREPROCESSING).write_bytes(preprocessing.read_bytes())
         return
     if kind == "peft" and loads_itself(graft, kind):
         transformer.save_pretrained = _nothing  # the method writes the adapter, under the public name of its base
@@ -147,14 +161,14 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def _sort(path: Path) -> None:
-    """Give a PEFT configuration the same bytes in every process: peft writes sets in the order of their hashes."""
+    """Sort a PEFT configuration so that equal exports have equal bytes; peft writes sets in any order."""
     body = json.loads(path.read_bytes())
     body |= {key: sorted(body[key]) for key in ("target_modules", "feedforward_modules") if body.get(key)}
     path.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _share(folder: Path) -> None:
-    """Give the tensors the card's permissions: safetensors writes files that only their owner can read."""
+    """Give tensor files the card's permissions, because safetensors makes them readable by their owner only."""
     mode = (folder / "README.md").stat().st_mode
     for file in folder.rglob("*.safetensors"):
         file.chmod(mode)

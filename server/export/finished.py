@@ -1,4 +1,4 @@
-"""A finished run, opened again: its settings, its model, and the adapter that it ended with."""
+"""Open a finished run again: its settings, its model, and its best or last adapter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Which = Literal["best", "last"]
 
 @dataclass(frozen=True)
 class Chosen:
-    """An adapter of a run: its numbers, shape (spec.size,), and the round after which it had them."""
+    """An adapter of a run: its vector, shape (spec.size,), and the round that left it."""
 
     vector: Vector
     round: int
@@ -31,7 +31,7 @@ def read_config(folder: Path) -> RunConfig:
     """Return the settings of the run in a folder.
 
     Raises:
-        StorageError: `run-missing`.
+        StorageError: `run-missing`, the folder has no config.toml.
     """
     path = folder / "config.toml"
     if not path.is_file():
@@ -40,18 +40,19 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def open_graft(folder: Path, config: RunConfig) -> Graft:
-    """Return the run's graft, on the CPU and unquantised, after checking that it is what the run exchanged.
+    """Return the run's graft on the CPU, unquantised, after checking that its spec is the run's.
 
-    What judged the answers of an `rlhf` run is left out: it may be gone, and the policy can do without.
+    The reward model of an `rlhf` run is not loaded: it may be gone, and the policy does not need it.
 
     Raises:
-        ExportError: `spec-mismatch`, other libraries or another base than the run's.
+        ExportError: `spec-mismatch`, the libraries or the base are not those of the run.
         StorageError: `run-unfinished`, `run-corrupt`.
     """
     plain = {"model.quantization": "none", "model.gradient_checkpointing": False}
     on_cpu = changed(config, {"train.device": "cpu", "train.bf16": False, **plain})
     spec = _read(folder / "spec.json")
     recorded = spec["sha256"]
+    # With the hashes that the run agreed on, the task's other models need not be loaded.
     agreed = spec["constants"] if config.task.models else None
     graft = load_graft(on_cpu, config.model.name, config.run.seed, agreed=agreed)
     if graft.spec.sha256 != recorded:
@@ -65,12 +66,14 @@ def open_graft(folder: Path, config: RunConfig) -> Graft:
 
 
 def choose(folder: Path, config: RunConfig, graft: Graft, which: Which) -> Chosen:
-    """Return the best adapter of a run, or that of its last checkpoint.
+    """Return the best adapter of a run, or the adapter of its last checkpoint.
 
     Raises:
         StorageError: the file is missing or damaged, or the run is not finished.
     """
-    return _best(folder, graft) if which == "best" else _last(folder, config, graft)
+    if which == "best":
+        return _best(folder, graft)
+    return _last(folder, config, graft)
 
 
 def _best(folder: Path, graft: Graft) -> Chosen:
@@ -90,15 +93,16 @@ def _best(folder: Path, graft: Graft) -> Chosen:
 
 
 def _last(folder: Path, config: RunConfig, graft: Graft) -> Chosen:
+    """Return the adapter of a run's last checkpoint; the run need not be finished."""
     state = checkpoint.load(folder / "checkpoint", config.sha256, graft.spec.sha256)
     return Chosen(state.vector, state.round)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return a JSON file that the run has written.
+    """Return the content of a JSON file that the run has written.
 
     Raises:
-        StorageError: `run-unfinished`, the file is missing; `run-corrupt`.
+        StorageError: `run-unfinished`, the file is missing; `run-corrupt`, it is not JSON.
     """
     if not path.is_file():
         raise StorageError(

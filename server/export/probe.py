@@ -1,8 +1,8 @@
-"""The fresh process in which an export is tried, and the outputs that both processes compute.
+"""The fresh process that tests an export, and the outputs that both processes compute.
 
-`server/export/check.py` runs this file as a script inside the exported folder. It runs the code of the model card and
-puts a few sentences, or images of noise, through what that code loads. Nothing of this project is imported here, so
-that an export is seen to work without it.
+`server/export/check.py` runs this file as a script in the exported folder. The script runs the code of the model card
+and feeds a few sentences, or images of noise, to the loaded model. This file imports nothing of this project, to show
+that an export works without it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TEXTS = (
     "The supplier delivers the goods within thirty days.",
     "either PARTY may not end this agreement",
     "Zürich, 12 March: 1,000 units at 3.50 each; naïve façade",
-    "good " * 600,  # longer than what models read: where it is cut belongs to an export
+    "good " * 600,  # longer than what models read: the export decides where it is cut
 )
 
 _PROJECT = "tsugiki"
@@ -30,14 +30,14 @@ _PROJECT = "tsugiki"
 def outputs(
     model: Any, tokenizer: Any, *, pair: bool = False, max_length: int = 0, pixels: Sequence[int] = ()
 ) -> npt.NDArray[np.float32]:
-    """Return what a model makes of `TEXTS`, or of noise in the place of images, as one flat array.
+    """Return a model's outputs for `TEXTS`, or for images of noise, as one flat array.
 
     Args:
         model: a `SentenceTransformer`, or a transformers model with logits.
-        tokenizer: the model's; None for a `SentenceTransformer`, which brings its own, and where there are no texts.
-        pair: every text is read with the one before it as its second part.
-        max_length: tokens, for a model with logits.
-        pixels: channels, height and width of the images that the model reads; empty: it reads texts.
+        tokenizer: the model's tokenizer; None for a `SentenceTransformer`, which has its own, and for models of images.
+        pair: whether each text is read together with the one before it, as its second part.
+        max_length: number of tokens at which texts are cut, for a model with logits.
+        pixels: channels, height and width of the images that the model reads; empty for models of texts.
     """
     import torch
 
@@ -59,7 +59,12 @@ def outputs(
 
 
 def main(job_file: str) -> None:
-    """Do what a job file says: `code`, `outputs`, `probe` (see `outputs`), `threads`, and whether to do it `alone`."""
+    """Run a job: load a model, compute its outputs and save them.
+
+    Args:
+        job_file: JSON file with `code` (path of the loading code), `outputs` (path to save to), `probe` (arguments of
+            `outputs`), `threads`, and `alone` (whether to forbid imports of this project).
+    """
     import torch
 
     job = json.loads(Path(job_file).read_text("utf-8"))

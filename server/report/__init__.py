@@ -1,1 +1,1 @@
-"""What people look at after a run."""
+"""The report of a run: its page, figures and tables."""

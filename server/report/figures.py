@@ -1,7 +1,7 @@
 """The report's figures, as SVG elements for an HTML page: equal values give equal text.
 
-Names of sites and metrics come from other machines. Matplotlib escapes them, `common/plots.py` switches its mathematics
-markup off, and `short_label` replaces letters that the font may not have.
+Names of sites and metrics come from other machines. Matplotlib escapes them, `common/plots.py` switches off its markup
+for mathematics, and `short_label` replaces letters that the font may not have.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ LAYER_COLOURS = (BLUE, ORANGE, GREEN, SKY, RED, GREY)
 STATE_COLOURS = dict(zip(REPLY_STATES, (BLUE, RED, "#c9c9c9"), strict=True))
 
 MOST_LINES = 12
-"""With more sites, one band replaces the lines of the sites."""
+"""With more sites, one band replaces their lines."""
 
-_LEGEND_LETTERS = 60  # that fit into one row of the legend
-_MARKED = 40  # with more rounds, markers would hide the line and bars would touch
+_LEGEND_LETTERS = 60  # letters that fit into one row of the legend
+_MARKED = 40  # most rounds; with more, markers would hide the line and bars would touch
 
 
 def metric_curve(metric: str, values: Curve, best_round: int | None, baselines: Mapping[str, float]) -> str:
@@ -34,9 +34,9 @@ def metric_curve(metric: str, values: Curve, best_round: int | None, baselines: 
 
     Args:
         metric: the metric's name.
-        values: by round.
+        values: the metric by round.
         best_round: the round to mark; None marks no round.
-        baselines: values by label.
+        baselines: values of the metric by label.
     """
     with style():
         figure = new_figure()
@@ -46,9 +46,8 @@ def metric_curve(metric: str, values: Curve, best_round: int | None, baselines: 
             best = values[best_round]
             label = f"best: round {best_round}, {best:.4g}"
             axes.plot([best_round], [best], "*", color=RED, markersize=12, linestyle="none", label=label, zorder=4)
-        for (name, value), colour, dashes in zip(
-            baselines.items(), (GREY, ORANGE, GREEN), (":", "-.", "--"), strict=False
-        ):
+        looks = ((GREY, ":"), (ORANGE, "-."), (GREEN, "--"))
+        for (name, value), (colour, dashes) in zip(baselines.items(), looks, strict=False):
             axes.axhline(value, color=colour, linestyle=dashes, label=f"{short_label(name)}: {value:.4g}")
         axes.set_ylabel(short_label(metric))
         _finish(figure, axes)
@@ -72,10 +71,10 @@ def sites_curve(label: str, mean: Curve, sites: Mapping[str, Curve], named: str 
     """Draw a value over rounds: the mean over sites as a line, the sites as thin lines or, when many, as a band.
 
     Args:
-        label: of the vertical axis.
-        mean: by round.
-        sites: by round, for each site.
-        named: a site with its own line and legend entry.
+        label: label of the vertical axis.
+        mean: the mean by round.
+        sites: the value by round, for each site.
+        named: a site that gets its own line and legend entry; None for no site.
     """
     with style():
         figure = new_figure()
@@ -83,8 +82,10 @@ def sites_curve(label: str, mean: Curve, sites: Mapping[str, Curve], named: str 
         if len(sites) > MOST_LINES:
             _band(axes, sites)
         else:
-            for index, values in enumerate(sites.values()):
-                _line(axes, values, color=LIGHT_GREY, linewidth=0.9, label="" if index else "each site", markersize=2)
+            label_once = "each site"  # one entry of the legend for all sites
+            for values in sites.values():
+                _line(axes, values, color=LIGHT_GREY, linewidth=0.9, label=label_once, markersize=2)
+                label_once = ""
         _line(axes, mean, color=BLUE, label="mean, weighted by rows", zorder=3)
         if named is not None:
             _line(axes, sites[named], color=RED, linewidth=1.4, label=f"worst: {short_label(named)}", zorder=4)
@@ -99,12 +100,12 @@ def _band(axes: Axes, sites: Mapping[str, Curve]) -> None:
 
     by_round: dict[int, list[float]] = {}
     for values in sites.values():
-        for number, value in values.items():
-            by_round.setdefault(number, []).append(value)
-    finite = {number: [v for v in by_round[number] if math.isfinite(v)] for number in sorted(by_round)}
-    rounds = [number for number in finite if finite[number]]
-    low = [float(np.percentile(finite[number], 10)) for number in rounds]
-    high = [float(np.percentile(finite[number], 90)) for number in rounds]
+        for round_number, value in values.items():
+            if math.isfinite(value):
+                by_round.setdefault(round_number, []).append(value)
+    rounds = sorted(by_round)
+    low = [float(np.percentile(by_round[round_number], 10)) for round_number in rounds]
+    high = [float(np.percentile(by_round[round_number], 90)) for round_number in rounds]
     axes.fill_between(rounds, low, high, color=SKY, alpha=0.35, linewidth=0, label="four in five sites")
     if len(rounds) == 1:  # a band over one round has no width
         axes.vlines(rounds, low, high, color=SKY, linewidth=6, alpha=0.35)
@@ -114,27 +115,27 @@ def stacked(label: str, layers: Mapping[str, Curve], unit: str = "", colours: Ma
     """Draw bars over rounds, the layers on top of each other.
 
     Args:
-        label: of the vertical axis.
-        layers: a value by round, for each layer; the lowest first.
-        unit: of the values; the axis then has prefixes, as in `3 MB`.
-        colours: by layer, in place of `LAYER_COLOURS`.
+        label: label of the vertical axis.
+        layers: a value by round, for each layer; the lowest layer first.
+        unit: unit of the values; the axis then has prefixes, as in `3 MB`.
+        colours: colours by layer, in place of `LAYER_COLOURS`.
     """
     from matplotlib.ticker import EngFormatter
 
-    numbers = {number for values in layers.values() for number in values}
-    rounds = range(min(numbers), max(numbers) + 1)
+    drawn = {round_number for values in layers.values() for round_number in values}
+    rounds = range(min(drawn), max(drawn) + 1)
     with style():
         figure = new_figure()
         axes = figure.add_subplot()
         floor = [0.0] * len(rounds)
         for index, (name, values) in enumerate(layers.items()):
             colour = (colours or {}).get(name, LAYER_COLOURS[index % len(LAYER_COLOURS)])
-            heights = [values.get(number, 0.0) for number in rounds]
+            heights = [values.get(round_number, 0.0) for round_number in rounds]
             top = [below + height for below, height in zip(floor, heights, strict=True)]
             if len(rounds) <= _MARKED:
                 axes.bar(rounds, heights, bottom=floor, color=colour, width=0.8, label=short_label(name))
             else:  # one outline instead of a thousand bars
-                edges = [number - 0.5 for number in (*rounds, rounds[-1] + 1)]
+                edges = [round_number - 0.5 for round_number in (*rounds, rounds[-1] + 1)]
                 axes.stairs(top, edges, baseline=floor, fill=True, color=colour, label=short_label(name))
             floor = top
         axes.set_ylabel(label)
@@ -145,7 +146,7 @@ def stacked(label: str, layers: Mapping[str, Curve], unit: str = "", colours: Ma
 
 
 def reply_map(replies: Mapping[str, Mapping[int, str]]) -> str:
-    """Draw a cell for each site and round, coloured by the outcome of the request; white: no request."""
+    """Draw a cell for each site and round, coloured by the outcome of the request; white if there was no request."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Patch, Rectangle
 
@@ -153,14 +154,15 @@ def reply_map(replies: Mapping[str, Mapping[int, str]]) -> str:
         figure = new_figure(height_in=1.2 + 0.2 * len(replies))
         axes = figure.add_subplot()
         for state, colour in STATE_COLOURS.items():
+            # One collection for each state: a patch for each cell would be slow to draw.
             cells = [
-                Rectangle((number - 0.45, height - 0.42), 0.9, 0.84)
+                Rectangle((round_number - 0.45, height - 0.42), 0.9, 0.84)
                 for height, states in enumerate(replies.values())
-                for number in states
-                if states[number] == state
+                for round_number, found in states.items()
+                if found == state
             ]
             axes.add_collection(PatchCollection(cells, facecolor=colour, edgecolor="none"))
-        rounds = [number for states in replies.values() for number in states]
+        rounds = [round_number for states in replies.values() for round_number in states]
         axes.set_xlim(min(rounds) - 0.6, max(rounds) + 0.6)
         axes.set_ylim(len(replies) - 0.4, -0.6)
         axes.set_yticks(range(len(replies)), [short_label(site) for site in replies])
@@ -174,7 +176,7 @@ def plot_comparison(rows: Mapping[str, float], metric: str) -> str:
 
     Args:
         rows: values of the metric by label, such as "untouched base"; labels that begin with "federated" are in blue.
-        metric: the metric's name.
+        metric: name of the metric.
     """
     with style():
         figure = new_figure(height_in=0.8 + 0.36 * len(rows))
@@ -195,6 +197,7 @@ def _element(figure: Figure) -> str:
     svg = render(figure)
     text = svg.decode("utf-8")
     text = text[text.index("<svg") :]  # without the XML prologue
+    # Ids must be unique within the page, so each figure gets a prefix of its own.
     prefix = f"f{hashlib.sha256(svg).hexdigest()[:10]}-"
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text)
     return text.strip()
@@ -202,16 +205,18 @@ def _element(figure: Figure) -> str:
 
 def _line(axes: Axes, values: Curve, **look: Any) -> None:
     """Draw a value over rounds, with markers while there are few."""
-    axes.plot(list(values), list(values.values()), marker="o" if len(values) <= _MARKED else "", **look)
+    marker = "o" if len(values) <= _MARKED else ""
+    axes.plot(list(values), list(values.values()), marker=marker, **look)
 
 
 def _finish(figure: Figure, axes: Axes, handles: Sequence[Any] | None = None) -> None:
     """Label the rounds and put the legend above the figure, where it hides nothing."""
     _rounds_axis(axes)
     axes.set_xlabel("round")
-    handles = axes.get_legend_handles_labels()[0] if handles is None else handles
+    if handles is None:
+        handles = axes.get_legend_handles_labels()[0]
     longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = min(3, max(1, _LEGEND_LETTERS // (longest + 5)))  # 5 letters' room for the sample of the line
+    columns = min(3, max(1, _LEGEND_LETTERS // (longest + 5)))  # the sample of the line takes the room of 5 letters
     figure.legend(handles=handles, loc="outside upper left", ncols=columns)
 
 

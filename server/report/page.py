@@ -1,7 +1,7 @@
-"""One self-contained page about a run, `report.html`: no scripts, nothing loaded from elsewhere.
+"""One self-contained page about a run, `report.html`: it has no scripts and loads nothing from elsewhere.
 
-Names, reasons and details come from other machines. This module and `tables.py` build plain data of them; the template,
-`report.html.j2`, escapes each value.
+Names, reasons and details come from other machines. This module and `tables.py` turn them into plain data; the
+template, `report.html.j2`, escapes each value.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tsugiki.server.run.privacy_words import rows_statement, statement
 
 MOST_MAPPED_SITES = 30
 MOST_MAPPED_ROUNDS = 60
-"""With more sites or rounds, a figure counts the replies by round instead of showing each."""
+"""With more sites or rounds, the figure counts replies by round instead of showing each of them."""
 
 MOST_SMALL_CURVES = 8
 
@@ -44,9 +44,9 @@ class Figure:
     """A figure of the page.
 
     Args:
-        title: above the figure.
+        title: text above the figure.
         svg: the figure as an SVG element, the only markup among the page's data.
-        caption: below the figure.
+        caption: text below the figure.
     """
 
     title: str
@@ -55,10 +55,11 @@ class Figure:
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into a run's folder and return its path; equal files give equal bytes.
+    """Write `report.html` into a run's folder and return its path. Equal files give equal bytes.
 
     Raises:
-        StorageError: `run-missing` without metrics.jsonl or summary.json; `run-corrupt`, `disk-full` or `not-writable`.
+        StorageError: `run-missing`, metrics.jsonl or summary.json is missing; `run-corrupt`, `disk-full` or
+            `not-writable`.
     """
     path = folder / "report.html"
     write_atomically(path, page(read_run(folder)).encode("utf-8"))
@@ -86,8 +87,8 @@ def page(run: Run) -> str:
 
 def _baselines(run: Run) -> dict[str, float]:
     """Return the monitored metric of each baseline that has it."""
-    having = {name: found[run.monitor] for name, found in baseline_metrics(run).items() if run.monitor in found}
-    return {name: value for name, value in having.items() if math.isfinite(drawable(value))}
+    values = {name: found.get(run.monitor) for name, found in baseline_metrics(run).items()}
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(drawable(value))}
 
 
 def _metric_figures(run: Run) -> list[Figure]:
@@ -102,6 +103,7 @@ def _metric_figures(run: Run) -> list[Figure]:
         )
         if baselines:
             caption += " Horizontal lines are the baselines of this run."
+        # Popped, so that the monitored metric is not drawn again among the others.
         svg = figures.metric_curve(run.monitor, curves.pop(run.monitor), run.best_round, baselines)
         drawn.append(Figure(f"{run.monitor}, by which the best round was chosen", svg, caption))
     if run.best_round is not None and baselines:
@@ -125,14 +127,14 @@ def _privacy_words(run: Run) -> list[str]:
 
 
 def _privacy_figures(run: Run) -> list[Figure]:
-    """Return the figure of what privacy has cost so far, and of how much of each step was noise."""
+    """Return the figure of the epsilon spent by each round, and of the noise in each step."""
     lines = [(line["round"], line["privacy"]) for line in run.completed if line.get("privacy")]
     curves = {
-        f"epsilon, {who}": curve((number, entry["epsilon"].get(who)) for number, entry in lines)
-        for who in ("release", "sums", "uploads")
+        f"epsilon, {adversary}": curve((round_number, entry["epsilon"].get(adversary)) for round_number, entry in lines)
+        for adversary in ("release", "sums", "uploads")
     }
-    curves["norm of the mean"] = curve((number, entry["mean_norm"]) for number, entry in lines)
-    curves["norm of its noise"] = curve((number, entry["noise_norm"]) for number, entry in lines)
+    curves["norm of the mean"] = curve((round_number, entry["mean_norm"]) for round_number, entry in lines)
+    curves["norm of its noise"] = curve((round_number, entry["noise_norm"]) for round_number, entry in lines)
     drawn = {name: values for name, values in curves.items() if values}
     if not drawn:
         return []
@@ -144,7 +146,7 @@ def _privacy_figures(run: Run) -> list[Figure]:
 
 
 def _round_figures(run: Run) -> list[Figure]:
-    """Return the figures of the training loss, and of what the rounds cost."""
+    """Return the figures of the training loss, the aggregation error, and the seconds and bytes of each round."""
     drawn = []
     mean = curve((line["round"], line.get("train_loss")) for line in run.completed)
     if mean:
@@ -177,10 +179,11 @@ def _round_figures(run: Run) -> list[Figure]:
 
 
 def _site_figures(run: Run) -> list[Figure]:
-    """Return the figures of the sites' replies, and of how the model serves each site."""
+    """Return the figures of the sites' replies, and of the model's quality at each site."""
     drawn = []
     replies = replies_by_site(run)
-    rounds = {number for states in replies.values() for number in states}
+    rounds = {round_number for states in replies.values() for round_number in states}
+    # Many sites or rounds would make the cells too small to see.
     if rounds and len(replies) <= MOST_MAPPED_SITES and len(rounds) <= MOST_MAPPED_ROUNDS:
         caption = (
             "One cell for each request. Rejected: a reply came and the guard refused it, or the site answered with an "

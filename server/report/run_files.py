@@ -19,9 +19,9 @@ Curve = dict[int, float]
 """A value by round."""
 
 REPLY_STATES = ("accepted", "rejected", "no reply")
-"""What became of a request to a site."""
+"""Possible outcomes of a request to a site."""
 
-_LARGEST = 1e12  # a site may report any finite loss; beyond this a figure's axis would show nothing else
+_LARGEST = 1e12  # a site may report any finite loss; a larger one would flatten everything else in a figure
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Run:
     """The files of a run's folder.
 
     Args:
-        name: of the run.
-        lines: metrics.jsonl, voided attempts included.
+        name: name of the run.
+        lines: the lines of metrics.jsonl, voided attempts included.
         summary: summary.json.
-        spec: spec.json; empty where there is none.
-        config: config.toml as text; empty where there is none.
-        baselines: baselines.json; empty where there is none.
+        spec: spec.json; empty if the file is missing.
+        config: config.toml as text; empty if the file is missing.
+        baselines: baselines.json; empty if the file is missing.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def lower_is_better(self) -> list[str]:
-        """Metrics of which smaller values are better, as the task says."""
+        """Metrics of which smaller values are better, according to the task."""
         return list(self.summary.get("lower_is_better", ["loss"]))
 
     @property
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def best_round(self) -> int | None:
-        """The round that left the best adapter; None where nothing was evaluated."""
+        """The round that left the best adapter; None if nothing was evaluated."""
         return self.summary.get("best_round") if self.summary.get("after") else None
 
 
@@ -74,7 +74,7 @@ def read_run(folder: Path) -> Run:
     """Read the files of a run.
 
     Raises:
-        StorageError: `run-missing` without metrics.jsonl or summary.json; `run-corrupt` where a file is no JSON.
+        StorageError: `run-missing`, metrics.jsonl or summary.json is missing; `run-corrupt`, a file is not JSON.
     """
     for name in ("metrics.jsonl", "summary.json"):
         if not (folder / name).is_file():
@@ -101,14 +101,15 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 
 
 def drawable(value: Any) -> float:
-    """Return the value as a float, or NaN (a gap in the figure) where no axis could show it."""
-    number = float(value) if isinstance(value, int | float) else math.nan
-    return number if abs(number) < _LARGEST else math.nan
+    """Return the value as a float, or NaN, a gap in the figure, if no axis could show it."""
+    if isinstance(value, int | float) and abs(value) < _LARGEST:
+        return float(value)
+    return math.nan
 
 
 def curve(values: Iterable[tuple[int, Any]]) -> Curve:
-    """Return the values that there are, by round."""
-    return {number: drawable(value) for number, value in values if value is not None}
+    """Return the values by round; rounds with the value None are left out."""
+    return {round_number: drawable(value) for round_number, value in values if value is not None}
 
 
 def central_curves(run: Run) -> dict[str, Curve]:
@@ -116,7 +117,7 @@ def central_curves(run: Run) -> dict[str, Curve]:
     lines = [(line["round"], line["eval"]) for line in run.completed if "eval" in line]
     names = dict.fromkeys(name for _, metrics in lines for name in metrics)
     return {
-        name: curve((number, metrics.get(name)) for number, metrics in lines)
+        name: curve((round_number, metrics.get(name)) for round_number, metrics in lines)
         for name in sorted(names, key=lambda name: name != run.monitor)
     }
 
@@ -124,43 +125,48 @@ def central_curves(run: Run) -> dict[str, Curve]:
 def curves_by_site(lines: list[Line], key: str, metric: str) -> dict[str, Curve]:
     """Return each site's curve of `line[key][site][metric]`, by site name."""
     found = [(line["round"], line.get(key, {})) for line in lines]
+    sites = sorted({site for _, entries in found for site in entries})
     return {
-        site: curve((number, entries.get(site, {}).get(metric)) for number, entries in found)
-        for site in sorted({site for _, entries in found for site in entries})
+        site: curve((round_number, entries.get(site, {}).get(metric)) for round_number, entries in found)
+        for site in sites
     }
 
 
 def weighted_mean(values: Mapping[str, Mapping[str, Any]], metric: str) -> float | None:
-    """Return the mean of a metric over sites, weighted by their rows; None where no site has it."""
+    """Return the mean of a metric over sites, weighted by their rows; None if no site has it."""
     having = [entry for entry in values.values() if metric in entry]
-    weight = sum(entry.get("rows", 0) for entry in having)
-    return sum(entry[metric] * entry.get("rows", 0) for entry in having) / weight if weight else None
+    weight: float = sum(entry.get("rows", 0) for entry in having)
+    if not weight:
+        return None
+    total: float = sum(entry[metric] * entry.get("rows", 0) for entry in having)
+    return total / weight
 
 
 def judged_line(run: Run) -> Line | None:
-    """Return the line in which the sites evaluated the best adapter, or else the last in which they evaluated."""
+    """Return the line in which the sites evaluated the best adapter, else the last one in which they evaluated any."""
     judged = [line for line in run.completed if line.get("sites_eval")]
-    return next((line for line in judged if line["round"] == run.best_round), judged[-1]) if judged else None
+    if not judged:
+        return None
+    return next((line for line in judged if line["round"] == run.best_round), judged[-1])
 
 
 def worst_site(
     values: Mapping[str, Mapping[str, Any]], monitor: str, lower_is_better: Collection[str] = ("loss",)
 ) -> tuple[str, str, float] | None:
-    """Return (site, metric, value) of the site whose own evaluation is worst; None where there is nothing to compare.
+    """Return (site, metric, value) of the site whose own evaluation is worst; None without any metric.
 
     Args:
         values: metrics by site.
         monitor: the metric to compare, if the sites have it; else the first that they have.
         lower_is_better: metrics of which the largest value is the worst.
     """
-    names = sorted(
-        {name for entry in values.values() for name in entry} - {"rows"}, key=lambda name: (name != monitor, name)
-    )
+    names = {name for entry in values.values() for name in entry} - {"rows"}
     if not names:
         return None
-    metric = names[0]
+    metric = monitor if monitor in names else min(names)
     having = {site: values[site][metric] for site in sorted(values) if metric in values[site]}
-    site = (max if metric in lower_is_better else min)(having, key=having.__getitem__)
+    worst = max if metric in lower_is_better else min
+    site = worst(having, key=having.__getitem__)
     return site, metric, having[site]
 
 
@@ -176,6 +182,7 @@ def bytes_by_round(run: Run) -> dict[str, Curve]:
 def seconds_by_round(run: Run) -> dict[str, Curve]:
     """Return the server's seconds by phase, in the order of a round, voided attempts included."""
     found = {phase for line in run.lines for phase in line.get("seconds", {})}
+    # The known phases first, in their order in a round; then any others.
     known = [phase for phase in ("wait", "aggregate", "checkpoint", "evaluate") if phase in found]
     layers: dict[str, Curve] = {phase: {} for phase in known + sorted(found - set(known))}
     for line in run.lines:
@@ -185,8 +192,9 @@ def seconds_by_round(run: Run) -> dict[str, Curve]:
 
 
 def replies_by_site(run: Run) -> dict[str, dict[int, str]]:
-    """Return what became of each request, by site and round; of a round that was tried again, the last attempt."""
-    replies: dict[str, dict[int, str]] = {site: {} for site in sorted({s for a in run.attempts for s in a["cohort"]})}
+    """Return the outcome of each request, by site and round; if a round was tried again, the last attempt counts."""
+    sites = sorted({site for line in run.attempts for site in line["cohort"]})
+    replies: dict[str, dict[int, str]] = {site: {} for site in sites}
     for line in run.attempts:
         for site in line["cohort"]:
             replies[site][line["round"]] = _reply_state(line, site)
@@ -202,11 +210,11 @@ def _reply_state(line: Line, site: str) -> str:
 
 def count_replies(replies: Mapping[str, Mapping[int, str]]) -> dict[str, Curve]:
     """Return the number of sites in each state, by round."""
-    rounds = sorted({number for states in replies.values() for number in states})
+    rounds = sorted({round_number for states in replies.values() for round_number in states})
     counts: dict[str, Curve] = {state: dict.fromkeys(rounds, 0) for state in REPLY_STATES}
     for states in replies.values():
-        for number, state in states.items():
-            counts[state][number] += 1
+        for round_number, state in states.items():
+            counts[state][round_number] += 1
     return counts
 
 
@@ -215,15 +223,15 @@ class SiteSum:
     """One site over the whole run, voided attempts included.
 
     Args:
-        name: of the site.
-        rows: as last accepted; None where no reply was.
+        name: name of the site.
+        rows: rows of the last accepted reply; None if no reply was accepted.
         asked: number of requests.
         accepted: number of accepted replies.
-        rejected: the other replies, by reason, missing ones as `dropout`.
+        rejected: number of other replies by reason; missing replies count as `dropout`.
         detail: the guard's words on the last rejection.
-        mean_seconds: of local training, as the site reported it.
-        last_loss: the local training loss of the last accepted reply.
-        bytes_up: of accepted replies.
+        mean_seconds: mean duration of local training, as the site reported it; None if no reply was accepted.
+        last_loss: local training loss of the last accepted reply; None if no reply was accepted.
+        bytes_up: bytes of accepted replies.
     """
 
     name: str
@@ -238,7 +246,7 @@ class SiteSum:
 
 
 def sum_sites(run: Run) -> list[SiteSum]:
-    """Return every site that was asked, by name."""
+    """Return the sums of every site that was asked, in the order of their names."""
     asked: dict[str, list[Line]] = {}
     for line in run.attempts:
         for site in line["cohort"]:
@@ -250,26 +258,32 @@ def _sum_site(site: str, lines: list[Line]) -> SiteSum:
     accepted = [line["accepted"][site] for line in lines if site in line.get("accepted", {})]
     rejected = [line["rejected"][site] for line in lines if site in line.get("rejected", {})]
     reasons = [str(entry.get("reason", "")) for entry in rejected]
+    last_accepted: Line = {}
+    mean_seconds = None
+    if accepted:
+        last_accepted = accepted[-1]
+        mean_seconds = sum(entry.get("seconds", 0.0) for entry in accepted) / len(accepted)
     return SiteSum(
-        site,
-        accepted[-1].get("rows") if accepted else None,
-        len(lines),
-        len(accepted),
-        {reason: reasons.count(reason) for reason in sorted(set(reasons))},
-        str(rejected[-1].get("detail", "")) if rejected else "",
-        sum(entry.get("seconds", 0.0) for entry in accepted) / len(accepted) if accepted else None,
-        accepted[-1].get("loss") if accepted else None,
-        sum(entry.get("bytes_up", 0) for entry in accepted),
+        name=site,
+        rows=last_accepted.get("rows"),
+        asked=len(lines),
+        accepted=len(accepted),
+        rejected={reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        detail=str(rejected[-1].get("detail", "")) if rejected else "",
+        mean_seconds=mean_seconds,
+        last_loss=last_accepted.get("loss"),
+        bytes_up=sum(entry.get("bytes_up", 0) for entry in accepted),
     )
 
 
 def baseline_metrics(run: Run) -> dict[str, dict[str, float]]:
-    """Return the baselines that the run has, by label, the local-only ones as their mean over sites."""
+    """Return the metrics of the run's baselines by label; local-only training counts as the mean over sites."""
     found: dict[str, dict[str, float]] = {}
     if "untouched" in run.baselines:
         found["untouched base"] = run.baselines["untouched"]
     local = list(run.baselines.get("local", {}).values())
     if local:
+        # A mean over sites needs metrics that every site has.
         shared = [metric for metric in local[0] if all(metric in entry for entry in local)]
         found["local-only, mean"] = {metric: sum(entry[metric] for entry in local) / len(local) for metric in shared}
     if "centralised" in run.baselines:

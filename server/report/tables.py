@@ -20,7 +20,7 @@ from tsugiki.server.report.run_files import (
 )
 
 MOST_OPEN_ROWS = 30
-"""A longer table is folded."""
+"""A table with more rows is folded."""
 
 Cell = str | int | float | None
 
@@ -30,8 +30,8 @@ class Table:
     """A table of the page.
 
     Args:
-        head: the name of each column.
-        rows: cells, one for each column.
+        head: names of the columns.
+        rows: the rows, each with one cell for each column.
     """
 
     head: Sequence[str]
@@ -40,8 +40,10 @@ class Table:
     @property
     def kinds(self) -> list[str]:
         """`number` or `text` for each column; columns of numbers are aligned to the right."""
-        columns = range(len(self.head))
-        return ["number" if any(_is_number(row[column]) for row in self.rows) else "text" for column in columns]
+        return ["number" if self._has_number(column) else "text" for column in range(len(self.head))]
+
+    def _has_number(self, column: int) -> bool:
+        return any(isinstance(row[column], int | float) for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Block:
 
     Args:
         table: the table, if this block has one.
-        text: else the text; its line breaks are kept.
+        text: the text, if this block has no table; its line breaks are kept.
         folded_under: a title that the reader clicks on to see the block; empty: the block is open.
     """
 
@@ -64,8 +66,8 @@ class Section:
     """A part of the page.
 
     Args:
-        heading: above the part.
-        note: on the blocks; may be empty.
+        heading: title above the part.
+        note: a remark on the blocks; may be empty.
         blocks: the content.
     """
 
@@ -75,7 +77,7 @@ class Section:
 
 
 def story(run: Run) -> list[str]:
-    """Return what happened, in sentences."""
+    """Return the course of the run in sentences."""
     return [sentence for sentence in (_training(run), _outcome(run), _voided(run), _traffic(run)) if sentence]
 
 
@@ -85,9 +87,11 @@ def _training(run: Run) -> str:
     what = f"{run.summary.get('method', 'an')} adapter for {run.summary.get('task', 'its task')}"
     if not rounds:
         return f"No round was completed: the {what} is as it was before training."
-    early = ", stopping before the rounds that were planned" if run.summary.get("stopped") == "early" else ""
-    averaged = f"with {run.summary.get('strategy', 'the server')} averaging their updates"
-    return f"{_count(sites, 'site')} trained one {what} in {_count(rounds, 'round')}, {averaged}{early}."
+    sentence = f"{_count(sites, 'site')} trained one {what} in {_count(rounds, 'round')}, "
+    sentence += f"with {run.summary.get('strategy', 'the server')} averaging their updates"
+    if run.summary.get("stopped") == "early":
+        sentence += ", stopping before the rounds that were planned"
+    return f"{sentence}."
 
 
 def _outcome(run: Run) -> str:
@@ -113,35 +117,40 @@ def _voided(run: Run) -> str:
 
 
 def _traffic(run: Run) -> str:
-    adapter = run.summary.get("adapter_parameters", 0)
+    numbers = f"{run.summary.get('adapter_parameters', 0):,} parameters"
     head = run.summary.get("head_parameters", 0)
-    head_too = f" and {head:,} of the task's head" if head else ""
+    if head:
+        numbers += f" and {head:,} of the task's head"
     asked = sum(len(line["cohort"]) for line in run.attempts)
+    # The mean over what was sent, or the size in the spec if nothing was.
     if asked:
         size_bytes = sum(line.get("bytes_down", 0) for line in run.attempts) / asked
     else:
         size_bytes = run.spec.get("size_bytes", 0)
     size = filesize.decimal(round(size_bytes))
     return (
-        f"Only the adapter travelled: {adapter:,} parameters{head_too}, {size} to each site in a round, and as much "
-        "back. The base model stayed frozen."
+        f"Only the adapter travelled: {numbers}, {size} to each site in a round, and as much back. The base model "
+        "stayed frozen."
     )
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+    plural = "" if number == 1 else "s"
+    return f"{number:,} {noun}{plural}"
 
 
 def compared(run: Run) -> dict[str, dict[str, float]]:
-    """Return the federated metrics among the baselines, by label, from the least shared to the most."""
+    """Return the metrics of the federated adapter and of the baselines by label, ordered by how much data is shared."""
     rows = baseline_metrics(run)
     after = run.summary.get("after")
     if after:
         rows[f"federated, round {run.best_round}"] = after
     order = ("untouched", "local-only", "federated", "centralised")
-    return dict(
-        sorted(rows.items(), key=lambda row: next(i for i, label in enumerate(order) if row[0].startswith(label)))
-    )
+
+    def position(label: str) -> int:
+        return next(index for index, start in enumerate(order) if label.startswith(start))
+
+    return {label: rows[label] for label in sorted(rows, key=position)}
 
 
 def sections(run: Run) -> list[Section]:
@@ -155,7 +164,7 @@ def _comparison(run: Run) -> Section | None:
     if not run.baselines or not rows:
         return None
     metrics = list(dict.fromkeys(name for found in rows.values() for name in found))
-    table = Table(["", *metrics], [[name, *(found.get(m) for m in metrics)] for name, found in rows.items()])
+    table = Table(["", *metrics], [[name, *map(found.get, metrics)] for name, found in rows.items()])
     blocks = [Block(table)]
     local = run.baselines.get("local", {})
     if local:
@@ -172,8 +181,9 @@ def _sites(run: Run) -> Section | None:
     if not sites:
         return None
     head = ["site", "rows", "asked", "accepted", "rejected", "why", "mean seconds", "last loss", "bytes up"]
-    many = len(sites) > MOST_OPEN_ROWS
-    title = _count(len(sites), "site") if many else ""
+    title = ""
+    if len(sites) > MOST_OPEN_ROWS:
+        title = _count(len(sites), "site")
     blocks = [Block(Table(head, [_site(site) for site in sites]), folded_under=title)]
     judged = judged_line(run)
     if judged:
@@ -189,7 +199,7 @@ def _sites(run: Run) -> Section | None:
 def _by_site(found: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return a table with a row for each site and a column for each metric."""
     metrics = list(dict.fromkeys(name for entry in found.values() for name in entry))
-    return Table(["site", *metrics], [[site, *(found[site].get(m) for m in metrics)] for site in sorted(found)])
+    return Table(["site", *metrics], [[site, *map(found[site].get, metrics)] for site in sorted(found)])
 
 
 def _site(site: SiteSum) -> list[Cell]:
@@ -205,7 +215,10 @@ def _site(site: SiteSum) -> list[Cell]:
 def _rounds(run: Run) -> Section:
     """Return the numbers behind the figures."""
     metrics = list(central_curves(run))
-    lora = ["aggregation error"] if any("aggregation_error" in line for line in run.lines) else []
+    # Only runs with LoRA factors have an aggregation error; others need no column for it.
+    lora = []
+    if any("aggregation_error" in line for line in run.lines):
+        lora = ["aggregation error"]
     head = ["round", "asked", "accepted", "training loss", *lora, *metrics, "seconds", ""]
     rows: list[list[Cell]] = [
         [
@@ -246,12 +259,8 @@ def _fingerprints(run: Run) -> Section:
     return Section("Fingerprints", "", [Block(Table(["of", "value"], rows))])
 
 
-def _is_number(cell: Cell) -> bool:
-    return isinstance(cell, int | float)
-
-
 def cell_text(cell: Cell) -> str:
-    """Return a cell as text, without characters that could disguise their neighbours."""
+    """Return a cell as text; characters that could disguise their neighbours become question marks."""
     if cell is None:
         return "–"  # noqa: RUF001  # a dash for a missing value
     if isinstance(cell, float):

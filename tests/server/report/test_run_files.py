@@ -34,8 +34,8 @@ def test_any_baseline_may_be_missing(tmp_path, kind):
 def test_sites_are_summed_over_voided_attempts_too(tmp_path):
     """Catches: rejections of a voided attempt lost, bytes counted once, means over rounds without an accepted reply."""
     a, b, c = sum_sites(read_run(usual(tmp_path / "run")))
-    assert (a.name, a.prediction_columns, a.accepted, a.rejected, a.bytes_up) == ("a", 3, 3, {}, 3000)
-    assert (b.name, b.prediction_columns, b.accepted, b.rejected, b.mean_seconds) == ("b", 3, 2, {"norm": 1}, 1.0)
+    assert (a.name, a.asked, a.accepted, a.rejected, a.bytes_up) == ("a", 3, 3, {}, 3000)
+    assert (b.name, b.asked, b.accepted, b.rejected, b.mean_seconds) == ("b", 3, 2, {"norm": 1}, 1.0)
     assert (c.name, c.accepted, c.rejected, c.mean_seconds, c.last_loss) == ("c", 0, {"dropout": 1}, None, None)
 
 
