@@ -105,6 +105,10 @@ class Registry(Generic[T]):
         """
         if self._plugins is None:
             self._plugins = ()  # a package that asks for names while it is imported must not start this again
+            # The other groups first. A package that fails is taken out of all registries, and what it asked others to
+            # load must not go with it.
+            for other in list(_EXTENSIBLE):
+                other.plugins()
             if self._group:
                 self._plugins = tuple(self._load(found) for found in _installed(self._group))
         return self._plugins

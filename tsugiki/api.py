@@ -37,7 +37,9 @@ class Table(list[dict[str, Any]]):
         except ImportError as error:
             from tsugiki.common.errors import UsageError
 
-            raise UsageError("to_pandas() without pandas", "the package pandas", "pip install pandas") from error
+            raise UsageError(
+                "pandas is not installed", "the package pandas, for to_pandas()", "pip install pandas"
+            ) from error
         return pandas.DataFrame(list(self))
 
     def _repr_html_(self) -> str:

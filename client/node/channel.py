@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
@@ -16,9 +16,6 @@ from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 
 from tsugiki.client.node.link import Link
-
-if TYPE_CHECKING:
-    pass
 
 CALL_TIMEOUT_S = 20.0
 

@@ -115,6 +115,9 @@ def with_changes(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     Args:
         raw: settings by section, not modified. A section that is not a table is kept, so that `parse` reports it.
         changes: new values by dotted key.
+
+    Raises:
+        ConfigError: a key leads into a setting that is not a table.
     """
     result = dict(raw)
     for dotted, value in changes.items():
@@ -122,19 +125,21 @@ def with_changes(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
         if not inner:
             result[section] = value
         elif isinstance(table := result.get(section, {}), Mapping):
-            result[section] = _with_value(table, inner, value)
+            result[section] = _with_value(section, table, inner, value)
     return result
 
 
-def _with_value(table: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
-    """Return a copy of a table with one value set, at any depth."""
+def _with_value(name: str, table: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return a copy of the table `name` with one value set, at any depth."""
     first, *rest = keys
     if not rest:
         return {**table, first: value}
-    inner = table.get(first)
+    key = f"{name}.{first}"
+    inner = table.get(first, {})
     if not isinstance(inner, Mapping):
-        inner = {}
-    return {**table, first: _with_value(inner, rest, value)}
+        hint = f"set {key} as a whole, or write it as a table"
+        raise ConfigError("changed settings", [Problem(key, repr(inner)[:80], f"a table with {'.'.join(rest)}", hint)])
+    return {**table, first: _with_value(key, inner, rest, value)}
 
 
 def _with_factors(config: RunConfig) -> RunConfig:

@@ -58,14 +58,14 @@ class Shape:
     Settings = dict
 
 
-def package(folder, name, module, **entries):
+def package(folder, name, module, group="toy.shapes", **entries):
     """Write an installed package: one module, and the entry points of its metadata."""
     slug = name.replace("-", "_")
     info = folder / f"{slug}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     lines = [f"{entry} = {target}" for entry, target in entries.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[toy.shapes]", *lines]) + "\n")
+    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]) + "\n")
     (folder / f"{slug}.py").write_text(textwrap.dedent(module))
 
 
@@ -155,6 +155,20 @@ def test_a_broken_package_is_reported_and_left_out(extensible, caplog, case):
     with pytest.raises(RegistryError, match=r"one of circle, oval; toy-shapes-a 1\.0 could not be loaded") as caught:
         shapes.get("ring")
     assert problem in str(caught.value)
+
+
+def test_a_broken_package_takes_nothing_of_another_group_with_it(extensible, monkeypatch):
+    """Catches: plugins that are gone, and called whole, because a broken one had asked for their names."""
+    shapes, folder = extensible
+    colours = Registry("colour", "toy.colours", Shape)
+    monkeypatch.setattr(Shape, "colours", colours, raising=False)
+    package(folder, "toy-shapes-b", RING, group="toy.colours", ring="toy_shapes_b:Ring")
+    asks = "from tests.common.test_registry import Shape\nShape.colours.names()\nraise ValueError('gone')"
+    package(folder, "toy-shapes-a", asks, ring="toy_shapes_a")
+    assert shapes.names() == ("circle",)
+    assert "gone" in shapes.plugins()[0].problem
+    assert colours.names() == ("ring",)
+    assert not colours.plugins()[0].problem
 
 
 def test_of_two_packages_with_one_name_the_first_by_name_stays(extensible):

@@ -218,6 +218,21 @@ def test_wrong_overrides_are_listed():
     assert [problem.value for problem in caught.value.problems] == ["rounds=3", "run.rounds", "=x"]
 
 
+@pytest.mark.parametrize(
+    ("raw", "assignment", "key"),
+    [
+        ({"privacy": {"examples": '{"target_epsilon": 3.0}'}}, "privacy.examples.delta=1e-6", "privacy.examples"),
+        ({"privacy": {"examples": 3}}, "privacy.examples.delta=1e-6", "privacy.examples"),
+        ({"data": {"columns": "text=sentence"}}, "data.columns.label=y", "data.columns"),
+    ],
+)
+def test_an_override_inside_of_what_is_no_table_is_refused(raw, assignment, key):
+    """Catches: an override that empties what the file says, DP-SGD's budget above all, or that does nothing."""
+    with pytest.raises(ConfigError, match="as a whole") as caught:
+        override(raw, [assignment])
+    assert [problem.key for problem in caught.value.problems] == [key]
+
+
 def test_override_of_what_is_no_section(tmp_path):
     """Catches: a TypeError where the file says `run = 3` and the command line `--set run.rounds=2`."""
     file = tmp_path / "run.toml"

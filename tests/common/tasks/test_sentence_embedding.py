@@ -339,7 +339,7 @@ def test_graft_keeps_the_pooling(base, folder):
     other = make().load(folder, torch.float32).transformer
     with torch.no_grad():
         other.embeddings.word_embeddings.weight.mul_(-1)
-    make().graft(fresh, other)
+    make().put_in_place(fresh, other)
     assert fresh.transformer is other
     assert fresh.network[0].model is other
     assert not np.allclose(fresh.network.encode("alpha"), base.network.encode("alpha"), atol=1e-3)
