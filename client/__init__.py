@@ -1,1 +1,1 @@
-"""What runs at a site."""
+"""The client: the program of a site."""

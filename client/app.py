@@ -110,7 +110,7 @@ def _answer(message: Message, locate: Callable[[], Site], handle: Callable[[Site
 
 
 def _code_of_failure(error: BaseException, content: RecordDict) -> Code:
-    """Return what the server may know about an exception that is not ours."""
+    """Return the code that the server receives for an exception other than a TsugikiError."""
     name = type(error).__name__
     if name in _MEMORY_ERRORS:
         return "out-of-memory"
@@ -124,7 +124,7 @@ _MEMORY_ERRORS = ("MemoryError", "OutOfMemoryError")
 
 
 def is_private(content: RecordDict) -> bool:
-    """Return whether a request belongs to a run that protects clients or rows; also if it cannot be read."""
+    """Return whether a request belongs to a run that protects clients or rows. True if it cannot be read."""
     try:
         privacy = site_config(str(content.config_records["request"]["config"])).privacy
     except (KeyError, TsugikiError, ValueError):
@@ -136,7 +136,7 @@ def is_private(content: RecordDict) -> bool:
 
 
 def _hello(site: Site, content: RecordDict) -> RecordDict:
-    """Say what is here, and whether it fits the run."""
+    """Check that this site fits the run, and report its clients, its rows and its versions."""
     request = from_record(HelloRequest, content)
     config = site_config(request.config)
     if minor(request.version) != minor(__version__):
@@ -184,7 +184,11 @@ def _train_openly(run: SiteRun, job: Job) -> RecordDict:
     update, trained, rows = train_openly(job)
     run.charge(job, {})
     # The loss and the seconds follow from the rows, and no noise is on them.
-    shared = {} if run.hides_rows else run.site.policy.may_leave({"loss": trained.loss})
+    shared: dict[str, Any] = {}
+    seconds = 0.0
+    if not run.hides_rows:
+        shared = run.site.policy.may_leave({"loss": trained.loss})
+        seconds = trained.seconds
     reply = TrainReply(
         site=run.site.name,
         round=job.request.round,
@@ -193,7 +197,7 @@ def _train_openly(run: SiteRun, job: Job) -> RecordDict:
         steps=trained.steps,
         loss=shared.get("loss", 0.0),
         loss_shared="loss" in shared,
-        seconds=0.0 if run.hides_rows else trained.seconds,
+        seconds=seconds,
     )
     arrays = encode(narrow(update, job.graft.spec, job.part), job.part)
     sent = {"bytes": sum(len(array.data) for array in arrays.values()), "update_sha256": sha256(update)}
@@ -202,7 +206,7 @@ def _train_openly(run: SiteRun, job: Job) -> RecordDict:
 
 
 def protected_sum(run: SiteRun, job: Job, plan: Plan) -> Levels:
-    """Return the protected sum of the updates of the site's clients. The site's ledger has it before it is returned.
+    """Return the protected sum of the updates of the site's clients, after charging it to the site's ledger.
 
     Args:
         run: the open run.
@@ -239,6 +243,7 @@ def _evaluate(site: Site, content: RecordDict) -> RecordDict:
     config = site_config(request.config)
     run = SiteRun.open(site, config, request.round)
     run.receive(request.spec_sha256, content)
+    # Before the rows are read, because a private run may not learn any metric of them.
     site.policy.check_evaluation(config.privacy)
     rows = run.rows("evaluation")
     if rows is None:
@@ -258,7 +263,7 @@ def _evaluate(site: Site, content: RecordDict) -> RecordDict:
 
 
 def _plan_with_masks(run: SiteRun, masked: bool) -> Plan:
-    """Return the plan of a run whose uploads are masked, or are not. A masked run's bare upload must not leave.
+    """Return the run's plan, if its uploads are masked as this step needs. A bare upload must not leave a masked run.
 
     Raises:
         SecureAggregationError: the step does not belong to the run.

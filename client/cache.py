@@ -35,7 +35,7 @@ class SiteCache:
 
     Args:
         rows: tokenised rows.
-        tails: the trainable end of the network with the features of a site's training rows, and the graft it is of.
+        tails: the trainable end of the network with the features of a site's training rows, and its graft.
         moments: the optimiser's state of each client, by (site, SHA-256 of the run, client), with its last round.
         watch: called after each training step.
     """
@@ -62,6 +62,7 @@ class SiteCache:
         Returns:
             None if the task has no such end.
         """
+        # Features hold for one graft only, and take memory: those of other grafts are dropped.
         kept = self.tails.get(key)
         if kept is None or kept[0] is not graft:
             self.tails = {other: entry for other, entry in self.tails.items() if entry[0] is graft}
@@ -85,6 +86,7 @@ class SiteCache:
         found: dict[str, dict[str, Any]] = {}
         for client in clients:
             last, state = self.moments.get((site, run, client), (0, {}))
+            # A state of an earlier run with the same settings must not go on in this one.
             if round_number == 1 or last > round_number:
                 state = {}
             self.moments[site, run, client] = (round_number, state)
@@ -96,7 +98,7 @@ _PROCESS = SiteCache()
 
 
 def of_process() -> SiteCache:
-    """Return this process's cache. It must not hang on the ClientApp: Ray pickles the app for every message."""
+    """Return this process's cache. It is not part of the ClientApp, because Ray pickles the app for every message."""
     return _PROCESS
 
 

@@ -74,10 +74,10 @@ def client(
 
 
 def _link(site: FileSite, server: str, ca: Path | None, key: Path | None, *, insecure: bool, retry_s: float) -> Link:
-    """Return how to reach the server: what the command line says, else what site.toml says.
+    """Return the server's address and this site's credentials, from the command line or else from site.toml.
 
     Raises:
-        UsageError: no server is named, the link would be open to others, or a file cannot be read.
+        UsageError: no server is named, the connection would not be encrypted, or a file cannot be read.
     """
     from tsugiki.client.node.link import Link
     from tsugiki.common.keys import read_private_key
@@ -90,8 +90,11 @@ def _link(site: FileSite, server: str, ca: Path | None, key: Path | None, *, ins
             "ask the operator of the federation for it",
         )
     split_address(address)
-    authority = None if insecure else ca or site.server.path(site.folder, "ca")
-    private = None if insecure else key or site.server.path(site.folder, "key")
+    authority: Path | None = None
+    private: Path | None = None
+    if not insecure:
+        authority = ca or site.server.path(site.folder, "ca")
+        private = key or site.server.path(site.folder, "key")
     _check_security(address, insecure, authority)
     return Link(
         address,
@@ -102,7 +105,11 @@ def _link(site: FileSite, server: str, ca: Path | None, key: Path | None, *, ins
 
 
 def _check_security(address: str, insecure: bool, authority: Path | None) -> None:
-    """Raise UsageError where the link would be open to others."""
+    """Check that the connection will be encrypted, or stays on loopback.
+
+    Raises:
+        UsageError: it would do neither.
+    """
     if insecure and split_address(address)[0] not in LOOPBACK:
         raise UsageError(
             f"--insecure is given, and {address} is another machine",
@@ -143,12 +150,14 @@ def _print_dry_run(site_file: Path, run: Path, overrides: Sequence[str]) -> None
 
 
 def _as_sent(site: FileSite, run: Path, overrides: Sequence[str]) -> RunConfig:
-    """Return a run as a server on this machine sends it, if the site does not know the names as they stand there."""
+    """Return a run as the site would receive it: with absolute paths, unless [models] has the names of the file."""
     from tsugiki.common.config import files as config_file
 
     config = config_file.read(run, overrides)
     known = {config.model.name, *config.task.models, *config.adapter.models} <= set(site.models)
-    return config if known else config_file.with_absolute_paths(config)
+    if known:
+        return config
+    return config_file.with_absolute_paths(config)
 
 
 @app.command(epilog="Example: tsugiki lr-find examples/sst2.toml --plot rates.svg")
@@ -180,6 +189,7 @@ def lr_find(
         bar = progress.add_task("range test", total=steps)
         sweep = find_rate(config, lowest, highest, steps, central, lambda done: progress.update(bar, completed=done))
     if as_json:
+        # JSON has no NaN.
         finite = sweep.suggestion if math.isfinite(sweep.suggestion) else None
         typer.echo(json.dumps({**vars(sweep), "suggestion": finite}))
     else:
@@ -257,21 +267,25 @@ def _try_run(site: FileSite, config: RunConfig) -> None:
     shard = site.train_shard(task)
     typer.echo(f"{site.data.train}: {len(shard)} rows for {config.task.name}{_noted(shard.notes)}")
     kept = site.evaluation_shard(task)
-    typer.echo(f"{site.data.evaluation}: {len(kept)} rows" if kept else "no evaluation rows")
+    if kept:
+        typer.echo(f"{site.data.evaluation}: {len(kept)} rows")
+    else:
+        typer.echo("no evaluation rows")
 
     graft = load_at(site, config)
     source = site.model_source(config.model.name)
     fingerprint = graft.spec.base_fingerprint[:12]
     typer.echo(f"{config.model.name}: {source}, fingerprint {fingerprint}, on {graft.device}")
     if rank := own_rank(site, config):
-        of = graft.method.settings.rank
-        typer.echo(f"trains {rank} of the {of} components of each LoRA pair (site.max_rank)")
+        run_rank = graft.method.settings.rank
+        typer.echo(f"trains {rank} of the {run_rank} components of each LoRA pair (site.max_rank)")
 
     notes = device_notes(config, graft.device.type) + shard.notes + graft.task.encode(shard, graft.base).notes
     typer.echo(
         f"would leave this site in the hello: its name, its number of rows{_noted(notes)}, fingerprints, "
         "versions of libraries"
     )
+    # Some strategies send another part in every second round; the larger one counts.
     strategy = strategy_of(config.strategy)
     most = max(strategy.trained_part(graft.spec, round_number).size_bytes for round_number in (1, 2))
     sizes = f"{graft.spec.parameters('adapter')} adapter and {graft.spec.parameters('head')} head parameters"

@@ -1,4 +1,4 @@
-"""What a site would send: the same ClientApp's answers to hello, first round and evaluation. Nothing leaves."""
+"""Show what a site would send: its ClientApp answers a hello, the first round and an evaluation. Nothing is sent."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
     Raises:
         TsugikiError: the site would refuse; the server would receive the error's code.
     """
+    # A trial leaves no trace: without the files, nothing is logged or charged.
     quiet = replace(site, site=site.site.model_copy(update={"audit": "", "ledger": ""}))
     app = make_app(lambda context: quiet)
     yield "hello", _ask(app, "query", to_record(HelloRequest(config.for_sites(), __version__)))
@@ -45,7 +46,7 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
         if plan.noise_multiplier == 0:
             return  # below the masks are bare updates, which no run sends unmasked
         title = "round 1, before it is masked"
-        unmasked = {"secure_aggregation": False, "target_epsilon": 0.0, "min_sites": 2}  # masks alone take more sites
+        unmasked = {"secure_aggregation": False, "target_epsilon": 0.0, "min_sites": 2}  # more sites need masks
         config = changed(config.with_plan(plan), {f"privacy.{key}": value for key, value in unmasked.items()})
         app = make_app(lambda context: replace(quiet, policy=SitePolicy(seeded_noise=quiet.policy.seeded_noise)))
     request = TrainRequest(
@@ -66,7 +67,7 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
 
 
 def _ask(app: ClientApp, kind: str, content: RecordDict) -> RecordDict:
-    """Return the app's answer to a message that was made here."""
+    """Return the app's answer to a message that no server has sent."""
     from flwr.app import Context, Message, RecordDict
 
     identify_process()

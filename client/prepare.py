@@ -1,4 +1,4 @@
-"""A run at a site, opened once for each message: policy, base model and plan checked, rows and adapter at hand."""
+"""A run at a site, opened for each message: policy, base model and plan are checked, rows and adapter are loaded."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class SiteRun:
 
     @property
     def hides_rows(self) -> bool:
-        """Whether nothing that is computed from rows without noise may leave: the run protects clients or rows."""
+        """Whether the run protects clients or rows: then nothing that is computed from rows leaves without noise."""
         return self.plan is not None or self.config.privacy.examples.enabled
 
     def rows(self, part: Part) -> Encoded | None:
@@ -118,22 +118,22 @@ class SiteRun:
         Raises:
             DataError: `clients`, more than the run's plan allows a site, or than its strategy can aggregate.
         """
-        number = len(self.rows_of_clients())
-        if number > 1 and strategy_of(self.config.strategy).sees_factors:
+        clients = len(self.rows_of_clients())
+        if clients > 1 and strategy_of(self.config.strategy).sees_factors:
             raise DataError(
-                f"this site stands for {number} clients",
+                f"this site stands for {clients} clients",
                 f"one with strategy {self.config.strategy.name}, which needs the factors of each",
                 "ask the operator for another strategy",
                 code="clients",
             )
-        if self.plan is not None and number > self.plan.max_clients_per_site:
+        if self.plan is not None and clients > self.plan.max_clients_per_site:
             raise DataError(
-                f"this site stands for {number} clients",
+                f"this site stands for {clients} clients",
                 f"at most privacy.max_clients_per_site = {self.plan.max_clients_per_site} of the run",
                 "ask the operator to raise it",
                 code="clients",
             )
-        return number
+        return clients
 
     def receive(self, spec_sha256: str, content: RecordDict) -> Vector:
         """Set the graft to the adapter in a message; return its values, shape (spec.size,).
@@ -225,9 +225,11 @@ class SiteRun:
         encoded = self.graft.task.encode(shard, self.graft.base)
         if part != "train":
             return PreparedRows(encoded)
+        notes = shard.notes + encoded.notes
         # Where the run validates inside a round, some rows are held out, and the site is one client with the others.
-        clients = [list(range(len(shard)))] if self.config.train.validate_every_steps else self.site.clients(shard)
-        return PreparedRows(encoded, tuple(clients), shard.notes + encoded.notes)
+        if self.config.train.validate_every_steps:
+            return PreparedRows(encoded, (list(range(len(shard))),), notes)
+        return PreparedRows(encoded, tuple(self.site.clients(shard)), notes)
 
     def _shard(self, part: Part) -> Shard | None:
         if part == "train":
@@ -261,7 +263,7 @@ class SiteRun:
 
 
 def load_at(site: Site, config: RunConfig) -> Graft:
-    """Return the base with the run's adapter on it. The site says where the models that the run names are.
+    """Return the base with the run's adapter on it. The site decides where the models that the run names come from.
 
     Raises:
         ModelError: `model-unknown`, the site does not know a name; and as `load_graft`.
@@ -269,7 +271,9 @@ def load_at(site: Site, config: RunConfig) -> Graft:
 
     def source_of(name: str) -> str:
         # `load_graft` refuses an empty name, with a message that says which setting is empty.
-        return site.model_source(name) if name else ""
+        if not name:
+            return ""
+        return site.model_source(name)
 
     source = site.model_source(config.model.name)
     here = {name: getattr(config, name).resolved(source_of) for name in ("task", "adapter")}

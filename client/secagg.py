@@ -1,4 +1,4 @@
-"""A site's part of secure aggregation: its four steps, and what it refuses.
+"""A site's part of secure aggregation: its four steps, and the checks before each.
 
 Between the steps, the session is in Flower's `Context.state`. It has secrets, never leaves the process that keeps the
 context, and loses each secret as soon as the secret is used.
@@ -53,7 +53,7 @@ def check_bound(state: RecordDict, plan: Plan, round_number: int) -> None:
     Otherwise a server could let sites add the noise for a sum of many clients, and then open a sum of few.
 
     Raises:
-        SecureAggregationError: it has others.
+        SecureAggregationError: it has another plan or round.
     """
     record = state.config_records.get(BOUND)
     if record is None or dict(record) != {"plan": plan.sha256, "round": round_number}:
@@ -130,7 +130,7 @@ def answer_unmask(state: RecordDict, session: bytes, fields: Mapping[str, Any], 
     record = state.config_records[COUNTS]
     counts = {name: int(record[name]) for name in survivors if name in record}  # type: ignore[arg-type]  # ours
     check_sum(counts, plan.min_clients, plan.min_sites)
-    # The threshold is that of the whole session: it was fixed when the shares were made.
+    # The threshold is the whole session's: it was fixed when the shares were made.
     listed = {name: int(record[name]) for name in record}  # type: ignore[arg-type]  # ours
     fewest = fewest_sites(listed, plan.min_clients, plan.min_sites)
     kept, answer = secagg.answer_unmask(kept, survivors, dropped, fewest)
@@ -158,7 +158,9 @@ def _keep(state: RecordDict, session: ClientState, counts: Mapping[str, int] | N
 def _kept(state: RecordDict, session: Any) -> ClientState:
     """Return the stored session, if it has this id."""
     record = state.config_records.get(STATE)
-    kept = None if record is None else ClientState.from_dict(dict(record))
+    kept = None
+    if record is not None:
+        kept = ClientState.from_dict(dict(record))
     if kept is None or kept.session != exactly(session, SESSION_BYTES):
         raise SecureAggregationError("this site is not in the session", "the session that it began last")
     return kept

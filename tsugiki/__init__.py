@@ -12,7 +12,7 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
-# They need the path. `tsugiki.common` switches off what would phone home, before a library below us is imported.
+# These imports need the path. `tsugiki.common` comes first: it switches off telemetry before libraries are imported.
 from tsugiki.api import (  # noqa: E402
     Comparison,
     Run,

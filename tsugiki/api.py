@@ -1,4 +1,4 @@
-"""The Python surface, for notebooks and scripts: what `import tsugiki` offers.
+"""The Python API of `import tsugiki`, for notebooks and scripts.
 
 Importing this module loads nothing heavy. Each function imports what it needs when it is called.
 """
@@ -58,8 +58,8 @@ class Run:
             the best adapter.
         metrics: one row for each round that reached its quorum, and one before training. `round`, `train_loss`, `sites`
             (accepted replies), `seconds`, `bytes_up`, `bytes_down`, and `eval_NAME` for each metric where the round was
-            evaluated. A private run also has `epsilon`, so far, against whoever sees the models. metrics.jsonl in the
-            folder has all details, site by site.
+            evaluated. A private run also has `epsilon`: so far, against an adversary that sees the models. The file
+            metrics.jsonl in the folder has all details, site by site.
     """
 
     folder: Path
@@ -76,7 +76,7 @@ class Run:
 
         Args:
             folder: a new or empty folder; by default `adapter/`, or `merged/`, in the run's folder.
-            which: the best adapter, or that of the last checkpoint.
+            which: the best adapter, or the one in the last checkpoint.
             merged: write a whole model, with the adapter added to the base's weights.
 
         Raises:
@@ -103,7 +103,9 @@ class Run:
         before = self.summary["before"] or {}
         after = self.summary["after"] or {}
         monitor = self.config.monitor
-        gain = f", {monitor} {before[monitor]:.4f} before, {after[monitor]:.4f} best" if monitor in after else ""
+        gain = ""
+        if monitor in after:
+            gain = f", {monitor} {before[monitor]:.4f} before, {after[monitor]:.4f} best"
         return f"<Run {str(self.folder)!r}: {self.summary['rounds']} rounds{gain}>"
 
     def _repr_html_(self) -> str:
@@ -114,6 +116,7 @@ class Run:
         best = f"best (round {self.summary['best_round']})"
         table = _html(["metric", "before", best], [[name, before.get(name), after[name]] for name in after])
         title = f"{self.summary['name']}: {self.summary['rounds']} rounds, {self.summary['strategy']}"
+        # The first line is bold; a run without privacy has no headline.
         words = (f"{title}, {self.summary['method']}", headline(self.summary.get("privacy", {})), str(self.folder))
         first, *rest = [escape(line) for line in words if line]
         return f"<p><b>{first}</b></p>{table}<p>{'<br>'.join(rest)}</p>"
@@ -172,13 +175,17 @@ def read_config(file: StrPath | Mapping[str, Mapping[str, Any]], **sections: Map
     from tsugiki.common.config.files import expand, read_toml
     from tsugiki.common.config.parse import parse, with_changes
 
-    given = isinstance(file, Mapping)
-    raw = _plain(file) if isinstance(file, Mapping) else read_toml(Path(file))
+    if isinstance(file, Mapping):
+        raw = _plain(file)
+        source = "the given settings"
+    else:
+        raw = read_toml(Path(file))
+        source = str(file)
     changes: dict[str, Any] = {}
     for section, settings in sections.items():
         changes |= _dotted(section, settings)
     raw, problems = expand(with_changes(raw, changes))
-    return parse(raw, "the given settings" if given else str(file), problems)
+    return parse(raw, source, problems)
 
 
 def simulate(config: RunConfig, *, resume: bool = False, progress: bool = True) -> Run:
@@ -235,8 +242,11 @@ def load_adapter(folder: StrPath, base: StrPath | PreTrainedModel | SentenceTran
     from tsugiki.common.model.exported import open_exported
     from tsugiki.common.model.find import source_of, transformer_of
 
-    if base is None or isinstance(base, str | os.PathLike):
-        return open_exported(Path(folder), "" if base is None else os.fspath(base)).base.network
+    if base is None:
+        return open_exported(Path(folder), "").base.network
+    if isinstance(base, str | os.PathLike):
+        return open_exported(Path(folder), os.fspath(base)).base.network
+    # A model in memory: its frozen tensors are shared.
     return open_exported(Path(folder), source_of(base), beside=transformer_of(base)).base.network
 
 
@@ -257,6 +267,7 @@ def compare(config: RunConfig, *, progress: bool = True) -> Comparison:
 
     if not config.evaluation.data:
         raise UsageError("nothing to compare by", "evaluation.data in the run's settings", "name a held-out file")
+    # The federated run comes first: the others need its folder and its sites' names.
     run = simulate(config, progress=progress)
     sites = site_names(run.folder)
     found = run_baselines(config, run.folder, simulated_app, sites, list(KINDS), _progress(progress))
@@ -264,10 +275,12 @@ def compare(config: RunConfig, *, progress: bool = True) -> Comparison:
 
 
 def _progress(wanted: bool) -> Progress:
-    """Return what shows a run's events: bars on a terminal, lines elsewhere, such as in a notebook."""
+    """Return a run's progress display: bars on a terminal, lines elsewhere, such as in a notebook."""
     from tsugiki.server.run import progress
 
-    return progress.choose() if wanted else progress.Progress()
+    if wanted:
+        return progress.choose()
+    return progress.Progress()
 
 
 def _row(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,6 +293,7 @@ def _row(line: Mapping[str, Any]) -> dict[str, Any]:
         "bytes_up": line.get("bytes_up", 0),
         "bytes_down": line.get("bytes_down", 0),
     }
+    # Rounds that were not evaluated lack these columns.
     row |= {f"eval_{name}": value for name, value in line.get("eval", {}).items()}
     if spent := line.get("privacy"):
         row["epsilon"] = spent["epsilon"].get("release")
@@ -287,7 +301,7 @@ def _row(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dotted(section: str, settings: Any) -> dict[str, Any]:
-    """Return new settings of a section by dotted key; what is no table stays whole, for `parse` to report."""
+    """Return new settings of a section by dotted key. What is no table stays whole: `parse` reports it."""
     if not isinstance(settings, Mapping):
         return {section: settings}
     return {f"{section}.{key}": _plain(value) for key, value in settings.items()}
@@ -299,7 +313,9 @@ def _plain(value: Any) -> Any:
         return os.fspath(value)
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
 
 
 def _html(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -1,6 +1,6 @@
-"""The command line of Tsugiki, put together from the commands of both sides.
+"""The command line of Tsugiki, with the commands of both sides.
 
-Each command is declared where it is done: in `server/commands/` and in `client/commands.py`. Those modules import
+Each command is declared beside its work: in `server/commands/` and in `client/commands.py`. Those modules import
 nothing heavy at their top, so that `tsugiki --help` answers at once.
 """
 
@@ -90,6 +90,7 @@ def _start(ctx: typer.Context, version: Version = False) -> None:
 
 def main() -> None:
     """Run the command line. Errors become one message and an exit status."""
+    # Only Tsugiki's own errors: any other exception is a bug, and keeps its traceback.
     try:
         app()
     except TsugikiError as error:

@@ -1,7 +1,7 @@
 """Calls to the SuperLink's gRPC Fleet API, repeated while the network fails, for as long as a site wants.
 
 Flower's own link leaves calls without deadlines and ends the process when something is wrong. Here every try has a
-deadline, and what no repetition can mend becomes one error that names the cause (`client/node/diagnosis.py`).
+deadline, and a failure that repeating cannot mend becomes one error with its cause (`client/node/diagnosis.py`).
 """
 
 from __future__ import annotations
@@ -18,16 +18,10 @@ from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 from tsugiki.client.node.link import Link
 
 CALL_TIMEOUT_S = 20.0
-
-
 FIRST_RETRY_S = 0.5
 LONGEST_RETRY_S = 10.0
-
-
 MOST_MESSAGE_BYTES = 2**26
-"""Of one call; Flower cuts what is larger than 5 MB."""
-
-
+"""Most bytes of one call. Flower cuts objects that are larger than 5 MB."""
 TEMPORARY = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -49,13 +43,13 @@ class Forgotten(Exception):
 
 
 class Channel:
-    """An open channel; `repeated` tells whether the last answer took more than one try.
+    """An open channel. `repeated` is whether the last answer took more than one try.
 
     Args:
         link: the SuperLink.
         keys: the node's private and public key, with which every call is signed.
         stopped: asked between tries; True ends them.
-        note: told what an operator of the site would want to see.
+        note: called with each message for the site's operator.
     """
 
     def __init__(
@@ -70,7 +64,7 @@ class Channel:
         self._open()
 
     def _open(self) -> None:
-        """Open a channel with Flower's interceptors, in place of the one that there was."""
+        """Open a channel with Flower's interceptors, in place of the channel before."""
         self.close()
         options = [(f"grpc.max_{way}_message_length", MOST_MESSAGE_BYTES) for way in ("send", "receive")]
         if self.link.root_certificates is None:
@@ -83,7 +77,7 @@ class Channel:
         self._stub = FleetStub(grpc.intercept_channel(channel, *interceptors))
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the channel."""
         if self._channel is not None:
             self._channel.close()
 
@@ -91,13 +85,13 @@ class Channel:
         """Call the server once.
 
         Raises:
-            grpc.RpcError: it does not answer, or says no.
+            grpc.RpcError: the server does not answer, or refuses.
             ValueError: the channel was replaced meanwhile.
         """
         return getattr(self._stub, method)(request, timeout=timeout_s)
 
     def call(self, method: str, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        """Call the server, again and again while the network fails.
+        """Call the server; repeat the call while the network fails.
 
         Args:
             method: of the Fleet API.
@@ -105,10 +99,10 @@ class Channel:
             timeout_s: of one try.
 
         Raises:
-            LinkError: it refuses, or cannot be reached for `retry_s`.
-            Forgotten: it does not know this node.
-            RunOver: it says that the run has ended.
-            Stopping: there is no answer, and no time to wait for one.
+            LinkError: the server refuses, or cannot be reached for `retry_s`.
+            Forgotten: the server does not know this node.
+            RunOver: the server answers that the run has ended.
+            Stopping: the node was asked to stop before an answer came.
         """
         from tsugiki.client.node.diagnosis import refused
 
@@ -119,6 +113,7 @@ class Channel:
             try:
                 answer = self.once(method, request, timeout_s)
             except grpc.RpcError as error:
+                # What the server has decided is not repeated, a failure of the network is.
                 status = error.code()
                 details = str(error.details())
                 if status == grpc.StatusCode.PERMISSION_DENIED:
@@ -142,11 +137,12 @@ class Channel:
         """Sleep before another try.
 
         Raises:
-            LinkError: it is no use.
-            Stopping: it is not wanted any more.
+            LinkError: another try would not help, or `retry_s` is over.
+            Stopping: the node was asked to stop.
         """
         from tsugiki.client.node.diagnosis import why_not
 
+        # Only the first failure is diagnosed: it may have a cause that no repetition mends.
         if not reported:
             cause = why_not(self.link)
             if cause.code != "server-unreachable":
@@ -154,6 +150,7 @@ class Channel:
             self._note(f"{cause.problem}: trying again for {self.link.retry_s:g} s")
         if time.monotonic() - started + pause_s > self.link.retry_s:
             raise why_not(self.link) from error
+        # In short naps, so that a request to stop is soon seen.
         ends = time.monotonic() + pause_s
         while time.monotonic() < ends:
             if self._stopped():

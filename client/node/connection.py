@@ -1,7 +1,7 @@
 """A node's link to the SuperLink: Flower's own gRPC Fleet API, with bounds on every wait.
 
 It speaks the protocol of Flower's `grpc_request_response`, through the same stubs and interceptors: become a node, look
-for messages, pull their objects, push replies, say every few seconds that the node is alive. The calls are in
+for messages, pull their objects, push replies, send a heartbeat every few seconds. The calls are in
 `client/node/channel.py`.
 """
 
@@ -53,14 +53,14 @@ log = logging.getLogger("tsugiki.client")
 SLOWEST_BYTES_PER_S = 8_000.0
 """A transfer that is slower than this has stopped."""
 MOST_BYTES = 2**30
-"""More than any adapter; `common/wire/arrays.py` compares with the one that was agreed."""
+"""More than any adapter has. `common/wire/arrays.py` checks the size of the run's adapter."""
 FIRST_PAUSE_S = 0.02
 LONGEST_PAUSE_S = 0.5
-"""Between looks at an object that the server is still uploading."""
+"""Pauses between polls for an object that the server is still uploading."""
 HEARTBEAT_TIMEOUT_S = 5.0
 HEARTBEAT_S = 5.0
 HEARTBEAT_INTERVAL_S = 10.0
-"""How often, and what the server is told: Flower's shortest. After twice the interval, 20 s, a node is away for it."""
+"""The interval that the server expects, Flower's shortest. After twice as long, 20 s, it takes a node for gone."""
 
 AWAY_S = 2.0
 """Long enough for the server to see that a node is away: it looks every 0.5 s."""
@@ -75,7 +75,7 @@ class Connection:
     Args:
         link: the SuperLink.
         stopped: asked between retries; True ends them.
-        note: told what an operator of the site would want to see.
+        note: called with each message for the site's operator.
     """
 
     def __init__(self, link: Link, stopped: Callable[[], bool], note: Callable[[str], None]) -> None:
@@ -90,15 +90,15 @@ class Connection:
         self._node: Node | None = None
         self._over = threading.Event()
         self._beating = threading.Lock()
-        self._lost = False  # whether a message may have been
+        self._lost = False  # whether a message may have been lost
 
     @property
     def node_id(self) -> int:
-        """The id that the SuperLink gave; changes when the SuperLink forgot this node."""
+        """The id from the SuperLink; 0 without one. It changes when the SuperLink has forgotten this node."""
         return self._node.node_id if self._node is not None else 0
 
     def connect(self) -> None:
-        """Become an active node, and keep saying so in the background.
+        """Activate this node, and send its heartbeats in the background.
 
         Raises:
             LinkError: the server refuses this node, or cannot be reached for `retry_s`.
@@ -110,6 +110,7 @@ class Connection:
         if self.link.private_key is None:
             self._channel.call("RegisterNode", RegisterNodeFleetRequest(public_key=self._public_key))
         request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_INTERVAL_S)
+        # A key may be refused at first: see `EARLY_S`.
         ends = time.monotonic() + EARLY_S
         while True:
             try:
@@ -123,10 +124,10 @@ class Connection:
                 time.sleep(0.5)
 
     def receive(self) -> tuple[Message, ObjectTree] | None:
-        """Return the envelope of the oldest message for this node and what it holds, if there is one.
+        """Return the envelope of the oldest message for this node, and the tree of its objects; None without a message.
 
-        The server hands each message out once. If its answer was lost, and a message perhaps with it, the node leaves
-        and comes back, so that the server asks it again.
+        The server delivers each message once. If an answer of the server was lost, and a message perhaps with it, the
+        node leaves and comes back, so that the server asks it again.
         """
         try:
             answer = self._channel.call("PullMessages", PullMessagesRequest(node=self._node))
@@ -149,6 +150,7 @@ class Connection:
         run_id = envelope.metadata.run_id
         ends = time.monotonic() + timeout_s
         pause_s = FIRST_PAUSE_S
+        # Objects become available one by one, while the server is still uploading.
         missing = list(dict.fromkeys(one.object_id for one in iterate_object_tree(tree)))
         contents: dict[str, bytes] = {}
         while missing:
@@ -177,7 +179,7 @@ class Connection:
         return message
 
     def send(self, reply: Message) -> None:
-        """Upload a reply. How long the handler took is not told: it would say something about the rows.
+        """Upload a reply, without the time that the handler took: it would reveal something about the rows.
 
         Args:
             reply: the whole message.
@@ -193,6 +195,7 @@ class Connection:
             objects = get_all_nested_objects(reply)
             tree = get_object_tree(reply)
             envelope = message_to_proto(remove_content_from_message(reply) if reply.has_content() else reply)
+            # First what the reply consists of; the server answers which objects it lacks.
             announced = PushMessagesRequest(
                 node=self._node,
                 messages_list=[envelope],
@@ -218,7 +221,7 @@ class Connection:
                 self.bytes_up += len(content)
 
     def close(self) -> None:
-        """Tell the SuperLink that this node leaves, if it can be told, and hang up."""
+        """Deactivate this node at the SuperLink, if it can be reached, and close the channel."""
         self._over.set()
         if self._node is not None:
             try:
@@ -243,6 +246,7 @@ class Connection:
             raise RunOver("the server was restarted") from error
 
     def _leave_and_come_back(self) -> None:
+        # Without heartbeats in between: one would bring the node back before the server has seen it leave.
         with self._beating:
             try:
                 self._channel.once("DeactivateNode", DeactivateNodeRequest(node_id=self.node_id), CALL_TIMEOUT_S)
@@ -265,7 +269,7 @@ class Connection:
         return SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_INTERVAL_S)
 
     def _beat(self) -> None:
-        """Say that this node is alive; a failure is left to the calls of the main thread, which retry and report."""
+        """Send heartbeats. A failure is left to the calls of the main thread, which retry and report."""
         while not self._over.wait(HEARTBEAT_S):
             try:
                 with self._beating:

@@ -1,6 +1,6 @@
-"""Why a node cannot connect, in one line: gRPC only says that a handshake failed, TLS itself knows why.
+"""Why a node cannot connect. gRPC only reports that a handshake failed; TLS itself knows why.
 
-After a failed call the server's port is tried by hand with Python's own TLS, and its verdict is put into words.
+After a failed call, the server's port is tried with Python's own TLS, whose verdict becomes an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WRONG_NAMES = (62, 64)  # X509_V_ERR_* of OpenSSL's x509_vfy.h
 
 
 def why_not(link: Link) -> LinkError:
-    """Return what stands between this node and the server; `server-unreachable` if nothing but the network."""
+    """Return why this node cannot connect to the server; `server-unreachable` if the network is the only cause."""
     host, port = split_address(link.address)
     try:
         with socket.create_connection((host, port), PROBE_TIMEOUT_S) as raw:
@@ -43,11 +43,12 @@ def why_not(link: Link) -> LinkError:
 
 
 def _without_tls(link: Link, raw: socket.socket) -> LinkError:
-    """Return the verdict on a server that is spoken to in the clear: does it want TLS?"""
+    """Return the error of a connection without TLS: the server requires TLS, or does not answer."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
+    # A handshake that succeeds shows that the server speaks TLS; no certificate is checked.
     try:
         with context.wrap_socket(raw):
             return LinkError(
@@ -61,7 +62,7 @@ def _without_tls(link: Link, raw: socket.socket) -> LinkError:
 
 
 def _with_tls(link: Link, raw: socket.socket, host: str) -> LinkError:
-    """Return the verdict on a server's certificate."""
+    """Return the error of a connection with TLS, such as a bad certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
     try:
@@ -85,7 +86,7 @@ def _with_tls(link: Link, raw: socket.socket, host: str) -> LinkError:
 
 
 def _certificate_problem(link: Link, host: str, error: ssl.SSLCertVerificationError) -> LinkError:
-    """Return what is wrong with a certificate, from OpenSSL's number."""
+    """Return the error of a bad certificate, by OpenSSL's code."""
     if error.verify_code in (_EXPIRED, _NOT_YET):
         word = "has expired" if error.verify_code == _EXPIRED else "is not valid yet"
         return LinkError(
@@ -110,7 +111,7 @@ def _certificate_problem(link: Link, host: str, error: ssl.SSLCertVerificationEr
 
 
 def refused(link: Link, details: str) -> LinkError:
-    """Return what a server that answered has against this node."""
+    """Return why a server that answered refuses this node."""
     error = FlowerError.from_json(details)
     if error is not None and error.code == ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED:
         return LinkError(

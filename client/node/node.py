@@ -47,7 +47,7 @@ class Ending:
         self._interruptible = False
 
     def __call__(self) -> bool:
-        """Return whether the node is to leave."""
+        """Return whether the node is to end."""
         return self.requested
 
     @contextmanager
@@ -147,6 +147,7 @@ class Node:
         except RunOver as over:
             self._forget(envelope.metadata.run_id)
             outcome = f"not sent: {over}"
+        # The connection counts the bytes of all messages; the difference is this message's.
         seconds = time.perf_counter() - started
         self._status.ends(
             kind, group, outcome, seconds, self._connection.bytes_down - down, self._connection.bytes_up - up
@@ -166,6 +167,7 @@ class Node:
             run_id = message.metadata.run_id
             kind = message.metadata.message_type
             context = self._context(run_id, kind)
+            # A repeated request has the same nonce, and so the same id.
             asked = message.content.object_id
             asked_before, answer = self._answers.get((run_id, kind), ("", RecordDict()))
             if asked_before == asked:

@@ -1,4 +1,4 @@
-"""What the operator of a site sees of its node: a line that stays up to date on a terminal, events in a log."""
+"""The status of a node, for the operator of its site: a live line on a terminal, events in a log."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Lines:
 
 
 class LiveLine(Lines):
-    """The same lines on a terminal, and below them one that says what happens now.
+    """The same lines on a terminal, and below them one that shows the current work.
 
     Args:
         console: the terminal; None: stderr.
@@ -122,7 +122,7 @@ def choose() -> Lines:
 
 
 def describe(kind: str, group: str) -> str:
-    """Return what a message asks for, in words. `group` comes from the server, so only a number is shown of it."""
+    """Describe the request of a message in words. `group` comes from the server: it is shown only if it is a number."""
     words = _WORDS.get(kind) or _WORDS.get(kind.split(".")[0], "unknown")
     if group.isdigit() and len(group) < 7:
         return f"round {group}: {words}"

@@ -27,6 +27,7 @@ def site_ledger(path: Path, policy: SitePolicy, plan: Plan | None, seeded: bool 
             without secure aggregation also what the server sees of a distributed share.
         seeded: whether the run's noise follows from a seed, which anybody can know.
     """
+    # `max_epsilon` needs a plan: without one, `SitePolicy.check_privacy` has refused the run.
     budgets: dict[Adversary, float] = {}
     if policy.max_epsilon and plan is not None:
         budgets |= dict.fromkeys(mechanism_of(plan).budgeted, policy.max_epsilon)

@@ -1,4 +1,4 @@
-"""What a site allows, whatever a run asks for: `[policy]` of site.toml, enforced before anything is trained.
+"""The limits that a site sets to all runs: `[policy]` of site.toml, enforced before anything is trained.
 
 The server receives a refusal as a code, and the site's own audit log has a line for it. Every limit is off by default
 but one: a model is loaded only if `[models]` names it, which `client/site/site.py` enforces.

@@ -69,10 +69,13 @@ class SimulatedSite:
     def evaluation_shard(self, task: Task) -> Shard | None:
         """Return the rows kept for evaluation: `simulation.evaluation_fraction` of all rows. None if there are none."""
         kept = self.split_rows()[1]
-        return _whole(self.config).take(kept) if kept else None
+        if not kept:
+            return None
+        return _whole(self.config).take(kept)
 
     def clients(self, shard: Shard) -> list[list[int]]:
         """Return the positions of each client's rows in the training shard."""
+        # The training shard has the clients' rows one client after the other, without those kept for evaluation.
         kept = set(self.split_rows()[1])
         start = 0
         found = []
@@ -94,7 +97,7 @@ class SimulatedSite:
         return folder / f"{self.name}.jsonl"
 
     def split_rows(self) -> tuple[list[int], list[int]]:
-        """Return the rows to train on, and those kept for evaluation."""
+        """Return the numbers of the rows to train on, and of the rows kept for evaluation."""
         kept = int(len(self.rows) * self.config.simulation.evaluation_fraction)
         order = generator(self.config.run.seed, "evaluation-rows", self.name).permutation(len(self.rows))
         chosen = {self.rows[index] for index in order[:kept]}
@@ -110,13 +113,15 @@ def _whole(config: RunConfig) -> Shard:
 def _read_whole(text: str) -> Shard:
     config = parse(json.loads(text))
     task = TASKS.get(config.task.name)(config.task)
-    column = config.simulation.column
+    extra_columns: tuple[str, ...] = ()
+    if config.simulation.partition == "by-column":
+        extra_columns = (config.simulation.column,)
     shard = read_shard(
         Path(config.simulation.data),
         task.columns,
         config.data,
         labels=task.labels,
-        extra_columns=(column,) if config.simulation.partition == "by-column" else (),
+        extra_columns=extra_columns,
     )
     wanted = config.simulation.rows
     if wanted > len(shard):
@@ -174,6 +179,8 @@ def _split(text: str) -> tuple[SimulatedSite, ...]:
     # Then sites: each has one client, or as a gateway several.
     each = simulation.clients_per_site
     groups = [tuple(rows[start : start + each]) for start in range(0, len(rows), each)]
-    names = sorted(parts) if each == 1 else partition.site_names(len(groups))
+    names = sorted(parts)
+    if each > 1:
+        names = partition.site_names(len(groups))
     ranks = cycle(simulation.ranks or (0,))
     return tuple(starmap(SimulatedSite, zip(names, repeat(config), groups, ranks, strict=False)))

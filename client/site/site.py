@@ -1,4 +1,4 @@
-"""A site: its name, its data, and the models that it loads. `site.toml` says so, and stays at the site."""
+"""A site: its name, its data, and the models that it loads, as in its `site.toml`. The file stays at the site."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Site(Protocol):
-    """What the client needs from its site."""
+    """The interface of a site for the client."""
 
     @property
     def name(self) -> str:
@@ -39,7 +39,7 @@ class Site(Protocol):
 
     @property
     def policy(self) -> SitePolicy:
-        """What this site allows."""
+        """The limits that this site sets to runs."""
 
     @property
     def max_rank(self) -> int:
@@ -152,12 +152,12 @@ class FileSite:
 
     @property
     def name(self) -> str:
-        """The name in `site.toml`."""
+        """`site.name` of `site.toml`."""
         return self.site.name
 
     @property
     def max_rank(self) -> int:
-        """As in `site.toml`."""
+        """`site.max_rank` of `site.toml`."""
         return self.site.max_rank
 
     def record(self, event: str, **details: Any) -> None:
@@ -197,7 +197,9 @@ class FileSite:
 
     def evaluation_shard(self, task: Task) -> Shard | None:
         """Read the evaluation rows."""
-        return self._read(self.data.evaluation, task) if self.data.evaluation else None
+        if not self.data.evaluation:
+            return None
+        return self._read(self.data.evaluation, task)
 
     def clients(self, shard: Shard) -> list[list[int]]:
         """Return the rows of each value of `data.client_column`, in the order of the values."""
@@ -210,17 +212,25 @@ class FileSite:
 
     def ledger_path(self) -> Path | None:
         """Return the path of `site.ledger`, or None if it is empty."""
-        return self.folder / self.site.ledger if self.site.ledger else None
+        if not self.site.ledger:
+            return None
+        return self.folder / self.site.ledger
 
     def _read(self, path: str, task: Task) -> Shard:
+        # Only training rows are split by client.
+        extra_columns: tuple[str, ...] = ()
+        if self.data.client_column and path == self.data.train:
+            extra_columns = (self.data.client_column,)
+        # A relative path must not lead out of the site's folder.
+        inside = None if Path(path).is_absolute() else self.folder
         return read_shard(
             self.folder / path,
             task.columns,
             self.data,
             labels=task.labels,
-            extra_columns=(self.data.client_column,) if self.data.client_column and path == self.data.train else (),
+            extra_columns=extra_columns,
             min_rows=self.data.min_rows,
-            inside=None if Path(path).is_absolute() else self.folder,
+            inside=inside,
         )
 
 
@@ -231,6 +241,7 @@ def read_site(path: Path) -> FileSite:
         ConfigError: with every problem of the file.
     """
     raw = read_toml(path)
+    # All problems are collected, so that one look at the error is enough.
     problems: list[Problem] = []
     parts: dict[str, Any] = {}
     for name, section in SECTIONS.items():

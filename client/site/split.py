@@ -40,6 +40,7 @@ def split(config: RunConfig, folder: Path) -> list[Path]:
     task = TASKS.get(config.task.name)(config.task)
     names = [config.model.name, *config.task.models, *config.adapter.models]
     sites = simulated_sites(config)
+    # Checked before the first folder is made, so that a refusal writes nothing.
     taken = [site.name for site in sites if (folder / site.name).exists()]
     if taken:
         raise UsageError(
@@ -69,7 +70,7 @@ def split(config: RunConfig, folder: Path) -> list[Path]:
 
 
 def _write(place: Path, name: str, task: Task, shard: Shard) -> str:
-    """Write a shard into a site's folder; return the name of the file to read."""
+    """Write a shard into a site's folder; return the file's name."""
     if any(column.kind == "image" for column in task.columns):
         return _write_images(place, name, task, shard)
     lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in _rows(task, shard))
@@ -81,6 +82,7 @@ def _write_images(place: Path, name: str, task: Task, shard: Shard) -> str:
     """Write idx files, which keep the order of rows. They have the numbers of classes, not their names."""
     pictures = shard.columns["image"]
     classes = shard.columns["label"]
+    # An idx file has one byte for each label.
     known, _ = class_numbers(task.labels)
     numbers = {known[str(number)]: number for number in range(256) if str(number) in known}
     if not isinstance(pictures, np.ndarray) or not numbers.keys() >= set(classes):

@@ -35,6 +35,7 @@ def site_file(name: str, train: str) -> str:
         raise UsageError(
             f"{name!r:.80} is no name of a site", "lower-case letters, digits, . _ -, at most 64", "choose another name"
         )
+    # The path is written between quotation marks, without escapes.
     if '"' in train or "\\" in train or "\n" in train:
         raise UsageError("--train has a quotation mark, backslash or line break", "a plain path")
     shown: dict[str, dict[str, Any]] = {

@@ -45,12 +45,18 @@ def asked_clients(site: str, clients: Sequence[Sequence[int]], wanted: str) -> d
     if not wanted:
         return dict(zip(names, clients, strict=True))
     parts = wanted.split(",")
-    if len(set(parts)) != len(parts) or not all(
-        part.isascii() and part.isdigit() and len(part) < 9 and int(part) < len(clients) and part == str(int(part))
-        for part in parts
-    ):
+    valid = all(_is_number_below(part, len(clients)) for part in parts)
+    if len(set(parts)) != len(parts) or not valid:
         raise WireError("the list of clients is not valid", f"different numbers below {len(clients)}", code="clients")
     return {names[int(part)]: clients[int(part)] for part in parts}
+
+
+def _is_number_below(text: str, limit: int) -> bool:
+    """Return whether a text is a number from 0 to `limit - 1`, in its shortest form."""
+    # The length is bounded, because the text comes from the server and `int` is slow for long ones.
+    if not (text.isascii() and text.isdigit() and len(text) < 9):
+        return False
+    return int(text) < limit and text == str(int(text))
 
 
 def train_openly(job: Job) -> tuple[Vector, Trained, int]:
@@ -116,7 +122,8 @@ def _train_all(job: Job, private: bool = False) -> Iterator[ClientUpdates]:
     left = dict.fromkeys(job.clients)
     # Together: `left` shrinks as clients are done, so that after a failure nobody counts twice.
     try:
-        for group in train_together(job, tail) if tail else ():
+        groups = train_together(job, tail) if tail else iter(())
+        for group in groups:
             for name in group.names:
                 del left[name]
             yield _in_time(group, ends)
@@ -137,7 +144,7 @@ def _in_time(group: ClientUpdates, ends: float) -> ClientUpdates:
 
 
 def _goes_on(error: Exception) -> bool:
-    """Return whether an error is reported also in a private run: ours, and those of a machine without memory."""
+    """Return whether an error is reported also in a private run: a TsugikiError, or one of a machine without memory."""
     return isinstance(error, TsugikiError | MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
@@ -212,10 +219,11 @@ def examples_of(config: RunConfig, rows: int) -> ExamplePrivacySection:
 
 
 def row_releases(job: Job) -> dict[Adversary, tuple[Release, int]]:
-    """Return what the round shows about a row of the client that shows most. Empty without DP-SGD."""
+    """Return the release about one row, and its count, of the client that reveals most. Empty without DP-SGD."""
     counts = {len(rows) for rows in job.clients.values() if rows}
     if not counts or not job.config.privacy.examples.enabled:
         return {}
+    # What a round shows about a row depends on the client's number of rows alone.
     shown = [dp_sgd.release_of_round(rows, job.config.train, examples_of(job.config, rows)) for rows in sorted(counts)]
     delta = job.config.privacy.examples.delta
     return {"rows": max(shown, key=lambda one: epsilon({one[0]: one[1]}, delta))}

@@ -83,6 +83,7 @@ def train_protecting_rows(
     steps = trainer.steps_per_round(rows, settings)
     probability = sampling_probability(rows, settings)
     torch.set_num_threads(settings.threads)
+    # All randomness is secret, unless a test has set a seed.
     site = local_round.site
     round_number = local_round.round_number
     seed = secrets.randbits(63)
@@ -93,6 +94,7 @@ def train_protecting_rows(
     if not insecure_seed:
         make_secret(torch.default_generator)  # of dropout on CPUs; other devices' generators use all 63 bits of a seed
         make_secret(coins)
+    # Each row is drawn by a coin in each step, so that a step may have any number of rows.
     sampler = UniformWithReplacementSampler(num_samples=rows, sample_rate=probability, generator=coins, steps=steps)
     draw = noise_generator(insecure_seed, "examples", site, round_number)
     received = [value.detach().clone() for value in graft.parameters] if local_round.proximal_mu else []
@@ -103,6 +105,7 @@ def train_protecting_rows(
         optimizer.attach_step_hook(lambda _: trainer.add_proximal_term(graft, received, local_round.proximal_mu))
         for step, chosen in enumerate(sampler):
             trainer.set_learning_rate(optimizer, settings, local_round, step, steps)
+            # Opacus clips and noises inside `optimizer.step`, whose hook adds FedProx's term.
             loss = backward(graft, encoded, chosen)
             losses[step] = losses[max(step - 1, 0)] if loss is None else loss
             drawn[step] = len(chosen)
@@ -120,7 +123,7 @@ def sampling_probability(rows: int, settings: TrainSection) -> float:
 
 
 def release_of_round(rows: int, settings: TrainSection, examples: ExamplePrivacySection) -> tuple[Release, int]:
-    """Return what one step shows about each row, and the number of steps in a round, given the number of rows."""
+    """Return the release of one step about each row, and the number of steps in a round, given the number of rows."""
     release = Release("gaussian", examples.noise_multiplier, sampling_probability(rows, settings))
     return release, trainer.steps_per_round(rows, settings)
 
@@ -165,6 +168,7 @@ def check_supported(graft: Graft) -> None:
     import torch
     from torch.nn.modules.batchnorm import _BatchNorm
 
+    # In train mode, because only there a batch norm mixes rows.
     network = graft.base.network.train()
     mixing = any(isinstance(module, _BatchNorm) and module.training for module in network.modules())
     network.eval()

@@ -84,6 +84,7 @@ def find_rate(
             f"a range test says nothing of {config.task.name}: its loss may be below 0, and varies with what is drawn"
         )
         raise UsageError(problem, "a task whose loss says how far it has come", "short runs with different rates")
+    # One site with all rows, in a run without privacy, is training in one place.
     if central:
         one_site = {"clients": 1, "clients_per_site": 1, "partition": "iid", "column": "", "ranks": []}
         changes = {f"simulation.{key}": value for key, value in one_site.items()}
@@ -116,7 +117,9 @@ def _sweep(
     try:
         for step, rate in enumerate(rates, 1):
             for group in optimizer.param_groups:
-                group["lr"] = rate * (1.0 if settings.bias_correction else uncorrected(optimizer, group))
+                group["lr"] = rate
+                if not settings.bias_correction:
+                    group["lr"] *= uncorrected(optimizer, group)
             # The loss is looked at before the step: at a rate that diverges, none is taken.
             batch = graft.task.batch(encoded, next(stream), graft.base)
             loss = graft.task.loss(graft.base.network, {name: value.to(graft.device) for name, value in batch.items()})
@@ -162,6 +165,7 @@ def suggest(rates: Sequence[float], smoothed: Sequence[float]) -> tuple[float, f
     The slope is over the logarithm of the rate. The first steps, which are mostly chance, and the steps after the least
     loss do not count.
     """
+    # The slope is over the logarithm, because the rates grow by one factor.
     least = int(np.argmin(smoothed))
     slopes = np.gradient(np.asarray(smoothed), np.log(np.asarray(rates)))
     looked_at = slopes[FEWEST // 2 : least + 1]

@@ -97,6 +97,7 @@ def train(
     optimizer.zero_grad(set_to_none=True)  # the graft is shared: a site that failed in mid-step may have left gradients
     received = [value.detach().clone() for value in graft.parameters] if local_round.proximal_mu else []
     stream = batches(len(encoded), settings, local_round, steps)
+    # On the device: reading a loss in every step would wait for the GPU.
     losses = torch.zeros(steps, device=graft.device)
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=settings.bf16 and graft.device.type == "cuda")
 

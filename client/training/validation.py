@@ -39,6 +39,7 @@ def training_shard(site: Site, task: Task, config: RunConfig) -> Shard:
         )
     if site.evaluation_shard(task) is not None:
         return whole
+    # Without evaluation rows of its own, the site holds some training rows out.
     apart = set(held_out(len(whole), site.name, config))
     return whole.take([row for row in range(len(whole)) if row not in apart])
 

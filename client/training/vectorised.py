@@ -65,7 +65,7 @@ def train_together(job: Job, tail: Tail) -> Iterator[ClientUpdates]:
 
 @dataclass(frozen=True)
 class _Stack:
-    """What all chunks share.
+    """The values that all chunks use.
 
     Args:
         job: of the round.
@@ -84,6 +84,7 @@ class _Stack:
         import torch
 
         device = tail.features.device
+        # The spec has whole names of parameters; the tail knows them without its own name.
         prefix = next(
             f"{name}." for name, module in job.graft.base.transformer.named_modules() if module is tail.module
         )
@@ -104,6 +105,7 @@ class _Stack:
             for name, value in self.received.items()
         }
         optimizer = _optimizer(stacked, self.job)
+        # Each client has the batches that it would have if it trained alone.
         rows, weights = self._batches(names, steps)
         losses = torch.zeros(len(names), dtype=torch.float64)
         for step in range(steps):

@@ -1,1 +1,1 @@
-"""What it takes to run a federation over a network: certificates, keys, the SuperLink, the run on it."""
+"""Running a federation over a network: certificates, keys, the SuperLink, and the run on it."""

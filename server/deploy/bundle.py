@@ -14,7 +14,7 @@ from tsugiki.common import __version__
 from tsugiki.common.config.files import run_config_defaults
 
 FOLDERS = ("tsugiki", "common", "client", "server")
-"""As they lie in a checkout: `tsugiki` holds the bridge and the command line, the others its subpackages."""
+"""As in a checkout: `tsugiki` has the bridge and the command line, the others are its subpackages."""
 COMPONENTS = {"serverapp": "tsugiki.server.app:app", "clientapp": "tsugiki.client.app:app"}
 
 
@@ -24,17 +24,20 @@ def build() -> bytes:
 
     files: dict[str, bytes | Path] = {"pyproject.toml": tomli_w.dumps(_project()).encode()}
     for folder in FOLDERS:
-        package = import_module("tsugiki" if folder == "tsugiki" else f"tsugiki.{folder}")
-        root = Path(next(iter(package.__path__)))
-        # An installed `tsugiki` has the other folders inside it; in the bundle they lie beside it, as in a checkout.
-        modules = root.glob("*.py") if folder == "tsugiki" else root.rglob("*.py")
-        for path in sorted(modules):
+        name = f"tsugiki.{folder}"
+        pattern = "**/*.py"
+        # An installed `tsugiki` has the other folders inside it; in the bundle they are beside it, as in a checkout.
+        if folder == "tsugiki":
+            name = "tsugiki"
+            pattern = "*.py"
+        root = Path(next(iter(import_module(name).__path__)))
+        for path in sorted(root.glob(pattern)):
             files[f"{folder}/{path.relative_to(root).as_posix()}"] = path
     return build_fab_from_files(files)[0]
 
 
 def _project() -> dict[str, object]:
-    """Return the bundle's pyproject.toml: what Flower reads, and no more."""
+    """Return the bundle's pyproject.toml, with the entries that Flower reads."""
     app = {
         "publisher": "tsugiki",
         "fab-include": [f"{folder}/**/*.py" for folder in FOLDERS],

@@ -1,6 +1,6 @@
 """A federation's own certificate authority and the server's certificate.
 
-DIR/ca.crt       goes to every site: it is what they trust
+DIR/ca.crt       goes to every site, which trusts it
 DIR/ca.key       signs; keep it off the server if you can
 DIR/server.crt   the server's, with all its names
 DIR/server.key   its key, readable by its owner alone
@@ -29,7 +29,7 @@ ALWAYS = ("localhost", "127.0.0.1")
 
 @dataclass(frozen=True)
 class CertificateFiles:
-    """Where they lie."""
+    """The paths of a federation's certificates and keys."""
 
     folder: Path
 
@@ -60,11 +60,11 @@ def make_certificates(
     """Make a server certificate, and the authority that signs it unless the folder has one.
 
     Args:
-        folder: made if need be. A server certificate that is there is replaced: its names or its time were wrong.
-        hosts: names and addresses by which sites reach the server; loopback's are added. None given: those of the
-            certificate that is there.
-        days: how long the server's certificate is good for.
-        start: from when on; by default from now.
+        folder: created if missing. An existing server certificate is replaced: its names or its time were wrong.
+        hosts: names and addresses by which sites reach the server; loopback's are added. Empty: those in the existing
+            certificate.
+        days: how long the server's certificate is valid.
+        start: when it begins to be valid; by default now.
 
     Raises:
         UsageError: a name is no host name or address, or the folder cannot be written.
@@ -73,6 +73,7 @@ def make_certificates(
     names = [_name(host) for host in dict.fromkeys([*(hosts or names_in(files)), *ALWAYS])]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # an authority that is there is kept: sites trust it already
         if not files.ca.exists():
             _make_authority(files)
         _make_server(files, names, days, start or datetime.now(UTC))
@@ -140,6 +141,7 @@ def _make_server(files: CertificateFiles, names: list[x509.GeneralName], days: i
     builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
     certificate = _signed(builder, signer)  # type: ignore[arg-type]  # `_make_authority` wrote it
+    # the old key goes first, because `write_private` never overwrites a file
     files.server_key.unlink(missing_ok=True)
     write_private(files.server_key, _pem(key))
     files.server.write_bytes(certificate)

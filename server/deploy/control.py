@@ -1,7 +1,7 @@
 """A run on a SuperLink, executed in this process: submitted, claimed, kept alive, and its end reported.
 
 Flower would start a process for the ServerApp and let it install the bundle. Here the process that the operator started
-is the one that runs the federation: errors, signals and progress need no way round.
+runs the federation, so that errors, signals and progress reach the operator directly.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 
 class Control:
-    """The SuperLink's API for whoever operates it."""
+    """The SuperLink's API for its operator."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._client = ControlHttpClient.from_server_address(
@@ -69,7 +69,7 @@ class Control:
         """Submit a run; return its id.
 
         Raises:
-            DeployError: the SuperLink does not take it.
+            DeployError: the SuperLink does not accept it.
         """
         fab = fab_to_proto(Fab(hashlib.sha256(bundle).hexdigest(), bundle, {}))
         request = StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(run_config)))
@@ -78,20 +78,21 @@ class Control:
     def synchronise(self, keyring: Path) -> list[str]:
         """Register and unregister nodes until the SuperLink knows the keys in the folder; return what was done.
 
-        What cannot be done with a key is told as "key NAME: ..." and keeps nobody else out.
+        A key that cannot be registered is reported as "key NAME: ...". The other keys are registered all the same.
 
         Raises:
             DeployError: the SuperLink cannot be reached, or does not let a node be unregistered.
         """
         done: list[str] = []
         wanted: dict[str, bytes] = {}
-        unreadable = set()  # perhaps only now: nobody is shut out for that
+        unreadable = set()  # perhaps for a moment only, so their nodes are not revoked
         for name, path in registered(keyring).items():
             try:
                 wanted[name] = public_key_to_bytes(read_public_key(path))
             except UsageError as error:
                 unreadable.add(name)
                 done.append(f"key {name}: {error}")
+        # revoked first: a node whose key has changed is registered again below
         changed = [name for name, (key, _) in self._nodes.items() if wanted.get(name) != key]
         for name in [name for name in changed if name not in unreadable]:
             leaving = UnregisterNodeRequest(node_id=self._nodes[name][1])
@@ -105,6 +106,7 @@ class Control:
             try:
                 node_id = _answer(lambda request=request: self._client.RegisterNode(request)).node_id  # type: ignore[misc]  # bound at once
             except DeployError as error:
+                # only the refusal of this one key is passed over
                 cause = error.__cause__
                 if not isinstance(cause, httpx.HTTPStatusError) or cause.response.status_code >= 500:
                     raise
@@ -119,7 +121,7 @@ class Control:
         return {node_id: name for name, (_, node_id) in self._nodes.items()}
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._client.close()
 
 
@@ -127,7 +129,7 @@ def _answer(call: Callable[[], T]) -> T:
     """Return the SuperLink's answer.
 
     Raises:
-        DeployError: it cannot be reached, or says no.
+        DeployError: it cannot be reached, or answers with an error.
     """
     try:
         return call()
@@ -143,10 +145,10 @@ def _answer(call: Callable[[], T]) -> T:
 
 @contextmanager
 def executed(endpoint: Endpoint, run_id: int) -> Iterator[SuperlinkGrid]:
-    """Claim a submitted run and give its Grid inside a `with` block; how the block ends is how the run ends.
+    """Claim a submitted run and yield its grid inside a `with` block. The run's outcome is the block's.
 
     Raises:
-        DeployError: somebody else claimed it.
+        DeployError: another process has claimed the run.
     """
     grid = HttpGrid(
         endpoint.address, endpoint.root_certificates is None, endpoint.root_certificates, token=_claim(endpoint, run_id)
@@ -157,6 +159,7 @@ def executed(endpoint: Endpoint, run_id: int) -> Iterator[SuperlinkGrid]:
     given = _answer(lambda: client.PullTaskInput(PullTaskInputRequest()))
     identify_process(given.run.run_id, given.context.node_id, given.task_id)
     grid.set_run(run_from_proto(given.run))
+    # without heartbeats, the SuperLink takes the run for dead
     over = threading.Event()
     threading.Thread(target=_beat, args=(client, over), name="heartbeat", daemon=True).start()
     outcome = SubStatus.FAILED
@@ -181,22 +184,22 @@ def executed(endpoint: Endpoint, run_id: int) -> Iterator[SuperlinkGrid]:
     finally:
         over.set()
         grid._retry_invoker.max_tries = 1
-        with suppress(httpx.HTTPError):  # the SuperLink may be gone; whoever watches it says so
+        with suppress(httpx.HTTPError):  # the SuperLink may be gone, which is reported elsewhere
             client.PushTaskOutput(PushTaskOutputRequest(sub_status=outcome, details=details))
         adopted.close()
         grid.close()
 
 
 def _is_final(error: Exception) -> bool:
-    """Return whether an answer is final. Flower's own judgement would signal this process, which has other duties."""
+    """Return whether an answer is final. Flower's own check would send this process a signal."""
     return isinstance(error, httpx.HTTPStatusError) and error.response.status_code not in (503, 504)
 
 
 def _claim(endpoint: Endpoint, run_id: int) -> str:
-    """Return the token with which the run's ServerApp speaks.
+    """Claim a run; return the token of its ServerApp.
 
     Raises:
-        DeployError: somebody else claimed it.
+        DeployError: another process has claimed the run.
     """
     interceptors: list[Any] = [RuntimeVersionHttpInterceptor(component_name="SuperExec")]
     if endpoint.secret:
@@ -205,6 +208,7 @@ def _claim(endpoint: Endpoint, run_id: int) -> str:
     client = RuntimeHttpClient.from_server_address(
         endpoint.address, endpoint.root_certificates is None, endpoint.root_certificates, interceptors
     )
+    # a run's task appears some time after the run was submitted
     ends = time.monotonic() + CLAIM_TIMEOUT_S
     try:
         while time.monotonic() < ends:
@@ -226,7 +230,7 @@ def _claim(endpoint: Endpoint, run_id: int) -> str:
 
 
 def _beat(client: RuntimeHttpClient, over: threading.Event) -> None:
-    """Say that the ServerApp is alive. Failures are left to the calls of the main thread."""
+    """Send the ServerApp's heartbeats. Failures are left to the calls of the main thread."""
     while not over.wait(HEARTBEAT_S):
         try:
             client.SendTaskHeartbeat(SendTaskHeartbeatRequest())

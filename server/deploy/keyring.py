@@ -1,7 +1,7 @@
 """The keys of the nodes that may take part: a folder of public keys, one file a node, which the operator can read.
 
-Registering a node is putting its file there, revoking it is removing the file. A running server looks again and again
-and tells the SuperLink what has changed.
+A node is registered by adding its file, and revoked by removing it. A running server reads the folder again and again,
+and passes changes on to the SuperLink.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ def register(folder: Path, public: Path, name: str = "") -> tuple[str, str]:
     """Add a node; return its name and fingerprint.
 
     Args:
-        folder: the keyring, made if need be.
+        folder: the keyring, created if missing.
         public: the node's public key.
-        name: by default that of the file.
+        name: by default the name of the file.
 
     Raises:
-        UsageError: the name is taken or no name, or the file holds no public key of a node.
+        UsageError: the name is taken or not valid, or the file has no public key of a node.
         StorageError: the folder cannot be written.
     """
     name = name or public.name.removesuffix(".pub")
@@ -53,7 +53,7 @@ def revoke(folder: Path, name: str) -> None:
     """Remove a node.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: no node has this name.
     """
     target = folder / f"{name}.pub"
     if not re.fullmatch(NAME_PATTERN, name) or not target.is_file():
@@ -63,10 +63,10 @@ def revoke(folder: Path, name: str) -> None:
 
 
 def registered(folder: Path) -> dict[str, Path]:
-    """Return the files of the registered nodes by name, sorted; none where there is no folder.
+    """Return the files of the registered nodes by name, sorted; empty if the folder does not exist.
 
     Raises:
-        StorageError: the folder is there and cannot be read: that is not to be taken for an empty one.
+        StorageError: the folder exists and cannot be read. It must not be taken for an empty one.
     """
     try:
         files = sorted(folder.iterdir()) if folder.exists() else []

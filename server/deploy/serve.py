@@ -1,4 +1,4 @@
-"""`tsugiki serve`: a SuperLink, a run on it, and everything that has to be watched until both are over."""
+"""`tsugiki serve`: start a SuperLink and a run on it, and watch both until they are over."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ WATCH_S = 1.0
 
 @dataclass(frozen=True)
 class Deployment:
-    """How the operator wants to be reached.
+    """How sites reach the server.
 
     Args:
         listen: HOST:PORT for the sites.
         certificates: the server's; None: no TLS and no node keys.
         keyring: folder of registered nodes' public keys.
         superlink: HOST:PORT of a SuperLink that runs already; empty: start one.
-        announce: told what the operator would want to see.
+        announce: called with each message for the operator.
     """
 
     listen: str
@@ -65,6 +65,10 @@ def serve(
     _check_certificates(deployment)
     with _endpoint(config, deployment) as (endpoint, child):
         control = Control(endpoint)
+        # a node may use the name of its key only; the names are known only if this server registers the keys
+        names = None
+        if deployment.certificates is not None and child is not None:
+            names = control.node_names
         try:
             with _watching(control, deployment, child, stop) as failure:
                 run_id = control.submit(bundle.build(), to_run_config(config))
@@ -76,9 +80,10 @@ def serve(
                         previous=previous,
                         progress=progress,
                         stop=stop,
-                        names=control.node_names if deployment.certificates and child else None,
+                        names=names,
                     )
         except TsugikiError:
+            # the SuperLink's end is the cause, and the run's error a consequence
             if failure:
                 raise failure[0] from None
             raise
@@ -87,11 +92,18 @@ def serve(
 
 
 def _check_certificates(deployment: Deployment) -> None:
-    """Raise UsageError if certificates are wanted and not there."""
+    """Check that the certificate files exist, if certificates are used.
+
+    Raises:
+        UsageError: one of them is missing.
+    """
     files = deployment.certificates
     if files is None:
         return
-    needed = [files.ca] if deployment.superlink else [files.ca, files.server, files.server_key]
+    # a SuperLink that runs already has the server's certificate itself
+    needed = [files.ca]
+    if not deployment.superlink:
+        needed += [files.server, files.server_key]
     missing = [path for path in needed if not path.is_file()]
     if missing:
         raise UsageError(
@@ -103,7 +115,7 @@ def _check_certificates(deployment: Deployment) -> None:
 
 @contextmanager
 def _endpoint(config: RunConfig, deployment: Deployment) -> Iterator[tuple[Endpoint, Superlink | None]]:
-    """Give the SuperLink's address inside a `with` block, and the SuperLink itself if it is ours."""
+    """Yield the SuperLink's address inside a `with` block, and the SuperLink itself if it was started here."""
     files = deployment.certificates
     if deployment.superlink:
         if files is None and split_address(deployment.superlink)[0] not in LOOPBACK:
@@ -112,11 +124,13 @@ def _endpoint(config: RunConfig, deployment: Deployment) -> Iterator[tuple[Endpo
                 "a SuperLink on loopback",
                 "leave --insecure out",
             )
-        yield Endpoint(deployment.superlink, files.ca.read_bytes() if files else None), None
+        authority = files.ca.read_bytes() if files else None
+        yield Endpoint(deployment.superlink, authority), None
         return
     folder = Path(config.run.output_dir) / ".superlink" / config.run.name
     with superlink(deployment.listen, files, folder) as child:
-        deployment.announce(f"sites connect to {child.listen}" + ("" if files else " (insecure: loopback only)"))
+        security = "" if files else " (insecure: loopback only)"
+        deployment.announce(f"sites connect to {child.listen}{security}")
         yield child.endpoint, child
 
 
@@ -124,22 +138,23 @@ def _endpoint(config: RunConfig, deployment: Deployment) -> Iterator[tuple[Endpo
 def _watching(
     control: Control, deployment: Deployment, child: Superlink | None, stop: Stop
 ) -> Iterator[list[TsugikiError]]:
-    """Keep an eye on the SuperLink and on the keyring inside a `with` block.
+    """Watch the SuperLink and the keyring from a thread, inside a `with` block.
 
-    A SuperLink that ends stops the run and is listed; a key that cannot be registered is told, and the run goes on.
+    If the SuperLink ends, the run is stopped, and the yielded list has the error. A key that cannot be registered is
+    announced, and the run goes on.
     """
     failure: list[TsugikiError] = []
     over = threading.Event()
-
-    told: set[str] = set()
+    announced: set[str] = set()
 
     def look_at_keys() -> None:
         if deployment.certificates is None or child is None:  # another SuperLink has a keyring of its own
             return
         for done in control.synchronise(deployment.keyring):
-            if done not in told or not done.startswith("key "):
+            # a bad key fails again at every look, and is announced once
+            if done not in announced or not done.startswith("key "):
                 deployment.announce(done)
-            told.add(done)
+            announced.add(done)
 
     def watch() -> None:
         while not over.wait(WATCH_S):
@@ -155,6 +170,7 @@ def _watching(
                     return
                 log.warning("the keyring cannot be looked at now: %s: %s", type(error).__name__, error)
 
+    # once before the run, so that registered nodes can connect at once
     look_at_keys()
     thread = threading.Thread(target=watch, name="watch", daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""The SuperLink as a child process: bound to given addresses only, watched, and never left behind."""
+"""The SuperLink as a child process: bound to given addresses only, watched, and ended with this process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ start_parent_process_monitor(int(sys.argv.pop(1)))
 from flwr.superlink.cli import flower_superlink
 flower_superlink()
 """
-"""Flower's own command, which in this way ends when we end, whatever ends us."""
+"""Flower's own command. The monitor ends it when this process ends, for any reason."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Endpoint:
     Args:
         address: HOST:PORT.
         root_certificates: PEM of the CA; None: no TLS.
-        secret: shared with whoever may execute runs; empty: none needed.
+        secret: shared with processes that may execute runs; empty: none is needed.
     """
 
     address: str
@@ -49,7 +49,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Superlink:
-    """A running SuperLink of ours."""
+    """A running SuperLink that was started here."""
 
     endpoint: Endpoint
     listen: str
@@ -57,10 +57,10 @@ class Superlink:
     process: subprocess.Popen[bytes]
 
     def check(self) -> None:
-        """Do nothing while it runs.
+        """Check that the SuperLink is running.
 
         Raises:
-            DeployError: `superlink-gone`.
+            DeployError: `superlink-gone`, it has ended.
         """
         status = self.process.poll()
         if status is not None:
@@ -79,11 +79,11 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
     Args:
         listen: HOST:PORT of the Fleet API, where sites connect. Everything else stays on loopback.
         certificates: of the server; None: no TLS and no node keys, on loopback only.
-        folder: for its log and Flower's own files, made if need be.
+        folder: for its log and Flower's own files, created if missing.
 
     Raises:
-        UsageError: an address that cannot be used.
-        DeployError: it does not start.
+        UsageError: an address cannot be used.
+        DeployError: the SuperLink does not start.
     """
     host, port = split_address(listen)
     if certificates is None and host not in LOOPBACK:
@@ -92,6 +92,7 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
             "an address on loopback",
             "`tsugiki certs`, which makes certificates; then leave --insecure out",
         )
+    # checked here, because the SuperLink's own error would be in its log only
     _check_free(host, port)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "secret").unlink(missing_ok=True)
@@ -99,6 +100,7 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
     write_private(folder / "secret", secret)
     runtime = free_port()
     log = folder / "superlink.log"
+    # a process group of its own, so that a Ctrl-C ends the run first, and the SuperLink after it
     command = [sys.executable, "-c", _CHILD, str(os.getpid()), *_arguments(listen, runtime, certificates, folder)]
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -134,7 +136,7 @@ def _arguments(listen: str, runtime: int, certificates: CertificateFiles | None,
 
 
 def _environment(base: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Return the environment of a SuperLink that phones nobody and keeps its files in `folder`."""
+    """Return the environment of a SuperLink without telemetry and update checks, with its files in `folder`."""
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_HOME": str(folder.absolute())}
     return {**base, **quiet}
 
@@ -148,10 +150,10 @@ def free_port() -> int:
 
 
 def _check_free(host: str, port: int) -> None:
-    """Do nothing if one can listen there.
+    """Check that this process can listen on an address.
 
     Raises:
-        UsageError: one cannot.
+        UsageError: it cannot.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -171,7 +173,7 @@ def _reachable(host: str) -> str:
 
 
 def _wait_for(running: Superlink, addresses: list[tuple[str, int]]) -> None:
-    """Wait until it listens everywhere.
+    """Wait until the SuperLink listens on all addresses.
 
     Raises:
         DeployError: it ended, or takes too long.
@@ -192,7 +194,7 @@ def _wait_for(running: Superlink, addresses: list[tuple[str, int]]) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask the whole process group to end, then make it."""
+    """End the whole process group: by SIGTERM, and by SIGKILL if that takes too long."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

@@ -1,1 +1,1 @@
-"""Three engines, one interface: each lends a Grid, on which the same loop sends the same messages to the same apps."""
+"""Three engines with one interface: each provides a grid, on which the same loop sends the same messages."""

@@ -1,7 +1,7 @@
-"""What a run needs of an engine's grid, and an exchange of messages on it, polled by ourselves.
+"""The interface of an engine's grid, and the exchange of messages on it by polling.
 
-Flower's `send_and_receive` sleeps for seconds between looks. This one looks often in the beginning and seldom later,
-hands every reply over as it comes, and keeps the deadline.
+Flower's `send_and_receive` sleeps for seconds between polls. `exchange` polls often at first and seldom later, yields
+each reply as it comes, and keeps the deadline.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 FIRST_PAUSE_S = 0.005
 LONGEST_PAUSE_S = 0.5
 RETURN_S = 15.0
-"""How long a node that left may take to come back and be asked again. A dead line makes a node leave after 20 s."""
+"""How long a node that left may take to come back and be asked again. A dead connection makes it leave after 20 s."""
 NODE_UNAVAILABLE = 5
-"""Of Flower's error codes (`flwr.common.constant.ErrorCode`, slow to import)."""
+"""Flower's error code for a node that left (`flwr.common.constant.ErrorCode`, slow to import)."""
 
 
 class RunGrid(Protocol):
-    """What a run needs of a grid: three of Flower's calls, and two things that Flower's grids do not have."""
+    """The interface of a grid for a run: three of Flower's calls, and two members that Flower's grids do not have."""
 
     sequential: bool
-    """Whether it answers one message each time it is polled. All nodes of such a grid are connected from the start."""
+    """Whether it answers one message for each poll. All nodes of such a grid are connected from the start."""
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of the connected nodes."""
@@ -68,11 +68,11 @@ class StockGrid:
         return self._grid.pull_messages(message_ids)
 
     def limit_replies(self, size_bytes: int) -> None:
-        """Limit nothing: Flower's grid has no such bound."""
+        """No-op: Flower's grid has no such limit."""
 
 
 class Stop:
-    """Asked to stop by the user: the round in flight is abandoned, the last checkpoint kept."""
+    """The user's request to stop. The current round is then abandoned, and the last checkpoint is kept."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -82,10 +82,10 @@ class Stop:
         self.requested = True
 
     def check(self) -> None:
-        """Raise if a stop was requested.
+        """Check that no stop was requested.
 
         Raises:
-            Interrupted: it was.
+            Interrupted: the user asked to stop.
         """
         if self.requested:
             raise Interrupted(
@@ -96,13 +96,13 @@ class Stop:
 def exchange(grid: RunGrid, messages: list[Message], timeout_s: float, stop: Stop) -> Iterator[Message]:
     """Yield the replies to `messages` as they come, until all are there or the time is up.
 
-    A SuperLink hands a message out once: if a node loses it, with its connection or its process, nobody tells. Such a
-    node leaves and comes back (`client/node/connection.py`), and is asked again.
+    A SuperLink delivers a message once. If a node loses it, with its connection or its process, nobody reports that.
+    Such a node leaves and comes back (`client/node/connection.py`), and is asked again.
 
     Args:
-        grid: a sequential one has `timeout_s` for each message.
+        grid: a sequential grid has `timeout_s` for each message.
         messages: one for each node.
-        timeout_s: for all of them.
+        timeout_s: for all messages together.
         stop: checked between polls.
 
     Raises:
@@ -116,19 +116,22 @@ def exchange(grid: RunGrid, messages: list[Message], timeout_s: float, stop: Sto
         stop.check()
         replies = list(grid.pull_messages(pending)) if pending else []
         pending -= {reply.metadata.reply_to_message_id for reply in replies}
+        # the error of a node that left is withheld: it may come back and answer
         for reply in replies:
             if not away.note(reply):
                 yield reply
         pending |= away.ask_again()
         yield from away.given_up()
+        # a sequential grid works while it is polled, so there is nothing to wait for
         if not replies and not grid.sequential:
             time.sleep(min(pause, max(0.0, ends - time.monotonic())))
         pause = FIRST_PAUSE_S if replies else min(pause * 1.5, LONGEST_PAUSE_S)
+    # the time is up: nodes that are still away have failed
     yield from (error for error, _ in away.nodes.values())
 
 
 class _Away:
-    """The nodes that left while they were asked: node -> the SuperLink's error, and when it left."""
+    """The nodes that left before they answered; `nodes` has the SuperLink's error and the time of leaving by node."""
 
     def __init__(self, grid: RunGrid, messages: list[Message]) -> None:
         self._grid = grid
@@ -137,7 +140,7 @@ class _Away:
         self.nodes: dict[int, tuple[Message, float]] = {}
 
     def note(self, reply: Message) -> bool:
-        """Return whether the reply says that its node left, which may be asked again; and remember it."""
+        """Return whether the reply reports that its node left and can be asked again. Such a node is remembered."""
         node = reply.metadata.src_node_id
         left = reply.has_error() and reply.error.code == NODE_UNAVAILABLE and node not in self._asked_again
         if left:
@@ -145,7 +148,7 @@ class _Away:
         return left
 
     def ask_again(self) -> set[str]:
-        """Send the nodes that are back their message once more, and only once; return its ids."""
+        """Send each node that is back its message again, at most once for a node; return the messages' ids."""
         from flwr.app import Message
 
         back = self.nodes.keys() & set(self._grid.get_node_ids()) if self.nodes else set()
@@ -172,7 +175,7 @@ class _Away:
 
 
 def wait_for_nodes(grid: RunGrid, count: int, timeout_s: float, stop: Stop, seen: Callable[[int], None]) -> list[int]:
-    """Return the ids of the connected nodes once there are `count`, or of those there are when the time is up."""
+    """Return the ids of the connected nodes, as soon as there are `count` of them or the time is up."""
     ends = time.monotonic() + timeout_s
     pause = FIRST_PAUSE_S
     known = -1

@@ -13,7 +13,7 @@ from tsugiki.common.wire.flower import identify_process, set_message_id
 from tsugiki.common.wire.messages import error_reply
 
 Fault = Callable[[int, Message], list[Message]]
-"""What becomes of a node's reply: usually [reply]; tests lose, repeat or forge it."""
+"""Returns the replies that arrive in place of a node's reply: usually [reply]. Tests lose, repeat or forge it."""
 
 
 class InProcessGrid(Grid):
@@ -62,6 +62,7 @@ class InProcessGrid(Grid):
         """Answer the oldest queued message among `message_ids`."""
         wanted = set(message_ids)
         for message_id in [queued for queued in self._queue if queued in wanted]:
+            # one message for each poll: the caller may stop between two of them
             message = self._queue.pop(message_id)
             node = message.metadata.dst_node_id
             try:
@@ -72,7 +73,7 @@ class InProcessGrid(Grid):
         return []
 
     def limit_replies(self, size_bytes: int) -> None:
-        """Limit nothing: replies come from this process."""
+        """No-op: replies come from this process."""
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Answer all messages at once."""
@@ -80,11 +81,11 @@ class InProcessGrid(Grid):
         return [reply for message_id in ids for reply in self.pull_messages([message_id])]
 
     def set_run(self, run: Any) -> None:
-        """Nothing to set: there is one run."""
+        """No-op: there is one run."""
 
     @property
     def run(self) -> Any:
-        """There is no SuperLink that could describe the run."""
+        """Always None: only a SuperLink describes a run."""
         return None
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:

@@ -17,11 +17,11 @@ def run(client_app: ClientApp, nodes: int, threads: int, gpus: float, main: Call
     """Run `main` as a ServerApp on Flower's simulation runtime.
 
     Args:
-        client_app: is pickled to Ray's workers, so what it closes over has to be.
+        client_app: is pickled for Ray's workers, so everything that it refers to must be picklable.
         nodes: number of simulated nodes.
         threads: CPU cores for each worker.
         gpus: share of a GPU for each worker.
-        main: gets the Grid. What it raises is raised here.
+        main: is called with the grid. Its exceptions are raised here.
 
     Raises:
         UsageError: Ray is not installed.
@@ -44,6 +44,7 @@ def run(client_app: ClientApp, nodes: int, threads: int, gpus: float, main: Call
         except BaseException as error:  # noqa: BLE001  # handed to the caller below; Flower would wrap it
             failures.append(error)
 
+    # the run reports its own progress and errors
     logging.getLogger("flwr").setLevel(logging.ERROR)
     run_simulation(
         server_app,

@@ -2,11 +2,11 @@
 
 Flower's own `pull_messages` waits for one reply after the other, because a reply becomes visible before its objects
 are uploaded: a site that stops in mid-upload holds up all others for minutes. Here each announced reply is a transfer,
-which small steps move on, with pauses of 0.02 s growing to 0.5 s; whoever asks gets the replies that are complete by
-then. What a reply announces is counted before anything of it is pulled, and bytes are counted while they come.
+which small steps move on, with pauses of 0.02 s growing to 0.5 s. Each poll returns the replies that are complete by
+then. The objects of a reply are counted before any is pulled, and their bytes are counted while they come.
 
-Who sent a reply, and to which message, is taken from the SuperLink's envelope and from what was asked. The copy of the
-metadata inside an upload is written by the site, which could name another site there.
+The sender of a reply, and the message that it answers, are taken from the SuperLink's envelope and from the request.
+The copy of the metadata inside an upload is written by the site, which could name another site there.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ log = logging.getLogger("tsugiki.server")
 FIRST_PAUSE_S = 0.02
 LONGEST_PAUSE_S = 0.5
 PATIENCE_S = 0.05
-"""How long one look waits for transfers that could be complete at once."""
+"""How long one poll waits for transfers that may complete at once."""
 CHUNK_BYTES = 5 * 2**20
 """Flower cuts arrays into objects of this size."""
 SUPERLINK_NODE = 1
-"""The node that a SuperLink's own errors come from; no site can have this id."""
+"""Id of the node from which a SuperLink's own errors come; no site can have it."""
 REPLY_UNAVAILABLE = 4
 UNAVAILABLE = (3, REPLY_UNAVAILABLE, NODE_UNAVAILABLE)
-"""Of Flower's error codes (`flwr.common.constant.ErrorCode`): message, reply or node unavailable."""
+"""Flower's error codes (`flwr.common.constant.ErrorCode`) for: message, reply or node unavailable."""
 SPARE_BYTES = 256 * 2**10
 SPARE_OBJECTS = 16
-"""For everything in a reply but its array: envelope, records, metrics."""
+"""Allowance for everything in a reply but its array: envelope, records, metrics."""
 
 
 @dataclass
 class Transfer:
-    """A reply on its way: what is still missing, what has come, when to look again, since when its node is away."""
+    """A reply on its way: its missing and its received objects, when to poll again, since when its node is away."""
 
     node_id: int
     reply_to: str
@@ -76,11 +76,11 @@ class Transfer:
 
 
 class SuperlinkGrid(HttpGrid):
-    """Flower's grid, made from the one that a ServerApp is given. Sites' uploads cannot block or flood it."""
+    """Flower's grid, made from the grid that a ServerApp receives. Sites' uploads cannot block or flood it."""
 
     @classmethod
     def adopt(cls, grid: HttpGrid) -> SuperlinkGrid:
-        """Return a grid with the connection of another one, which Flower goes on to close."""
+        """Return a grid that uses the connection of another one. Flower still closes the connection."""
         adopted = cls.__new__(cls)
         vars(adopted).update(vars(grid))
         adopted._asked = {}
@@ -97,7 +97,7 @@ class SuperlinkGrid(HttpGrid):
     _most_objects: int
 
     def close(self) -> None:
-        """Let go of the workers; the connection is closed by whoever opened it."""
+        """Release the workers. The connection stays open: its owner closes it."""
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     def limit_replies(self, size_bytes: int) -> None:
@@ -117,7 +117,7 @@ class SuperlinkGrid(HttpGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies that are complete; never waits for an upload.
 
-        Whoever leaves a message out of `message_ids` has given its reply up.
+        Replies to messages that are not in `message_ids` are dropped.
         """
         wanted = set(message_ids)
         self._asked = {key: node for key, node in self._asked.items() if key in wanted}
@@ -132,6 +132,7 @@ class SuperlinkGrid(HttpGrid):
         answer = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=sorted(message_ids)))
         for envelope, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
             reply_to = envelope.metadata.reply_to_message_id
+            # one object more than allowed is enough to see that there are too many
             if reply_to in self._asked:
                 objects = [one.object_id for one in islice(iterate_object_tree(tree), self._most_objects + 1)]
                 message_id = envelope.metadata.message_id
@@ -157,11 +158,12 @@ class SuperlinkGrid(HttpGrid):
         return complete
 
     def _step(self, transfer: Transfer) -> Message | None:
-        """Pull what is there; return the reply, or the error that stands for it, when no more is to come."""
+        """Pull the objects that are there. Return the reply, or an error in its place, once no more are to come."""
         try:
             if len(transfer.missing) > self._most_objects:
                 raise WireError("a reply is too large", "no more than an adapter and its envelope", code="size")
             for object_id in list(transfer.missing):
+                # the limit is for the whole reply, so each object may use what the others left
                 left = self._most_bytes - sum(map(len, transfer.contents.values()))
                 content = self._pull_object(object_id, left)
                 if content is not None:
@@ -187,7 +189,7 @@ class SuperlinkGrid(HttpGrid):
             return None
 
     def _has_left(self, transfer: Transfer) -> bool:
-        """Return whether the node in mid-upload is away for good. Who comes back in time goes on where it was."""
+        """Return whether the node has left for good in mid-upload. One that comes back in time goes on uploading."""
         if transfer.pause_s < LONGEST_PAUSE_S or transfer.node_id in self.get_node_ids():
             transfer.away_since = None
             return False
@@ -195,7 +197,7 @@ class SuperlinkGrid(HttpGrid):
         return time.monotonic() - transfer.away_since >= RETURN_S
 
     def _pull_object(self, object_id: str, most_bytes: int) -> bytes | None:
-        """Return an object, or None while it is being uploaded. Reads no more than it may.
+        """Return an object, or None while it is being uploaded. Read little more than `most_bytes`.
 
         Raises:
             WireError: `size`; or `decode`, if the SuperLink does not have it any more.
@@ -208,6 +210,7 @@ class SuperlinkGrid(HttpGrid):
             content=request.SerializeToString(deterministic=True),
             headers={"content-type": PROTOBUF_MEDIA_TYPE, "accept": PROTOBUF_MEDIA_TYPE, "accept-encoding": "identity"},
         )
+        # as a stream: Flower's own call would read the whole answer into memory first
         call = ProtobufRequestContext("/flwr.proto.Runtime/PullObject", request, http_request)
         response = client._send(call, stream=True)
         body = bytearray()
@@ -225,21 +228,21 @@ class SuperlinkGrid(HttpGrid):
         return answer.object_content if answer.object_available else None
 
     def _confirm(self, transfer: Transfer) -> None:
-        """Let the SuperLink forget the reply's objects."""
+        """Allow the SuperLink to delete the reply's objects."""
         self._runtime_client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self.node, run_id=self.run.run_id, message_object_id=transfer.object_id)
         )
 
 
 def run_grid(grid: Grid) -> RunGrid:
-    """Return the grid that a ServerApp receives from Flower, as a run needs it: bounded, if it is a SuperLink's."""
+    """Return the grid for a run, from the one that a ServerApp receives; replies from a SuperLink are bounded."""
     if isinstance(grid, HttpGrid):
         return SuperlinkGrid.adopt(grid)
     return StockGrid(grid)
 
 
 def _readdressed(reply: Message | Error, transfer: Transfer, run_id: int) -> Message:
-    """Return a reply as from the node that was asked and to the message that it was asked with."""
+    """Return a reply whose metadata name the node that was asked, and the message with which it was asked."""
     metadata = Metadata(
         run_id=run_id,
         message_id=transfer.object_id,

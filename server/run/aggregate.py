@@ -24,13 +24,13 @@ from tsugiki.common.wire.spec import AdapterSpec, Vector
 from tsugiki.server.run.checkpoint import State
 
 _MOMENTS = {"m_t": dict, "v_t": dict, "momentum_vector": list}
-"""In what Flower's strategies keep them: arrays by name, or in order. There is one array here."""
+"""The containers of moments in Flower's strategies: by array name, or a list. There is one array here."""
 
 
 def step(
     config: RunConfig, spec: AdapterSpec, state: State, updates: Sequence[WeightedUpdate]
 ) -> tuple[Vector, Moments]:
-    """Return the step of the round after `state`, shape (spec.size,), and what the strategy wants to remember.
+    """Return the step of the round after `state`, shape (spec.size,), and the strategy's moments.
 
     Args:
         config: the run.
@@ -51,13 +51,13 @@ def aggregate(
     round_number: int,
     updates: Sequence[WeightedUpdate],
 ) -> tuple[Vector, Moments]:
-    """Return what Flower's strategy makes of the updates, shape (size,), and what it wants to remember.
+    """Return the update that Flower's strategy makes of the sites' updates, shape (size,), and its moments.
 
     Nothing is kept on an object between rounds, so that a checkpoint holds everything.
 
     Args:
         strategy: of the run.
-        moments: what the last round returned; empty in the first.
+        moments: from the last round; empty in the first.
         round_number: counted from 1.
         updates: at least one, in any order.
     """
@@ -66,21 +66,38 @@ def aggregate(
     logging.getLogger("flwr").setLevel(logging.ERROR)  # it would report counts that the guard has already recorded
     flower: Any = strategy.make()
     ordered = _in_order(updates)
+    # the current model is at zero, so that the strategy works on updates
     zero = np.zeros_like(ordered[0].update)
     if hasattr(flower, "momentum_vector"):
         flower.current_arrays = ArrayRecord({ARRAY_KEY: Array(zero)})
     elif hasattr(flower, "current_arrays"):
         flower.current_arrays = {ARRAY_KEY: zero}
+    # the object is new: it gets the moments of the last round
     for name, moment in moments.items():
-        kept = np.array(moment)
-        setattr(flower, name, [kept] if _MOMENTS[name] is list else {ARRAY_KEY: kept})
-    arrays, _ = flower.aggregate_train(round_number, [_as_reply(one, ArrayRecord, Array) for one in ordered])
-    remembered = {
-        name: np.asarray(getattr(flower, name)[0 if kind is list else ARRAY_KEY], np.float64)
-        for name, kind in _MOMENTS.items()
-        if getattr(flower, name, None) is not None
-    }
-    return arrays[ARRAY_KEY].numpy().astype(np.float32), remembered
+        _set_moment(flower, name, np.array(moment))
+    replies = [_as_reply(one, ArrayRecord, Array) for one in ordered]
+    arrays, _ = flower.aggregate_train(round_number, replies)
+    return arrays[ARRAY_KEY].numpy().astype(np.float32), _moments_of(flower)
+
+
+def _set_moment(flower: Any, name: str, moment: npt.NDArray[Any]) -> None:
+    """Set a moment of Flower's strategy, in the container that it expects."""
+    if _MOMENTS[name] is list:
+        setattr(flower, name, [moment])
+    else:
+        setattr(flower, name, {ARRAY_KEY: moment})
+
+
+def _moments_of(flower: Any) -> Moments:
+    """Return the moments of Flower's strategy, each of shape (size,)."""
+    found: Moments = {}
+    for name, container in _MOMENTS.items():
+        kept = getattr(flower, name, None)
+        if kept is None:
+            continue
+        key = 0 if container is list else ARRAY_KEY
+        found[name] = np.asarray(kept[key], np.float64)
+    return found
 
 
 def _in_order(updates: Sequence[WeightedUpdate]) -> list[WeightedUpdate]:

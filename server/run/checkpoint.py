@@ -35,8 +35,8 @@ class State:
         best_metric: its metric; None until something was evaluated.
         best_round: its round.
         evaluations_since_best: counts towards early stopping.
-        strategy: what the strategy remembers.
-        record: the last round's line for metrics.jsonl, until its evaluation is in it and it is written.
+        strategy: the strategy's moments.
+        record: the last round's line for metrics.jsonl, without its evaluation; empty once the line is written.
         plan: the privacy plan that the run is bound to; None for a run without privacy.
     """
 
@@ -53,7 +53,7 @@ class State:
 
 
 def save(folder: Path, state: State, config_sha256: str, spec_sha256: str) -> None:
-    """Write a checkpoint; the one before it stays until the next.
+    """Write a checkpoint. The checkpoint of the round before is kept until the next one.
 
     Raises:
         StorageError: it cannot be written. The previous checkpoint is whole.
@@ -78,9 +78,11 @@ def save(folder: Path, state: State, config_sha256: str, spec_sha256: str) -> No
         **{name: getattr(state, name) for name in _PLAIN},
     }
     body["sha256"] = _hash(body)
+    # a second checkpoint of a round replaces the first; the round before it stays the previous one
     current = folder / "current.json"
     if current.exists() and _read_manifest(current)["round"] != state.round:
         write_atomically(folder / "previous.json", current.read_bytes())
+    # last, because the tensors must be there when the manifest names them
     write_atomically(current, json.dumps(body, indent=1).encode())
     _remove_unnamed(folder)
 
@@ -93,8 +95,8 @@ def load(folder: Path, config_sha256: str, spec_sha256: str) -> State:
 
     Args:
         folder: the run's `checkpoint/`.
-        config_sha256: of the run that wants to go on.
-        spec_sha256: of the adapter that it loaded.
+        config_sha256: hash of the settings of the run that resumes.
+        spec_sha256: hash of its adapter spec.
 
     Raises:
         StorageError: `checkpoint-missing`, `checkpoint-corrupt`, `checkpoint-foreign`, `checkpoint-newer` or
@@ -117,10 +119,10 @@ def load(folder: Path, config_sha256: str, spec_sha256: str) -> State:
 
 
 def promote_previous(folder: Path) -> None:
-    """Make the checkpoint before the newest the newest, after the newest turned out to be damaged.
+    """Replace the newest checkpoint, which is damaged, by the one before it.
 
     Raises:
-        StorageError: that one is damaged too, or there is none.
+        StorageError: the one before it is damaged too, or does not exist.
     """
     manifest = folder / "previous.json"
     body = _read_manifest(manifest)
@@ -171,7 +173,7 @@ def _corrupt(path: Path, part: str) -> StorageError:
 
 
 def _remove_unnamed(folder: Path) -> None:
-    """Delete tensors that no manifest names any more, and what killed writes left."""
+    """Delete tensors that no manifest names, and the temporary files of interrupted writes."""
     try:
         named = {_read_manifest(file)["tensors"] for file in folder.glob("*.json")}
     except StorageError:  # a damaged manifest may name any of them

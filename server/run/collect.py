@@ -35,9 +35,9 @@ Passed = TypeVar("Passed", bound=Accepted | AcceptedSum | AcceptedStep[Any])
 
 
 def sample(ctx: RunContext, round_number: int, attempt: int) -> list[Member]:
-    """Return the cohort of a round, by site name: a function of the run's seed and of who is connected.
+    """Return the cohort of a round, sorted by site name. It follows from the run's seed and the connected sites.
 
-    Under Poisson sampling it has all sites: their clients are drawn instead (`private_round.py`).
+    Under Poisson sampling all sites are in it: clients are drawn instead (`private_round.py`).
 
     Raises:
         NotEnoughSites: too few clients, or sites, are connected.
@@ -46,10 +46,12 @@ def sample(ctx: RunContext, round_number: int, attempt: int) -> list[Member]:
     members = list(ctx.roster.members().values())
     strategy = ctx.config.strategy
     if not ctx.roster.enough():
-        sites = f", privacy.min_sites = {ctx.roster.min_sites}" if ctx.roster.min_sites else ""
+        wanted = f"strategy.min_clients = {strategy.min_clients}"
+        if ctx.roster.min_sites:
+            wanted += f", privacy.min_sites = {ctx.roster.min_sites}"
         raise NotEnoughSites(
             f"round {round_number}: {ctx.roster.clients()} clients at {len(members)} sites are connected",
-            f"strategy.min_clients = {strategy.min_clients}{sites}",
+            wanted,
             "bring the sites back and resume the run",
         )
     if ctx.withholds:
@@ -72,13 +74,13 @@ def collect(
     judge: Callable[[Message, Asked], Upload | Rejected],
     clients: Mapping[str, list[int]] | None = None,
 ) -> Collected[Upload]:
-    """Send the adapter to the cohort, and return what passed the guard and what did not.
+    """Send the adapter to the cohort, and return the replies that passed the guard and the rejected ones.
 
     Args:
         ctx: of the run.
         state: before the round.
         round_number: counted from 1.
-        cohort: that is asked.
+        cohort: the sites to ask.
         judge: returns the verdict on a reply.
         clients: by site name, which of its clients are asked, at least one; None: all clients of all sites.
     """
@@ -95,7 +97,7 @@ def collect(
     if clients is not None:  # the guard allows a sum the norm of the clients that were asked, not of all the site has
         asked = {node: replace(one, clients=len(clients[one.site])) for node, one in asked.items()}
     passed, rejected = receive(ctx, round_number, asked, messages, judge)
-    # all sites are sent the same arrays; what a rejected site sent was received too
+    # all sites receive the same arrays; a rejected reply has cost its bytes too
     bytes_down = sum(len(array.data) for array in arrays.values()) * len(messages)
     bytes_up = sum(reply.size_bytes for reply in passed) + sum(reply.size_bytes for reply in rejected)
     return Collected(passed, rejected, bytes_down, bytes_up, time.perf_counter() - started)
@@ -154,13 +156,16 @@ def receive(
             late.append(Rejected(one.site, "duplicate"))  # the first valid reply counts
         else:
             verdict = judge(reply, one)
+            outcome = "accepted"
             if isinstance(verdict, Rejected):
                 failed[one.site] = verdict
+                outcome = verdict.reason
             else:
                 passed[one.site] = verdict
-                failed.pop(one.site, None)
+                failed.pop(one.site, None)  # a valid reply makes up for a bad one before it
             if not ctx.withholds:
-                ctx.progress.reply(one.site, verdict.reason if isinstance(verdict, Rejected) else "accepted")
+                ctx.progress.reply(one.site, outcome)
+    # a site that was silent until the deadline is a dropout
     for one in asked.values():
         if one.site not in passed:
             failed.setdefault(one.site, Rejected(one.site, DROPOUT))
@@ -172,10 +177,10 @@ def receive(
 def address(
     cohort: list[Member], round_number: int, kind: str, content: Callable[[str, int], RecordDict], timeout_s: float
 ) -> tuple[dict[int, Asked], list[Message]]:
-    """Return what each node is asked, and the messages, each with a nonce of its own.
+    """Return the request to each node by node id, and the messages. Each has a nonce of its own.
 
     Args:
-        cohort: who is asked.
+        cohort: the sites to ask.
         round_number: counted from 1.
         kind: the message type.
         content: returns a message's content, from its nonce and node id.
@@ -187,7 +192,9 @@ def address(
     messages = []
     for member in cohort:
         nonce = secrets.token_hex(8)
-        rows = member.evaluation_rows if kind == "evaluate" else member.rows
+        rows = member.rows
+        if kind == "evaluate":
+            rows = member.evaluation_rows
         asked[member.node_id] = Asked(member.name, member.node_id, round_number, nonce, rows, member.clients)
         request = content(nonce, member.node_id)
         # twice the time: a message must outlive the deadline, which `exchange` keeps
@@ -211,10 +218,13 @@ def evaluate_at_sites(ctx: RunContext, state: State) -> dict[str, dict[str, floa
     results: dict[str, dict[str, float]] = {}
     for reply in exchange(ctx.grid, messages, timeout_s, ctx.stop):
         one = asked.get(reply.metadata.src_node_id)
-        verdict = Rejected("", "unexpected-reply") if one is None else check_evaluation(reply, one)
+        if one is None:
+            ctx.audit.write("evaluation-rejected", round=state.round, site="", code="unexpected-reply")
+            continue
+        verdict = check_evaluation(reply, one)
         if isinstance(verdict, Rejected):
             ctx.audit.write("evaluation-rejected", round=state.round, site=verdict.site, code=verdict.reason)
-        elif one is not None:
-            metrics, rows = verdict
-            results.setdefault(one.site, {**metrics, "rows": rows})
+            continue
+        metrics, rows = verdict
+        results.setdefault(one.site, {**metrics, "rows": rows})  # the first valid reply counts
     return dict(sorted(results.items()))

@@ -52,10 +52,12 @@ class RunContext:
 
     @property
     def withholds(self) -> bool:
-        """Whether the cohort is a secret: Poisson sampling, whose amplification the account counts on."""
+        """Whether the cohort is secret, as the accounting of Poisson sampling requires."""
         return self.privacy is not None and self.privacy.plan.sampling_probability < 1
 
     @property
     def quorum(self) -> int:
-        """The fewest clients of a valid round; 0 under Poisson sampling: a second draw would favour the first one's."""
-        return 0 if self.withholds else self.config.strategy.min_clients
+        """The least number of clients of a valid round; 0 under Poisson sampling: a second draw would be biased."""
+        if self.withholds:
+            return 0
+        return self.config.strategy.min_clients

@@ -17,15 +17,15 @@ from tsugiki.common.wire.spec import Vector
 Evaluator = Callable[[Vector], dict[str, float]]
 
 _FEW = 4
-"""Rows enough to learn which metrics a file gives; what their values are does not matter."""
+"""Number of rows that is enough to learn which metrics a file gives. Their values do not matter."""
 
 
 def make_evaluator(graft: Graft, config: RunConfig) -> Evaluator | None:
-    """Return a function from an adapter to its metrics, or None where the run names no evaluation data.
+    """Return a function from an adapter to its metrics, or None if the run names no evaluation data.
 
     Raises:
         DataError: the file cannot be used.
-        ConfigError: it does not give the metric that decides what is best.
+        ConfigError: the file does not give the metric that the run monitors.
     """
     if not config.evaluation.data:
         return None
@@ -45,9 +45,14 @@ def make_evaluator(graft: Graft, config: RunConfig) -> Evaluator | None:
 
 
 def _check_monitor(graft: Graft, config: RunConfig, encoded: Encoded) -> None:
-    """Refuse a metric that these rows do not give, before any site is contacted: the name of one is found by trying."""
+    """Check that these rows give the metric that the run monitors, before any site is contacted.
+
+    Raises:
+        ConfigError: they do not.
+    """
     import torch
 
+    # only a trial shows which metrics the rows give
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so few rows may have no correlation
         names = graft.task.evaluate(graft.base, encoded.first(_FEW), _FEW)
@@ -69,8 +74,9 @@ def evaluate_base(graft: Graft, config: RunConfig) -> dict[str, float]:
 
 
 def read_evaluation(path: Path, task: Task, config: RunConfig) -> Shard:
-    """Return the rows of an evaluation file, in the first of the task's forms whose columns it has."""
+    """Read an evaluation file, in the first of the task's forms whose columns it has."""
     forms = task.evaluation_columns
+    # a file that lacks a form's columns may have those of the next form
     for form in forms[:-1]:
         try:
             return read(path, form, config.data, labels=task.labels)

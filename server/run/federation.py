@@ -66,7 +66,9 @@ def run_federation(
     Raises:
         TsugikiError: the run cannot start or go on; the class says why, and the last checkpoint is kept.
     """
-    config = with_absolute_paths(config if simulated else deployed(config))
+    if not simulated:
+        config = deployed(config)
+    config = with_absolute_paths(config)
     progress = progress or Progress()
     stop = stop or Stop()
     with run_folder(Path(config.run.output_dir) / config.run.name, resume=resume) as folder:
@@ -117,7 +119,7 @@ def run_federation(
 def _open_records(
     folder: Path, config: RunConfig, plan: Plan | None, graft: Graft, *, resume: bool, previous: bool
 ) -> State:
-    """Write what a run's folder holds from the start, and return the state to go on from."""
+    """Write the records that a run's folder has from the start, and return the state to go on from."""
     if resume and previous:
         checkpoint.promote_previous(folder / "checkpoint")
     # before the first checkpoint: a folder with config.toml can be resumed. The plan's numbers are in it, so that a
@@ -190,7 +192,10 @@ def _ledger_path(config: RunConfig, folder: Path, simulated: bool) -> Path:
     """Return the path of the clients' privacy ledger."""
     if config.privacy.ledger:
         return Path(config.privacy.ledger)
-    return (folder if simulated else folder.parent) / "privacy-ledger.jsonl"
+    # simulated clients exist in this run only; real ones may take part in all runs beside it
+    if simulated:
+        return folder / "privacy-ledger.jsonl"
+    return folder.parent / "privacy-ledger.jsonl"
 
 
 def _describe_spec(graft: Graft) -> bytes:
@@ -233,15 +238,14 @@ def summarise(
     config: RunConfig, graft: Graft, state: State, lines: list[dict[str, Any]], privacy: Privacy | None = None
 ) -> dict[str, Any]:
     """Return summary.json: the run in one look."""
+    # voided attempts changed nothing, but their bytes and seconds count
     rounds = [line for line in lines if not line.get("voided")]
     evaluated = [line for line in rounds if "eval" in line]
     best = next((line for line in evaluated if line["round"] == state.best_round), None)
-    out_of_budget = privacy is not None and privacy.exhausted()
-    unfinished = "budget-exhausted" if out_of_budget else "early"
     return {
         "name": config.run.name,
         "rounds": state.round,
-        "stopped": "finished" if state.round == config.run.rounds else unfinished,
+        "stopped": _why_stopped(config, state, privacy),
         "task": config.task.name,
         "method": config.adapter.method,
         "strategy": config.strategy.name,
@@ -262,3 +266,12 @@ def summarise(
         "seconds": sum(sum(line["seconds"].values()) for line in lines),
         "privacy": privacy.summary() if privacy else {"mode": "none"},
     }
+
+
+def _why_stopped(config: RunConfig, state: State, privacy: Privacy | None) -> str:
+    """Return why a run ended: all rounds are done, the privacy budget is used up, or it stopped early."""
+    if state.round == config.run.rounds:
+        return "finished"
+    if privacy is not None and privacy.exhausted():
+        return "budget-exhausted"
+    return "early"

@@ -1,7 +1,7 @@
 """The guard: a reply is hostile until it is checked, and a bad one costs its site the round, not the run.
 
 Flower's own FedAvg averages NaN, broadcasts wrong shapes and believes self-declared weights. Here every reply is
-compared with what was asked of that site in that round, and with what the site said in its hello.
+compared with what was asked of that site in that round, and with the site's hello.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def check(
 
     Args:
         reply: of the site.
-        asked: what it was asked.
+        asked: the request to the site.
         spec: of the adapter.
         max_update_norm: no update may be longer.
-        part: what of the adapter sites send in this round; None: all. The update is zero elsewhere.
+        part: the part of the adapter that sites send in this round; None: all of it. The update is zero elsewhere.
     """
     if reply.has_error():
         return _refusal(reply, asked)
@@ -69,8 +69,8 @@ def check(
 def check_private(reply: Message, asked: Asked, plan: Plan, masked: bool = False) -> AcceptedSum | Rejected:
     """Accept or reject a reply of a private run.
 
-    What was not noised at the site has to be within the clip norm, exactly. With noise on it, the bound leaves eight
-    standard deviations. A masked upload is uniform whatever is in it: nothing can be said about it.
+    A sum without the site's noise must be within the clip norms exactly. For a noisy sum, the bound allows eight
+    standard deviations more. A masked sum is uniform whatever it holds, so its norm is not checked.
     """
     if reply.has_error():
         return _refusal(reply, asked)
@@ -84,6 +84,7 @@ def check_private(reply: Message, asked: Asked, plan: Plan, masked: bool = False
         levels = decode_levels(arrays, plan.dimension, plan.modulus_bits)
     except WireError as error:
         return Rejected(asked.site, error.code, str(error), size)
+    # each client may add one clip norm, and its noise
     norm = l2_norm(levels)
     noise = math.sqrt(mechanism_of(plan).client_variance(plan) * asked.clients)
     most = asked.clients * LEVELS + noise * (math.sqrt(plan.dimension) + 8)
@@ -99,8 +100,8 @@ def check_step(
 
     Args:
         reply: of the site.
-        asked: what it was asked.
-        read: turns the fields into what they mean; raises SecureAggregationError for what is malformed.
+        asked: the request to the site.
+        read: decodes the fields; raises SecureAggregationError if they are malformed.
     """
     if reply.has_error():
         return _refusal(reply, asked)
@@ -115,7 +116,7 @@ def check_step(
 
 
 def check_evaluation(reply: Message, asked: Asked) -> tuple[dict[str, float], int] | Rejected:
-    """Return (metrics, rows) of a site's own evaluation, or why not."""
+    """Return the metrics and the number of rows of a site's own evaluation, or the rejection."""
     if reply.has_error():
         return Rejected(asked.site, error_code(reply))
     try:
@@ -145,7 +146,7 @@ def _check_origin(answer: TrainReply | PrivateReply | EvaluateReply, asked: Aske
 
 
 def _weight(rows: int, known: int) -> int:
-    """Return the weight of a site: its rows, at most what it said in the hello."""
+    """Return the weight of a site: its rows, at most the number in its hello."""
     if rows < 1:
         raise WireError(f"the reply counts {rows} rows", "at least 1", code="weight")
     return min(rows, known)

@@ -28,7 +28,7 @@ def run_rounds(ctx: RunContext, state: State) -> State:
 
     Raises:
         QuorumNotMet: a round and its retry had too few accepted replies.
-        BudgetError: the privacy budget does not allow a single round; later on it ends the run, as finished.
+        BudgetError: the privacy budget does not allow a single round. Used up later, it ends the run without an error.
         NotEnoughSites: fewer sites than the quorum are connected.
         Interrupted: the user asked to stop.
         StorageError: the run's folder can no longer be written.
@@ -134,6 +134,7 @@ def finish_round(ctx: RunContext, state: State) -> State:
     """Evaluate where it is due, keep the best adapter, write the round's line and the checkpoint with all of it."""
     evaluation = ctx.config.evaluation
     record: dict[str, Any] = {"round": state.round, "seconds": {}, **state.record}
+    # the last round is always evaluated
     due = state.round % evaluation.every_rounds == 0 or state.round == ctx.config.run.rounds
     started = time.perf_counter()
     if ctx.evaluate is not None and due:
@@ -153,14 +154,23 @@ def finish_round(ctx: RunContext, state: State) -> State:
 def _keep_best(ctx: RunContext, state: State, metrics: Mapping[str, float]) -> tuple[State, bool]:
     """Return the state with the best adapter kept, and whether this one is it."""
     value = metrics[ctx.config.monitor]
-    best = state.best_metric
-    better = math.isfinite(value) and (best is None or (value < best if ctx.lower_is_better else value > best))
-    if not better:
+    if not _is_better(value, state.best_metric, ctx.lower_is_better):
         return replace(state, evaluations_since_best=state.evaluations_since_best + 1), False
     state = replace(
         state, best_vector=state.vector, best_metric=value, best_round=state.round, evaluations_since_best=0
     )
     return state, True
+
+
+def _is_better(value: float, best: float | None, lower_is_better: bool) -> bool:
+    """Return whether a metric is better than the best one so far. One that is not finite never is."""
+    if not math.isfinite(value):
+        return False
+    if best is None:
+        return True
+    if lower_is_better:
+        return value < best
+    return value > best
 
 
 def initial_state(vector: Vector, plan: Mapping[str, Any] | None = None) -> State:

@@ -47,6 +47,7 @@ class OpenRound(Round[Collected[Accepted]]):
         """Return the step of the strategy on the accepted updates, each weighted by its rows."""
         updates = [WeightedUpdate(reply.site, reply.update, reply.weight, reply.clients) for reply in replies.accepted]
         step = take_step(self.ctx, state, round_number, updates)
+        # only where sites send factors: the mean of factors is not the mean of their products
         error = aggregation_error(self.ctx.spec, state.vector, step.vector, updates)
         if error is None:
             return step
@@ -57,11 +58,13 @@ def _mean_loss(accepted: Sequence[Accepted]) -> float | None:
     """Return the mean loss over the rows of the sites that share theirs; None: no site does."""
     losses = [(reply.loss, reply.weight) for reply in accepted if reply.loss is not None]
     weight = sum(rows for _, rows in losses)
-    return sum(loss * rows for loss, rows in losses) / weight if weight else None
+    if not weight:
+        return None
+    return sum(loss * rows for loss, rows in losses) / weight
 
 
 def _reported(reply: Accepted) -> dict[str, Any]:
-    """Return what is recorded of an accepted reply."""
+    """Return the entry of an accepted reply in metrics.jsonl."""
     return {
         "rows": reply.weight,
         "loss": reply.loss,

@@ -26,7 +26,7 @@ class Privacy:
     Args:
         plan: of the run; it does not change while the run goes on.
         ledger: of the clients, shared by all runs on them.
-        run: the run's name.
+        run: name of the run.
         insecure_noise_seed: tests only.
     """
 
@@ -36,7 +36,7 @@ class Privacy:
     insecure_noise_seed: int
 
     def check_budget(self) -> None:
-        """Check that the budget allows one more round. To be called before any client is asked.
+        """Check that the budget allows one more round. Call it before any client is asked.
 
         Raises:
             BudgetError: it does not.
@@ -71,10 +71,10 @@ class Privacy:
         )
 
     def sampled(self, clients: int, site: str, round_number: int) -> list[int]:
-        """Return which of a site's clients are in a round: each with the plan's probability, by a secret coin.
+        """Draw a site's clients for a round: each is in it with the plan's probability, by a secret coin.
 
-        The coin comes from the operating system. All sites know the run's seed, and amplification by sampling holds
-        only against those who do not know the cohort.
+        The coin comes from the operating system, because all sites know the run's seed: amplification by sampling holds
+        only against an adversary that does not know the cohort.
 
         Args:
             clients: of the site.
@@ -102,20 +102,23 @@ class Privacy:
         """Return the figures of a round: the noise in the sum (`z_eff`), and how much of the mean is noise."""
         plan = self.plan
         kind = mechanism_of(plan)
-        withheld = plan.sampling_probability < 1  # the number of clients would say something about who took part
         clients = clients or 1  # a sampled cohort may be empty; its figures are withheld
         variance = plan.honest_fraction * clients * kind.client_variance(plan) + kind.server_variance(plan)
         noise_norm = mean_noise(plan, clients) * clients / denominator * math.sqrt(plan.dimension)
-        return {
+        report: dict[str, Any] = {
             "private": plan.private,
-            "clients": None if withheld else clients,
+            "clients": clients,
             "noise_multiplier": plan.noise_multiplier,
-            "effective_noise_multiplier": None if withheld else math.sqrt(variance) / LEVELS,
-            "noise_norm": None if withheld else noise_norm,
+            "effective_noise_multiplier": math.sqrt(variance) / LEVELS,
+            "noise_norm": noise_norm,
             "mean_norm": l2_norm(mean),
             "epsilon": self.epsilons(),
             "delta": plan.delta,
         }
+        # in a sampled cohort, the number of clients would say something about who took part
+        if plan.sampling_probability < 1:
+            report |= dict.fromkeys(("clients", "effective_noise_multiplier", "noise_norm"))
+        return report
 
     def epsilons(self) -> dict[str, float | None]:
         """Return each adversary's epsilon so far, by the ledger."""
@@ -158,7 +161,7 @@ def rows_summary(folder: Path, delta: float, seeded: bool = False) -> dict[str, 
 
 
 def _finite(value: float) -> float | None:
-    """Return None for an infinite epsilon, which JSON cannot say."""
+    """Return None for an infinite epsilon, because JSON has no infinity."""
     return value if math.isfinite(value) else None
 
 
@@ -179,8 +182,11 @@ def open_privacy(
     """
     if plan is None:
         return None
-    budgets = dict.fromkeys(mechanism_of(plan).budgeted, plan.target_epsilon) if plan.target_epsilon else {}
+    budgets: dict[Adversary, float] = {}
+    if plan.target_epsilon:
+        budgets |= dict.fromkeys(mechanism_of(plan).budgeted, plan.target_epsilon)
     ledger = Ledger(path, plan.delta, budgets, seeded=config.privacy.insecure_noise_seed > 0)
+    # with a lost or older ledger, rounds of this run would be free
     if ledger.rounds(config.run.name) < rounds_done:
         raise StorageError(
             f"the ledger {path} has {ledger.rounds(config.run.name)} rounds of {config.run.name!r}",

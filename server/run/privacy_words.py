@@ -1,4 +1,4 @@
-"""What a run's privacy figures mean, in words: what they cover, against whom, under which assumptions, and what not."""
+"""A run's privacy figures in words: what they cover, against whom, under which assumptions, and what they do not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from tsugiki.common.privacy.mechanisms import ADVERSARIES, MECHANISMS, Adversary
 
 NOT_PRIVATE = "NOT PRIVATE"
-"""Stands in every output of a run whose noise hides nothing."""
+"""Part of every output of a run whose noise hides nothing."""
 
 OPEN = (
     "Mode none: updates were averaged as they are; nothing in this report limits what an update reveals. Whoever "
@@ -27,16 +27,14 @@ _ASSUMES = {
     "distributed": "Of the clients in a sum, at least the planned honest share add their noise and keep it to "
     "themselves.",
 }
-
-
 _SAMPLED = (
     "Clients were sampled by secret coins (poisson), and the figures count on it: they hold only against whoever does "
     "not know who was asked in which round."
 )
 
 
-def told(epsilon: float | None) -> str:
-    """Return an epsilon for people; None is no protection."""
+def format_epsilon(epsilon: float | None) -> str:
+    """Return an epsilon as text. None means that nothing is protected."""
     return "none at all" if epsilon is None else f"epsilon {epsilon:.3g}"
 
 
@@ -50,7 +48,8 @@ def headline(privacy: Mapping[str, Any]) -> str:
         return ""
     if not privacy["private"]:
         return f"{NOT_PRIVATE}: {_why_not(privacy)}"
-    parts = [f"{told(value)} against {ADVERSARIES[who]}" for who, value in _epsilons(privacy).items()]
+    spent = _epsilons(privacy)
+    parts = [f"{format_epsilon(value)} against {ADVERSARIES[adversary]}" for adversary, value in spent.items()]
     return f"{privacy['mode']} privacy, delta {privacy['delta']:g}: " + "; ".join(parts)
 
 
@@ -63,35 +62,34 @@ def statement(privacy: Mapping[str, Any]) -> list[str]:
     mode = privacy.get("mode", "none")
     if mode == "none":
         return [OPEN]
-    title = MECHANISMS.get(mode).title if mode in MECHANISMS.names() else "unknown here"
+    # a plugin's mode may be missing where the report is written
+    title = "unknown here"
+    if mode in MECHANISMS.names():
+        title = MECHANISMS.get(mode).title
     first = f"Mode {mode}: {title}. Updates were clipped to an L2 norm of {privacy['clip_norm']:g}."
     if not privacy["private"]:
         return [first, f"{NOT_PRIVATE}: {_why_not(privacy)}", *_server_view(privacy)]
+    delta = f"delta {privacy['delta']:g}"
     figures = [
-        f"Against {ADVERSARIES[who]}: {told(value)} at delta {privacy['delta']:g}, by the ledger so far."
-        for who, value in _epsilons(privacy).items()
+        f"Against {ADVERSARIES[adversary]}: {format_epsilon(value)} at {delta}, by the ledger so far."
+        for adversary, value in _epsilons(privacy).items()
     ]
-    sampled = privacy.get("sampling_probability", 1.0) < 1
-    return [
-        first,
-        " ".join(figures),
-        UNIT,
-        _ASSUMES.get(mode, ""),
-        *([_SAMPLED] * sampled),
-        *_server_view(privacy),
-        _caveat(),
-    ]
+    paragraphs = [first, " ".join(figures), UNIT, _ASSUMES.get(mode, "")]
+    if privacy.get("sampling_probability", 1.0) < 1:
+        paragraphs.append(_SAMPLED)
+    return [*paragraphs, *_server_view(privacy), _caveat()]
 
 
 def rows_statement(rows: Mapping[str, Any]) -> list[str]:
-    """Return what DP-SGD at the sites promises, apart from the client's figures; nothing where it was not used.
+    """Return a paragraph about DP-SGD at the sites, which protects rows, not clients. Empty without DP-SGD.
 
     Args:
         rows: `summary.json`'s entry `rows_privacy`.
     """
     if not rows:
         return []
-    largest, median = ("no bound" if rows[key] is None else f"{rows[key]:.3g}" for key in ("largest", "median"))
+    largest = _bound(rows["largest"])
+    median = _bound(rows["median"])
     return [
         f"Another promise, apart from the figures above: by DP-SGD, one row of a site is protected from whoever sees "
         f"the site's uploads: epsilon {largest} at the site with the most, {median} at the "
@@ -100,9 +98,17 @@ def rows_statement(rows: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _bound(epsilon: float | None) -> str:
+    if epsilon is None:
+        return "no bound"
+    return f"{epsilon:.3g}"
+
+
 def _epsilons(privacy: Mapping[str, Any]) -> dict[Adversary, float | None]:
+    """Return the epsilons by adversary, in the order of `ADVERSARIES`."""
+    spent = privacy["epsilon"]
     found: dict[Adversary, float | None] = {
-        who: privacy["epsilon"][who] for who in ADVERSARIES if who in privacy["epsilon"]
+        adversary: spent[adversary] for adversary in ADVERSARIES if adversary in spent
     }
     return found
 
@@ -114,7 +120,7 @@ def _why_not(privacy: Mapping[str, Any]) -> str:
 
 
 def _server_view(privacy: Mapping[str, Any]) -> list[str]:
-    """Return what the server could see."""
+    """Return a paragraph about what the server could see, if there is something to say."""
     if privacy["secure_aggregation"]:
         return [
             "By secure aggregation the server saw sums of at least the planned number of clients, and no single "

@@ -44,9 +44,9 @@ class PrivateRound(Round[CollectedSum]):
         return gather(self.ctx, self.privacy, state, round_number, cohort, attempt)
 
     def record(self, round_number: int, cohort: list[Member], replies: CollectedSum) -> dict[str, Any]:
-        """Return the line of an attempt: no loss, rows, norm or time of a single site.
+        """Return the line of an attempt, without loss, rows, norm or time of any single site.
 
-        Under Poisson sampling it says nothing of the cohort at all, nor its bytes or time: the account counts on it.
+        Under Poisson sampling, the line also hides the cohort, its bytes and its time, as the accounting requires.
         """
         if self.ctx.withholds:
             nobody = replace(replies, accepted=[], rejected=[], bytes_down=0, bytes_up=0)
@@ -77,7 +77,7 @@ def collect_uploads(
         privacy: of the run; its plan has no secure aggregation.
         state: before the round.
         round_number: counted from 1.
-        cohort: that is asked.
+        cohort: the sites to ask.
         attempt: at this round, from 0.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What an operator sees while a run goes on: bars on a terminal, plain lines in a log."""
+"""The progress of a run, for its operator: bars on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tsugiki.server.run.privacy_words import NOT_PRIVATE
 Record = dict[str, Any]
 
 _SHOWN = 4
-"""Names of sites on one line."""
+"""Most names of sites on one line."""
 
 
 class Progress:
@@ -28,16 +28,16 @@ class Progress:
         """End."""
 
     def note(self, text: str) -> None:
-        """Something worth a line."""
+        """Called with each message for the operator."""
 
     def round_begins(self, round_: int, rounds: int, cohort: list[str]) -> None:
-        """The cohort has been asked."""
+        """Called before the cohort of a round is asked."""
 
     def reply(self, site: str, outcome: str) -> None:
-        """A site has answered; the outcome is "accepted" or the code of a rejection."""
+        """Called when a site has answered; the outcome is "accepted" or the code of a rejection."""
 
     def round_ends(self, record: Record) -> None:
-        """The round's line for metrics.jsonl is complete."""
+        """Called when the round's line for metrics.jsonl is complete."""
 
 
 class Lines(Progress):
@@ -53,7 +53,7 @@ class Lines(Progress):
 
 
 class Bars(Progress):
-    """A bar for the rounds and one for the sites of the round in flight."""
+    """A bar for the rounds, and one for the sites of the current round."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -83,9 +83,10 @@ class Bars(Progress):
     def round_begins(self, round_: int, rounds: int, cohort: list[str]) -> None:
         """Start the sites' bar anew."""
         self._bars.update(self._rounds, total=rounds, completed=round_ - 1)
-        self._bars.reset(
-            self._sites, total=len(cohort), note=", ".join(cohort[:_SHOWN]) + ("..." if len(cohort) > _SHOWN else "")
-        )
+        shown = ", ".join(cohort[:_SHOWN])
+        if len(cohort) > _SHOWN:
+            shown += "..."
+        self._bars.reset(self._sites, total=len(cohort), note=shown)
 
     def reply(self, site: str, outcome: str) -> None:
         """Move the sites' bar."""
@@ -102,12 +103,14 @@ def choose() -> Progress:
     return Bars() if sys.stderr.isatty() else Lines()
 
 
-def _privacy(told: Record | None) -> list[str]:
-    """Return what a private round has cost so far, against whoever sees the models."""
-    if told is None:
+def _privacy(figures: Record | None) -> list[str]:
+    """Return the epsilon so far against an adversary that sees the models; empty for a run without privacy."""
+    if figures is None:
         return []
-    epsilon = told["epsilon"].get("release")
-    return [f"epsilon {epsilon:.3g}" if told["private"] and epsilon is not None else NOT_PRIVATE]
+    epsilon = figures["epsilon"].get("release")
+    if epsilon is None or not figures["private"]:
+        return [NOT_PRIVATE]
+    return [f"epsilon {epsilon:.3g}"]
 
 
 def describe(record: Record) -> str:
@@ -116,8 +119,10 @@ def describe(record: Record) -> str:
     if record.get("voided"):
         parts.append("voided")
     if record.get("accepted"):
-        loss = "" if record["train_loss"] is None else f"loss {record['train_loss']:.4f}, "
-        parts.append(f"{loss}{len(record['accepted'])} sites")
+        # no site may share its loss
+        if record["train_loss"] is not None:
+            parts.append(f"loss {record['train_loss']:.4f}")
+        parts.append(f"{len(record['accepted'])} sites")
     rejected = record.get("rejected", {})
     if rejected:
         parts.append("without " + ", ".join(f"{site} ({why['reason']})" for site, why in rejected.items()))
@@ -126,7 +131,10 @@ def describe(record: Record) -> str:
     parts += [f"{name} {value:.4f}" for name, value in record.get("eval", {}).items()]
     parts += _privacy(record.get("privacy"))
     parts.append(f"{sum(record['seconds'].values()):.1f} s")
-    return ", ".join(parts) + (" (best)" if record.get("best") else "")
+    line = ", ".join(parts)
+    if record.get("best"):
+        return f"{line} (best)"
+    return line
 
 
 def describe_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
@@ -142,6 +150,8 @@ def describe_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
             found.setdefault(code, []).append(f"{site} ({count})" if count else site)
     lines = []
     for code, sites in sorted(found.items()):
-        more = f" and {len(sites) - _SHOWN} more sites" if len(sites) > _SHOWN else ""
-        lines.append(f"{code}: {', '.join(sites[:_SHOWN])}{more}")
+        shown = ", ".join(sites[:_SHOWN])
+        if len(sites) > _SHOWN:
+            shown += f" and {len(sites) - _SHOWN} more sites"
+        lines.append(f"{code}: {shown}")
     return lines

@@ -1,4 +1,4 @@
-"""What a site was asked, the verdict on its reply, and the replies of one attempt at a round."""
+"""A request to a site, the verdict on its reply, and the replies of one attempt at a round."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tsugiki.common.wire.spec import Vector
 
 @dataclass(frozen=True)
 class Asked:
-    """What one site was asked in one round.
+    """A request to one site in one round.
 
     Args:
         site: its name.
         node_id: where the request was sent.
         round_number: counted from 1.
         nonce: the reply has to repeat it.
-        rows: of the site, by its hello; no reply weighs more.
+        rows: of the site, by its hello; its reply weighs at most as much.
         clients: how many of the site's clients were asked.
     """
 
@@ -42,7 +42,7 @@ class Accepted:
         weight: in rows.
         loss: mean training loss; None: the site does not share it.
         steps: optimiser steps.
-        seconds: that the site trained for.
+        seconds: duration of training.
         norm: L2 norm of the update.
         size_bytes: of the reply's arrays.
         clients: how many clients' updates are averaged in it.
@@ -83,7 +83,7 @@ Content = TypeVar("Content")
 
 @dataclass(frozen=True)
 class AcceptedStep(Generic[Content]):
-    """An accepted answer to a step of secure aggregation; `content` is what its fields mean."""
+    """An accepted answer to a step of secure aggregation; `content` is its decoded fields."""
 
     site: str
     content: Content
@@ -136,7 +136,7 @@ class CollectedSum(Collected[AcceptedSum]):
 
 
 DROPOUT: Code = "dropout"
-"""The reason when no reply came before the deadline, or none can come any more."""
+"""The reason if no reply came before the deadline, or if the node is gone."""
 
 
 GONE = ("flower-error-3", "flower-error-4", "flower-error-5")

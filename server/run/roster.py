@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 MOST_CLIENTS = 10**6
-"""Of one site in a run without privacy: a gateway that says more is not believed."""
+"""Most clients of one site in a run without privacy; a gateway that reports more is refused."""
 GREETING_S = 5.0
-"""How long nodes wait for others before they are greeted: as gateways, a few may bring clients enough."""
+"""How long nodes wait for others before they are greeted. A few gateways may have enough clients."""
 HELLO_PATIENCE_S = 20.0
 """How long a round waits for the hello of a node that is new to it."""
 _NOTE = r"[a-z0-9-]{1,40}(:[0-9]{1,9})?"
@@ -44,9 +44,9 @@ class Member:
     Args:
         name: of the site.
         node_id: of its node; another one after a reconnection.
-        rows: for training; 0 in a private run, which withholds them.
-        evaluation_rows: of its own; 0 likewise.
-        clients: that the site stands for.
+        rows: number of its training rows; 0 in a private run, which withholds it.
+        evaluation_rows: number of its evaluation rows; 0 in a private run.
+        clients: number of its clients.
         notes: what is unusual about its rows, as `shard-texts-cut:12`.
     """
 
@@ -64,7 +64,7 @@ class Roster:
     Args:
         grid: sends the hellos.
         config: of the run.
-        spec: of the adapter; a site must have loaded the same.
+        spec: of the adapter; each site must have the same.
         plan: of a private run: it limits the clients of a site and of the run, and under secure aggregation it says
             how many sites a sum takes. None: of a run without privacy.
         audit: receives an event for every hello and every refusal.
@@ -90,10 +90,15 @@ class Roster:
         self._audit = audit
         self._stop = stop
         self._names = names
-        # more clients than the plan's are refused: delta and the width of a sum rest on their number
-        self._most_clients = plan.enrolled_clients if plan else None
-        self._most_of_a_site = plan.max_clients_per_site if plan else MOST_CLIENTS
-        self.min_sites = plan.min_sites if plan and plan.secure_aggregation else 0
+        # more clients than the plan's are refused: delta and the width of a sum depend on their number
+        self._most_clients: int | None = None
+        self._most_of_a_site = MOST_CLIENTS
+        self.min_sites = 0
+        if plan is not None:
+            self._most_clients = plan.enrolled_clients
+            self._most_of_a_site = plan.max_clients_per_site
+            if plan.secure_aggregation:
+                self.min_sites = plan.min_sites
         self._known: dict[int, Member | Code] = {}  # a refused node has its code here, and is not greeted again
         self._present: set[int] = set()
         self._silent: dict[int, float] = {}  # when a node that did not answer was greeted
@@ -138,16 +143,20 @@ class Roster:
                 break
             time.sleep(LONGEST_PAUSE_S)
         refusals = ", ".join(sorted(set(self.refused().values())))
-        sites = f" at {len(self.members())} of {self.min_sites} sites" if self.min_sites else ""
-        raise NotEnoughSites(
-            f"{self.clients()} of {wanted} clients{sites} are connected after {timeout_s:g} s"
-            + (f"; {len(self.refused())} refused: {refusals}" if refusals else ""),
-            f"strategy.min_clients = {wanted}" + (f", privacy.min_sites = {self.min_sites}" if self.min_sites else ""),
-            "look at the refused sites' own logs" if refusals else "start more sites, or raise connect_timeout_s",
-        )
+        found = f"{self.clients()} of {wanted} clients"
+        expected = f"strategy.min_clients = {wanted}"
+        hint = "start more sites, or raise connect_timeout_s"
+        if self.min_sites:
+            found += f" at {len(self.members())} of {self.min_sites} sites"
+            expected += f", privacy.min_sites = {self.min_sites}"
+        found += f" are connected after {timeout_s:g} s"
+        if refusals:
+            found += f"; {len(self.refused())} refused: {refusals}"
+            hint = "look at the refused sites' own logs"
+        raise NotEnoughSites(found, expected, hint)
 
     def gather(self) -> None:
-        """Refresh, after nodes that were there have had the time to come back: they may have lost their line only."""
+        """Refresh, after nodes that left have had time to come back: perhaps only their connection was lost."""
         ends = time.monotonic() + RETURN_S
         while self._present - set(self._grid.get_node_ids()) and time.monotonic() < ends:
             self._stop.check()
@@ -164,7 +173,8 @@ class Roster:
         A node that does not answer in `patience_s` is left alone for `connect_timeout_s`, then greeted again.
         """
         self._present = set(self._grid.get_node_ids())
-        if self._known.keys() - self._present:  # a node that left has to say hello again, and its name is free
+        # a node that left must say hello again; a refusal that may have been because of it is forgotten too
+        if self._known.keys() - self._present:
             self._known = {
                 node: entry
                 for node, entry in self._known.items()
@@ -201,6 +211,7 @@ class Roster:
             hello = from_record(HelloReply, reply.content)
         except WireError as error:
             return self._refuse(node, error.code)
+        fewest_rows = int(self._plan is None)  # a private run withholds the number of rows
         wrong_key = self._names is not None and self._key(node) != hello.site
         checks: dict[Code, bool] = {
             "site-name": re.fullmatch(NAME_PATTERN, hello.site) is None,
@@ -209,10 +220,11 @@ class Roster:
             "version-mismatch": minor(hello.version) != minor(__version__),
             "base-mismatch": hello.base_fingerprint != self._spec.base_fingerprint,
             "spec-mismatch": hello.spec_sha256 != self._spec.sha256,
-            "shard-empty": hello.rows < (self._plan is None) or hello.evaluation_rows < 0,
+            "shard-empty": hello.rows < fewest_rows or hello.evaluation_rows < 0,
             "clients": not 1 <= hello.clients <= self._most_of_a_site,
             "too-many-clients": self._most_clients is not None and self.clients() + hello.clients > self._most_clients,
         }
+        # the first check that fails names the refusal; where two values differ, the audit log shows both
         failed = next((code for code, wrong in checks.items() if wrong), None)
         if failed:
             detail = {
@@ -240,4 +252,6 @@ class Roster:
 
     def _key(self, node: int) -> str:
         """Return the name under which a node's key is registered, if it has one."""
-        return self._names().get(node, "") if self._names is not None else ""
+        if self._names is None:
+            return ""
+        return self._names().get(node, "")

@@ -1,4 +1,4 @@
-"""What the two kinds of rounds have in common: their interface, their step, and their line in metrics.jsonl.
+"""The common part of both kinds of rounds: their interface, their step, and their line in metrics.jsonl.
 
 `open_round.py` averages the updates of sites as they are. `private_round.py` adds up protected updates, and releases
 their noisy mean.
@@ -31,9 +31,9 @@ class Step:
 
     Args:
         vector: the adapter after the round, shape (size,), float32, finite.
-        moments: what the strategy remembers.
+        moments: of the strategy.
         update_norm: L2 norm of the aggregated update.
-        record: what this kind of round adds to the line in metrics.jsonl.
+        record: entries that this kind of round adds to the line in metrics.jsonl.
     """
 
     vector: Vector
@@ -98,13 +98,13 @@ def attempt_record(
     train_loss: float | None = None,
     train_seconds: float = 0.0,
 ) -> dict[str, Any]:
-    """Return what one attempt at a round adds to metrics.jsonl.
+    """Return the line of one attempt at a round for metrics.jsonl.
 
     Args:
         round_number: counted from 1.
-        cohort: that was asked.
+        cohort: the sites that were asked.
         replies: of the cohort.
-        accepted: by site name, what is recorded of its reply.
+        accepted: the entry of each accepted reply, by site name.
         train_loss: mean over the rows of the sites that share theirs; None: no site does.
         train_seconds: of the slowest site.
     """

@@ -45,19 +45,19 @@ if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
 
 STEP_TIMEOUT_S = 60.0
-"""For the steps in which sites do not train, unless the round's is shorter."""
+"""Timeout of the steps in which sites do not train, unless the round's timeout is shorter."""
 
 
 @dataclass
 class Attempt:
-    """One attempt at a round: who is still in it, and how many bytes it has cost.
+    """One attempt at a round: the sites that are still in it, and the bytes that it has cost.
 
     Args:
         ctx: of the run.
         plan: of the run, with secure aggregation.
         round_number: counted from 1.
         session: names the attempt.
-        members: who is asked in the next step, by site name.
+        members: the sites to ask in the next step, by site name.
     """
 
     ctx: RunContext
@@ -80,12 +80,12 @@ class Attempt:
         fields: Callable[[str], Mapping[str, Any]],
         read: Callable[[str, dict[str, Any]], Content],
     ) -> dict[str, Content]:
-        """Ask all members to do a step, and return their answers by site name. A member that fails is one no longer.
+        """Ask all members to do a step, and return their answers by site name. Members that fail are dropped.
 
         Args:
             step: keys, shares or unmask.
-            fields: returns what is sent to a site beside the request.
-            read: turns a site's fields into what they mean; raises SecureAggregationError for malformed ones.
+            fields: returns the fields to send to a site beside the request.
+            read: decodes a site's fields; raises SecureAggregationError if they are malformed.
         """
         config = self.ctx.config_for_sites
         names = self._names()
@@ -147,14 +147,14 @@ class Attempt:
 def collect_sum(
     ctx: RunContext, privacy: Privacy, state: State, round_number: int, cohort: list[Member], attempt: int
 ) -> CollectedSum:
-    """Return the opened sum of a round, and who is in it. With fewer clients than the plan's nothing is opened.
+    """Return the opened sum of a round, and the replies in it. With fewer clients than the plan's, none is opened.
 
     Args:
         ctx: of the run.
         privacy: of the run; its plan has secure aggregation.
         state: before the round.
         round_number: counted from 1.
-        cohort: that is asked.
+        cohort: the sites to ask.
         attempt: at this round, from 0.
 
     Raises:
@@ -184,7 +184,7 @@ def collect_sum(
 
 
 def _run(now: Attempt, privacy: Privacy, state: State, attempt: int) -> tuple[list[AcceptedSum], Ring]:
-    """Do the four steps; return what is in the sum, and the sum modulo 2^bits.
+    """Do the four steps; return the replies in the sum, and the sum modulo 2^bits.
 
     Raises:
         SecureAggregationError: too few sites are left, or the sum cannot be opened.
@@ -222,7 +222,7 @@ def _run(now: Attempt, privacy: Privacy, state: State, attempt: int) -> tuple[li
 
 
 def _sealed_reader(names: set[str]) -> Callable[[str, dict[str, Any]], dict[str, bytes]]:
-    """Return a reader of sealed shares, which refuses shares for other sites than those of the session."""
+    """Return a reader of sealed shares, which refuses shares for sites outside the session."""
 
     def read(name: str, fields: dict[str, Any]) -> dict[str, bytes]:
         sealed = from_fields("sealed", fields, SEALED_BYTES)

@@ -14,7 +14,7 @@ from tsugiki.server.run.progress import Progress
 
 
 class SimulatedApp(Protocol):
-    """Makes the ClientApp of simulated sites. The command line hands it in: the server does not know the client."""
+    """Makes the ClientApp of simulated sites. The command line passes it: the server does not know the client."""
 
     def __call__(self, config: RunConfig, only: str = "", /) -> tuple[ClientApp, int]:
         """Return the ClientApp and its number of nodes: all sites, or the one of that name alone."""
@@ -53,6 +53,7 @@ def simulate(
 
     from tsugiki.server.engines import ray
 
+    # the runtime returns nothing: the outcome comes back through a list
     outcomes: list[Outcome] = []
     stop = stop or Stop()
     try:

@@ -24,6 +24,7 @@ def run_folder(path: Path, *, resume: bool) -> Iterator[Path]:
     try:
         if resume and not (path / "config.toml").is_file():
             raise StorageError(f"there is no run in {path}", "a folder with config.toml", code="run-missing")
+        # a lock file alone is no run: a start that failed early leaves it behind
         if not resume and path.exists() and any(item.name != ".lock" for item in path.iterdir()):
             raise StorageError(
                 f"the folder {path} is there already",

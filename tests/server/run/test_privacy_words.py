@@ -2,7 +2,7 @@
 
 import pytest
 
-from tsugiki.server.run.privacy_words import NOT_PRIVATE, OPEN, headline, statement, told
+from tsugiki.server.run.privacy_words import NOT_PRIVATE, OPEN, format_epsilon, headline, statement
 
 
 def summary(mode="distributed", private=True, **changes):
@@ -63,5 +63,5 @@ def test_what_the_server_sees_is_said():
 
 def test_no_protection_is_not_a_number():
     """Catches: an infinite epsilon printed as 0, inf or None."""
-    assert told(None) == "none at all"
+    assert format_epsilon(None) == "none at all"
     assert "the server, which sees each upload: none at all" in text(epsilon={"release": 1.0, "uploads": None})
