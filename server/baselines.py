@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from flwr.clientapp import ClientApp
 from tsugiki.common.audit import verify
 from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
+from tsugiki.common.errors import UsageError
 from tsugiki.common.files import read_lines, write_atomically
 from tsugiki.common.model.load import load_graft
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid
 from tsugiki.server.run.evaluate import evaluate_base, make_evaluator
-from tsugiki.server.run.federation import run_federation
+from tsugiki.server.run.federation import Outcome, run_federation
 from tsugiki.server.run.progress import Progress
-from tsugiki.server.run.simulate import SimulatedApp
+from tsugiki.server.run.simulate import SimulatedApp, simulate
 
 Metrics = dict[str, float]
 
@@ -118,6 +119,37 @@ def run_baselines(
         results["centralised"] = train_alone(central, "centralised", client(central, "")[0])
     write_atomically(folder / "baselines.json", json.dumps(results, indent=1).encode())
     return results
+
+
+def compare(
+    config: RunConfig,
+    client: SimulatedApp,
+    kinds: Sequence[str] = KINDS,
+    *,
+    progress: Progress,
+    notes: Progress,
+    stop: Stop | None = None,
+) -> tuple[Outcome, dict[str, Any]]:
+    """Run a federation and its baselines; return what the run leaves, and the metrics of each training by name.
+
+    Args:
+        config: the run, with evaluation data.
+        client: makes ClientApps of simulated sites.
+        kinds: baselines to run, of `KINDS`.
+        progress: shows the federated run.
+        notes: is given a note as each baseline begins.
+        stop: a request to stop ends what is running.
+
+    Raises:
+        UsageError: the run has no held-out rows.
+        TsugikiError: a run cannot start or go on.
+    """
+    if not config.evaluation.data:
+        raise UsageError("the run has nothing to compare by", "evaluation.data in the run file", "name a held-out file")
+    outcome = simulate(config, client, progress=progress, stop=stop)
+    sites = site_names(outcome.folder)
+    found = run_baselines(config, outcome.folder, client, sites, list(kinds), notes, stop)
+    return outcome, {"federated": last_evaluation(outcome.folder), **found}
 
 
 def site_names(folder: Path) -> list[str]:

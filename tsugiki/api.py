@@ -262,16 +262,12 @@ def compare(config: RunConfig, *, progress: bool = True) -> Comparison:
         TsugikiError: a run cannot start or go on.
     """
     from tsugiki.client.app import simulated_app
-    from tsugiki.common.errors import UsageError
-    from tsugiki.server.baselines import KINDS, last_evaluation, run_baselines, site_names
+    from tsugiki.server import baselines
 
-    if not config.evaluation.data:
-        raise UsageError("nothing to compare by", "evaluation.data in the run's settings", "name a held-out file")
-    # The federated run comes first: the others need its folder and its sites' names.
-    run = simulate(config, progress=progress)
-    sites = site_names(run.folder)
-    found = run_baselines(config, run.folder, simulated_app, sites, list(KINDS), _progress(progress))
-    return Comparison(run, found["untouched"], found["local"], last_evaluation(run.folder), found["centralised"])
+    shown = _progress(progress)
+    outcome, found = baselines.compare(config, simulated_app, progress=shown, notes=shown)
+    run = open_run(outcome.folder)
+    return Comparison(run, found["untouched"], found["local"], found["federated"], found["centralised"])
 
 
 def _progress(wanted: bool) -> Progress:

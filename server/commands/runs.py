@@ -64,12 +64,11 @@ def _write_demo_data(seed: int, output_dir: Path) -> None:
 
 def _run_demo(seed: int, output_dir: Path, baselines: bool, client: SimulatedApp) -> dict[str, Any]:
     """Make the data, run the federation and the baselines, export and report; return a summary."""
-    from tsugiki.server.baselines import last_evaluation, run_baselines, site_names
+    from tsugiki.server.baselines import compare
     from tsugiki.server.demo import run as parts
     from tsugiki.server.export.export import export
     from tsugiki.server.report.page import write_report
     from tsugiki.server.run.progress import Lines, choose
-    from tsugiki.server.run.simulate import simulate as run
 
     started = time.perf_counter()
     name = parts.free_name(output_dir)
@@ -77,16 +76,13 @@ def _run_demo(seed: int, output_dir: Path, baselines: bool, client: SimulatedApp
     config = parts.demo_config(seed, output_dir, name, files)
     kinds = ["untouched", "local"] if baselines else ["untouched"]
     with stop_on_signals() as stop:
-        outcome = run(config, client, progress=choose(), stop=stop)
-        sites = site_names(outcome.folder)
-        results = run_baselines(config, outcome.folder, client, sites, kinds, Lines(), stop)
+        outcome, results = compare(config, client, kinds, progress=choose(), notes=Lines(), stop=stop)
     # The baselines are measured by retrieval; the scored pairs are a second measure of the same adapter.
     pearson = parts.scored(config, files, outcome.state.vector)
     adapter = export(outcome.folder)
     report = write_report(outcome.folder)
     return {
         **outcome.summary,
-        "federated": last_evaluation(outcome.folder),
         **results,
         "pearson": pearson,
         "seconds": time.perf_counter() - started,
@@ -98,7 +94,7 @@ def _run_demo(seed: int, output_dir: Path, baselines: bool, client: SimulatedApp
 def _show_demo(summary: dict[str, Any]) -> None:
     from rich.console import Console
 
-    _show_comparison(summary["monitor"], summary["federated"], summary)
+    _show_comparison(summary["monitor"], summary)
     console = Console()
     pearson = summary["pearson"]
     console.print(f"pearson on scored pairs: {pearson['before']:.4f} before, {pearson['after']:.4f} after")
@@ -171,25 +167,18 @@ def serve(
 def compare(ctx: typer.Context, file: RunFile, overrides: Set = None, as_json: Json = False) -> None:
     """Compare federated training with centralised, local-only and no training, on the same data and steps."""
     from tsugiki.common.config.files import read
-    from tsugiki.server.baselines import KINDS, last_evaluation, run_baselines, site_names
+    from tsugiki.server import baselines
     from tsugiki.server.report.page import write_report
     from tsugiki.server.run.progress import Lines, choose
-    from tsugiki.server.run.simulate import simulate as run
 
     config = read(file, overrides or [])
-    if not config.evaluation.data:
-        raise UsageError("the run has nothing to compare by", "evaluation.data in the run file", "name a held-out file")
-    client: SimulatedApp = ctx.obj
     with stop_on_signals() as stop:
-        outcome = run(config, client, progress=choose(), stop=stop)
-        sites = site_names(outcome.folder)
-        results = run_baselines(config, outcome.folder, client, sites, list(KINDS), Lines(), stop)
-    federated = last_evaluation(outcome.folder)
+        outcome, results = baselines.compare(config, ctx.obj, progress=choose(), notes=Lines(), stop=stop)
     write_report(outcome.folder)
     if as_json:
-        typer.echo(json.dumps({"federated": federated, **results}, indent=1))
+        typer.echo(json.dumps(results, indent=1))
     else:
-        _show_comparison(config.monitor, federated, results)
+        _show_comparison(config.monitor, results)
 
 
 def _read_run(
@@ -294,13 +283,14 @@ def _show_summary(summary: dict[str, Any]) -> None:
             console.print(f"{name}: {summary[name]}", highlight=False, soft_wrap=True)
 
 
-def _show_comparison(monitor: str, federated: dict[str, float], results: dict[str, Any]) -> None:
+def _show_comparison(monitor: str, results: dict[str, Any]) -> None:
     """Print the federated result beside the baselines."""
     from rich.console import Console
     from rich.table import Table
 
     from tsugiki.server.baselines import average
 
+    federated: dict[str, float] = results["federated"]
     table = Table(title="the same rows, the same steps")
     table.add_column("training")
     for name in federated:
