@@ -199,6 +199,29 @@ def test_density_counts_what_it_says():
     assert found == {"lines": 3, "characters": 58, "packed": 1, "conditional": 1, "comments": 1}
 
 
+SAME_NAME = {
+    "app.py": "the Flower app of each side",
+    "base.py": "what a plugin of its folder is",
+    "files.py": "files on disk; those of a run in `common/config/`",
+    "keys.py": "the keys of nodes; the commands about them",
+    "ledger.py": "a privacy account; the one of a site",
+    "lora.py": "LoRA: the method, and the strategies that know it",
+    "messages.py": "what crosses the network; the steps of secure aggregation",
+    "secagg.py": "the part of each side in secure aggregation",
+    "settings.py": "settings classes; those of [privacy]",
+    "spec.py": "the spec of an adapter; how a model gives one",
+}
+"""File names that occur twice, and the one thing that each of them means."""
+
+
+def test_no_file_name_means_two_things():
+    """Catches: a second file of a name, which a search by name finds in place of the first."""
+    names = [Path(module).name for module in MODULES if not module.endswith("__init__.py")]
+    twice = {name for name in names if names.count(name) > 1}
+    assert twice == set(SAME_NAME)
+    assert all(SAME_NAME.values())
+
+
 def test_every_folder_has_its_tests():
     """Catches: a folder that nobody thought to test; tests that stay behind when their folder moves."""
     folders = {Path(module).parent for module in MODULES if not module.endswith("__init__.py")} - {Path("tsugiki")}

@@ -51,7 +51,7 @@ from tsugiki.common.wire.messages import (
     to_record,
 )
 from tsugiki.common.wire.spec import AdapterSpec
-from tsugiki.server.demo.run import write_files
+from tsugiki.server.demo.demo import write_files
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid
 from tsugiki.server.run.context import RunContext

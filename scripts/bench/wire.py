@@ -28,7 +28,7 @@ from tests.support.serving import metrics, started, write_run
 from tsugiki.client.site.split import split
 from tsugiki.common.config.files import read
 from tsugiki.common.config.run import RunConfig
-from tsugiki.server.demo.run import write_files
+from tsugiki.server.demo.demo import write_files
 from tsugiki.server.deploy.superlink_process import free_port
 
 CANARY = "the heron reads old letters"

@@ -1,7 +1,7 @@
 """Privacy planning before training: the cost of a run's plan, and whether the model can learn under it.
 
     run file -> the plan that the run itself would make -> Budget, all numbers -> words, JSON, a figure
-    assessment.py: that plan    alternatives.py: others    text.py: words    figure.py: the figure
+    assessment.py: that plan    alternatives.py: others    words.py: words    figure.py: the figure
 
 docs/privacy.md explains the symbols in brackets.
 """

@@ -33,7 +33,7 @@ def budget(
     from tsugiki.common.plots import plot_format
     from tsugiki.server.budget.budget import Size, make_budget, measure, read
     from tsugiki.server.budget.figure import draw
-    from tsugiki.server.budget.text import show
+    from tsugiki.server.budget.words import show
 
     if plot is not None:
         plot_format(plot)  # refuses a wrong name before the work

@@ -55,7 +55,7 @@ def demo(
 
 
 def _write_demo_data(seed: int, output_dir: Path) -> None:
-    from tsugiki.server.demo.run import write_files
+    from tsugiki.server.demo.demo import write_files
 
     run_file, data_files = write_files(output_dir, seed)
     for path in (run_file, data_files.train, data_files.test_retrieval, data_files.test_scored):
@@ -65,7 +65,7 @@ def _write_demo_data(seed: int, output_dir: Path) -> None:
 def _run_demo(seed: int, output_dir: Path, baselines: bool, client: SimulatedApp) -> dict[str, Any]:
     """Make the data, run the federation and the baselines, export and report; return a summary."""
     from tsugiki.server.baselines import compare
-    from tsugiki.server.demo import run as parts
+    from tsugiki.server.demo import demo as parts
     from tsugiki.server.export.export import export
     from tsugiki.server.report.page import write_report
     from tsugiki.server.run.progress import Lines, choose

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tsugiki.common.config.files import read
 from tsugiki.common.config.run import RunConfig
-from tsugiki.server.demo.run import write_files
+from tsugiki.server.demo.demo import write_files
 
 COMPANIES = ("clinic", "logistics", "software")
 

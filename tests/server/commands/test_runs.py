@@ -14,7 +14,7 @@ from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ExportError, TsugikiError, UsageError
 from tsugiki.common.files import read_lines
 from tsugiki.server.commands import runs as commands
-from tsugiki.server.demo import run as demo
+from tsugiki.server.demo import demo
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from tsugiki.common.config.files import read
 from tsugiki.common.config.parse import parse
 from tsugiki.common.model.load import load_graft
 from tsugiki.server.demo.data import COMPANIES
-from tsugiki.server.demo.run import DEMO_TOML, demo_config, free_name, make_data, scored, write_files
+from tsugiki.server.demo.demo import DEMO_TOML, demo_config, free_name, make_data, scored, write_files
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "demo.toml"
 

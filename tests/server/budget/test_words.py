@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tests.support.budget import private_config
 from tsugiki.server.budget.budget import Size, make_budget
-from tsugiki.server.budget.text import show
+from tsugiki.server.budget.words import show
 
 FILE = Path("my runs/run.toml")
 
