@@ -45,7 +45,7 @@ def test_a_wrong_setting_is_named_with_its_value_and_what_is_allowed(raw, key, v
         parse(raw)
     (problem,) = [problem for problem in caught.value.problems if problem.key == key]
     assert problem.value == value
-    assert expected in f"{problem.expected} {problem.do}"
+    assert expected in f"{problem.expected} {problem.hint}"
     assert (caught.value.code, caught.value.exit_status) == ("config-invalid", 2)
 
 
