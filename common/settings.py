@@ -150,21 +150,44 @@ class AdapterSettings(NamingSettings):
 class StrategySettings(Section):
     """What every strategy has: who is asked, how long, and what is accepted."""
 
-    name: str = Field(description="the strategy")
-    fraction_train: float = Field(default=1.0, gt=0, le=1, description="the share of the sites asked in each round")
+    name: str = Field(description="The strategy: how the server combines updates.")
+    fraction_train: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of the sites that are asked in each round. Lower it when there are many sites, and each "
+        "round would wait for the slowest of them.",
+    )
     min_clients: int = Field(
         default=2,
         ge=1,
         le=100_000,
-        description="quorum: fewer accepted replies void the round, which is tried once more",
+        description="The quorum: with fewer accepted replies a round is void, and is tried once more. Raise it so "
+        "that a few sites cannot decide a round.",
     )
-    round_timeout_s: float = Field(default=600.0, gt=0, le=604_800, description="replies after that count as dropouts")
+    round_timeout_s: float = Field(
+        default=600.0,
+        gt=0,
+        le=604_800,
+        description="How long the server waits for replies in a round; later replies count as dropouts. Raise it "
+        "when sites train longer.",
+    )
     connect_timeout_s: float = Field(
-        default=120.0, gt=0, le=604_800, description="how long to wait for min_clients sites to connect and say hello"
+        default=120.0,
+        gt=0,
+        le=604_800,
+        description="How long the server waits at the start for min_clients clients. Raise it when sites are "
+        "started by hand.",
     )
     max_update_norm: float = Field(
-        default=100.0, gt=0, description="the guard rejects updates with a larger L2 norm; a privacy clip is separate"
+        default=100.0,
+        gt=0,
+        description="The server rejects updates with a larger L2 norm. Lower it towards the norms in metrics.jsonl, "
+        "so that one site cannot push the model far. The clip of a private run is privacy.clip_norm.",
     )
     proximal_mu: float = Field(
-        default=0.0, ge=0, description="weight of FedProx's proximal term (mu/2)*||local - global||^2 at the client"
+        default=0.0,
+        ge=0,
+        description="Weight of FedProx's term (mu/2)*||local - global||^2 in the loss at a site. Raise it when "
+        "sites with different data drift apart in a round.",
     )

@@ -12,7 +12,7 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
-# These imports need the path. `tsugiki.common` comes first: it switches off telemetry before libraries are imported.
+# These imports need the path. None brings Flower, torch or a hub: `tsugiki.common` switches off telemetry before that.
 from tsugiki.api import (  # noqa: E402
     Comparison,
     Run,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class FedAvgSettings(StrategySettings):
     """Weighted mean of the updates."""
 
-    name: Literal["fedavg"] = Field(default="fedavg", description="the strategy")
+    name: Literal["fedavg"] = Field(default="fedavg", description="The strategy: how the server combines updates.")
 
 
 @STRATEGIES.register("fedavg")
@@ -40,8 +40,13 @@ class FedAvg(Strategy):
 class FedProxSettings(StrategySettings):
     """FedAvg with a proximal term at the client."""
 
-    name: Literal["fedprox"] = Field(default="fedprox", description="the strategy")
-    proximal_mu: float = Field(default=0.01, ge=0, description="weight of (mu/2)*||local - global||^2")
+    name: Literal["fedprox"] = Field(default="fedprox", description="The strategy: how the server combines updates.")
+    proximal_mu: float = Field(
+        default=0.01,
+        ge=0,
+        description="Weight of (mu/2)*||local - global||^2 in the loss at a site. Raise it when sites with "
+        "different data drift apart in a round.",
+    )
 
 
 @STRATEGIES.register("fedprox")
@@ -65,9 +70,19 @@ class FedProx(Strategy):
 class FedAvgMSettings(StrategySettings):
     """FedAvg with momentum at the server."""
 
-    name: Literal["fedavgm"] = Field(default="fedavgm", description="the strategy")
-    server_learning_rate: float = Field(default=1.0, gt=0, description="factor on the server's step")
-    server_momentum: float = Field(default=0.5, gt=0, lt=1, description="share of the last step in the next")
+    name: Literal["fedavgm"] = Field(default="fedavgm", description="The strategy: how the server combines updates.")
+    server_learning_rate: float = Field(
+        default=1.0,
+        gt=0,
+        description="Factor on the server's step. Lower it when the metric goes up and down from round to round.",
+    )
+    server_momentum: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="Share of the last step that the next one repeats. Lower it when the metric goes up and down "
+        "from round to round.",
+    )
 
 
 @STRATEGIES.register("fedavgm")
@@ -90,11 +105,19 @@ class FedAvgM(Strategy):
 class FedAdamSettings(StrategySettings):
     """Adam at the server, on the mean update."""
 
-    name: Literal["fedadam"] = Field(default="fedadam", description="the strategy")
-    server_learning_rate: float = Field(default=1e-3, gt=0, description="step of the server's Adam")
-    beta_1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
-    beta_2: float = Field(default=0.99, ge=0, lt=1, description="decay of the second moment")
-    tau: float = Field(default=1e-3, gt=0, description="degree of adaptivity")
+    name: Literal["fedadam"] = Field(default="fedadam", description="The strategy: how the server combines updates.")
+    server_learning_rate: float = Field(
+        default=1e-3,
+        gt=0,
+        description="Learning rate of the server's Adam: about how far a number moves in a round. Choose it by trial.",
+    )
+    beta_1: float = Field(default=0.9, ge=0, lt=1, description="Decay of Adam's first moment.")
+    beta_2: float = Field(default=0.99, ge=0, lt=1, description="Decay of Adam's second moment.")
+    tau: float = Field(
+        default=1e-3,
+        gt=0,
+        description="Added to the root of Adam's second moment. Raise it to make Adam less adaptive.",
+    )
 
 
 @STRATEGIES.register("fedadam")
@@ -120,7 +143,9 @@ class FedAdam(Strategy):
 class FedMedianSettings(StrategySettings):
     """Coordinate-wise median of the updates."""
 
-    name: Literal["fedmedian"] = Field(default="fedmedian", description="the strategy")
+    name: Literal["fedmedian"] = Field(
+        default="fedmedian", description="The strategy: how the server combines updates."
+    )
 
 
 @STRATEGIES.register("fedmedian")
@@ -140,9 +165,15 @@ class FedMedian(Strategy):
 class KrumSettings(StrategySettings):
     """The one update that is closest to its neighbours."""
 
-    name: Literal["krum"] = Field(default="krum", description="the strategy")
-    min_clients: int = Field(default=5, ge=1, le=100_000, description="quorum: at least 2 * num_malicious_sites + 3")
-    num_malicious_sites: int = Field(default=1, ge=0, description="how many sites may lie")
+    name: Literal["krum"] = Field(default="krum", description="The strategy: how the server combines updates.")
+    min_clients: int = Field(
+        default=5, ge=1, le=100_000, description="The quorum: at least 2 * num_malicious_sites + 3."
+    )
+    num_malicious_sites: int = Field(
+        default=1,
+        ge=0,
+        description="How many sites may send false updates. Raise it only with more sites: see min_clients.",
+    )
 
 
 @STRATEGIES.register("krum")

@@ -43,7 +43,7 @@ class FactorStrategy(Strategy):
 class FfaSettings(StrategySettings):
     """LoRA with A frozen at its seeded values: the mean of B is exact."""
 
-    name: Literal["ffa"] = Field(default="ffa", description="the strategy")
+    name: Literal["ffa"] = Field(default="ffa", description="The strategy: how the server combines updates.")
 
 
 @STRATEGIES.register("ffa")
@@ -59,7 +59,7 @@ class Ffa(FactorStrategy):
 class RoloraSettings(StrategySettings):
     """LoRA's factors in turn, B in odd rounds and A in even ones: the mean of either is exact."""
 
-    name: Literal["rolora"] = Field(default="rolora", description="the strategy")
+    name: Literal["rolora"] = Field(default="rolora", description="The strategy: how the server combines updates.")
 
 
 @STRATEGIES.register("rolora")
@@ -130,13 +130,13 @@ class ProductStrategy(FactorStrategy):
 class FloraSettings(StrategySettings):
     """Exact sum of LoRA's products, merged into a second pair; sites train a fresh pair in each round."""
 
-    name: Literal["flora"] = Field(default="flora", description="the strategy")
+    name: Literal["flora"] = Field(default="flora", description="The strategy: how the server combines updates.")
     merged_rank: int = Field(
         default=0,
         ge=0,
         le=65_536,
-        description="rank of the pair that holds what earlier rounds have learned and travels to the sites; "
-        "0: that of the layer, with which the sum is always exact",
+        description="Rank of the pair that holds what earlier rounds have learned, and that travels to the sites. "
+        "With 0 it is the rank of the layer, and the sum is always exact. Set it to send less.",
     )
 
 
@@ -174,7 +174,7 @@ class Flora(ProductStrategy):
 class SvdSettings(StrategySettings):
     """Best approximation, of LoRA's rank, to the exact mean of the products; sites may have smaller ranks."""
 
-    name: Literal["svd"] = Field(default="svd", description="the strategy")
+    name: Literal["svd"] = Field(default="svd", description="The strategy: how the server combines updates.")
 
 
 @STRATEGIES.register("svd")

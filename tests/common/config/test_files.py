@@ -159,7 +159,7 @@ def test_descriptions_are_sentences():
     """Catches: a description that continues the one above it, or breaks off."""
     known = families()
     classes = [section for name, section in section_classes({}).items() if name not in known]
-    classes += [*known["task"], *known["adapter"], ExamplePrivacySection]
+    classes += [*known["task"], *known["adapter"], *known["strategy"], ExamplePrivacySection]
     found = [field.description for section in classes for field in section.model_fields.values()]
     assert len(found) > 100
     assert [text for text in found if text[0].islower() or not text.endswith(".")] == []
