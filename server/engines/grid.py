@@ -7,6 +7,7 @@ each reply as it comes, and keeps the deadline.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,6 +21,9 @@ FIRST_PAUSE_S = 0.005
 LONGEST_PAUSE_S = 0.5
 RETURN_S = 15.0
 """How long a node that left may take to come back and be asked again. A dead connection makes it leave after 20 s."""
+MOST_REPEATS = 2
+"""How often a node that came back is asked again. A dead line can make a node leave twice: the server misses its
+heartbeats and takes it for gone; back on the line, the node leaves on purpose because it may have lost a message."""
 NODE_UNAVAILABLE = 5
 """Flower's error code for a node that left (`flwr.common.constant.ErrorCode`, slow to import)."""
 
@@ -136,19 +140,19 @@ class _Away:
     def __init__(self, grid: RunGrid, messages: list[Message]) -> None:
         self._grid = grid
         self._messages = messages
-        self._asked_again: set[int] = set()
+        self._repeats: Counter[int] = Counter()
         self.nodes: dict[int, tuple[Message, float]] = {}
 
     def note(self, reply: Message) -> bool:
         """Return whether the reply reports that its node left and can be asked again. Such a node is remembered."""
         node = reply.metadata.src_node_id
-        left = reply.has_error() and reply.error.code == NODE_UNAVAILABLE and node not in self._asked_again
+        left = reply.has_error() and reply.error.code == NODE_UNAVAILABLE and self._repeats[node] < MOST_REPEATS
         if left:
             self.nodes[node] = (reply, time.monotonic())
         return left
 
     def ask_again(self) -> set[str]:
-        """Send each node that is back its message again, at most once for a node; return the messages' ids."""
+        """Send each node that is back its message again, at most `MOST_REPEATS` times; return the messages' ids."""
         from flwr.app import Message
 
         back = self.nodes.keys() & set(self._grid.get_node_ids()) if self.nodes else set()
@@ -163,7 +167,7 @@ class _Away:
             for message in self._messages
             if back and message.metadata.dst_node_id in back
         ]
-        self._asked_again |= back
+        self._repeats.update(back)
         for node in back:
             del self.nodes[node]
         return set(self._grid.push_messages(again)) if again else set()

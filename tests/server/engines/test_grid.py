@@ -9,6 +9,7 @@ from tsugiki.server.engines import grid as module
 from tsugiki.server.engines.grid import (
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
+    MOST_REPEATS,
     NODE_UNAVAILABLE,
     RETURN_S,
     StockGrid,
@@ -176,12 +177,20 @@ def test_a_node_that_comes_back_is_asked_again(clock):
     assert clock.now == pytest.approx(RETURN_S / 2, abs=2 * LONGEST_PAUSE_S)
 
 
-def test_a_node_that_leaves_again_is_not_asked_again(clock):
-    """Catches: a site that is killed by its message and fed it until the deadline."""
+def test_a_node_that_leaves_twice_is_asked_a_third_time(clock):
+    """Catches: a site that is missed after a dead line: the server gives it up, and it leaves on purpose."""
     grid = Leaving(clock, 0.0, lost=("1", "2"))
     (answer,) = exchange(grid, [train_message()], 100.0, Stop())
+    assert answer.metadata.reply_to_message_id == "3"
+    assert not answer.has_error()
+
+
+def test_a_node_that_always_leaves_is_not_asked_for_ever(clock):
+    """Catches: a site that is killed by its message and fed it until the deadline."""
+    grid = Leaving(clock, 0.0, lost=("1", "2", "3", "4"))
+    (answer,) = exchange(grid, [train_message()], 100.0, Stop())
     assert answer.has_error()
-    assert len(grid.sent) == 2
+    assert len(grid.sent) == 1 + MOST_REPEATS
     assert clock.now < 1.0
 
 
