@@ -25,7 +25,7 @@ from tsugiki.common.errors import ModelError, StorageError, UsageError
 ROOT = Path(__file__).resolve().parents[1]
 
 SURFACE = {
-    "Comparison": "(run, untouched, local, federated, centralised)",
+    "Comparison": "(run, untouched, local, federated, centralised, own_rows, learning_rates)",
     "ConfigError": "(source, problems)",
     "Run": "(folder, config, summary, metrics)",
     "Table": "",
@@ -270,11 +270,15 @@ def test_a_comparison_has_all_four(tmp_path):
     """Catches: baselines of another run; numbers under the wrong name; nothing to compare by found out too late."""
     config = tiny_config(tmp_path, run={"rounds": 1})
     found = tsugiki.compare(config, progress=False)
-    assert json.loads((found.run.folder / "baselines.json").read_text()) == {
+    written = json.loads((found.run.folder / "baselines.json").read_text())
+    assert {name: value for name, value in written.items() if name != "curves"} == {
         "untouched": found.untouched,
         "local": found.local,
         "centralised": found.centralised,
+        "learning_rates": found.learning_rates,
     }
+    assert found.learning_rates.keys() == {"local", "federated", "centralised"}
+    assert found.own_rows == {}  # these sites keep none
     assert found.federated["loss"] == found.run.metrics[-1]["eval_loss"]
     rows = [(row["training"], row["site"]) for row in found.table]
     assert rows == [("untouched", ""), ("local", "site-0"), ("local", "site-1"), ("federated", ""), ("centralised", "")]

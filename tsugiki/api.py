@@ -132,6 +132,8 @@ class Comparison:
         local: of each site's own adapter, trained on its rows alone, by site.
         federated: of the run's last evaluated round.
         centralised: of an adapter that was trained on all rows in one place, in as many steps.
+        own_rows: on the sites' own evaluation rows, by "local" or "federated" and site; empty if they keep none.
+        learning_rates: of each training. The baselines have rates of their own, which a short search found.
     """
 
     run: Run
@@ -139,6 +141,8 @@ class Comparison:
     local: dict[str, dict[str, float]]
     federated: dict[str, float]
     centralised: dict[str, float]
+    own_rows: dict[str, dict[str, dict[str, float]]]
+    learning_rates: dict[str, float]
 
     @property
     def table(self) -> Table:
@@ -267,7 +271,15 @@ def compare(config: RunConfig, *, progress: bool = True) -> Comparison:
     shown = _progress(progress)
     outcome, found = baselines.compare(config, simulated_app, progress=shown, notes=shown)
     run = open_run(outcome.folder)
-    return Comparison(run, found["untouched"], found["local"], found["federated"], found["centralised"])
+    return Comparison(
+        run=run,
+        untouched=found["untouched"],
+        local=found["local"],
+        federated=found["federated"],
+        centralised=found["centralised"],
+        own_rows=found.get("own_rows", {}),
+        learning_rates=found["learning_rates"],
+    )
 
 
 def _progress(wanted: bool) -> Progress:

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -76,7 +76,10 @@ def _run_demo(seed: int, output_dir: Path, baselines: bool, client: SimulatedApp
     config = parts.demo_config(seed, output_dir, name, files)
     kinds = ["untouched", "local"] if baselines else ["untouched"]
     with stop_on_signals() as stop:
-        outcome, results = compare(config, client, kinds, progress=choose(), notes=Lines(), stop=stop)
+        # The demo is short, and its rate suits a company alone too: no search.
+        outcome, results = compare(
+            config, client, kinds, progress=choose(), notes=Lines(), stop=stop, search_rates=False
+        )
     # The baselines are measured by retrieval; the scored pairs are a second measure of the same adapter.
     pearson = parts.scored(config, files, outcome.state.vector)
     adapter = export(outcome.folder)
@@ -164,7 +167,15 @@ def serve(
 
 
 @app.command(epilog="Example: tsugiki compare examples/sst2.toml --set run.rounds=3")
-def compare(ctx: typer.Context, file: RunFile, overrides: Set = None, as_json: Json = False) -> None:
+def compare(
+    ctx: typer.Context,
+    file: RunFile,
+    overrides: Set = None,
+    search: Annotated[
+        bool, typer.Option(help="Search a learning rate for each baseline: short trainings, about as long as itself.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
     """Compare federated training with centralised, local-only and no training, on the same data and steps."""
     from tsugiki.common.config.files import read
     from tsugiki.server import baselines
@@ -173,7 +184,9 @@ def compare(ctx: typer.Context, file: RunFile, overrides: Set = None, as_json: J
 
     config = read(file, overrides or [])
     with stop_on_signals() as stop:
-        outcome, results = baselines.compare(config, ctx.obj, progress=choose(), notes=Lines(), stop=stop)
+        outcome, results = baselines.compare(
+            config, ctx.obj, progress=choose(), notes=Lines(), stop=stop, search_rates=search
+        )
     write_report(outcome.folder)
     if as_json:
         typer.echo(json.dumps(results, indent=1))
@@ -308,4 +321,21 @@ def _show_comparison(monitor: str, results: dict[str, Any]) -> None:
         rows.append(("all data in one place", results["centralised"]))
     for title, metrics in rows:
         table.add_row(title, *(f"{metrics[name]:.4f}" for name in federated))
+    Console().print(table)
+    if "own_rows" in results:
+        _show_own_rows(monitor, results["own_rows"])
+
+
+def _show_own_rows(monitor: str, own: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """Print each site's metric on its own evaluation rows: of its own adapter, and of the federated one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"each site's own rows, {monitor}")
+    for column in ("site", "alone", "federated"):
+        table.add_column(column, justify="left" if column == "site" else "right")
+    for site, alone in own["local"].items():
+        federated = own["federated"].get(site, {})
+        values = (metrics.get(monitor) for metrics in (alone, federated))
+        table.add_row(site, *("" if value is None else f"{value:.4f}" for value in values))
     Console().print(table)

@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tsugiki.common.plots import BLUE, GREEN, GREY, LIGHT_GREY, ORANGE, RED, SKY, new_figure, render, short_label, style
@@ -29,14 +30,22 @@ _LEGEND_LETTERS = 60  # letters that fit into one row of the legend
 _MARKED = 40  # most rounds; with more, markers would hide the line and bars would touch
 
 
-def metric_curve(metric: str, values: Curve, best_round: int | None, baselines: Mapping[str, float]) -> str:
-    """Draw the monitored metric over rounds, its best round, and baselines as horizontal lines.
+def metric_curve(
+    metric: str,
+    values: Curve,
+    best_round: int | None,
+    baselines: Mapping[str, float],
+    curves: Mapping[str, Sequence[tuple[float, float]]] = MappingProxyType({}),
+) -> str:
+    """Draw the monitored metric over rounds and its best round; baselines as curves or horizontal lines.
 
     Args:
         metric: the metric's name.
         values: the metric by round.
         best_round: the round to mark; None marks no round.
         baselines: values of the metric by label.
+        curves: of some of these baselines, by label: pairs of a round and the value after as many samples as all sites
+            together have seen by that round.
     """
     with style():
         figure = new_figure()
@@ -48,7 +57,12 @@ def metric_curve(metric: str, values: Curve, best_round: int | None, baselines: 
             axes.plot([best_round], [best], "*", color=RED, markersize=12, linestyle="none", label=label, zorder=4)
         looks = ((GREY, ":"), (ORANGE, "-."), (GREEN, "--"))
         for (name, value), (colour, dashes) in zip(baselines.items(), looks, strict=False):
-            axes.axhline(value, color=colour, linestyle=dashes, label=f"{short_label(name)}: {value:.4g}")
+            label = f"{short_label(name)}: {value:.4g}"
+            if name in curves:
+                rounds, points = zip(*curves[name], strict=True)
+                axes.plot(rounds, points, color=colour, linestyle=dashes, label=label)
+            else:
+                axes.axhline(value, color=colour, linestyle=dashes, label=label)
         axes.set_ylabel(short_label(metric))
         _finish(figure, axes)
         return _element(figure)

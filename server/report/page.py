@@ -16,6 +16,7 @@ from tsugiki.common.files import write_atomically
 from tsugiki.server.report import figures, tables
 from tsugiki.server.report.run_files import (
     Run,
+    baseline_curves,
     baseline_metrics,
     bytes_by_round,
     central_curves,
@@ -102,9 +103,13 @@ def _metric_figures(run: Run) -> list[Figure]:
             "whose adapter was kept as best."
         )
         if baselines:
-            caption += " Horizontal lines are the baselines of this run."
+            caption += (
+                " Horizontal lines are the baselines of this run; the centralised one is drawn as a curve, against as "
+                "many samples as all sites together."
+            )
         # Popped, so that the monitored metric is not drawn again among the others.
-        svg = figures.metric_curve(run.monitor, curves.pop(run.monitor), run.best_round, baselines)
+        ways = baseline_curves(run, run.monitor)
+        svg = figures.metric_curve(run.monitor, curves.pop(run.monitor), run.best_round, baselines, ways)
         drawn.append(Figure(f"{run.monitor}, by which the best round was chosen", svg, caption))
     if run.best_round is not None and baselines:
         rows = tables.compared(run)

@@ -289,3 +289,21 @@ def baseline_metrics(run: Run) -> dict[str, dict[str, float]]:
     if "centralised" in run.baselines:
         found["centralised"] = run.baselines["centralised"]
     return found
+
+
+def baseline_curves(run: Run, metric: str) -> dict[str, list[tuple[float, float]]]:
+    """Return a metric of the baselines that were evaluated on the way, by label.
+
+    Args:
+        run: with its baselines.
+        metric: its name.
+
+    Returns:
+        Pairs of a round of the federation, by which its sites together had seen as many samples, and the value.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name, points in run.baselines.get("curves", {}).items():
+        pairs = [(point["round"], point[metric]) for point in points if metric in point]
+        if pairs:
+            found[name] = pairs
+    return found

@@ -169,10 +169,17 @@ def _comparison(run: Run) -> Section | None:
     local = run.baselines.get("local", {})
     if local:
         blocks.append(Block(_by_site(local), folded_under="Each site alone"))
+    own = run.baselines.get("own_rows", {})
+    if own:
+        rows = {f"{site}, {kind}": own[kind][site] for site in own["local"] for kind in own if site in own[kind]}
+        blocks.append(Block(_by_site(rows), folded_under="On each site's own evaluation rows: alone, and federated"))
     note = (
         "All measured on the operator's held-out rows. Local-only: each site trained alone, and its own adapter was "
         "measured. Centralised: all rows in one place."
     )
+    rates = run.baselines.get("learning_rates", {})
+    if rates:
+        note += f" Learning rates: {', '.join(f'{name} {rate:.2g}' for name, rate in rates.items())}."
     return Section("Against the baselines", note, blocks)
 
 

@@ -1,11 +1,15 @@
 import json
 
 import pytest
+from torch import nn
 
 from tests.support.federation import run_tiny, tiny_config
 from tsugiki.client.app import simulated_app
+from tsugiki.common.config.parse import changed
 from tsugiki.common.errors import Interrupted
-from tsugiki.server.baselines import average, centralised, local_only, run_baselines, site_names
+from tsugiki.common.files import read_lines
+from tsugiki.common.model.load import load_graft
+from tsugiki.server.baselines import _Bench, average, centralised, local_only, run_baselines, site_names
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.run.progress import Progress
 
@@ -15,37 +19,42 @@ SITES = ["site-0", "site-1"]
 @pytest.fixture(scope="module")
 def federated(tmp_path_factory):
     """A finished federated run, with its configuration."""
-    config = tiny_config(tmp_path_factory.mktemp("run"), strategy={"name": "fedadam"}, evaluation={"at_sites": True})
+    config = tiny_config(
+        tmp_path_factory.mktemp("run"),
+        strategy={"name": "fedadam"},
+        evaluation={"at_sites": True},
+        simulation={"evaluation_fraction": 0.3},
+    )
     return config, run_tiny(config)
 
 
 @pytest.mark.parametrize(
     ("train", "steps", "epochs"),
-    [({"local_steps": 2}, (2, 8), (0, 0)), ({"local_epochs": 3}, None, (3, 6))],
+    [({"local_steps": 2}, (2, 4), (0, 0)), ({"local_epochs": 3}, None, (3, 3))],
 )
 def test_baselines_train_on_as_many_rows(tmp_path, train, steps, epochs):
     """Catches: a comparison in which one side trains longer. Passes over all the data need no factor: it is larger."""
     config = tiny_config(tmp_path, train=train)
     alone, central = local_only(config), centralised(config, 2)
-    assert (alone.run.rounds, central.run.rounds) == (2, 1)
+    assert (alone.run.rounds, central.run.rounds) == (2, 2)
     assert (alone.train.local_epochs, central.train.local_epochs) == epochs
     assert steps is None or (alone.train.local_steps, central.train.local_steps) == steps
 
 
 @pytest.mark.parametrize(
-    ("train", "steps", "epochs"), [({"local_steps": 2}, (2, 8), 0), ({"local_epochs": 3}, None, 6)]
+    ("train", "steps", "epochs"), [({"local_steps": 2}, (2, 4), 0), ({"local_epochs": 3}, None, 3)]
 )
 def test_sites_that_are_asked_in_some_rounds_only_make_a_shorter_baseline(tmp_path, train, steps, epochs):
     """Catches: a central run of ten times the samples, where a tenth of the sites is asked in each round."""
     half = tiny_config(tmp_path, run={"rounds": 4}, train=train, strategy={"fraction_train": 0.5, "min_clients": 1})
     alone, central = local_only(half), centralised(half, 2)
-    assert alone.run.rounds == 2
+    assert (alone.run.rounds, central.run.rounds) == (2, 2)
     assert central.train.local_epochs == epochs
     assert steps is None or (alone.train.local_steps, central.train.local_steps) == steps
 
 
 def test_the_central_run_is_not_ended_by_a_sites_patience(tmp_path):
-    """Catches: two bad looks that end what is one round, and the whole training."""
+    """Catches: two bad looks that end a part of the whole training."""
     config = tiny_config(tmp_path, train={"validate_every_steps": 1, "local_patience": 1})
     assert (local_only(config).train.local_patience, centralised(config, 2).train.local_patience) == (1, 0)
 
@@ -75,10 +84,61 @@ def test_all_baselines_are_measured_and_written(federated):
     kinds = ["untouched", "local", "centralised"]
     results = run_baselines(config, outcome.folder, simulated_app, SITES, kinds, Progress())
     assert results == json.loads((outcome.folder / "baselines.json").read_text())
-    assert list(results) == kinds
+    assert list(results) == ["untouched", "local", "own_rows", "centralised", "curves", "learning_rates"]
     assert sorted(results["local"]) == SITES
     assert results["untouched"] == outcome.summary["before"]
     assert results["centralised"] != results["untouched"]
+
+
+def test_sites_alone_are_measured_on_their_own_rows_too(federated):
+    """Catches: a site that looks hopeless alone, because only the operator's rows count."""
+    _, outcome = federated
+    results = json.loads((outcome.folder / "baselines.json").read_text())
+    lines = read_lines(outcome.folder / "metrics.jsonl")
+    assert results["own_rows"]["federated"] == lines[-1]["sites_eval"]
+    assert sorted(results["own_rows"]["local"]) == SITES
+    for site in SITES:
+        assert results["own_rows"]["local"][site]["rows"] == lines[-1]["sites_eval"][site]["rows"]
+        assert results["own_rows"]["local"][site] != results["own_rows"]["federated"][site]
+
+
+def test_the_central_run_has_a_curve(federated):
+    """Catches: an end point without the way; a curve that does not end at the result, or begins after training."""
+    _, outcome = federated
+    results = json.loads((outcome.folder / "baselines.json").read_text())
+    curve = results["curves"]["centralised"]
+    assert [point["round"] for point in curve] == [0.0, 1.0, 2.0]
+    assert {**results["untouched"], "round": 0.0} == curve[0]
+    assert {**results["centralised"], "round": 2.0} == curve[-1]
+
+
+def test_the_central_run_is_one_training(tmp_path, monkeypatch):
+    """Catches: an optimiser, a schedule or an order of rows that begins anew where the run is cut for its curve."""
+    config = tiny_config(tmp_path, run={"rounds": 4}, train={"local_steps": 2})
+    for module in load_graft(config, config.model.name, config.run.seed).base.network.modules():
+        if isinstance(module, nn.Dropout):
+            monkeypatch.setattr(module, "p", 0.0)  # each round draws its own dropout
+    bench = _Bench(tmp_path, simulated_app, Progress())
+    cut = centralised(config, 2)
+    whole = changed(cut, {"run.rounds": 1, "train.local_steps": 16})
+    ends = [bench.train(run, name)[-1]["eval"]["loss"] for run, name in ((cut, "cut"), (whole, "whole"))]
+    assert ends[0] == pytest.approx(ends[1], abs=1e-5)
+
+
+def test_each_baseline_finds_a_rate_of_its_own(tmp_path):
+    """Catches: all data in one place that trains at a rate at which nothing is learnt, and loses to the federation."""
+    config = tiny_config(tmp_path, run={"rounds": 4}, train={"learning_rate": 1e-6, "local_steps": 4})
+    bench = _Bench(tmp_path, simulated_app, Progress())
+    found = bench.with_own_rate(centralised(config, 2), "centralised")
+    assert found.train.learning_rate == bench.rates["centralised"]
+    assert found.train.learning_rate > 1e-5
+
+
+def test_a_rate_that_diverges_is_not_chosen(tmp_path):
+    """Catches: a search that ends with the error of one of its trials."""
+    config = tiny_config(tmp_path, train={"learning_rate": 10.0, "optimizer": "sgd", "max_grad_norm": 0.0})
+    bench = _Bench(tmp_path, simulated_app, Progress())
+    assert bench.with_own_rate(centralised(config, 2), "centralised").train.learning_rate <= 10.0
 
 
 def test_baselines_do_not_depend_on_what_ran_before(federated, tmp_path):
@@ -87,7 +147,7 @@ def test_baselines_do_not_depend_on_what_ran_before(federated, tmp_path):
 
     def alone(folder, sites):
         folder.mkdir()
-        return run_baselines(config, folder, simulated_app, sites, ["local"], Progress())["local"]
+        return run_baselines(config, folder, simulated_app, sites, ["local"], Progress(), search_rates=False)["local"]
 
     first = alone(tmp_path / "a", ["site-1"])
     assert alone(tmp_path / "b", SITES)["site-1"] == first["site-1"]

@@ -113,13 +113,18 @@ def test_the_first_signal_stops_the_run_and_the_second_the_program(capsys):
 
 def test_compare_shows_all_four(tmp_path, no_export):
     """Catches: a baseline that is computed and not shown."""
-    file = write_tiny(tmp_path, run={"rounds": 1})
+    file = write_tiny(
+        tmp_path, run={"rounds": 1}, evaluation={"at_sites": True}, simulation={"evaluation_fraction": 0.3}
+    )
     results = json.loads(invoke("compare", file, "--json").stdout)
-    assert list(results) == ["federated", "untouched", "local", "centralised"]
+    assert [name for name in results if isinstance(results[name], dict)] == list(results)
+    assert {"federated", "untouched", "local", "centralised", "own_rows", "learning_rates"} <= results.keys()
     assert sorted(results["local"]) == ["site-0", "site-1"]
-    shown = invoke("compare", file, "--set", "run.name=second").stdout
+    shown = invoke("compare", file, "--no-search", "--set", "run.name=second").stdout
     for row in ("none (base model)", "site-0 alone", "average site alone", "federated", "all data in one place"):
         assert row in shown
+    assert "each site's own rows" in shown
+    assert not list((tmp_path / "runs" / "second" / "baselines").glob("*-rate-*"))
 
 
 def test_compare_needs_something_to_compare_by(tmp_path):

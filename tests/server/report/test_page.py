@@ -11,8 +11,9 @@ from tests.support.processes import ROOT
 from tests.support.runs import BASELINES, accepted, line, run_folder, start, usual, voided
 from tsugiki.common.errors import StorageError
 from tsugiki.server.report import tables
+from tsugiki.server.report.figures import metric_curve
 from tsugiki.server.report.page import write_report
-from tsugiki.server.report.run_files import worst_site
+from tsugiki.server.report.run_files import baseline_curves, read_run, worst_site
 
 HOSTILE = '<script>alert("x")</script>'
 
@@ -208,6 +209,19 @@ def test_baselines_are_in_figures_and_tables(page):
     """Catches: baselines that are read and then not shown."""
     assert page.text.count("local-only, mean") == 3
     assert "local-only, mean: 0.7\n" in page.text
+
+
+def test_a_baselines_way_is_drawn(tmp_path):
+    """Catches: a curve that is measured and drawn as a line at its end; points at the rounds of another run."""
+    lines = [line(number) for number in range(1, 5)]
+    way = [{"round": float(number), "accuracy": 0.9 - number / 10} for number in (0, 2, 4)]
+    baselines = {"centralised": {"accuracy": 0.5}, "curves": {"centralised": way}}
+    run = read_run(run_folder(tmp_path / "run", lines, baselines))
+    assert baseline_curves(run, "accuracy") == {"centralised": [(0.0, 0.9), (2.0, 0.7), (4.0, 0.5)]}
+    assert baseline_curves(run, "f1") == {}
+    ways = baseline_curves(run, "accuracy")
+    drawn = [metric_curve("accuracy", {0: 0.0}, None, {"centralised": 0.5}, curves) for curves in (ways, {})]
+    assert drawn[0] != drawn[1]
 
 
 def test_the_worst_site_is_named(page):
