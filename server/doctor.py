@@ -105,9 +105,7 @@ def _precision() -> Finding:
         return Finding(name, "torch is not installed", True, False)
     device = choose_device("auto")
     if not has_bf16(device):
-        return Finding(
-            name, f'not on this machine\'s {device}: train.precision = "bf16" computes in float32', True, False
-        )
+        return Finding(name, f'not on {device} here: train.precision = "bf16" computes in float32', True, False)
     return Finding(name, f'on {device}: train.precision = "bf16" {BF16_WORTH[device]}', True, False)
 
 

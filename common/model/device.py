@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from tsugiki.common.errors import ModelError
@@ -80,12 +81,13 @@ def computing(train: TrainSection, device: str) -> AbstractContextManager[Any]:
 
     Under bf16, matrix products take bfloat16 inputs; torch keeps sums that need it, such as losses, in float32.
     """
+    if actual_precision(train, device) == "float32":
+        return nullcontext()
     import torch
 
-    enabled = actual_precision(train, device) == "bf16"
     # No cache: torch keeps casts of trained weights only, and one that was made without gradient (the answers that
     # `rlhf` draws) would be used again for the loss, which then had no gradient.
-    return torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False)
+    return torch.autocast(device, torch.bfloat16, cache_enabled=False)
 
 
 def device_notes(config: RunConfig, device: str) -> tuple[str, ...]:

@@ -147,8 +147,10 @@ def test_features_are_those_of_the_frozen_trunk(files):
         {"train": {"gradient_accumulation_steps": 2}},
         {"privacy": {"examples": {"noise_multiplier": 1.0}}},
         {"strategy": {"name": "rolora"}},
+        {"train": {"precision": "bf16"}},
+        {"model": {"dtype": "bfloat16"}},
     ],
-    ids=["dropout", "accumulation", "examples", "rolora"],
+    ids=["dropout", "accumulation", "examples", "rolora", "bf16", "bfloat16"],
 )
 def test_what_would_differ_is_trained_one_by_one(files, sections):
     """Catches: dropout that is the same for all clients; DP-SGD that is silently left out; a frozen factor trained."""
