@@ -5,8 +5,8 @@
 It runs the tests that need CUDA; then the program's own local loop on a Llama of 135M parameters (or the checkpoint in
 FOLDER) and on one of 1B, both with random weights: LoRA in float32, under bfloat16 autocast, on a bfloat16 base, in 4
 bits, and with gradient checkpointing; then a server and two clients that share the GPU. Each part prints when it is
-done, and a part for which no time is left is skipped by name. On a machine without CUDA it runs a tiny shape on the CPU,
-and skips what needs CUDA. The JSON lines at the end are the record; docs/gpu.md says how to read them.
+done, and a part for which no time is left is skipped by name. On a machine without CUDA it runs a tiny shape on the
+CPU, and skips what needs CUDA. The JSON lines at the end are the record; docs/gpu.md says how to read them.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Record:
         print(f"-- {name}", flush=True)
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (whatever fails, the other parts are worth their figures)
             self.add(f"{name}: failed", 1, "", "<= 0", f"{type(error).__name__}: {str(error)[:300]}")
 
     @property
@@ -257,7 +257,7 @@ def write_base(folder: Path, shape: Shape, device: str) -> None:
         model = LlamaForCausalLM(config)
     model.to("cpu", torch.bfloat16).save_pretrained(folder)
     words = ["<s>", "</s>", "<pad>", "<unk>", *(f"w{number}" for number in range(shape.vocabulary - 4))]
-    plain = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    plain = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))  # noqa: S106  (no password)
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=plain, **special).save_pretrained(folder)

@@ -24,7 +24,7 @@ Source: Dettmers et al. 2023, arXiv:2305.14314, section 3, "Double Quantization"
 Precision = Literal["float32", "bf16"]
 
 BF16_WORTH = {
-    "cpu": "trains about 1.5 times and evaluates about 2 times as fast here (measured on AVX512-BF16)",
+    "cpu": "trains about 1.5 times and evaluates about 1.9 times as fast (measured on AVX512-BF16)",
     "cuda": "uses its tensor cores (not measured)",
 }
 """What `train.precision = "bf16"` brings, by the type of device; `scripts/bench/precision.py` measures it."""

@@ -5,7 +5,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.support.command_line import printed
 from tests.support.federation import leaks, model_folder, site_folder, tiny_config, write_rows

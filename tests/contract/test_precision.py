@@ -92,7 +92,7 @@ def test_what_is_trained_is_float32(bases, task, method, dtype):
 
 @pytest.mark.parametrize(("task", "form"), FORMS)
 def test_the_loss_under_autocast_is_near_that_in_float32(bases, monkeypatch, task, form):
-    """Catches: cosines rounded before they are scaled; a loss of the batch that has no gradient; a part left in 8 bits."""
+    """Catches: cosines rounded before they are scaled; a batch whose cast weights leave the loss without gradient."""
     monkeypatch.setattr("tsugiki.common.model.device.has_bf16", lambda device: True)  # emulated where it is not there
     config, graft, encoded = load(bases, task, "lora", form)
     plain, exact = step(config, graft, encoded, local_steps=1)

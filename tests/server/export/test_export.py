@@ -95,6 +95,8 @@ def runs(tmp_path_factory):
         "softmax": softmax,
         "lora": {"adapter": {"target_modules": ["value", "query", "key", "dense"]}, "evaluation": by_loss},
         "houlsby": {"evaluation": by_loss},
+        "houlsby-16": {"evaluation": by_loss, "model": {"dtype": "bfloat16"}},
+        "layernorm-16": {"evaluation": by_loss, "model": {"dtype": "bfloat16"}},
         "embedding": embedding,
         "causal": causal,
         "reward": {**preference, "task": {"name": "preference"}},
@@ -103,7 +105,6 @@ def runs(tmp_path_factory):
     kinds |= {f"{method}-embedding": embedding for method in ("dora", "vera", "bitfit", "prompt")}
     kinds |= {method: {"evaluation": by_loss} for method in ("dora", "ia3", "layernorm", "p-tuning", "fusion")}
     kinds["prefix-causal"] = causal
-    kinds |= {f"{kind}-16": {**kinds[kind], "model": {"dtype": "bfloat16"}} for kind in ("houlsby", "layernorm")}
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(f'{{"prompt": "the {word} clause"}}\n' for word in WORDS * 2))
     tiny = TASKS.get("rlhf").test_case()
