@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.contract.test_adapters import PAIRS, run
+from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import tiny_base
 from tsugiki.client.training.dp_sgd import check_supported
 from tsugiki.client.training.trainer import LocalRound, train
@@ -15,11 +16,15 @@ from tsugiki.common.adapters import ADAPTERS
 from tsugiki.common.config.parse import changed
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import TrainingError
+from tsugiki.common.files import read_lines
 from tsugiki.common.model import load as model
 from tsugiki.common.model.device import computing
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks import TASKS
+from tsugiki.common.tasks.base import Generation
+from tsugiki.common.tasks.sequence_classification import SequenceClassification
 from tsugiki.common.wire.spec import unpack
+from tsugiki.server.predict import predict
 
 FORMS = [(task, form) for task in TASKS.names() for form in ("", *TASKS.get(task).extra_cases())]
 
@@ -133,3 +138,26 @@ def test_both_pairs_of_flora_are_float32(bases):
     assert graft.spec.parameters("merged")
     assert {value.dtype for value in graft.parameters} == {torch.float32}
     assert step(config, graft, encoded, local_steps=1)[0].any()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_everything_of_a_run_computes_in_its_precision(tmp_path, monkeypatch, precision):
+    """Catches: a run that trains in bfloat16 and evaluates, validates or predicts in float32."""
+    monkeypatch.setattr("tsugiki.common.model.device.has_bf16", lambda device: True)
+    seen = {}
+    for name in ("loss", "evaluate", "predict"):
+        own = getattr(SequenceClassification, name)
+
+        def spy(self, *args, own=own, name=name):
+            seen.setdefault(name, set()).add(torch.is_autocast_enabled("cpu"))
+            return own(self, *args)
+
+        monkeypatch.setattr(SequenceClassification, name, spy)
+    settings = {"precision": precision, "device": "cpu", "validate_every_steps": 1}
+    kept = {"evaluation": {"at_sites": True}, "simulation": {"evaluation_fraction": 0.25}}
+    config = tiny_config(tmp_path, train=settings, run={"rounds": 1}, **kept)
+    done = run_tiny(config)
+    assert predict(done.folder, ["the good clause"], None, Generation())
+    assert seen == {name: {precision == "bf16"} for name in ("loss", "evaluate", "predict")}
+    hello = [line for line in read_lines(done.folder / "audit.jsonl") if line["event"] == "hello"]
+    assert {line["precision"] for line in hello} == {precision}

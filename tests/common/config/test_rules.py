@@ -120,3 +120,10 @@ def test_all_cross_checks_are_reported_together():
 def test_settings_that_do_go_together(raw):
     """Catches: a cross check that is too strict."""
     assert cross_checks(parse(raw)) == []
+
+
+def test_a_setting_of_an_earlier_version_says_what_replaced_it():
+    """Catches: an old file whose owner is told to delete what has another name now."""
+    (problem,) = problems({"train": {"bf16": True}}).values()
+    assert problem.key == "train.bf16"
+    assert 'write train.precision = "bf16"' in problem.hint
