@@ -85,9 +85,7 @@ def computing(train: TrainSection, device: str) -> AbstractContextManager[Any]:
         return nullcontext()
     import torch
 
-    # No cache: torch keeps casts of trained weights only, and one that was made without gradient (the answers that
-    # `rlhf` draws) would be used again for the loss, which then had no gradient.
-    return torch.autocast(device, torch.bfloat16, cache_enabled=False)
+    return torch.autocast(device, torch.bfloat16)
 
 
 def device_notes(config: RunConfig, device: str) -> tuple[str, ...]:
