@@ -23,7 +23,7 @@ from tsugiki.common import __version__, minor
 from tsugiki.common.config.parse import site_config
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import Code, DataError, SecureAggregationError, SpecError, TsugikiError, WireCode
-from tsugiki.common.model.device import device_notes
+from tsugiki.common.model.device import actual_precision, computing, device_notes, precision_advice
 from tsugiki.common.privacy.clipping import Levels
 from tsugiki.common.privacy.mechanisms import releases_of
 from tsugiki.common.privacy.plan import Plan
@@ -163,7 +163,10 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
         spec_sha256=run.graft.spec.sha256,
         libraries=f"python {platform.python_version()}, {libraries}",
         notes=",".join(notes),
+        precision=actual_precision(config.train, run.graft.device.type),
     )
+    if advice := precision_advice(config, run.graft.device.type):
+        log.info("%s", advice)
     site.record("hello", run=config.run.name, rows=rows, spec_sha256=reply.spec_sha256)
     return to_record(reply)
 
@@ -250,7 +253,7 @@ def _evaluate(site: Site, content: RecordDict) -> RecordDict:
         raise DataError(
             "this site keeps no evaluation rows", "data.evaluation in site.toml", code="shard-no-evaluation"
         )
-    with torch.no_grad():
+    with torch.no_grad(), computing(config.train, run.graft.device.type):
         metrics = run.graft.task.evaluate(run.graft.base, rows, config.evaluation.batch_size)
     shared: dict[str, Any] = {name: float(value) for name, value in site.policy.may_leave(metrics).items()}
     result = to_record(EvaluateReply(site.name, request.round, request.nonce, len(rows)))

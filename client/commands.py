@@ -259,7 +259,7 @@ def _try_run(site: FileSite, config: RunConfig) -> None:
         TsugikiError: of the step that fails.
     """
     from tsugiki.client.prepare import load_at, own_rank
-    from tsugiki.common.model.device import device_notes
+    from tsugiki.common.model.device import actual_precision, device_notes, precision_advice
     from tsugiki.common.strategies import strategy_of
     from tsugiki.common.tasks import TASKS
 
@@ -283,8 +283,10 @@ def _try_run(site: FileSite, config: RunConfig) -> None:
     notes = device_notes(config, graft.device.type) + shard.notes + graft.task.encode(shard, graft.base).notes
     typer.echo(
         f"would leave this site in the hello: its name, its number of rows{_noted(notes)}, fingerprints, "
-        "versions of libraries"
+        f"versions of libraries, the precision {actual_precision(config.train, graft.device.type)}"
     )
+    if advice := precision_advice(config, graft.device.type):
+        typer.echo(advice)
     # Some strategies send another part in every second round; the larger one counts.
     strategy = strategy_of(config.strategy)
     most = max(strategy.trained_part(graft.spec, round_number).size_bytes for round_number in (1, 2))

@@ -242,7 +242,8 @@ class SiteRun:
         """Return the cache key of a part: everything that the tokenised rows depend on."""
         limit = getattr(self.graft.base.tokenizer, "model_max_length", 0)  # virtual tokens shorten texts
         model = self.config.model
-        settings = f"{self.config.task.model_dump_json()}{model.dtype}{model.quantization}{limit}"
+        precision = self.config.train.precision  # of what some tasks compute from the bare base for each row
+        settings = f"{self.config.task.model_dump_json()}{model.dtype}{model.quantization}{precision}{limit}"
         if self.config.train.validate_every_steps:
             settings += f" {self.config.run.seed} {self.config.train.validation_fraction}"
         return self.site.identity(), part, f"{self.graft.spec.base_fingerprint}{settings}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from tsugiki.common.adapters import ADAPTERS
+from tsugiki.common.model.device import BF16_WORTH, choose_device, has_bf16
 from tsugiki.common.strategies import STRATEGIES
 from tsugiki.common.tasks import TASKS
 from tsugiki.server.run.storage import LEAST_FREE_BYTES
@@ -44,7 +45,15 @@ _LIBRARIES = ("flwr", "torch", "transformers", "peft", "sentence-transformers", 
 
 def examine() -> list[Finding]:
     """Return all findings, the needed ones first."""
-    findings = [_python(), *(_library(name) for name in _LIBRARIES), _devices(), _disk(), _phones_home(), _hub()]
+    findings = [
+        _python(),
+        *(_library(name) for name in _LIBRARIES),
+        _devices(),
+        _precision(),
+        _disk(),
+        _phones_home(),
+        _hub(),
+    ]
     findings += _plugins()
     return sorted(findings, key=lambda finding: not finding.needed)
 
@@ -87,6 +96,17 @@ def _devices() -> Finding:
     if torch.backends.mps.is_available():
         devices.append("mps")
     return Finding("devices", ", ".join(devices), True, False)
+
+
+def _precision() -> Finding:
+    """Say whether the device of a run here has bfloat16, and what it is worth; no run needs it."""
+    name = "bfloat16"
+    if importlib.util.find_spec("torch") is None:
+        return Finding(name, "torch is not installed", True, False)
+    device = choose_device("auto")
+    if not has_bf16(device):
+        return Finding(name, f'not on {device} here: train.precision = "bf16" computes in float32', True, False)
+    return Finding(name, f'on {device}: train.precision = "bf16" {BF16_WORTH[device]}', True, False)
 
 
 def _plugins() -> list[Finding]:

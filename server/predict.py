@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from tsugiki.common.data import images
 from tsugiki.common.data.shard import Shard, has_surrogates, read
 from tsugiki.common.errors import DataError, UsageError
+from tsugiki.common.model.device import computing
 from tsugiki.common.model.exported import open_exported, read_exported
 from tsugiki.common.model.find import find_in_hub
 from tsugiki.common.model.graft import Graft
@@ -52,7 +53,8 @@ def predict(
     graft = open_graft(folder, config)
     rows = _rows(graft, config.data, texts, file)
     graft.write(choose(folder, config, graft, which).vector)
-    with nullcontext() if adapter else graft.adapter_disabled():
+    switch = nullcontext() if adapter else graft.adapter_disabled()
+    with computing(config.train, graft.device.type), switch:
         return graft.task.predict(graft.base, rows, generation)
 
 

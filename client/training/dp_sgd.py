@@ -28,6 +28,7 @@ import numpy as np
 
 from tsugiki.client.training import trainer
 from tsugiki.client.training.trainer import LocalRound, Trained, Watch
+from tsugiki.common.adapters.master import has_masters
 from tsugiki.common.config.run import TrainSection
 from tsugiki.common.errors import TrainingError, UsageError
 from tsugiki.common.model.graft import Graft
@@ -60,7 +61,7 @@ def train_protecting_rows(
     Args:
         graft: the model; the drawn rows' gradients take rows * spec.size * 4 bytes.
         encoded: the rows, at least one.
-        settings: of the loop; `max_grad_norm`, accumulation and bf16 do not apply, and batches have
+        settings: of the loop; `max_grad_norm`, accumulation and `precision` do not apply, and batches have
             `per_device_train_batch_size` rows on average.
         local_round: which part of the run this is.
         examples: with a noise multiplier above 0.
@@ -181,6 +182,8 @@ def check_supported(graft: Graft) -> None:
         raise _unsupported("a trained layer norm without a bias", "norms that have one, or that are not trained")
     if any(value.dtype != torch.float32 for value in graft.parameters):
         raise _unsupported("trained numbers in half precision", "float32: noise is rounded away in others")
+    if has_masters(network):
+        raise _unsupported("trained layers that compute in half precision", 'model.dtype = "float32"')
 
 
 @contextmanager

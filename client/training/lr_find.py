@@ -19,6 +19,7 @@ from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import TrainingError, UsageError
 from tsugiki.common.files import write_atomically
+from tsugiki.common.model.device import computing
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.plots import BLUE, LIGHT_GREY, RED, new_figure, plain_numbers, plot_format, render, style
@@ -62,7 +63,7 @@ def find_rate(
 
     Args:
         config: the run. Optimiser, batch size and clipping of [train] are used; gradients are not accumulated, and
-            bfloat16, the proximal term and DP-SGD are left out.
+            the proximal term and DP-SGD are left out.
         lowest: the first rate.
         highest: the last rate.
         steps: most steps of the test.
@@ -121,8 +122,10 @@ def _sweep(
                 if not settings.bias_correction:
                     group["lr"] *= uncorrected(optimizer, group)
             # The loss is looked at before the step: at a rate that diverges, none is taken.
-            batch = graft.task.batch(encoded, next(stream), graft.base)
-            loss = graft.task.loss(graft.base.network, {name: value.to(graft.device) for name, value in batch.items()})
+            with computing(settings, graft.device.type):
+                batch = graft.task.batch(encoded, next(stream), graft.base)
+                batch = {name: value.to(graft.device) for name, value in batch.items()}
+                loss = graft.task.loss(graft.base.network, batch)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]) or _over(smooth(losses)):
                 break

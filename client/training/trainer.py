@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from tsugiki.common.config.run import TrainSection
 from tsugiki.common.errors import TrainingError
+from tsugiki.common.model.device import computing
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.rng import derive_seed, generator, seed_everything
 from tsugiki.common.tasks.base import Encoded
@@ -99,14 +100,13 @@ def train(
     stream = batches(len(encoded), settings, local_round, steps)
     # On the device: reading a loss in every step would wait for the GPU.
     losses = torch.zeros(steps, device=graft.device)
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=settings.bf16 and graft.device.type == "cuda")
 
     graft.base.network.train()
     try:
         for step in range(steps):
             set_learning_rate(optimizer, settings, local_round, step, steps)
             for _ in range(settings.gradient_accumulation_steps):
-                with autocast:  # some batches hold what the model itself makes of them
+                with computing(settings, graft.device.type):  # some batches hold what the model itself makes of them
                     batch = graft.task.batch(encoded, next(stream), graft.base)
                     batch = {name: tensor.to(graft.device) for name, tensor in batch.items()}
                     loss = graft.task.loss(graft.base.network, batch) / settings.gradient_accumulation_steps

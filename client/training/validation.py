@@ -12,6 +12,7 @@ from tsugiki.client.site.site import Site
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import DataError, TrainingError
+from tsugiki.common.model.device import computing
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.rng import generator
 from tsugiki.common.tasks import Task
@@ -144,7 +145,8 @@ class BestOfRound:
         import torch
 
         torch.set_num_threads(self.config.train.threads)
-        with torch.no_grad(), at_rest(self.graft.base.network):
+        precision = computing(self.config.train, self.graft.device.type)
+        with torch.no_grad(), precision, at_rest(self.graft.base.network):
             found = self.graft.task.evaluate(self.graft.base, self.rows, self.config.evaluation.batch_size)
         value = found.get(self.config.monitor, math.nan)
         return -value if self._lower_is_better else value

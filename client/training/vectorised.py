@@ -28,14 +28,18 @@ CHUNK_CLIENTS = 500
 
 
 def can_train_together(job: Job) -> bool:
-    """Return whether the job's settings allow it: no randomness inside the network, and a plain backward pass."""
+    """Return whether the job's settings allow it: no randomness inside the network, and a plain backward pass.
+
+    A last layer alone is too small to gain from bfloat16, so under bf16 clients are trained one after the other.
+    """
     settings = job.config.train
     adapter = job.config.adapter
     return (
         len(job.clients) > 1
         and getattr(adapter, "dropout", 0.0) == 0.0
         and settings.gradient_accumulation_steps == 1
-        and not settings.bf16
+        and settings.precision != "bf16"
+        and job.config.model.dtype == "float32"
         and not settings.persist_optimizer
         and not settings.divergence_factor
         and not job.config.privacy.examples.enabled

@@ -23,6 +23,7 @@ class LayerNorm(PeftMethod):
 
     name = "layernorm"
     Settings = LayerNormSettings
+    computes_in_float32 = False  # a norm of float32 gives the next layer float32, which a base of 16 bits cannot read
     unfit = {"tsugiki-cnn": "it has no layer norms"}  # noqa: RUF012  (declared a ClassVar in the base)
 
     def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:

@@ -188,7 +188,7 @@ def _add_merged_pair(model: Any, rank: int) -> None:
         scaling = layer.scaling[TRAINED]
         layer.update_layer(MERGED, own, lora_alpha=scaling * own, config=LoraConfig(r=own))
         for factor in (layer.lora_A[MERGED], layer.lora_B[MERGED]):
-            nn.init.zeros_(factor.weight)
+            nn.init.zeros_(factor.float().weight)  # as peft holds the other pair, also on a base of 16 bits
         layer.set_adapter([TRAINED, MERGED])
 
 

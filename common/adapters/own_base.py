@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.common.adapters.base import AdapterMethod, require_heads
+from tsugiki.common.adapters.master import keep_masters
 from tsugiki.common.errors import ExportError, ModelError
 
 TENSORS_FILE = "tsugiki_adapter.safetensors"
@@ -60,6 +61,7 @@ class OwnMethod(AdapterMethod):
         transformer.adapter_heads = heads  # for `without_heads`, which is called with the transformer only
         for head in heads:
             modules[head].requires_grad_(True)
+        keep_masters(transformer)
         return transformer
 
     @abstractmethod

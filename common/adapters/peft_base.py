@@ -6,11 +6,12 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from tsugiki.common.adapters.base import AdapterMethod
+from tsugiki.common.adapters.master import keep_masters
 from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import AdapterSettings, Names
 
@@ -30,6 +31,8 @@ class PeftMethod(AdapterMethod):
 
     export_format = "peft"
     tensors_file = "adapter_model.safetensors"
+    computes_in_float32: ClassVar[bool] = True
+    """Whether the method's layers cast what goes through them, so that peft may hold their tensors in float32."""
 
     @abstractmethod
     def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:
@@ -51,11 +54,12 @@ class PeftMethod(AdapterMethod):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)  # norms have no width for peft
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)  # `_untie` solves this
-            model = get_peft_model(transformer, config)
+            model = get_peft_model(transformer, config, autocast_adapter_dtype=self.computes_in_float32)
         # Constants stay frozen, such as A under `freeze_a`.
         for name, value in model.named_parameters():
             if name in self.constants(model):
                 value.requires_grad_(False)
+        keep_masters(model)
         return model
 
     @contextmanager

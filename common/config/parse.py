@@ -159,13 +159,17 @@ def explain(prefix: str, section: type[Section], detail: Any) -> Problem:
     value = repr(detail["input"])[:80]
     if detail["type"] == "extra_forbidden":
         known = ", ".join(section.model_fields)
-        return Problem(key, value, f"a known key: {known}", _did_you_mean(str(detail["loc"][-1]), known))
+        hint = _REPLACED.get(key) or _did_you_mean(str(detail["loc"][-1]), known)
+        return Problem(key, value, f"a known key: {known}", hint)
     if detail["type"] == "tuple_type":  # TOML has no tuples
         return Problem(key, value, "a list in brackets")
     if detail["type"] == "missing":
         return Problem(key, "nothing", "set: it has no default")
     return Problem(key, value, _after_must_be(detail["msg"]))
 
+
+_REPLACED = {"train.bf16": 'write train.precision = "bf16" for true; remove it for false'}
+"""What to write in place of settings of earlier versions."""
 
 _PYDANTIC_WORDS = {
     r"^value error, ": "",

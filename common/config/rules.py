@@ -86,8 +86,9 @@ def _model_problems(config: RunConfig) -> list[Problem]:
 def _train_problems(config: RunConfig) -> list[Problem]:
     """Return conflicts of the optimizer and the local loop with other settings."""
     problems = []
-    if config.train.bf16 and config.train.device == "cpu":
-        problems.append(Problem("train.bf16", "true", "false on a CPU", 'set train.device = "cuda", or drop bf16'))
+    if config.train.precision == "bf16" and config.model.dtype == "float16":
+        expected = '"auto" or "float32" with model.dtype = "float16": the two types do not mix'
+        problems.append(Problem("train.precision", "'bf16'", expected, 'set model.dtype = "bfloat16" or "float32"'))
     if config.train.momentum and config.train.optimizer != "sgd":
         problems.append(Problem("train.momentum", str(config.train.momentum), "0 unless optimizer is sgd", "remove it"))
     if not config.train.bias_correction and config.train.optimizer != "adamw":
@@ -316,6 +317,7 @@ def _example_problems(config: RunConfig) -> list[Problem]:
     if examples.enabled and not strategy_of(config.strategy).same_part:
         why = "one that trains the same numbers in every round, with DP-SGD"
         found.append(Problem("strategy.name", repr(config.strategy.name), why, 'use "ffa"'))
-    if examples.enabled and config.train.bf16:
-        found.append(Problem("train.bf16", "true", "false with DP-SGD", "remove it"))
+    if examples.enabled and config.train.precision == "bf16":
+        why = '"auto" or "float32" with DP-SGD: a row\'s gradient is clipped in float32'
+        found.append(Problem("train.precision", "'bf16'", why, "remove it"))
     return found

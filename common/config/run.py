@@ -196,10 +196,11 @@ class TrainSection(Section):
         description='Device for training. "auto" takes CUDA, else MPS, else the CPU; name one to refuse sites that '
         "lack it.",
     )
-    bf16: bool = Field(
-        default=False,
-        description="Compute under bfloat16 autocast, on CUDA only. Set it for speed on GPUs that support it; the "
-        "weights keep their type.",
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        default="auto",
+        description='Type of matrix products, in training and in evaluation. "bf16" computes under bfloat16 autocast '
+        "where the device has bfloat16, and in float32 elsewhere; the weights keep their type. Set it for speed, if "
+        'sites need not end with equal bytes. "auto" is float32, and says what "bf16" would bring on this machine.',
     )
 
 

@@ -147,6 +147,8 @@ class SentenceEmbedding(Task):
 
     def loss(self, network: Any, batch: Batch) -> torch.Tensor:
         """Return sentence-transformers' own loss over the batch; for softmax-nli the mean cross-entropy, in float32."""
+        import torch
+        from sentence_transformers.base.losses.merged_forward import embed_columns
         from sentence_transformers.sentence_transformer import losses
         from torch.nn.functional import cross_entropy
 
@@ -165,7 +167,10 @@ class SentenceEmbedding(Task):
             criterion = losses.CoSENTLoss(network, scale=self.settings.scale)
         else:
             criterion = losses.MultipleNegativesRankingLoss(network, scale=self.settings.scale)
-        result: torch.Tensor = criterion(features, batch.get("labels"))
+        vectors = [vector.float() for vector in embed_columns(network, features)]
+        # In float32 also under autocast, which would round cosines to three digits before they are scaled.
+        with torch.autocast(vectors[0].device.type, enabled=False):
+            result: torch.Tensor = criterion.compute_loss_from_embeddings(vectors, batch.get("labels"))
         return result
 
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:

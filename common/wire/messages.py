@@ -39,6 +39,7 @@ class HelloRequest:
 class HelloReply:
     """A site's description of itself. `notes` are codes, separated by commas.
 
+    `precision` is that of the site's matrix products, "float32" or "bf16".
     `clients` is the number of clients that train at this site: 1, or more behind a gateway. In a private run, `rows`
     and `evaluation_rows` are withheld (0), and the notes contain nothing about rows.
     """
@@ -52,6 +53,7 @@ class HelloReply:
     spec_sha256: str
     libraries: str
     notes: str
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)

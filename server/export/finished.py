@@ -49,7 +49,7 @@ def open_graft(folder: Path, config: RunConfig) -> Graft:
         StorageError: `run-unfinished`, `run-corrupt`.
     """
     plain = {"model.quantization": "none", "model.gradient_checkpointing": False}
-    on_cpu = changed(config, {"train.device": "cpu", "train.bf16": False, **plain})
+    on_cpu = changed(config, {"train.device": "cpu", **plain})
     spec = _read(folder / "spec.json")
     recorded = spec["sha256"]
     # With the hashes that the run agreed on, the task's other models need not be loaded.

@@ -9,6 +9,7 @@ from pathlib import Path
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data.shard import Shard, read
 from tsugiki.common.errors import ConfigError, DataError, Problem
+from tsugiki.common.model.device import computing
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.tasks import Task
 from tsugiki.common.tasks.base import Encoded
@@ -38,7 +39,7 @@ def make_evaluator(graft: Graft, config: RunConfig) -> Evaluator | None:
     def evaluate(vector: Vector) -> dict[str, float]:
         torch.set_num_threads(config.train.threads)
         graft.write(vector)
-        with torch.no_grad():
+        with torch.no_grad(), computing(config.train, graft.device.type):
             return graft.task.evaluate(graft.base, encoded, config.evaluation.batch_size)
 
     return evaluate
@@ -53,7 +54,7 @@ def _check_monitor(graft: Graft, config: RunConfig, encoded: Encoded) -> None:
     import torch
 
     # only a trial shows which metrics the rows give
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), computing(config.train, graft.device.type), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so few rows may have no correlation
         names = graft.task.evaluate(graft.base, encoded.first(_FEW), _FEW)
     if config.monitor not in names:
@@ -69,7 +70,7 @@ def evaluate_base(graft: Graft, config: RunConfig) -> dict[str, float]:
 
     shard = read_evaluation(Path(config.evaluation.data), graft.task, config)
     graft.write(graft.initial)
-    with torch.no_grad(), graft.adapter_disabled():
+    with torch.no_grad(), computing(config.train, graft.device.type), graft.adapter_disabled():
         return graft.task.evaluate(graft.base, graft.task.encode(shard, graft.base), config.evaluation.batch_size)
 
 

@@ -14,6 +14,7 @@ from tsugiki.common.config.files import to_toml, with_absolute_paths
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import StorageError
 from tsugiki.common.files import read_lines, write_atomically
+from tsugiki.common.model.device import precision_advice
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.privacy.plan import Plan
@@ -92,6 +93,9 @@ def run_federation(
         privacy = open_privacy(plan, config, _ledger_path(config, folder, simulated), audit, state.round)
 
         with progress:
+            computes = simulated or evaluator is not None
+            if computes and (advice := precision_advice(config, graft.device.type)):
+                progress.note(advice)
             if privacy and not (config.privacy.enrolled_clients or config.simulation.data):
                 most = config.strategy.min_clients
                 progress.note(f"privacy.enrolled_clients is not set: no more than min_clients = {most} may join")

@@ -242,6 +242,7 @@ class Roster:
             version=hello.version[:32],
             libraries=hello.libraries[:200],
             notes=hello.notes[:200],
+            precision=hello.precision[:32],
         )
         notes = tuple(note for note in hello.notes[:200].split(",") if re.fullmatch(_NOTE, note))
         return Member(hello.site, node, hello.rows, hello.evaluation_rows, hello.clients, notes)

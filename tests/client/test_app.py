@@ -102,14 +102,16 @@ def test_hello_notes_what_was_cut(tmp_path):
     assert (hello.rows, hello.notes) == (3, "shard-texts-cut:2")
 
 
-def test_hello_notes_that_autocast_is_not_for_this_device(tmp_path):
-    """Catches: a run that asks for bfloat16, trains in float32 on a CPU, and says nothing."""
-    config = tiny_config(tmp_path, train={"bf16": True, "device": "auto"})
-    there = torch.cuda.is_available()
+@pytest.mark.parametrize("there", [True, False])
+def test_hello_says_in_which_precision_the_site_computes(tmp_path, monkeypatch, there):
+    """Catches: a run that asks for bfloat16, trains in float32 on a device without it, and says nothing."""
+    monkeypatch.setattr("tsugiki.common.model.device.has_bf16", lambda device: there)
+    config = tiny_config(tmp_path, train={"precision": "bf16", "device": "cpu"})
     hello = from_record(
         HelloReply, ask(config, "query", to_record(HelloRequest(config.for_sites(), __version__))).content
     )
     assert ("no-bf16" in hello.notes.split(",")) == (not there)
+    assert hello.precision == ("bf16" if there else "float32")
     assert "shard-texts-cut:12" in hello.notes.split(",")
 
 

@@ -5,7 +5,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.support.command_line import printed
 from tests.support.federation import leaks, model_folder, site_folder, tiny_config, write_rows
@@ -116,7 +115,7 @@ def test_check_counts_what_is_sent_and_tells_of_a_smaller_rank(tmp_path):
     assert "trains 1 of the 2 components" in printed("site", "check", file, "--run", run, "--set", "strategy.name=svd")
 
 
-def test_check_says_what_the_hello_notes(tmp_path):
+def test_check_says_what_the_hello_notes(tmp_path, monkeypatch):
     """Catches: a count that leaves the site although the check does not tell."""
     base = tiny_llama(tmp_path / "base")
     (tmp_path / "titles.txt").write_text("good clause\nthe bad clause number nine of a party\n")
@@ -126,9 +125,10 @@ def test_check_says_what_the_hello_notes(tmp_path):
     shown = printed("site", "check", file, "--run", run)
     assert "titles.txt: 2 rows for causal-lm\n" in shown
     assert "its number of rows (shard-texts-cut:1), " in shown
-    options = ["--set", "train.bf16=true", "--set", "train.device=auto"]
-    noted = "" if torch.cuda.is_available() else "no-bf16, "
-    assert f"rows ({noted}shard-texts-cut:1), " in printed("site", "check", file, "--run", run, *options)
+    monkeypatch.setattr("tsugiki.common.model.device.has_bf16", lambda device: False)
+    shown = printed("site", "check", file, "--run", run, "--set", "train.precision=bf16")
+    assert "rows (no-bf16, shard-texts-cut:1), " in shown
+    assert "the precision float32\n" in shown
 
 
 def test_a_folder_in_the_run_is_asked_for_as_a_server_here_asks(tmp_path, monkeypatch):

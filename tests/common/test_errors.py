@@ -71,7 +71,7 @@ def test_codes_are_kebab_case_and_statuses_are_sane():
         (("no server", "HOST:PORT"), "No server. Expected HOST:PORT."),
         (("round 3: no reply",), "Round 3: no reply."),
         (("this client's own key", "", "a\n"), "This client's own key. Try: a\n."),
-        (("train.bf16 = true",), "train.bf16 = true."),
+        (("train.momentum = 0.9",), "train.momentum = 0.9."),
         (("clients = 3",), "clients = 3."),
         (("runs/first is locked",), "runs/first is locked."),
         (("clauses.csv: line 3",), "clauses.csv: line 3."),

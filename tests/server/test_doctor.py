@@ -67,3 +67,12 @@ def test_packages_that_add_something_are_listed_and_broken_ones_with_their_probl
     broken = found("broken 2.0")
     assert (broken.fine, broken.needed, broken.found) == (False, False, "strategy other = broken: ImportError: no")
     assert "uninstall" in broken.do
+
+
+@pytest.mark.parametrize(("there", "said"), [(True, "trains about"), (False, "computes in float32")])
+def test_bfloat16_is_named_with_its_worth(monkeypatch, there, said):
+    """Catches: a machine that has it and is not told; one that lacks it and is called unfit."""
+    monkeypatch.setattr(doctor, "choose_device", lambda wanted: "cpu")
+    monkeypatch.setattr(doctor, "has_bf16", lambda device: there)
+    assert said in found("bfloat16").found
+    assert found("bfloat16").fine

@@ -40,10 +40,11 @@ class Scripted:
 
 def watcher(scores, metric="loss", every=1, patience=0, watched=""):
     """Return what looks at an adapter of one number, which the test moves."""
-    graft = SimpleNamespace(value=0.0, base=SimpleNamespace(network=torch.nn.Dropout()), task=Scripted(scores, metric))
+    base = SimpleNamespace(network=torch.nn.Dropout())
+    graft = SimpleNamespace(value=0.0, base=base, task=Scripted(scores, metric), device=torch.device("cpu"))
     graft.read = lambda: np.array([graft.value], np.float32)
     graft.write = lambda vector: setattr(graft, "value", float(vector[0]))
-    settings = SimpleNamespace(validate_every_steps=every, local_patience=patience, threads=1)
+    settings = SimpleNamespace(validate_every_steps=every, local_patience=patience, threads=1, precision="auto")
     config = SimpleNamespace(train=settings, monitor=watched or metric, evaluation=SimpleNamespace(batch_size=4))
     return BestOfRound(graft, [0], config), graft
 

@@ -12,7 +12,7 @@ from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.client.training.cohort import asked_clients, train_openly, train_protecting_clients
 from tsugiki.client.training.job import Job
 from tsugiki.client.training.vectorised import can_train_together, train_together
-from tsugiki.common.config.parse import parse
+from tsugiki.common.config.parse import changed, parse
 from tsugiki.common.data.images import write_idx
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.messages import TrainRequest
@@ -147,11 +147,14 @@ def test_features_are_those_of_the_frozen_trunk(files):
         {"train": {"gradient_accumulation_steps": 2}},
         {"privacy": {"examples": {"noise_multiplier": 1.0}}},
         {"strategy": {"name": "rolora"}},
+        {"train": {"precision": "bf16"}},
     ],
-    ids=["dropout", "accumulation", "examples", "rolora"],
+    ids=["dropout", "accumulation", "examples", "rolora", "bf16"],
 )
 def test_what_would_differ_is_trained_one_by_one(files, sections):
     """Catches: dropout that is the same for all clients; DP-SGD that is silently left out; a frozen factor trained."""
     assert not can_train_together(job(files, **sections))
     assert can_train_together(job(files))
     assert not can_train_together(replace(job(files), rank=1))
+    narrow = changed(job(files).config, {"model.dtype": "bfloat16"})
+    assert not can_train_together(replace(job(files), config=narrow))

@@ -187,7 +187,7 @@ def test_every_example_file_is_right(monkeypatch):
         ('run.name="clauses"', "clauses"),
         ("run.rounds=3", 3),
         ("train.learning_rate=1e-4", 1e-4),
-        ("train.bf16=true", True),
+        ("train.persist_optimizer=true", True),
         ("task.labels=['a', 'b']", ["a", "b"]),
         ("data.columns={text='sentence'}", {"text": "sentence"}),
         ("evaluation.data=a=b.csv", "a=b.csv"),

@@ -19,7 +19,7 @@ CROSS = {
     "strategy.min_clients": {"simulation": {"data": "a.csv", "clients": 2}, "strategy": {"min_clients": 3}},
     "simulation.column": {"simulation": {"partition": "by-column"}},
     "evaluation.data": {"evaluation": {"early_stopping_patience": 2}},
-    "train.bf16": {"train": {"bf16": True, "device": "cpu"}},
+    "train.precision": {"train": {"precision": "bf16"}, "model": {"dtype": "float16"}},
     "train.momentum": {"train": {"momentum": 0.9}},
     "model.quantization": {"model": {"quantization": "nf4"}, "train": {"device": "cpu"}},
     "model.gradient_checkpointing": {
@@ -111,7 +111,7 @@ def test_all_cross_checks_are_reported_together():
         {"strategy": {"min_clients": 5}},  # a deployment: simulation.clients means nothing
         {"strategy": {"min_clients": 9}, "simulation": {"data": "a.csv", "partition": "by-column", "column": "org"}},
         {"train": {"momentum": 0.9, "optimizer": "sgd"}},
-        {"train": {"bf16": True, "device": "cuda"}},
+        {"train": {"precision": "bf16", "device": "cpu"}, "model": {"dtype": "bfloat16"}},
         {"strategy": {"name": "flora"}, "adapter": {"merged_rank": 4}},
         {"evaluation": {"early_stopping_patience": 2, "data": "dev.csv"}},
         {"train": {"learning_rate": 1, "local_epochs": 2}},  # TOML's 1 is a fine learning rate
@@ -120,3 +120,10 @@ def test_all_cross_checks_are_reported_together():
 def test_settings_that_do_go_together(raw):
     """Catches: a cross check that is too strict."""
     assert cross_checks(parse(raw)) == []
+
+
+def test_a_setting_of_an_earlier_version_says_what_replaced_it():
+    """Catches: an old file whose owner is told to delete what has another name now."""
+    (problem,) = problems({"train": {"bf16": True}}).values()
+    assert problem.key == "train.bf16"
+    assert 'write train.precision = "bf16"' in problem.hint

@@ -247,6 +247,7 @@ def test_bits_per_weight_are_the_papers():
     assert pytest.approx(0.127, abs=1e-3) == BITS_PER_WEIGHT - 4
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here: 4 bits and bf16 were not run on a GPU")
 @pytest.mark.parametrize("settings", [{"quantization": "nf4"}, {"gradient_checkpointing": True}])
 def test_on_a_gpu(bases, settings):
@@ -255,7 +256,7 @@ def test_on_a_gpu(bases, settings):
         pytest.skip("bitsandbytes, of the extra [quantized], is not installed")
     graft, encoded = graft_of(bases, "causal-lm", **settings)
     assert {value.device.type for value in graft.base.network.parameters()} == {"cuda"}
-    chosen = config_of("causal-lm").train.model_copy(update={"bf16": True})
+    chosen = config_of("causal-lm").train.model_copy(update={"precision": "bf16"})
     before = graft.read()
     assert train(graft, encoded, chosen, LocalRound(1, "site-0", 1, 0.0, 1.0)).steps == 8
     assert np.isfinite(graft.read()).all()

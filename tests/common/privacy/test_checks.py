@@ -63,7 +63,12 @@ CASES = {
     "a budget for nothing": ({"target_epsilon": 1.0}, {}, "privacy.target_epsilon", "privacy.mode"),
     "noise for nothing": ({"noise_multiplier": 1.0}, {}, "privacy.noise_multiplier", "privacy.mode"),
     "masks for nothing": ({"secure_aggregation": True}, {}, "privacy.secure_aggregation", "privacy.mode"),
-    "rows and bf16": ({"examples": {"target_epsilon": 1.0}}, {"train": {"bf16": True}}, "train.bf16", "remove"),
+    "rows and bf16": (
+        {"examples": {"target_epsilon": 1.0}},
+        {"train": {"precision": "bf16"}},
+        "train.precision",
+        "remove",
+    ),
     "rows and accumulation": (
         {"examples": {"noise_multiplier": 1.0}},
         {"train": {"gradient_accumulation_steps": 2}},

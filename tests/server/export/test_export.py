@@ -95,6 +95,8 @@ def runs(tmp_path_factory):
         "softmax": softmax,
         "lora": {"adapter": {"target_modules": ["value", "query", "key", "dense"]}, "evaluation": by_loss},
         "houlsby": {"evaluation": by_loss},
+        "houlsby-16": {"evaluation": by_loss, "model": {"dtype": "bfloat16"}},
+        "layernorm-16": {"evaluation": by_loss, "model": {"dtype": "bfloat16"}},
         "embedding": embedding,
         "causal": causal,
         "reward": {**preference, "task": {"name": "preference"}},
@@ -296,6 +298,14 @@ def test_a_merged_model_needs_no_adapter_and_spares_the_graft(runs, tmp_path, pr
     assert not [name for name in load_file(target / "model.safetensors") if "lora" in name]
     assert (kind == "vit") == ("preprocessor_config.json" in names)
     assert export_check.expect(graft).effect > 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # peft, of layer norms
+@pytest.mark.parametrize(("kind", "merged"), [("houlsby-16", False), ("layernorm-16", False), ("layernorm-16", True)])
+def test_what_was_trained_on_sixteen_bits_is_exported(runs, tmp_path, proved_here, caplog, kind, merged):
+    """Catches: an export whose loader rounds the float32 head, and so computes another function than the run."""
+    export(runs(kind), tmp_path / "out", merged=merged)
+    assert "changes nothing" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["softmax", "bitfit-softmax"])

@@ -174,8 +174,13 @@ def test_the_flower_app_reads_its_run_config(tmp_path, capsys):
     assert "round 1, loss" in capsys.readouterr().err
 
 
-def test_progress_is_told(tmp_path):
-    """Catches: a run that shows nothing; what is unusual about the rows told to the audit log alone."""
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_progress_is_told(tmp_path, monkeypatch, has_bf16):
+    """Catches: a run that shows nothing; what is unusual about the rows told to the audit log alone.
+
+    Also: bfloat16 that is there and that nobody hears of.
+    """
+    monkeypatch.setattr("tsugiki.common.model.device.has_bf16", lambda device: has_bf16)
     told = []
 
     class Recorder(Progress):
@@ -185,8 +190,10 @@ def test_progress_is_told(tmp_path):
         def reply(self, site, outcome):
             told.append((site, outcome))
 
-    run_tiny(tiny_config(tmp_path, run={"rounds": 1}), progress=Recorder())
+    run_tiny(tiny_config(tmp_path, run={"rounds": 1}, train={"device": "cpu"}), progress=Recorder())
     replies = [("site-0", "accepted"), ("site-1", "accepted")]
+    assert [text for text in told[:1] if "this device has bfloat16" in text] == told[:has_bf16]
+    del told[:has_bf16]
     assert told == ["2 of 2 nodes connected", "shard-texts-cut: site-0 (12), site-1 (12)", *replies]
 
 
