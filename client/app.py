@@ -6,7 +6,7 @@ import logging
 import platform
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -135,6 +135,13 @@ def is_private(content: RecordDict) -> bool:
 # The handlers
 
 
+@cache  # reading a package's version takes as long as a small hello
+def _libraries() -> str:
+    """Return the versions that a hello reports."""
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft"))
+    return f"python {platform.python_version()}, {libraries}"
+
+
 def _hello(site: Site, content: RecordDict) -> RecordDict:
     """Check that this site fits the run, and report its clients, its rows and its versions."""
     request = from_record(HelloRequest, content)
@@ -152,7 +159,6 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
     notes = device_notes(config, run.graft.device.type)
     if not run.hides_rows:
         notes += run.notes()
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("flwr", "torch", "transformers", "peft"))
     reply = HelloReply(
         site=site.name,
         version=__version__,
@@ -161,7 +167,7 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
         evaluation_rows=0 if run.plan else evaluation_rows,
         base_fingerprint=run.graft.spec.base_fingerprint,
         spec_sha256=run.graft.spec.sha256,
-        libraries=f"python {platform.python_version()}, {libraries}",
+        libraries=_libraries(),
         notes=",".join(notes),
         precision=actual_precision(config.train, run.graft.device.type),
     )

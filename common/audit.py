@@ -9,40 +9,78 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import append_line, read_lines, write_atomically
+from tsugiki.common.files import append_lines, read_lines, unwritable
 
 _START = "0" * 64
 
 
 class AuditLog:
-    """Writes events to one file; an existing file is verified first and continued."""
+    """Writes events to one file; an existing file is verified first and continued.
+
+    Each line is verified once, also where other processes append to the same file. They need a lock around `write`.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        records = verify(path)
-        if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):  # a crash cut the last line off
-            write_atomically(path, "".join(json.dumps(record) + "\n" for record in records).encode())
-        self._last = records[-1]["hash"] if records else _START
-        self._sequence = len(records)
+        self._last = _START
+        self._sequence = 0
+        self._size = 0  # in bytes, of what is verified
+        self._catch_up()
 
     def write(self, event: str, **details: Any) -> None:
-        """Append an event. Values are escaped as JSON, so that no value can forge a line."""
-        record = {
-            "sequence": self._sequence,
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "event": event,
-            **details,
-            "previous": self._last,
-        }
-        record["hash"] = _hash(record)
-        append_line(self._path, record)
-        self._last = record["hash"]
-        self._sequence = self._sequence + 1
+        """Append an event, which is on the disk when this returns."""
+        self.write_all([(event, details)])
+
+    def write_all(self, events: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        """Append events with one flush to the disk for all of them.
+
+        Values are escaped as JSON, so that no value can forge a line. Whatever depends on an event has to wait until
+        this returns.
+        """
+        self._catch_up()
+        records = []
+        last = self._last
+        for sequence, (event, details) in enumerate(events, self._sequence):
+            record = {
+                "sequence": sequence,
+                "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "event": event,
+                **details,
+                "previous": last,
+            }
+            last = _hash(record)
+            records.append({**record, "hash": last})
+        append_lines(self._path, records)
+        self._last = last
+        self._sequence += len(records)
+        self._size = self._path.stat().st_size
+
+    def _catch_up(self) -> None:
+        """Verify the lines that the file has had since the last look."""
+        try:
+            size = self._path.stat().st_size
+        except FileNotFoundError:
+            size = 0
+        # an operator has moved the log away, or cut it off
+        if size < self._size:
+            self._last = _START
+            self._sequence = 0
+            self._size = 0
+        if size == self._size:
+            return
+        records = read_lines(self._path, self._size)
+        _check(self._path, records, self._sequence, self._last)
+        if records:
+            self._last = records[-1]["hash"]
+        self._sequence += len(records)
+        self._size = _cut_to_whole_lines(self._path)
 
 
 def verify(path: Path) -> list[dict[str, Any]]:
@@ -52,14 +90,37 @@ def verify(path: Path) -> list[dict[str, Any]]:
         StorageError: `audit-broken`, with the first line that does not follow from the one before it.
     """
     records = read_lines(path)
-    previous = _START
-    for number, record in enumerate(records):
+    _check(path, records, 0, _START)
+    return records
+
+
+def _check(path: Path, records: list[dict[str, Any]], first: int, previous: str) -> None:
+    """Check that records continue a chain.
+
+    Args:
+        path: of the log.
+        records: of the log.
+        first: the sequence number that the first of them must have.
+        previous: the hash of the record before them.
+    """
+    for number, record in enumerate(records, first):
         body = {key: value for key, value in record.items() if key != "hash"}
         linked = record.get("previous") == previous and record.get("sequence") == number
         if not linked or record.get("hash") != _hash(body):
             raise StorageError(f"line {number + 1} of {path} breaks the chain", "an untouched log", code="audit-broken")
         previous = record["hash"]
-    return records
+
+
+def _cut_to_whole_lines(path: Path) -> int:
+    """Remove a last line that a crash cut off: the next one would be glued to it. Return the file's size in bytes."""
+    content = path.read_bytes()
+    size = content.rfind(b"\n") + 1
+    if size < len(content):
+        try:
+            os.truncate(path, size)
+        except OSError as error:
+            raise unwritable(path, error) from error
+    return size
 
 
 def _hash(body: dict[str, Any]) -> str:

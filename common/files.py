@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,12 @@ _LOCK_POLL_S = 0.01
 """How often a process that waits for a lock tries it again."""
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file beside its place, flush it to the disk, and rename it into place.
+
+    Args:
+        path: of the file.
+        parts: of its content, written one after the other.
 
     Raises:
         StorageError: `disk-full` or `not-writable`; an earlier file at this path is unchanged.
@@ -25,7 +29,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -57,24 +61,39 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
     Raises:
         StorageError: `disk-full` or `not-writable`.
     """
+    append_lines(path, [record])
+
+
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append JSON lines and flush them to the disk once.
+
+    Raises:
+        StorageError: `disk-full` or `not-writable`; some of the lines may be in the file.
+    """
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise unwritable(path, error) from error
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, start: int = 0) -> list[dict[str, Any]]:
     """Return the records of a JSON-lines file, without a last line that a crash cut off.
+
+    Args:
+        path: of the file; without a file there are no records.
+        start: in bytes, the beginning of the first line to read.
 
     Raises:
         StorageError: a line before the last is not JSON.
     """
     if not path.is_file():
         return []
-    lines = path.read_text("utf-8").split("\n")
+    with path.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode("utf-8").split("\n")
     complete = [line for line in lines[:-1] if line]  # what follows the last newline was cut off
     try:
         return [json.loads(line) for line in complete]

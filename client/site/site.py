@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -25,6 +26,12 @@ from tsugiki.common.tasks import Task
 
 if TYPE_CHECKING:
     from flwr.app import Context
+
+
+@cache
+def _audit_log(path: Path) -> AuditLog:
+    """Return the audit log at a path, opened once in a process: to open it is to verify all of it."""
+    return AuditLog(path)
 
 
 class Site(Protocol):
@@ -168,7 +175,7 @@ class FileSite:
         """
         if self.site.audit:
             with locked(self.folder / f".{Path(self.site.audit).name}.lock"):  # processes of one folder share a log
-                AuditLog(self.folder / self.site.audit).write(event, **details)
+                _audit_log(self.folder / self.site.audit).write(event, **details)
 
     def identity(self) -> str:
         """Return name, folder, and a hash of path, size and time of all files, also of those in a folder of images."""

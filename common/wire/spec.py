@@ -122,4 +122,4 @@ def l2_norm(vector: npt.NDArray[Any]) -> float:
 
 def sha256(vector: Vector) -> str:
     """Return the SHA-256 of a vector's bytes (little endian float32), by which adapters are compared."""
-    return hashlib.sha256(np.ascontiguousarray(vector, "<f4").tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(vector, "<f4").data).hexdigest()

@@ -155,7 +155,10 @@ class _Away:
         """Send each node that is back its message again, at most `MOST_REPEATS` times; return the messages' ids."""
         from flwr.app import Message
 
+        # at nearly every poll nobody is away
         back = self.nodes.keys() & set(self._grid.get_node_ids()) if self.nodes else set()
+        if not back:
+            return set()
         again = [
             Message(
                 message.content,
@@ -165,12 +168,12 @@ class _Away:
                 group_id=message.metadata.group_id,
             )
             for message in self._messages
-            if back and message.metadata.dst_node_id in back
+            if message.metadata.dst_node_id in back
         ]
         self._repeats.update(back)
         for node in back:
             del self.nodes[node]
-        return set(self._grid.push_messages(again)) if again else set()
+        return set(self._grid.push_messages(again))
 
     def given_up(self) -> list[Message]:
         """Return the errors of the nodes that have been away for too long."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
@@ -41,7 +42,8 @@ class InProcessGrid(Grid):
             )
             for node in range(1, nodes + 1)
         }
-        self._queue: dict[str, Message] = {}
+        # of all dicts, this one alone finds its first key at once after many of them were removed
+        self._queue: OrderedDict[str, Message] = OrderedDict()
         self._sent = 0
 
     def get_node_ids(self) -> list[int]:
@@ -60,17 +62,19 @@ class InProcessGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Answer the oldest queued message among `message_ids`."""
-        wanted = set(message_ids)
-        for message_id in [queued for queued in self._queue if queued in wanted]:
-            # one message for each poll: the caller may stop between two of them
-            message = self._queue.pop(message_id)
-            node = message.metadata.dst_node_id
-            try:
-                reply = self._app(message, self._contexts[node])
-            except Exception as error:  # noqa: BLE001  # an app of someone else's; ours answers with a code itself
-                reply = error_reply(f"client-error:{type(error).__name__}", message)
-            return [reply] if self._fault is None else self._fault(node, reply)
-        return []
+        # no copy of a set: one with all messages of a round comes at every poll
+        wanted = message_ids if isinstance(message_ids, Set) else set(message_ids)
+        message_id = next((queued for queued in self._queue if queued in wanted), None)
+        if message_id is None:
+            return []
+        # one message for each poll: the caller may stop between two of them
+        message = self._queue.pop(message_id)
+        node = message.metadata.dst_node_id
+        try:
+            reply = self._app(message, self._contexts[node])
+        except Exception as error:  # noqa: BLE001  # an app of someone else's; ours answers with a code itself
+            reply = error_reply(f"client-error:{type(error).__name__}", message)
+        return [reply] if self._fault is None else self._fault(node, reply)
 
     def limit_replies(self, size_bytes: int) -> None:
         """No-op: replies come from this process."""

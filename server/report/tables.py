@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rich import filesize
@@ -37,7 +38,7 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
-    @property
+    @cached_property  # the template asks for each cell, and a table may have a row for each of many sites
     def kinds(self) -> list[str]:
         """`number` or `text` for each column; columns of numbers are aligned to the right."""
         return ["number" if self._has_number(column) else "text" for column in range(len(self.head))]

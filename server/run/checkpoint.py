@@ -1,7 +1,11 @@
-"""Checkpoints: everything that the next round depends on, in files that are either whole or refused.
+"""Checkpoints: everything that the next round depends on, in one file for each round, which is either whole or refused.
 
-`checkpoint/` holds the tensors of the last two rounds as safetensors, `current.json`, which names the newest and has
-its hash, and `previous.json`. The manifest is renamed into place last: that is the moment at which a round is done.
+`checkpoint/` has the files of the last two rounds, and of the best round. Each is a safetensors file
+`round-RRRRRR-HASH.safetensors`: its header has the state and the hash of each tensor, and its name has the hash of the
+header, so no bit of it can change unnoticed. A round is done when its file is renamed into place.
+
+Evaluation comes after that. It changes no tensor, so it writes no checkpoint: the round's line in metrics.jsonl has
+its result, and a resumed run reads it there (`loop.evaluated`).
 """
 
 from __future__ import annotations
@@ -20,7 +24,14 @@ from tsugiki.common.errors import StorageError
 from tsugiki.common.files import unwritable, write_atomically
 from tsugiki.common.wire.spec import Vector
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_KEY = "checkpoint"
+_PLAIN = ("round", "best_metric", "best_round", "evaluations_since_best", "record", "plan")
+_HASH_DIGITS = 32
+_LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its header."""
+_TYPES = {"<f4": "F32", "<f8": "F64", "<i4": "I32", "<i8": "I64"}
+"""The names of NumPy's types in safetensors, for everything that a strategy may remember."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +42,15 @@ class State:
         vector: the adapter, shape (size,).
         round: rounds done.
         evaluated_round: the last round whose evaluation is included in what follows.
-        best_vector: the best adapter so far; the first one until something was evaluated.
-        best_metric: its metric; None until something was evaluated.
-        best_round: its round.
+        best_metric: the metric of the best adapter so far; None until something was evaluated.
+        best_round: its round; 0 until something was evaluated. Its checkpoint is kept, see `read_best`.
         evaluations_since_best: counts towards early stopping.
         strategy: the strategy's moments.
-        record: the last round's line for metrics.jsonl, without its evaluation; empty once the line is written.
+        record: the round's line for metrics.jsonl, without its evaluation; empty once the line is written.
         plan: the privacy plan that the run is bound to; None for a run without privacy.
     """
 
     vector: Vector
-    best_vector: Vector
     round: int = 0
     evaluated_round: int = -1
     best_metric: float | None = None
@@ -52,46 +61,50 @@ class State:
     plan: Mapping[str, Any] | None = None
 
 
-def save(folder: Path, state: State, config_sha256: str, spec_sha256: str) -> None:
-    """Write a checkpoint. The checkpoint of the round before is kept until the next one.
+def save(folder: Path, state: State, config_sha256: str, spec_sha256: str, adapter_sha256: str = "") -> None:
+    """Write a round's checkpoint, before its evaluation, and remove those that are no longer needed.
+
+    Args:
+        folder: the run's `checkpoint/`.
+        state: after the round.
+        config_sha256: hash of the run's settings.
+        spec_sha256: hash of its adapter spec.
+        adapter_sha256: hash of `state.vector`, if it is known already; computed otherwise.
 
     Raises:
         StorageError: it cannot be written. The previous checkpoint is whole.
     """
-    from safetensors.numpy import save as to_bytes
-
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:  # the run's folder is gone, or read-only
         raise unwritable(folder, error) from error
-    tensors = {"vector": state.vector, "best_vector": state.best_vector}
-    tensors |= {f"strategy.{name}": np.asarray(value) for name, value in state.strategy.items()}
-    content = to_bytes(tensors)
-    name = f"round-{state.round:06d}-{hashlib.sha256(content).hexdigest()[:8]}.safetensors"
-    write_atomically(folder / name, content)
+    tensors = {"vector": _portable(state.vector)}
+    tensors |= {f"strategy.{name}": _portable(value) for name, value in state.strategy.items()}
+    hashes = {"vector": adapter_sha256 or _sha256(tensors["vector"].data)}
+    hashes |= {name: _sha256(tensor.data) for name, tensor in tensors.items() if name not in hashes}
     body = {
         "format": FORMAT_VERSION,
-        "tensors": name,
-        "tensors_sha256": hashlib.sha256(content).hexdigest(),
         "config_sha256": config_sha256,
         "spec_sha256": spec_sha256,
+        "tensors_sha256": hashes,
         **{name: getattr(state, name) for name in _PLAIN},
     }
-    body["sha256"] = _hash(body)
-    # a second checkpoint of a round replaces the first; the round before it stays the previous one
-    current = folder / "current.json"
-    if current.exists() and _read_manifest(current)["round"] != state.round:
-        write_atomically(folder / "previous.json", current.read_bytes())
-    # last, because the tensors must be there when the manifest names them
-    write_atomically(current, json.dumps(body, indent=1).encode())
-    _remove_unnamed(folder)
+    header = _header(tensors, json.dumps(body))
+    path = folder / f"round-{state.round:06d}-{_sha256(header)[:_HASH_DIGITS]}.safetensors"
+    # Two flushes to the disk, and both are needed: of the file before it is renamed, or a power cut could leave the
+    # name without the content; of the folder after that, or the next round would begin while this one may still be
+    # lost. State and tensors share one file, because a second file would need a third flush.
+    write_atomically(path, header, *(tensor.data for tensor in tensors.values()))
+    _remove_unneeded(folder, path, state)
 
 
-_PLAIN = ("round", "evaluated_round", "best_metric", "best_round", "evaluations_since_best", "record", "plan")
+def exists(folder: Path) -> bool:
+    """Return whether there is any checkpoint, whole or not, of this or another version."""
+    return any(folder.glob("round-[0-9]*-*.safetensors")) or any(folder.glob("*.json"))
 
 
 def load(folder: Path, config_sha256: str, spec_sha256: str) -> State:
-    """Return the state in the newest checkpoint.
+    """Return the state in the newest checkpoint, before the evaluation of its round.
 
     Args:
         folder: the run's `checkpoint/`.
@@ -102,65 +115,162 @@ def load(folder: Path, config_sha256: str, spec_sha256: str) -> State:
         StorageError: `checkpoint-missing`, `checkpoint-corrupt`, `checkpoint-foreign`, `checkpoint-newer` or
             `checkpoint-older`, with the file and the field.
     """
-    manifest = folder / "current.json"
-    body = _read_manifest(manifest)
+    path = _newest(folder)
+    body, tensors = _read(path)
     for name, wanted in (("config_sha256", config_sha256), ("spec_sha256", spec_sha256)):
         if body[name] != wanted:
             raise StorageError(
-                f"{manifest}: {name} is {body[name][:12]}",
+                f"{path}: {name} is {body[name][:12]}",
                 f"{wanted[:12]}, of this run",
                 "resume with the settings and the base model that the run was started with",
                 code="checkpoint-foreign",
             )
-    tensors = _read_tensors(folder / body["tensors"], body["tensors_sha256"], manifest)
     strategy = {name.removeprefix("strategy."): tensors[name] for name in tensors if name.startswith("strategy.")}
     plain = {name: body[name] for name in _PLAIN}
-    return State(tensors["vector"], tensors["best_vector"], **plain, strategy=strategy)
+    return State(tensors["vector"], evaluated_round=body["round"] - 1, strategy=strategy, **plain)
+
+
+def read_best(folder: Path, state: State) -> Vector:
+    """Return the best adapter so far, shape (size,): from its round's checkpoint, unless it is that of `state`.
+
+    Raises:
+        StorageError: `checkpoint-corrupt`, its checkpoint is damaged or missing.
+    """
+    if state.best_round == state.round:
+        return state.vector
+    try:
+        path = next(path for path in _files(folder) if _round_of(path) == state.best_round)
+        vector: Vector = _read(path)[1]["vector"]
+    except (StopIteration, StorageError) as error:
+        raise StorageError(
+            f"the checkpoint of round {state.best_round} in {folder}, with the best adapter, is damaged or missing",
+            "the files of the run as they were written",
+            "`tsugiki export RUN --which last`, or start a new run",
+            code="checkpoint-corrupt",
+        ) from error
+    return vector
 
 
 def promote_previous(folder: Path) -> None:
-    """Replace the newest checkpoint, which is damaged, by the one before it.
+    """Remove the newest checkpoint, which is damaged, so that the one before it is the newest.
 
     Raises:
         StorageError: the one before it is damaged too, or does not exist.
     """
-    manifest = folder / "previous.json"
-    body = _read_manifest(manifest)
-    _read_tensors(folder / body["tensors"], body["tensors_sha256"], manifest)
-    write_atomically(folder / "current.json", manifest.read_bytes())
-
-
-def _read_manifest(manifest: Path) -> dict[str, Any]:
-    if not manifest.is_file():
-        raise StorageError(f"there is no {manifest}", "a run with a checkpoint", code="checkpoint-missing")
-    try:
-        body: dict[str, Any] = json.loads(manifest.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise _corrupt(manifest, "JSON") from error
-    if not isinstance(body, dict) or not isinstance(body.get("format"), int):
-        raise _corrupt(manifest, "format")
-    if body["format"] != FORMAT_VERSION:
-        newer = body["format"] > FORMAT_VERSION
+    newest = _newest(folder)
+    older = [path for path in _files(folder) if _round_of(path) < _round_of(newest)]
+    if not older:
         raise StorageError(
-            f"{manifest} has the format {body['format']}",
-            f"the format {FORMAT_VERSION}",
-            "update Tsugiki" if newer else "resume with the version of Tsugiki that started the run",
-            code="checkpoint-newer" if newer else "checkpoint-older",
+            f"there is no checkpoint in {folder} before {newest.name}",
+            "the checkpoint of the round before",
+            "start a new run",
+            code="checkpoint-missing",
         )
-    if body.get("sha256") != _hash({key: value for key, value in body.items() if key != "sha256"}):
-        raise _corrupt(manifest, "sha256")
+    _read(older[-1])  # a damaged one must not become the newest
+    try:
+        newest.unlink()
+    except OSError as error:
+        raise unwritable(newest, error) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the newest last."""
+    return sorted(folder.glob("round-[0-9]*-*.safetensors"), key=_round_of)
+
+
+def _round_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+def _newest(folder: Path) -> Path:
+    if (folder / "current.json").exists():  # versions before 3 had a manifest beside the tensors
+        raise _other_version(folder / "current.json", FORMAT_VERSION - 1)
+    files = _files(folder)
+    if not files:
+        raise StorageError(f"there is no checkpoint in {folder}", "a run with a checkpoint", code="checkpoint-missing")
+    return files[-1]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """Return the header's state and the tensors of a checkpoint, after checking the hashes of both."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load as from_bytes
+
+    content = path.read_bytes()
+    body = _body(path, content[: _header_size(content)])
+    try:
+        tensors = from_bytes(content)
+    except SafetensorError as error:
+        raise _corrupt(path, "its tensors") from error
+    for name, wanted in body["tensors_sha256"].items():
+        if name not in tensors or _sha256(tensors[name].data) != wanted:
+            raise _corrupt(path, f"the hash of {name}")
+    return body, tensors
+
+
+def _read_body(path: Path) -> dict[str, Any]:
+    """Return the header's state of a checkpoint, without reading its tensors."""
+    with path.open("rb") as file:
+        size = _header_size(file.read(_LENGTH_BYTES))
+        file.seek(0)
+        return _body(path, file.read(size))
+
+
+def _header_size(content: bytes) -> int:
+    return _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
+
+
+def _body(path: Path, header: bytes) -> dict[str, Any]:
+    """Return the state in a header, after checking its version and its hash."""
+    try:
+        body: dict[str, Any] = json.loads(json.loads(header[_LENGTH_BYTES:])["__metadata__"][_KEY])
+        version = body["format"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise _corrupt(path, "its header") from error
+    if not isinstance(version, int):
+        raise _corrupt(path, "format")
+    # before the hash: another version may compute it differently
+    if version != FORMAT_VERSION:
+        raise _other_version(path, version)
+    if path.stem.split("-")[-1] != _sha256(header)[:_HASH_DIGITS]:
+        raise _corrupt(path, "the hash of its header, which its name has")
     return body
 
 
-def _read_tensors(path: Path, wanted: str, manifest: Path) -> dict[str, npt.NDArray[Any]]:
-    from safetensors.numpy import load as from_bytes
+def _header(tensors: Mapping[str, npt.NDArray[Any]], body: str) -> bytes:
+    """Return the header of a safetensors file with these tensors, in this order, and its length before it.
 
-    if path.parent.resolve() != manifest.parent.resolve() or not path.is_file():
-        raise _corrupt(manifest, "tensors")
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != wanted:
-        raise _corrupt(path, "its hash, tensors_sha256 of the manifest")
-    return from_bytes(content)
+    The library's own writer would copy all tensors first.
+    """
+    entries: dict[str, Any] = {"__metadata__": {_KEY: body}}
+    start = 0
+    for name, tensor in tensors.items():
+        stop = start + tensor.nbytes
+        entries[name] = {"dtype": _TYPES[tensor.dtype.str], "shape": tensor.shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of their numbers' size
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def _portable(tensor: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a tensor as safetensors holds it: contiguous, with little-endian numbers. No copy if it is so already."""
+    tensor = np.asarray(tensor)
+    return np.asarray(tensor, tensor.dtype.newbyteorder("<"), order="C")
+
+
+def _sha256(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _other_version(path: Path, version: int) -> StorageError:
+    newer = version > FORMAT_VERSION
+    return StorageError(
+        f"{path} has the format {version}",
+        f"the format {FORMAT_VERSION}",
+        "update Tsugiki" if newer else "resume with the version of Tsugiki that started the run",
+        code="checkpoint-newer" if newer else "checkpoint-older",
+    )
 
 
 def _corrupt(path: Path, part: str) -> StorageError:
@@ -172,16 +282,19 @@ def _corrupt(path: Path, part: str) -> StorageError:
     )
 
 
-def _remove_unnamed(folder: Path) -> None:
-    """Delete tensors that no manifest names, and the temporary files of interrupted writes."""
+def _remove_unneeded(folder: Path, newest: Path, state: State) -> None:
+    """Delete checkpoints that nothing refers to, and the temporary files of interrupted writes.
+
+    The newest and the one before it stay, each with the checkpoint of the best round that it refers to.
+    """
+    older = [path for path in _files(folder) if _round_of(path) < state.round]
+    kept = {newest, *older[-1:]}
+    best = {state.best_round}
     try:
-        named = {_read_manifest(file)["tensors"] for file in folder.glob("*.json")}
-    except StorageError:  # a damaged manifest may name any of them
+        best |= {_read_body(path)["best_round"] for path in older[-1:]}
+    except StorageError:  # a damaged one may refer to any of them
         return
-    for path in [*folder.glob("*.safetensors"), *folder.glob(".*.tmp")]:
-        if path.name not in named:
+    kept |= {path for path in older if _round_of(path) in best}
+    for path in [*_files(folder), *folder.glob(".*.tmp")]:
+        if path not in kept:
             path.unlink()
-
-
-def _hash(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from tsugiki.common.audit import AuditLog
@@ -45,7 +46,7 @@ class RunContext:
     stop: Stop = field(default_factory=Stop)
     privacy: Privacy | None = None
 
-    @property
+    @cached_property  # each request to each site has it
     def config_for_sites(self) -> str:
         """The settings that every request carries, as JSON."""
         return self.config.for_sites(self.privacy.plan if self.privacy else None)

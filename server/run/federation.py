@@ -19,13 +19,13 @@ from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.planning import make_plan
-from tsugiki.common.wire.spec import AdapterSpec, sha256, unpack
+from tsugiki.common.wire.spec import AdapterSpec, Vector, sha256, unpack
 from tsugiki.server.engines.grid import RunGrid, Stop
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.evaluate import make_evaluator
-from tsugiki.server.run.loop import initial_state, run_rounds
+from tsugiki.server.run.loop import evaluated, initial_state, run_rounds
 from tsugiki.server.run.privacy import Privacy, open_privacy, rows_summary
 from tsugiki.server.run.progress import Progress, describe_notes
 from tsugiki.server.run.roster import Roster
@@ -132,7 +132,13 @@ def _open_records(
         write_atomically(folder / "config.toml", to_toml(config.with_plan(plan)).encode())
     state = _first_state(folder / "checkpoint", config, plan, graft, resume)
     write_atomically(folder / "spec.json", _describe_spec(graft))
-    _drop_unfinished(folder / "metrics.jsonl", state)
+    lower_is_better = config.monitor in graft.task.lower_is_better
+    for line in _drop_unfinished(folder / "metrics.jsonl", state):
+        # its line was written, so the round of the checkpoint was evaluated too
+        if line["round"] == state.round and not line.get("voided"):
+            state = evaluated(state, line, config.monitor, lower_is_better)
+    if resume:  # a run whose best adapter is damaged ends here, not after its last round
+        checkpoint.read_best(folder / "checkpoint", state)
     return state
 
 
@@ -145,10 +151,11 @@ def _wait_for_sites(roster: Roster, config: RunConfig, progress: Progress) -> No
 
 def _write_results(ctx: RunContext, graft: Graft, state: State) -> dict[str, Any]:
     """Write summary.json and the best adapter, close the audit log, and return the summary."""
-    summary = summarise(ctx.config, graft, state, read_lines(ctx.folder / "metrics.jsonl"), ctx.privacy)
+    best = checkpoint.read_best(ctx.folder / "checkpoint", state)
+    summary = summarise(ctx.config, graft, state, sha256(best), read_lines(ctx.folder / "metrics.jsonl"), ctx.privacy)
     summary["rows_privacy"] = _rows_summary(ctx.folder, ctx.config)
     write_atomically(ctx.folder / "summary.json", json.dumps(summary, indent=1).encode())
-    _save_best(ctx.folder / "best", graft.spec, state)
+    _save_best(ctx.folder / "best", graft.spec, best)
     adapter_sha256 = sha256(state.vector)
     ctx.audit.write("finished", round=state.round, adapter_sha256=adapter_sha256, best_round=state.best_round)
     return summary
@@ -166,7 +173,7 @@ def _rows_summary(folder: Path, config: RunConfig) -> dict[str, Any]:
 def _first_state(folder: Path, config: RunConfig, plan: Plan | None, graft: Graft, resume: bool) -> State:
     """Return the state of the last checkpoint, or the state before training, which is checkpointed too."""
     frozen = None if plan is None else asdict(plan)
-    if resume and any(folder.glob("*.json")):
+    if resume and checkpoint.exists(folder):
         state = checkpoint.load(folder, config.sha256, graft.spec.sha256)
         _check_plan(state.plan or {}, frozen or {})
         return state
@@ -221,31 +228,37 @@ def _describe_spec(graft: Graft) -> bytes:
     return json.dumps(body, indent=1).encode()
 
 
-def _drop_unfinished(path: Path, state: State) -> None:
-    """Drop the lines of rounds that no checkpoint covers: those rounds are done again."""
-    kept = [line for line in read_lines(path) if line["round"] <= state.evaluated_round or line.get("voided")]
+def _drop_unfinished(path: Path, state: State) -> list[dict[str, Any]]:
+    """Drop the lines of rounds that no checkpoint covers, because those are done again. Return the others."""
+    kept = [line for line in read_lines(path) if line["round"] <= state.round or line.get("voided")]
     if kept:
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     else:
         path.unlink(missing_ok=True)
+    return kept
 
 
-def _save_best(folder: Path, spec: AdapterSpec, state: State) -> None:
+def _save_best(folder: Path, spec: AdapterSpec, best: Vector) -> None:
     """Write the best adapter under the names of the model's own parameters."""
     from safetensors.numpy import save
 
     folder.mkdir(exist_ok=True)
-    write_atomically(folder / "adapter.safetensors", save(unpack(state.best_vector, spec)))
+    write_atomically(folder / "adapter.safetensors", save(unpack(best, spec)))
 
 
 def summarise(
-    config: RunConfig, graft: Graft, state: State, lines: list[dict[str, Any]], privacy: Privacy | None = None
+    config: RunConfig,
+    graft: Graft,
+    state: State,
+    best_sha256: str,
+    lines: list[dict[str, Any]],
+    privacy: Privacy | None = None,
 ) -> dict[str, Any]:
     """Return summary.json: the run in one look."""
     # voided attempts changed nothing, but their bytes and seconds count
     rounds = [line for line in lines if not line.get("voided")]
-    evaluated = [line for line in rounds if "eval" in line]
-    best = next((line for line in evaluated if line["round"] == state.best_round), None)
+    measured = [line for line in rounds if "eval" in line]
+    best = next((line for line in measured if line["round"] == state.best_round), None)
     return {
         "name": config.run.name,
         "rounds": state.round,
@@ -255,11 +268,11 @@ def summarise(
         "strategy": config.strategy.name,
         "monitor": config.monitor,
         "lower_is_better": sorted(graft.task.lower_is_better),
-        "before": evaluated[0]["eval"] if evaluated else None,
+        "before": measured[0]["eval"] if measured else None,
         "after": best["eval"] if best else None,
         "best_round": state.best_round,
         "adapter_sha256": sha256(state.vector),
-        "best_sha256": sha256(state.best_vector),
+        "best_sha256": best_sha256,
         "adapter_parameters": graft.spec.parameters("adapter"),
         "head_parameters": graft.spec.parameters("head"),
         "base_fingerprint": graft.spec.base_fingerprint,

@@ -117,7 +117,7 @@ def _complete(ctx: RunContext, kind: Round[Replies], state: State, replies: Repl
     state = replace(state, vector=step.vector, round=round_number, strategy=step.moments, record=record)
     # without evaluation there is no best adapter but the last
     if ctx.evaluate is None:
-        state = replace(state, best_vector=step.vector, best_round=round_number)
+        state = replace(state, best_round=round_number)
     # the audit log before the checkpoint: a crash between them leaves a round recorded twice, not a missing one
     ctx.audit.write(
         "round",
@@ -126,12 +126,13 @@ def _complete(ctx: RunContext, kind: Round[Replies], state: State, replies: Repl
         rejected={site: one["reason"] for site, one in record["rejected"].items()},
         adapter_sha256=record["adapter_sha256"],
     )
-    checkpoint.save(ctx.folder / "checkpoint", state, ctx.config.sha256, ctx.spec.sha256)
+    folder = ctx.folder / "checkpoint"
+    checkpoint.save(folder, state, ctx.config.sha256, ctx.spec.sha256, record["adapter_sha256"])
     return state
 
 
 def finish_round(ctx: RunContext, state: State) -> State:
-    """Evaluate where it is due, keep the best adapter, write the round's line and the checkpoint with all of it."""
+    """Evaluate where it is due, and write the round's line, with which the round is finished."""
     evaluation = ctx.config.evaluation
     record: dict[str, Any] = {"round": state.round, "seconds": {}, **state.record}
     # the last round is always evaluated
@@ -139,27 +140,33 @@ def finish_round(ctx: RunContext, state: State) -> State:
     started = time.perf_counter()
     if ctx.evaluate is not None and due:
         record["eval"] = ctx.evaluate(state.vector)
-        state, record["best"] = _keep_best(ctx, state, record["eval"])
     if evaluation.at_sites and due:
         record["sites_eval"] = evaluate_at_sites(ctx, state)
     record["seconds"] = {**record["seconds"], "evaluate": time.perf_counter() - started}
-    state = replace(state, evaluated_round=state.round, record={})
-    # the line before the checkpoint: a resumed run drops lines that no checkpoint covers, and writes them again
+    state = evaluated(state, record, ctx.config.monitor, ctx.lower_is_better)
+    if "eval" in record:
+        record["best"] = state.evaluations_since_best == 0
     append_line(ctx.folder / "metrics.jsonl", record)
-    checkpoint.save(ctx.folder / "checkpoint", state, ctx.config.sha256, ctx.spec.sha256)
     ctx.progress.round_ends(record)
     return state
 
 
-def _keep_best(ctx: RunContext, state: State, metrics: Mapping[str, float]) -> tuple[State, bool]:
-    """Return the state with the best adapter kept, and whether this one is it."""
-    value = metrics[ctx.config.monitor]
-    if not _is_better(value, state.best_metric, ctx.lower_is_better):
-        return replace(state, evaluations_since_best=state.evaluations_since_best + 1), False
-    state = replace(
-        state, best_vector=state.vector, best_metric=value, best_round=state.round, evaluations_since_best=0
-    )
-    return state, True
+def evaluated(state: State, record: Mapping[str, Any], monitor: str, lower_is_better: bool) -> State:
+    """Return the state after a round's evaluation. A resumed run takes the evaluation from metrics.jsonl.
+
+    Args:
+        state: after the round's checkpoint.
+        record: the round's line in metrics.jsonl, with its metrics as `eval` if it was evaluated.
+        monitor: the metric that says which adapter is best.
+        lower_is_better: whether a smaller value of it is better.
+    """
+    state = replace(state, evaluated_round=state.round, record={})
+    if "eval" not in record:
+        return state
+    value = record["eval"][monitor]
+    if not _is_better(value, state.best_metric, lower_is_better):
+        return replace(state, evaluations_since_best=state.evaluations_since_best + 1)
+    return replace(state, best_metric=value, best_round=state.round, evaluations_since_best=0)
 
 
 def _is_better(value: float, best: float | None, lower_is_better: bool) -> bool:
@@ -175,4 +182,4 @@ def _is_better(value: float, best: float | None, lower_is_better: bool) -> bool:
 
 def initial_state(vector: Vector, plan: Mapping[str, Any] | None = None) -> State:
     """Return the state before the first round; `plan` is the privacy plan of a private run."""
-    return State(vector, vector, plan=plan)
+    return State(vector, plan=plan)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tsugiki.common import __version__, minor
 from tsugiki.common.audit import AuditLog
@@ -56,6 +56,15 @@ class Member:
     evaluation_rows: int
     clients: int = 1
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """The verdict on a hello: the member, or the code of the refusal; and the event for the audit log."""
+
+    entry: Member | Code
+    event: str
+    details: Mapping[str, Any]
 
 
 class Roster:
@@ -199,30 +208,49 @@ class Roster:
         for reply in exchange(self._grid, messages, patience_s, self._stop):
             if not (reply.has_error() and error_code(reply) in GONE):  # it left: treated as one that did not answer
                 replies.setdefault(reply.metadata.src_node_id, reply)
+        taken = set(self.members())
+        clients = self.clients()
+        keys = self._keys()
+        verdicts: dict[int, _Verdict] = {}
         for node in nodes:  # not in the order of arrival: the faster of two nodes with one name would win
-            if node in replies:
-                self._known[node] = self._judge(node, replies[node])
+            if node not in replies:
+                continue
+            verdict = self._judge(node, replies[node], keys.get(node, ""), taken, clients)
+            verdicts[node] = verdict
+            if isinstance(verdict.entry, Member):
+                taken.add(verdict.entry.name)
+                clients += verdict.entry.clients
+        # one flush to the disk for all of them, and before any of these sites is asked for anything
+        self._audit.write_all((verdict.event, verdict.details) for verdict in verdicts.values())
+        self._known |= {node: verdict.entry for node, verdict in verdicts.items()}
 
-    def _judge(self, node: int, reply: Message) -> Member | Code:
-        """Return the member, or the code with which the node is refused."""
+    def _judge(self, node: int, reply: Message, key: str, taken: Container[str], clients: int) -> _Verdict:
+        """Return the verdict on a hello.
+
+        Args:
+            node: that sent it.
+            reply: the hello.
+            key: the name under which the node's key is registered; empty if it has none.
+            taken: the names of the sites that have passed.
+            clients: how many clients they have.
+        """
         if reply.has_error():
-            return self._refuse(node, error_code(reply))
+            return _refusal(node, key, error_code(reply))
         try:
             hello = from_record(HelloReply, reply.content)
         except WireError as error:
-            return self._refuse(node, error.code)
+            return _refusal(node, key, error.code)
         fewest_rows = int(self._plan is None)  # a private run withholds the number of rows
-        wrong_key = self._names is not None and self._key(node) != hello.site
         checks: dict[Code, bool] = {
             "site-name": re.fullmatch(NAME_PATTERN, hello.site) is None,
-            "site-name-taken": hello.site in self.members(),
-            "site-name-key": wrong_key,
+            "site-name-taken": hello.site in taken,
+            "site-name-key": self._names is not None and key != hello.site,
             "version-mismatch": minor(hello.version) != minor(__version__),
             "base-mismatch": hello.base_fingerprint != self._spec.base_fingerprint,
             "spec-mismatch": hello.spec_sha256 != self._spec.sha256,
             "shard-empty": hello.rows < fewest_rows or hello.evaluation_rows < 0,
             "clients": not 1 <= hello.clients <= self._most_of_a_site,
-            "too-many-clients": self._most_clients is not None and self.clients() + hello.clients > self._most_clients,
+            "too-many-clients": self._most_clients is not None and clients + hello.clients > self._most_clients,
         }
         # the first check that fails names the refusal; where two values differ, the audit log shows both
         failed = next((code for code, wrong in checks.items() if wrong), None)
@@ -232,27 +260,27 @@ class Roster:
                 "base-mismatch": (hello.base_fingerprint[:12], self._spec.base_fingerprint[:12]),
                 "spec-mismatch": (hello.spec_sha256[:12], self._spec.sha256[:12]),
             }.get(failed, ())
-            return self._refuse(node, failed, *detail)
-        self._audit.write(
-            "hello",
-            site=hello.site,
-            clients=hello.clients,
-            rows=hello.rows,
-            evaluation_rows=hello.evaluation_rows,
-            version=hello.version[:32],
-            libraries=hello.libraries[:200],
-            notes=hello.notes[:200],
-            precision=hello.precision[:32],
-        )
+            return _refusal(node, key, failed, *detail)
+        details = {
+            "site": hello.site,
+            "clients": hello.clients,
+            "rows": hello.rows,
+            "evaluation_rows": hello.evaluation_rows,
+            "version": hello.version[:32],
+            "libraries": hello.libraries[:200],
+            "notes": hello.notes[:200],
+            "precision": hello.precision[:32],
+        }
         notes = tuple(note for note in hello.notes[:200].split(",") if re.fullmatch(_NOTE, note))
-        return Member(hello.site, node, hello.rows, hello.evaluation_rows, hello.clients, notes)
+        member = Member(hello.site, node, hello.rows, hello.evaluation_rows, hello.clients, notes)
+        return _Verdict(member, "hello", details)
 
-    def _refuse(self, node: int, code: Code, theirs: str = "", ours: str = "") -> Code:
-        self._audit.write("refused", node=str(node), key=self._key(node), code=code, theirs=theirs, ours=ours)
-        return code
-
-    def _key(self, node: int) -> str:
-        """Return the name under which a node's key is registered, if it has one."""
+    def _keys(self) -> Mapping[int, str]:
+        """Return the names under which the keys of nodes are registered."""
         if self._names is None:
-            return ""
-        return self._names().get(node, "")
+            return {}
+        return self._names()
+
+
+def _refusal(node: int, key: str, code: Code, theirs: str = "", ours: str = "") -> _Verdict:
+    return _Verdict(code, "refused", {"node": str(node), "key": key, "code": code, "theirs": theirs, "ours": ours})

@@ -1,7 +1,9 @@
 import json
+import os
 
 import pytest
 
+from tsugiki.common import audit
 from tsugiki.common.audit import AuditLog, verify
 from tsugiki.common.errors import StorageError
 
@@ -101,3 +103,90 @@ def test_a_value_cannot_forge_a_line(path):
     assert events[-1]["site"] == forged
     assert len(path.read_text().splitlines()) == 5
     assert b"\x1b" not in path.read_bytes()
+
+
+def flushes(monkeypatch):
+    """Return a list that grows with every flush to the disk."""
+    found = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: found.append(descriptor) or real(descriptor))
+    return found
+
+
+def test_many_events_are_flushed_once(path, monkeypatch):
+    """Catches: a flush for each of ten thousand hellos, and a batch that does not continue the chain."""
+    log = AuditLog(path)
+    found = flushes(monkeypatch)
+    log.write_all(("hello", {"site": f"site-{number}"}) for number in range(50))
+    assert len(found) == 1
+    log.write("round")
+    assert len(found) == 2
+    events = verify(path)
+    assert [event["sequence"] for event in events] == list(range(55))
+    assert [event["site"] for event in events[4:54]] == [f"site-{number}" for number in range(50)]
+
+
+def test_a_batch_that_fails_is_no_part_of_the_chain(path, monkeypatch):
+    """Catches: numbers and hashes that go on from events which are not on the disk."""
+    log = AuditLog(path)
+
+    def fail(*arguments):
+        raise StorageError("no disk", code="disk-full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tsugiki.common.audit.append_lines", fail)
+        with pytest.raises(StorageError):
+            log.write_all([("one", {}), ("two", {})])
+    log.write("three")
+    assert [event["event"] for event in verify(path)][4:] == ["three"]
+
+
+def test_each_line_is_verified_once(path, monkeypatch):
+    """Catches: a log that is read and hashed again from its start for each event."""
+    log = AuditLog(path)
+    hashed = []
+    real = audit._hash
+    monkeypatch.setattr(audit, "_hash", lambda body: hashed.append(body) or real(body))
+    for number in range(5):
+        log.write("event", number=number)
+    assert len(hashed) == 5
+
+
+def test_two_processes_share_a_log(path):
+    """Catches: a log that does not know what the other process has written, and forks the chain."""
+    one, other = AuditLog(path), AuditLog(path)
+    for number in range(3):
+        one.write("one", number=number)
+        other.write("other", number=number)
+    assert [event["event"] for event in verify(path)][4:] == ["one", "other"] * 3
+
+
+def test_what_another_process_writes_is_verified(path):
+    """Catches: a chain continued from a line that does not follow from the one before it."""
+    log = AuditLog(path)
+    with path.open("a") as file:
+        file.write('{"sequence": 4, "event": "made up", "previous": "0", "hash": "0"}\n')
+    with pytest.raises(StorageError) as caught:
+        log.write("event")
+    assert caught.value.code == "audit-broken"
+
+
+@pytest.mark.parametrize("lines", [None, 2], ids=["moved away", "cut off"])
+def test_a_log_that_became_shorter_is_read_anew(path, lines):
+    """Catches: a chain that goes on from lines that are in another file now."""
+    log = AuditLog(path)
+    whole = path.read_text().splitlines(keepends=True)
+    path.unlink()
+    if lines:
+        path.write_text("".join(whole[:lines]))
+    log.write("event")
+    assert [event["sequence"] for event in verify(path)] == list(range((lines or 0) + 1))
+
+
+def test_a_line_that_another_process_left_unfinished_is_removed(path):
+    """Catches: a new event glued to half a line of a process that was killed."""
+    log = AuditLog(path)
+    with path.open("a") as file:
+        file.write('{"sequence": 4, "ev')
+    log.write("event")
+    assert [event["sequence"] for event in verify(path)] == [0, 1, 2, 3, 4]

@@ -56,7 +56,7 @@ def lora_case(name, sites=5):
             values *= tensor in trained
         found.append(WeightedUpdate(f"site-{number}", update, 10 + number))
     vector = draw.normal(size=spec.size).astype(np.float32)
-    return config, spec, State(vector, vector), found
+    return config, spec, State(vector), found
 
 
 def product(vector, spec):

@@ -23,73 +23,122 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import torch, transformers, peft, sklearn.metrics
+from tsugiki.common import audit
 from tsugiki.server.run import aggregate, checkpoint, loop, open_round
-from tests.faults.test_fault_16_resume_after_kill import CASES, KILLED, config
+from tests.faults.test_fault_16_resume_after_kill import CASES, KILLED, WATCHED, config
 from tests.support.federation import run_tiny
 
 rounds = [0]
+events = []
 
-def wrap(module, name, dies):
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def wrap(module, name, before=None, after=None):
     function = getattr(module, name)
     def wrapped(*arguments):
-        here = dies(*arguments)
-        if here == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if before:
+            before(*arguments)
         result = function(*arguments)
-        if here == "after":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if after:
+            after(*arguments)
         return result
     setattr(module, name, wrapped)
 
 def collected(ctx, state, number, cohort, judge):
     rounds[0] = number
-    return "after" if point == "after collect" and number == KILLED else ""
+    if point == "after collect" and number == KILLED:
+        kill()
 
 def aggregated(settings, state, number, accepted):
-    return "after" if point == "after aggregate" and number == KILLED else ""
+    if point == "after aggregate" and number == KILLED:
+        kill()
 
-def written(path, content):
-    if rounds[0] != KILLED or path.parent.name != "checkpoint":
-        return ""
-    return "before" if point == "between the two files" and path.name == "current.json" else ""
+def happens(event):
+    if rounds[0] == KILLED:
+        events.append(event)
+        if point == "before " + event:
+            kill()
 
-def saved(folder, state, *hashes):
-    first = state.round == KILLED and state.evaluated_round < KILLED
-    return "after" if point == "after the checkpoint" and first else ""
+def flushed(descriptor):
+    name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+    happens("the flush of " + ("the tensors" if name.startswith(".round-") else name))
 
-def appended(path, record):
-    return "after" if point == "before the second checkpoint" and record["round"] == KILLED else ""
+def renamed(source, target):
+    happens("the rename")
+
+def half(path, content):
+    with open(path, "ab") as file:
+        file.write(content[: len(content) // 2])
+    kill()
+
+def written(path, *parts):
+    if point == "in the middle of the tensors" and rounds[0] == KILLED:
+        half(path.with_name(f".{path.name}.tmp"), b"".join(parts))
+
+def appended(path, records):
+    records = [records] if isinstance(records, dict) else records
+    if point == f"in the middle of {path.name}" and rounds[0] == KILLED:
+        half(path, repr(records[0]).encode())
+
+def saved(*arguments):
+    if point == "after the checkpoint" and rounds[0] == KILLED:
+        kill()
+
+def finished(*arguments):
+    if point == "after the round" and rounds[0] == KILLED:
+        kill()
 
 def run():
-    wrap(open_round, "collect", collected)
-    wrap(aggregate, "aggregate", aggregated)
+    wrap(open_round, "collect", after=collected)
+    wrap(aggregate, "aggregate", after=aggregated)
+    wrap(os, "fsync", flushed)
+    wrap(os, "replace", renamed)
     wrap(checkpoint, "write_atomically", written)
-    wrap(checkpoint, "save", saved)
+    wrap(audit, "append_lines", appended)
     wrap(loop, "append_line", appended)
+    wrap(checkpoint, "save", after=saved)
+    wrap(loop, "finish_round", after=finished)
     run_tiny(config(Path(sys.argv[1]), name, strategy))
 
-for strategy, point, name in CASES:
+for strategy, point, name in [*CASES, WATCHED]:
     child = os.fork()
     if not child:
         try:
             run()
+            if point == "watched":
+                Path(sys.argv[1], "events").write_text("\\n".join(events))
         finally:
             os._exit(0)
     _, status = os.waitpid(child, 0)
     print(name, "killed" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL else status)
 """
 
+WRITES = (
+    "the flush of audit.jsonl",
+    "the flush of the tensors",
+    "the rename",
+    "the flush of checkpoint",
+    "the flush of metrics.jsonl",
+)
+"""What reaches the disk in one round, in this order."""
 POINTS = (
     "after collect",
     "after aggregate",
-    "between the two files",
+    "in the middle of audit.jsonl",
+    "in the middle of the tensors",
     "after the checkpoint",
-    "before the second checkpoint",
+    "in the middle of metrics.jsonl",
+    "after the round",
+    *(f"before {write}" for write in WRITES),
 )
+MOMENTS = ("after the checkpoint", "after the round", "before the rename", "before the flush of metrics.jsonl")
 CASES = [
     *(("fedavg", point, f"fedavg-{number}") for number, point in enumerate(POINTS)),
-    *(("fedadam", point, f"fedadam-{number}") for number, point in enumerate(POINTS) if number in (2, 3)),
+    *(("fedadam", point, f"fedadam-{number}") for number, point in enumerate(MOMENTS)),
 ]
+WATCHED = ("fedavg", "watched", "watched")
+"""A run that is not killed, and notes its writes."""
 
 
 def config(folder, name, strategy):
@@ -108,8 +157,15 @@ def folder(tmp_path_factory):
     environment = {**os.environ, "PYTHONPATH": str(Path(tsugiki.__file__).parents[1])}
     command = [sys.executable, "-c", CHILD, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == [f"{name} killed" for _, _, name in CASES], done.stderr[-2000:]
+    ended = [*(f"{name} killed" for _, _, name in CASES), "watched 0"]
+    assert done.stdout.splitlines() == ended, done.stderr[-2000:]
     return folder
+
+
+def test_a_round_writes_each_thing_once(folder):
+    """Catches: a second save of a round, or a write between which no case here kills the run."""
+    events = (folder / "events").read_text().splitlines()
+    assert events == list(WRITES)
 
 
 def lines_of(folder, name):
@@ -125,7 +181,7 @@ def lines_of(folder, name):
 
 @pytest.mark.parametrize(("strategy", "point", "name"), CASES, ids=[f"{one} {point}" for one, point, _ in CASES])
 def test_the_resumed_run_ends_with_the_same_bytes(folder, strategy, point, name):
-    """Catches: moments, best adapter or counts that a checkpoint forgets, and rounds done twice or recorded twice."""
+    """Catches: moments, best round or counts that a checkpoint forgets; half a file taken for whole; doubled rounds."""
     run = folder / "runs" / name
     assert len(lines_of(folder, name)) <= KILLED + 1
     assert verify(run / "audit.jsonl")

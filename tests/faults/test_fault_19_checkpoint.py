@@ -18,15 +18,14 @@ def folder(tmp_path):
     """The checkpoints of two rounds."""
     for number in (1, 2):
         vector = np.linspace(0, number, SPEC.size, dtype=np.float32)
-        state = State(vector, vector, number, number, 0.5, number, 0, {"m_t": np.ones(4)}, {"round": number})
+        state = State(vector, number, number - 1, 0.5, number, 0, {"m_t": np.ones(4)}, {"round": number})
         checkpoint.save(tmp_path, state, CONFIG, SPEC.sha256)
     return tmp_path
 
 
-def files(folder):
-    """Return the manifest and the tensors of the newest checkpoint."""
-    manifest = folder / "current.json"
-    return manifest, folder / json.loads(manifest.read_bytes())["tensors"]
+def newest(folder):
+    """Return the file of the newest checkpoint."""
+    return sorted(folder.glob("round-*.safetensors"))[-1]
 
 
 def refusal(folder):
@@ -37,10 +36,9 @@ def refusal(folder):
     return caught.value
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["manifest", "tensors"])
-def test_no_truncation_goes_unnoticed(folder, which):
+def test_no_truncation_goes_unnoticed(folder):
     """Catches: a file that still parses without its end."""
-    path = files(folder)[which]
+    path = newest(folder)
     whole = path.read_bytes()
     for length in range(0, len(whole), 7):
         path.write_bytes(whole[:length])
@@ -51,46 +49,71 @@ def test_no_truncation_goes_unnoticed(folder, which):
     assert checkpoint.load(folder, CONFIG, SPEC.sha256).round == 2
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["manifest", "tensors"])
-def test_no_flipped_bit_goes_unnoticed(folder, which):
-    """Catches: a field that the hash leaves out; only a flipped format may look like a newer one."""
-    path = files(folder)[which]
+def test_no_flipped_bit_goes_unnoticed(folder):
+    """Catches: a part of the file that no hash covers; only a flipped format may look like a newer one."""
+    path = newest(folder)
     whole = path.read_bytes()
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
         assert refusal(folder).code in ("checkpoint-corrupt", "checkpoint-newer"), place
 
 
-def test_a_damaged_checkpoint_names_file_and_field_and_what_to_do(folder):
-    """Catches: a message that leaves the operator alone."""
-    manifest, tensors = files(folder)
-    tensors.write_bytes(tensors.read_bytes()[:-1] + b"x")
-    assert f"{tensors} is damaged: its hash" in str(refusal(folder))
-    assert "--previous" in str(refusal(folder))
-    body = json.loads(manifest.read_bytes())
-    manifest.write_text(json.dumps(body | {"round": 7}))
-    assert f"{manifest} is damaged: sha256" in str(refusal(folder))
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"format": "1"}', '{"format": 2}', "[" * 1000])
-def test_another_file_in_the_manifests_place_is_refused(folder, content):
-    """Catches: a KeyError or TypeError for a file that is JSON, but no manifest."""
-    (folder / "current.json").write_text(content)
+def test_nothing_can_be_added_unnoticed(folder):
+    """Catches: bytes after the last tensor, which a reader of tensors may pass over."""
+    path = newest(folder)
+    path.write_bytes(path.read_bytes() + b"x")
     assert refusal(folder).code == "checkpoint-corrupt"
 
 
-def test_a_newer_version_is_told_from_damage(folder):
-    """Catches: a newer format read as if it were ours, and an operator told to go back a round instead of updating."""
-    manifest = files(folder)[0]
-    text = manifest.read_text()
-    manifest.write_text(text.replace('"format": 2', '"format": 3'))
+def test_a_damaged_checkpoint_names_file_and_field_and_what_to_do(folder):
+    """Catches: a message that leaves the operator alone."""
+    path = newest(folder)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"x")
+    assert f"{path} is damaged: the hash of strategy.m_t" in str(refusal(folder))
+    assert "--previous" in str(refusal(folder))
+    path.write_bytes(whole.replace(b'\\"round\\": 2', b'\\"round\\": 7'))
+    assert f"{path} is damaged: the hash of its header" in str(refusal(folder))
+
+
+@pytest.mark.parametrize(
+    "header", ["[]", "{}", "null", '{"__metadata__": {"checkpoint": "{}"}}', "[" * 100_000, '{"__metadata__": []}']
+)
+def test_another_file_in_the_checkpoints_place_is_refused(folder, header):
+    """Catches: a KeyError, TypeError or RecursionError for a file of that name that is no checkpoint."""
+    newest(folder).write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    assert refusal(folder).code == "checkpoint-corrupt"
+
+
+def test_another_version_is_told_from_damage(folder):
+    """Catches: another format read as if it were ours, and an operator told to go back a round instead of updating."""
+    path = newest(folder)
+    whole = path.read_bytes()
+    now = f'\\"format\\": {checkpoint.FORMAT_VERSION}'.encode()
+    assert now in whole
+    path.write_bytes(whole.replace(now, b'\\"format\\": 9'))
     error = refusal(folder)
     assert error.code == "checkpoint-newer"
     assert "update Tsugiki" in str(error)
-    manifest.write_text(text.replace('"format": 2', '"format": 1'))
+    path.write_bytes(whole.replace(now, b'\\"format\\": 1'))
     error = refusal(folder)
     assert error.code == "checkpoint-older"
     assert "the version of Tsugiki that started the run" in str(error)
+
+
+def test_a_checkpoint_of_the_version_before_is_refused_with_what_to_do(tmp_path):
+    """Catches: a run of version 0.3 that is taken for one without a checkpoint, and started anew over its lines."""
+    from safetensors.numpy import save_file
+
+    save_file({"vector": np.zeros(4, np.float32)}, tmp_path / "round-000002-0123abcd.safetensors")
+    (tmp_path / "current.json").write_text(json.dumps({"format": 2, "tensors": "round-000002-0123abcd.safetensors"}))
+    assert checkpoint.exists(tmp_path)
+    error = refusal(tmp_path)
+    assert error.code == "checkpoint-older"
+    assert "the version of Tsugiki that started the run" in str(error)
+    with pytest.raises(StorageError) as caught:
+        checkpoint.promote_previous(tmp_path)
+    assert caught.value.code == "checkpoint-older"
 
 
 def test_another_runs_checkpoint_is_refused_with_both_values(folder):
@@ -112,7 +135,7 @@ def test_a_run_does_not_fall_back_unless_it_is_told_to(tmp_path, monkeypatch):
         return federate(monkeypatch, toy_app(["a", "b"], update), 2, toy_config(folder), **options)
 
     whole, damaged = run(tmp_path / "whole"), run(tmp_path / "damaged")
-    files(damaged.folder / "checkpoint")[1].write_bytes(b"")
+    newest(damaged.folder / "checkpoint").write_bytes(b"")
     with pytest.raises(StorageError) as caught:
         run(tmp_path / "damaged", resume=True)
     assert caught.value.code == "checkpoint-corrupt"

@@ -163,7 +163,7 @@ def test_every_upload_is_in_the_ledger_before_it_leaves(acme, monkeypatch):
     def fail(*arguments):
         raise StorageError("no disk", code="disk-full")
 
-    monkeypatch.setattr("tsugiki.common.audit.append_line", fail)
+    monkeypatch.setattr("tsugiki.common.audit.append_lines", fail)
     assert refused(ask("local", noise_multiplier=4.0)) == "disk-full"
 
 

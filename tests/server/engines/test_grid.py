@@ -14,6 +14,7 @@ from tsugiki.server.engines.grid import (
     RETURN_S,
     StockGrid,
     Stop,
+    _Away,
     exchange,
     wait_for_nodes,
 )
@@ -200,6 +201,20 @@ def test_a_node_that_stays_away_is_given_up(clock, timeout_s, until):
     (answer,) = exchange(Leaving(clock, 1e6), [train_message()], timeout_s, Stop())
     assert answer.has_error()
     assert clock.now == pytest.approx(until, abs=2 * LONGEST_PAUSE_S)
+
+
+def test_nobody_away_costs_nothing(clock):
+    """Catches: a walk through all messages at each poll, which grows with the square of the number of sites."""
+
+    class Walked(list):
+        def __iter__(self):
+            raise AssertionError("all messages were walked through")
+
+    away = _Away(Scripted(clock, []), Walked())
+    assert not away.note(reply("1"))
+    assert away.ask_again() == set()
+    assert away.note(reply("1", node=7, left=True))
+    assert away.ask_again() == set()  # node 7 has not come back
 
 
 def test_nothing_sent_is_nothing_awaited(clock):

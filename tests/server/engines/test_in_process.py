@@ -1,3 +1,5 @@
+import collections.abc
+
 import pytest
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -89,3 +91,28 @@ def test_flowers_own_way_of_sending_works_too(app):
     replies = grid.send_and_receive([ask(2), ask(1)])
     assert [reply.metadata.src_node_id for reply in replies] == [2, 1]
     assert grid.create_message(RecordDict(), 1, "train").metadata.dst_node_id == 1
+
+
+class Asked(collections.abc.Set):
+    """A set of message ids that counts how many were looked up, and cannot be copied."""
+
+    def __init__(self, ids):
+        self.ids, self.lookups = set(ids), 0
+
+    def __contains__(self, message_id):
+        self.lookups += 1
+        return message_id in self.ids
+
+    def __iter__(self):
+        raise AssertionError("the set of all messages was walked through")
+
+    def __len__(self):
+        return len(self.ids)
+
+
+def test_a_poll_looks_at_one_message(app):
+    """Catches: a queue that is scanned for each reply: the work for a round would grow with the square of its sites."""
+    grid = InProcessGrid(app, 3)
+    asked = Asked(grid.push_messages([ask(1 + number % 3) for number in range(30)]))
+    replies = [reply for _ in range(30) for reply in grid.pull_messages(asked)]
+    assert len(replies) == asked.lookups == 30

@@ -143,7 +143,7 @@ def test_a_ledger_that_cannot_be_written_stops_the_round_before_anybody_is_asked
     def fail(*arguments):
         raise StorageError("no disk", code="disk-full")
 
-    monkeypatch.setattr("tsugiki.common.audit.append_line", fail)
+    monkeypatch.setattr("tsugiki.common.audit.append_lines", fail)
     with pytest.raises(StorageError):
         collect_uploads(ctx, ctx.privacy, toy_state(), 1, sample(ctx, 1, 0), 0)
     assert asked == []

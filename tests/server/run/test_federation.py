@@ -8,6 +8,7 @@ from flwr.app import Context, RecordDict
 from safetensors.numpy import load_file
 
 from tests.support.federation import leaks, run_tiny, tiny_config
+from tests.support.toy import federate, toy_app, toy_config
 from tsugiki.client.app import simulated_app
 from tsugiki.common.audit import verify
 from tsugiki.common.config.files import read as read_config
@@ -18,6 +19,7 @@ from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.spec import sha256
 from tsugiki.server.app import app
 from tsugiki.server.engines.in_process import InProcessGrid
+from tsugiki.server.run.checkpoint import read_best
 from tsugiki.server.run.federation import deployed, run_federation
 from tsugiki.server.run.progress import Progress
 
@@ -78,7 +80,8 @@ def test_the_best_adapter_is_written_under_the_models_names(ran):
     assert [[one["name"], tuple(one["shape"])] for one in spec["tensors"]] == [
         [name, tensors[name].shape] for name in sorted(tensors)
     ]
-    assert np.array_equal(np.concatenate([tensors[name].ravel() for name in sorted(tensors)]), ran.state.best_vector)
+    written = np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+    assert np.array_equal(written, read_best(ran.folder / "checkpoint", ran.state))
     assert sum(tensor.size for tensor in tensors.values()) == spec["adapter_parameters"] + spec["head_parameters"]
 
 
@@ -147,10 +150,42 @@ def test_lines_of_rounds_that_a_crash_undid_are_dropped_and_voided_ones_kept(ran
     path = tmp_path / "metrics.jsonl"
     lines = [{"round": 0}, {"round": 1}, {"round": 2, "voided": True}, {"round": 2}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    _drop_unfinished(path, replace(ran.state, evaluated_round=1))
+    assert _drop_unfinished(path, replace(ran.state, round=1)) == lines[:3]
     assert read_lines(path) == lines[:3]
-    _drop_unfinished(path, replace(ran.state, evaluated_round=-1))
-    assert read_lines(path) == lines[2:3]
+    assert _drop_unfinished(path, replace(ran.state, round=0)) == [lines[0], lines[2]]
+    assert read_lines(path) == [lines[0], lines[2]]
+
+
+def score(monkeypatch, values):
+    """Let runs evaluate to these values, one after the other; one more evaluation is an error."""
+    remaining = iter(values)
+
+    def evaluate(vector):
+        return {"accuracy": next(remaining)}
+
+    monkeypatch.setattr("tsugiki.server.run.federation.make_evaluator", lambda *arguments: evaluate)
+
+
+def test_a_resumed_run_evaluates_no_round_twice(tmp_path, monkeypatch):
+    """Catches: an evaluation that is not in the checkpoint and therefore forgotten: it would be done again."""
+    score(monkeypatch, [0.1, 0.5, 0.3, 0.2])
+    app = toy_app(["a", "b"])
+    whole = federate(monkeypatch, app, 2, toy_config(tmp_path))
+    resumed = federate(monkeypatch, app, 2, toy_config(tmp_path), resume=True)
+    assert (resumed.state.best_round, resumed.state.best_metric, resumed.state.evaluations_since_best) == (1, 0.5, 2)
+    assert resumed.state.evaluated_round == 3
+    assert resumed.summary["best_sha256"] == whole.summary["best_sha256"]
+
+
+def test_a_run_whose_best_adapter_is_lost_is_not_resumed(tmp_path, monkeypatch):
+    """Catches: rounds trained for hours, after which the best adapter cannot be written."""
+    score(monkeypatch, [0.1, 0.5, 0.3, 0.2])
+    done = federate(monkeypatch, toy_app(["a", "b"]), 2, toy_config(tmp_path))
+    (best,) = (done.folder / "checkpoint").glob("round-000001-*")
+    best.write_bytes(best.read_bytes()[:-1])
+    with pytest.raises(StorageError) as caught:
+        federate(monkeypatch, toy_app(["a", "b"]), 2, toy_config(tmp_path), resume=True)
+    assert caught.value.code == "checkpoint-corrupt"
 
 
 def test_a_deployed_run_counts_on_no_simulated_clients(tmp_path):

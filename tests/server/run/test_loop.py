@@ -161,7 +161,8 @@ def test_the_best_adapter_is_kept(tmp_path):
     evaluate = scores([0.1, 0.5, 0.5, 0.3])
     state = run_toy(tmp_path, toy_app(["a", "b"]), 2, evaluate=evaluate).state
     assert (state.best_round, state.best_metric, state.evaluations_since_best) == (1, 0.5, 2)
-    assert np.array_equal(state.best_vector, np.full(SPEC.size, 0.25, np.float32))
+    best = checkpoint.read_best(tmp_path / "checkpoint", state)
+    assert np.array_equal(best, np.full(SPEC.size, 0.25, np.float32))
 
 
 def test_where_lower_is_better_the_lowest_is_kept(tmp_path):
@@ -182,7 +183,7 @@ def test_without_evaluation_the_last_adapter_is_the_best(tmp_path):
     """Catches: the untrained adapter exported from a run without evaluation data."""
     state = run_toy(tmp_path, toy_app(["a", "b"]), 2).state
     assert state.best_round == 3
-    assert np.array_equal(state.best_vector, state.vector)
+    assert np.array_equal(checkpoint.read_best(tmp_path / "checkpoint", state), state.vector)
 
 
 def test_patience_ends_the_run(tmp_path):
@@ -230,9 +231,10 @@ def test_a_model_that_is_no_longer_finite_is_not_checkpointed(tmp_path):
     config = toy_config(tmp_path, strategy={"max_update_norm": 1e39})
     ctx = toy_context(tmp_path, toy_app(["a", "b"], by_site({"a": 1e38, "b": 1e38})), 2, config)
     ctx.roster.wait(lambda count: None)
-    start = np.full(SPEC.size, 3e38, np.float32)
+    start = replace(toy_state(), vector=np.full(SPEC.size, 3e38, np.float32))
+    checkpoint.save(tmp_path / "checkpoint", start, ctx.config.sha256, SPEC.sha256)
     with np.errstate(over="ignore"), pytest.raises(TrainingError, match="not finite"):
-        run_rounds(ctx, replace(toy_state(), vector=start))
+        run_rounds(ctx, start)
     assert checkpoint.load(tmp_path / "checkpoint", ctx.config.sha256, SPEC.sha256).round == 0
 
 

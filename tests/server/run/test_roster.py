@@ -1,4 +1,5 @@
 import dataclasses
+import os
 
 import pytest
 
@@ -6,7 +7,7 @@ from tests.support.federation import hurry
 from tests.support.toy import SPEC, rewritten, toy_app, toy_config, toy_context
 from tsugiki.common import __version__
 from tsugiki.common.audit import verify
-from tsugiki.common.errors import NotEnoughSites
+from tsugiki.common.errors import NotEnoughSites, StorageError
 from tsugiki.common.wire.messages import error_reply
 from tsugiki.server.engines.in_process import InProcessGrid
 
@@ -116,6 +117,47 @@ def test_a_refused_node_is_not_asked_again(tmp_path):
     ctx.roster.refresh()
     assert len(verify(tmp_path / "audit.jsonl")) == before
     assert ctx.roster.refused() == {2: "shard-empty"}
+
+
+def test_a_greeting_flushes_its_events_once_and_before_its_sites_are_members(tmp_path, monkeypatch):
+    """Catches: a flush for each hello; a site that trains although a crash could make the log forget its hello."""
+    flushed = []
+    ctx = toy_context(tmp_path, toy_app(["a", "b", "c", "b"]), 4, toy_config(tmp_path))
+    real = os.fsync
+
+    def flush(descriptor):
+        flushed.append(list(ctx.roster.members()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    ctx.roster.refresh()
+    assert flushed == [[]]
+    assert list(ctx.roster.members()) == ["a", "b", "c"]
+    events = [(event["event"], event.get("site")) for event in verify(tmp_path / "audit.jsonl")]
+    assert events == [("hello", "a"), ("hello", "b"), ("hello", "c"), ("refused", None)]
+
+
+def test_sites_whose_hello_cannot_be_written_down_do_not_join(tmp_path, monkeypatch):
+    """Catches: members that the audit log does not know."""
+    ctx = toy_context(tmp_path, toy_app(["a", "b"]), 2, toy_config(tmp_path))
+
+    def fail(*arguments):
+        raise StorageError("no disk", code="disk-full")
+
+    monkeypatch.setattr("tsugiki.common.audit.append_lines", fail)
+    with pytest.raises(StorageError):
+        ctx.roster.refresh()
+    assert ctx.roster.members() == {}
+
+
+def test_the_names_of_keys_are_asked_for_once_in_a_greeting(tmp_path):
+    """Catches: a list of all registered keys made anew for each hello."""
+    asked = []
+    ctx = toy_context(tmp_path, toy_app(["a", "b", "c"]), 3, toy_config(tmp_path))
+    ctx.roster._names = lambda: asked.append(1) or {1: "a", 2: "b", 3: "c"}
+    ctx.roster.refresh()
+    assert list(ctx.roster.members()) == ["a", "b", "c"]
+    assert len(asked) == 1
 
 
 def test_a_node_that_does_not_answer_is_asked_again(tmp_path):

@@ -67,7 +67,7 @@ def test_a_release_that_cannot_be_charged_is_not_made(tmp_path, handed_over, mon
     def fail(*arguments):
         raise StorageError("no disk", code="disk-full")
 
-    monkeypatch.setattr("tsugiki.common.audit.append_line", fail)
+    monkeypatch.setattr("tsugiki.common.audit.append_lines", fail)
     with pytest.raises(StorageError):
         PrivateRound(ctx, ctx.privacy).step(toy_state(), 1, CollectedSum([], [], 0, 0, 0.0, LEVELS))
     assert handed_over == []
