@@ -146,7 +146,9 @@ def solve(sums: HeadSums, *, bias: bool) -> ClosedFormHead:
         covariance = covariance - np.outer(mean, mean)
         centre = shares
     products = products - np.outer(mean, centre)
-    unit = float(np.trace(covariance)) / len(covariance)
+    # features that do not vary have rounding errors as their variance: the penalty must be above those
+    squares = float(np.trace(sums.gram[:-1, :-1])) / rows
+    unit = max(float(np.trace(covariance)), 1e-9 * squares, 1e-12) / len(covariance)
 
     with threadpool_limits(1, "blas"):  # the number of threads would change the last digits
         values, vectors = np.linalg.eigh(covariance)
@@ -186,13 +188,13 @@ def _fit(values: Matrix, powers: Matrix, penalty: float, rows: int, shares: Matr
     Args:
         values: eigenvalues of the features' covariance, shape (width,).
         powers: products of features and targets along its eigenvectors, shape (width, classes).
-        penalty: above 0, unless all features are constant.
+        penalty: above 0.
         rows: how many there are.
         shares: of the classes among the rows.
         centre: what was subtracted from the one-hot classes.
         bias: whether the regression has a bias.
     """
-    shrunk = 1 / np.maximum(values + penalty, np.finfo(float).tiny)
+    shrunk = 1 / (values + penalty)
     squares = np.square(powers).sum(axis=1)
     explained = float((squares * shrunk).sum())
     # of one-hot classes, whose squares sum to 1, less the centre
