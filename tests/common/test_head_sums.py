@@ -65,7 +65,9 @@ def test_it_is_the_ridge_regression_on_centred_rows():
     centred = features - features.mean(axis=0)
     targets = np.eye(CLASSES)[classes]
     penalty = head.ridge * len(features) * centred.var(axis=0).mean()
-    wanted = np.linalg.solve(centred.T @ centred + penalty * np.eye(WIDTH), centred.T @ (targets - targets.mean(axis=0)))
+    wanted = np.linalg.solve(
+        centred.T @ centred + penalty * np.eye(WIDTH), centred.T @ (targets - targets.mean(axis=0))
+    )
     assert np.allclose(head.weight, head.scale * wanted.T, atol=1e-5)
     outputs = features @ head.weight.T.astype(float) + head.bias
     assert np.allclose(outputs.mean(axis=0), head.scale * targets.mean(axis=0), atol=1e-4)
@@ -135,9 +137,7 @@ def _changed(change):
 FORGED = {
     "more rows of a class": lambda sums: sums.moments.__setitem__((-1, 0), sums.moments[-1, 0] + 1),
     "half a row": lambda sums: sums.moments.__setitem__((-1, slice(0, 2)), sums.moments[-1, :2] + [0.5, -0.5]),
-    "rows below zero": lambda sums: sums.moments.__setitem__(
-        (-1, slice(0, 2)), [-1.0, sums.moments[-1, :2].sum() + 1]
-    ),
+    "rows below zero": lambda sums: sums.moments.__setitem__((-1, slice(0, 2)), [-1.0, sums.moments[-1, :2].sum() + 1]),
     "a negative square": lambda sums: sums.gram.__setitem__((0, 0), -1.0),
     "a product beyond the squares": lambda sums: sums.gram.__setitem__((0, 1), 1e6),
     "classes' features beyond the squares": lambda sums: sums.moments.__setitem__((0, 0), 1e6),
