@@ -9,3 +9,14 @@ def test_training_that_made_it_worse_is_said(tmp_path):
     """Catches: a report that praises a run whose best adapter is the one before training."""
     run = read_run(run_folder(tmp_path / "run", [start(accuracy=0.5), line(1, eval={"accuracy": 0.4})]))
     assert "No round was better than the start: accuracy 0.5" in " ".join(story(run))
+
+
+def test_a_head_before_round_1_is_said(tmp_path):
+    """Catches: a report that calls round 0 a random head, or says nothing of the sums that left the sites."""
+    warm = {"warm_head": {"sites": {"a": 10, "b": 30}}, "bytes_up": 4000}
+    run = read_run(run_folder(tmp_path / "run", [start(accuracy=0.5) | warm, line(1, eval={"accuracy": 0.6})]))
+    sentence = next(sentence for sentence in story(run) if "linear probe" in sentence)
+    assert "over the rows of 2 sites" in sentence
+    assert "sent 2.0 kB once" in sentence
+    plain = read_run(run_folder(tmp_path / "plain", [start(accuracy=0.5), line(1, eval={"accuracy": 0.6})]))
+    assert not any("linear probe" in sentence for sentence in story(plain))
