@@ -18,20 +18,25 @@ from tsugiki.client.prepare import SiteRun
 from tsugiki.client.site.simulated import SimulatedSite, simulated_sites
 from tsugiki.client.site.site import Site, site_of_node
 from tsugiki.client.training.cohort import train_openly, train_protecting_clients
+from tsugiki.client.training.features import rows_for_sums, sum_features
 from tsugiki.client.training.job import Job
 from tsugiki.common import __version__, minor
 from tsugiki.common.config.parse import site_config
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import Code, DataError, SecureAggregationError, SpecError, TsugikiError, WireCode
+from tsugiki.common.head_sums import pack_sums
 from tsugiki.common.model.device import actual_precision, computing, device_notes, precision_advice
+from tsugiki.common.model.linear_head import warm_head_of
 from tsugiki.common.privacy.clipping import Levels
 from tsugiki.common.privacy.mechanisms import releases_of
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.strategies.factors import narrow
-from tsugiki.common.wire.arrays import encode, encode_levels
+from tsugiki.common.wire.arrays import encode, encode_levels, encode_numbers
 from tsugiki.common.wire.messages import (
     EvaluateReply,
     EvaluateRequest,
+    HeadSumsReply,
+    HeadSumsRequest,
     HelloReply,
     HelloRequest,
     PrivateReply,
@@ -65,6 +70,10 @@ def make_app(locate: Locate) -> ClientApp:
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         return _answer(message, lambda: locate(context), _evaluate)
+
+    @app.query("head_sums")
+    def head_sums(message: Message, context: Context) -> Message:
+        return _answer(message, lambda: locate(context), _head_sums)
 
     @app.query("keys")
     def keys(message: Message, context: Context) -> Message:
@@ -266,6 +275,26 @@ def _evaluate(site: Site, content: RecordDict) -> RecordDict:
     result["metrics"] = MetricRecord(shared)
     site.record("evaluated", run=config.run.name, round=request.round, metrics=sorted(shared))
     return result
+
+
+def _head_sums(site: Site, content: RecordDict) -> RecordDict:
+    """Send the sums of the features that the head reads, over the site's training rows."""
+    request = from_record(HeadSumsRequest, content)
+    config = site_config(request.config)
+    run = SiteRun.open(site, config, request.round)
+    # Before the rows are read, because a private run may not learn anything about them.
+    site.policy.check_head_sums(config.privacy)
+    head = warm_head_of(run.graft, config)
+    if isinstance(head, str):
+        raise SpecError("the server asks for sums of features", "a run with such a head: " + (head or "it has none"))
+    run.receive(request.spec_sha256, content)
+    encoded = run.train_rows()
+    rows = rows_for_sums(len(encoded), config.run.seed, site.name)
+    sums = sum_features(run.graft, head, encoded, rows, config.evaluation.batch_size, config.train.threads)
+    arrays = encode_numbers(pack_sums(sums))
+    sent = sum(len(array.data) for array in arrays.values())
+    site.record("head-sums", run=config.run.name, rows=len(rows), classes=sums.classes, bytes=sent)
+    return to_record(HeadSumsReply(site.name, request.round, request.nonce, len(rows)), arrays)
 
 
 # The steps of secure aggregation

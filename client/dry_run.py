@@ -14,10 +14,18 @@ from tsugiki.common import __version__
 from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import UsageError
+from tsugiki.common.model.linear_head import LinearHead, warm_head_of
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.flower import identify_process, set_message_id
-from tsugiki.common.wire.messages import EvaluateRequest, HelloRequest, TrainRequest, error_code, to_record
+from tsugiki.common.wire.messages import (
+    EvaluateRequest,
+    HeadSumsRequest,
+    HelloRequest,
+    TrainRequest,
+    error_code,
+    to_record,
+)
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
@@ -40,6 +48,11 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
     yield "hello", _ask(app, "query", to_record(HelloRequest(config.for_sites(), __version__)))
     graft = load_at(site, config)
     plan = make_plan(config, graft.spec.size)
+    arrays = encode(graft.initial, graft.spec)
+    # Only if this site would send them: else the server receives a code.
+    if isinstance(warm_head_of(graft, config), LinearHead) and site.policy.head_sums:
+        sums = HeadSumsRequest(config.for_sites(plan), 0, graft.spec.sha256, "0" * 16)
+        yield "sums for a head before round 1", _ask(app, "query.head_sums", to_record(sums, arrays))
     title = "round 1"
     # Masks need other sites. Show the sum below the masks, by an app whose policy does not demand masks.
     if plan and plan.secure_aggregation:
@@ -59,7 +72,6 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
         nonce="0" * 16,
         clients="",
     )
-    arrays = encode(graft.initial, graft.spec)
     yield title, _ask(app, "train", to_record(request, arrays))
     if config.evaluation.at_sites and site.data.evaluation:
         evaluation = EvaluateRequest(config.for_sites(plan), 1, graft.spec.sha256, "0" * 16)

@@ -79,6 +79,7 @@ KnownCode = Literal[
     "policy-epsilon",  # the clients' budget of the site is spent
     "policy-row-epsilon",  # the rows' budget of the site is spent
     "policy-evaluation",  # a private run asks for metrics of the site's rows
+    "policy-head-sums",  # it forbids the sums for a head before round 1
     "policy-seeded-noise",  # the run draws its noise from a known seed
     # models and adapters
     "model-unknown",  # the site's `[models]` does not have the run's model
@@ -146,6 +147,7 @@ KnownCode = Literal[
     "keys",  # other records, keys or number of arrays
     "type",  # a value of another type
     "metrics",  # metrics out of range
+    "head-sums",  # numbers that cannot be sums over the site's rows
     "weight",  # a number of rows out of range
     "stale",  # a reply to another round
     "duplicate",  # a second reply

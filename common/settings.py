@@ -136,6 +136,19 @@ class ClassesSettings(TaskSettings):
         return self
 
 
+class HeadedSettings(ClassesSettings):
+    """What every task has whose result includes a head with classes."""
+
+    warm_head: Literal["auto", "off"] = Field(
+        default="auto",
+        description="Compute the head before round 1, from sums of the base's features that every site sends once "
+        '(a linear probe), so that training does not begin with a random head. "auto": yes if the head is one '
+        "linear layer of at most 4,096 features and the sums are at most 10 million numbers; not in private "
+        "runs, because the sums have no noise. The sums tell how many rows of each class a site has. Set "
+        '"off" to begin with a random head.',
+    )
+
+
 class AdapterSettings(NamingSettings):
     """What every adapter method has."""
 

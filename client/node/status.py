@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 REFRESH_S = 0.25
 _WORDS = {
     "query": "hello",
+    "query.head_sums": "summing features",
     "query.keys": "exchanging keys",
     "query.shares": "exchanging shares",
     "query.unmask": "opening the sum",

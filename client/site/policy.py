@@ -74,6 +74,12 @@ class SitePolicy(Section):
         description="Most epsilon of this site over its whole life, by its own ledger. Set it to limit what all runs "
         "together can tell about this site. 0: no limit.",
     )
+    head_sums: bool = Field(
+        default=True,
+        description="Send sums of the base's features over this site's rows, once before a run's first round, from "
+        "which the server computes a first head. They tell how many rows of each class this site has, and about a "
+        "class with a single row, its features. Set false to keep them: the site then takes part without.",
+    )
     max_row_epsilon: float = Field(
         default=0.0,
         ge=0,
@@ -169,6 +175,18 @@ class SitePolicy(Section):
         """
         if settings.mode != "none" or settings.examples.enabled:
             raise _refusal("metrics of private rows", "none in a private run", "policy-evaluation")
+
+    def check_head_sums(self, settings: PrivacySection) -> None:
+        """Check that sums of this site's features may leave.
+
+        Raises:
+            PolicyError: `policy-head-sums`, the site keeps them, or the run is private: they have no noise, and no
+                ledger counts them.
+        """
+        if not self.head_sums:
+            raise _refusal("sums of features", "none: policy.head_sums is false", "policy-head-sums")
+        if settings.mode != "none" or settings.examples.enabled:
+            raise _refusal("sums of features of private rows", "none in a private run", "policy-head-sums")
 
     def may_leave(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Return the metrics that this site shares."""

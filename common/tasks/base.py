@@ -205,6 +205,10 @@ class Task(ABC):
     def loss(self, network: Any, batch: Batch) -> torch.Tensor:
         """Return the mean loss over the batch, a scalar."""
 
+    def logits(self, network: Any, batch: Batch) -> torch.Tensor:
+        """Return the logits of a batch, shape (rows, classes), float32; only tasks with `HeadedSettings` have them."""
+        raise NotImplementedError(f"the task {self.name} has no head with classes")
+
     def tail(self, base: Base, encoded: Encoded) -> Tail | None:
         """Return the end of the network if all trainable parameters are in it, else None."""
         return None

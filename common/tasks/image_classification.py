@@ -15,7 +15,7 @@ from tsugiki.common.adapters.base import require_heads
 from tsugiki.common.data.columns import Column
 from tsugiki.common.data.pixels import Pixels, fit, read_pixels
 from tsugiki.common.errors import ModelError
-from tsugiki.common.settings import ClassesSettings
+from tsugiki.common.settings import HeadedSettings
 from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Tail, Task, TinyCase
 from tsugiki.common.tasks.classes import class_metrics, named_classes
 
@@ -29,7 +29,7 @@ MODEL_TYPE = "tsugiki-cnn"
 """`config.model_type` of our own network."""
 
 
-class ImageClassificationSettings(ClassesSettings):
+class ImageClassificationSettings(HeadedSettings):
     """Any number of classes; accuracy, macro-F1 and loss."""
 
     name: Literal["image-classification"] = Field(default="image-classification", description="The task.")
@@ -130,7 +130,12 @@ class ImageClassification(Task):
         """Return the mean cross-entropy, computed in float32."""
         from torch.nn.functional import cross_entropy
 
-        return cross_entropy(network(pixel_values=batch["pixel_values"]).logits.float(), batch["labels"])
+        return cross_entropy(self.logits(network, batch), batch["labels"])
+
+    def logits(self, network: Any, batch: Batch) -> torch.Tensor:
+        """Return the logits of a batch, shape (rows, classes), float32."""
+        logits: torch.Tensor = network(pixel_values=batch["pixel_values"]).logits.float()
+        return logits
 
     def tail(self, base: Base, encoded: Encoded) -> Tail | None:
         """Return the last layer of our own network if it contains all trained parameters, else None."""

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from tsugiki.common.data.columns import Column
 from tsugiki.common.errors import ModelError
-from tsugiki.common.settings import ClassesSettings
+from tsugiki.common.settings import HeadedSettings
 from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Task, TinyCase
 from tsugiki.common.tasks.classes import class_metrics, named_classes
 from tsugiki.common.tasks.text import by_length, cut_note, pad, padding_id, tokenise
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tsugiki.common.tasks.base import Generation
 
 
-class SequenceClassificationSettings(ClassesSettings):
+class SequenceClassificationSettings(HeadedSettings):
     """Any number of classes; accuracy, macro-F1 and loss."""
 
     name: Literal["sequence-classification"] = Field(default="sequence-classification", description="The task.")
@@ -125,8 +125,13 @@ class SequenceClassification(Task):
         """Return the mean cross-entropy, computed in float32."""
         from torch.nn.functional import cross_entropy
 
+        return cross_entropy(self.logits(network, batch), batch["labels"])
+
+    def logits(self, network: Any, batch: Batch) -> torch.Tensor:
+        """Return the logits of a batch, shape (rows, classes), float32."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        return cross_entropy(network(**inputs).logits.float(), batch["labels"])
+        logits: torch.Tensor = network(**inputs).logits.float()
+        return logits
 
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
         """Return accuracy, macro_f1 (over the classes that occur or are predicted) and loss."""
@@ -149,10 +154,9 @@ class SequenceClassification(Task):
         logits = torch.empty(len(encoded), len(self.labels))
         for rows in by_length([len(tokens) for tokens in encoded.texts["input_ids"]], batch_size):
             batch = self.batch(encoded, rows, base)
-            batch.pop("labels", None)
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             with torch.no_grad():
-                logits[rows] = base.network(**inputs).logits.float().cpu()
+                logits[rows] = self.logits(base.network, inputs).cpu()
         return logits
 
     @classmethod

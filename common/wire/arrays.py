@@ -58,6 +58,31 @@ def decode(record: ArrayRecord, spec: AdapterSpec) -> Vector:
     return vector
 
 
+def encode_numbers(numbers: npt.NDArray[np.float64]) -> ArrayRecord:
+    """Return numbers of shape (size,) as Flower's record, as float64.
+
+    Raises:
+        WireError: `non-finite`.
+    """
+    from flwr.app import Array, ArrayRecord
+
+    if not np.isfinite(numbers).all():
+        raise WireError("the numbers are not finite", "finite values", code="non-finite")
+    return ArrayRecord({ARRAY_KEY: Array(np.ascontiguousarray(numbers, np.float64))})
+
+
+def decode_numbers(record: ArrayRecord, size: int) -> npt.NDArray[np.float64]:
+    """Return received float64 numbers, shape (size,).
+
+    Raises:
+        WireError: as `decode`.
+    """
+    numbers = _payload(record, np.dtype(np.float64), size)
+    if not np.isfinite(numbers).all():
+        raise WireError("a value is NaN or infinite", "finite values", code="non-finite")
+    return numbers
+
+
 def encode_levels(levels: npt.NDArray[np.int64], bits: int) -> ArrayRecord:
     """Return integers modulo 2^bits as Flower's record, bits / 8 bytes each, little endian.
 

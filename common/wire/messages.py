@@ -149,6 +149,26 @@ class EvaluateReply:
     rows: int
 
 
+@dataclass(frozen=True)
+class HeadSumsRequest:
+    """Send the sums of the features that the head reads, with the adapter beside this; `round` is 0."""
+
+    config: str
+    round: int
+    spec_sha256: str
+    nonce: str
+
+
+@dataclass(frozen=True)
+class HeadSumsReply:
+    """The reply to a `HeadSumsRequest`, beside the packed sums of `common/head_sums.py` over `rows` rows."""
+
+    site: str
+    round: int
+    nonce: str
+    rows: int
+
+
 R = TypeVar(
     "R",
     HelloRequest,
@@ -159,6 +179,8 @@ R = TypeVar(
     PrivateReply,
     EvaluateRequest,
     EvaluateReply,
+    HeadSumsRequest,
+    HeadSumsReply,
 )
 
 

@@ -79,7 +79,8 @@ class Section:
 
 def story(run: Run) -> list[str]:
     """Return the course of the run in sentences."""
-    return [sentence for sentence in (_training(run), _outcome(run), _voided(run), _traffic(run)) if sentence]
+    sentences = (_training(run), _head_sums(run), _outcome(run), _voided(run), _traffic(run))
+    return [sentence for sentence in sentences if sentence]
 
 
 def _training(run: Run) -> str:
@@ -132,6 +133,18 @@ def _traffic(run: Run) -> str:
     return (
         f"Only the adapter travelled: {numbers}, {size} to each site in a round, and as much back. The base model "
         "stayed frozen."
+    )
+
+
+def _head_sums(run: Run) -> str:
+    first = next((line for line in run.completed if "warm_head" in line), None)
+    if first is None:
+        return ""
+    sites = len(first["warm_head"]["sites"])
+    size = filesize.decimal(round(first.get("bytes_up", 0) / sites))
+    return (
+        f"Before round 1, sums of the base's features over the rows of {_count(sites, 'site')} gave the head: round 0 "
+        f"is their linear probe. For that each site sent {size} once, beside the adapter of the rounds."
     )
 
 

@@ -30,6 +30,7 @@ from tsugiki.server.run.privacy import Privacy, open_privacy, rows_summary
 from tsugiki.server.run.progress import Progress, describe_notes
 from tsugiki.server.run.roster import Roster
 from tsugiki.server.run.storage import run_folder
+from tsugiki.server.run.warm_head import numbers_before_training, with_warm_head
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def run_federation(
         graft = load_graft(config, config.model.name, config.run.seed)
         plan = make_plan(config, graft.spec.size)
         evaluator = make_evaluator(graft, config)
-        grid.limit_replies(graft.spec.size * 8)  # whatever is exchanged, a number takes at most eight bytes
+        # whatever is exchanged, a number takes at most eight bytes
+        grid.limit_replies(max(graft.spec.size, numbers_before_training(graft, config)) * 8)
 
         state = _open_records(folder, config, plan, graft, resume=resume, previous=previous)
         audit = AuditLog(folder / "audit.jsonl")
@@ -114,7 +116,7 @@ def run_federation(
                 stop=stop,
                 privacy=privacy,
             )
-            state = run_rounds(ctx, state)
+            state = run_rounds(ctx, with_warm_head(ctx, graft, state))
 
         summary = _write_results(ctx, graft, state)
     return Outcome(folder, state, summary)

@@ -11,14 +11,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tsugiki.common.errors import SecureAggregationError, WireError
+from tsugiki.common.head_sums import HeadSums, check_sums, numbers_of, unpack_sums
 from tsugiki.common.privacy.clipping import LEVELS
 from tsugiki.common.privacy.mechanisms import mechanism_of
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.strategies.factors import widen
-from tsugiki.common.wire.arrays import decode, decode_levels
+from tsugiki.common.wire.arrays import decode, decode_levels, decode_numbers
 from tsugiki.common.wire.messages import (
     BESIDE,
     EvaluateReply,
+    HeadSumsReply,
     PrivateReply,
     TrainReply,
     beside,
@@ -115,6 +117,33 @@ def check_step(
     return AcceptedStep(asked.site, value, asked.clients, reply.content.config_records[BESIDE].count_bytes())
 
 
+def check_head_sums(reply: Message, asked: Asked, width: int, classes: int) -> AcceptedStep[HeadSums] | Rejected:
+    """Accept or reject a reply to a request for sums of features.
+
+    Args:
+        reply: of the site.
+        asked: the request to the site.
+        width: number of features.
+        classes: number of classes.
+    """
+    if reply.has_error():
+        return _refusal(reply, asked)
+    size = array_bytes(reply.content)
+    try:
+        answer = from_record(HeadSumsReply, reply.content)
+        _check_origin(answer, asked)
+        if not 1 <= answer.rows <= asked.rows:
+            raise WireError(f"the reply counts {answer.rows} rows", f"1 to {asked.rows}", code="weight")
+        arrays = reply.content.array_records.get("arrays")
+        if arrays is None or set(reply.content) != {"reply", "arrays"}:
+            raise WireError("the message has other records than reply and arrays", code="keys")
+        sums = unpack_sums(decode_numbers(arrays, numbers_of(width, classes)), width, classes)
+        check_sums(sums, answer.rows)
+    except WireError as error:
+        return Rejected(asked.site, error.code, str(error), size)
+    return AcceptedStep(asked.site, sums, asked.clients, size)
+
+
 def check_evaluation(reply: Message, asked: Asked) -> tuple[dict[str, float], int] | Rejected:
     """Return the metrics and the number of rows of a site's own evaluation, or the rejection."""
     if reply.has_error():
@@ -136,7 +165,7 @@ def _refusal(reply: Message, asked: Asked) -> Rejected:
     return Rejected(asked.site, DROPOUT, code) if code in GONE else Rejected(asked.site, code)
 
 
-def _check_origin(answer: TrainReply | PrivateReply | EvaluateReply, asked: Asked) -> None:
+def _check_origin(answer: TrainReply | PrivateReply | EvaluateReply | HeadSumsReply, asked: Asked) -> None:
     if answer.site != asked.site:
         raise WireError("the reply has another site's name", code="site")
     if answer.round != asked.round_number or answer.nonce != asked.nonce:

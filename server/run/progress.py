@@ -118,6 +118,8 @@ def describe(record: Record) -> str:
     parts = [f"round {record['round']}"]
     if record.get("voided"):
         parts.append("voided")
+    if "warm_head" in record:
+        parts.append(f"linear probe from {len(record['warm_head']['sites'])} sites' sums")
     if record.get("accepted"):
         # no site may share its loss
         if record["train_loss"] is not None:

@@ -13,12 +13,17 @@ from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.client.training import cohort
 from tsugiki.common import __version__
 from tsugiki.common.audit import verify
+from tsugiki.common.config.parse import changed
 from tsugiki.common.errors import DataError, SpecError
+from tsugiki.common.head_sums import check_sums, numbers_of, unpack_sums
+from tsugiki.common.model.linear_head import linear_head
 from tsugiki.common.model.load import load_graft
-from tsugiki.common.wire.arrays import decode, encode
+from tsugiki.common.wire.arrays import decode, decode_numbers, encode
 from tsugiki.common.wire.messages import (
     EvaluateReply,
     EvaluateRequest,
+    HeadSumsReply,
+    HeadSumsRequest,
     HelloReply,
     HelloRequest,
     TrainReply,
@@ -328,3 +333,36 @@ def test_no_metrics_leave_a_private_run(tmp_path):
     request = EvaluateRequest(private.for_sites(), 1, loaded.spec.sha256, NONCE)
     reply = ask(private, "evaluate", to_record(request, encode(loaded.initial, loaded.spec)))
     assert code(reply) == "policy-evaluation"
+
+
+def sums_request(config, loaded):
+    """Return the content of a request for sums, with the initial adapter."""
+    request = HeadSumsRequest(config.for_sites(), 0, loaded.spec.sha256, NONCE)
+    return to_record(request, encode(loaded.initial, loaded.spec))
+
+
+def test_sums_of_features_leave_with_their_number_of_rows(config):
+    """Catches: sums over the rows that are kept for evaluation; another site's name or nonce."""
+    warm = changed(config, {"task.warm_head": "auto"})
+    loaded = load_graft(warm, warm.model.name, warm.run.seed)
+    reply = ask(warm, "query.head_sums", sums_request(warm, loaded))
+    answer = from_record(HeadSumsReply, reply.content)
+    assert (answer.site, answer.round, answer.nonce, answer.rows) == ("site-0", 0, NONCE, 9)
+    head = linear_head(loaded)
+    numbers = decode_numbers(reply.content.array_records["arrays"], numbers_of(head.width, head.classes))
+    check_sums(unpack_sums(numbers, head.width, head.classes), 9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({}, "spec-mismatch"),
+        ({"privacy": {"mode": "central", "noise_multiplier": 1.0, "delta": 1e-3}}, "policy-head-sums"),
+        ({"privacy": {"examples": {"noise_multiplier": 1.0, "delta": 1e-3}}}, "policy-head-sums"),
+    ],
+)
+def test_sums_that_the_run_does_not_need_stay(config, changes, refusal):
+    """Catches: a server that asks for exact sums in a private run, or in one that has the head off."""
+    asked = changed(config, {"task.warm_head": "auto" if changes else "off", **changes})
+    loaded = load_graft(asked, asked.model.name, asked.run.seed)
+    assert code(ask(asked, "query.head_sums", sums_request(asked, loaded))) == refusal

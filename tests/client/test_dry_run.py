@@ -66,3 +66,17 @@ def test_a_private_run_shows_what_is_left_of_an_update(tmp_path, secure, title):
     uploads = [shown[title].array_records["arrays"]["adapter"].data for shown in (first, second)]
     assert uploads[0] != uploads[1]
     assert not (tmp_path / "acme" / "privacy-ledger.jsonl").exists()
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_sums_for_a_head_are_shown_where_they_would_leave(tmp_path, allowed):
+    """Catches: sums that leave without having been shown; a dry run that stops where the real one goes on."""
+    config = tiny_config(tmp_path, task={"warm_head": "auto"})
+    file = site_folder(tmp_path / "acme", "acme")
+    if not allowed:
+        file.write_text("[policy]\nhead_sums = false\n" + file.read_text())
+    shown = dict(replies(read_site(file), config))
+    title = "sums for a head before round 1"
+    assert list(shown) == ["hello", *([title] if allowed else []), "round 1"]
+    assert not allowed or shown[title]["reply"]["rows"] == 8
+    assert not [canary for canary in CANARIES if canary in str(shown)]

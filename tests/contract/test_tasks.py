@@ -10,7 +10,7 @@ from tests.support.exports import settings_of
 from tests.support.tiny import tiny_base, write_case
 from tsugiki.common.data.shard import Shard, read
 from tsugiki.common.registry import Registry
-from tsugiki.common.settings import DataFormat
+from tsugiki.common.settings import DataFormat, HeadedSettings
 from tsugiki.common.tasks import TASKS, Task
 
 CASES = {
@@ -164,6 +164,39 @@ def test_loss_is_a_finite_scalar_with_a_gradient(name, folder):
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in base.transformer.parameters())
     assert all(torch.equal(batch[key], kept[key]) for key in kept)
     assert batch.keys() == kept.keys()
+
+
+def with_heads():
+    """Return the cases whose result includes a head with classes."""
+    found = [name for name in CASES if isinstance(tiny(name)[0].settings, HeadedSettings)]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("name", with_heads())
+def test_logits_are_what_the_loss_compares_with_the_classes(name, folder):
+    """Catches: logits of another layer, on which a head before round 1 would be solved; labels as an input."""
+    task, base, encoded = loaded(name, folder)
+    batch = task.batch(encoded, range(8), base)
+    inputs = {key: values for key, values in batch.items() if key != "labels"}
+    with torch.no_grad():
+        logits = task.logits(base.network, inputs)
+        assert logits.shape == (8, len(task.labels))
+        assert logits.dtype == torch.float32
+        assert torch.equal(task.logits(base.network, batch), logits)
+        loss = torch.nn.functional.cross_entropy(logits, batch["labels"])
+        assert task.loss(base.network, batch).item() == pytest.approx(loss.item(), abs=1e-6)
+
+
+@each_task
+def test_a_task_without_such_a_head_says_so(name, folder):
+    """Catches: logits that a task does not have, taken for those of its classes."""
+    task, base, _ = loaded(name, folder)
+    if isinstance(task.settings, HeadedSettings):
+        assert task.settings.warm_head == "auto"
+        return
+    with pytest.raises(NotImplementedError, match="no head with classes"):
+        task.logits(base.network, {})
 
 
 @pytest.mark.parametrize("name", readers())

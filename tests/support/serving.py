@@ -35,7 +35,7 @@ def tiny_run(folder: Path, model: str, name: str = "run", sites: int = 2, **sect
     base: dict[str, dict[str, Any]] = {
         "run": {"name": name, "rounds": 2, "output_dir": str(folder / "runs")},
         "model": {"name": model, "public_name": "tsugiki-tests/tiny-bert"},
-        "task": {"name": "sequence-classification", "max_length": 16},
+        "task": {"name": "sequence-classification", "max_length": 16, "warm_head": "off"},
         "adapter": {"method": "lora"},
         "train": {"learning_rate": 1e-2, "local_steps": 3, "per_device_train_batch_size": 4, "threads": 1},
         "strategy": {"name": "fedavg", "min_clients": sites, "connect_timeout_s": 60.0},

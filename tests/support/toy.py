@@ -102,6 +102,7 @@ def toy_config(folder: Path, **sections: Mapping[str, Any]) -> RunConfig:
     """Return a run of three rounds and at least two sites, for the toy federation."""
     base = {
         "run": {"name": "toy", "rounds": 3, "output_dir": str(folder)},
+        "task": {"name": "sequence-classification", "warm_head": "off"},
         "strategy": {"name": "fedavg", "round_timeout_s": 30.0, "connect_timeout_s": 30.0},
     }
     return merged(base, sections)

@@ -177,3 +177,17 @@ def test_a_policy_of_nothing_but_numbers_makes_sense():
     for settings in ({"max_epsilon": -1.0}, {"max_row_epsilon": -1.0}, {"min_noise_multiplier": -1.0}, {"delta": 1.0}):
         with pytest.raises(ValueError, match="Input should be"):
             SitePolicy(**settings)
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "code"),
+    [
+        ({}, {}, ""),
+        ({"head_sums": False}, {}, "policy-head-sums"),
+        ({}, {"mode": "central", "noise_multiplier": 1.0}, "policy-head-sums"),
+        ({}, {"examples": {"noise_multiplier": 1.0}}, "policy-head-sums"),
+    ],
+)
+def test_sums_for_a_head(policy, settings, code):
+    """Catches: sums of a site that keeps them; exact sums in a run that adds noise to all else."""
+    assert refusal(SitePolicy(**policy).check_head_sums, PrivacySection(**settings)) == code

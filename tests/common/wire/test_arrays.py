@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tsugiki.common.errors import SpecError, WireError
-from tsugiki.common.wire.arrays import ARRAY_KEY, decode, encode
+from tsugiki.common.wire.arrays import ARRAY_KEY, decode, decode_numbers, encode, encode_numbers
 from tsugiki.common.wire.spec import AdapterSpec, TensorSpec, l2_norm, pack, sha256, unpack
 
 SHAPES = {"a.weight": (2, 3), "b.bias": (4,), "classifier.weight": (1, 2)}
@@ -349,3 +349,23 @@ def test_the_spec_is_plain_data():
     """Catches: a field that JSON cannot carry, such as a NumPy integer in a shape."""
     body = json.loads(json.dumps(dataclasses.asdict(SPEC)))
     assert body["tensors"][0] == {"name": "a.weight", "shape": [2, 3], "part": "adapter"}
+
+
+@given(arrays(np.float64, SIZE, elements=st.floats(allow_nan=False, allow_infinity=False)))
+def test_wide_numbers_come_back_as_they_are(numbers):
+    """Catches: float64 rounded to the adapter's type on its way."""
+    assert np.array_equal(decode_numbers(encode_numbers(numbers), SIZE), numbers)
+
+
+def test_wide_numbers_are_checked_as_adapters_are():
+    """Catches: NaN or infinity that enters the server's sums, or leaves a site; another size or type."""
+    spoilt = np.zeros(SIZE)
+    spoilt[1] = np.inf
+    with pytest.raises(WireError) as caught:
+        encode_numbers(spoilt)
+    assert caught.value.code == "non-finite"
+    sent = {"non-finite": spoilt, "shape": np.zeros(SIZE + 1), "dtype": np.zeros(SIZE, np.float32)}
+    for code, numbers in sent.items():
+        with pytest.raises(WireError) as caught:
+            decode_numbers(ArrayRecord({ARRAY_KEY: Array(numbers)}), SIZE)
+        assert caught.value.code == code

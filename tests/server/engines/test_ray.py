@@ -23,7 +23,8 @@ seeded = {"mode": "distributed", "noise_multiplier": 0.5, "delta": 1e-3, "insecu
 privacy = {**seeded, "secure_aggregation": True} if sys.argv[2] == "secure" else {}
 for engine in ("in-process", "ray"):
     sections = {"run": {"name": engine, "rounds": 1}, "train": {"threads": 2}, "simulation": {"engine": engine}}
-    summary = run_tiny(tiny_config(Path(sys.argv[1]), privacy=privacy, **sections)).summary
+    task = {"warm_head": "auto"}  # the sums before round 1 too
+    summary = run_tiny(tiny_config(Path(sys.argv[1]), privacy=privacy, task=task, **sections)).summary
     print("RESULT", summary["adapter_sha256"], summary["after"])
 """
 """Two threads make one worker of Ray's on a machine of two cores: one import of torch less."""

@@ -26,3 +26,14 @@ def test_the_kinds_of_columns_are_found_once():
     assert first > 0
     assert table.kinds == ["text", "number"]
     assert len(reads) == first
+
+
+def test_a_head_before_round_1_is_said(tmp_path):
+    """Catches: a report that calls round 0 a random head, or says nothing of the sums that left the sites."""
+    warm = {"warm_head": {"sites": {"a": 10, "b": 30}}, "bytes_up": 4000}
+    run = read_run(run_folder(tmp_path / "run", [start(accuracy=0.5) | warm, line(1, eval={"accuracy": 0.6})]))
+    sentence = next(sentence for sentence in story(run) if "linear probe" in sentence)
+    assert "over the rows of 2 sites" in sentence
+    assert "sent 2.0 kB once" in sentence
+    plain = read_run(run_folder(tmp_path / "plain", [start(accuracy=0.5), line(1, eval={"accuracy": 0.6})]))
+    assert not any("linear probe" in sentence for sentence in story(plain))

@@ -27,6 +27,12 @@ def test_a_round_of_lora_tells_its_aggregation_error():
     assert ", aggregation error 0.012, " in describe({**RECORD, "aggregation_error": 0.0123})
 
 
+def test_a_head_before_round_1_is_described():
+    """Catches: accuracy before training that nobody can explain."""
+    record = {"round": 0, "seconds": {}, "warm_head": {"sites": {"a": 10, "b": 30}}, "eval": {"accuracy": 0.75}}
+    assert describe(record) == "round 0, linear probe from 2 sites' sums, accuracy 0.7500, 0.0 s"
+
+
 def test_a_voided_round_is_described_too():
     """Catches: a mean loss of no replies formatted as a number."""
     record = {"round": 1, "voided": True, "accepted": {}, "rejected": {}, "train_loss": None, "seconds": {"wait": 2.0}}

@@ -1,0 +1,168 @@
+"""A head in closed form before round 1: sites send sums of their features, and training starts from a linear probe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tsugiki.common.config.run import RunConfig
+from tsugiki.common.head_sums import HeadSums, pack_sums, solve, unpack_sums, zero_sums
+from tsugiki.common.model.graft import Graft
+from tsugiki.common.model.linear_head import LinearHead, warm_head_of, with_head
+from tsugiki.common.wire.arrays import encode
+from tsugiki.common.wire.messages import HeadSumsRequest, to_record
+from tsugiki.server.run.checkpoint import State
+from tsugiki.server.run.collect import address, receive
+from tsugiki.server.run.context import RunContext
+from tsugiki.server.run.guard import check_head_sums
+from tsugiki.server.run.replies import AcceptedStep, Asked, Rejected
+
+if TYPE_CHECKING:
+    from flwr.app import Message, RecordDict
+
+MOST_LENGTH = 10.0
+"""How often the median site's length of features a site's may be; longer ones would outweigh all others."""
+
+
+@dataclass(frozen=True)
+class _Spilled:
+    """The accepted sums of a site, on disk: the server's memory must not grow with the number of sites.
+
+    Args:
+        path: of the packed sums.
+        rows: how many rows they are over.
+        length: root mean square of the rows' features.
+    """
+
+    path: Path
+    rows: int
+    length: float
+
+
+_Reply = AcceptedStep[_Spilled]
+
+
+def numbers_before_training(graft: Graft, config: RunConfig) -> int:
+    """Return how many numbers a site sends before round 1; 0 if the run computes no head."""
+    head = warm_head_of(graft, config)
+    return head.numbers if isinstance(head, LinearHead) else 0
+
+
+def with_warm_head(ctx: RunContext, graft: Graft, state: State) -> State:
+    """Return the state before round 1 with the head in closed form; the state as it is where no head is computed.
+
+    A run that was interrupted before round 0 was evaluated asks again. Later it has the head in its checkpoint.
+
+    Args:
+        ctx: of the run.
+        graft: the model, with the adapter's initial values.
+        state: to start or go on from.
+
+    Raises:
+        Interrupted: the user asked to stop.
+    """
+    if state.evaluated_round >= 0:
+        return state
+    head = warm_head_of(graft, ctx.config)
+    if isinstance(head, str):
+        if head:
+            ctx.progress.note(f"no head before round 1: {head}")
+        return state
+    ctx.progress.note(f"computing the head from sums of {head.width} features, which all sites send once")
+    with TemporaryDirectory(dir=ctx.folder, prefix=".sums-") as folder:
+        replies, rejected, traffic = _collect(ctx, graft, head, Path(folder))
+        total = zero_sums(head.width, head.classes)
+        # in the order of names, so that the order of arrival changes nothing
+        for reply in replies:
+            total = total.plus(unpack_sums(np.load(reply.content.path), head.width, head.classes))
+    reasons = {reply.site: reply.reason for reply in rejected}
+    reason = _why_not(ctx, replies, total)
+    if reason:
+        ctx.audit.write("no-warm-head", accepted=[reply.site for reply in replies], rejected=reasons)
+        ctx.progress.note(f"no head before round 1: {reason}")
+        return state
+    return _start_from(ctx, graft, head, state, total, _record(replies, reasons, traffic))
+
+
+def _collect(
+    ctx: RunContext, graft: Graft, head: LinearHead, folder: Path
+) -> tuple[list[_Reply], list[Rejected], dict[str, int]]:
+    """Ask all sites for their sums; return the accepted and the rejected replies by site name, and the bytes."""
+    arrays = encode(graft.initial, graft.spec)
+    config = ctx.config_for_sites
+    timeout_s = ctx.config.strategy.round_timeout_s
+
+    def request(nonce: str, node: int) -> RecordDict:
+        return to_record(HeadSumsRequest(config, 0, ctx.spec.sha256, nonce), arrays)
+
+    def judge(reply: Message, asked: Asked) -> _Reply | Rejected:
+        verdict = check_head_sums(reply, asked, head.width, head.classes)
+        if isinstance(verdict, Rejected):
+            return verdict
+        spilled = _spill(verdict.content, folder / f"{asked.site}.npy")
+        return AcceptedStep(verdict.site, spilled, verdict.clients, verdict.size_bytes)
+
+    members = list(ctx.roster.members().values())
+    asked, messages = address(members, 0, "query.head_sums", request, timeout_s)
+    replies, rejected = receive(ctx, 0, asked, messages, judge)
+    traffic = {
+        "bytes_down": sum(len(array.data) for array in arrays.values()) * len(messages),
+        "bytes_up": sum(reply.size_bytes for reply in replies) + sum(reply.size_bytes for reply in rejected),
+    }
+    kept, too_long = _without_outliers(replies)
+    return kept, sorted([*rejected, *too_long], key=lambda reply: reply.site), traffic
+
+
+def _spill(sums: HeadSums, path: Path) -> _Spilled:
+    np.save(path, pack_sums(sums), allow_pickle=False)
+    squares = float(np.trace(sums.gram[:-1, :-1]))
+    return _Spilled(path, sums.rows, float(np.sqrt(squares / sums.rows)))
+
+
+def _without_outliers(replies: Sequence[_Reply]) -> tuple[list[_Reply], list[Rejected]]:
+    """Return the replies whose features are about as long as the median site's, and the rejected others.
+
+    All sites have the same base, so that their features have about the same length.
+    """
+    if not replies:
+        return [], []
+    most = MOST_LENGTH * float(np.median([reply.content.length for reply in replies]))
+    kept = [reply for reply in replies if reply.content.length <= most]
+    detail = f"features longer than {most:.4g}"
+    too_long = [
+        Rejected(reply.site, "norm", detail, reply.size_bytes) for reply in replies if reply.content.length > most
+    ]
+    return kept, too_long
+
+
+def _why_not(ctx: RunContext, replies: Sequence[_Reply], total: HeadSums) -> str:
+    """Return why no head can be computed from these replies; empty if it can."""
+    clients = sum(reply.clients for reply in replies)
+    least = ctx.config.strategy.min_clients
+    if clients < least:
+        return f"sums of {clients} clients, and strategy.min_clients = {least}"
+    if total.classes < 2:
+        return "the sites' rows have one class"
+    return ""
+
+
+def _record(replies: Sequence[_Reply], rejected: dict[str, Any], traffic: dict[str, int]) -> dict[str, Any]:
+    """Return what round 0's line in metrics.jsonl says about the head, but for its solution."""
+    rows = {reply.site: reply.content.rows for reply in replies}
+    return {"warm_head": {"sites": rows, "rejected": rejected}, **traffic}
+
+
+def _start_from(
+    ctx: RunContext, graft: Graft, head: LinearHead, state: State, total: HeadSums, record: dict[str, Any]
+) -> State:
+    """Return the state with the head that follows from the sums."""
+    values = solve(total, bias=head.bias)
+    vector = with_head(graft.initial, graft, head, values)
+    about = {**record["warm_head"], "rows": total.rows, "ridge": values.ridge, "scale": values.scale}
+    ctx.audit.write("warm-head", **about)
+    return replace(state, vector=vector, best_vector=vector, record={**record, "warm_head": about})
