@@ -14,6 +14,7 @@ from tsugiki.common import __version__
 from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import UsageError
+from tsugiki.common.model.rates import with_rates
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.flower import identify_process, set_message_id
@@ -37,6 +38,7 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
     # A trial leaves no trace: without the files, nothing is logged or charged.
     quiet = replace(site, site=site.site.model_copy(update={"audit": "", "ledger": ""}))
     app = make_app(lambda context: quiet)
+    config = with_rates(config, site.model_source(config.model.name))
     yield "hello", _ask(app, "query", to_record(HelloRequest(config.for_sites(), __version__)))
     graft = load_at(site, config)
     plan = make_plan(config, graft.spec.size)
@@ -61,7 +63,7 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
     )
     arrays = encode(graft.initial, graft.spec)
     yield title, _ask(app, "train", to_record(request, arrays))
-    if config.evaluation.at_sites and site.data.evaluation:
+    if config.evaluates_at_sites and site.data.evaluation:
         evaluation = EvaluateRequest(config.for_sites(plan), 1, graft.spec.sha256, "0" * 16)
         yield "evaluation at the site", _ask(app, "evaluate", to_record(evaluation, arrays))
 

@@ -140,8 +140,8 @@ def finish_round(ctx: RunContext, state: State) -> State:
     if ctx.evaluate is not None and due:
         record["eval"] = ctx.evaluate(state.vector)
         state, record["best"] = _keep_best(ctx, state, record["eval"])
-    if evaluation.at_sites and due:
-        record["sites_eval"] = evaluate_at_sites(ctx, state)
+    if ctx.config.evaluates_at_sites and due:
+        record |= _evaluate_at_sites(ctx, state)
     record["seconds"] = {**record["seconds"], "evaluate": time.perf_counter() - started}
     state = replace(state, evaluated_round=state.round, record={})
     # the line before the checkpoint: a resumed run drops lines that no checkpoint covers, and writes them again
@@ -149,6 +149,14 @@ def finish_round(ctx: RunContext, state: State) -> State:
     checkpoint.save(ctx.folder / "checkpoint", state, ctx.config.sha256, ctx.spec.sha256)
     ctx.progress.round_ends(record)
     return state
+
+
+def _evaluate_at_sites(ctx: RunContext, state: State) -> dict[str, Any]:
+    """Return `sites_eval` for the round's line; with at_sites = "auto" nothing if no site keeps evaluation rows."""
+    found = evaluate_at_sites(ctx, state)
+    if not found and ctx.config.evaluation.at_sites == "auto":
+        return {}
+    return {"sites_eval": found}
 
 
 def _keep_best(ctx: RunContext, state: State, metrics: Mapping[str, float]) -> tuple[State, bool]:
