@@ -66,8 +66,8 @@ def scaled_rate(rates: Rates, optimizer: Optimizer, kind: BaseKind, width: int =
     """Return a default peak learning rate, scaled to the base's width, with two significant digits.
 
     AdamW moves each number by the rate, however small its gradient is, and an output of a wide layer sums up more of
-    them. So a wide base takes a smaller rate. Source of the exponent: Schulman and Thinking Machines 2025, "LoRA Without
-    Regret", whose rates for Llama fall with the hidden size to the power of 0.78.
+    them. So a wide base takes a smaller rate. Source of the exponent: Schulman and Thinking Machines 2025, "LoRA
+    Without Regret", whose rates for Llama fall with the hidden size to the power of 0.78.
 
     Args:
         rates: of a method, or of heads.

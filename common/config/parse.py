@@ -195,11 +195,6 @@ def site_config(text: str) -> RunConfig:
     """Return the run as sites see it; parsed once for each distinct text.
 
     Raises:
-        ConfigError: a setting is unknown here or out of range, or a learning rate is not a number.
+        ConfigError: a setting is unknown here or out of range.
     """
-    source = "run received from the server"
-    config = parse(json.loads(text), source)
-    if "auto" in (config.train.learning_rate, config.train.head_learning_rate):
-        hint = "ask the operator for a server of this version, which sends a number"
-        raise ConfigError(source, [Problem("train.learning_rate", '"auto"', "a number: a site chooses no rate", hint)])
-    return config
+    return parse(json.loads(text), "run received from the server")

@@ -62,13 +62,17 @@ def with_known_rates(config: RunConfig) -> RunConfig:
 
 
 def describe_rates(config: RunConfig, given: RunConfig) -> str:
-    """Return a line about the rates of a run that were "auto" in the run as it was given; empty if none was."""
-    names = ("learning_rate", "head_learning_rate")
-    taken = [name for name in names if getattr(given.train, name) == "auto" != getattr(config.train, name)]
-    numbers = ", ".join(f"train.{name} = {getattr(config.train, name):g}" for name in taken)
-    if not numbers:
+    """Return a line about what "auto" took; empty if a number was set for the adapter's rate.
+
+    Args:
+        config: the run with numbers, from `with_rates`.
+        given: the run before.
+    """
+    if given.train.learning_rate != "auto":
         return ""
-    return f'"auto" took {numbers} ({config.adapter.method}, {config.train.optimizer}, {config.task.name})'
+    train = config.train
+    why = f"{config.adapter.method}, {train.optimizer}, {config.task.name}"
+    return f'train.learning_rate = {train.rate:g}, for the head {train.head_rate:g}: taken by "auto" for {why}'
 
 
 def shape_of(config: RunConfig, folder: Path) -> BaseShape:
