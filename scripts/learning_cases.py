@@ -102,7 +102,7 @@ def _instructions(data: Path) -> tuple[list[Row], list[Row]]:
 
 CLASSIFY = {"name": "sequence-classification"}
 CASES = {
-    "sst2": LearningCase(MINILM, {**CLASSIFY, "num_labels": 2}, "accuracy", _sst2, (2000, 500, 4000, 500), 872),
+    "sst2": LearningCase(MINILM, {**CLASSIFY, "num_labels": 2}, "accuracy", _sst2, (2000, 300, 4000, 500), 872),
     "snli": LearningCase(
         MINILM, {**CLASSIFY, "num_labels": 3, "pair": True}, "accuracy", _snli, (2000, 500, 6000, 600), 2000
     ),

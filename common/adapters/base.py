@@ -50,19 +50,26 @@ class Rates(NamedTuple):
     vision: float
 
 
+class RateTable(NamedTuple):
+    """Default peak learning rates by optimizer."""
+
+    adamw: Rates
+    sgd: Rates
+
+
 TRIED_WIDTHS: Mapping[BaseKind, int] = {"encoder": 384, "decoder": 64}
 """The hidden sizes for which the rates of AdamW are given: all-MiniLM's and stories260K's."""
 
-HEAD_RATES: Mapping[Optimizer, Rates] = {
-    "adamw": Rates(encoder=2e-3, decoder=1e-2, vision=1e-2),
-    "sgd": Rates(encoder=1.0, decoder=1.0, vision=0.1),
-}
+HEAD_RATES = RateTable(
+    adamw=Rates(encoder=2e-3, decoder=1e-2, vision=5e-3),
+    sgd=Rates(encoder=1.0, decoder=1.0, vision=0.1),
+)
 """Default peak learning rates of a task's head, whatever the method beside it: it is a new layer in all of them."""
 
 _WIDTH_EXPONENT = 0.78
 
 
-def scaled_rate(rates: Rates, optimizer: Optimizer, kind: BaseKind, width: int = 0, factor: float = 1.0) -> float:
+def scaled_rate(table: RateTable, optimizer: Optimizer, kind: BaseKind, width: int = 0, factor: float = 1.0) -> float:
     """Return a default peak learning rate, scaled to the base's width, with two significant digits.
 
     AdamW moves each number by the rate, however small its gradient is, and an output of a wide layer sums up more of
@@ -70,13 +77,13 @@ def scaled_rate(rates: Rates, optimizer: Optimizer, kind: BaseKind, width: int =
     Without Regret", whose rates for Llama fall with the hidden size to the power of 0.78.
 
     Args:
-        rates: of a method, or of heads.
+        table: of a method, or of heads.
         optimizer: of the local steps.
         kind: of the base.
         width: the base's hidden size; 0 if it is not known.
         factor: of the task.
     """
-    rate: float = factor * getattr(rates, kind)
+    rate: float = factor * getattr(getattr(table, optimizer), kind)
     if optimizer == "adamw" and width and kind in TRIED_WIDTHS:
         rate *= (TRIED_WIDTHS[kind] / width) ** _WIDTH_EXPONENT
     return float(f"{rate:.2g}")
@@ -100,11 +107,11 @@ class AdapterMethod(ABC):
     export_format: ClassVar[Literal["peft", "tsugiki"]]
     tensors_file: ClassVar[str]
     """The name of the file into which `save` writes the tensors."""
-    rates: ClassVar[Mapping[Optimizer, Rates]] = {
-        "adamw": Rates(encoder=2e-3, decoder=1e-2, vision=1e-2),
-        "sgd": Rates(encoder=1.0, decoder=1.0, vision=0.1),
-    }
-    """Default peak learning rates by optimizer; a method that says nothing gets those of LoRA."""
+    rates: ClassVar[RateTable] = RateTable(
+        adamw=Rates(encoder=2e-3, decoder=1e-2, vision=5e-3),
+        sgd=Rates(encoder=1.0, decoder=1.0, vision=0.1),
+    )
+    """What `train.learning_rate = "auto"` takes. These are LoRA's; a method with other needs sets its own."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -128,7 +135,7 @@ class AdapterMethod(ABC):
             width: the base's hidden size; 0 if it is not known.
             factor: of the task.
         """
-        return scaled_rate(cls.rates[optimizer], optimizer, kind, width, factor)
+        return scaled_rate(cls.rates, optimizer, kind, width, factor)
 
     @property
     def positions(self) -> int:

@@ -100,7 +100,7 @@ def _resolved(config: RunConfig, shape: BaseShape) -> RunConfig:
         # A rate that somebody chose was tried with the same rate for the head.
         head = rate
         if rate == "auto":
-            head = scaled_rate(HEAD_RATES[train.optimizer], train.optimizer, shape.kind, shape.width, factor)
+            head = scaled_rate(HEAD_RATES, train.optimizer, shape.kind, shape.width, factor)
     if rate == "auto":
         method = ADAPTERS.get(config.adapter.method)
         rate = method.default_rate(train.optimizer, shape.kind, shape.width, factor)

@@ -33,7 +33,7 @@ def test_auto_becomes_the_methods_rate_and_the_heads():
             assert shape.kind == "encoder"
             assert shape.width > 0
             assert found.learning_rate == ADAPTERS.get(method).default_rate(optimizer, "encoder", shape.width)
-            assert found.head_learning_rate == scaled_rate(HEAD_RATES[optimizer], optimizer, "encoder", shape.width)
+            assert found.head_learning_rate == scaled_rate(HEAD_RATES, optimizer, "encoder", shape.width)
 
 
 def with_path(config):
