@@ -320,8 +320,8 @@ class SimulationSection(Section):
         default=0.0,
         ge=0,
         lt=1,
-        description="Share of each site's rows that is kept for evaluation at the site. Set it together with "
-        "evaluation.at_sites.",
+        description="Share of each site's rows that is kept for evaluation at the site. Set it to see how well "
+        "the model serves each site.",
     )
     ranks: Ranks = Field(
         default=(),

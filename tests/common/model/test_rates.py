@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -128,3 +129,17 @@ def test_a_base_that_is_not_here_leaves_auto():
     assert with_known_rates(run()).train.rate > 0
     with pytest.raises(ModelError):
         with_rates(missing, missing.model.name)
+
+
+def test_the_page_has_the_rates_of_the_code():
+    """Catches: a table in the documents that tells other numbers than runs take."""
+    page = Path(__file__).resolve().parents[3] / "docs" / "adapters.md"
+    lines = [line.split("|")[1:-1] for line in page.read_text("utf-8").splitlines() if line.startswith("|")]
+    tables = {f"`{name}`": ADAPTERS.get(name).rates for name in ADAPTERS.names()}
+    tables["the head"] = HEAD_RATES
+    shown = {
+        cells[0].strip(): [float(cell) for cell in cells[1:7]]
+        for cells in lines
+        if len(cells) == 8 and "e-" in cells[1]
+    }
+    assert shown == {name: [*table.adamw, *table.sgd] for name, table in tables.items()}
