@@ -146,10 +146,10 @@ class FedAdamSettings(StrategySettings):
 
     name: Literal["fedadam"] = Field(default="fedadam", description="The strategy: how the server combines updates.")
     server_learning_rate: float = Field(
-        default=1e-1,
+        default=3e-2,
         gt=0,
         description="Learning rate of the server's Adam: a bound on how far a number moves in a round. Lower it, for "
-        "example to 3e-2, when the metric goes up and down from round to round.",
+        "example to 1e-2, when the metric goes up and down from round to round.",
     )
     beta_1: float = Field(default=0.9, ge=0, lt=1, description="Decay of Adam's first moment.")
     beta_2: float = Field(default=0.99, ge=0, lt=1, description="Decay of Adam's second moment.")
