@@ -15,6 +15,7 @@ from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import UsageError
 from tsugiki.common.model.linear_head import LinearHead, warm_head_of
+from tsugiki.common.model.rates import with_rates
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.flower import identify_process, set_message_id
@@ -45,6 +46,7 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
     # A trial leaves no trace: without the files, nothing is logged or charged.
     quiet = replace(site, site=site.site.model_copy(update={"audit": "", "ledger": ""}))
     app = make_app(lambda context: quiet)
+    config = with_rates(config, site.model_source(config.model.name))
     yield "hello", _ask(app, "query", to_record(HelloRequest(config.for_sites(), __version__)))
     graft = load_at(site, config)
     plan = make_plan(config, graft.spec.size)
@@ -73,7 +75,7 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
         clients="",
     )
     yield title, _ask(app, "train", to_record(request, arrays))
-    if config.evaluation.at_sites and site.data.evaluation:
+    if config.evaluates_at_sites and site.data.evaluation:
         evaluation = EvaluateRequest(config.for_sites(plan), 1, graft.spec.sha256, "0" * 16)
         yield "evaluation at the site", _ask(app, "evaluate", to_record(evaluation, arrays))
 

@@ -18,7 +18,7 @@ from tsugiki.client.training.trainer import steps_per_round
 from tsugiki.common.adapters.lora import LoraSettings
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data.shard import Shard
-from tsugiki.common.errors import DataError, PolicyError, SpecError, WireError
+from tsugiki.common.errors import ConfigError, DataError, PolicyError, Problem, SpecError, WireError
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.privacy.accounting import Release
@@ -65,10 +65,12 @@ class SiteRun:
 
         Raises:
             PolicyError: the policy forbids the run, the base model or the plan; `policy-rank`, see `own_rank`.
+            ConfigError: the learning rate is not a number.
             ModelError: see `load_at`.
             TrainingError: `examples-unsupported`, the run protects rows, and this model cannot; see `check_supported`.
         """
         # Names and numbers first: a run that the policy forbids loads nothing.
+        _check_rates(config)
         site.policy.check_run(config, round_number)
         graft = load_at(site, config)
         # What follows can be checked only once the model is there.
@@ -261,6 +263,14 @@ class SiteRun:
         if not self.config.train.persist_optimizer:
             return {}
         return self.cache.moments_of(self.site.identity(), self.config.sha256, clients, round_number)
+
+
+def _check_rates(config: RunConfig) -> None:
+    """Check that the server has put a number in the place of a learning rate that is "auto"."""
+    if config.train.learning_rate == "auto":
+        hint = "ask the operator to start the run with this version"
+        problem = Problem("train.learning_rate", '"auto"', "a number in a run at a site", hint)
+        raise ConfigError("run received from the server", [problem])
 
 
 def load_at(site: Site, config: RunConfig) -> Graft:

@@ -64,6 +64,18 @@ def _number(part: Any) -> Any:
     return int(part) if is_number else part
 
 
+def _auto_or_rate(value: Any) -> Any:
+    """Return "auto", or a rate in range. One check, because pydantic reports a union once for each of its types."""
+    in_range = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 10
+    if value == "auto" or in_range:
+        return value
+    raise ValueError('"auto", or a finite number greater than 0 and at most 10')
+
+
+Rate = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_rate)]
+"""A learning rate; "auto": `tsugiki.common.model.rates.with_rates` puts a number in its place."""
+
+
 Ranks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split_numbers)]
 Columns = Annotated[dict[str, str | int], BeforeValidator(_split_pairs)]
 

@@ -22,6 +22,7 @@ from tsugiki.common.files import write_atomically
 from tsugiki.common.model.device import computing
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.load import load_graft
+from tsugiki.common.model.rates import with_rates
 from tsugiki.common.plots import BLUE, LIGHT_GREY, RED, new_figure, plain_numbers, plot_format, render, style
 from tsugiki.common.rng import derive_seed, seed_everything
 from tsugiki.common.tasks import TASKS
@@ -90,6 +91,7 @@ def find_rate(
         one_site = {"clients": 1, "clients_per_site": 1, "partition": "iid", "column": "", "ranks": []}
         changes = {f"simulation.{key}": value for key, value in one_site.items()}
         config = changed(config, {"strategy": {"min_clients": 1}, "privacy": {}, **changes})
+    config = with_rates(config, config.model.name)  # the test sets rates of its own; the optimiser starts from numbers
     site: SimulatedSite = simulated_sites(config)[0]
     graft = load_graft(config, config.model.name, config.run.seed)
     graft.write(graft.initial)

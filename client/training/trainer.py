@@ -142,8 +142,9 @@ def set_learning_rate(optimizer: Any, settings: TrainSection, local_round: Local
     """
     position = local_round.schedule_start + (local_round.schedule_stop - local_round.schedule_start) * step / steps
     width = (local_round.schedule_stop - local_round.schedule_start) / steps
+    factor = schedule(position, width, settings)
     for group in optimizer.param_groups:
-        group["lr"] = settings.learning_rate * schedule(position, width, settings)
+        group["lr"] = group["peak"] * factor
         if not settings.bias_correction:
             group["lr"] *= uncorrected(optimizer, group)
 
@@ -272,13 +273,27 @@ def schedule(position: float, width: float, settings: TrainSection) -> float:
 
 def make_optimizer(graft: Graft, settings: TrainSection) -> Any:
     """Return a fresh optimiser; weight decay spares biases and norms (all one-dimensional parameters)."""
+    values = zip(graft.spec.tensors, graft.parameters, strict=True)
+    return optimizer_over([(tensor.part == "head", value.ndim > 1, value) for tensor, value in values], settings)
+
+
+def optimizer_over(values: Sequence[tuple[bool, bool, Any]], settings: TrainSection) -> Any:
+    """Return a fresh optimiser, with a group of parameters for each rate and weight decay.
+
+    `peak` of a group is its learning rate before the schedule.
+
+    Args:
+        values: whether a parameter is the head's, whether weight decay applies to it, and the parameter.
+        settings: of the loop.
+    """
     import torch
 
-    groups = [
-        {"params": [value for value in graft.parameters if value.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [value for value in graft.parameters if value.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = []
+    for of_head, rate in ((False, settings.rate), (True, settings.head_rate)):
+        for decays, decay in ((True, settings.weight_decay), (False, 0.0)):
+            chosen = [value for is_head, has_decay, value in values if (is_head, has_decay) == (of_head, decays)]
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": decay, "lr": rate, "peak": rate})
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate)
+        return torch.optim.SGD(groups, momentum=settings.momentum)
+    return torch.optim.AdamW(groups)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tsugiki.client.training.job import ClientUpdates, Job
-from tsugiki.client.training.trainer import batches, set_learning_rate, steps_per_round
+from tsugiki.client.training.trainer import batches, optimizer_over, set_learning_rate, steps_per_round
 from tsugiki.common.tasks.base import Tail
 from tsugiki.common.wire.spec import unpack
 
@@ -182,15 +182,8 @@ class _Stack:
 
 
 def _optimizer(stacked: dict[str, Any], job: Job) -> Any:
-    """Return an optimiser over stacked parameters, with the settings of the trainer's `make_optimizer`."""
-    import torch
-
-    settings = job.config.train
-    groups = [
-        {"params": [value for value in stacked.values() if value.ndim > 2], "weight_decay": settings.weight_decay},
-        {"params": [value for value in stacked.values() if value.ndim <= 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate)
+    """Return an optimiser over stacked parameters, with the groups of the trainer's `make_optimizer`."""
+    tensors = zip(job.graft.spec.tensors, stacked.values(), strict=True)
+    # A stacked parameter has one dimension more: the client.
+    values = [(tensor.part == "head", value.ndim > 2, value) for tensor, value in tensors]
+    return optimizer_over(values, job.config.train)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from tsugiki.common.errors import ModelError
 from tsugiki.common.registry import Registry
@@ -32,6 +32,63 @@ REFUSED: Mapping[str, tuple[str, str]] = {
 """Known methods that do not work in a federation: the expected value with the reason, and what to do instead."""
 
 
+Optimizer = Literal["adamw", "sgd"]
+BaseKind = Literal["encoder", "decoder", "vision"]
+
+
+class Rates(NamedTuple):
+    """The default peak learning rate of a method for each kind of base: what `train.learning_rate = "auto"` takes.
+
+    Args:
+        encoder: models that read text. With AdamW for a width of `TRIED_WIDTHS`; other widths scale it.
+        decoder: models that continue text. As `encoder`.
+        vision: models that read images; not scaled.
+    """
+
+    encoder: float
+    decoder: float
+    vision: float
+
+
+class RateTable(NamedTuple):
+    """Default peak learning rates by optimizer."""
+
+    adamw: Rates
+    sgd: Rates
+
+
+TRIED_WIDTHS: Mapping[BaseKind, int] = {"encoder": 384, "decoder": 64}
+"""The hidden sizes for which the rates of AdamW are given: all-MiniLM's and stories260K's."""
+
+HEAD_RATES = RateTable(
+    adamw=Rates(encoder=2e-3, decoder=1e-2, vision=5e-3),
+    sgd=Rates(encoder=1.0, decoder=1.0, vision=0.1),
+)
+"""Default peak learning rates of a task's head, whatever the method beside it: it is a new layer in all of them."""
+
+_WIDTH_EXPONENT = 0.78
+
+
+def scaled_rate(table: RateTable, optimizer: Optimizer, kind: BaseKind, width: int = 0, factor: float = 1.0) -> float:
+    """Return a default peak learning rate, scaled to the base's width, with two significant digits.
+
+    AdamW moves each number by the rate, however small its gradient is, and an output of a wide layer sums up more of
+    them. So a wide base takes a smaller rate. Source of the exponent: Schulman and Thinking Machines 2025, "LoRA
+    Without Regret", whose rates for Llama fall with the hidden size to the power of 0.78.
+
+    Args:
+        table: of a method, or of heads.
+        optimizer: of the local steps.
+        kind: of the base.
+        width: the base's hidden size; 0 if it is not known.
+        factor: of the task.
+    """
+    rate: float = factor * getattr(getattr(table, optimizer), kind)
+    if optimizer == "adamw" and width and kind in TRIED_WIDTHS:
+        rate *= (TRIED_WIDTHS[kind] / width) ** _WIDTH_EXPONENT
+    return float(f"{rate:.2g}")
+
+
 class AdapterMethod(ABC):
     """One way to put few trainable parameters on a frozen transformer.
 
@@ -50,6 +107,11 @@ class AdapterMethod(ABC):
     export_format: ClassVar[Literal["peft", "tsugiki"]]
     tensors_file: ClassVar[str]
     """The name of the file into which `save` writes the tensors."""
+    rates: ClassVar[RateTable] = RateTable(
+        adamw=Rates(encoder=2e-3, decoder=1e-2, vision=5e-3),
+        sgd=Rates(encoder=1.0, decoder=1.0, vision=0.1),
+    )
+    """What `train.learning_rate = "auto"` takes. These are LoRA's; a method with other needs sets its own."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -62,6 +124,18 @@ class AdapterMethod(ABC):
         if cls.model_types is not None and model_type not in cls.model_types:
             return f"it knows {', '.join(sorted(cls.model_types))} only"
         return ""
+
+    @classmethod
+    def default_rate(cls, optimizer: Optimizer, kind: BaseKind, width: int = 0, factor: float = 1.0) -> float:
+        """Return the peak learning rate that "auto" takes for this method.
+
+        Args:
+            optimizer: of the local steps.
+            kind: of the base.
+            width: the base's hidden size; 0 if it is not known.
+            factor: of the task.
+        """
+        return scaled_rate(cls.rates, optimizer, kind, width, factor)
 
     @property
     def positions(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tsugiki.common.adapters.base import ADAPTERS
+from tsugiki.common.adapters.base import ADAPTERS, Rates, RateTable
 from tsugiki.common.adapters.own_base import OwnMethod
 from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import AdapterSettings
@@ -29,6 +29,11 @@ class Bitfit(OwnMethod):
 
     name = "bitfit"
     Settings = BitfitSettings
+    rates = RateTable(
+        adamw=Rates(encoder=5e-3, decoder=2e-2, vision=5e-3),
+        sgd=Rates(encoder=1.0, decoder=1.0, vision=0.1),
+    )
+    """X"""
     unfit = dict.fromkeys(("llama", "mistral"), NO_BIASES)
 
     def place(self, transformer: Any, heads: tuple[str, ...]) -> None:

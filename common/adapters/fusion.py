@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from tsugiki.common.adapters.base import ADAPTERS
+from tsugiki.common.adapters.base import ADAPTERS, Rates, RateTable
 from tsugiki.common.adapters.houlsby import Houlsby, HoulsbySettings, Place, make_bottleneck, places
 from tsugiki.common.adapters.own_base import OwnMethod
 from tsugiki.common.adapters.tensors import fill, read_tensors
@@ -68,6 +68,11 @@ class Fusion(OwnMethod):
 
     name = "fusion"
     Settings = FusionSettings
+    rates = RateTable(
+        adamw=Rates(encoder=2e-4, decoder=1e-3, vision=2e-4),
+        sgd=Rates(encoder=0.1, decoder=0.1, vision=0.1),
+    )
+    """Pfeiffer et al. take 5e-5 for a base that is twice as wide, in one place. Not tried here."""
     model_types = Houlsby.model_types
     starts_at_base = False
 

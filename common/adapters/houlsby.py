@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from tsugiki.common.adapters.base import ADAPTERS
+from tsugiki.common.adapters.base import ADAPTERS, Rates, RateTable
 from tsugiki.common.adapters.own_base import OwnMethod
 from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import AdapterSettings
@@ -99,6 +99,11 @@ class Houlsby(OwnMethod):
 
     name = "houlsby"
     Settings = HoulsbySettings
+    rates = RateTable(
+        adamw=Rates(encoder=5e-4, decoder=3e-3, vision=1e-3),
+        sgd=Rates(encoder=0.3, decoder=0.3, vision=0.1),
+    )
+    """Encoders: docs/studies/houlsby_gap.md, where 1e-3 collapsed while the pooler was frozen."""
     model_types = frozenset(_LAYOUTS)
 
     def place(self, transformer: Any, heads: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tsugiki.common.adapters.base import ADAPTERS
+from tsugiki.common.adapters.base import ADAPTERS, Rates, RateTable
 from tsugiki.common.adapters.peft_base import PeftMethod, TargetedSettings, check_targets, linear_layers
 from tsugiki.common.settings import Names
 
@@ -55,6 +55,11 @@ class Ia3(PeftMethod):
 
     name = "ia3"
     Settings = Ia3Settings
+    rates = RateTable(
+        adamw=Rates(encoder=1e-2, decoder=3e-2, vision=1e-2),
+        sgd=Rates(encoder=1.0, decoder=1.0, vision=1.0),
+    )
+    """Liu et al. take 3e-3 with another optimizer, for a much wider base."""
     row_gradients = False  # Opacus finds gradients in layers, and its vectors are no layers
 
     def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tsugiki.common.adapters.base import ADAPTERS
+from tsugiki.common.adapters.base import ADAPTERS, Rates, RateTable
 from tsugiki.common.adapters.peft_base import PeftMethod, check_targets
 from tsugiki.common.settings import AdapterSettings
 
@@ -24,6 +24,11 @@ class LayerNorm(PeftMethod):
     name = "layernorm"
     Settings = LayerNormSettings
     computes_in_float32 = False  # a norm of float32 gives the next layer float32, which a base of 16 bits cannot read
+    rates = RateTable(
+        adamw=Rates(encoder=5e-3, decoder=2e-2, vision=5e-3),
+        sgd=Rates(encoder=1.0, decoder=1.0, vision=0.1),
+    )
+    """Not measured."""
     unfit = {"tsugiki-cnn": "it has no layer norms"}  # noqa: RUF012  (declared a ClassVar in the base)
 
     def config(self, transformer: Any, heads: tuple[str, ...]) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tsugiki.common.adapters.base import ADAPTERS
+from tsugiki.common.adapters.base import ADAPTERS, Rates, RateTable
 from tsugiki.common.adapters.lora import attention_targets
 from tsugiki.common.adapters.peft_base import PeftMethod, TargetedSettings
 
@@ -45,6 +45,11 @@ class Vera(PeftMethod):
 
     name = "vera"
     Settings = VeraSettings
+    rates = RateTable(
+        adamw=Rates(encoder=2e-2, decoder=5e-2, vision=2e-2),
+        sgd=Rates(encoder=1.0, decoder=1.0, vision=1.0),
+    )
+    """Kopiczko et al., table 8, take 4e-3 to 1e-2 for RoBERTa, which is twice as wide."""
     loads_anywhere = False  # transformers refuses tensors that layers share; `PeftModel` loads them
     row_gradients = False  # Opacus finds gradients in layers, and its vectors are no layers
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tsugiki.common.adapters.base import ADAPTERS
+from tsugiki.common.adapters.base import ADAPTERS, Rates, RateTable
 from tsugiki.common.adapters.own_base import OwnMethod
 from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import AdapterSettings
@@ -126,6 +126,11 @@ class Prompt(VirtualTokens):
 
     name = "prompt"
     Settings = PromptSettings
+    rates = RateTable(
+        adamw=Rates(encoder=3e-2, decoder=3e-2, vision=3e-2),
+        sgd=Rates(encoder=1.0, decoder=1.0, vision=1.0),
+    )
+    """Not tried here. Lester et al. take 0.3 with another optimizer; peft's examples 3e-2."""
     model_types = _ENCODERS | _DECODERS | _WITHOUT_CACHE
 
     def encoder(self, base_model: Any, common: dict[str, Any]) -> Any:
@@ -142,6 +147,11 @@ class PTuning(VirtualTokens):
 
     name = "p-tuning"
     Settings = PTuningSettings
+    rates = RateTable(
+        adamw=Rates(encoder=2e-3, decoder=5e-3, vision=2e-3),
+        sgd=Rates(encoder=0.3, decoder=0.3, vision=0.3),
+    )
+    """Not tried here. A small network is trained, as with LoRA."""
     model_types = _ENCODERS | _DECODERS | _WITHOUT_CACHE
 
     def encoder(self, base_model: Any, common: dict[str, Any]) -> Any:
@@ -161,6 +171,11 @@ class Prefix(VirtualTokens):
 
     name = "prefix"
     Settings = PrefixSettings
+    rates = RateTable(
+        adamw=Rates(encoder=1e-2, decoder=3e-2, vision=1e-2),
+        sgd=Rates(encoder=1.0, decoder=1.0, vision=1.0),
+    )
+    """Not tried here. peft's examples take 1e-2."""
     model_types = _ENCODERS | _DECODERS
     unfit = _IMAGES | dict.fromkeys(_WITHOUT_CACHE, "its blocks take no keys and values from outside")
 

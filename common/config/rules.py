@@ -205,7 +205,7 @@ def privacy_problems(config: RunConfig) -> list[Problem]:
         linear = ", ".join(names_with(lambda strategy: strategy.linear))
         expected = f"one of {linear}, which need the sum of the updates only"
         found.append(Problem("strategy.name", repr(config.strategy.name), expected, 'use "fedavg"'))
-    if config.evaluation.at_sites:
+    if config.evaluation.at_sites is True:
         found.append(
             Problem("evaluation.at_sites", "true", "false: metrics of private rows are a release", "remove it")
         )
@@ -303,7 +303,7 @@ def _example_problems(config: RunConfig) -> list[Problem]:
     """Return conflicts of DP-SGD at the sites with other settings."""
     examples = config.privacy.examples
     found = []
-    if examples.enabled and config.evaluation.at_sites:
+    if examples.enabled and config.evaluation.at_sites is True:
         found.append(Problem("evaluation.at_sites", "true", "false with DP-SGD: no noise is on metrics", "remove it"))
     if examples.enabled and config.train.gradient_accumulation_steps > 1:
         found.append(

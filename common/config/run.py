@@ -13,7 +13,16 @@ from pydantic import Field, SerializeAsAny
 
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.settings import PrivacySection
-from tsugiki.common.settings import AdapterSettings, DataFormat, Name, Ranks, Section, StrategySettings, TaskSettings
+from tsugiki.common.settings import (
+    AdapterSettings,
+    DataFormat,
+    Name,
+    Ranks,
+    Rate,
+    Section,
+    StrategySettings,
+    TaskSettings,
+)
 from tsugiki.common.tasks import TASKS
 
 
@@ -88,12 +97,16 @@ class TrainSection(Section):
         description='Optimizer of the local steps: "adamw" or "sgd". AdamW suits most models; SGD needs less memory '
         "and a larger learning rate.",
     )
-    learning_rate: float = Field(
-        default=2e-4,
-        gt=0,
-        le=10,
-        description="Peak learning rate. Adapters take a larger one than full fine-tuning; `tsugiki lr-find` "
-        "suggests a value.",
+    learning_rate: Rate = Field(
+        default="auto",
+        description='Peak learning rate, above 0 and at most 10. "auto" takes a tried one for the adapter method, the '
+        "optimizer, the task and the kind and width of the base; the log names it. Set a number if the loss falls "
+        "slowly or jumps; `tsugiki lr-find` suggests one.",
+    )
+    head_learning_rate: Rate = Field(
+        default="auto",
+        description='Peak learning rate of the task\'s head. "auto" takes a tried one if learning_rate is "auto", '
+        "else learning_rate. Set a number if the adapter needs a much larger or smaller rate than a new layer.",
     )
     weight_decay: float = Field(
         default=0.0,
@@ -203,6 +216,30 @@ class TrainSection(Section):
         'sites need not end with equal bytes. "auto" is float32, and says what "bf16" would bring on this machine.',
     )
 
+    @property
+    def rate(self) -> float:
+        """The peak learning rate of the adapter, as a number.
+
+        Raises:
+            ValueError: it is "auto": `tsugiki.common.model.rates.with_rates` has not yet put a number in its place.
+        """
+        return _number(self.learning_rate)
+
+    @property
+    def head_rate(self) -> float:
+        """The peak learning rate of the head, as a number.
+
+        Raises:
+            ValueError: it is "auto", and so is `learning_rate`.
+        """
+        return self.rate if self.head_learning_rate == "auto" else self.head_learning_rate
+
+
+def _number(rate: Rate) -> float:
+    if rate == "auto":
+        raise ValueError('the learning rate is still "auto"')
+    return rate
+
 
 class EvaluationSection(Section):
     """What the server measures, on data that the operator holds."""
@@ -232,10 +269,10 @@ class EvaluationSection(Section):
         description="Metric that decides which round is best, such as eval_spearman. Set it if the task's own choice "
         "is not the one that matters to you. Empty: the task's own choice.",
     )
-    at_sites: bool = Field(
-        default=False,
-        description="Also ask every site to evaluate on its own evaluation rows. Set it to see how well the model "
-        "serves each site; private runs refuse it.",
+    at_sites: Literal["auto", True, False] = Field(
+        default="auto",
+        description='Also ask sites to evaluate on their own evaluation rows. "auto" asks those that keep such rows, '
+        "unless the run is private. Set false to save the time; private runs refuse true.",
     )
 
 
@@ -284,8 +321,8 @@ class SimulationSection(Section):
         default=0.0,
         ge=0,
         lt=1,
-        description="Share of each site's rows that is kept for evaluation at the site. Set it together with "
-        "evaluation.at_sites.",
+        description="Share of each site's rows that is kept for evaluation at the site. Set it to see how well "
+        "the model serves each site.",
     )
     ranks: Ranks = Field(
         default=(),
@@ -317,6 +354,13 @@ class RunConfig(Section):
     def monitor(self) -> str:
         """The metric that decides which round is best, without the prefix `eval_`."""
         return self.evaluation.monitor.removeprefix("eval_") or TASKS.get(self.task.name)(self.task).monitor
+
+    @property
+    def evaluates_at_sites(self) -> bool:
+        """Whether sites that keep evaluation rows are asked to evaluate on them."""
+        if self.evaluation.at_sites == "auto":
+            return self.privacy.mode == "none" and not self.privacy.examples.enabled
+        return self.evaluation.at_sites
 
     @property
     def enrolled_clients(self) -> int:

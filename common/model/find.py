@@ -38,6 +38,28 @@ def find_in_hub(name: str) -> Path:
     return _trusted(_in_hub(name), name)
 
 
+def find_offline(source: str) -> Path | None:
+    """Return the folder behind a model source if it is on this machine, in the hub's cache too; else None.
+
+    Nothing is fetched, and the files are not checked.
+    """
+    if source.startswith("package:"):
+        try:
+            return _in_package(source.removeprefix("package:"))
+        except ModelError:
+            return None
+    if os.path.isdir(expanded := os.path.expanduser(source)):
+        return Path(expanded).resolve()
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(source, "config.json")
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 def transformer_of(model: Any) -> Any:
     """Return the `PreTrainedModel` inside a loaded model, which may be a `SentenceTransformer`."""
     return model if hasattr(model, "name_or_path") else model[0].model

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 from pydantic import Field
 
 from tsugiki.common.errors import Problem
 from tsugiki.common.settings import StrategySettings
-from tsugiki.common.strategies.base import STRATEGIES, Strategy
+from tsugiki.common.strategies.base import STRATEGIES, Strategy, WeightedUpdate
+from tsugiki.common.wire.spec import AdapterSpec, Vector
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
@@ -20,6 +23,13 @@ class FedAvgSettings(StrategySettings):
     """Weighted mean of the updates."""
 
     name: Literal["fedavg"] = Field(default="fedavg", description="The strategy: how the server combines updates.")
+    server_learning_rate: float = Field(
+        default=1.0,
+        gt=0,
+        description="Factor on the mean update. Raise it, to at most the number of sites, if sites take one or few "
+        "small steps between two averages; with many local steps a factor of 2 can already diverge. Lower it when "
+        "the metric goes up and down from round to round.",
+    )
 
 
 @STRATEGIES.register("fedavg")
@@ -36,6 +46,17 @@ class FedAvg(Strategy):
 
         return FedAvg()
 
+    def combine(
+        self,
+        spec: AdapterSpec,
+        before: Vector,
+        update: Vector,
+        updates: Sequence[WeightedUpdate],
+        draw: np.random.Generator,
+    ) -> Vector:
+        """Return the mean update, scaled by the server's rate."""
+        return update * np.float32(self.settings.server_learning_rate)
+
 
 class FedProxSettings(StrategySettings):
     """FedAvg with a proximal term at the client."""
@@ -46,6 +67,13 @@ class FedProxSettings(StrategySettings):
         ge=0,
         description="Weight of (mu/2)*||local - global||^2 in the loss at a site. Raise it when sites with "
         "different data drift apart in a round.",
+    )
+    server_learning_rate: float = Field(
+        default=1.0,
+        gt=0,
+        description="Factor on the mean update. Raise it, to at most the number of sites, if sites take one or few "
+        "small steps between two averages; with many local steps a factor of 2 can already diverge. Lower it when "
+        "the metric goes up and down from round to round.",
     )
 
 
@@ -65,6 +93,17 @@ class FedProx(Strategy):
         from flwr.serverapp.strategy import FedProx
 
         return FedProx(proximal_mu=self.settings.proximal_mu)
+
+    def combine(
+        self,
+        spec: AdapterSpec,
+        before: Vector,
+        update: Vector,
+        updates: Sequence[WeightedUpdate],
+        draw: np.random.Generator,
+    ) -> Vector:
+        """Return the mean update, scaled by the server's rate."""
+        return update * np.float32(self.settings.server_learning_rate)
 
 
 class FedAvgMSettings(StrategySettings):
@@ -107,9 +146,10 @@ class FedAdamSettings(StrategySettings):
 
     name: Literal["fedadam"] = Field(default="fedadam", description="The strategy: how the server combines updates.")
     server_learning_rate: float = Field(
-        default=1e-3,
+        default=3e-2,
         gt=0,
-        description="Learning rate of the server's Adam: about how far a number moves in a round. Choose it by trial.",
+        description="Learning rate of the server's Adam: a bound on how far a number moves in a round. Lower it, for "
+        "example to 1e-2, when the metric goes up and down from round to round.",
     )
     beta_1: float = Field(default=0.9, ge=0, lt=1, description="Decay of Adam's first moment.")
     beta_2: float = Field(default=0.99, ge=0, lt=1, description="Decay of Adam's second moment.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from tsugiki.common.adapters.base import BaseKind
 from tsugiki.common.data.columns import Column
 from tsugiki.common.errors import UsageError
 from tsugiki.common.registry import Registry
@@ -148,6 +149,10 @@ class Task(ABC):
     """Whether `loss` may be negative, so that the ratio of two losses means nothing."""
     shares_base: ClassVar[bool] = False
     """Whether two models share the base's tensors, which excludes 4-bit loading."""
+    rate_factor: ClassVar[float] = 1.0
+    """The factor of this task on the learning rate that "auto" takes."""
+    base_kind: ClassVar[BaseKind | None] = None
+    """The kind of base that this task takes; None if it takes more than one."""
     gradient_in_eval_mode: ClassVar[bool] = False
     """Whether the gradient is taken in eval mode, which excludes gradient checkpointing."""
 

@@ -76,6 +76,7 @@ class CausalLm(Task):
     """
 
     name = "causal-lm"
+    base_kind = "decoder"
     Settings = CausalLmSettings
     lower_is_better = frozenset({"loss", "perplexity"})
 

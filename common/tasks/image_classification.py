@@ -47,6 +47,7 @@ class ImageClassification(Task):
     """
 
     name = "image-classification"
+    base_kind = "vision"
     Settings = ImageClassificationSettings
     row_losses = True
 

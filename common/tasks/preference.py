@@ -68,6 +68,8 @@ class Preference(Task):
 
     name = "preference"
     Settings = PreferenceSettings
+    base_kind = "decoder"
+    rate_factor = 0.5  # a pair pushes one way only; at the rate of instructions, training in one place went astray
 
     @property
     def monitor(self) -> str:

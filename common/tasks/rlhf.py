@@ -116,6 +116,8 @@ class Rlhf(Task):
     signed_loss = True
     shares_base = True
     gradient_in_eval_mode = True
+    base_kind = "decoder"
+    rate_factor = 0.3  # what is drawn is noisy, and the policy must stay near the base
 
     @property
     def monitor(self) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Container
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tsugiki.common.errors import UsageError
 from tsugiki.common.files import unwritable
 from tsugiki.common.options import Json, RunFile, Set
+
+if TYPE_CHECKING:
+    from tsugiki.common.config.run import TrainSection
 
 app = typer.Typer()
 config_app = typer.Typer(no_args_is_help=True, help="Write, show and describe run files.")
@@ -45,8 +48,10 @@ def init(
 def show(file: RunFile, overrides: Set = None, as_json: Json = False) -> None:
     """Show what a run file resolves to, and which settings differ from their defaults."""
     from tsugiki.common.config.files import changes, read, to_toml
+    from tsugiki.common.model.rates import with_known_rates
 
     resolved = read(file, overrides or [])
+    known = with_known_rates(resolved).train
     if as_json:
         typer.echo(json.dumps(resolved.model_dump(mode="json"), indent=1))
         return
@@ -62,7 +67,15 @@ def show(file: RunFile, overrides: Set = None, as_json: Json = False) -> None:
             continue
         key = f"{section}.{line.split(' = ')[0]}"
         setting = ".".join(key.split(".")[:2])  # the source of a table is also the source of its keys
-        typer.echo(f"{line:<72}  # {_source(setting, file, given, changed)}")
+        typer.echo(f"{line:<72}  # {_source(setting, file, given, changed)}{_taken(key, line, known)}")
+
+
+def _taken(key: str, line: str, known: TrainSection) -> str:
+    """Return what "auto" takes for a learning rate, if the base is on this machine; else an empty text."""
+    section, _, name = key.partition(".")
+    is_open = section == "train" and name.endswith("learning_rate") and line.endswith('"auto"')
+    rate = getattr(known, name) if is_open else "auto"
+    return "" if rate == "auto" else f"; takes {rate:g}"
 
 
 def _source(setting: str, file: Path, given: Container[str], changed: Container[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tsugiki.common import __version__
 from tsugiki.common.audit import AuditLog
+from tsugiki.common.config.commented import comment
 from tsugiki.common.config.files import to_toml, with_absolute_paths
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import StorageError
@@ -17,6 +18,7 @@ from tsugiki.common.files import read_lines, write_atomically
 from tsugiki.common.model.device import precision_advice
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.load import load_graft
+from tsugiki.common.model.rates import describe_rates, with_rates
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.spec import AdapterSpec, Vector, sha256, unpack
@@ -76,12 +78,15 @@ def run_federation(
     with run_folder(Path(config.run.output_dir) / config.run.name, resume=resume) as folder:
         # what can fail without a site fails before a record is written: the run's name stays free
         graft = load_graft(config, config.model.name, config.run.seed)
+        resolved = with_rates(config, config.model.name)
+        rates = describe_rates(resolved, config)
+        config = resolved
         plan = make_plan(config, graft.spec.size)
         evaluator = make_evaluator(graft, config)
         # whatever is exchanged, a number takes at most eight bytes
         grid.limit_replies(max(graft.spec.size, numbers_before_training(graft, config)) * 8)
 
-        state = _open_records(folder, config, plan, graft, resume=resume, previous=previous)
+        state = _open_records(folder, config, plan, graft, rates, resume=resume, previous=previous)
         audit = AuditLog(folder / "audit.jsonl")
         audit.write(
             "resumed" if resume else "started",
@@ -98,6 +103,8 @@ def run_federation(
             computes = simulated or evaluator is not None
             if computes and (advice := precision_advice(config, graft.device.type)):
                 progress.note(advice)
+            if rates:
+                progress.note(rates)
             if privacy and not (config.privacy.enrolled_clients or config.simulation.data):
                 most = config.strategy.min_clients
                 progress.note(f"privacy.enrolled_clients is not set: no more than min_clients = {most} may join")
@@ -123,7 +130,7 @@ def run_federation(
 
 
 def _open_records(
-    folder: Path, config: RunConfig, plan: Plan | None, graft: Graft, *, resume: bool, previous: bool
+    folder: Path, config: RunConfig, plan: Plan | None, graft: Graft, rates: str, *, resume: bool, previous: bool
 ) -> State:
     """Write the records that a run's folder has from the start, and return the state to go on from."""
     if resume and previous:
@@ -131,7 +138,8 @@ def _open_records(
     # before the first checkpoint: a folder with config.toml can be resumed. The plan's numbers are in it, so that a
     # resumed run need not calibrate again, and finds the same noise
     if not resume:
-        write_atomically(folder / "config.toml", to_toml(config.with_plan(plan)).encode())
+        text = comment(rates) + to_toml(config.with_plan(plan))
+        write_atomically(folder / "config.toml", text.encode())
     state = _first_state(folder / "checkpoint", config, plan, graft, resume)
     write_atomically(folder / "spec.json", _describe_spec(graft))
     lower_is_better = config.monitor in graft.task.lower_is_better
@@ -278,6 +286,8 @@ def summarise(
         "adapter_parameters": graft.spec.parameters("adapter"),
         "head_parameters": graft.spec.parameters("head"),
         "base_fingerprint": graft.spec.base_fingerprint,
+        "learning_rate": config.train.rate,
+        "head_learning_rate": config.train.head_rate,
         "threads": config.train.threads,
         "device": str(graft.device),
         "bytes_down": sum(line.get("bytes_down", 0) for line in lines),

@@ -140,8 +140,8 @@ def finish_round(ctx: RunContext, state: State) -> State:
     started = time.perf_counter()
     if ctx.evaluate is not None and due:
         record["eval"] = ctx.evaluate(state.vector)
-    if evaluation.at_sites and due:
-        record["sites_eval"] = evaluate_at_sites(ctx, state)
+    if ctx.config.evaluates_at_sites and due:
+        record |= _evaluate_at_sites(ctx, state)
     record["seconds"] = {**record["seconds"], "evaluate": time.perf_counter() - started}
     state = evaluated(state, record, ctx.config.monitor, ctx.lower_is_better)
     if "eval" in record:
@@ -167,6 +167,14 @@ def evaluated(state: State, record: Mapping[str, Any], monitor: str, lower_is_be
     if not _is_better(value, state.best_metric, lower_is_better):
         return replace(state, evaluations_since_best=state.evaluations_since_best + 1)
     return replace(state, best_metric=value, best_round=state.round, evaluations_since_best=0)
+
+
+def _evaluate_at_sites(ctx: RunContext, state: State) -> dict[str, Any]:
+    """Return `sites_eval` for the round's line; with at_sites = "auto" nothing if no site keeps evaluation rows."""
+    found = evaluate_at_sites(ctx, state)
+    if not found and ctx.config.evaluation.at_sites == "auto":
+        return {}
+    return {"sites_eval": found}
 
 
 def _is_better(value: float, best: float | None, lower_is_better: bool) -> bool:

@@ -14,6 +14,7 @@ from tsugiki.client.training.dp_sgd import backward, check_supported, row_gradie
 from tsugiki.client.training.trainer import LocalRound, train
 from tsugiki.client.training.update import make_update
 from tsugiki.common.adapters import ADAPTERS, AdapterMethod
+from tsugiki.common.adapters.base import Rates
 from tsugiki.common.config.files import commented
 from tsugiki.common.config.parse import parse
 from tsugiki.common.data.shard import Shard
@@ -49,6 +50,16 @@ LITTLE = {"prompt": 0.99, "p-tuning": 0.99}
 def knows(method, task):
     """Return whether a method goes on the kind of model of a task's tiny case."""
     return not ADAPTERS.get(method).why_not(TASKS.get(task).test_case().model_type)
+
+
+def test_every_method_has_default_rates():
+    """Catches: a method without a rate for an optimizer or a kind of base, or with one that no run file may have."""
+    for name in names_to_test(ADAPTERS):
+        method = ADAPTERS.get(name)
+        for optimizer in ("adamw", "sgd"):
+            for kind in Rates._fields:
+                rates = [method.default_rate(optimizer, kind, width) for width in (0, 16, 384, 8192)]
+                assert all(0 < rate <= 10 for rate in rates), (name, optimizer, kind)
 
 
 PAIRS = [pair for pair in itertools.product(TASKS.names(), ADAPTERS.names()) if knows(pair[1], pair[0])]

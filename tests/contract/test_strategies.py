@@ -220,6 +220,19 @@ def test_fedavgm_is_the_papers_step():
         assert np.allclose(result, 0.5 * velocity, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["fedavg", "fedprox"])
+def test_the_servers_rate_scales_the_mean(name):
+    """Catches: a rate that does not arrive; one of 1 that changes bytes."""
+    mean, _ = aggregate(strategy(name), {}, 1, updates())
+    plain, doubled = (
+        strategy(name, **rate).combine(None, mean, mean, updates(), None)
+        for rate in ({}, {"server_learning_rate": 2.0})
+    )
+    assert plain.tobytes() == mean.tobytes()
+    assert doubled.dtype == np.float32
+    assert np.array_equal(doubled, 2 * mean)
+
+
 def test_fedadam_is_the_papers_step():
     """Catches: settings that do not arrive; moments of weights in place of updates.
 

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from tsugiki.client.training.trainer import (
     batches_per_epoch,
     make_optimizer,
     schedule,
+    set_learning_rate,
     steps_per_round,
     train,
 )
@@ -98,6 +100,36 @@ def test_rounds_divide_one_schedule_and_one_sequence_of_batches(rates, lr_schedu
     assert many_seen == one_seen
     assert np.allclose(many_rates, one_rates, rtol=1e-12)
     assert np.allclose(many, one, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_head_keeps_its_own_rate(optimizer):
+    """Catches: a schedule that sets one rate for all; a head without weight decay; a parameter in no group."""
+    model = graft()
+    tensors = (TensorSpec("bias", (1,), "adapter"), TensorSpec("weight", (1, 3), "head"))
+    model = replace(model, spec=replace(model.spec, tensors=tensors))
+    chosen = settings(optimizer=optimizer, learning_rate=0.1, head_learning_rate=0.5, weight_decay=0.2, local_steps=4)
+    made = make_optimizer(model, chosen)
+    set_learning_rate(made, chosen.model_copy(update={"lr_schedule": "linear"}), local_round(), 2, 4)
+    groups = {id(value): group for group in made.param_groups for value in group["params"]}
+    bias, weight = (groups[id(value)] for value in model.parameters)
+    assert len(made.param_groups) == len(groups) == 2
+    assert (bias["lr"], weight["lr"]) == pytest.approx((0.05, 0.25))
+    assert (bias["weight_decay"], weight["weight_decay"]) == (0.0, 0.2)
+
+
+def test_the_heads_rate_moves_the_head_alone():
+    """Catches: a head that trains at the adapter's rate."""
+    model = graft()
+    tensors = (TensorSpec("bias", (1,), "adapter"), TensorSpec("weight", (1, 3), "head"))
+    model = replace(model, spec=replace(model.spec, tensors=tensors))
+    moved = {}
+    for head_rate in (0.1, 0.3):
+        model.write(model.initial)
+        train(model, ENCODED, settings(local_steps=1, head_learning_rate=head_rate), local_round())
+        moved[head_rate] = model.read() - model.initial
+    assert moved[0.3][0] == moved[0.1][0] != 0
+    assert np.allclose(moved[0.3][1:], 3 * moved[0.1][1:], rtol=1e-5)
 
 
 @pytest.mark.parametrize("lr_schedule", ["linear", "cosine", "constant"])

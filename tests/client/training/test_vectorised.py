@@ -67,6 +67,7 @@ CASES = {
     "sgd": {"train": {"local_steps": 4}},
     "momentum": {"train": {"local_steps": 4, "momentum": 0.9, "weight_decay": 0.1}},
     "adamw": {"train": {"local_steps": 4, "optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1}},
+    "head": {"train": {"local_steps": 4, "head_learning_rate": 0.4, "weight_decay": 0.1}},
     "epochs": {"train": {"local_epochs": 2}},
     "no clipping": {"train": {"local_steps": 3, "max_grad_norm": 0.0}},
     "proximal": {"train": {"local_steps": 4}, "strategy": {"name": "fedprox", "proximal_mu": 0.5}},

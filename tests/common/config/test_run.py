@@ -30,7 +30,7 @@ def test_an_empty_file_is_the_default_run():
         "lora",
         "fedavg",
     )
-    assert (config.adapter.rank, config.train.learning_rate, config.privacy.mode) == (8, 2e-4, "none")
+    assert (config.adapter.rank, config.train.learning_rate, config.privacy.mode) == (8, "auto", "none")
     assert all(
         field.description
         for name in RunConfig.model_fields

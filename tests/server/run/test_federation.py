@@ -10,10 +10,12 @@ from safetensors.numpy import load_file
 from tests.support.federation import leaks, run_tiny, tiny_config
 from tests.support.toy import federate, toy_app, toy_config
 from tsugiki.client.app import simulated_app
+from tsugiki.client.prepare import SiteRun
+from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.common.audit import verify
 from tsugiki.common.config.files import read as read_config
 from tsugiki.common.config.files import to_run_config
-from tsugiki.common.errors import ModelError, NotEnoughSites, StorageError
+from tsugiki.common.errors import ConfigError, ModelError, NotEnoughSites, StorageError
 from tsugiki.common.files import read_lines
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.spec import sha256
@@ -230,6 +232,37 @@ def test_progress_is_told(tmp_path, monkeypatch, has_bf16):
     assert [text for text in told[:1] if "this device has bfloat16" in text] == told[:has_bf16]
     del told[:has_bf16]
     assert told == ["2 of 2 nodes connected", "shard-texts-cut: site-0 (12), site-1 (12)", *replies]
+
+
+def test_auto_is_a_number_wherever_the_run_is_written_down(tmp_path):
+    """Catches: sites or a resumed run that read "auto"; a number that only the log has, or only the files."""
+    told = []
+
+    class Recorder(Progress):
+        def note(self, text):
+            told.append(text)
+
+    given = tiny_config(tmp_path, run={"rounds": 1}, train={"learning_rate": "auto"})
+    ran = run_tiny(given, progress=Recorder())
+    text = (ran.folder / "config.toml").read_text()
+    written = read_config(ran.folder / "config.toml")
+    rate = written.train.learning_rate
+    assert isinstance(rate, float)
+    assert told[0].startswith(f"train.learning_rate = {rate:g}, for the head {written.train.head_learning_rate:g}")
+    assert text.startswith("# train.learning_rate = ")
+    assert (ran.summary["learning_rate"], ran.summary["head_learning_rate"]) == (rate, written.train.head_learning_rate)
+    # resumed by its own file, and by the one that still says "auto"
+    for config in (written, given):
+        again = run_tiny(config, resume=True)
+        assert again.summary["adapter_sha256"] == ran.summary["adapter_sha256"]
+
+
+def test_a_site_refuses_a_rate_that_is_no_number(tmp_path):
+    """Catches: a traceback, or a site that chooses a rate of its own."""
+    config = tiny_config(tmp_path, train={"learning_rate": "auto"})
+    site = simulated_sites(config)[0]
+    with pytest.raises(ConfigError, match=r"train\.learning_rate = \"auto\": must be a number"):
+        SiteRun.open(site, config)
 
 
 def test_a_deployed_private_run_says_whom_it_will_refuse(tmp_path):

@@ -211,6 +211,28 @@ def test_sites_evaluate_on_their_own_rows_where_that_is_asked(tmp_path):
     assert run_toy(tmp_path / "2", toy_app(["a", "b"], evaluation_rows=0), 2, config).rounds[0]["sites_eval"] == {}
 
 
+def test_sites_with_rows_evaluate_unless_that_is_off(tmp_path):
+    """Catches: "auto" that asks nobody, or private sites; an empty table in the lines of a run without such rows."""
+    asked = {}
+    private = {"mode": "central", "noise_multiplier": 1.0, "clip_norm": 1.0}
+    cases = {
+        "auto": ({}, 10),
+        "off": ({"evaluation": {"at_sites": False}}, 10),
+        "none": ({}, 0),
+        "private": ({"privacy": private}, 0),
+    }
+    for name, (sections, rows) in cases.items():
+        config = toy_config(tmp_path, run={"rounds": 1}, **sections)
+        assert config.evaluates_at_sites is (name in ("auto", "none"))
+        if name != "private":
+            (tmp_path / name).mkdir()
+            ran = run_toy(tmp_path / name, toy_app(["a", "b"], evaluation_rows=rows), 2, config)
+            asked[name] = "sites_eval" in ran.rounds[0]
+    assert asked == {"auto": True, "off": False, "none": False}
+    by_rows = toy_config(tmp_path, privacy={"examples": {"noise_multiplier": 1.0}})
+    assert not by_rows.evaluates_at_sites
+
+
 def test_a_request_to_stop_keeps_the_last_checkpoint(tmp_path):
     """Catches: a stop that waits for the round to end, and one that loses what was finished."""
 
