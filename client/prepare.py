@@ -56,7 +56,7 @@ class SiteRun:
         plan: the plan of a run that protects clients; None in other runs.
         rank: how many components of each LoRA pair this site trains; 0: all.
         cache: what this process keeps between messages.
-        last_round: the rounds of the run, or the number of the current one if the server asks for more.
+        round_number: of the message's round, counted from 1; 0 if it belongs to none.
     """
 
     site: Site
@@ -65,7 +65,7 @@ class SiteRun:
     plan: Plan | None
     rank: int
     cache: SiteCache
-    last_round: int
+    round_number: int = 0
 
     @classmethod
     def open(cls, site: Site, config: RunConfig, round_number: int = 0) -> SiteRun:
@@ -91,7 +91,7 @@ class SiteRun:
         rank = own_rank(site, config)
         if config.privacy.examples.enabled:
             dp_sgd.check_supported(graft)
-        return cls(site, config, graft, plan, rank, of_process(), max(config.run.rounds, round_number))
+        return cls(site, config, graft, plan, rank, of_process(), round_number)
 
     @property
     def hides_rows(self) -> bool:
@@ -259,19 +259,20 @@ class SiteRun:
             clients: row numbers of each client.
             rows: of the site.
         """
-        task = self.graft.task
         if not self._follows_schedule:
             return np.arange(rows)
-        names = asked_clients(self.site.name, clients, "")
-        grouped = groups_by_length(task, self.config.train)
+        grouped = groups_by_length(self.graft.task, self.config.train)
         touched = [np.zeros(0, np.int64)]
-        for name, own in names.items():
+        for name, own in asked_clients(self.site.name, clients, "").items():
             if own:
-                of_client = touched_rows(
-                    len(own), self.config.train, self.config.run.seed, name, self.last_round, grouped
-                )
+                of_client = touched_rows(len(own), self.config.train, self.config.run.seed, name, self._rounds, grouped)
                 touched.append(np.asarray(own, np.int64)[of_client])
         return np.sort(np.concatenate(touched))
+
+    @property
+    def _rounds(self) -> int:
+        """The rounds of the run; a server may ask for more than it announced."""
+        return max(self.config.run.rounds, self.round_number)
 
     @property
     def _follows_schedule(self) -> bool:
@@ -297,7 +298,7 @@ class SiteRun:
             settings += f" {self.config.run.seed} {self.config.train.validation_fraction}"
         if part == "train" and self._follows_schedule:
             schedule = self.config.train.model_dump_json(include=_SCHEDULE)
-            settings += f" {self.config.run.seed} {self.last_round} {schedule}"
+            settings += f" {self.config.run.seed} {self._rounds} {schedule}"
         return self.site.identity(), part, f"{self.graft.spec.base_fingerprint}{settings}"
 
     def _validation_rows(self) -> Encoded | None:
