@@ -16,8 +16,8 @@ from tsugiki.common.tasks.rows import AnyTokens, TokenRows
 if TYPE_CHECKING:
     import torch
 
-SLICE_ROWS = 4096
-"""Rows that are tokenised at once. What a tokenizer returns for a row takes 20 times the memory of what is kept."""
+SLICE_ROWS = 1024
+"""Rows that are tokenised at once. What a tokenizer returns for a row takes 50 times the memory of what is kept."""
 
 CUT = "shard-texts-cut"
 """The note of texts that were too long."""
