@@ -336,6 +336,7 @@ def measure(name: str, folder: Path, rows: int, repeats: int, slow: bool) -> lis
         for loop in np.random.default_rng(repeat).permutation(list(compared)).tolist():
             bench.graft.write(bench.initial)
             rates[loop].append(tokens / compared[loop](bench))
+            print(f"{name}, {loop}: {rates[loop][-1]:.0f} real tokens per CPU second", flush=True)
     best = max((loop for loop in rates if not loop.startswith("ours")), key=lambda loop: median(rates[loop]))
     ratios = [mine / theirs for mine, theirs in zip(rates["ours"], rates[best], strict=True)]
     notes = {loop: spread(found) if len(found) > 1 else "n = 1" for loop, found in rates.items()}
