@@ -13,7 +13,6 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -95,25 +94,21 @@ def configure(name: str, seed: int, grouped: bool, folder: Path, options: argpar
     )
 
 
-def run(name: str, seed: int, grouped: bool, folder: Path, options: argparse.Namespace) -> tuple[float, float]:
-    """Return the metric of a run's last adapter, and the CPU seconds of the run."""
+def run(name: str, seed: int, grouped: bool, folder: Path, options: argparse.Namespace) -> float:
+    """Return the metric of a run's last adapter."""
     config = configure(name, seed, grouped, folder, options)
-    started = time.process_time()
     outcome = simulate(config, simulated_app)
-    seconds = time.process_time() - started
-    return read_lines(outcome.folder / "metrics.jsonl")[-1]["eval"][TASKS[name]["metric"]], seconds
+    return float(read_lines(outcome.folder / "metrics.jsonl")[-1]["eval"][TASKS[name]["metric"]])
 
 
 def study(name: str, folder: Path, options: argparse.Namespace) -> list[Figure]:
-    """Return the figures of one task: both means, the paired difference, and the time saved."""
+    """Return the figures of one task: both means, and the paired difference."""
     found: dict[bool, list[float]] = {True: [], False: []}
-    seconds: dict[bool, list[float]] = {True: [], False: []}
     for seed in options.seeds:
         for grouped in (True, False):
-            value, took = run(name, seed, grouped, folder, options)
+            value = run(name, seed, grouped, folder, options)
             found[grouped].append(value)
-            seconds[grouped].append(took)
-            print(f"{name} seed {seed} grouped={grouped}: {value:.4f} in {took:.0f} CPU s", flush=True)
+            print(f"{name} seed {seed} grouped={grouped}: {value:.4f}", flush=True)
     differences = [100 * (mine - other) for mine, other in zip(found[True], found[False], strict=True)]
     centre, low, high = interval(differences)
     metric = TASKS[name]["metric"]
@@ -122,7 +117,6 @@ def study(name: str, folder: Path, options: argparse.Namespace) -> list[Figure]:
         Figure(f"{name}: {metric}, by length", mean(found[True])),
         Figure(f"{name}: {metric}, at random", mean(found[False])),
         Figure(f"{name}: difference", centre, "points", "", f"95 % {low:+.2f} to {high:+.2f}; by seed {each}"),
-        Figure(f"{name}: CPU seconds, by length over at random", sum(seconds[True]) / sum(seconds[False]), "ratio"),
     ]
 
 
