@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from flwr.app import ArrayRecord, RecordDict
 
 from tsugiki.client.cache import PreparedRows, RowsKey, SiteCache, of_process
@@ -14,7 +16,7 @@ from tsugiki.client.site.site import Site
 from tsugiki.client.training import dp_sgd, validation
 from tsugiki.client.training.cohort import asked_clients, row_releases
 from tsugiki.client.training.job import Job
-from tsugiki.client.training.trainer import steps_per_round
+from tsugiki.client.training.trainer import groups_by_length, steps_per_round, touched_rows
 from tsugiki.common.adapters.lora import LoraSettings
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data.shard import Shard
@@ -26,12 +28,21 @@ from tsugiki.common.privacy.mechanisms import Adversary
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.strategies import names_with, strategy_of
-from tsugiki.common.tasks.base import Encoded, Tail
+from tsugiki.common.tasks.base import Encoded, Tail, Task
 from tsugiki.common.wire.arrays import decode
 from tsugiki.common.wire.messages import TrainRequest
 from tsugiki.common.wire.spec import Vector
 
 Part = Literal["train", "validation", "evaluation"]
+
+_SCHEDULE = {
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "local_steps",
+    "local_epochs",
+    "group_by_length",
+}
+"""The settings of [train] that decide which rows a run's batches contain."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,7 @@ class SiteRun:
         plan: the plan of a run that protects clients; None in other runs.
         rank: how many components of each LoRA pair this site trains; 0: all.
         cache: what this process keeps between messages.
+        round_number: of the message's round, counted from 1; 0 if it belongs to none.
     """
 
     site: Site
@@ -53,6 +65,7 @@ class SiteRun:
     plan: Plan | None
     rank: int
     cache: SiteCache
+    round_number: int = 0
 
     @classmethod
     def open(cls, site: Site, config: RunConfig, round_number: int = 0) -> SiteRun:
@@ -80,7 +93,7 @@ class SiteRun:
         rank = own_rank(site, config)
         if config.privacy.examples.enabled:
             dp_sgd.check_supported(graft)
-        return cls(site, config, graft, plan, rank, of_process())
+        return cls(site, config, graft, plan, rank, of_process(), round_number)
 
     @property
     def hides_rows(self) -> bool:
@@ -224,14 +237,52 @@ class SiteRun:
         shard = self._shard(part)
         if shard is None:
             return PreparedRows(None)
-        encoded = self.graft.task.encode(shard, self.graft.base)
+        task = self.graft.task
         if part != "train":
-            return PreparedRows(encoded)
-        notes = shard.notes + encoded.notes
+            return PreparedRows(task.encode(shard, self.graft.base))
         # Where the run validates inside a round, some rows are held out, and the site is one client with the others.
-        if self.config.train.validate_every_steps:
-            return PreparedRows(encoded, (list(range(len(shard))),), notes)
-        return PreparedRows(encoded, tuple(self.site.clients(shard)), notes)
+        clients = [list(range(len(shard)))]
+        if not self.config.train.validate_every_steps:
+            clients = self.site.clients(shard)
+        # Rows that no batch of the run contains are not tokenised; they keep their numbers.
+        touched = self._touched(clients, len(shard))
+        if len(touched) == len(shard):
+            encoded = task.encode(shard, self.graft.base)
+        else:
+            encoded = task.encode(shard.take(touched), self.graft.base).spread(touched, len(shard))
+        return PreparedRows(encoded, tuple(clients), shard.notes + encoded.notes)
+
+    def _touched(self, clients: Sequence[Sequence[int]], rows: int) -> npt.NDArray[np.int64]:
+        """Return the numbers of the training rows that the run's batches may contain, ascending.
+
+        These are all rows if batches do not follow from the seed alone, or if something else reads them.
+
+        Args:
+            clients: row numbers of each client.
+            rows: of the site.
+        """
+        if not self._follows_schedule:
+            return np.arange(rows)
+        grouped = groups_by_length(self.graft.task, self.config.train)
+        touched = [np.zeros(0, np.int64)]
+        for name, own in asked_clients(self.site.name, clients, "").items():
+            if own:
+                of_client = touched_rows(len(own), self.config.train, self.config.run.seed, name, self._rounds, grouped)
+                touched.append(np.asarray(own, np.int64)[of_client])
+        return np.sort(np.concatenate(touched))
+
+    @property
+    def _rounds(self) -> int:
+        """The rounds of the run; a server may ask for more than it announced."""
+        return max(self.config.run.rounds, self.round_number)
+
+    @property
+    def _follows_schedule(self) -> bool:
+        """Whether only the batches of the run's schedule read the site's training rows."""
+        task = self.graft.task
+        reads_all = type(task).tail is not Task.tail  # its features are those of all rows
+        texts_only = all(column.kind != "image" for column in task.columns)
+        return texts_only and not reads_all and not self.config.privacy.examples.enabled
 
     def _shard(self, part: Part) -> Shard | None:
         if part == "train":
@@ -248,6 +299,9 @@ class SiteRun:
         settings = f"{self.config.task.model_dump_json()}{model.dtype}{model.quantization}{precision}{limit}"
         if self.config.train.validate_every_steps:
             settings += f" {self.config.run.seed} {self.config.train.validation_fraction}"
+        if part == "train" and self._follows_schedule:
+            schedule = self.config.train.model_dump_json(include=_SCHEDULE)
+            settings += f" {self.config.run.seed} {self._rounds} {schedule}"
         return self.site.identity(), part, f"{self.graft.spec.base_fingerprint}{settings}"
 
     def _validation_rows(self) -> Encoded | None:

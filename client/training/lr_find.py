@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tsugiki.client.site.simulated import SimulatedSite, simulated_sites
-from tsugiki.client.training.trainer import LocalRound, batches, make_optimizer, uncorrected
+from tsugiki.client.training.trainer import LocalRound, batches, grouping_lengths, make_optimizer, uncorrected
 from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import TrainingError, UsageError
@@ -114,7 +114,8 @@ def _sweep(
     torch.set_num_threads(settings.threads)
     seed_everything(derive_seed(seed, "lr-find"))
     optimizer = make_optimizer(graft, settings)
-    stream = batches(len(encoded), settings, LocalRound(seed, "lr-find", 1, 0.0, 1.0), len(rates))
+    lengths = grouping_lengths(graft.task, encoded, settings)
+    stream = batches(len(encoded), settings, LocalRound(seed, "lr-find", 1, 0.0, 1.0), len(rates), lengths)
     losses: list[float] = []
     graft.base.network.train()
     try:

@@ -17,7 +17,7 @@ from tsugiki.common.errors import TrainingError
 from tsugiki.common.model.device import computing
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.rng import derive_seed, generator, seed_everything
-from tsugiki.common.tasks.base import Encoded
+from tsugiki.common.tasks.base import Encoded, Task
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,15 @@ class Trained:
 
 WINDOW = 8
 """Steps over which a loss is averaged before it is compared, because single batches scatter."""
+
+MOST_GROUPED = 50
+"""Most batches whose rows are sorted by length together; more would hardly save more padding."""
+
+FEWEST_WINDOWS = 4
+"""A pass has at least so many windows, because rows of like length often have one label: if all rows of a small site
+were sorted together, most batches would be of one class."""
+
+Lengths = npt.NDArray[np.int64]
 
 Watch = Callable[[int, int, Any], None]
 """Called after each step with the steps done, the steps of the round, and the losses so far, a tensor of (steps,)."""
@@ -97,7 +106,8 @@ def train(
         optimizer.load_state_dict(copy.deepcopy(local_round.moments))
     optimizer.zero_grad(set_to_none=True)  # the graft is shared: a site that failed in mid-step may have left gradients
     received = [value.detach().clone() for value in graft.parameters] if local_round.proximal_mu else []
-    stream = batches(len(encoded), settings, local_round, steps)
+    lengths = grouping_lengths(graft.task, encoded, settings)
+    stream = batches(len(encoded), settings, local_round, steps, lengths)
     # On the device: reading a loss in every step would wait for the GPU.
     losses = torch.zeros(steps, device=graft.device)
 
@@ -231,23 +241,103 @@ def batches_per_epoch(rows: int, settings: TrainSection) -> int:
     return math.ceil(rows / settings.per_device_train_batch_size)
 
 
-def batches(rows: int, settings: TrainSection, local_round: LocalRound, steps: int) -> Iterator[list[int]]:
+def groups_by_length(task: Task, settings: TrainSection) -> bool:
+    """Return whether the local loop batches rows of like length."""
+    if settings.group_by_length == "auto":
+        return task.pads_rows and not task.compares_rows
+    return settings.group_by_length
+
+
+def grouping_lengths(task: Task, encoded: Encoded, settings: TrainSection) -> Lengths | None:
+    """Return the lengths by which rows are batched, shape (rows,), or None if they are batched at random."""
+    if not groups_by_length(task, settings):
+        return None
+    return task.lengths(encoded)
+
+
+def batches(
+    rows: int, settings: TrainSection, local_round: LocalRound, steps: int, lengths: Lengths | None = None
+) -> Iterator[list[int]]:
     """Yield row numbers for each batch of the round, without end.
 
     Rounds continue through the shard: the batches of round 2 follow those of round 1 in the same shuffled pass. So
     every row is seen once before any is seen twice, also if a round is shorter than a pass. Nothing has to be stored
-    for that, because the order of a pass follows from the seed, the site and the number of the pass.
+    for that, because the order of a pass follows from the seed, the site, the number of the pass, and the lengths.
+
+    With lengths, the pass is cut into windows of at most `MOST_GROUPED` batches. The rows of a window are sorted by
+    length and cut into batches, which are shuffled.
+
+    Args:
+        rows: number of rows.
+        settings: of the loop.
+        local_round: which part of the run this is.
+        steps: of the round.
+        lengths: of the rows, shape (rows,): those of like length share a batch. None: batches at random.
     """
-    size = settings.per_device_train_batch_size
     per_epoch = batches_per_epoch(rows, settings)
+    width = window_batches(rows, settings)
+    size = settings.per_device_train_batch_size
     position = (local_round.round_number - 1) * steps * settings.gradient_accumulation_steps
-    order: npt.NDArray[np.int64] | None = None
     while True:
         epoch, index = divmod(position, per_epoch)
-        if order is None or index == 0:
-            order = generator(local_round.seed, "batches", local_round.site, epoch).permutation(rows)
-        yield order[index * size : (index + 1) * size].tolist()
-        position += 1
+        order = _pass_order(rows, local_round.seed, local_round.site, epoch)
+        while index < per_epoch:
+            number, place = divmod(index, width)
+            chosen = order[number * width * size : (number + 1) * width * size]
+            if lengths is None:
+                window = _cut(chosen, size)
+            else:
+                draw = generator(local_round.seed, "batches-by-length", local_round.site, epoch, number)
+                window = _grouped(chosen, size, lengths, draw)
+            yield from window[place:]
+            position += len(window) - place
+            index += len(window) - place
+
+
+def window_batches(rows: int, settings: TrainSection) -> int:
+    """Return the number of batches whose rows are sorted by length together, given the rows of the client."""
+    return min(MOST_GROUPED, max(1, batches_per_epoch(rows, settings) // FEWEST_WINDOWS))
+
+
+def touched_rows(
+    rows: int, settings: TrainSection, seed: int, site: str, rounds: int, grouped: bool
+) -> npt.NDArray[np.int64]:
+    """Return the numbers of the rows that a client's batches may contain in a run, ascending.
+
+    Args:
+        rows: number of rows, at least one.
+        settings: of the loop.
+        seed: of the run.
+        site: name of the client.
+        rounds: of the run.
+        grouped: whether rows are batched by length. Then all rows of a window are touched, because their lengths
+            decide which of them come first.
+    """
+    batches_of_run = rounds * steps_per_round(rows, settings) * settings.gradient_accumulation_steps
+    if grouped:
+        width = window_batches(rows, settings)
+        batches_of_run = math.ceil(batches_of_run / width) * width
+    if batches_of_run >= batches_per_epoch(rows, settings):
+        return np.arange(rows)
+    first = _pass_order(rows, seed, site, 0)[: batches_of_run * settings.per_device_train_batch_size]
+    return np.sort(first)
+
+
+def _grouped(order: npt.NDArray[np.int64], size: int, lengths: Lengths, draw: np.random.Generator) -> list[list[int]]:
+    """Return batches of rows of like length."""
+    # Stable, so that rows of equal length keep their random order.
+    found = _cut(order[np.argsort(lengths[order], kind="stable")], size)
+    # Unshuffled, training would see short rows first.
+    return [found[batch] for batch in draw.permutation(len(found))]
+
+
+def _cut(order: npt.NDArray[np.int64], size: int) -> list[list[int]]:
+    return [order[start : start + size].tolist() for start in range(0, len(order), size)]
+
+
+def _pass_order(rows: int, seed: int, site: str, epoch: int) -> npt.NDArray[np.int64]:
+    """Return the row numbers of a client in the order of one pass, shape (rows,)."""
+    return generator(seed, "batches", site, epoch).permutation(rows)
 
 
 def schedule(position: float, width: float, settings: TrainSection) -> float:

@@ -16,7 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tsugiki.client.training.job import ClientUpdates, Job
-from tsugiki.client.training.trainer import batches, optimizer_over, set_learning_rate, steps_per_round
+from tsugiki.client.training.trainer import (
+    batches,
+    grouping_lengths,
+    optimizer_over,
+    set_learning_rate,
+    steps_per_round,
+)
 from tsugiki.common.tasks.base import Tail
 from tsugiki.common.wire.spec import unpack
 
@@ -141,10 +147,12 @@ class _Stack:
         width = min(settings.per_device_train_batch_size, max(len(self.job.clients[name]) for name in names))
         rows = np.zeros((steps, len(names), width), np.int64)
         weights = np.zeros((steps, len(names), width), np.float32)
+        lengths = grouping_lengths(self.job.graft.task, self.job.encoded, settings)
         for client, name in enumerate(names):
             own = np.asarray(self.job.clients[name])
             rows[:, client, :] = own[0]  # fills short batches; the client's own row, since 0 times infinity is no 0
-            stream = batches(len(own), settings, self.job.local_round(name, 0.0), steps)
+            own_lengths = None if lengths is None else lengths[own]
+            stream = batches(len(own), settings, self.job.local_round(name, 0.0), steps, own_lengths)
             for step, batch in enumerate(islice(stream, steps)):
                 rows[step, client, : len(batch)] = own[batch]
                 weights[step, client, : len(batch)] = 1 / len(batch)

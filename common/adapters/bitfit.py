@@ -33,7 +33,6 @@ class Bitfit(OwnMethod):
         adamw=Rates(encoder=5e-3, decoder=2e-2, vision=5e-3),
         sgd=Rates(encoder=1.0, decoder=1.0, vision=0.1),
     )
-    """X"""
     unfit = dict.fromkeys(("llama", "mistral"), NO_BIASES)
 
     def place(self, transformer: Any, heads: tuple[str, ...]) -> None:

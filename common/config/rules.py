@@ -93,6 +93,8 @@ def _train_problems(config: RunConfig) -> list[Problem]:
         problems.append(Problem("train.momentum", str(config.train.momentum), "0 unless optimizer is sgd", "remove it"))
     if not config.train.bias_correction and config.train.optimizer != "adamw":
         problems.append(Problem("train.bias_correction", "false", "true unless optimizer is adamw", "remove it"))
+    if config.train.group_by_length is True:
+        problems += _grouping_problems(config)
     if config.train.persist_optimizer and config.privacy.examples.enabled:
         problems.append(Problem("train.persist_optimizer", "true", "false with DP-SGD", "remove it"))
     if config.train.persist_optimizer and config.simulation.data and config.simulation.engine == "ray":
@@ -106,6 +108,17 @@ def _train_problems(config: RunConfig) -> list[Problem]:
         expected = f"0 with {config.task.name}, whose loss may be below 0"
         problems.append(Problem("train.divergence_factor", str(config.train.divergence_factor), expected, "remove it"))
     return problems
+
+
+def _grouping_problems(config: RunConfig) -> list[Problem]:
+    """Return conflicts of batches by length with other settings."""
+    if config.privacy.examples.enabled:
+        why = '"auto" or false with DP-SGD, which draws each row by itself'
+    elif not TASKS.get(config.task.name)(config.task).pads_rows:
+        why = f'"auto" or false with {config.task.name}, where no row is padded'
+    else:
+        return []
+    return [Problem("train.group_by_length", "true", why, "remove it")]
 
 
 def _validation_problems(config: RunConfig) -> list[Problem]:

@@ -144,6 +144,13 @@ class TrainSection(Section):
         description="Rows in a batch. Lower it if a site runs out of memory, and raise gradient_accumulation_steps "
         "instead.",
     )
+    group_by_length: Literal["auto"] | bool = Field(
+        default="auto",
+        description='Batch rows of like length, which saves the time that padding takes. "auto": yes for texts, unless '
+        "the loss compares the rows of a batch with each other (in-batch negatives) or DP-SGD draws them. "
+        "Set false if length says much about the label and sites have few rows; set true to group rows "
+        "that the loss compares.",
+    )
     gradient_accumulation_steps: int = Field(
         default=1,
         ge=1,

@@ -17,15 +17,13 @@ from tsugiki.common.data.columns import Column
 from tsugiki.common.errors import UsageError
 from tsugiki.common.registry import Registry
 from tsugiki.common.settings import TaskSettings
+from tsugiki.common.tasks.rows import TokenRows
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from tsugiki.common.data.shard import Shard
-
-Tokens = list[int]
-
 
 Batch = dict[str, "torch.Tensor"]
 
@@ -35,7 +33,8 @@ class Encoded:
     """A tokenised shard. It is made once and kept between rounds.
 
     Args:
-        texts: for each text column, the token ids of each row, special tokens included.
+        texts: for each text column, the token ids of each row, special tokens included. A row that the run does not
+            touch is empty.
         targets: classes as int64 or scores as float32, shape (rows,); None if the task has no targets.
         images: pixels as uint8, shape (rows, height, width, channels); None if the task reads no images.
         notes: unusual but no error, as in a `Shard`: `shard-texts-cut:COUNT`, COUNT texts were too long.
@@ -43,7 +42,7 @@ class Encoded:
             computed. None if the task needs no such values.
     """
 
-    texts: dict[str, list[Tokens]]
+    texts: dict[str, TokenRows]
     targets: npt.NDArray[Any] | None = None
     images: npt.NDArray[np.uint8] | None = None
     notes: tuple[str, ...] = ()
@@ -59,10 +58,33 @@ class Encoded:
 
     def take(self, rows: Sequence[int]) -> Encoded:
         """Return the given rows, in the given order."""
-        texts = {name: [values[row] for row in rows] for name, values in self.texts.items()}
+        texts = {name: values.take(rows) for name, values in self.texts.items()}
         arrays: tuple[npt.NDArray[Any] | None, ...] = (self.targets, self.images, self.reference)
         targets, images, reference = (None if array is None else array[list(rows)] for array in arrays)
         return Encoded(texts, targets, images, reference=reference)
+
+    def spread(self, places: npt.NDArray[np.int64], count: int) -> Encoded:
+        """Return these rows at the given places among `count` rows, with their notes.
+
+        The other rows have no tokens. Their targets and references are no valid values, so that nothing can be trained
+        on them by mistake.
+
+        Args:
+            places: of these rows, ascending, shape (rows,).
+            count: more than the last place.
+        """
+        texts = {name: values.spread(places, count) for name, values in self.texts.items()}
+        arrays: tuple[npt.NDArray[Any] | None, ...] = (self.targets, self.images, self.reference)
+        targets, images, reference = (None if array is None else _spread(array, places, count) for array in arrays)
+        return Encoded(texts, targets, images, self.notes, reference)
+
+
+def _spread(array: npt.NDArray[Any], places: npt.NDArray[np.int64], count: int) -> npt.NDArray[Any]:
+    """Return an array whose other rows are NaN, or the highest unsigned or the number -1."""
+    filler = np.nan if np.issubdtype(array.dtype, np.floating) else -1
+    spread = np.full((count, *array.shape[1:]), filler).astype(array.dtype)
+    spread[places] = array
+    return spread
 
 
 @dataclass
@@ -158,6 +180,26 @@ class Task(ABC):
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
+
+    @property
+    def pads_rows(self) -> bool:
+        """Whether rows are padded to the longest of their batch, so that batches of like rows save time."""
+        return any(column.kind == "text" for column in self.columns)
+
+    @property
+    def compares_rows(self) -> bool:
+        """Whether `loss` compares the rows of a batch with each other, as losses with in-batch negatives do.
+
+        Such a loss changes with the choice of rows that share a batch, so they are not grouped by length on their own.
+        """
+        return False
+
+    def lengths(self, encoded: Encoded) -> npt.NDArray[np.int64]:
+        """Return how many tokens each row takes in a batch, shape (rows,): the sum over its texts."""
+        lengths = np.zeros(len(encoded), np.int64)
+        for texts in encoded.texts.values():
+            lengths += texts.lengths()
+        return lengths
 
     @property
     @abstractmethod

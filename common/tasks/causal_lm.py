@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from tsugiki.common.data.columns import Column
 from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import TaskSettings
-from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Generation, Task, TinyCase, Tokens
+from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Generation, Task, TinyCase
 from tsugiki.common.tasks.decoding.generate import complete, generate
 from tsugiki.common.tasks.decoding.templates import (
     TEMPLATE_HELP,
@@ -23,7 +24,8 @@ from tsugiki.common.tasks.decoding.templates import (
     fit_all,
     prefix_length,
 )
-from tsugiki.common.tasks.text import by_length, cut_note, pad
+from tsugiki.common.tasks.rows import AnyTokens
+from tsugiki.common.tasks.text import CUT, TokenSlice, by_length, encode_slices, pad
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +98,11 @@ class CausalLm(Task):
         return (Column(prompt, "text"), Column(extra, "text", required=False, blank=True), Column(completion, "text"))
 
     @property
+    def pads_rows(self) -> bool:
+        """Whether rows are padded; packed ones lie end to end."""
+        return not self.settings.packing
+
+    @property
     def pipeline_tag(self) -> str | None:
         """The model hub's name for this task."""
         return "text-generation"
@@ -114,16 +121,24 @@ class CausalLm(Task):
         For prompts and completions see `templates.fit`. Text that looks like a special token is ordinary text. The
         notes contain `shard-texts-cut:COUNT`.
         """
-        tokenizer = base.tokenizer
+        encode = self._encode_texts if self.settings.format == "text" else self._encode_instructions
+        texts, notes = encode_slices(shard, lambda part: encode(part, base.tokenizer))
+        return Encoded(texts, notes=notes)
+
+    def _encode_instructions(self, part: Shard, tokenizer: Any) -> TokenSlice:
+        """Return the tokens of some rows' prompts and completions."""
         limit = min(self.settings.max_length, tokenizer.model_max_length)
-        if self.settings.format == "instruction":
-            prompts = encode_prompts(shard, tokenizer, self.settings.template)
-            answers = encode_answers(shard.columns["completion"], tokenizer)
-            prompts, answers, notes = fit_all(prompts, answers, limit, prefix_length(tokenizer, self.settings.template))
-            return Encoded({"prompt": prompts, "completion": answers}, notes=notes)
+        prompts = encode_prompts(part, tokenizer, self.settings.template)
+        answers = encode_answers(part.columns["completion"], tokenizer)
+        prompts, answers, cut = fit_all(prompts, answers, limit, prefix_length(tokenizer, self.settings.template))
+        return TokenSlice({"prompt": prompts, "completion": answers}, {CUT: cut})
+
+    def _encode_texts(self, part: Shard, tokenizer: Any) -> TokenSlice:
+        """Return the tokens of some rows' texts, from the first token to the end token."""
+        limit = min(self.settings.max_length, tokenizer.model_max_length)
         first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         found = tokenizer(
-            shard.columns["text"],
+            part.columns["text"],
             add_special_tokens=False,
             split_special_tokens=True,
             truncation=True,
@@ -131,7 +146,7 @@ class CausalLm(Task):
         )
         whole = [[*first, *tokens, tokenizer.eos_token_id] for tokens in found["input_ids"]]
         cut = sum(len(tokens) > limit for tokens in whole)
-        return Encoded({"text": [tokens[:limit] for tokens in whole]}, notes=cut_note(cut))
+        return TokenSlice({"text": [tokens[:limit] for tokens in whole]}, {CUT: cut})
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
         """Return `input_ids`, `attention_mask` and `labels` (the next token, or `NOTHING`), all (rows, tokens).
@@ -160,9 +175,8 @@ class CausalLm(Task):
         loss = 0.0
         right = 0
         tokens = 0
-        rows = [_row(encoded, row) for row in range(len(encoded))]
-        for chosen in by_length([len(tokens) for tokens, _ in rows], batch_size):
-            batch = _padded([rows[row] for row in chosen], base)
+        for chosen in by_length(self.lengths(encoded), batch_size):
+            batch = _padded([_row(encoded, row) for row in chosen], base)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             # Row by row: the logarithms of a whole batch over a large vocabulary would double the memory.
             for logits, labels in zip(next_logits(base.network, batch), batch["labels"], strict=True):
@@ -251,23 +265,32 @@ def next_logits(network: Any, batch: Batch) -> torch.Tensor:
     return logits
 
 
-def _row(encoded: Encoded, row: int) -> tuple[Tokens, Tokens]:
+def _row(encoded: Encoded, row: int) -> tuple[AnyTokens, AnyTokens]:
     """Return a row's tokens and their labels: the next token, or `NOTHING` if it is not predicted."""
     if "text" in encoded.texts:
         tokens = encoded.texts["text"][row]
-        return tokens, [*tokens[1:], NOTHING]
+        return tokens, np.append(tokens[1:], NOTHING)
     prompt = encoded.texts["prompt"][row]
     answer = encoded.texts["completion"][row]
-    return prompt + answer, [*[NOTHING] * (len(prompt) - 1), *answer, NOTHING]
+    return joined(prompt, answer)
 
 
-def _packed(rows: Sequence[tuple[Tokens, Tokens]], block: int) -> list[tuple[Tokens, Tokens]]:
+def joined(prompt: AnyTokens, answer: AnyTokens) -> tuple[AnyTokens, AnyTokens]:
+    """Return the tokens of a prompt with its answer, and their labels: the answer's next token, or `NOTHING`."""
+    tokens = np.concatenate([prompt, answer]).astype(np.int64)
+    labels = np.full(len(tokens), NOTHING)
+    labels[len(prompt) - 1 : -1] = answer
+    return tokens, labels
+
+
+def _packed(rows: Sequence[tuple[AnyTokens, AnyTokens]], block: int) -> list[tuple[AnyTokens, AnyTokens]]:
     """Return rows joined end to end and cut into blocks; a block's last label is the first token of the next."""
-    tokens, labels = ([one for row in rows for one in row[side]] for side in (0, 1))
+    tokens = np.concatenate([tokens for tokens, _ in rows])
+    labels = np.concatenate([labels for _, labels in rows])
     return [(tokens[at : at + block], labels[at : at + block]) for at in range(0, len(tokens), block)]
 
 
-def _padded(rows: Sequence[tuple[Tokens, Tokens]], base: Base) -> Batch:
+def _padded(rows: Sequence[tuple[AnyTokens, AnyTokens]], base: Base) -> Batch:
     """Return a batch of rows. Only the mask marks the padding, because the padding token can be the end token."""
     ids, mask = pad([tokens for tokens, _ in rows], base.tokenizer.pad_token_id or 0)
     return {"input_ids": ids, "attention_mask": mask, "labels": pad([labels for _, labels in rows], NOTHING)[0]}

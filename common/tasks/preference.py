@@ -14,8 +14,8 @@ from tsugiki.common.data.columns import Column
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import TaskSettings
-from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Generation, Task, TinyCase, Tokens, at_rest
-from tsugiki.common.tasks.causal_lm import NOTHING, limit_length, load_decoder, next_logits
+from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Generation, Task, TinyCase, at_rest
+from tsugiki.common.tasks.causal_lm import NOTHING, joined, limit_length, load_decoder, next_logits
 from tsugiki.common.tasks.decoding.generate import complete
 from tsugiki.common.tasks.decoding.templates import (
     TEMPLATE_HELP,
@@ -25,7 +25,8 @@ from tsugiki.common.tasks.decoding.templates import (
     fit,
     prefix_length,
 )
-from tsugiki.common.tasks.text import by_length, pad, padding_id
+from tsugiki.common.tasks.rows import AnyTokens, Tokens
+from tsugiki.common.tasks.text import CUT, TokenSlice, by_length, encode_slices, pad, padding_id
 
 if TYPE_CHECKING:
     import torch
@@ -120,9 +121,15 @@ class Preference(Task):
         padding token, which can be the end token too. The notes contain `shard-texts-cut:COUNT` and
         `shard-pairs-equal:COUNT`.
         """
+        texts, notes = encode_slices(shard, lambda part: self._tokenise(part, base))
+        reference = np.full((len(shard), 2), np.nan, np.float32) if self.settings.objective == "dpo" else None
+        return Encoded(texts, reference=reference, notes=notes)
+
+    def _tokenise(self, part: Shard, base: Base) -> TokenSlice:
+        """Return the tokens of some rows' prompts and answers."""
         limit = min(self.settings.max_length, base.tokenizer.model_max_length)
-        prompts = encode_prompts(shard, base.tokenizer, self.settings.template)
-        pairs = [encode_answers(shard.columns[side], base.tokenizer) for side in SIDES]
+        prompts = encode_prompts(part, base.tokenizer, self.settings.template)
+        pairs = [encode_answers(part.columns[side], base.tokenizer) for side in SIDES]
         if self.settings.objective == "reward":
             pairs = [[answer[:-1] for answer in answers] for answers in pairs]
         texts: dict[str, list[Tokens]] = {"prompt": [], "chosen": [], "rejected": []}
@@ -137,9 +144,13 @@ class Preference(Task):
             texts["chosen"].append(chosen[: limit - len(kept)])
             texts["rejected"].append(rejected[: limit - len(kept)])
         equal = sum(map(_equal, texts["chosen"], texts["rejected"]))
-        notes = {"shard-texts-cut": cut, "shard-pairs-equal": equal}
-        reference = np.full((len(prompts), 2), np.nan, np.float32) if self.settings.objective == "dpo" else None
-        return Encoded(texts, reference=reference, notes=tuple(f"{note}:{n}" for note, n in notes.items() if n))
+        return TokenSlice(texts, {CUT: cut, "shard-pairs-equal": equal})
+
+    def lengths(self, encoded: Encoded) -> npt.NDArray[np.int64]:
+        """Return the tokens of each prompt with its longer answer: both answers are padded alike."""
+        answers = [encoded.texts[side].lengths() for side in SIDES]
+        longest: npt.NDArray[np.int64] = encoded.texts["prompt"].lengths() + np.maximum(*answers)
+        return longest
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
         """Return `SIDE.input_ids` and `SIDE.attention_mask` of shape (rows, tokens) for chosen and rejected.
@@ -190,7 +201,7 @@ class Preference(Task):
         texts = encoded.texts
         # Pairs of equal answers have a margin of 0 by construction, and say nothing about the model.
         differ = [row for row in range(len(encoded)) if not _equal(texts["chosen"][row], texts["rejected"][row])]
-        lengths = [len(texts["prompt"][row]) + max(len(texts[side][row]) for side in SIDES) for row in differ]
+        lengths = self.lengths(encoded)[differ]
         found = [torch.zeros(0)]
         for chosen in by_length(lengths, batch_size):
             batch = self.batch(encoded, [differ[index] for index in chosen], base)
@@ -221,7 +232,7 @@ class Preference(Task):
         device = next(base.network.parameters()).device
         rewards = []
         for row in range(len(encoded)):
-            tokens = encoded.texts["prompt"][row] + encoded.texts["chosen"][row]
+            tokens = [*encoded.texts["prompt"][row].tolist(), *encoded.texts["chosen"][row].tolist()]
             with torch.no_grad():
                 rewards.append(float(base.network(input_ids=torch.tensor([tokens], device=device)).logits[0, 0]))
         return [{"reward": reward} for reward in rewards]
@@ -244,8 +255,8 @@ class Preference(Task):
         return {"dpo": TinyCase({**case.settings, "objective": "dpo"}, case.rows, case.model_type)}
 
 
-def _equal(chosen: Tokens, rejected: Tokens) -> bool:
-    return chosen == rejected
+def _equal(chosen: AnyTokens, rejected: AnyTokens) -> bool:
+    return np.array_equal(chosen, rejected)
 
 
 def _both(batch: Batch) -> Batch:
@@ -256,7 +267,7 @@ def _both(batch: Batch) -> Batch:
     return {name: torch.cat([batch[f"{side}.{name}"] for side in SIDES]) for name in names}
 
 
-def sequences(prompts: Sequence[Tokens], answers: Sequence[Tokens], pad_id: int) -> Batch:
+def sequences(prompts: Sequence[AnyTokens], answers: Sequence[AnyTokens], pad_id: int) -> Batch:
     """Return prompts with their answers, padded on the right, as `input_ids`, `attention_mask` and `labels`.
 
     All have the shape (rows, tokens). Labels are the answer's next token, and `NOTHING` elsewhere.
@@ -266,10 +277,9 @@ def sequences(prompts: Sequence[Tokens], answers: Sequence[Tokens], pad_id: int)
         answers: token ids, one answer per prompt.
         pad_id: the padding token.
     """
-    pairs = list(zip(prompts, answers, strict=True))
-    ids, mask = pad([prompt + answer for prompt, answer in pairs], pad_id)
-    labels = [[*[NOTHING] * (len(prompt) - 1), *answer, NOTHING] for prompt, answer in pairs]
-    return {"input_ids": ids, "attention_mask": mask, "labels": pad(labels, NOTHING)[0]}
+    rows = [joined(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    ids, mask = pad([tokens for tokens, _ in rows], pad_id)
+    return {"input_ids": ids, "attention_mask": mask, "labels": pad([labels for _, labels in rows], NOTHING)[0]}
 
 
 def answer_logps(network: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:

@@ -19,7 +19,7 @@ from tsugiki.common.tasks.decoding.reward import add_reward_model
 from tsugiki.common.tasks.decoding.rollout import Judged, fixed_numbers, judge
 from tsugiki.common.tasks.decoding.templates import TEMPLATE_HELP, Template, encode_prompts, prefix_length, shorten
 from tsugiki.common.tasks.preference import answer_logps, sequences
-from tsugiki.common.tasks.text import by_length, cut_note
+from tsugiki.common.tasks.text import CUT, TokenSlice, by_length, encode_slices
 
 if TYPE_CHECKING:
     import torch
@@ -150,11 +150,16 @@ class Rlhf(Task):
 
         The notes contain `shard-texts-cut:COUNT`.
         """
-        prompts = encode_prompts(shard, base.tokenizer, self.settings.template)
+        texts, notes = encode_slices(shard, lambda part: self._tokenise(part, base))
+        return Encoded(texts, notes=notes)
+
+    def _tokenise(self, part: Shard, base: Base) -> TokenSlice:
+        """Return the tokens of some rows' prompts."""
+        prompts = encode_prompts(part, base.tokenizer, self.settings.template)
         head = prefix_length(base.tokenizer, self.settings.template)
         room = self._limit(base) - self._steps(base)
         cut = sum(len(prompt) > room for prompt in prompts)
-        return Encoded({"prompt": [shorten(prompt, room, head) for prompt in prompts]}, notes=cut_note(cut))
+        return TokenSlice({"prompt": [shorten(prompt, room, head) for prompt in prompts]}, {CUT: cut})
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
         """Draw answers with torch's global generator, and return them with their returns.
@@ -167,7 +172,7 @@ class Rlhf(Task):
 
         many = self.settings.samples_per_prompt
         # All first answers come first, then all second ones: entry i * rows + r is answer i to prompt r.
-        prompts = [encoded.texts["prompt"][row] for row in rows] * many
+        prompts = [encoded.texts["prompt"][row].tolist() for row in rows] * many
         numbers = torch.rand(len(prompts), self._steps(base), dtype=torch.float64)
         judged = judge(base, prompts, numbers, self.settings.temperature)
         returns = self.returns(judged).view(many, len(rows)).T
@@ -214,10 +219,10 @@ class Rlhf(Task):
         import torch
 
         many = self.settings.samples_per_prompt
-        prompts = encoded.texts["prompt"]
+        prompts = encoded.texts["prompt"].lists()
         numbers = fixed_numbers(prompts, many, self._steps(base))
         found: dict[str, list[torch.Tensor]] = {}
-        for rows in by_length([len(prompt) for prompt in prompts], max(1, batch_size // many)):
+        for rows in by_length(self.lengths(encoded), max(1, batch_size // many)):
             repeated = [prompts[row] for row in rows for _ in range(many)]
             judged = judge(base, repeated, numbers[rows].flatten(0, 1), self.settings.temperature)
             measured = {"return": self._worth(judged), "reward": judged.rewards, "drift": judged.drifts}

@@ -12,9 +12,10 @@ from pydantic import Field
 
 from tsugiki.common.data.columns import Column
 from tsugiki.common.settings import ClassesSettings
-from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Task, TinyCase, Tokens
+from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Task, TinyCase
 from tsugiki.common.tasks.classes import class_metrics
-from tsugiki.common.tasks.text import by_length, cut_note, pad, tokenise
+from tsugiki.common.tasks.rows import TokenRows
+from tsugiki.common.tasks.text import CUT, TokenSlice, by_length, encode_slices, pad, tokenise
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +81,11 @@ class SentenceEmbedding(Task):
         return (_TRIPLET, _SCORED) if self.settings.loss == "multiple-negatives" else (_SCORED, _TRIPLET)
 
     @property
+    def compares_rows(self) -> bool:
+        """Whether the loss takes negatives from the batch, or compares the scores of its pairs."""
+        return self.settings.loss in ("multiple-negatives", "cosent")
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The classes of labelled pairs by name, in order."""
         if self.settings.loss != "softmax-nli":
@@ -120,17 +126,21 @@ class SentenceEmbedding(Task):
 
     def encode(self, shard: Shard, base: Base) -> Encoded:
         """Tokenise each text column. The notes contain `shard-texts-cut:COUNT`, summed over the columns."""
-        limit = min(self.settings.max_length, base.network.max_seq_length or self.settings.max_length)
-        names = [name for name in _TEXTS if name in shard.columns]
-        found = {name: tokenise(base.tokenizer, limit, shard.columns[name]) for name in names}
-        texts = {name: tokens["input_ids"] for name, (tokens, _) in found.items()}
-        notes = cut_note(sum(cut for _, cut in found.values()))
+        texts, notes = encode_slices(shard, lambda part: self._tokenise(part, base))
         targets: npt.NDArray[Any] | None = None
         if "label" in shard.columns:
             targets = np.asarray(shard.columns["label"], np.int64)
         elif "score" in shard.columns:
             targets = np.asarray(shard.columns["score"], np.float32) / self.settings.score_max
         return Encoded(texts, targets, notes=notes)
+
+    def _tokenise(self, part: Shard, base: Base) -> TokenSlice:
+        """Return the tokens of some rows' texts."""
+        limit = min(self.settings.max_length, base.network.max_seq_length or self.settings.max_length)
+        names = [name for name in _TEXTS if name in part.columns]
+        found = {name: tokenise(base.tokenizer, limit, part.columns[name]) for name in names}
+        texts = {name: tokens["input_ids"] for name, (tokens, _) in found.items()}
+        return TokenSlice(texts, {CUT: sum(cut for _, cut in found.values())})
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
         """Return `NAME.input_ids` and `NAME.attention_mask`, (rows, tokens), for each text; `labels`, (rows,)."""
@@ -267,7 +277,7 @@ def nli_logits(network: Any, first: torch.Tensor, second: torch.Tensor) -> torch
     return logits
 
 
-def embed(base: Base, texts: Sequence[Tokens], batch_size: int) -> npt.NDArray[np.float32]:
+def embed(base: Base, texts: TokenRows, batch_size: int) -> npt.NDArray[np.float32]:
     """Return one unit vector per text, shape (texts, dimensions)."""
     import torch
 
@@ -275,14 +285,14 @@ def embed(base: Base, texts: Sequence[Tokens], batch_size: int) -> npt.NDArray[n
     return unit
 
 
-def raw_vectors(base: Base, texts: Sequence[Tokens], batch_size: int) -> torch.Tensor:
+def raw_vectors(base: Base, texts: TokenRows, batch_size: int) -> torch.Tensor:
     """Return the network's vector for each text, shape (texts, dimensions), float32, on the CPU."""
     import torch
 
     device = next(base.network.parameters()).device
     vectors: list[torch.Tensor] = [torch.empty(0)] * len(texts)
     with torch.no_grad():
-        for rows in by_length([len(tokens) for tokens in texts], batch_size):
+        for rows in by_length(texts.lengths(), batch_size):
             ids, mask = pad([texts[row] for row in rows], base.tokenizer.pad_token_id or 0)
             features = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
             for row, vector in zip(rows, base.network(features)["sentence_embedding"].float().cpu(), strict=True):

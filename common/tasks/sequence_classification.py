@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from tsugiki.common.data.columns import Column
@@ -14,13 +15,16 @@ from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import HeadedSettings
 from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Task, TinyCase
 from tsugiki.common.tasks.classes import class_metrics, named_classes
-from tsugiki.common.tasks.text import by_length, cut_note, pad, padding_id, tokenise
+from tsugiki.common.tasks.rows import TokenRows
+from tsugiki.common.tasks.text import CUT, TokenSlice, by_length, encode_slices, pad, padding_id, tokenise
 
 if TYPE_CHECKING:
     import torch
 
     from tsugiki.common.data.shard import Shard
     from tsugiki.common.tasks.base import Generation
+
+_SEGMENTS = "token_type_ids"
 
 
 class SequenceClassificationSettings(HeadedSettings):
@@ -99,14 +103,25 @@ class SequenceClassification(Task):
 
         The notes contain `shard-texts-cut:COUNT`.
         """
-        texts = shard.columns["text"]
-        pairs = (shard.columns["text_pair"],) if self.settings.pair else ()
-        limit = min(self.settings.max_length, base.tokenizer.model_max_length)
-        tokens, cut = tokenise(base.tokenizer, limit, texts, *pairs)
-        kept = {name: tokens[name] for name in ("input_ids", "token_type_ids") if name in tokens}
+        texts, notes = encode_slices(shard, lambda part: self._tokenise(part, base))
+        segments = texts.pop(_SEGMENTS, None)
+        # Of single texts, all segments are 0: `batch` makes them. Those of pairs are 0 or 1, which a byte holds.
+        if segments is not None and segments.values.any():
+            texts[_SEGMENTS] = TokenRows(segments.values.astype(np.int8), texts["input_ids"].offsets)
         labels = shard.columns.get("label")
         targets = None if labels is None else np.asarray(labels, np.int64)
-        return Encoded(kept, targets, notes=cut_note(cut))
+        return Encoded(texts, targets, notes=notes)
+
+    def _tokenise(self, part: Shard, base: Base) -> TokenSlice:
+        """Return the tokens of some rows, and their segments if the tokenizer numbers them."""
+        names = ("text", "text_pair") if self.settings.pair else ("text",)
+        limit = min(self.settings.max_length, base.tokenizer.model_max_length)
+        tokens, cut = tokenise(base.tokenizer, limit, *[part.columns[name] for name in names])
+        return TokenSlice({name: tokens[name] for name in ("input_ids", _SEGMENTS) if name in tokens}, {CUT: cut})
+
+    def lengths(self, encoded: Encoded) -> npt.NDArray[np.int64]:
+        """Return the tokens of each row; the segments of a pair number the same tokens."""
+        return encoded.texts["input_ids"].lengths()
 
     def batch(self, encoded: Encoded, rows: Sequence[int], base: Base) -> Batch:
         """Return `input_ids`, `attention_mask` (and `token_type_ids`) of shape (rows, tokens), `labels` of (rows,)."""
@@ -115,8 +130,10 @@ class SequenceClassification(Task):
         pad_id = base.transformer.config.pad_token_id  # decoders find a text's last token by it
         ids, mask = pad([encoded.texts["input_ids"][row] for row in rows], pad_id)
         batch = {"input_ids": ids, "attention_mask": mask}
-        if "token_type_ids" in encoded.texts:
-            batch["token_type_ids"] = pad([encoded.texts["token_type_ids"][row] for row in rows], 0)[0]
+        if _SEGMENTS in encoded.texts:
+            batch[_SEGMENTS] = pad([encoded.texts[_SEGMENTS][row] for row in rows], 0)[0]
+        elif _SEGMENTS in base.tokenizer.model_input_names:
+            batch[_SEGMENTS] = torch.zeros_like(ids)
         if encoded.targets is not None:
             batch["labels"] = torch.from_numpy(encoded.targets[list(rows)])
         return batch
@@ -152,7 +169,7 @@ class SequenceClassification(Task):
 
         device = next(base.network.parameters()).device
         logits = torch.empty(len(encoded), len(self.labels))
-        for rows in by_length([len(tokens) for tokens in encoded.texts["input_ids"]], batch_size):
+        for rows in by_length(self.lengths(encoded), batch_size):
             batch = self.batch(encoded, rows, base)
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             with torch.no_grad():

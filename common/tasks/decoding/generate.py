@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tsugiki.common.tasks.base import Base, Generation, Tokens
+from tsugiki.common.tasks.base import Base, Generation
 from tsugiki.common.tasks.decoding.templates import Template, encode_prompts, prefix_length, shorten
+from tsugiki.common.tasks.rows import Tokens
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from tsugiki.common.adapters.tensors import tensors_sha256
 from tsugiki.common.errors import ModelError
 from tsugiki.common.model.fingerprint import fingerprint
-from tsugiki.common.tasks.base import Base, Tokens
+from tsugiki.common.tasks.base import Base
 from tsugiki.common.tasks.decoding.templates import Template, same_template
+from tsugiki.common.tasks.rows import Tokens
 
 if TYPE_CHECKING:
     import torch

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from tsugiki.common.errors import ModelError
 from tsugiki.common.rng import generator
-from tsugiki.common.tasks.base import Base, Tokens, at_rest
+from tsugiki.common.tasks.base import Base, at_rest
 from tsugiki.common.tasks.decoding.generate import draw
 from tsugiki.common.tasks.decoding.reward import scores
 from tsugiki.common.tasks.preference import answer_logps, sequences
+from tsugiki.common.tasks.rows import Tokens
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from tsugiki.common.errors import ModelError
-from tsugiki.common.tasks.base import Tokens
-from tsugiki.common.tasks.text import cut_note
+from tsugiki.common.tasks.rows import Tokens
 
 if TYPE_CHECKING:
     from tsugiki.common.data.shard import Shard
@@ -96,12 +95,12 @@ def fit(prompt: Tokens, answer: Tokens, limit: int, head: int = 0) -> tuple[Toke
 
 def fit_all(
     prompts: Sequence[Tokens], answers: Sequence[Tokens], limit: int, head: int = 0
-) -> tuple[list[Tokens], list[Tokens], tuple[str, ...]]:
-    """Cut each prompt and answer as `fit` does; also return a note of how many were cut: `shard-texts-cut:COUNT`."""
+) -> tuple[list[Tokens], list[Tokens], int]:
+    """Cut each prompt and answer as `fit` does; also return how many were cut."""
     pairs = list(zip(prompts, answers, strict=True))
     fitted = [fit(prompt, answer, limit, head) for prompt, answer in pairs]
     cut = sum(len(prompt) + len(answer) > limit for prompt, answer in pairs)
-    return [prompt for prompt, _ in fitted], [answer for _, answer in fitted], cut_note(cut)
+    return [prompt for prompt, _ in fitted], [answer for _, answer in fitted], cut
 
 
 def _around(tokenizer: Any, template: Template) -> tuple[str, str, str] | tuple[Tokens, str, Tokens]:

@@ -39,6 +39,7 @@ from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.privacy.settings import ExamplePrivacySection
 from tsugiki.common.tasks import TASKS
 from tsugiki.common.tasks.base import Base, Encoded
+from tsugiki.common.tasks.rows import TokenRows
 from tsugiki.common.wire.spec import AdapterSpec, TensorSpec
 
 ROWS, WIDTH = 12, 3
@@ -51,6 +52,7 @@ class Regression:
     """A task whose loss is the mean squared error of a linear layer; it remembers its batches."""
 
     name, row_losses = "regression", True
+    pads_rows, compares_rows = False, False
 
     def __init__(self, inputs=INPUTS, targets=TARGETS):
         self.inputs, self.targets, self.seen = inputs, targets, []
@@ -92,7 +94,7 @@ def graft(task=None, network=None):
 
 def rows(count):
     """Return so many rows."""
-    return Encoded({"text": [[0]] * count})
+    return Encoded({"text": TokenRows.of([[0]] * count)})
 
 
 def settings(**values):

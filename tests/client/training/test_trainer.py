@@ -17,22 +17,27 @@ from tsugiki.client.training.trainer import (
     schedule,
     set_learning_rate,
     steps_per_round,
+    touched_rows,
     train,
 )
 from tsugiki.common.config.run import TrainSection
 from tsugiki.common.errors import TrainingError
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.tasks.base import Base, Encoded
+from tsugiki.common.tasks.rows import TokenRows
 from tsugiki.common.wire.spec import AdapterSpec, TensorSpec
 
 ROWS = 12
 INPUTS = torch.from_numpy(np.random.default_rng(0).normal(size=(ROWS, 3)).astype(np.float32))
 TARGETS = INPUTS @ torch.tensor([1.0, -2.0, 0.5]) + 0.3
-ENCODED = Encoded({"text": [[row] for row in range(ROWS)]})
+ENCODED = Encoded({"text": TokenRows.of([[row] for row in range(ROWS)])})
 
 
 class Regression:
     """A task whose loss is the mean squared error of a linear layer; it remembers its batches."""
+
+    pads_rows = False
+    compares_rows = False
 
     def __init__(self, losses=None):
         self.seen, self.losses = [], losses
@@ -402,3 +407,141 @@ def test_gradients_left_by_a_failed_site_do_not_reach_the_next():
     for one in (clean, shared):
         train(one, ENCODED, settings(), local_round())
     assert np.array_equal(clean.read(), shared.read())
+
+
+# Batches by length
+
+
+def skewed(rows, seed=0):
+    """Return lengths of which most are short and a few long, as those of real texts."""
+    drawn = np.random.default_rng(seed).lognormal(2.5, 0.7, rows)
+    return np.clip(drawn, 3, 128).astype(np.int64)
+
+
+def grouped(rows, chosen, count, at=None, lengths=None):
+    """Return the first batches of a round, by length."""
+    at = at or local_round()
+    lengths = skewed(rows) if lengths is None else lengths
+    return list(itertools.islice(batches(rows, chosen, at, steps_per_round(rows, chosen), lengths), count))
+
+
+def real_share(seen, lengths):
+    """Return real tokens over padded tokens."""
+    real = sum(int(lengths[batch].sum()) for batch in seen)
+    return real / sum(len(batch) * int(lengths[batch].max()) for batch in seen)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 33, 400, 803, 1001])
+def test_a_pass_by_length_sees_every_row_once(rows):
+    """Catches: rows lost at the end of a window, a short batch dropped, one order for every pass."""
+    chosen = settings()
+    count = batches_per_epoch(rows, chosen)
+    seen = grouped(rows, chosen, 2 * count)
+    passes = [[row for batch in part for row in batch] for part in (seen[:count], seen[count:])]
+    assert all(sorted(found) == list(range(rows)) for found in passes)
+    assert sorted(map(len, seen[:count])) == sorted(map(len, first(rows, chosen, count)))
+    if rows > 32:
+        assert passes[0] != passes[1]
+
+
+@pytest.mark.parametrize(
+    "values", [{"local_steps": 7}, {"local_steps": 60}, {"local_steps": 3, "gradient_accumulation_steps": 5}]
+)
+def test_rounds_cut_windows_and_passes_and_lose_nothing(values):
+    """Catches: a round that sorts its window anew and repeats what the round before had."""
+    chosen, rounds, rows = settings(**values), 9, 451
+    taken = steps_per_round(rows, chosen) * chosen.gradient_accumulation_steps
+    seen = [
+        batch for number in range(1, rounds + 1) for batch in grouped(rows, chosen, taken, local_round(number, rounds))
+    ]
+    assert seen == grouped(rows, chosen, rounds * taken)
+
+
+def test_batches_by_length_pad_little():
+    """Catches: windows that are not sorted, or shuffled by rows after they were."""
+    lengths, chosen = skewed(4000), settings(per_device_train_batch_size=16)
+    count = batches_per_epoch(len(lengths), chosen)
+    assert real_share(grouped(4000, chosen, count), lengths) >= 0.9
+    assert real_share(first(4000, chosen, count), lengths) < 0.6
+
+
+def test_batches_by_length_follow_from_seed_site_and_lengths():
+    """Catches: a global generator; short rows always first; ties broken by chance."""
+    chosen, rows = settings(), 1000
+    seen = grouped(rows, chosen, 250)
+    assert grouped(rows, chosen, 250) == seen
+    assert grouped(rows, chosen, 250, LocalRound(7, "site-0", 1, 0.0, 1.0)) != seen
+    assert grouped(rows, chosen, 250, LocalRound(42, "site-1", 1, 0.0, 1.0)) != seen
+    longest = [int(skewed(rows)[batch].max()) for batch in seen[:50]]
+    assert longest != sorted(longest)
+    assert longest != sorted(longest, reverse=True)
+    # Equal lengths: the batches are those of the shuffled pass, in another order.
+    even = grouped(rows, chosen, 50, lengths=np.ones(rows, np.int64))
+    assert sorted(even) == sorted(first(rows, chosen, 50))
+
+
+def test_a_small_site_has_several_windows():
+    """Catches: all rows of a small site sorted together, so that batches are of one length, and often of one class."""
+    lengths = np.repeat([5, 50], 32)
+    seen = grouped(64, settings(), 16, lengths=lengths)
+    assert sum(len(set(lengths[batch])) > 1 for batch in seen) >= 2
+    few = grouped(20, settings(), 5, lengths=skewed(20))  # too few for any group
+    assert [sorted(batch) for batch in few] == [sorted(batch) for batch in first(20, settings(), 5)]
+
+
+class Texts(Regression):
+    """A task with rows of several lengths, which its loss may compare."""
+
+    pads_rows = True
+
+    def __init__(self, compares_rows):
+        super().__init__()
+        self.compares_rows = compares_rows
+
+    def lengths(self, encoded):
+        """Return the tokens of each row."""
+        return encoded.texts["text"].lengths()
+
+
+@pytest.mark.parametrize(
+    ("value", "compares_rows", "by_length"),
+    [("auto", False, True), ("auto", True, False), (True, True, True), (False, False, False)],
+)
+def test_the_loop_groups_where_it_may(value, compares_rows, by_length):
+    """Catches: in-batch negatives chosen by length; a setting that nothing reads."""
+    encoded = Encoded({"text": TokenRows.of([[1] * (row + 1) for row in range(ROWS)])})
+    chosen = settings(group_by_length=value, per_device_train_batch_size=1, local_steps=ROWS)
+    model = graft(Texts(compares_rows))
+    train(model, encoded, chosen, local_round())
+    wanted = grouped(ROWS, chosen, ROWS, lengths=np.arange(ROWS)) if by_length else first(ROWS, chosen, ROWS)
+    assert model.task.seen == wanted
+    assert first(ROWS, chosen, ROWS) != grouped(ROWS, chosen, ROWS, lengths=np.arange(ROWS))
+
+
+@pytest.mark.parametrize("by_length", [True, False])
+@pytest.mark.parametrize(
+    ("values", "rounds"),
+    [
+        ({"local_steps": 3}, 4),
+        ({"local_steps": 3, "gradient_accumulation_steps": 2}, 7),
+        ({"local_steps": 90}, 4),
+        ({"local_epochs": 1}, 1),
+    ],
+)
+def test_touched_rows_are_all_that_batches_contain(values, rounds, by_length):
+    """Catches: a row that is trained on and was never tokenised; all rows tokenised for a run of few steps."""
+    rows, chosen = 803, settings(**values)
+    steps = steps_per_round(rows, chosen)
+    draw = grouped if by_length else first
+    seen = {
+        row
+        for number in range(1, rounds + 1)
+        for batch in draw(rows, chosen, steps * chosen.gradient_accumulation_steps, local_round(number, rounds))
+        for row in batch
+    }
+    touched = touched_rows(rows, chosen, 42, "site-0", rounds, by_length).tolist()
+    assert touched == sorted(touched)
+    assert seen <= set(touched)
+    if not by_length:
+        assert seen == set(touched)
+    assert len(touched) <= len(seen) + by_length * 4 * 50

@@ -37,6 +37,23 @@ def test_settings_that_do_not_go_together(key):
     assert set(problems(CROSS[key])) == {key}
 
 
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"privacy": {"examples": {"target_epsilon": 1.0}}},
+        {"task": {"name": "image-classification"}, "adapter": {"method": "lora"}},
+        {"task": {"name": "causal-lm", "packing": True}},
+    ],
+    ids=["DP-SGD", "images", "packed"],
+)
+def test_batches_by_length_where_there_are_none(others):
+    """Catches: DP-SGD's batches chosen by private lengths; a setting that has no effect and says nothing."""
+    assert set(problems({"train": {"group_by_length": True}, **others})) == {"train.group_by_length"}
+    for value in ("auto", False):
+        assert parse({"train": {"group_by_length": value}, **others}).train.group_by_length == value
+    assert parse({"train": {"group_by_length": True}, "task": {"name": "sentence-embedding"}})
+
+
 def test_krum_needs_enough_sites():
     """Catches: Krum run with so few sites that the honest have no neighbour to be compared with."""
     assert set(problems({"strategy": {"name": "krum", "num_malicious_sites": 2, "min_clients": 6}})) == {

@@ -11,7 +11,8 @@ from tsugiki.common import tasks
 from tsugiki.common.tasks import TASKS
 from tsugiki.common.tasks.base import Encoded, Task, at_rest
 from tsugiki.common.tasks.classes import class_metrics
-from tsugiki.common.tasks.text import by_length, cut_note, pad, tokenise
+from tsugiki.common.tasks.rows import TokenRows
+from tsugiki.common.tasks.text import by_length, pad, tokenise
 
 ROWS = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=6)
 
@@ -47,8 +48,9 @@ def test_by_length_pads_little():
 @pytest.mark.parametrize("texts", [{"text": [[1], [2, 3]]}, {"anchor": [[1], [2]], "positive": [[3], [4]]}])
 def test_length_of_encoded_rows(texts):
     """Catches: columns counted for rows."""
-    assert len(Encoded(texts)) == 2
-    assert len(Encoded(texts, np.zeros(2))) == 2
+    rows = {name: TokenRows.of(values) for name, values in texts.items()}
+    assert len(Encoded(rows)) == 2
+    assert len(Encoded(rows, np.zeros(2))) == 2
 
 
 def test_images_count_as_rows():
@@ -59,8 +61,8 @@ def test_images_count_as_rows():
     first = encoded.first(2)
     assert (len(first), first.targets.tolist()) == (2, [0, 1])
     assert np.array_equal(first.images, images[:2])
-    texts = Encoded({"text": [[1], [2, 3], [4]]}).first(2)
-    assert (texts.texts, texts.targets, texts.images) == ({"text": [[1], [2, 3]]}, None, None)
+    texts = Encoded({"text": TokenRows.of([[1], [2, 3], [4]])}).first(2)
+    assert (texts.texts["text"].lists(), texts.targets, texts.images) == ([[1], [2, 3]], None, None)
 
 
 def test_metrics_of_classes():
@@ -80,7 +82,7 @@ def test_importing_the_folder_registers_every_file():
     from pathlib import Path
 
     files = {path.stem for path in Path(tasks.__file__).parent.glob("*.py")}
-    files -= {"__init__", "base", "classes", "text"}  # what tasks share
+    files -= {"__init__", "base", "classes", "rows", "text"}  # what tasks share
     assert files
     assert {TASKS.get(name).__module__ for name in TASKS.names()} == {f"tsugiki.common.tasks.{file}" for file in files}
     assert all(issubclass(TASKS.get(name), Task) and TASKS.get(name).name == name for name in TASKS.names())
@@ -89,7 +91,7 @@ def test_importing_the_folder_registers_every_file():
 class SlowTokenizer:
     """A tokenizer in Python, which does not say what it has cut off: a token for each letter, between two others."""
 
-    def __call__(self, *texts, truncation=False, max_length=0):
+    def __call__(self, *texts, truncation=False, max_length=0, return_attention_mask=True):
         """Return tokens of texts, or of pairs."""
         rows = [[1, *map(ord, "".join(row)), 2] for row in zip(*texts, strict=True)]
         found = {
@@ -110,7 +112,6 @@ def test_texts_that_are_cut_are_counted(fast):
     assert tokenise(tokenizer, 8, ["abcdefgh"], ["abcdefgh"])[1] == 1
     assert tokenise(tokenizer, 6 + around, ["abc"], ["abc"])[1] == 0
     assert tokenise(tokenizer, 5 + around, ["abc"], ["abc"])[1] == 1
-    assert (cut_note(0), cut_note(3)) == ((), ("shard-texts-cut:3",))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -20,6 +20,7 @@ from tsugiki.common.model.load import load_graft
 from tsugiki.common.settings import DataFormat
 from tsugiki.common.tasks.base import Base, Encoded
 from tsugiki.common.tasks.causal_lm import CausalLm, CausalLmSettings
+from tsugiki.common.tasks.rows import TokenRows
 
 TEXTS = ["good clause", "the bad clause number nine of a party", "a", "alpha beta gamma delta shall not", "on"]
 ROWS = Shard({"text": TEXTS})
@@ -143,7 +144,7 @@ def test_no_more_tokens_than_the_base_has_positions(base, tmp_path):
 
 def test_each_token_is_compared_with_the_next():
     """Catches: no shift (a model that repeats what it reads would be perfect), and one in the wrong direction."""
-    encoded = Encoded({"text": [[BOS, 5, 6, 7, EOS], [BOS, 9, EOS]]})
+    encoded = Encoded({"text": TokenRows.of([[BOS, 5, 6, 7, EOS], [BOS, 9, EOS]])})
     ahead, same, behind = (measured(Oracle(shift), encoded) for shift in (1, 0, -1))
     assert ahead["accuracy"] == 1.0
     assert ahead["loss"] < 1e-6
@@ -157,7 +158,7 @@ def test_the_loss_is_the_mean_over_the_predicted_tokens(base):
     task = make()
     encoded = task.encode(ROWS, base)
     batch = task.batch(encoded, range(len(ROWS)), base)
-    chances = [chance for tokens in encoded.texts["text"] for chance, _ in told(base, tokens)]
+    chances = [chance for tokens in encoded.texts["text"].lists() for chance, _ in told(base, tokens)]
     assert len(chances) == sum(len(tokens) - 1 for tokens in encoded.texts["text"])
     with torch.no_grad():
         loss = task.loss(base.network, batch).item()
@@ -173,7 +174,7 @@ def test_the_loss_is_the_mean_over_the_predicted_tokens(base):
 def test_padding_is_not_told_by_its_token(base):
     """Catches: the id of padding looked at: here tokens that are none have it."""
     task, rows = make(), [[BOS, EOS, EOS], [BOS, 9, EOS, EOS, EOS]]
-    batch = task.batch(Encoded({"text": rows}), [0, 1], base)
+    batch = task.batch(Encoded({"text": TokenRows.of(rows)}), [0, 1], base)
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     chances = [chance for row in rows for chance, _ in told(base, row)]
     with torch.no_grad():
@@ -201,7 +202,7 @@ def test_the_completion_alone_is_predicted(base):
     """Catches: a loss over the prompt, over padding, or one place off; an answer that does not learn to end."""
     task, encoded = instructed(base)
     batch = task.batch(encoded, range(3), base)
-    for row, (prompt, answer) in enumerate(zip(*encoded.texts.values(), strict=True)):
+    for row, (prompt, answer) in enumerate(zip(*[rows.lists() for rows in encoded.texts.values()], strict=True)):
         tokens, labels = batch["input_ids"][row].tolist(), batch["labels"][row].tolist()
         assert tokens[: len(prompt) + len(answer)] == prompt + answer
         assert answer[-1] == EOS
@@ -215,7 +216,7 @@ def test_instructions_are_measured_by_their_answers(base):
     task, encoded = instructed(base)
     chances = []
     for prompt, answer in zip(*encoded.texts.values(), strict=True):
-        chances += [chance for chance, _ in told(base, prompt + answer)[len(prompt) - 1 :]]
+        chances += [chance for chance, _ in told(base, [*prompt, *answer])[len(prompt) - 1 :]]
     assert len(chances) == sum(map(len, encoded.texts["completion"]))
     with torch.no_grad():
         assert task.evaluate(base, encoded, 2)["loss"] == pytest.approx(-sum(chances) / len(chances), rel=1e-5)
@@ -260,7 +261,7 @@ def test_packed_texts_lose_nothing_but_padding(base):
     """Catches: the last token of a block unpredicted, a text's first token predicted, a text in two batches."""
     padded, packed = make(max_length=8), make(max_length=8, packing=True)
     encoded = padded.encode(ROWS, base)
-    rows = encoded.texts["text"]
+    rows = encoded.texts["text"].lists()
     batch = packed.batch(encoded, range(len(rows)), base)
     total = sum(map(len, rows))
     assert batch["input_ids"].shape == (-(-total // 8), 8)
@@ -280,7 +281,7 @@ def test_metrics_count_tokens_whatever_the_batches(base, batch_size):
     encoded = task.encode(ROWS, base)
     with torch.no_grad():
         found = task.evaluate(base, encoded, batch_size)
-    rows = [told(base, tokens) for tokens in encoded.texts["text"]]
+    rows = [told(base, tokens) for tokens in encoded.texts["text"].lists()]
     every = [answer for row in rows for answer in row]
     loss = -sum(chance for chance, _ in every) / len(every)
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
@@ -304,14 +305,14 @@ def test_a_row_does_not_depend_on_its_neighbours(base):
 
 def test_a_perplexity_that_no_float_holds():
     """Catches: an OverflowError in the evaluation of a base that is far off."""
-    found = measured(Oracle(0, certainty=5000.0), Encoded({"text": [[BOS, 5, EOS]]}))
+    found = measured(Oracle(0, certainty=5000.0), Encoded({"text": TokenRows.of([[BOS, 5, EOS]])}))
     assert found["loss"] == pytest.approx(5000.0)
     assert math.isfinite(found["perplexity"])
 
 
 def test_rows_in_which_nothing_is_predicted(base):
     """Catches: a division by zero, whose NaN ends a site's round."""
-    alone = Encoded({"text": [[EOS]]})
+    alone = Encoded({"text": TokenRows.of([[EOS]])})
     loss = make().loss(base.network, make().batch(alone, [0], base))
     assert loss.item() == 0.0
     loss.backward()
@@ -416,3 +417,9 @@ def test_instructions_are_not_packed():
     """Catches: a setting that promises something and does nothing."""
     with pytest.raises(ValueError, match="packing"):
         make(format="instruction", packing=True)
+
+
+def test_packed_rows_are_not_padded():
+    """Catches: packed rows grouped by length, which saves nothing."""
+    assert make().pads_rows
+    assert not make(packing=True).pads_rows

@@ -24,6 +24,7 @@ from tsugiki.common.tasks.image_classification import (
     _keep_statistics,
     small_cnn,
 )
+from tsugiki.common.tasks.rows import TokenRows
 
 
 def make(**settings):
@@ -248,7 +249,7 @@ def test_rows_of_another_task_are_refused(cnn):
     """Catches: an AttributeError of None deep inside torch."""
     task = make(num_labels=2)
     with pytest.raises(TypeError):
-        task.batch(Encoded({"input_ids": [[1]]}), [0], task.load(cnn, torch.float32))
+        task.batch(Encoded({"input_ids": TokenRows.of([[1]])}), [0], task.load(cnn, torch.float32))
 
 
 @pytest.mark.data

@@ -82,7 +82,7 @@ def test_a_reward_is_read_where_transformers_reads_it(folder):
     for row in range(3):
         scores = []
         for side in ("chosen", "rejected"):
-            tokens = encoded.texts["prompt"][row] + encoded.texts[side][row]
+            tokens = [*encoded.texts["prompt"][row], *encoded.texts[side][row]]
             assert EOS not in tokens
             hidden = model.model(torch.tensor([tokens])).last_hidden_state[0, -1]
             scores.append(model.score(hidden).item())
@@ -99,7 +99,7 @@ def test_the_answers_alone_are_weighed_by_dpo(folder):
             prompt, answer = encoded.texts["prompt"][row], encoded.texts[side][row]
             assert answer[-1] == EOS
             with torch.no_grad():
-                chances = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(dim=1)
+                chances = model(torch.tensor([[*prompt, *answer]])).logits[0].double().log_softmax(dim=1)
             wanted = sum(float(chances[len(prompt) - 1 + at, token]) for at, token in enumerate(answer))
             assert float(batch["reference"][row, column]) == pytest.approx(wanted, rel=1e-4)
 

@@ -112,7 +112,7 @@ def test_the_estimator_agrees_with_the_exact_gradient(folder):
     """Catches: whatever else biases it: for answers of one token the expected return can be summed over all tokens."""
     graft = opened(folder, samples_per_prompt=64, max_new_tokens=1, temperature=0.5, beta=0.3)
     task, base = graft.task, graft.base
-    prompt = task.encode(ROWS, base).texts["prompt"][0]
+    prompt = task.encode(ROWS, base).texts["prompt"][0].tolist()
     vocabulary = base.network.config.vocab_size
     logps = (base.network(torch.tensor([prompt])).logits[0, -1] / 0.5).log_softmax(dim=0)
     with torch.no_grad():

@@ -17,6 +17,7 @@ from tsugiki.common.data.shard import Shard
 from tsugiki.common.model import load as model
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks.base import Encoded
+from tsugiki.common.tasks.rows import TokenRows
 from tsugiki.common.tasks.sentence_embedding import SentenceEmbedding, SentenceEmbeddingSettings, embed, recall_at
 from tsugiki.common.wire.spec import unpack
 
@@ -254,7 +255,7 @@ def test_batch_takes_the_rows_asked_for_in_that_order(base):
     assert {name.split(".")[0] for name in batch} == {"anchor", "positive", "negative"}
     for name, texts in encoded.texts.items():
         ids, mask = batch[f"{name}.input_ids"], batch[f"{name}.attention_mask"]
-        assert [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)] == [texts[3], texts[0]]
+        assert [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)] == texts.take([3, 0]).lists()
     scored = make(loss="cosine-similarity")
     assert scored.batch(scored.encode(SCORED, base), [2, 0], base)["labels"].tolist() == [2.5, 5.0]
 
@@ -263,7 +264,7 @@ def test_batch_takes_the_rows_asked_for_in_that_order(base):
 def test_embed_gives_the_librarys_vectors(base, batch_size):
     """Catches: vectors in the order of lengths; pooling over padding; vectors that are not of length 1."""
     texts = TRIPLETS.columns["anchor"]
-    vectors = embed(base, base.tokenizer(texts)["input_ids"], batch_size)
+    vectors = embed(base, TokenRows.of(base.tokenizer(texts)["input_ids"]), batch_size)
     assert vectors.dtype == np.float32
     assert np.allclose(vectors, base.network.encode(texts), atol=1e-6)
 
@@ -273,7 +274,7 @@ def test_embed_normalises_for_a_base_that_does_not(tmp_path):
     base = make().load(tiny_sentence_transformer(tmp_path, normalize=False), torch.float32)
     texts = TRIPLETS.columns["anchor"]
     assert np.linalg.norm(base.network.encode(texts), axis=1).max() > 1.5
-    assert np.linalg.norm(embed(base, base.tokenizer(texts)["input_ids"], 2), axis=1) == pytest.approx(
+    assert np.linalg.norm(embed(base, TokenRows.of(base.tokenizer(texts)["input_ids"]), 2), axis=1) == pytest.approx(
         np.ones(4), abs=1e-6
     )
 
@@ -349,4 +350,13 @@ def test_graft_keeps_the_pooling(base, folder):
 def test_length_is_the_rows(base):
     """Catches: the number of text columns."""
     assert len(make().encode(TRIPLETS, base)) == 4
-    assert len(Encoded({"anchor": []})) == 0
+    assert len(Encoded({"anchor": TokenRows.of([])})) == 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "compares"),
+    [("multiple-negatives", True), ("cosent", True), ("cosine-similarity", False), ("softmax-nli", False)],
+)
+def test_which_losses_compare_the_rows_of_a_batch(loss, compares):
+    """Catches: in-batch negatives of one length, which are easier; grouping refused where rows are independent."""
+    assert make(loss=loss).compares_rows is compares

@@ -137,7 +137,7 @@ def test_batch_takes_the_rows_asked_for_in_that_order(base):
     batch = task.batch(encoded, [3, 0], base)
     assert batch["labels"].tolist() == [0, 1]
     assert batch["input_ids"].shape == (2, 4)
-    assert batch["input_ids"][0].tolist()[:3] == encoded.texts["input_ids"][3]
+    assert batch["input_ids"][0].tolist()[:3] == encoded.texts["input_ids"][3].tolist()
     assert "labels" not in task.batch(Encoded(encoded.texts), [0], base)
 
 

@@ -132,7 +132,7 @@ def test_a_pair_fills_the_room_and_no_more(prompt, answer):
 
 def test_cut_pairs_are_counted():
     """Catches: a pair that just fits counted, or two cut sides counted twice."""
-    prompts, answers, notes = fit_all([[1] * 6, [1] * 20, [1] * 3], [[2] * 4, [2] * 20, [2]], 10)
+    prompts, answers, cut = fit_all([[1] * 6, [1] * 20, [1] * 3], [[2] * 4, [2] * 20, [2]], 10)
     assert [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)] == [10, 10, 4]
-    assert notes == ("shard-texts-cut:1",)
-    assert fit_all([[1]], [[2]], 10)[2] == ()
+    assert cut == 1
+    assert fit_all([[1]], [[2]], 10)[2] == 0
