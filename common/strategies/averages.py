@@ -29,6 +29,8 @@ class FedAvg(Strategy):
     name = "fedavg"
     Settings = FedAvgSettings
     linear = True
+    needs_each_update = False
+    coordinate_wise = True
 
     def make(self) -> FlowerFedAvg:
         """Return Flower's FedAvg."""
@@ -59,6 +61,8 @@ class FedProx(Strategy):
     name = "fedprox"
     Settings = FedProxSettings
     linear = True
+    needs_each_update = False
+    coordinate_wise = True
 
     def make(self) -> FlowerFedAvg:
         """Return Flower's FedProx."""
@@ -92,6 +96,8 @@ class FedAvgM(Strategy):
     name = "fedavgm"
     Settings = FedAvgMSettings
     linear = True
+    needs_each_update = False
+    coordinate_wise = True
 
     def make(self) -> FlowerFedAvg:
         """Return Flower's FedAvgM."""
@@ -127,6 +133,8 @@ class FedAdam(Strategy):
     name = "fedadam"
     Settings = FedAdamSettings
     linear = True
+    needs_each_update = False
+    coordinate_wise = True
 
     def make(self) -> FlowerFedAvg:
         """Return Flower's FedAdam."""
@@ -154,6 +162,7 @@ class FedMedian(Strategy):
 
     name = "fedmedian"
     Settings = FedMedianSettings
+    coordinate_wise = True
 
     def make(self) -> FlowerFedAvg:
         """Return Flower's FedMedian."""
@@ -182,6 +191,7 @@ class Krum(Strategy):
 
     name = "krum"
     Settings = KrumSettings
+    selects = True
 
     def make(self) -> FlowerFedAvg:
         """Return Flower's Krum."""

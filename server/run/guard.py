@@ -56,7 +56,7 @@ def check(
         arrays = reply.content.array_records.get("arrays")
         if arrays is None or set(reply.content) != {"reply", "arrays"}:
             raise WireError("the message has other records than reply and arrays", code="keys")
-        update = widen(decode(arrays, part or spec), part or spec, spec)
+        update = widen(decode(arrays, part or spec, copy=False), part or spec, spec)
     except WireError as error:
         return Rejected(asked.site, error.code, str(error), size)
     norm = l2_norm(update)
@@ -85,7 +85,7 @@ def check_private(reply: Message, asked: Asked, plan: Plan, masked: bool = False
     except WireError as error:
         return Rejected(asked.site, error.code, str(error), size)
     # each client may add one clip norm, and its noise
-    norm = l2_norm(levels)
+    norm = levels.l2_norm()
     noise = math.sqrt(mechanism_of(plan).client_variance(plan) * asked.clients)
     most = asked.clients * LEVELS + noise * (math.sqrt(plan.dimension) + 8)
     if not masked and norm > most * (1 + 1e-12):

@@ -121,7 +121,7 @@ def test_the_result_is_float32_of_the_same_shape(name, count):
     assert result.shape == (SIZE,)
     assert np.isfinite(result).all()
     assert result.any()
-    assert all(moment.dtype == np.float64 and moment.shape == (SIZE,) for moment in state.values())
+    assert all(moment.dtype == np.float32 and moment.shape == (SIZE,) for moment in state.values())
 
 
 @pytest.mark.parametrize("name", sorted(set(STRATEGIES.names()) - {"fedadam"}))
@@ -192,7 +192,7 @@ def test_state_passed_on_is_as_good_as_an_object_kept_alive(name):
         expected, _ = alive.aggregate_train(number, as_messages(replies))
         handed_in = {key: moment.copy() for key, moment in state.items()}
         result, new = aggregate(strategy(name), state, number, replies)
-        assert np.allclose(result, expected[ARRAY_KEY].numpy(), rtol=1e-5, atol=0)  # our moments are float64
+        assert np.allclose(result, expected[ARRAY_KEY].numpy(), rtol=1e-5, atol=0)
         assert all(np.array_equal(state[key], handed_in[key]) for key in state)
         state = new
 

@@ -138,7 +138,9 @@ class Server:
         """Return the integers of all uploads."""
         found = [content.array_records["arrays"] for seen, content in self.replies if seen == kind]
         assert found
-        return [decode_levels(record, size, BITS).view(np.uint64) & np.uint64(2**BITS - 1) for record in found]
+        return [
+            decode_levels(record, size, BITS).unpacked().view(np.uint64) & np.uint64(2**BITS - 1) for record in found
+        ]
 
 
 def uniform(values):
