@@ -72,6 +72,8 @@ def aggregate(
     ordered = _in_order(updates)
     if strategy.selects:
         return _selected(strategy, round_number, ordered), {}
+    if len(ordered) == 1 and _is_plain_mean(strategy):
+        return ordered[0].update, {}
     size = len(ordered[0].update)
     length = size
     if strategy.coordinate_wise:
@@ -106,6 +108,13 @@ def _aggregate_block(
     replies = [_as_reply(one, ArrayRecord, Array) for one in ordered]
     arrays, _ = flower.aggregate_train(round_number, replies)
     return arrays[ARRAY_KEY].numpy(), _moments_of(flower)
+
+
+def _is_plain_mean(strategy: Strategy) -> bool:
+    """Return whether Flower's strategy does nothing but average, so that a single update is the result."""
+    from flwr.serverapp.strategy import FedAvg
+
+    return type(strategy.make()).aggregate_train is FedAvg.aggregate_train
 
 
 def _selected(strategy: Strategy, round_number: int, ordered: Sequence[WeightedUpdate]) -> Vector:

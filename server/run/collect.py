@@ -165,6 +165,7 @@ def receive(
                 failed.pop(one.site, None)  # a valid reply makes up for a bad one before it
             if not ctx.withholds:
                 ctx.progress.reply(one.site, outcome)
+        del reply  # it may be large, and the next one is not there yet
     # a site that was silent until the deadline is a dropout
     for one in asked.values():
         if one.site not in passed:

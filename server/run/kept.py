@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -60,6 +61,7 @@ class KeptUpdates:
         """Move the updates that are still in memory into the file."""
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  # open as long as this object
+            weakref.finalize(self, self._file.close)
         for number, one in enumerate(self._updates):
             if one.update.size:
                 self._file.write(np.ascontiguousarray(one.update, np.float32).data)

@@ -66,7 +66,7 @@ class RunningMean:
         self.weight += weight
         for part in blocks(self._size):
             weighted = self._scratch[: part.stop - part.start]
-            np.multiply(update[part], float(weight), out=weighted)
+            np.multiply(update[part], weight, out=weighted, dtype=np.float64)
             weighted += constant
             weighted -= constant  # now a multiple of the grid's unit
             total[part] += weighted

@@ -138,9 +138,8 @@ class Server:
         """Return the integers of all uploads."""
         found = [content.array_records["arrays"] for seen, content in self.replies if seen == kind]
         assert found
-        return [
-            decode_levels(record, size, BITS).unpacked().view(np.uint64) & np.uint64(2**BITS - 1) for record in found
-        ]
+        levels = [decode_levels(record, size, BITS).unpacked() for record in found]
+        return [one.view(np.uint64) & np.uint64(2**BITS - 1) for one in levels]
 
 
 def uniform(values):
