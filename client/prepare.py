@@ -27,7 +27,7 @@ from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.strategies import names_with, strategy_of
 from tsugiki.common.tasks.base import Encoded, Tail
-from tsugiki.common.wire.arrays import decode
+from tsugiki.common.wire.arrays import array_records, decode
 from tsugiki.common.wire.messages import TrainRequest
 from tsugiki.common.wire.spec import Vector
 
@@ -149,7 +149,7 @@ class SiteRun:
         if self.graft.spec.sha256 != spec_sha256:
             ours = self.graft.spec.sha256[:12]
             raise SpecError(f"the server's adapter has the spec {spec_sha256[:12]}", f"{ours}, this site's")
-        arrays = content.array_records.get("arrays")
+        arrays = array_records(content).get("arrays")
         if not isinstance(arrays, ArrayRecord):
             raise WireError("the message has no adapter", "one array", code="keys")
         self.graft.write(decode(arrays, self.graft.spec))

@@ -18,11 +18,22 @@ from tsugiki.common.errors import WireError
 from tsugiki.common.wire.spec import AdapterSpec, Vector, blocks, is_finite
 
 if TYPE_CHECKING:
-    from flwr.app import ArrayRecord
+    from flwr.app import ArrayRecord, RecordDict
 
 ARRAY_KEY = "adapter"
 
 _MAX_HEADER_BYTES = 256  # NumPy's header for a flat array takes 128
+
+
+def array_records(content: RecordDict) -> dict[str, ArrayRecord]:
+    """Return the array records of a message's content by name.
+
+    `content.array_records` would return a view that refers to itself, and with which the arrays stay in memory until
+    Python looks for such circles.
+    """
+    from flwr.app import ArrayRecord
+
+    return {name: record for name, record in content.items() if isinstance(record, ArrayRecord)}
 
 
 def encode(vector: Vector, spec: AdapterSpec) -> ArrayRecord:
@@ -96,17 +107,24 @@ class PackedLevels:
         """How many integers there are."""
         return len(self.octets) * 8 // self.bits
 
-    def block(self, part: slice) -> npt.NDArray[np.int64]:
-        """Return the integers of a slice with a start and a stop, each as its representative nearest to zero."""
-        from tsugiki.common.wire.ring import ring_from_bytes, signed
+    def block(self, part: slice) -> npt.NDArray[Any]:
+        """Return the integers of a slice with a start and a stop, each as its representative nearest to zero.
 
+        Returns:
+            Of type int32 where the modulus allows it, else int64; shape (stop - start,).
+        """
         width = self.bits // 8
+        word = np.dtype("<i4") if width <= 4 else np.dtype("<i8")
         octets = self.octets[part.start * width : part.stop * width]
-        return signed(ring_from_bytes(octets.tobytes(), part.stop - part.start, self.bits), self.bits)
+        # each integer is read as a whole word from its offset, so the last one needs more bytes after it
+        padded = octets.tobytes() + bytes(word.itemsize - width)
+        words = np.ndarray((part.stop - part.start,), word, padded, strides=(width,))
+        shift = 8 * word.itemsize - self.bits
+        return (words << shift) >> shift  # drops the bytes of the next integer; the second shift extends the sign
 
     def unpacked(self) -> npt.NDArray[np.int64]:
         """Return all integers, shape (size,)."""
-        return self.block(slice(0, self.size))
+        return self.block(slice(0, self.size)).astype(np.int64)
 
     def l2_norm(self) -> float:
         """Return the Euclidean norm of the integers, summed in float64."""
