@@ -25,7 +25,7 @@ NEGLIGIBLE_S = 0.02
 """A measurement that is shorter than this is made in every round."""
 MOST_BYTES = 2**30
 """Updates that only the measurement needs are kept up to this many bytes a round."""
-LOW_COSINE = 0.2
+LOW_COSINE = 0.3
 """Below this mean cosine of the updates of round 1, the operator is told what helps against skewed data. Measured: see
 docs/skew.md."""
 

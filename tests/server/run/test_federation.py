@@ -187,7 +187,9 @@ def test_progress_is_told(tmp_path):
 
     run_tiny(tiny_config(tmp_path, run={"rounds": 1}), progress=Recorder())
     replies = [("site-0", "accepted"), ("site-1", "accepted")]
-    assert told == ["2 of 2 nodes connected", "shard-texts-cut: site-0 (12), site-1 (12)", *replies]
+    start = ["2 of 2 nodes connected", "shard-texts-cut: site-0 (12), site-1 (12)", *replies]
+    assert told[: len(start)] == start
+    assert all("docs/skew.md" in note for note in told[len(start) :])  # so few rows may disagree
 
 
 def test_a_deployed_private_run_says_whom_it_will_refuse(tmp_path):
