@@ -15,6 +15,7 @@ from tsugiki.client.site.ledger import site_ledger, spend
 from tsugiki.client.site.site import Site
 from tsugiki.client.training import dp_sgd, validation
 from tsugiki.client.training.cohort import asked_clients, row_releases
+from tsugiki.client.training.features import rows_for_sums
 from tsugiki.client.training.job import Job
 from tsugiki.client.training.trainer import groups_by_length, steps_per_round, touched_rows
 from tsugiki.common.adapters.lora import LoraSettings
@@ -22,6 +23,7 @@ from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import ConfigError, DataError, PolicyError, Problem, SpecError, WireError
 from tsugiki.common.model.graft import Graft
+from tsugiki.common.model.linear_head import LinearHead, warm_head_of
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.privacy.accounting import Release
 from tsugiki.common.privacy.mechanisms import Adversary
@@ -29,7 +31,7 @@ from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.strategies import names_with, strategy_of
 from tsugiki.common.tasks.base import Encoded, Tail, Task
-from tsugiki.common.wire.arrays import decode
+from tsugiki.common.wire.arrays import array_records, decode
 from tsugiki.common.wire.messages import TrainRequest
 from tsugiki.common.wire.spec import Vector
 
@@ -164,7 +166,7 @@ class SiteRun:
         if self.graft.spec.sha256 != spec_sha256:
             ours = self.graft.spec.sha256[:12]
             raise SpecError(f"the server's adapter has the spec {spec_sha256[:12]}", f"{ours}, this site's")
-        arrays = content.array_records.get("arrays")
+        arrays = array_records(content).get("arrays")
         if not isinstance(arrays, ArrayRecord):
             raise WireError("the message has no adapter", "one array", code="keys")
         self.graft.write(decode(arrays, self.graft.spec))
@@ -253,7 +255,7 @@ class SiteRun:
         return PreparedRows(encoded, tuple(clients), shard.notes + encoded.notes)
 
     def _touched(self, clients: Sequence[Sequence[int]], rows: int) -> npt.NDArray[np.int64]:
-        """Return the numbers of the training rows that the run's batches may contain, ascending.
+        """Return the numbers of the training rows that the batches, or the head before round 1, may need, ascending.
 
         These are all rows if batches do not follow from the seed alone, or if something else reads them.
 
@@ -265,11 +267,13 @@ class SiteRun:
             return np.arange(rows)
         grouped = groups_by_length(self.graft.task, self.config.train)
         touched = [np.zeros(0, np.int64)]
+        if isinstance(warm_head_of(self.graft, self.config), LinearHead):
+            touched.append(np.asarray(rows_for_sums(rows, self.config.run.seed, self.site.name), np.int64))
         for name, own in asked_clients(self.site.name, clients, "").items():
             if own:
                 of_client = touched_rows(len(own), self.config.train, self.config.run.seed, name, self._rounds, grouped)
                 touched.append(np.asarray(own, np.int64)[of_client])
-        return np.sort(np.concatenate(touched))
+        return np.unique(np.concatenate(touched))
 
     @property
     def _rounds(self) -> int:
@@ -301,7 +305,7 @@ class SiteRun:
             settings += f" {self.config.run.seed} {self.config.train.validation_fraction}"
         if part == "train" and self._follows_schedule:
             schedule = self.config.train.model_dump_json(include=_SCHEDULE)
-            settings += f" {self.config.run.seed} {self._rounds} {schedule}"
+            settings += f" {self.config.run.seed} {self._rounds} {schedule} {self.config.privacy.mode}"
         return self.site.identity(), part, f"{self.graft.spec.base_fingerprint}{settings}"
 
     def _validation_rows(self) -> Encoded | None:

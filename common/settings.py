@@ -210,6 +210,13 @@ class StrategySettings(Section):
         description="The server rejects updates with a larger L2 norm. Lower it towards the norms in metrics.jsonl, "
         "so that one site cannot push the model far. The clip of a private run is privacy.clip_norm.",
     )
+    aggregation_error: Literal["auto", "off"] = Field(
+        default="auto",
+        description="Whether the server measures, with LoRA, how far its new adapter is from the mean of what the "
+        'sites have learned. "auto" measures in round 1 and then as often as it takes at most 5 % of the time. It '
+        'measures nothing where updates are only added up and those of a round are larger than 1 GiB. Set "off" if '
+        "nobody reads the number.",
+    )
     proximal_mu: float = Field(
         default=0.0,
         ge=0,

@@ -63,9 +63,9 @@ class Mechanism(ABC):
         return np.zeros(plan.dimension, np.int64)
 
     @classmethod
-    def server_noise(cls, plan: Plan, draw: np.random.Generator) -> npt.NDArray[np.float64]:
-        """Return the noise that the server adds to the sum, in levels, shape (dimension,)."""
-        return np.zeros(plan.dimension)
+    def server_noise(cls, plan: Plan, draw: np.random.Generator, size: int) -> npt.NDArray[np.float64]:
+        """Return the noise that the server adds to the next `size` numbers of the sum, in levels, shape (size,)."""
+        return np.zeros(size)
 
     @classmethod
     def client_variance(cls, plan: Plan) -> float:
@@ -96,9 +96,9 @@ class Central(Mechanism):
         return {"release": noisy, "uploads": Release("gaussian", 0.0)}
 
     @classmethod
-    def server_noise(cls, plan: Plan, draw: np.random.Generator) -> npt.NDArray[np.float64]:
+    def server_noise(cls, plan: Plan, draw: np.random.Generator, size: int) -> npt.NDArray[np.float64]:
         """Return Gaussian noise of standard deviation z on the sum."""
-        return gaussian(draw, math.sqrt(cls.server_variance(plan)), (plan.dimension,))
+        return gaussian(draw, math.sqrt(cls.server_variance(plan)), (size,))
 
     @classmethod
     def server_variance(cls, plan: Plan) -> float:

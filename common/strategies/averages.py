@@ -39,6 +39,8 @@ class FedAvg(Strategy):
     name = "fedavg"
     Settings = FedAvgSettings
     linear = True
+    needs_each_update = False
+    coordinate_wise = True
 
     def make(self) -> FlowerFedAvg:
         """Return Flower's FedAvg."""
@@ -87,6 +89,8 @@ class FedProx(Strategy):
     name = "fedprox"
     Settings = FedProxSettings
     linear = True
+    needs_each_update = False
+    coordinate_wise = True
 
     def make(self) -> FlowerFedAvg:
         """Return Flower's FedProx."""
@@ -131,6 +135,8 @@ class FedAvgM(Strategy):
     name = "fedavgm"
     Settings = FedAvgMSettings
     linear = True
+    needs_each_update = False
+    coordinate_wise = True
 
     def make(self) -> FlowerFedAvg:
         """Return Flower's FedAvgM."""
@@ -167,6 +173,8 @@ class FedAdam(Strategy):
     name = "fedadam"
     Settings = FedAdamSettings
     linear = True
+    needs_each_update = False
+    coordinate_wise = True
 
     def make(self) -> FlowerFedAvg:
         """Return Flower's FedAdam."""
@@ -194,6 +202,7 @@ class FedMedian(Strategy):
 
     name = "fedmedian"
     Settings = FedMedianSettings
+    coordinate_wise = True
 
     def make(self) -> FlowerFedAvg:
         """Return Flower's FedMedian."""
@@ -222,6 +231,7 @@ class Krum(Strategy):
 
     name = "krum"
     Settings = KrumSettings
+    selects = True
 
     def make(self) -> FlowerFedAvg:
         """Return Flower's Krum."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tsugiki.common.config.run import RunConfig
 
-Moments = dict[str, npt.NDArray[np.float64]]
+Moments = dict[str, npt.NDArray[np.float32]]
 """The arrays that a strategy keeps between rounds, each of shape (size,), by the attribute of Flower's strategy."""
 
 
@@ -52,6 +52,12 @@ class Strategy(ABC):
     Settings: ClassVar[type[StrategySettings]]
     linear: ClassVar[bool] = False
     """Whether it needs only the weighted mean of the updates. The private modes compute nothing else."""
+    needs_each_update: ClassVar[bool] = True
+    """Whether it needs every update of a round. If not, the server adds updates up as they arrive and keeps none."""
+    coordinate_wise: ClassVar[bool] = False
+    """Whether Flower's strategy treats every number of the adapter by itself. Then it works on one block at a time."""
+    selects: ClassVar[bool] = False
+    """Whether Flower's strategy returns one of the updates, chosen by nothing but their distances from each other."""
     needs_lora: ClassVar[bool] = False
     """Whether it works on LoRA's factors A and B."""
     freezes_a: ClassVar[bool] = False
@@ -107,7 +113,7 @@ class Strategy(ABC):
             spec: the spec of the adapter.
             before: the adapter that sites started from, shape (spec.size,).
             update: the step that Flower's strategy computed from the updates, shape (spec.size,).
-            updates: at least one, sorted by site name.
+            updates: at least one, sorted by site name. Where `needs_each_update` is false, it is their mean alone.
             draw: random numbers of this run and round.
         """
         return update

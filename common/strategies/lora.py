@@ -32,6 +32,7 @@ class FactorStrategy(Strategy):
     """A strategy on LoRA's factors. Heads and other tensors are averaged."""
 
     needs_lora = True
+    coordinate_wise = True
 
     def make(self) -> FedAvg:
         """Return Flower's FedAvg."""
@@ -53,6 +54,7 @@ class Ffa(FactorStrategy):
     name = "ffa"
     Settings = FfaSettings
     linear = True
+    needs_each_update = False
     freezes_a = True
 
 
@@ -72,6 +74,7 @@ class Rolora(FactorStrategy):
 
     name = "rolora"
     Settings = RoloraSettings
+    needs_each_update = False
     same_part = False
 
     def problems(self, config: RunConfig) -> list[Problem]:

@@ -1,12 +1,13 @@
 """Products B A of LoRA's factors: their mean over sites, its best factors, and an adapter's distance from it.
 
-A product is kept as factors (left, right) of shapes (out, k) and (k, in). With the QR decompositions of both, its norm
-and its best factors follow from a k x k matrix. Factors are multiplied out only where k would exceed the layer's
-smaller side. All arithmetic is in float64.
+A product is kept as factors (left, right) of shapes (out, k) and (k, in). Its norm follows from the Gram matrices of
+both, and its best factors from their QR decompositions: all of shape (k, k). Factors are multiplied out only where k
+would exceed the layer's smaller side. All arithmetic is in float64.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from tsugiki.common.adapters.base import MERGED, TRAINED
 from tsugiki.common.strategies.base import WeightedUpdate
 from tsugiki.common.strategies.factors import Pair, pairs
-from tsugiki.common.wire.spec import AdapterSpec, Vector, l2_norm, unpack
+from tsugiki.common.wire.spec import AdapterSpec, Vector, unpack
 
 Matrix = npt.NDArray[np.float64]
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -75,12 +76,25 @@ def _joined(terms: Sequence[Product], weights: Sequence[float] = ()) -> Product:
     return total, np.eye(shape[1])
 
 
-def norm(product: Product) -> float:
-    """Return the Frobenius norm of a product."""
-    # The orthonormal factors of the QR decompositions do not change the norm.
-    left: Matrix = np.linalg.qr(product[0], mode="r")  # type: ignore[assignment]  # an array, in this mode
-    right: Matrix = np.linalg.qr(product[1].T, mode="r")  # type: ignore[assignment]
-    return l2_norm(left @ right.T)
+def _squares(terms: Sequence[Product], weights: Sequence[float], other: Product) -> tuple[float, float]:
+    """Return the squared Frobenius norms of a weighted sum of products, and of its difference from another product.
+
+    ||L R||^2 is the sum over the elementwise product of the Gram matrices L'L and R R'. These are small while the
+    factors together are narrower than the layer. Where they are not, the products are multiplied out.
+    """
+    rows, columns = len(other[0]), other[1].shape[1]
+    inner = sum(left.shape[1] for left, _ in terms)
+    if inner * (rows + columns) > rows * columns:
+        total = np.zeros((rows, columns))
+        for (left, right), weight in zip(terms, weights, strict=True):
+            total += weight * (left @ right)
+        return float(np.square(total).sum()), float(np.square(total - other[0] @ other[1]).sum())
+    scaled = [weight * left for (left, _), weight in zip(terms, weights, strict=True)]
+    lefts = np.concatenate([*scaled, -other[0]], axis=1)
+    rights = np.concatenate([*(right for _, right in terms), other[1]])
+    grams = (lefts.T @ lefts) * (rights @ rights.T)
+    # where the terms cancel, rounding may leave a little less than zero
+    return float(grams[:inner, :inner].sum()), max(0.0, float(grams.sum()))
 
 
 def project(product: Product, rank: int) -> tuple[Matrix, Matrix]:
@@ -109,15 +123,20 @@ def mean_change(layer: Layer, before: Tensors, accepted: Sequence[Tensors], weig
         accepted: the sites' updates, by tensor name.
         weights: the weights of the sites; their sum is 1.
     """
+    mean = _joined(_changes(layer, before, accepted), weights)
+    if layer.merged is None:
+        return mean
+    return _joined([mean, _product(layer.merged, before)])
+
+
+def _changes(layer: Layer, before: Tensors, accepted: Sequence[Tensors]) -> list[Product]:
+    """Return the B A of the trained pair of a layer at each site."""
     names = [name for name in (layer.pair.a, layer.pair.b) if name]
     terms = []
     for update in accepted:
         trained = {name: before[name].astype(np.float64) + update[name] for name in names}
         terms.append(_product(layer.pair, trained))
-    mean = _joined(terms, weights)
-    if layer.merged is None:
-        return mean
-    return _joined([mean, _product(layer.merged, before)])
+    return terms
 
 
 def aggregation_error(
@@ -142,15 +161,17 @@ def aggregation_error(
     start = unpack(before, spec)
     end = unpack(after, spec)
     changes = [unpack(one.update, spec) for one in updates]
-    distances = []
-    norms = []
+    weights = shares(updates)
+    length = 0.0
+    distance = 0.0
     with threadpool_limits(1, "blas"):  # its threads cost more than they save here
         for layer in layers(spec):
-            mean = mean_change(layer, start, changes, shares(updates))
-            distances.append(norm(_joined([mean, change(layer, end)], [1.0, -1.0])))
-            norms.append(norm(mean))
-    total = l2_norm(np.array(norms))
-    return l2_norm(np.array(distances)) / total if total else 0.0
+            terms = _changes(layer, start, changes)
+            merged = [_product(layer.merged, start)] if layer.merged else []
+            layer_squares = _squares(terms + merged, weights + [1.0] * len(merged), change(layer, end))
+            length += layer_squares[0]
+            distance += layer_squares[1]
+    return math.sqrt(distance / length) if length else 0.0
 
 
 def shares(updates: Sequence[WeightedUpdate]) -> list[float]:

@@ -7,20 +7,33 @@ object, with a round trip for each.
 from __future__ import annotations
 
 import io
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tsugiki.common.errors import WireError
-from tsugiki.common.wire.spec import AdapterSpec, Vector
+from tsugiki.common.wire.spec import AdapterSpec, Vector, blocks, is_finite
 
 if TYPE_CHECKING:
-    from flwr.app import ArrayRecord
+    from flwr.app import ArrayRecord, RecordDict
 
 ARRAY_KEY = "adapter"
 
 _MAX_HEADER_BYTES = 256  # NumPy's header for a flat array takes 128
+
+
+def array_records(content: RecordDict) -> dict[str, ArrayRecord]:
+    """Return the array records of a message's content by name.
+
+    `content.array_records` would return a view that refers to itself, and with which the arrays stay in memory until
+    Python looks for such circles.
+    """
+    from flwr.app import ArrayRecord
+
+    return {name: record for name, record in content.items() if isinstance(record, ArrayRecord)}
 
 
 def encode(vector: Vector, spec: AdapterSpec) -> ArrayRecord:
@@ -32,8 +45,8 @@ def encode(vector: Vector, spec: AdapterSpec) -> ArrayRecord:
     from flwr.app import Array, ArrayRecord
 
     with np.errstate(over="ignore"):  # an overflow is found by the check below, with a better message
-        cast = vector.astype(spec.wire_dtype)
-    if not np.isfinite(cast).all():
+        cast = vector.astype(spec.wire_dtype, copy=False)
+    if not is_finite(cast):
         raise WireError(
             f"the vector holds values that are not finite in {spec.wire_dtype}",
             "finite values",
@@ -43,17 +56,22 @@ def encode(vector: Vector, spec: AdapterSpec) -> ArrayRecord:
     return ArrayRecord({ARRAY_KEY: Array(cast)})
 
 
-def decode(record: ArrayRecord, spec: AdapterSpec) -> Vector:
+def decode(record: ArrayRecord, spec: AdapterSpec, *, copy: bool = True) -> Vector:
     """Return a received vector as float32, shape (spec.size,).
 
     Everything is compared with the spec before a byte is interpreted: keys, declared type and shape, number of bytes,
     then the header inside the bytes. No pickle is read, and the sender does not choose how much memory is allocated.
 
+    Args:
+        record: of the message.
+        spec: that was agreed.
+        copy: if false, what travelled as float32 is returned as it is in the message: it cannot be written to.
+
     Raises:
         WireError: with the code `keys`, `dtype`, `shape`, `size`, `decode` or `non-finite`.
     """
-    vector = _payload(record, np.dtype(spec.wire_dtype), spec.size).astype(np.float32)
-    if not np.isfinite(vector).all():
+    vector = _payload(record, np.dtype(spec.wire_dtype), spec.size).astype(np.float32, copy=copy)
+    if not is_finite(vector):
         raise WireError("a value is NaN or infinite", "finite values", code="non-finite")
     return vector
 
@@ -97,16 +115,60 @@ def encode_levels(levels: npt.NDArray[np.int64], bits: int) -> ArrayRecord:
     return ArrayRecord({ARRAY_KEY: Array(np.ascontiguousarray(wide[:, : bits // 8]).reshape(-1))})
 
 
-def decode_levels(record: ArrayRecord, size: int, bits: int) -> npt.NDArray[np.int64]:
-    """Return received integers modulo 2^bits, shape (size,), each as its representative nearest to zero.
+@dataclass(frozen=True)
+class PackedLevels:
+    """Received integers modulo 2^bits, as they travel. They are unpacked block by block, where they are used.
+
+    Args:
+        octets: bits / 8 bytes for each integer, little endian; shape (size * bits / 8,).
+        bits: a multiple of 8, at most 64.
+    """
+
+    octets: npt.NDArray[np.uint8]
+    bits: int
+
+    @property
+    def size(self) -> int:
+        """How many integers there are."""
+        return len(self.octets) * 8 // self.bits
+
+    def block(self, part: slice) -> npt.NDArray[Any]:
+        """Return the integers of a slice with a start and a stop, each as its representative nearest to zero.
+
+        Returns:
+            Of type int32 where the modulus allows it, else int64; shape (stop - start,).
+        """
+        width = self.bits // 8
+        word = np.dtype("<i4") if width <= 4 else np.dtype("<i8")
+        octets = self.octets[part.start * width : part.stop * width]
+        # each integer is read as a whole word from its offset, so the last one needs more bytes after it
+        padded = octets.tobytes() + bytes(word.itemsize - width)
+        words = np.ndarray((part.stop - part.start,), word, padded, strides=(width,))
+        shift = 8 * word.itemsize - self.bits
+        return (words << shift) >> shift  # drops the bytes of the next integer; the second shift extends the sign
+
+    def unpacked(self) -> npt.NDArray[np.int64]:
+        """Return all integers, shape (size,)."""
+        return self.block(slice(0, self.size)).astype(np.int64)
+
+    def l2_norm(self) -> float:
+        """Return the Euclidean norm of the integers, summed in float64."""
+        squares = (np.square(self.block(part), dtype=np.float64).sum() for part in blocks(self.size))
+        return math.sqrt(sum(map(float, squares)))
+
+
+def decode_levels(record: ArrayRecord, size: int, bits: int) -> PackedLevels:
+    """Return received integers modulo 2^bits, still packed. They share the memory of the message.
+
+    Args:
+        record: of the message.
+        size: how many integers were agreed.
+        bits: of the modulus that was agreed.
 
     Raises:
         WireError: as `decode`; every value that fits is allowed.
     """
-    from tsugiki.common.wire.ring import ring_from_bytes, signed
-
-    octets = _payload(record, np.dtype(np.uint8), size * (bits // 8))
-    return signed(ring_from_bytes(octets.tobytes(), size, bits), bits)
+    return PackedLevels(_payload(record, np.dtype(np.uint8), size * (bits // 8)), bits)
 
 
 def _payload(record: ArrayRecord, dtype: np.dtype[Any], size: int) -> npt.NDArray[Any]:

@@ -100,7 +100,7 @@ def run(case: Case, config: RunConfig) -> Result:
         case,
         config.run.seed,
         [100 * line["eval"]["accuracy"] for line in lines],
-        [line["aggregation_error"] for line in lines[1:]],
+        [line["aggregation_error"] for line in lines[1:] if "aggregation_error" in line],
         outcome.summary["bytes_up"],
         outcome.summary["bytes_down"],
         time.perf_counter() - started,

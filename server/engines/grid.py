@@ -119,17 +119,18 @@ def exchange(grid: RunGrid, messages: list[Message], timeout_s: float, stop: Sto
     while (pending or away.nodes) and time.monotonic() < ends:
         stop.check()
         replies = list(grid.pull_messages(pending)) if pending else []
+        answered = bool(replies)
         pending -= {reply.metadata.reply_to_message_id for reply in replies}
         # the error of a node that left is withheld: it may come back and answer
-        for reply in replies:
-            if not away.note(reply):
-                yield reply
+        replies = [reply for reply in replies if not away.note(reply)]
+        while replies:  # a reply is forgotten as soon as it is handed over: it may be large
+            yield replies.pop(0)
         pending |= away.ask_again()
         yield from away.given_up()
         # a sequential grid works while it is polled, so there is nothing to wait for
-        if not replies and not grid.sequential:
+        if not answered and not grid.sequential:
             time.sleep(min(pause, max(0.0, ends - time.monotonic())))
-        pause = FIRST_PAUSE_S if replies else min(pause * 1.5, LONGEST_PAUSE_S)
+        pause = FIRST_PAUSE_S if answered else min(pause * 1.5, LONGEST_PAUSE_S)
     # the time is up: nodes that are still away have failed
     yield from (error for error, _ in away.nodes.values())
 

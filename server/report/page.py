@@ -169,6 +169,13 @@ def _round_figures(run: Run) -> list[Figure]:
             "rolora and flora, if strategy.merged_rank suffices, have none but rounding."
         )
         drawn.append(Figure("Aggregation error", figures.small_curves({"aggregation error": errors}), caption))
+    cosines = curve((line["round"], line.get("update_cosine")) for line in run.completed)
+    if cosines:
+        caption = (
+            "The mean cosine over all pairs of updates: 1 if all sites move in the same direction, 0 if their "
+            "directions have nothing in common. A low one in round 1 is a sign of sites whose data differ."
+        )
+        drawn.append(Figure("How much the updates agree", figures.small_curves({"mean cosine": cosines}), caption))
     seconds = seconds_by_round(run)
     if seconds:
         caption = (

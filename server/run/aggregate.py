@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,16 @@ from tsugiki.common.rng import generator
 from tsugiki.common.strategies import Strategy, WeightedUpdate, strategy_of
 from tsugiki.common.strategies.base import Moments
 from tsugiki.common.wire.arrays import ARRAY_KEY
-from tsugiki.common.wire.spec import AdapterSpec, Vector
+from tsugiki.common.wire.spec import BLOCK, AdapterSpec, Vector, blocks
 from tsugiki.server.run.checkpoint import State
 
 _MOMENTS = {"m_t": dict, "v_t": dict, "momentum_vector": list}
 """The containers of moments in Flower's strategies: by array name, or a list. There is one array here."""
+
+_FLOWER_BLOCK = 2**18
+"""How many numbers, of all updates together, Flower's strategy gets at once."""
+_SHORTEST_BLOCK = 2**15
+"""How many numbers of each update it gets at least: each of its calls takes time of its own."""
 
 
 def step(
@@ -36,7 +42,7 @@ def step(
         config: the run.
         spec: of the adapter.
         state: after the last round.
-        updates: at least one, in any order.
+        updates: at least one, in any order; their mean alone suffices where the strategy needs no more.
     """
     strategy = strategy_of(config.strategy)
     round_number = state.round + 1
@@ -53,7 +59,8 @@ def aggregate(
 ) -> tuple[Vector, Moments]:
     """Return the update that Flower's strategy makes of the sites' updates, shape (size,), and its moments.
 
-    Nothing is kept on an object between rounds, so that a checkpoint holds everything.
+    A coordinate-wise strategy gets one block of all updates at a time, because Flower copies whatever it gets several
+    times. Nothing is kept on an object between rounds, so that a checkpoint holds everything.
 
     Args:
         strategy: of the run.
@@ -61,11 +68,34 @@ def aggregate(
         round_number: counted from 1.
         updates: at least one, in any order.
     """
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # it would report counts that the guard has already recorded
+    ordered = _in_order(updates)
+    if strategy.selects:
+        return _selected(strategy, round_number, ordered), {}
+    if len(ordered) == 1 and _is_plain_mean(strategy):
+        return ordered[0].update, {}
+    size = len(ordered[0].update)
+    length = size
+    if strategy.coordinate_wise:
+        length = max(_SHORTEST_BLOCK, _FLOWER_BLOCK // len(ordered))
+    step = np.empty(size, np.float32)
+    found: Moments = {}
+    for part in blocks(size, length):
+        before = {name: np.asarray(moment[part], np.float32) for name, moment in moments.items()}
+        cut = [replace(one, update=one.update[part]) for one in ordered]
+        step[part], after = _aggregate_block(strategy, before, round_number, cut)
+        for name, moment in after.items():
+            found.setdefault(name, np.empty(size, np.float32))[part] = moment
+    return step, found
+
+
+def _aggregate_block(
+    strategy: Strategy, moments: Moments, round_number: int, ordered: Sequence[WeightedUpdate]
+) -> tuple[npt.NDArray[Any], Moments]:
+    """Return what Flower's strategy makes of a block of the updates, which are in order, and its moments there."""
     from flwr.app import Array, ArrayRecord
 
-    logging.getLogger("flwr").setLevel(logging.ERROR)  # it would report counts that the guard has already recorded
     flower: Any = strategy.make()
-    ordered = _in_order(updates)
     # the current model is at zero, so that the strategy works on updates
     zero = np.zeros_like(ordered[0].update)
     if hasattr(flower, "momentum_vector"):
@@ -74,10 +104,46 @@ def aggregate(
         flower.current_arrays = {ARRAY_KEY: zero}
     # the object is new: it gets the moments of the last round
     for name, moment in moments.items():
-        _set_moment(flower, name, np.array(moment))
+        _set_moment(flower, name, moment)
     replies = [_as_reply(one, ArrayRecord, Array) for one in ordered]
     arrays, _ = flower.aggregate_train(round_number, replies)
-    return arrays[ARRAY_KEY].numpy().astype(np.float32), _moments_of(flower)
+    return arrays[ARRAY_KEY].numpy(), _moments_of(flower)
+
+
+def _is_plain_mean(strategy: Strategy) -> bool:
+    """Return whether Flower's strategy does nothing but average, so that a single update is the result."""
+    from flwr.serverapp.strategy import FedAvg
+
+    return type(strategy.make()).aggregate_train is FedAvg.aggregate_train
+
+
+def _selected(strategy: Strategy, round_number: int, ordered: Sequence[WeightedUpdate]) -> Vector:
+    """Return the update that Flower's strategy selects, shape (size,).
+
+    Instead of the updates it gets points with the same distances from each other, one for each update and with as many
+    numbers as there are updates. Their inner products are those of the updates (the Gram matrix).
+    """
+    values, vectors = np.linalg.eigh(gram([one.update for one in ordered]))
+    points = vectors * np.sqrt(np.maximum(values, 0.0))  # rounding may leave an eigenvalue a little below zero
+    stand_ins = [replace(one, update=point) for one, point in zip(ordered, points, strict=True)]
+    chosen, _ = _aggregate_block(strategy, {}, round_number, stand_ins)
+    nearest = int(np.square(points - chosen).sum(axis=1).argmin())
+    selected: Vector = ordered[nearest].update.copy()
+    return selected
+
+
+def gram(vectors: Sequence[Vector]) -> npt.NDArray[np.float64]:
+    """Return the inner products of all vectors with each other in float64, shape (count, count), block by block.
+
+    The products are those of differences from the first vector. They leave all distances as they are, and are exact
+    where vectors hardly differ.
+    """
+    total = np.zeros((len(vectors), len(vectors)))
+    for part in blocks(len(vectors[0]), max(1024, BLOCK // len(vectors))):
+        block = np.stack([vector[part] for vector in vectors]).astype(np.float64)
+        block -= block[0].copy()
+        total += block @ block.T
+    return total
 
 
 def _set_moment(flower: Any, name: str, moment: npt.NDArray[Any]) -> None:
@@ -89,14 +155,14 @@ def _set_moment(flower: Any, name: str, moment: npt.NDArray[Any]) -> None:
 
 
 def _moments_of(flower: Any) -> Moments:
-    """Return the moments of Flower's strategy, each of shape (size,)."""
+    """Return the moments of Flower's strategy, each as long as its block."""
     found: Moments = {}
     for name, container in _MOMENTS.items():
         kept = getattr(flower, name, None)
         if kept is None:
             continue
         key = 0 if container is list else ARRAY_KEY
-        found[name] = np.asarray(kept[key], np.float64)
+        found[name] = np.asarray(kept[key], np.float32)
     return found
 
 

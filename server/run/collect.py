@@ -97,6 +97,8 @@ def collect(
     if clients is not None:  # the guard allows a sum the norm of the clients that were asked, not of all the site has
         asked = {node: replace(one, clients=len(clients[one.site])) for node, one in asked.items()}
     passed, rejected = receive(ctx, round_number, asked, messages, judge)
+    for message in messages:
+        forget_arrays(message)
     # all sites receive the same arrays; a rejected reply has cost its bytes too
     bytes_down = sum(len(array.data) for array in arrays.values()) * len(messages)
     bytes_up = sum(reply.size_bytes for reply in passed) + sum(reply.size_bytes for reply in rejected)
@@ -162,9 +164,11 @@ def receive(
                 outcome = verdict.reason
             else:
                 passed[one.site] = verdict
+                forget_arrays(reply)
                 failed.pop(one.site, None)  # a valid reply makes up for a bad one before it
             if not ctx.withholds:
                 ctx.progress.reply(one.site, outcome)
+        del reply  # it may be large, and the next one is not there yet
     # a site that was silent until the deadline is a dropout
     for one in asked.values():
         if one.site not in passed:
@@ -172,6 +176,16 @@ def receive(
     gone = {site for site, rejected in failed.items() if rejected.reason == DROPOUT}
     ctx.roster.drop(node for node, one in asked.items() if one.site in gone)
     return [passed[site] for site in sorted(passed)], [failed[site] for site in sorted(failed)] + late
+
+
+def forget_arrays(message: Message) -> None:
+    """Remove the arrays of a message that is done with: they are as large as the adapter.
+
+    The views of Flower's contents refer to themselves and to their content. Left alone, both would stay in memory until
+    Python looks for such circles.
+    """
+    if message.has_content():
+        message.content.pop("arrays", None)
 
 
 def address(

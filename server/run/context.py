@@ -11,6 +11,7 @@ from tsugiki.common.config.run import RunConfig
 from tsugiki.common.wire.spec import AdapterSpec
 from tsugiki.server.engines.grid import RunGrid, Stop
 from tsugiki.server.run.evaluate import Evaluator
+from tsugiki.server.run.measuring import Pace
 from tsugiki.server.run.privacy import Privacy
 from tsugiki.server.run.progress import Progress
 from tsugiki.server.run.roster import Roster
@@ -32,6 +33,7 @@ class RunContext:
         progress: shows the run to its operator.
         stop: set when the user asks to stop.
         privacy: the operator's part of a private run; None: updates are averaged as they are.
+        pace: when the aggregation error is measured next. It changes in the course of a run.
     """
 
     config: RunConfig
@@ -45,6 +47,7 @@ class RunContext:
     progress: Progress = field(default_factory=Progress)
     stop: Stop = field(default_factory=Stop)
     privacy: Privacy | None = None
+    pace: Pace = field(default_factory=Pace)
 
     @cached_property  # each request to each site has it
     def config_for_sites(self) -> str:

@@ -16,7 +16,7 @@ from tsugiki.common.privacy.clipping import LEVELS
 from tsugiki.common.privacy.mechanisms import mechanism_of
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.strategies.factors import widen
-from tsugiki.common.wire.arrays import decode, decode_levels, decode_numbers
+from tsugiki.common.wire.arrays import array_records, decode, decode_levels, decode_numbers
 from tsugiki.common.wire.messages import (
     BESIDE,
     EvaluateReply,
@@ -55,10 +55,10 @@ def check(
         weight = _weight(answer.rows, asked.rows)
         if not (math.isfinite(answer.loss) and answer.steps > 0 and 0 <= answer.seconds < math.inf):
             raise WireError("loss, steps or seconds are out of range", code="metrics")
-        arrays = reply.content.array_records.get("arrays")
+        arrays = array_records(reply.content).get("arrays")
         if arrays is None or set(reply.content) != {"reply", "arrays"}:
             raise WireError("the message has other records than reply and arrays", code="keys")
-        update = widen(decode(arrays, part or spec), part or spec, spec)
+        update = widen(decode(arrays, part or spec, copy=False), part or spec, spec)
     except WireError as error:
         return Rejected(asked.site, error.code, str(error), size)
     norm = l2_norm(update)
@@ -80,14 +80,14 @@ def check_private(reply: Message, asked: Asked, plan: Plan, masked: bool = False
     try:
         answer = from_record(PrivateReply, reply.content)
         _check_origin(answer, asked)
-        arrays = reply.content.array_records.get("arrays")
+        arrays = array_records(reply.content).get("arrays")
         if arrays is None or set(reply.content) != {"reply", "arrays"}:
             raise WireError("the message has other records than reply and arrays", code="keys")
         levels = decode_levels(arrays, plan.dimension, plan.modulus_bits)
     except WireError as error:
         return Rejected(asked.site, error.code, str(error), size)
     # each client may add one clip norm, and its noise
-    norm = l2_norm(levels)
+    norm = levels.l2_norm()
     noise = math.sqrt(mechanism_of(plan).client_variance(plan) * asked.clients)
     most = asked.clients * LEVELS + noise * (math.sqrt(plan.dimension) + 8)
     if not masked and norm > most * (1 + 1e-12):
@@ -183,4 +183,4 @@ def _weight(rows: int, known: int) -> int:
 
 def array_bytes(content: RecordDict) -> int:
     """Return the bytes of all arrays in a message."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    return sum(len(array.data) for record in array_records(content).values() for array in record.values())

@@ -8,50 +8,85 @@ from typing import TYPE_CHECKING, Any
 
 from tsugiki.common.strategies import strategy_of
 from tsugiki.common.strategies.base import WeightedUpdate
-from tsugiki.common.strategies.products import aggregation_error
+from tsugiki.common.wire.spec import l2_norm
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.collect import collect
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.guard import check
-from tsugiki.server.run.replies import Accepted, Asked, Collected, Rejected
+from tsugiki.server.run.kept import KeptUpdates
+from tsugiki.server.run.measuring import LOW_COSINE, SKEW_NOTE, measures_error, timed_error
+from tsugiki.server.run.replies import Accepted, Asked, CollectedMean, Rejected
 from tsugiki.server.run.roster import Member
 from tsugiki.server.run.rounds import Round, Step, attempt_record, take_step
+from tsugiki.server.run.sums import RunningMean, update_cosine
 
 if TYPE_CHECKING:
     from flwr.app import Message
 
 
 @dataclass(frozen=True)
-class OpenRound(Round[Collected[Accepted]]):
+class OpenRound(Round[CollectedMean]):
     """The round of a run without privacy."""
 
     ctx: RunContext
 
-    def collect(self, state: State, round_number: int, cohort: list[Member], attempt: int) -> Collected[Accepted]:
-        """Let the cohort train, and return its updates, guarded."""
-        strategy = self.ctx.config.strategy
-        part = strategy_of(strategy).trained_part(self.ctx.spec, round_number)
+    def collect(self, state: State, round_number: int, cohort: list[Member], attempt: int) -> CollectedMean:
+        """Let the cohort train, and return its replies and the mean of its updates, guarded."""
+        config = self.ctx.config
+        spec = self.ctx.spec
+        strategy = strategy_of(config.strategy)
+        part = strategy.trained_part(spec, round_number)
+        mean = RunningMean(spec.size, config.strategy.max_update_norm, sum(member.rows for member in cohort))
+        kept: KeptUpdates | None = None
+        if strategy.needs_each_update or measures_error(config, spec, self.ctx.pace, round_number, cohort):
+            kept = KeptUpdates(self.ctx.folder, spec.size)
 
         def judge(reply: Message, asked: Asked) -> Accepted | Rejected:
-            return check(reply, asked, self.ctx.spec, strategy.max_update_norm, part)
+            verdict = check(reply, asked, spec, config.strategy.max_update_norm, part)
+            if isinstance(verdict, Rejected):
+                return verdict
+            mean.add(verdict.update, verdict.norm, verdict.weight)
+            if kept is not None:
+                kept.add(WeightedUpdate(verdict.site, verdict.update, verdict.weight, verdict.clients))
+            return verdict.without_update()
 
-        return collect(self.ctx, state, round_number, cohort, judge)
+        replies = collect(self.ctx, state, round_number, cohort, judge)
+        return CollectedMean(**vars(replies), mean=mean, kept=kept)
 
-    def record(self, round_number: int, cohort: list[Member], replies: Collected[Accepted]) -> dict[str, Any]:
+    def record(self, round_number: int, cohort: list[Member], replies: CollectedMean) -> dict[str, Any]:
         """Return the line of an attempt, with what each accepted site reported."""
         reported = {reply.site: _reported(reply) for reply in replies.accepted}
         seconds = max((reply.seconds for reply in replies.accepted), default=0.0)
         return attempt_record(round_number, cohort, replies, reported, _mean_loss(replies.accepted), seconds)
 
-    def step(self, state: State, round_number: int, replies: Collected[Accepted]) -> Step:
+    def step(self, state: State, round_number: int, replies: CollectedMean) -> Step:
         """Return the step of the strategy on the accepted updates, each weighted by its rows."""
-        updates = [WeightedUpdate(reply.site, reply.update, reply.weight, reply.clients) for reply in replies.accepted]
-        step = take_step(self.ctx, state, round_number, updates)
+        ctx = self.ctx
+        mean = replies.mean.value()
+        record: dict[str, Any] = {}
+        cosine = _cosine(replies.accepted, l2_norm(mean))
+        if cosine is not None:
+            record["update_cosine"] = cosine
+        kept = replies.kept.updates() if replies.kept else []
+        updates = kept
+        if not strategy_of(ctx.config.strategy).needs_each_update:
+            updates = [WeightedUpdate("mean", mean, replies.mean.weight)]
+        step = take_step(ctx, state, round_number, updates)
         # only where sites send factors: the mean of factors is not the mean of their products
-        error = aggregation_error(self.ctx.spec, state.vector, step.vector, updates)
-        if error is None:
-            return step
-        return replace(step, record={"aggregation_error": error})
+        if replies.kept and ctx.config.strategy.aggregation_error != "off" and ctx.pace.is_due(round_number):
+            error, seconds = timed_error(ctx.spec, state.vector, step.vector, kept)
+            if error is not None:
+                record["aggregation_error"] = error
+            ctx.pace.took(round_number, seconds + replies.kept.write_s, replies.wait_s)
+        # once, when the operator can still change the run
+        if round_number == 1 and cosine is not None and cosine < LOW_COSINE:
+            ctx.progress.note(SKEW_NOTE.format(cosine=cosine))
+        return replace(step, record=record)
+
+
+def _cosine(accepted: Sequence[Accepted], mean_norm: float) -> float | None:
+    """Return how much the accepted updates agree, or None if that says nothing."""
+    return update_cosine([reply.norm for reply in accepted], [reply.weight for reply in accepted], mean_norm)
 
 
 def _mean_loss(accepted: Sequence[Accepted]) -> float | None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import BudgetError, StorageError
@@ -16,7 +18,7 @@ from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.privacy.mechanisms import Adversary, mean_noise, mechanism_of, releases_of
 from tsugiki.common.privacy.noise import noise_generator
 from tsugiki.common.privacy.plan import Plan
-from tsugiki.common.wire.spec import Vector, l2_norm
+from tsugiki.common.wire.spec import Vector, blocks, l2_norm
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,12 @@ class Privacy:
             round_number: counted from 1.
         """
         draw = noise_generator(self.insecure_noise_seed, "server", round_number)
-        noise = mechanism_of(self.plan).server_noise(self.plan, draw)
         denominator = self.plan.denominator or clients
-        mean = to_float(total + noise, self.plan.clip_norm, denominator)
+        mean = np.empty(len(total), np.float32)
+        # block by block: all of the noise at once would take twice the memory of the mean
+        for part in blocks(len(total)):
+            noise = mechanism_of(self.plan).server_noise(self.plan, draw, part.stop - part.start)
+            mean[part] = to_float(total[part] + noise, self.plan.clip_norm, denominator)
         return mean, self._report(mean, clients, denominator)
 
     def _report(self, mean: Vector, clients: int, denominator: float) -> dict[str, Any]:

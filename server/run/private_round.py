@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tsugiki.common.strategies.base import WeightedUpdate
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.collect import collect
@@ -21,6 +19,7 @@ from tsugiki.server.run.replies import AcceptedSum, Asked, CollectedSum, Rejecte
 from tsugiki.server.run.roster import Member
 from tsugiki.server.run.rounds import Round, Step, attempt_record, take_step
 from tsugiki.server.run.secagg import collect_sum
+from tsugiki.server.run.sums import RunningSum
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -92,10 +91,14 @@ def collect_uploads(
         clients = {name: numbers for name, numbers in drawn.items() if numbers}
         cohort = [member for member in cohort if member.name in clients]
 
+    running = RunningSum(privacy.plan.dimension)  # stays zero if a drawn cohort is empty
+
     def judge(reply: Message, asked: Asked) -> AcceptedSum | Rejected:
-        return check_private(reply, asked, privacy.plan)
+        verdict = check_private(reply, asked, privacy.plan)
+        if isinstance(verdict, Rejected):
+            return verdict
+        running.add(verdict.levels)
+        return verdict.without_levels()
 
     replies = collect(ctx, state, round_number, cohort, judge, clients)
-    levels = [reply.levels for reply in replies.accepted]
-    total = np.sum([np.zeros(privacy.plan.dimension, np.int64), *levels], axis=0)  # zeros: a drawn cohort may be empty
-    return CollectedSum(replies.accepted, replies.rejected, replies.bytes_down, replies.bytes_up, replies.wait_s, total)
+    return CollectedSum(**vars(replies), total=running.total)

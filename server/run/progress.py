@@ -130,6 +130,8 @@ def describe(record: Record) -> str:
         parts.append("without " + ", ".join(f"{site} ({why['reason']})" for site, why in rejected.items()))
     if "aggregation_error" in record:
         parts.append(f"aggregation error {record['aggregation_error']:.2g}")
+    if "update_cosine" in record:
+        parts.append(f"update cosine {record['update_cosine']:.2f}")
     parts += [f"{name} {value:.4f}" for name, value in record.get("eval", {}).items()]
     parts += _privacy(record.get("privacy"))
     parts.append(f"{sum(record['seconds'].values()):.1f} s")

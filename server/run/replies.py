@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
+
+import numpy as np
 
 from tsugiki.common.errors import Code
 from tsugiki.common.privacy.clipping import Levels
+from tsugiki.common.wire.arrays import PackedLevels
 from tsugiki.common.wire.spec import Vector
+from tsugiki.server.run.kept import KeptUpdates
+from tsugiki.server.run.sums import RunningMean
+
+_NO_UPDATE: Vector = np.zeros(0, np.float32)
+_NO_LEVELS = PackedLevels(np.zeros(0, np.uint8), 8)
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Accepted:
 
     Args:
         site: its name.
-        update: shape (size,), float32.
+        update: shape (size,), float32; empty once it was added to a sum.
         weight: in rows.
         loss: mean training loss; None: the site does not share it.
         steps: optimiser steps.
@@ -58,6 +66,10 @@ class Accepted:
     size_bytes: int
     clients: int = 1
 
+    def without_update(self) -> Accepted:
+        """Return what remains of the reply when its update is in a sum."""
+        return replace(self, update=_NO_UPDATE)
+
 
 @dataclass(frozen=True)
 class AcceptedSum:
@@ -67,15 +79,19 @@ class AcceptedSum:
 
     Args:
         site: its name.
-        levels: shape (size,).
+        levels: still packed; empty once they were added to a sum.
         clients: in the sum.
         size_bytes: of the reply's arrays.
     """
 
     site: str
-    levels: Levels
+    levels: PackedLevels
     clients: int
     size_bytes: int
+
+    def without_levels(self) -> AcceptedSum:
+        """Return what remains of the reply when its levels are in a sum."""
+        return replace(self, levels=_NO_LEVELS)
 
 
 Content = TypeVar("Content")
@@ -126,6 +142,19 @@ class Collected(Generic[Upload]):
     def clients(self) -> int:
         """How many clients' updates were accepted."""
         return sum(reply.clients for reply in self.accepted)
+
+
+@dataclass(frozen=True)
+class CollectedMean(Collected[Accepted]):
+    """The replies of one attempt at an open round, without their updates.
+
+    Args:
+        mean: of the accepted updates, weighted by rows.
+        kept: the updates themselves, where something needs them one by one; else None.
+    """
+
+    mean: RunningMean
+    kept: KeptUpdates | None
 
 
 @dataclass(frozen=True)

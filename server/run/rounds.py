@@ -15,7 +15,7 @@ import numpy as np
 
 from tsugiki.common.errors import TrainingError
 from tsugiki.common.strategies.base import Moments, WeightedUpdate
-from tsugiki.common.wire.spec import Vector, l2_norm
+from tsugiki.common.wire.spec import Vector, is_finite, l2_norm
 from tsugiki.server.run.aggregate import step as aggregated_step
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import RunContext
@@ -82,8 +82,8 @@ def take_step(ctx: RunContext, state: State, round_number: int, updates: Sequenc
         TrainingError: the model would no longer be finite.
     """
     update, moments = aggregated_step(ctx.config, ctx.spec, state, updates)
-    vector = (state.vector + update).astype(np.float32)
-    if not np.isfinite(vector).all():  # each update was finite; their sum may have overflowed
+    vector = np.add(state.vector, update, dtype=np.float32)
+    if not is_finite(vector):  # each update was finite; their sum may have overflowed
         raise TrainingError(
             f"round {round_number}: the aggregated model is not finite", hint="lower the learning rates"
         )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tsugiki.common.errors import SecureAggregationError
-from tsugiki.common.privacy.clipping import LEVELS
+from tsugiki.common.privacy.clipping import LEVELS, Levels
 from tsugiki.common.privacy.mechanisms import mechanism_of
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.secagg import primitives as masks
@@ -40,6 +40,7 @@ from tsugiki.server.run.guard import check_private, check_step
 from tsugiki.server.run.privacy import Privacy
 from tsugiki.server.run.replies import AcceptedStep, AcceptedSum, Asked, CollectedSum, Content, Rejected
 from tsugiki.server.run.roster import Member
+from tsugiki.server.run.sums import RunningSum
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
@@ -108,8 +109,8 @@ class Attempt:
         self.bytes_up += sum(one.size_bytes for one in passed)
         return {one.site: one.content for one in passed}
 
-    def train(self, state: State, sealed: Mapping[str, Mapping[str, bytes]]) -> dict[str, AcceptedSum]:
-        """Let all members train, and return their masked sums by site name.
+    def train(self, state: State, sealed: Mapping[str, Mapping[str, bytes]]) -> tuple[dict[str, AcceptedSum], Levels]:
+        """Let all members train; return their replies by site name, and the sum of their masked sums modulo 2^64.
 
         Args:
             state: before the round.
@@ -125,8 +126,14 @@ class Attempt:
             self.bytes_down += sum(len(array.data) for array in arrays.values())
             return content
 
+        running = RunningSum(self.plan.dimension)
+
         def judge(reply: Message, one: Asked) -> AcceptedSum | Rejected:
-            return check_private(reply, one, self.plan, masked=True)
+            verdict = check_private(reply, one, self.plan, masked=True)
+            if isinstance(verdict, Rejected):
+                return verdict
+            running.add(verdict.levels)
+            return verdict.without_levels()
 
         timeout_s = self.ctx.config.strategy.round_timeout_s
         members = list(self.members.values())
@@ -134,7 +141,7 @@ class Attempt:
         passed, rejected = receive(self.ctx, self.round_number, asked, messages, judge)
         self._keep([one.site for one in passed], rejected)
         self.bytes_up += sum(one.size_bytes for one in passed) + sum(one.size_bytes for one in rejected)
-        return {one.site: one for one in passed}
+        return {one.site: one for one in passed}, running.total
 
     def _names(self) -> dict[int, str]:
         return {member.node_id: name for name, member in self.members.items()}
@@ -203,7 +210,7 @@ def _run(now: Attempt, privacy: Privacy, state: State, attempt: int) -> tuple[li
     # the threshold is over all sites with keys: a share was made for each of them
     needed = secagg.threshold(len(keys), fewest_sites(counts, plan.min_clients, plan.min_sites))
     received = {to: {sender: sealed[sender][to] for sender in sealed if sender != to} for to in sealed}
-    masked = now.train(state, received)
+    masked, total = now.train(state, received)
     check_sum(now.counts, plan.min_clients, plan.min_sites)
 
     # the charge before the last step: with its answers the sum can be opened, whatever happens then
@@ -215,9 +222,8 @@ def _run(now: Attempt, privacy: Privacy, state: State, attempt: int) -> tuple[li
         lists["dropped"] = dropped
     answers = now.ask("unmask", lambda name: lists, lambda name, fields: Answer.from_dict(fields, survivors, dropped))
 
-    # sums modulo 2^64 are sums modulo 2^bits as well
-    total = np.stack([one.levels for one in masked.values()]).view(np.uint64).sum(axis=0, dtype=np.uint64)
-    opened = secagg.unmask(total, survivors, dropped, keys, answers, needed, now.session, plan.modulus_bits)
+    masked_sum = total.view(np.uint64)
+    opened = secagg.unmask(masked_sum, survivors, dropped, keys, answers, needed, now.session, plan.modulus_bits)
     return list(masked.values()), opened
 
 

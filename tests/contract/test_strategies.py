@@ -23,11 +23,13 @@ from tsugiki.common.strategies.factors import pairs
 from tsugiki.common.wire.arrays import ARRAY_KEY, encode
 from tsugiki.common.wire.flower import identify_process
 from tsugiki.common.wire.messages import TrainRequest, to_record
-from tsugiki.common.wire.spec import AdapterSpec, TensorSpec, unpack
+from tsugiki.common.wire.spec import AdapterSpec, TensorSpec, l2_norm, unpack
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.aggregate import aggregate, step
 from tsugiki.server.run.checkpoint import State
+from tsugiki.server.run.kept import KeptUpdates
 from tsugiki.server.run.progress import Progress
+from tsugiki.server.run.sums import RunningMean
 
 SIZE = 40
 each_strategy = pytest.mark.parametrize("name", STRATEGIES.names())
@@ -121,7 +123,7 @@ def test_the_result_is_float32_of_the_same_shape(name, count):
     assert result.shape == (SIZE,)
     assert np.isfinite(result).all()
     assert result.any()
-    assert all(moment.dtype == np.float64 and moment.shape == (SIZE,) for moment in state.values())
+    assert all(moment.dtype == np.float32 and moment.shape == (SIZE,) for moment in state.values())
 
 
 @pytest.mark.parametrize("name", sorted(set(STRATEGIES.names()) - {"fedadam"}))
@@ -192,7 +194,7 @@ def test_state_passed_on_is_as_good_as_an_object_kept_alive(name):
         expected, _ = alive.aggregate_train(number, as_messages(replies))
         handed_in = {key: moment.copy() for key, moment in state.items()}
         result, new = aggregate(strategy(name), state, number, replies)
-        assert np.allclose(result, expected[ARRAY_KEY].numpy(), rtol=1e-5, atol=0)  # our moments are float64
+        assert np.allclose(result, expected[ARRAY_KEY].numpy(), rtol=1e-5, atol=0)
         assert all(np.array_equal(state[key], handed_in[key]) for key in state)
         state = new
 
@@ -320,6 +322,59 @@ def test_a_linear_strategy_needs_the_mean_alone():
         assert gap_of_the_mean(name) > 1e-3, name
 
 
+def test_a_strategy_that_keeps_no_update_needs_the_mean_alone():
+    """Catches: updates forgotten that a strategy reads; a linear strategy that keeps them all in memory."""
+    without = [name for name in STRATEGIES.names() if not STRATEGIES.get(name).needs_each_update]
+    assert {"fedavg", "fedprox", "fedavgm", "fedadam", "ffa"} <= set(without)
+    for name in STRATEGIES.names():
+        kind = STRATEGIES.get(name)
+        assert not (kind.linear and kind.needs_each_update), name
+        if not kind.needs_each_update:
+            assert gap_of_the_mean(name) < 1e-6, name
+
+
+@each_strategy
+def test_blocks_give_what_the_whole_gives(name, monkeypatch):
+    """Catches: a strategy called coordinate-wise that is not; blocks or moments that are put together wrongly."""
+    chosen = strategy(name)
+    whole, state = aggregate(chosen, {}, 1, updates())
+    monkeypatch.setattr("tsugiki.server.run.aggregate._FLOWER_BLOCK", 1)
+    monkeypatch.setattr("tsugiki.server.run.aggregate._SHORTEST_BLOCK", 7)
+    parts, others = aggregate(chosen, {}, 1, updates())
+    assert parts.tobytes() == whole.tobytes()
+    assert others.keys() == state.keys()
+    assert all(np.array_equal(others[key], state[key]) for key in state)
+    later = [aggregate(chosen, moments, 2, updates(seed=1))[0].tobytes() for moments in (state, others)]
+    assert later[0] == later[1]
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES.names() if not STRATEGIES.get(name).needs_each_update])
+def test_the_running_mean_gives_the_step_of_flowers_own_average(name):
+    """Catches: weights lost on the way into the running sum; moments that differ from those of the updates."""
+    running_state, flowers_state = {}, {}
+    for number in (1, 2, 3):
+        replies = updates(6, seed=number)
+        running = RunningMean(SIZE, 100.0, sum(one.weight for one in replies))
+        for one in random.Random(number).sample(replies, len(replies)):  # noqa: S311
+            running.add(one.update, l2_norm(one.update), one.weight)
+        mean = [WeightedUpdate("mean", running.value(), running.weight)]
+        step_of_mean, running_state = aggregate(strategy(name), running_state, number, mean)
+        flowers, flowers_state = aggregate(strategy(name), flowers_state, number, replies)
+        assert np.allclose(step_of_mean, flowers, rtol=2e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("held_bytes", [0, 10**6])
+@pytest.mark.parametrize("name", [name for name in STRATEGIES.names() if STRATEGIES.get(name).needs_each_update])
+def test_updates_from_the_file_give_the_same_bytes(name, held_bytes, tmp_path):
+    """Catches: a strategy that changes the updates it reads, or cannot read them from a file."""
+    config, spec, state, found = lora_case(name)
+    expected = step(config, spec, state, found)[0]
+    kept = KeptUpdates(tmp_path, spec.size, held_bytes)
+    for one in found[::-1]:
+        kept.add(one)
+    assert step(config, spec, state, kept.updates())[0].tobytes() == expected.tobytes()
+
+
 def gap_of_the_mean(name):
     """Return by how much a strategy's second step differs if it gets the mean in place of the updates."""
     config, spec, state, found = lora_case(name)
@@ -410,8 +465,8 @@ def test_a_federation_of_lora_learns_and_tells_its_aggregation_error(name, tmp_p
         simulation={"clients": 3},
     )
     before, *lines = read_lines(run_tiny(config).folder / "metrics.jsonl")
-    errors = [line["aggregation_error"] for line in lines]
-    assert len(errors) == 3
+    errors = [line["aggregation_error"] for line in lines if "aggregation_error" in line]
+    assert "aggregation_error" in lines[0]  # later ones only while measuring takes a small share of the time
     if name in {"ffa", "rolora", "flora"}:
         assert max(errors) < 1e-5
     else:
@@ -423,7 +478,7 @@ def test_svd_at_full_rank_has_no_error(tmp_path):
     """Catches: a projection that loses something where there is room for all."""
     config = tiny_config(tmp_path, adapter={"rank": 32}, strategy={"name": "svd"}, simulation=SKEWED)
     lines = read_lines(run_tiny(config).folder / "metrics.jsonl")[1:]
-    assert max(line["aggregation_error"] for line in lines) < 1e-5
+    assert max(line["aggregation_error"] for line in lines if "aggregation_error" in line) < 1e-5
 
 
 def test_rolora_sends_half(tmp_path):

@@ -291,7 +291,7 @@ def test_nothing_leaves_a_private_site_but_its_protected_sum(tmp_path, privacy):
         assert set(reply.content.config_records["reply"]) == PRIVATE
         (array,) = reply.content.array_records["arrays"].values()
         assert (array.dtype, array.stype) == ("uint8", "numpy.ndarray")
-        assert decode_levels(reply.content.array_records["arrays"], array.shape[0] // 4, 32).any()
+        assert decode_levels(reply.content.array_records["arrays"], array.shape[0] // 4, 32).unpacked().any()
     assert [file for file in leaks(tmp_path) if file not in ("train.csv", "dev.csv")] == []
 
 

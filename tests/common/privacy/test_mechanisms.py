@@ -29,7 +29,7 @@ def summed(plan, clients, same="", chunk=10):
     total = ProtectedSum.empty(plan, 7 if same else 0)
     for start in range(0, clients, 1 if same else chunk):
         total.add(np.zeros((1 if same else min(chunk, clients - start), plan.dimension)), same or f"client-{start}")
-    noise = mechanism_of(plan).server_noise(plan, noise_generator())
+    noise = mechanism_of(plan).server_noise(plan, noise_generator(), plan.dimension)
     assert total.clients == clients
     return total.levels + noise
 
@@ -195,7 +195,7 @@ def shift(plan, clients):
     for update in (direction, np.zeros(4)):
         levels = clip(np.broadcast_to(update * plan.clip_norm, (RUNS, 4)), plan.clip_norm).levels
         noise = sum(mechanism_of(plan).client_noise(many, draw) for _ in range(clients))
-        noise = noise + mechanism_of(plan).server_noise(many, draw)
+        noise = noise + mechanism_of(plan).server_noise(many, draw, many.dimension)
         found.append((levels + noise.reshape(RUNS, 4)) @ direction)
     return (found[0].mean() - found[1].mean()) / math.sqrt((found[0].var() + found[1].var()) / 2)
 

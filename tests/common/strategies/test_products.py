@@ -7,7 +7,7 @@ import pytest
 
 from tsugiki.common.rng import generator
 from tsugiki.common.strategies import STRATEGIES, WeightedUpdate
-from tsugiki.common.strategies.products import aggregation_error, norm, project
+from tsugiki.common.strategies.products import aggregation_error, layers, project, shares
 from tsugiki.common.wire.spec import AdapterSpec, TensorSpec, pack, unpack
 
 OUT, IN = 6, 7
@@ -63,11 +63,45 @@ def after(strategy, before, whole, replies, round_=1):
     return before + kind(kind.Settings()).combine(whole, before, mean.astype(np.float32), replies, draw)
 
 
-def test_a_products_norm_is_found_from_its_factors():
-    """Catches: a norm of the factors; one that goes wrong where the inner size is the larger."""
-    for inner in (2, 20):
-        left, right = generator(1, inner).normal(size=(OUT, inner)), generator(2, inner).normal(size=(inner, IN))
-        assert norm((left, right)) == pytest.approx(np.linalg.norm(left @ right))
+def slow_error(whole, before, new, replies):
+    """Return the aggregation error by QR decompositions of all factors side by side."""
+    distances, norms = [], []
+    for layer in layers(whole):
+        lefts, rights = [], []
+        for share, one in zip(shares(replies), replies, strict=True):
+            trained = unpack(before.astype(np.float64) + one.update, whole)
+            lefts.append(share * trained[layer.pair.b])
+            rights.append(trained[layer.pair.a])
+        merged = [layer.merged] if layer.merged else []
+        for pair in merged:
+            lefts.append(unpack(before, whole)[pair.b])
+            rights.append(unpack(before, whole)[pair.a])
+        norms.append(qr_norm(lefts, rights))
+        for pair in [layer.pair, *merged]:
+            lefts.append(-unpack(new, whole)[pair.b])
+            rights.append(unpack(new, whole)[pair.a])
+        distances.append(qr_norm(lefts, rights))
+    return np.linalg.norm(distances) / np.linalg.norm(norms)
+
+
+def qr_norm(lefts, rights):
+    """Return the norm of a product from the triangles of its factors."""
+    left = np.linalg.qr(np.concatenate(lefts, axis=1).astype(np.float64), mode="r")
+    right = np.linalg.qr(np.concatenate(rights).astype(np.float64).T, mode="r")
+    return np.linalg.norm(left @ right.T)
+
+
+@pytest.mark.parametrize("copies", [1, 9])
+@pytest.mark.parametrize("merged", [0, 3])
+def test_the_error_from_gram_matrices_is_that_of_the_decompositions(copies, merged):
+    """Catches: Gram matrices with a sign or a weight lost; digits lost beside products that are multiplied out."""
+    whole = spec(2, merged)
+    before = drawn(whole, "before")
+    replies = [replace(one, site=f"{one.site}{n}") for one in accepted(whole) for n in range(copies)]
+    new = after("fedavg", before, whole, replies)
+    assert aggregation_error(whole, before, new, replies) == pytest.approx(
+        slow_error(whole, before, new, replies), 1e-8
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])

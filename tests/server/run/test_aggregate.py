@@ -70,7 +70,7 @@ def test_adam_takes_the_updates_as_its_pseudo_gradient_and_remembers():
         update, state = aggregate(chosen, state, number, replies)
         assert np.allclose(update, adam(means)[-1], rtol=1e-5), number
     assert sorted(state) == ["m_t", "v_t"]
-    assert all(moment.dtype == np.float64 and moment.shape == (SIZE,) for moment in state.values())
+    assert all(moment.dtype == np.float32 and moment.shape == (SIZE,) for moment in state.values())
 
 
 def test_what_is_remembered_is_not_changed_afterwards():

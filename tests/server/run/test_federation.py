@@ -231,7 +231,9 @@ def test_progress_is_told(tmp_path, monkeypatch, has_bf16):
     replies = [("site-0", "accepted"), ("site-1", "accepted")]
     assert [text for text in told[:1] if "this device has bfloat16" in text] == told[:has_bf16]
     del told[:has_bf16]
-    assert told == ["2 of 2 nodes connected", "shard-texts-cut: site-0 (12), site-1 (12)", *replies]
+    start = ["2 of 2 nodes connected", "shard-texts-cut: site-0 (12), site-1 (12)", *replies]
+    assert told[: len(start)] == start
+    assert all("docs/skew.md" in note for note in told[len(start) :])  # so few rows may disagree
 
 
 def test_auto_is_a_number_wherever_the_run_is_written_down(tmp_path):

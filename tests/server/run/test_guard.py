@@ -162,7 +162,7 @@ def test_a_good_private_reply_is_accepted_with_its_integers():
     levels = np.arange(SPEC.size) - 20
     accepted = check_private(private_reply(levels), replace(ASKED, clients=5), CENTRAL)
     assert isinstance(accepted, AcceptedSum)
-    assert accepted.levels.tolist() == levels.tolist()
+    assert accepted.levels.unpacked().tolist() == levels.tolist()
     assert (accepted.site, accepted.clients, accepted.size_bytes) == ("site-0", 5, 4 * SPEC.size + 128)
 
 

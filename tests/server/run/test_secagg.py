@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from flwr.app import Error
+from flwr.app import Error, RecordDict
 from flwr.app.message import make_message
 from scipy import stats
 
@@ -131,14 +131,16 @@ class Server:
 
     def __call__(self, node, reply):
         """Note a reply and let it pass."""
-        self.replies.append((reply.metadata.message_type, reply.content))
+        content = RecordDict(dict(reply.content))  # the server removes the arrays from its own
+        self.replies.append((reply.metadata.message_type, content))
         return [reply]
 
     def uploads(self, kind, size):
         """Return the integers of all uploads."""
-        found = [content.array_records["arrays"] for seen, content in self.replies if seen == kind]
+        found = [content["arrays"] for seen, content in self.replies if seen == kind]
         assert found
-        return [decode_levels(record, size, BITS).view(np.uint64) & np.uint64(2**BITS - 1) for record in found]
+        levels = [decode_levels(record, size, BITS).unpacked() for record in found]
+        return [one.view(np.uint64) & np.uint64(2**BITS - 1) for one in levels]
 
 
 def uniform(values):

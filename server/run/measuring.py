@@ -1,0 +1,78 @@
+"""What the server measures about the updates of an open round: the aggregation error, and how far updates agree."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tsugiki.common.strategies import strategy_of
+from tsugiki.common.strategies.factors import pairs
+from tsugiki.common.strategies.products import aggregation_error
+from tsugiki.common.wire.spec import AdapterSpec
+
+if TYPE_CHECKING:
+    from tsugiki.common.config.run import RunConfig
+    from tsugiki.common.strategies.base import WeightedUpdate
+    from tsugiki.common.wire.spec import Vector
+    from tsugiki.server.run.roster import Member
+
+SHARE = 0.05
+"""The most that measuring may take of a run's time."""
+NEGLIGIBLE_S = 0.02
+"""A measurement that is shorter than this is made in every round."""
+MOST_BYTES = 2**30
+"""Updates that only the measurement needs are kept up to this many bytes a round."""
+LOW_COSINE = 0.3
+"""Below this mean cosine of the updates of round 1, the operator is told what helps against skewed data. Measured: see
+docs/skew.md."""
+
+SKEW_NOTE = (
+    "the updates of the sites hardly agree (mean cosine {cosine:.2f}): their data differ much. What helps: "
+    'train.optimizer = "sgd" with strategy.name = "fedavgm" and server_momentum = 0.5, and a head that starts warm. '
+    "See docs/skew.md"
+)
+
+
+@dataclass
+class Pace:
+    """How often the aggregation error is measured: so seldom that it takes at most `SHARE` of the time.
+
+    Only the record of a run depends on it, never the model.
+    """
+
+    next_round: int = 0
+
+    def is_due(self, round_number: int) -> bool:
+        """Return whether to measure in this round."""
+        return round_number >= self.next_round
+
+    def took(self, round_number: int, seconds: float, round_s: float) -> None:
+        """Plan the next measurement after one that took `seconds` in a round of `round_s` seconds without it."""
+        every = 1
+        if seconds > NEGLIGIBLE_S:
+            every = max(1, math.ceil(seconds / (SHARE * max(round_s, 1e-3))))
+        self.next_round = round_number + every
+
+
+def measures_error(
+    config: RunConfig, spec: AdapterSpec, pace: Pace, round_number: int, cohort: Sequence[Member]
+) -> bool:
+    """Return whether this round's aggregation error is to be measured, for which its updates have to be kept."""
+    if config.strategy.aggregation_error == "off" or not pace.is_due(round_number):
+        return False
+    # without LoRA there is no error; a gateway sends a mean of its clients' factors, from which it cannot be found
+    if not pairs(spec) or any(member.clients > 1 for member in cohort):
+        return False
+    return strategy_of(config.strategy).needs_each_update or 4 * spec.size * len(cohort) <= MOST_BYTES
+
+
+def timed_error(
+    spec: AdapterSpec, before: Vector, after: Vector, updates: Sequence[WeightedUpdate]
+) -> tuple[float | None, float]:
+    """Return the aggregation error (see `products.py`) and the seconds that it took."""
+    started = time.perf_counter()
+    error = aggregation_error(spec, before, after, updates)
+    return error, time.perf_counter() - started

@@ -1,0 +1,136 @@
+"""Running sums: each update is added when it arrives and then forgotten, so memory does not grow with the sites.
+
+Updates arrive in any order, and a sum of floats depends on its order. Here every update is first rounded to a common
+grid. On that grid float64 adds without rounding, so any order of arrival gives the same bits.
+
+Source: Demmel and Nguyen, "Fast Reproducible Floating-Point Summation", 21st IEEE Symposium on Computer Arithmetic
+(ARITH), 2013; "Parallel Reproducible Summation", IEEE Transactions on Computers 64(7), 2015. This is the simplest form
+of their method: one grid, chosen in advance, because the guard bounds what may be added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tsugiki.common.privacy.clipping import Levels
+from tsugiki.common.wire.arrays import PackedLevels
+from tsugiki.common.wire.spec import BLOCK, Vector, blocks
+
+SHORT = 128.0
+"""Updates up to this length share one grid. Longer ones, which only a large `max_update_norm` lets in, get coarser
+grids, so that the bound itself does not make the grid of ordinary updates coarse."""
+RATIO = 2.0**20
+"""The ratio of the lengths that two neighbouring grids are made for."""
+
+
+class RunningMean:
+    """The mean of the updates that were added so far, weighted by rows.
+
+    A weighted update x is rounded to the grid as (x + c) - c, with c = 1.5 * 2^k: near c, float64 has no digits below
+    2^(k - 52). Let T be the largest length of an update times the sum of all weights that may come. k is chosen such
+    that 2^(k - 1) is the least power of two that is not below T. So no sum exceeds 2^51 units of the grid, and all sums
+    are exact. Rounding changes each weighted update by at most 2^-51 * T: the mean of n sites with equal weights by at
+    most n * 2^-51 times the largest length, and usually by the root of n instead of n.
+
+    Args:
+        size: of an update.
+        longest: no update is longer, in L2 norm.
+        weight: the sum of all weights is not larger.
+    """
+
+    def __init__(self, size: int, longest: float, weight: int) -> None:
+        self._size = size
+        self._longest = longest
+        self._most_weight = weight
+        self._sums: dict[int, npt.NDArray[np.float64]] = {}  # one for each grid in use
+        self._scratch = np.empty(BLOCK)
+        self.weight = 0
+
+    def add(self, update: Vector, norm: float, weight: int) -> None:
+        """Add an update, shape (size,), of this L2 norm and with this weight in rows.
+
+        Raises:
+            ValueError: the update is longer, or its weight larger, than the grid was made for.
+        """
+        if norm > self._longest or self.weight + weight > self._most_weight:
+            raise ValueError(f"an update of norm {norm:g} and weight {weight} is beyond the bounds of this sum")
+        grid = _grid(norm)
+        if grid not in self._sums:
+            self._sums[grid] = np.zeros(self._size)
+        total = self._sums[grid]
+        constant = self._constant(grid)
+        self.weight += weight
+        for part in blocks(self._size):
+            weighted = self._scratch[: part.stop - part.start]
+            np.multiply(update[part], weight, out=weighted, dtype=np.float64)
+            weighted += constant
+            weighted -= constant  # now a multiple of the grid's unit
+            total[part] += weighted
+
+    def _constant(self, grid: int) -> float:
+        longest = min(SHORT * RATIO**grid, self._longest)
+        # a little more than the bound: the norm itself was rounded
+        _, exponent = math.frexp(longest * self._most_weight * (1 + 1e-9))
+        return math.ldexp(1.5, exponent + 1)
+
+    def value(self) -> Vector:
+        """Return the mean, shape (size,). At least one update was added."""
+        mean = np.empty(self._size, np.float32)
+        for part in blocks(self._size):
+            # few grids, always in this order
+            total = sum(self._sums[grid][part] for grid in sorted(self._sums))
+            mean[part] = total / self.weight
+        return mean
+
+
+def _grid(norm: float) -> int:
+    """Return the number of the grid for updates of this length: 0 up to `SHORT`, then one for each `RATIO`."""
+    grid = 0
+    while norm > SHORT * RATIO**grid:
+        grid += 1
+    return grid
+
+
+class RunningSum:
+    """The sum of the protected updates that were added so far, in levels. Sums of integers are always exact.
+
+    Args:
+        size: of an update.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.total: Levels = np.zeros(size, np.int64)
+
+    def add(self, levels: PackedLevels) -> None:
+        """Add a protected update. A masked one may wrap around: sums modulo 2^64 are sums modulo 2^bits as well."""
+        for part in blocks(len(self.total)):
+            self.total[part] += levels.block(part)
+
+
+def update_cosine(norms: Sequence[float], weights: Sequence[int], mean_norm: float) -> float | None:
+    """Return how much the updates of a round point in the same direction: the mean cosine over all pairs of updates.
+
+    A pair counts by the product of the lengths with which its two updates enter the mean, a_i = weight_i * norm_i.
+    With them the mean cosine follows from the length of the mean, and no update is needed again:
+    |sum_i a_i e_i|^2 = sum_i a_i^2 + sum_{i != j} a_i a_j cos_ij. Where all a_i are equal, it is the plain mean.
+
+    Args:
+        norms: L2 norms of the updates.
+        weights: their weights, in rows.
+        mean_norm: L2 norm of the weighted mean.
+
+    Returns:
+        Between -1 and 1; 1 if all updates point in one direction, about 0 if they have nothing in common. None with
+        fewer than two updates that are not zero.
+    """
+    lengths = np.array([norm * weight for norm, weight in zip(norms, weights, strict=True)])
+    squares = float(np.square(lengths).sum())
+    pairs = float(lengths.sum()) ** 2 - squares
+    if np.count_nonzero(lengths) < 2 or pairs <= 0:
+        return None
+    total = mean_norm * sum(weights)
+    return float(np.clip((total**2 - squares) / pairs, -1.0, 1.0))
