@@ -120,7 +120,7 @@ def _traffic(run: Run) -> str:
     numbers = f"{run.summary.get('adapter_parameters', 0):,} parameters"
     head = run.summary.get("head_parameters", 0)
     if head:
-        numbers += f" and {head:,} of the task's head"
+        numbers += f" and {head:,} of the task's head{_read_by_the_head(run)}"
     asked = sum(len(line["cohort"]) for line in run.attempts)
     # The mean over what was sent, or the size in the spec if nothing was.
     if asked:
@@ -132,6 +132,15 @@ def _traffic(run: Run) -> str:
         f"Only the adapter travelled: {numbers}, {size} to each site in a round, and as much back. The base model "
         "stayed frozen."
     )
+
+
+def _read_by_the_head(run: Run) -> str:
+    """Return what a head reads if it pools by itself, as the end of a sentence about it."""
+    reads = {
+        "mean": " (it reads the mean of a text's hidden states)",
+        "first": " (it reads the hidden state of a text's first token)",
+    }
+    return reads.get(run.summary.get("agreed", {}).get("pooling", ""), "")
 
 
 def _count(number: int, noun: str) -> str:
