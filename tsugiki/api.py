@@ -237,8 +237,9 @@ def load_adapter(folder: StrPath, base: StrPath | PreTrainedModel | SentenceTran
             tensors that are frozen (`model.requires_grad_(False)`) are used, so that memory holds them once.
 
     Returns:
-        In eval mode, on the CPU: a `SentenceTransformer` where the task is sentence embedding, else the transformers
-        model (of a PEFT method, the `PeftModel` around it).
+        In eval mode, on the CPU: a `SentenceTransformer` where the task is sentence embedding, or classification with
+        a pooling of its own (then `encode` gives the logits); else the transformers model (of a PEFT method, the
+        `PeftModel` around it).
 
     Raises:
         ModelError: the export or the base cannot be loaded, or they do not belong together; `code` says which.

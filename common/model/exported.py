@@ -27,9 +27,13 @@ from tsugiki.common.model.spec import make_spec
 from tsugiki.common.settings import Section
 from tsugiki.common.tasks import TASKS, Task
 from tsugiki.common.tasks.base import Base
+from tsugiki.common.tasks.pooling import HEAD, HEAD_FILE
 from tsugiki.common.wire.spec import AdapterSpec
 
 EXPORTED_FILE = "tsugiki.json"
+
+_PEFT_PREFIX = "base_model.model."
+"""What peft puts before the transformer's own names in its file."""
 
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -64,6 +68,9 @@ class Exported(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="the type of the frozen weights")
     spec_sha256: _Sha256 = Field(description="of the `AdapterSpec` of what is exported")
     constants: dict[str, str] = Field(default={}, description="what the spec has from the task's `Base.constants`")
+    head_file: Literal["", "3_Dense/model.safetensors"] = Field(
+        default="", description="the head, where it is in a file of its own, as sentence-transformers saves it"
+    )
 
     def make_task(self) -> Task:
         """Return the task that the adapter was trained for."""
@@ -107,7 +114,9 @@ class Exported(Section):
         (folder / EXPORTED_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def write_exported(folder: Path, graft: Graft, dtype: str, base_name: str, *, headless: bool = False) -> None:
+def write_exported(
+    folder: Path, graft: Graft, dtype: str, base_name: str, *, headless: bool = False, head_apart: bool = False
+) -> None:
     """Write `tsugiki.json` for a graft whose adapter is saved in a folder; it contains nothing of this machine.
 
     Args:
@@ -116,13 +125,17 @@ def write_exported(folder: Path, graft: Graft, dtype: str, base_name: str, *, he
         dtype: of the frozen weights.
         base_name: under which others find the base.
         headless: whether the head is left out, which changes the spec.
+        head_apart: whether the head is in a file of its own.
     """
     spec = graft.spec
+    settings = graft.task.settings.resolved(lambda name: "").model_dump(mode="json")
+    # What "auto" took on this base is fixed: the base may look different at another place.
+    settings |= {name: value for name, value in graft.base.constants.items() if name in settings}
     if headless:
         spec = replace(spec, tensors=tuple(tensor for tensor in spec.tensors if tensor.part != "head"))
     exported = Exported.model_validate(
         {
-            "task": graft.task.settings.resolved(lambda name: "").model_dump(mode="json"),
+            "task": settings,
             "adapter": graft.method.exported_settings(),
             "heads": () if headless else graft.base.heads,
             "base_name": base_name,
@@ -130,6 +143,7 @@ def write_exported(folder: Path, graft: Graft, dtype: str, base_name: str, *, he
             "dtype": dtype,
             "spec_sha256": spec.sha256,
             "constants": graft.base.constants,
+            "head_file": HEAD_FILE if head_apart else "",
         }
     )
     exported.write(folder)
@@ -209,6 +223,9 @@ def load_exported(folder: Path, transformer: Any, exported: Exported | None = No
     require_heads(transformer, exported.heads)
     method = exported.make_method(folder)
     tensors = read_tensors(folder / method.tensors_file)
+    if exported.head_file:
+        head = read_tensors(folder / exported.head_file)
+        tensors |= {f"{_PEFT_PREFIX}{HEAD}.{name.removeprefix('linear.')}": value for name, value in head.items()}
     with quiet_libraries():
         attached: Any = method.attach(transformer, exported.heads)
     for value in attached.parameters():
@@ -249,8 +266,8 @@ def open_exported(folder: Path, source: str = "", *, beside: Any = None, device:
 
 def _check_heads(exported: Exported, base: Base) -> None:
     """Refuse an export that would replace other modules of the base than the heads of its task."""
-    embedder = base.network is not base.transformer  # an embedder may be exported without its head
-    if exported.heads != base.heads and not (embedder and not exported.heads):
+    left_out = base.loss_heads and not exported.heads
+    if exported.heads != base.heads and not left_out:
         raise ModelError(
             f"the export brings the modules {', '.join(exported.heads) or 'none'} in full",
             f"the heads of its task on this base: {', '.join(base.heads) or 'none'}",

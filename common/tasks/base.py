@@ -99,7 +99,9 @@ class Base:
         pixels: the image format that the model reads; None if the task reads no images.
         adapter_disabled: switches the adapter off inside a `with` block.
         reward_model: a second network on the same base tensors, which scores the answers of the first; never trained.
-        constants: hashes and values that both sides must agree on beside the adapter, by name; a part of the spec.
+        constants: hashes and values that both sides must agree on beside the adapter, by name; a part of the spec. What
+            a setting of the task took for "auto" is here under the setting's name.
+        loss_heads: whether only the loss reads the heads, so that exports leave them out.
     """
 
     network: Any
@@ -110,6 +112,7 @@ class Base:
     adapter_disabled: Callable[[], AbstractContextManager[None]] = nullcontext
     reward_model: Any = None
     constants: Mapping[str, str] = field(default_factory=dict)
+    loss_heads: bool = False
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class SentenceEmbedding(Task):
             return Base(network, network[0].model, network.tokenizer)
         width = 3 * network.get_embedding_dimension()
         setattr(network[0].model, _HEAD, nn.Linear(width, len(self.labels), bias=False, dtype=dtype))
-        return Base(network, network[0].model, network.tokenizer, (_HEAD,))
+        return Base(network, network[0].model, network.tokenizer, (_HEAD,), loss_heads=True)
 
     def put_in_place(self, base: Base, transformer: nn.Module) -> None:
         """Replace the transformer inside the `SentenceTransformer`; its pooling stays."""

@@ -4,27 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from tsugiki.common.data.columns import Column
 from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import HeadedSettings
 from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Task, TinyCase
 from tsugiki.common.tasks.classes import class_metrics, named_classes
+from tsugiki.common.tasks.pooling import (
+    HEAD,
+    Pooling,
+    class_logits,
+    embedder_modes,
+    load_pooled,
+    pooling_of,
+    put_in_place,
+)
 from tsugiki.common.tasks.rows import TokenRows
 from tsugiki.common.tasks.text import CUT, TokenSlice, by_length, encode_slices, pad, padding_id, tokenise
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from tsugiki.common.data.shard import Shard
     from tsugiki.common.tasks.base import Generation
 
 _SEGMENTS = "token_type_ids"
+
+
+def _switch(value: Any) -> Any:
+    """Turn "true" and "false" into booleans: what both sides agree on is text."""
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
 
 
 class SequenceClassificationSettings(HeadedSettings):
@@ -36,17 +51,34 @@ class SequenceClassificationSettings(HeadedSettings):
         description="Classify pairs of texts, from the columns text and text_pair. Set it for tasks such as "
         "entailment.",
     )
-    train_pooler: bool = Field(
-        default=False,
-        description="Also train and exchange the base's pooler (BERT's: a dense layer on the first token, h * (h + "
-        "1) numbers). Set it if pre-training did not use the pooler; in private runs try without it "
-        "first.",
+    pooling: Literal["auto", Pooling] = Field(
+        default="auto",
+        description='What the head reads. "mean": the mean of the last hidden states over a text\'s tokens. "first": '
+        'the last hidden state of its first token. "model": what the base\'s own classifier in transformers reads '
+        '(BERT: the first token through the pooler; decoders: the last token). "auto" takes mean or first from a '
+        "sentence embedder that pools so, and model on other bases and where train_pooler is true. Set model if other "
+        "programs have to load the result with AutoModelForSequenceClassification.",
     )
+    train_pooler: Annotated[Literal["auto"] | bool, BeforeValidator(_switch)] = Field(
+        default="auto",
+        description="With pooling \"model\": also train and exchange the base's pooler (BERT's: a dense layer on the "
+        'first token, h * (h + 1) numbers). "auto" trains it if pre-training left it aside: the checkpoint has no '
+        "values for it, or the base is a sentence embedder that pools without it. In private runs more numbers need "
+        "more noise: compare with false there.",
+    )
+
+    @model_validator(mode="after")
+    def _a_pooler_is_read(self) -> SequenceClassificationSettings:
+        if self.train_pooler is True and self.pooling in ("mean", "first"):
+            raise ValueError(
+                'given pooling = "model" if train_pooler is true, because no other pooling reads the pooler'
+            )
+        return self
 
 
 @TASKS.register("sequence-classification")
 class SequenceClassification(Task):
-    """`AutoModelForSequenceClassification` with cross-entropy."""
+    """Cross-entropy on `AutoModelForSequenceClassification`, or on a linear layer above pooled hidden states."""
 
     name = "sequence-classification"
     Settings = SequenceClassificationSettings
@@ -74,15 +106,38 @@ class SequenceClassification(Task):
         return "text-classification"
 
     def load(self, folder: Path, dtype: torch.dtype, **how: Any) -> Base:
-        """Load the base; its head is new unless the checkpoint has one of the same shape.
+        """Load the base with a head. What "auto" took is in `Base.constants`.
 
         Raises:
             ModelError: `head-missing`, `train_pooler` is set, and the base has no pooler.
         """
+        modes = embedder_modes(folder)
+        pooling: Pooling = "model"
+        if self.settings.pooling != "auto":
+            pooling = self.settings.pooling
+        elif self.settings.train_pooler is not True:
+            pooling = pooling_of(modes)
+        if pooling == "model":
+            return self._load_classifier(folder, dtype, left_aside=bool(modes), **how)
+        network = load_pooled(folder, pooling, self.labels, self.settings.max_length, dtype=dtype, **how)
+        transformer = network[0].model
+        if transformer.config.pad_token_id is None:
+            transformer.config.pad_token_id = padding_id(network.tokenizer)
+        return Base(network, transformer, network.tokenizer, (HEAD,), constants={"pooling": pooling})
+
+    def _load_classifier(self, folder: Path, dtype: torch.dtype, *, left_aside: bool, **how: Any) -> Base:
+        """Load transformers' own classifier; its head is new unless the checkpoint has one of the same shape.
+
+        Args:
+            folder: of the checkpoint.
+            dtype: of the frozen weights.
+            left_aside: whether the base is an embedder that pools without the pooler.
+            how: further arguments of `from_pretrained`.
+        """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        network = AutoModelForSequenceClassification.from_pretrained(
+        network, found = AutoModelForSequenceClassification.from_pretrained(
             folder,
             dtype=dtype,
             num_labels=len(self.labels),
@@ -91,12 +146,29 @@ class SequenceClassification(Task):
             ignore_mismatched_sizes=True,
             use_safetensors=True,
             trust_remote_code=False,  # if it is not set, transformers asks at the terminal
+            output_loading_info=True,
             **how,
         )
         if network.config.pad_token_id is None:
             network.config.pad_token_id = padding_id(tokenizer)
-        heads = _pooler(network) if self.settings.train_pooler else ()
-        return Base(network, network, tokenizer, (*heads, *_after_the_backbone(network)))
+        pooler = _pooler(network)
+        train_pooler = self.settings.train_pooler
+        if train_pooler == "auto":
+            random = any(name.startswith(f"{pooler}.") for name in found["missing_keys"])
+            train_pooler = bool(pooler) and (left_aside or random)
+        elif train_pooler and not pooler:
+            raise _no_pooler(network)
+        heads = (pooler,) if train_pooler else ()
+        agreed = {"pooling": "model", "train_pooler": str(train_pooler).lower()}
+        return Base(network, network, tokenizer, (*heads, *_after_the_backbone(network)), constants=agreed)
+
+    def put_in_place(self, base: Base, transformer: nn.Module) -> None:
+        """Replace the bare transformer by the one with the adapter, in a pooled classifier together with its head."""
+        if base.network is base.transformer:
+            super().put_in_place(base, transformer)
+            return
+        put_in_place(base.network, transformer)
+        base.transformer = transformer
 
     def encode(self, shard: Shard, base: Base) -> Encoded:
         """Tokenise the texts; a pair becomes one sequence with its segments marked.
@@ -147,8 +219,7 @@ class SequenceClassification(Task):
     def logits(self, network: Any, batch: Batch) -> torch.Tensor:
         """Return the logits of a batch, shape (rows, classes), float32."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits: torch.Tensor = network(**inputs).logits.float()
-        return logits
+        return class_logits(network, inputs).float()
 
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
         """Return accuracy, macro_f1 (over the classes that occur or are predicted) and loss."""
@@ -180,19 +251,24 @@ class SequenceClassification(Task):
     def test_case(cls) -> TinyCase:
         """Two classes that differ in one word."""
         texts = [f"the {word} clause number {n}" for n in range(12) for word in ("good", "bad")]
-        return TinyCase({"num_labels": 2, "max_length": 16}, {"text": texts, "label": [1, 0] * 12})
+        settings = {"num_labels": 2, "max_length": 16, "pooling": "model", "train_pooler": False}
+        return TinyCase(settings, {"text": texts, "label": [1, 0] * 12})
 
     @classmethod
     def extra_cases(cls) -> dict[str, TinyCase]:
-        """Pairs of texts that agree or do not; texts whose pooler is trained."""
+        """Pairs of texts that agree or do not; texts whose pooler is trained, or whose hidden states are pooled."""
         first = [f"the {word} clause" for word in ("good", "bad") * 12]
         second = ["a good one"] * 24
-        settings = {"num_labels": 2, "max_length": 24, "pair": True}
-        pooled = {"num_labels": 2, "max_length": 16, "train_pooler": True}
-        return {
-            "pair": TinyCase(settings, {"text": first, "text_pair": second, "label": [1, 0] * 12}),
-            "pooler": TinyCase(pooled, cls.test_case().rows),
+        pair = {"num_labels": 2, "max_length": 24, "pair": True}
+        cases = {"pair": TinyCase(pair, {"text": first, "text_pair": second, "label": [1, 0] * 12})}
+        forms: dict[str, dict[str, Any]] = {
+            "pooler": {"train_pooler": True},
+            "mean": {"pooling": "mean"},
+            "first": {"pooling": "first"},
         }
+        for name, form in forms.items():
+            cases[name] = TinyCase({"num_labels": 2, "max_length": 16, **form}, cls.test_case().rows)
+        return cases
 
 
 def _after_the_backbone(network: Any) -> tuple[str, ...]:
@@ -201,18 +277,18 @@ def _after_the_backbone(network: Any) -> tuple[str, ...]:
     return tuple(name for name, part in network.named_children() if name != backbone and list(part.parameters()))
 
 
-def _pooler(network: Any) -> tuple[str, ...]:
-    """Return the name of the backbone's pooler.
-
-    Raises:
-        ModelError: `head-missing`, there is no pooler with parameters.
-    """
+def _pooler(network: Any) -> str:
+    """Return the name of the backbone's pooler; empty if there is none with parameters."""
     pooler = getattr(network.base_model, "pooler", None)
     if pooler is None or not list(pooler.parameters()):
-        raise ModelError(
-            f"task.train_pooler is set, and {type(network).__name__} has no pooler in its base that could be trained",
-            "a base with a pooler, such as BERT; the heads of others are trained whole without it",
-            "set task.train_pooler = false",
-            code="head-missing",
-        )
-    return (f"{network.base_model_prefix}.pooler",)
+        return ""
+    return f"{network.base_model_prefix}.pooler"
+
+
+def _no_pooler(network: Any) -> ModelError:
+    return ModelError(
+        f"task.train_pooler is set, and {type(network).__name__} has no pooler in its base that could be trained",
+        "a base with a pooler, such as BERT; the heads of others are trained whole without it",
+        'set task.train_pooler = "auto"',
+        code="head-missing",
+    )

@@ -133,7 +133,7 @@ def bare_steps(graft: Any, batches: list[Any], settings: Any) -> float:
     graft.base.network.train()
     started = time.perf_counter()
     for batch in batches:
-        loss = graft.base.network(**batch).loss
+        loss = graft.task.loss(graft.base.network, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()

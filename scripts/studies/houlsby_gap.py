@@ -155,6 +155,7 @@ def configure(task: str, kind: str, rows: Rows, options: argparse.Namespace) -> 
                 "labels": list(labels),
                 "max_length": case.max_length,
                 "pair": len(rows[0]) == 3,
+                "pooling": "model",
                 "train_pooler": options.train_pooler,
             },
             "adapter": {"method": "houlsby", "bottleneck": options.bottleneck, "train_layer_norm": True},

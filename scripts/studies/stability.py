@@ -106,7 +106,13 @@ def configure(
         {
             "run": {"name": f"run-{time.time_ns()}", "rounds": ROUNDS, "seed": seed, "output_dir": str(folder)},
             "model": {"name": str(options.model.absolute())},
-            "task": {"name": "sequence-classification", "labels": sorted(NAMES.values()), "max_length": 24},
+            "task": {
+                "name": "sequence-classification",
+                "labels": sorted(NAMES.values()),
+                "max_length": 24,
+                "pooling": "model",
+                "train_pooler": False,
+            },
             "adapter": {"method": "houlsby"},
             "train": {
                 "learning_rate": rates[PLACES.index(place)],

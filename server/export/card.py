@@ -24,6 +24,10 @@ Kind = Literal["peft", "tsugiki", "merged"]
 """Form of an export: a PEFT directory, files of our own, or a whole model."""
 
 
+CLASSIFIER_MODULES = ("1_Pooling", "3_Dense")
+"""Folders of the modules that a pooled classifier has after its transformer, by sentence-transformers' own names."""
+
+
 @dataclass(frozen=True)
 class Export:
     """An export that is being made.
@@ -50,6 +54,11 @@ class Export:
 def is_sentence_transformer(graft: Graft) -> bool:
     """Return whether the task's network is a `SentenceTransformer` around the transformer."""
     return graft.base.network is not graft.base.transformer
+
+
+def pools_for_classes(graft: Graft) -> bool:
+    """Return whether the network is a `SentenceTransformer` whose outputs are the logits of classes."""
+    return is_sentence_transformer(graft) and bool(graft.base.heads) and not graft.base.loss_heads
 
 
 def loads_itself(graft: Graft, kind: Kind) -> bool:
@@ -117,14 +126,25 @@ def _load(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path) -> Cod
 
 def _load_embedder(graft: Graft, config: RunConfig, kind: Kind) -> Code:
     """Return the code for a `SentenceTransformer`, from the export alone or from its base and the adapter."""
-    itself = loads_itself(graft, kind)
-    source = "folder" if itself else json.dumps(config.model.exported_name)
+    type_ = f'model_kwargs={{"dtype": {json.dumps(config.model.dtype)}}}'
     imports = [("sentence_transformers", "SentenceTransformer")]
-    lines = [f'model = SentenceTransformer({source}, model_kwargs={{"dtype": {json.dumps(config.model.dtype)}}})']
-    if not itself:
-        imports.append(("peft", "PeftModel"))
+    if loads_itself(graft, kind):
+        return imports, [f"model = SentenceTransformer(folder, {type_})"]
+    base = json.dumps(config.model.exported_name)
+    imports.append(("peft", "PeftModel"))
+    if not pools_for_classes(graft):
+        lines = [f"model = SentenceTransformer({base}, {type_})"]
         lines.append("model[0].model = PeftModel.from_pretrained(model[0].model, folder).eval()")
-    return imports, lines
+        return imports, lines
+    imports += [("sentence_transformers.base.modules", "Dense"), ("sentence_transformers.base.modules", "Transformer")]
+    imports.append(("sentence_transformers.sentence_transformer.modules", "Pooling"))
+    pooling, dense = (json.dumps(f"/{place}") for place in CLASSIFIER_MODULES)
+    return imports, [
+        f"body = Transformer({base}, max_seq_length={token_limit(graft)}, {type_})",
+        "body.model = PeftModel.from_pretrained(body.model, folder).eval()",
+        f"modules = [body, Pooling.load(folder + {pooling}), Dense.load(folder + {dense})]",
+        "model = SentenceTransformer(modules=modules)",
+    ]
 
 
 def _load_transformer(graft: Graft, config: RunConfig, kind: Kind, base_folder: Path) -> Code:
@@ -151,11 +171,25 @@ def _load_transformer(graft: Graft, config: RunConfig, kind: Kind, base_folder: 
 
 def _use(graft: Graft) -> Code:
     """Return the code that uses a loaded model."""
+    if pools_for_classes(graft):
+        return _use_for_classes(graft)
     if is_sentence_transformer(graft):
         return [], ['vectors = model.encode(["One text.", "Another one."])']
     if graft.base.pixels is not None:
         return _use_on_images(graft.base.pixels)
     return _use_on_texts(graft)
+
+
+def _use_for_classes(graft: Graft) -> Code:
+    """Return the code that asks a pooled classifier, whose vectors are logits, for the names of classes."""
+    texts = '["One text.", "Another one."]'
+    if reads_pairs(graft):
+        texts = '[("One text.", "The other one.")]'
+    return [], [
+        f"logits = model.encode({texts})",
+        f"names = {json.dumps(list(graft.task.labels), ensure_ascii=False)}",
+        "labels = [names[number] for number in logits.argmax(axis=1)]",
+    ]
 
 
 def _use_on_texts(graft: Graft) -> Code:
@@ -289,10 +323,17 @@ def _training(graft: Graft, config: RunConfig, export: Export) -> str:
         "sites": f"{len(sites)}",
         "strategy": config.strategy.name,
         "privacy": config.privacy.mode,
+        **_taken(graft),
         "Tsugiki": __version__,
     }
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     return f"## How it was trained\n\n| | |\n|---|---|\n{table}"
+
+
+def _taken(graft: Graft) -> dict[str, str]:
+    """Return what the task's settings took on this base where they are "auto"."""
+    settings = graft.task.settings.model_dump()
+    return {name.replace("_", " "): value for name, value in graft.base.constants.items() if name in settings}
 
 
 def _metrics(export: Export) -> str:

@@ -16,7 +16,17 @@ from tsugiki.common.files import read_lines, unwritable
 from tsugiki.common.model.exported import is_hub_id, write_exported
 from tsugiki.common.model.find import find
 from tsugiki.common.model.graft import Graft
-from tsugiki.server.export.card import Export, Kind, card, is_sentence_transformer, loading_code, loads_itself
+from tsugiki.common.tasks.pooling import head_apart
+from tsugiki.server.export.card import (
+    CLASSIFIER_MODULES,
+    Export,
+    Kind,
+    card,
+    is_sentence_transformer,
+    loading_code,
+    loads_itself,
+    pools_for_classes,
+)
 from tsugiki.server.export.check import expect, prove
 from tsugiki.server.export.finished import Which, choose, open_graft, read_config
 
@@ -120,40 +130,67 @@ def _built(target: Path) -> Iterator[Path]:
 
 
 def _write(graft: Graft, folder: Path, export: Export, dtype: str) -> None:
-    """Write everything except the card. A sentence embedder's head is left out, because only its loss uses it."""
+    """Write everything except the card. A head that only the loss uses is left out."""
     kind = export.kind
-    base_name = export.base_name
     transformer = graft.base.transformer
-    network = graft.base.network
-    headless = is_sentence_transformer(graft) and bool(graft.base.heads)
-    written = graft.method.without_heads(transformer) if headless else transformer
+    # PEFT's file takes no head that sentence-transformers keeps in a module of its own.
+    apart = kind == "peft" and pools_for_classes(graft)
+    headless = graft.base.loss_heads and bool(graft.base.heads)
+    written = graft.method.without_heads(transformer) if headless or apart else transformer
     if graft.base.tokenizer is not None and not is_sentence_transformer(graft):
         graft.base.tokenizer.save_pretrained(folder)
     if kind == "merged":
-        whole = graft.method.merge(written)
-        if is_sentence_transformer(graft):
-            # The library saves its whole network: put the merged transformer into it for as long as that takes.
-            graft.task.put_in_place(graft.base, whole)
+        _write_merged(graft, folder, graft.method.merge(written), export)
+        return
+    if kind == "peft" and is_sentence_transformer(graft):
+        _write_modules(graft, folder, whole=loads_itself(graft, kind))
+    graft.method.save(written, folder, export.base_name)
+    write_exported(folder, graft, dtype, export.base_name, headless=headless, head_apart=apart)
+    if kind == "peft":
+        _sort(folder / "adapter_config.json")
+
+
+def _write_merged(graft: Graft, folder: Path, merged: Any, export: Export) -> None:
+    """Write a whole model around a merged transformer."""
+    if not is_sentence_transformer(graft):
+        merged.save_pretrained(folder)
+        preprocessing = export.base_folder / PREPROCESSING
+        if preprocessing.is_file():  # a model of images needs it, and does not save it
+            (folder / PREPROCESSING).write_bytes(preprocessing.read_bytes())
+        return
+    # The library saves its whole network: put the merged transformer into it for as long as that takes.
+    transformer = graft.base.transformer
+    graft.task.put_in_place(graft.base, merged)
+    try:
+        with head_apart(graft.base.network):
+            graft.base.network.save(str(folder), create_model_card=False)
+    finally:
+        graft.task.put_in_place(graft.base, transformer)
+
+
+def _write_modules(graft: Graft, folder: Path, *, whole: bool) -> None:
+    """Write what sentence-transformers has beside the transformer; the method itself writes the adapter.
+
+    Args:
+        graft: of the run.
+        folder: of the export.
+        whole: whether sentence-transformers will load the export by itself. If not, only a classifier's pooling and
+            head are written, for the card's code.
+    """
+    network = graft.base.network
+    transformer = graft.base.transformer
+    with head_apart(network):
+        if whole:
+            transformer.save_pretrained = _nothing  # the method names the public base, not the one of this machine
             try:
                 network.save(str(folder), create_model_card=False)
             finally:
-                graft.task.put_in_place(graft.base, transformer)
-        else:
-            whole.save_pretrained(folder)
-            preprocessing = export.base_folder / PREPROCESSING
-            if preprocessing.is_file():  # a model of images needs it, and does not save it
-                (folder / PREPROCESSING).write_bytes(preprocessing.read_bytes())
-        return
-    if kind == "peft" and loads_itself(graft, kind):
-        transformer.save_pretrained = _nothing  # the method writes the adapter, under the public name of its base
-        try:
-            network.save(str(folder), create_model_card=False)
-        finally:
-            del transformer.save_pretrained
-    graft.method.save(written, folder, base_name)
-    write_exported(folder, graft, dtype, base_name, headless=headless)
-    if kind == "peft":
-        _sort(folder / "adapter_config.json")
+                del transformer.save_pretrained
+        elif pools_for_classes(graft):
+            for place in CLASSIFIER_MODULES:
+                number = int(place.partition("_")[0])
+                (folder / place).mkdir()
+                network[number].save(str(folder / place))
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -47,7 +47,10 @@ def outputs(
             logits = model(pixel_values=noise.to(model.device, model.dtype)).logits
         return np.asarray(logits.float().cpu().numpy()).ravel()
     if tokenizer is None:
-        vectors = model.encode(list(TEXTS), convert_to_tensor=True, show_progress_bar=False)
+        inputs: list[Any] = list(TEXTS)
+        if pair:
+            inputs = [(text, TEXTS[index - 1]) for index, text in enumerate(TEXTS)]
+        vectors = model.encode(inputs, convert_to_tensor=True, show_progress_bar=False)
         return np.asarray(vectors.float().cpu().numpy()).ravel()
     parts = []
     with torch.no_grad():

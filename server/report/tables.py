@@ -122,7 +122,7 @@ def _traffic(run: Run) -> str:
     numbers = f"{run.summary.get('adapter_parameters', 0):,} parameters"
     head = run.summary.get("head_parameters", 0)
     if head:
-        numbers += f" and {head:,} of the task's head"
+        numbers += f" and {head:,} of the task's head{_read_by_the_head(run)}"
     asked = sum(len(line["cohort"]) for line in run.attempts)
     # The mean over what was sent, or the size in the spec if nothing was.
     if asked:
@@ -146,6 +146,15 @@ def _head_sums(run: Run) -> str:
         f"Before round 1, sums of the base's features over the rows of {_count(sites, 'site')} gave the head: round 0 "
         f"is their linear probe. For that each site sent {size} once, beside the adapter of the rounds."
     )
+
+
+def _read_by_the_head(run: Run) -> str:
+    """Return what a head reads if it pools by itself, as the end of a sentence about it."""
+    reads = {
+        "mean": " (it reads the mean of a text's hidden states)",
+        "first": " (it reads the hidden state of a text's first token)",
+    }
+    return reads.get(run.summary.get("agreed", {}).get("pooling", ""), "")
 
 
 def _count(number: int, noun: str) -> str:

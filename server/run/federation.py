@@ -275,6 +275,7 @@ def summarise(
         "stopped": _why_stopped(config, state, privacy),
         "task": config.task.name,
         "method": config.adapter.method,
+        "agreed": dict(graft.base.constants),
         "strategy": config.strategy.name,
         "monitor": config.monitor,
         "lower_is_better": sorted(graft.task.lower_is_better),

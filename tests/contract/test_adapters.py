@@ -352,7 +352,7 @@ def test_the_proximal_term_holds_the_update_back(task, method, folder):
     [
         (*pair, form)
         for pair in PAIRS
-        for form in ("", "pooler")
+        for form in ("", "pooler", "mean", "first")
         if TASKS.get(pair[0]).row_losses and form in ("", *TASKS.get(pair[0]).extra_cases())
     ],
 )
@@ -402,4 +402,36 @@ def test_a_head_inside_the_base_is_trained_and_comes_back(task, method, folder, 
     assert site.loss() == on
     with site.graft.adapter_disabled():
         assert site.loss() == off
+    assert site.graft.spec.base_fingerprint == identity == Site(folder, task, method).graft.spec.base_fingerprint
+
+
+@pytest.mark.parametrize("form", ["mean", "first"])
+@pytest.mark.parametrize("method", [method for task, method in PAIRS if task == "sequence-classification"])
+def test_a_head_above_pooled_states_is_trained_and_comes_back(method, form, bases, tmp_path):
+    """Catches: a head that is called in two places and trained in one; one that is switched off with the adapter."""
+    task = "sequence-classification"
+    folder = bases("bert")
+    site = Site(folder, task, method, form=form)
+    heads = {tensor.name for tensor in site.graft.spec.tensors if tensor.part == "head"}
+    assert {name.split(".")[-1] for name in heads} == {"weight", "bias"}
+    before, frozen = site.loss(), site.frozen()
+    with site.graft.adapter_disabled():
+        assert (site.loss() == pytest.approx(before, abs=1e-6)) == site.graft.method.starts_at_base
+    update, _ = site.train(local_steps=40, learning_rate=0.02)
+    assert site.frozen() == frozen
+    assert all(value.any() for value in unpack(update, site.graft.spec).values())
+    vector, on = site.graft.read(), site.loss()
+    assert on < before
+    with site.graft.adapter_disabled():
+        off = site.loss()
+    assert off not in (on, before)
+    site.graft.method.save(site.graft.base.transformer, tmp_path, "tiny/base")
+    write_exported(tmp_path, site.graft, "float32", "tiny/base")
+    identity = site.graft.spec.base_fingerprint
+    site.graft = open_exported(tmp_path, str(folder))
+    assert site.graft.read().tobytes() == vector.tobytes()
+    assert site.loss() == on
+    with site.graft.adapter_disabled():
+        assert site.loss() == off
+    # The same base, however its states are read: exports of both kinds can share it.
     assert site.graft.spec.base_fingerprint == identity == Site(folder, task, method).graft.spec.base_fingerprint

@@ -15,6 +15,7 @@ from tests.support.tiny import PUBLIC_NAME, tiny_bert, tiny_cnn, tiny_llama, tin
 from tsugiki.common.config.parse import parse
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.model.load import load_graft
+from tsugiki.common.tasks.base import Generation
 from tsugiki.common.tasks.decoding.templates import encode_prompts
 from tsugiki.server.export import check as export_check
 from tsugiki.server.export import probe as export_probe
@@ -152,6 +153,40 @@ def test_the_code_loads_named_classes_and_pairs(base, tmp_path, monkeypatch, kin
     assert loaded["logits"].shape == (1, 3)
     assert expected.effect > 1e-3
     found = export_probe.outputs(loaded["model"], loaded["tokenizer"], pair=True, max_length=24)
+    assert np.abs(found - expected.outputs).max() < 1e-6
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "merged"])
+@pytest.mark.parametrize("pair", [False, True])
+def test_the_code_of_a_pooled_classifier_names_classes(base, tmp_path, monkeypatch, method, pair):
+    """Catches: logits in place of names; a head at random; pairs read as two texts; an import of this program."""
+    task = {"name": "sequence-classification", "labels": ["it's no", "mäßig", "yes"], "pair": pair, "max_length": 24}
+    adapter = {"method": "lora", "rank": 2, "use_dora": method == "dora"}
+    kind = "merged" if method == "merged" else "peft"
+    graft, config, export = made(base, kind, task=task | {"pooling": "mean"}, adapter=adapter)
+    assert "tsugiki" not in export.code.replace(PUBLIC_NAME, "")
+    library = {"lora": "sentence-transformers", "dora": "peft", "merged": "sentence-transformers"}[method]
+    data, page = parts(card(graft, config, export))
+    assert (data["library_name"], data["pipeline_tag"]) == (library, "text-classification")
+    assert "| pooling | mean |" in page.splitlines()
+    rng = np.random.default_rng(5)
+    graft.write(graft.initial + rng.normal(0, 0.1, graft.spec.size).astype(np.float32))
+    expected = export_check.expect(graft)
+    public = shutil.copytree(base, tmp_path / "public")
+    folder = tmp_path / "export"
+    folder.mkdir()
+    _write(graft, folder, export, "float32")
+    if kind == "peft":  # this process has read its environment, so the hub's name is a folder's here
+        said = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(said | {"base_model_name_or_path": str(public)}))
+    monkeypatch.chdir(folder)
+    (tmp_path / "load.py").write_text(export.code.replace(PUBLIC_NAME, str(public)))
+    loaded = runpy.run_path(str(tmp_path / "load.py"))
+    rows = {"text": ["One text."], "text_pair": ["The other one."]} if pair else {"text": ["One text.", "Another one."]}
+    answers = graft.task.predict(graft.base, Shard(rows), Generation())
+    assert loaded["labels"] == [answer["label"] for answer in answers]
+    assert expected.effect > 1e-3
+    found = export_probe.outputs(loaded["model"], None, pair=pair)
     assert np.abs(found - expected.outputs).max() < 1e-6
 
 

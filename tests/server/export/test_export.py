@@ -22,10 +22,12 @@ from tsugiki.common.adapters.lora import Lora, LoraSettings
 from tsugiki.common.adapters.vera import VeraSettings
 from tsugiki.common.adapters.virtual_tokens import PrefixSettings, PromptSettings, PTuningSettings
 from tsugiki.common.config import files as config_file
+from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import ExportError, StorageError
 from tsugiki.common.model.exported import open_exported, read_exported
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks import TASKS
+from tsugiki.common.tasks.base import Generation
 from tsugiki.common.wire.spec import sha256, unpack
 from tsugiki.server.export import check as export_check
 from tsugiki.server.export import probe as export_probe
@@ -104,7 +106,7 @@ def runs(tmp_path_factory):
     }
     kinds |= {f"{method}-embedding": embedding for method in ("dora", "vera", "bitfit", "prompt")}
     kinds |= {method: {"evaluation": by_loss} for method in ("dora", "ia3", "layernorm", "p-tuning", "fusion")}
-    kinds["prefix-causal"] = causal
+    kinds |= {"prefix-causal": causal, **pooled_kinds(folder, base)}
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(f'{{"prompt": "the {word} clause"}}\n' for word in WORDS * 2))
     tiny = TASKS.get("rlhf").test_case()
@@ -132,6 +134,23 @@ def runs(tmp_path_factory):
         return done[kind]
 
     return run
+
+
+def pooled_kinds(folder, base):
+    """Return the kinds of run whose classifier pools by itself, on an embedder; `pair` leaves it to "auto"."""
+    task = {"name": "sequence-classification", "max_length": 16, "labels": ["0", "1"]}
+    unjudged = {"model": {"name": str(base)}, "evaluation": {"data": ""}}  # so the last adapter is the best one
+    names = ("mean", "first", "houlsby-mean", "dora-mean", "vera-mean", "bitfit-mean")
+    kinds = {name: {**unjudged, "task": task | {"pooling": name.rpartition("-")[2]}} for name in names}
+    rows = [f"the {word},a good {word},{number % 2}\n" for number, word in enumerate(WORDS * 2)]
+    (folder / "agree.csv").write_text("text,text_pair,label\n" + "".join(rows))
+    kinds["pair"] = {
+        "model": {"name": str(base)},
+        "task": {"name": "sequence-classification", "pair": True, "max_length": 24},
+        "evaluation": {"data": ""},
+        "simulation": {"data": str(folder / "agree.csv")},
+    }
+    return kinds
 
 
 @pytest.fixture
@@ -200,6 +219,7 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 PEFT = {"README.md", "tsugiki.json", "adapter_config.json", "adapter_model.safetensors"}
 OWN = {"README.md", "tsugiki.json", "tsugiki_adapter.safetensors"}
 FUSED = {f"adapters/{number}/{name}" for number in range(2) for name in OWN - {"README.md"}}
+HEAD = {"3_Dense/config.json", "3_Dense/model.safetensors"}
 MODULES = {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"}
 
 
@@ -209,6 +229,10 @@ MODULES = {"modules.json", "sentence_bert_config.json", "config_sentence_transfo
         ("lora", PEFT | TOKENIZER),
         ("embedding", PEFT | TOKENIZER | MODULES | {"2_Normalize/config.json"}),
         ("softmax", PEFT | TOKENIZER | MODULES | {"2_Normalize/config.json"}),
+        ("mean", PEFT | TOKENIZER | MODULES | HEAD | {"2_Dropout/config.json"}),
+        ("pair", PEFT | TOKENIZER | MODULES | HEAD | {"2_Dropout/config.json"}),
+        ("dora-mean", PEFT | HEAD | {"1_Pooling/config.json"}),
+        ("houlsby-mean", OWN),
         ("causal", PEFT | TOKENIZER),
         ("reward", PEFT | TOKENIZER),
         ("dpo", PEFT | TOKENIZER),
@@ -257,6 +281,7 @@ def test_a_fresh_process_finds_the_outputs_of_the_run(copied, caplog, kind, expe
         ("dora-softmax", PEFT),
         ("bitfit-softmax", OWN),
         ("prompt-softmax", OWN),
+        ("vera-mean", PEFT | HEAD | {"1_Pooling/config.json"}),
         ("fusion", OWN | TOKENIZER | FUSED),
     ],
 )
@@ -286,7 +311,10 @@ def test_an_export_without_one_tensor_leaves_nothing(runs, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     "kind",
-    ["lora", "embedding", "softmax", "causal", "dora-embedding", "vera-embedding", "bitfit-softmax", "vit", "cnn"],
+    [
+        *("lora", "embedding", "softmax", "causal", "dora-embedding", "vera-embedding", "bitfit-softmax", "vit", "cnn"),
+        *("mean", "first", "pair", "dora-mean", "bitfit-mean"),
+    ],
 )
 def test_a_merged_model_needs_no_adapter_and_spares_the_graft(runs, tmp_path, proved_here, kind):
     """Catches: a model that still wants peft or its base, and a graft that was merged itself."""
@@ -323,6 +351,47 @@ def test_an_embedder_leaves_the_head_of_its_loss_behind(runs, tmp_path, unproved
         assert open_exported(target, read_config(runs(kind)).model.name).spec.parameters("head") == 0
     assert graft.base.transformer.nli_head is not None
     assert graft.read().any()
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_classifier_that_pools_is_loaded_by_sentence_transformers(runs, tmp_path, merged):
+    """Catches: a folder that only this program can read; a head that is saved twice, or left at its first values."""
+    target = export(runs("mean"), tmp_path / "out", merged=merged)
+    tensors = load_file(target / ("model.safetensors" if merged else "adapter_model.safetensors"))
+    assert not [name for name in tensors if "classifier" in name]
+    graft = graft_of(runs("mean"))
+    graft.write(choose(runs("mean"), read_config(runs("mean")), graft, "best").vector)
+    trained = unpack(graft.read(), graft.spec)
+    head = load_file(target / "3_Dense" / "model.safetensors")
+    assert set(head) == {"linear.weight", "linear.bias"}
+    for name, values in head.items():
+        assert any(np.array_equal(values, other) for key, other in trained.items() if "classifier" in key), name
+    if merged:
+        from sentence_transformers import SentenceTransformer
+
+        loaded = SentenceTransformer(str(target), device="cpu")
+        texts = ["the good clause", "a bad clause number 9 of the party"]
+        shard = Shard({"text": texts})
+        answers = [answer["label"] for answer in graft.task.predict(graft.base, shard, Generation())]
+        assert [str(number) for number in loaded.encode(texts).argmax(axis=1)] == answers
+        assert loaded[0].model.config.id2label == {0: "0", 1: "1"}
+
+
+def test_what_auto_took_is_written_down(runs, tmp_path, unproved):
+    """Catches: an export or a record that says "auto", so that nobody knows what the head reads."""
+    run = runs("pair")
+    assert read_config(run).task.pooling == "auto"
+    spec = json.loads((run / "spec.json").read_text())
+    assert spec["constants"] == {"pooling": "mean"}
+    assert spec["settings"]["pooling"] == "mean"
+    assert json.loads((run / "summary.json").read_text())["agreed"] == {"pooling": "mean"}
+    target = export(run, tmp_path / "out")
+    said = read_exported(target)
+    assert said.task["pooling"] == "mean"
+    assert said.head_file == "3_Dense/model.safetensors"
+    assert "| pooling | mean |" in (target / "README.md").read_text()
+    plain = json.loads((runs("lora") / "spec.json").read_text())["constants"]
+    assert plain == {"pooling": "model", "train_pooler": "false"}
 
 
 @pytest.mark.parametrize("kind", ["houlsby", "prefix-causal"])
