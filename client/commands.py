@@ -163,7 +163,14 @@ def _as_sent(site: FileSite, run: Path, overrides: Sequence[str]) -> RunConfig:
     return config_file.with_absolute_paths(config)
 
 
-@app.command(epilog="Example: tsugiki lr-find examples/sst2.toml --plot rates.svg")
+@app.command(
+    epilog="Example: tsugiki lr-find examples/sst2.toml --plot rates.svg",
+    help="Suggest a learning rate: a range test at one site, then a short run of the federation.\n\n"
+    "The range test trains for --steps batches while the rate grows. The suggestion is then tried in the simulated "
+    "federation itself: 3 rounds of at most 20 local steps at every site. If the loss does not fall there, a third of "
+    "the rate is tried, up to four rates in all. So it takes as long as 100 steps of training, and for each rate 60 "
+    "steps at each site: a minute or two for a small model and a few sites. --no-verify leaves the second part out.",
+)
 def lr_find(
     ctx: typer.Context,
     file: RunFile,
@@ -180,13 +187,7 @@ def lr_find(
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Suggest a learning rate for a run.
-
-    First a range test trains on one site while the rate grows, for --steps batches. Then the suggestion is tried in the
-    simulated federation itself: 3 rounds of at most 20 local steps at every site. If the loss does not fall there, a
-    third of the rate is tried, up to four rates in all. So this takes as long as 100 steps of training and, for each
-    rate, 60 steps at each site: a minute or two for small models and few sites. --no-verify leaves the second part out.
-    """
+    """Suggest a learning rate: a range test at one site, then a short run of the federation."""
     from rich.console import Console
     from rich.progress import Progress
 
