@@ -73,6 +73,13 @@ def _simulated_app(config: RunConfig, only: str = "", /) -> tuple[ClientApp, int
     return simulated_app(config, only)
 
 
+def _training_losses(config: RunConfig, /) -> list[float]:
+    """Run a short simulated federation; see `tsugiki.server.run.trial.training_losses`."""
+    from tsugiki.server.run.trial import training_losses
+
+    return training_losses(config, _simulated_app)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(__version__)
@@ -86,6 +93,7 @@ Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_e
 def _start(ctx: typer.Context, version: Version = False) -> None:
     # The server does not know the client, so the commands that simulate sites get its app from here.
     ctx.obj = _simulated_app
+    ctx.meta[site_commands.TRAINING_LOSSES] = _training_losses
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
-"""A range test for the learning rate: train a few steps while it grows, and find where the loss falls fastest.
+"""Find a learning rate: train a few steps while it grows, suggest a rate, and try it in a short federation.
 
-Source: Smith 2017, arXiv:1506.01186, section 3.3; the suggestion is the steepest descent of the smoothed loss.
+Source of the range test: Smith 2017, arXiv:1506.01186, section 3.3. The loss keeps falling for a while at rates at
+which longer training collapses, and its smoothing lags behind. So the suggestion is well below the rate of the least
+loss, and a short run of the federation itself has to confirm it.
 """
 
 from __future__ import annotations
@@ -34,6 +36,24 @@ GIVE_UP = 4.0
 """Stop once the smoothed loss is this many times the least one: training has diverged, higher rates show nothing."""
 FEWEST = 10
 """Steps that are taken before anything is concluded."""
+BELOW_LEAST = 5.0
+"""The rate of the least smoothed loss is this many times the suggestion: between 3, which is bold, and 10."""
+HIGHEST = {"adamw": 1.0, "sgd": 10.0}
+"""The last rate of a range test by optimizer."""
+STEP_DOWN = 3.0
+"""A suggestion that fails in the federation is divided by this."""
+TRIALS = 4
+"""Most rates that are tried in the federation."""
+TRIAL_ROUNDS = 3
+TRIAL_STEPS = 20
+"""Rounds of a trial, and most local steps in each of them."""
+LEAST_FALL = 0.02
+"""A loss that falls by a smaller share than this has not fallen: batches differ by more."""
+_UNTRAINED = 1e-12
+"""A rate that trains nothing, for the loss before training."""
+
+TrainingLosses = Callable[[RunConfig], list[float]]
+"""Runs a simulated federation; returns the mean training loss of each round. Fewer than its rounds: it diverged."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +64,7 @@ class Sweep:
         rates: learning rates, growing by one factor, shape (steps,).
         losses: of each step's batch.
         smoothed: their exponential mean, with its bias at the start corrected.
-        suggestion: the rate at which the smoothed loss falls fastest; NaN if it never falls.
+        suggestion: a fifth of `least`; NaN if the curve is flat.
         least: the rate at which the smoothed loss is least.
         seconds: duration of the test.
     """
@@ -55,6 +75,36 @@ class Sweep:
     suggestion: float
     least: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A short run of the federation at one rate.
+
+    Args:
+        rate: the peak learning rate.
+        before: mean training loss of the sites before anything is trained.
+        losses: of each round, as means over the sites; fewer than `TRIAL_ROUNDS` if training diverged.
+    """
+
+    rate: float
+    before: float
+    losses: list[float]
+
+    @property
+    def fall(self) -> float:
+        """By what share the loss fell until the last round; below 0: it rose; minus infinity: training diverged."""
+        if len(self.losses) < TRIAL_ROUNDS:
+            return -math.inf
+        return (self.before - self.losses[-1]) / self.before
+
+    @property
+    def fell(self) -> bool:
+        """Whether the loss fell clearly, and did not come back up by half of its fall."""
+        if self.fall < LEAST_FALL:
+            return False
+        least = min(self.losses)
+        return self.losses[-1] - least <= 0.5 * (self.before - least)
 
 
 def find_rate(
@@ -86,11 +136,8 @@ def find_rate(
             f"a range test says nothing of {config.task.name}: its loss may be below 0, and varies with what is drawn"
         )
         raise UsageError(problem, "a task whose loss says how far it has come", "short runs with different rates")
-    # One site with all rows, in a run without privacy, is training in one place.
     if central:
-        one_site = {"clients": 1, "clients_per_site": 1, "partition": "iid", "column": "", "ranks": []}
-        changes = {f"simulation.{key}": value for key, value in one_site.items()}
-        config = changed(config, {"strategy": {"min_clients": 1}, "privacy": {}, **changes})
+        config = in_one_place(config)
     config = with_rates(config, config.model.name)  # the test sets rates of its own; the optimiser starts from numbers
     site: SimulatedSite = simulated_sites(config)[0]
     graft = load_graft(config, config.model.name, config.run.seed)
@@ -101,6 +148,70 @@ def find_rate(
         return _sweep(graft, encoded, config, rates, watch)
     finally:
         graft.write(graft.initial)
+
+
+def in_one_place(config: RunConfig) -> RunConfig:
+    """Return the run of one site with all rows, without privacy: training in one place."""
+    one_site = {"clients": 1, "clients_per_site": 1, "partition": "iid", "column": "", "ranks": []}
+    changes = {f"simulation.{key}": value for key, value in one_site.items()}
+    return changed(config, {"strategy": {"min_clients": 1}, "privacy": {}, **changes})
+
+
+def try_rates(
+    config: RunConfig, suggestion: float, training_losses: TrainingLosses, watch: Callable[[int], None]
+) -> list[Trial]:
+    """Try a rate in a short run of the federation, and lower ones until the loss falls; at most `TRIALS` rates.
+
+    Args:
+        config: the run. Its sites, strategy, optimiser and warm-up are used; the rate stays at its peak after the
+            warm-up, as it nearly does in the first rounds of a long run. Privacy and evaluation are left out.
+        suggestion: the first rate.
+        training_losses: runs a federation.
+        watch: called after each run with the number of runs done, the one without training included.
+
+    Returns:
+        The trials in order. The last one is the first whose loss fell, if any did.
+
+    Raises:
+        TrainingError: `diverged`, there is no loss before training.
+        TsugikiError: the federation cannot start.
+    """
+    short = _short(config)
+    untrained = training_losses(changed(short, {"run.rounds": 1, "train.learning_rate": _UNTRAINED}))
+    if not untrained:
+        raise TrainingError("the federation has no loss before training", "replies from enough sites", code="diverged")
+    watch(1)
+    trials: list[Trial] = []
+    while len(trials) < TRIALS and not (trials and trials[-1].fell):
+        rate = _round(suggestion / STEP_DOWN ** len(trials))
+        losses = training_losses(changed(short, {"train.learning_rate": rate}))
+        trials.append(Trial(rate, untrained[0], losses))
+        watch(1 + len(trials))
+    return trials
+
+
+def _short(config: RunConfig) -> RunConfig:
+    """Return the federation's run with few rounds and steps, and without what a trial does not need."""
+    steps = min(config.train.local_steps, TRIAL_STEPS)
+    return changed(
+        config,
+        {
+            "run.rounds": TRIAL_ROUNDS,
+            "train.local_steps": steps,
+            "train.local_epochs": 0,
+            "train.lr_schedule": "constant",
+            "train.validate_every_steps": 0,
+            "train.local_patience": 0,
+            "privacy": {},
+            "evaluation": {},
+            "simulation.engine": "in-process",
+        },
+    )
+
+
+def _round(rate: float) -> float:
+    """Return the rate with two digits, as it is printed."""
+    return float(f"{rate:.1e}")
 
 
 def _sweep(
@@ -147,7 +258,7 @@ def _sweep(
             f"the loss was finite for {len(kept)} steps only", f"{FEWEST} or more", "lower --lowest", code="diverged"
         )
     smoothed = smooth(kept)
-    suggestion, least = suggest(rates[: len(kept)], smoothed)
+    suggestion, least = suggest(rates[: len(kept)], kept)
     return Sweep(list(rates[: len(kept)]), kept, smoothed, suggestion, least, time.perf_counter() - started)
 
 
@@ -165,44 +276,70 @@ def smooth(losses: Sequence[float]) -> list[float]:
     return found
 
 
-def suggest(rates: Sequence[float], smoothed: Sequence[float]) -> tuple[float, float]:
-    """Return the rate at which the smoothed loss falls fastest, and the rate at which it is least.
+def suggest(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
+    """Return the suggested rate, and the rate of the least smoothed loss.
 
-    The slope is over the logarithm of the rate. The first steps, which are mostly chance, and the steps after the least
-    loss do not count.
+    The suggestion is NaN if the curve is flat: its least value is not clearly below the loss of the first steps, whose
+    rates are so small that they differ by chance only.
+
+    Args:
+        rates: growing.
+        losses: of each step, not smoothed; at least `FEWEST`.
     """
-    # The slope is over the logarithm, because the rates grow by one factor.
-    least = int(np.argmin(smoothed))
-    slopes = np.gradient(np.asarray(smoothed), np.log(np.asarray(rates)))
-    looked_at = slopes[FEWEST // 2 : least + 1]
-    if not len(looked_at) or looked_at.min() >= 0:
+    smoothed = smooth(losses)
+    skipped = FEWEST // 2  # the mean of a few losses is mostly chance
+    least = skipped + int(np.argmin(smoothed[skipped:]))
+    start = float(np.mean(losses[:FEWEST]))
+    # Batches differ: the deviation is taken from steps that follow each other, between which the rate hardly grows.
+    deviation = float(np.std(np.diff(losses[: max(least, FEWEST)]))) / math.sqrt(2)
+    # The variances of the first steps' mean and of an exponential mean, as shares of that of single losses.
+    chance = 3 * deviation * math.sqrt(1 / FEWEST + (1 - SMOOTHING) / (1 + SMOOTHING))
+    if start - smoothed[least] < max(chance, LEAST_FALL * abs(start)):
         return math.nan, rates[least]
-    return rates[FEWEST // 2 + int(np.argmin(looked_at))], rates[least]
+    return max(rates[0], _round(rates[least] / BELOW_LEAST)), rates[least]
 
 
-def draw(sweep: Sweep, path: Path) -> None:
-    """Write a figure of the losses over the rates, with the suggestion.
+def draw(sweep: Sweep, path: Path, taken: float = math.nan) -> None:
+    """Write a figure of the losses over the rates, up to where they have come back to their start.
 
     Args:
         sweep: a range test.
         path: of the file; its name ends in .svg or .png.
+        taken: the rate that the federation confirmed; NaN: none, so the suggestion is drawn.
 
     Raises:
         UsageError: the name has another ending.
         StorageError: `disk-full` or `not-writable`.
     """
+    rate = taken if math.isfinite(taken) else sweep.suggestion
+    low, high = _loss_range(sweep)
     with style():
         figure = new_figure(width_in=6.4, height_in=3.6)
         axes = figure.add_subplot()
         axes.plot(sweep.rates, sweep.losses, color=LIGHT_GREY, linewidth=0.8, label="each step")
         axes.plot(sweep.rates, sweep.smoothed, color=BLUE, label="smoothed")
-        if math.isfinite(sweep.suggestion):
-            axes.axvline(sweep.suggestion, color=RED, linestyle="--", label=f"suggestion: {sweep.suggestion:.2g}")
+        if math.isfinite(rate):
+            axes.axvline(rate, color=RED, linestyle="--", label=f"suggestion: {rate:.2g}")
         axes.set_xscale("log")
+        axes.set_xlim(sweep.rates[0], _last_shown(sweep, high))
+        axes.set_ylim(low, high)
         plain_numbers(axes.xaxis)
-        axes.set_ylim(0, 1.1 * max(sweep.smoothed[FEWEST // 2 :]))
         axes.set_xlabel("learning rate")
         axes.set_ylabel("loss")
         axes.legend()
         content = render(figure, plot_format(path))
     write_atomically(path, content)
+
+
+def _loss_range(sweep: Sweep) -> tuple[float, float]:
+    """Return the losses between which the fall is: from below the least to above the start."""
+    start = float(np.mean(sweep.losses[:FEWEST]))
+    least = min(sweep.smoothed)
+    fall = max(start - least, LEAST_FALL * abs(start))
+    return least - 0.3 * fall, start + 0.5 * fall
+
+
+def _last_shown(sweep: Sweep, high: float) -> float:
+    """Return the rate at which the smoothed loss leaves the figure after its least value; the last one if it stays."""
+    above = [rate for rate, loss in zip(sweep.rates, sweep.smoothed, strict=True) if loss > high and rate > sweep.least]
+    return above[0] if above else sweep.rates[-1]

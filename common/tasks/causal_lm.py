@@ -24,6 +24,7 @@ from tsugiki.common.tasks.decoding.templates import (
     fit_all,
     prefix_length,
 )
+from tsugiki.common.tasks.decoding.token_losses import NOTHING, token_hits, token_losses
 from tsugiki.common.tasks.rows import AnyTokens
 from tsugiki.common.tasks.text import CUT, TokenSlice, by_length, encode_slices, pad
 
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     import torch
 
     from tsugiki.common.data.shard import Shard
-
-NOTHING = -100
-"""The label of a position that has no prediction: PyTorch's cross-entropy skips it."""
 
 _EXP_LIMIT = 700.0
 """The exponential of a larger number overflows a float."""
@@ -160,17 +158,11 @@ class CausalLm(Task):
 
     def loss(self, network: Any, batch: Batch) -> torch.Tensor:
         """Return the mean cross-entropy over the predicted tokens of the batch, computed in float32."""
-        from torch.nn.functional import cross_entropy
-
-        logits = next_logits(network, batch)
-        labels = batch["labels"]
-        total = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=NOTHING, reduction="sum")
-        return total / (labels != NOTHING).sum().clamp(min=1)
+        losses = token_losses(network, batch)
+        return losses.sum() / max(1, len(losses))
 
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
         """Return loss (in nats per predicted token), perplexity (its exponential) and accuracy."""
-        from torch.nn.functional import cross_entropy
-
         device = next(base.network.parameters()).device
         loss = 0.0
         right = 0
@@ -178,14 +170,10 @@ class CausalLm(Task):
         for chosen in by_length(self.lengths(encoded), batch_size):
             batch = _padded([_row(encoded, row) for row in chosen], base)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            # Row by row: the logarithms of a whole batch over a large vocabulary would double the memory.
-            for logits, labels in zip(next_logits(base.network, batch), batch["labels"], strict=True):
-                predicted = labels != NOTHING
-                logits = logits[predicted].float()
-                labels = labels[predicted]
-                loss += float(cross_entropy(logits, labels, reduction="sum"))
-                right += int((logits.argmax(dim=1) == labels).sum())
-                tokens += len(labels)
+            losses, hits = token_hits(base.network, batch)
+            loss += float(losses.sum())
+            right += int(hits.sum())
+            tokens += len(hits)
         mean = loss / max(tokens, 1)
         return {
             "loss": mean,
@@ -255,14 +243,6 @@ def limit_length(tokenizer: Any, network: Any) -> None:
     """Limit a tokenizer to the number of positions that its model has."""
     positions = getattr(network.config, "max_position_embeddings", None)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
-
-
-def next_logits(network: Any, batch: Batch) -> torch.Tensor:
-    """Return the logits, shape (rows, tokens, vocabulary)."""
-    logits: torch.Tensor = network(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits
-    return logits
 
 
 def _row(encoded: Encoded, row: int) -> tuple[AnyTokens, AnyTokens]:

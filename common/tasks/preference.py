@@ -15,7 +15,7 @@ from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import TaskSettings
 from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Generation, Task, TinyCase, at_rest
-from tsugiki.common.tasks.causal_lm import NOTHING, joined, limit_length, load_decoder, next_logits
+from tsugiki.common.tasks.causal_lm import joined, limit_length, load_decoder
 from tsugiki.common.tasks.decoding.generate import complete
 from tsugiki.common.tasks.decoding.templates import (
     TEMPLATE_HELP,
@@ -25,6 +25,7 @@ from tsugiki.common.tasks.decoding.templates import (
     fit,
     prefix_length,
 )
+from tsugiki.common.tasks.decoding.token_losses import NOTHING, token_losses
 from tsugiki.common.tasks.rows import AnyTokens, Tokens
 from tsugiki.common.tasks.text import CUT, TokenSlice, by_length, encode_slices, pad, padding_id
 
@@ -285,11 +286,9 @@ def sequences(prompts: Sequence[AnyTokens], answers: Sequence[AnyTokens], pad_id
 def answer_logps(network: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
     """Return the log-probability of each sequence's answer (the tokens in `labels`), shape (rows,), float32."""
     import torch
-    from torch.nn.functional import cross_entropy
 
     predicted = batch["labels"] != NOTHING
-    logits = next_logits(network, batch)[predicted].float() / temperature
-    losses = cross_entropy(logits, batch["labels"][predicted], reduction="none")
+    losses = token_losses(network, batch, temperature)
     # All predicted tokens are in one list; their log-probabilities are summed by row.
     return torch.zeros(len(predicted), device=losses.device).index_add(0, predicted.nonzero()[:, 0], -losses)
 
