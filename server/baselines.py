@@ -1,4 +1,4 @@
-"""Baselines of federated training: no training, every site alone, all data in one place.
+"""Baselines of federated training: no training, a linear probe, every site alone, all data in one place.
 
 Each trained baseline is a federation of one, the same program with other settings. A site alone trains as in the
 federation, round by round with a fresh optimiser in each, so that only the averaging is missing. The central run takes
@@ -24,6 +24,8 @@ from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import QuorumNotMet, TrainingError, UsageError
 from tsugiki.common.files import read_lines, write_atomically
 from tsugiki.common.model.load import load_graft
+from tsugiki.common.model.rates import with_rates
+from tsugiki.common.settings import HeadedSettings
 from tsugiki.common.tasks import TASKS
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid
@@ -136,7 +138,7 @@ class _Bench:
         enough = min(losses.values()) * (1 + LEVEL)
         best = max(step for step, loss in losses.items() if loss <= enough)
         chosen = _at_rate(alone, best)
-        self.rates[name] = chosen.train.learning_rate
+        self.rates[name] = chosen.train.rate
         self.progress.note(f"learning rate of {name}: {self.rates[name]:.2g}, after {len(losses)} short trainings")
         return chosen
 
@@ -153,8 +155,9 @@ class _Bench:
 
 
 def _at_rate(config: RunConfig, step: int) -> RunConfig:
-    rate = config.train.learning_rate * RATE_STEP**step
-    return changed(config, {"train.learning_rate": min(rate, HIGHEST_RATE)})
+    factor = RATE_STEP**step
+    rates = {"train.learning_rate": config.train.rate, "train.head_learning_rate": config.train.head_rate}
+    return changed(config, {name: min(rate * factor, HIGHEST_RATE) for name, rate in rates.items()})
 
 
 def run_baselines(
@@ -189,6 +192,7 @@ def run_baselines(
     """
     if not config.evaluation.data:
         return {}
+    config = with_rates(config, config.model.name)
     results: dict[str, Any] = {}
     bench = _Bench(folder, client, progress, stop)
     if "untouched" in kinds:  # nothing is trained, so this one needs no federation
@@ -198,14 +202,15 @@ def run_baselines(
     if "local" in kinds:
         results |= _train_sites_alone(bench, config, sites, search_rates)
     if "centralised" in kinds:
-        progress.note("baseline: centralised")
         central = centralised(config, len(sites))
+        results |= _linear_probe(bench, central)
+        progress.note("baseline: centralised")
         if search_rates:
             central = bench.with_own_rate(central, "centralised")
         lines = bench.train(central, "centralised")
         results["centralised"] = _last(lines, "eval")
         results["curves"] = {"centralised": _curve(lines, central, config)}
-    results["learning_rates"] = {"federated": config.train.learning_rate, **bench.rates}
+    results["learning_rates"] = {"federated": config.train.rate, **bench.rates}
     write_atomically(folder / "baselines.json", json.dumps(results, indent=1).encode())
     return results
 
@@ -226,6 +231,21 @@ def _train_sites_alone(bench: _Bench, config: RunConfig, sites: list[str], searc
     if not own or not federated:
         return {"local": local}
     return {"local": local, "own_rows": {"local": own, "federated": federated}}
+
+
+def _linear_probe(bench: _Bench, central: RunConfig) -> dict[str, Metrics]:
+    """Return as `linear_probe` the metrics of a head in closed form on all rows; empty where the task has none.
+
+    The head is the one that a run computes before round 1, on features of the frozen base.
+    """
+    if not isinstance(central.task, HeadedSettings):
+        return {}
+    one_step = {"run.rounds": 1, "train.local_steps": 1, "train.local_epochs": 0, "task.warm_head": "auto"}
+    bench.progress.note("baseline: linear probe")
+    start = bench.train(changed(central, one_step), "linear-probe")[0]
+    if "warm_head" not in start:  # this base has no such head
+        return {}
+    return {"linear_probe": start["eval"]}
 
 
 def _last(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from tsugiki.common.errors import ModelError, StorageError, UsageError
 ROOT = Path(__file__).resolve().parents[1]
 
 SURFACE = {
-    "Comparison": "(run, untouched, local, federated, centralised, own_rows, learning_rates)",
+    "Comparison": "(run, untouched, linear_probe, local, federated, centralised, own_rows, learning_rates)",
     "ConfigError": "(source, problems)",
     "Run": "(folder, config, summary, metrics)",
     "Table": "",
@@ -273,6 +273,7 @@ def test_a_comparison_has_all_four(tmp_path):
     written = json.loads((found.run.folder / "baselines.json").read_text())
     assert {name: value for name, value in written.items() if name != "curves"} == {
         "untouched": found.untouched,
+        "linear_probe": found.linear_probe,
         "local": found.local,
         "centralised": found.centralised,
         "learning_rates": found.learning_rates,
@@ -281,7 +282,14 @@ def test_a_comparison_has_all_four(tmp_path):
     assert found.own_rows == {}  # these sites keep none
     assert found.federated["loss"] == found.run.metrics[-1]["eval_loss"]
     rows = [(row["training"], row["site"]) for row in found.table]
-    assert rows == [("untouched", ""), ("local", "site-0"), ("local", "site-1"), ("federated", ""), ("centralised", "")]
+    assert rows == [
+        ("untouched", ""),
+        ("linear_probe", ""),
+        ("local", "site-0"),
+        ("local", "site-1"),
+        ("federated", ""),
+        ("centralised", ""),
+    ]
     assert all(set(row) == {"training", "site", *found.federated} for row in found.table)
     assert found._repr_html_().count("<tr>") == 6
     with pytest.raises(UsageError):

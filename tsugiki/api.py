@@ -129,6 +129,7 @@ class Comparison:
     Args:
         run: the federated run.
         untouched: of the base model without training.
+        linear_probe: of a head in closed form on the frozen base's features of all rows; empty if the task has none.
         local: of each site's own adapter, trained on its rows alone, by site.
         federated: of the run's last evaluated round.
         centralised: of an adapter that was trained on all rows in one place, in as many steps.
@@ -138,6 +139,7 @@ class Comparison:
 
     run: Run
     untouched: dict[str, float]
+    linear_probe: dict[str, float]
     local: dict[str, dict[str, float]]
     federated: dict[str, float]
     centralised: dict[str, float]
@@ -146,8 +148,10 @@ class Comparison:
 
     @property
     def table(self) -> Table:
-        """One row for each training: `training` ("untouched", "local", "federated", "centralised"), `site`, metrics."""
+        """One row for each training: `training` ("untouched", "linear_probe", "local", ...), `site`, and the metrics."""
         rows = [{"training": "untouched", "site": "", **self.untouched}]
+        if self.linear_probe:
+            rows.append({"training": "linear_probe", "site": "", **self.linear_probe})
         rows += [{"training": "local", "site": site, **metrics} for site, metrics in self.local.items()]
         rows.append({"training": "federated", "site": "", **self.federated})
         rows.append({"training": "centralised", "site": "", **self.centralised})
@@ -275,6 +279,7 @@ def compare(config: RunConfig, *, progress: bool = True) -> Comparison:
     return Comparison(
         run=run,
         untouched=found["untouched"],
+        linear_probe=found.get("linear_probe", {}),
         local=found["local"],
         federated=found["federated"],
         centralised=found["centralised"],

@@ -312,6 +312,8 @@ def _show_comparison(monitor: str, results: dict[str, Any]) -> None:
     rows: list[tuple[str, dict[str, float]]] = []
     if "untouched" in results:
         rows.append(("none (base model)", results["untouched"]))
+    if "linear_probe" in results:
+        rows.append(("linear probe, all data", results["linear_probe"]))
     if "local" in results:
         mean = {name: average(results["local"], name) for name in federated}
         rows += [(f"{site} alone", metrics) for site, metrics in results["local"].items()]

@@ -55,7 +55,7 @@ def metric_curve(
             best = values[best_round]
             label = f"best: round {best_round}, {best:.4g}"
             axes.plot([best_round], [best], "*", color=RED, markersize=12, linestyle="none", label=label, zorder=4)
-        looks = ((GREY, ":"), (ORANGE, "-."), (GREEN, "--"))
+        looks = ((GREY, ":"), (ORANGE, "-."), (GREEN, "--"), (SKY, (0, (5, 1))))
         for (name, value), (colour, dashes) in zip(baselines.items(), looks, strict=False):
             label = f"{short_label(name)}: {value:.4g}"
             if name in curves:

@@ -281,6 +281,8 @@ def baseline_metrics(run: Run) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     if "untouched" in run.baselines:
         found["untouched base"] = run.baselines["untouched"]
+    if "linear_probe" in run.baselines:
+        found["linear probe, all rows"] = run.baselines["linear_probe"]
     local = list(run.baselines.get("local", {}).values())
     if local:
         # A mean over sites needs metrics that every site has.

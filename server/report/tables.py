@@ -168,7 +168,7 @@ def compared(run: Run) -> dict[str, dict[str, float]]:
     after = run.summary.get("after")
     if after:
         rows[f"federated, round {run.best_round}"] = after
-    order = ("untouched", "local-only", "federated", "centralised")
+    order = ("untouched", "linear probe", "local-only", "federated", "centralised")
 
     def position(label: str) -> int:
         return next(index for index, start in enumerate(order) if label.startswith(start))
@@ -198,7 +198,8 @@ def _comparison(run: Run) -> Section | None:
         blocks.append(Block(_by_site(rows), folded_under="On each site's own evaluation rows: alone, and federated"))
     note = (
         "All measured on the operator's held-out rows. Local-only: each site trained alone, and its own adapter was "
-        "measured. Centralised: all rows in one place."
+        "measured. Centralised: all rows in one place. "
+        "Linear probe: a head in closed form on the frozen base's features of all rows."
     )
     rates = run.baselines.get("learning_rates", {})
     if rates:

@@ -174,8 +174,12 @@ def promote_previous(folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the newest last."""
-    return sorted(folder.glob("round-[0-9]*-*.safetensors"), key=_round_of)
+    """Return the checkpoints in a folder, the newest last.
+
+    Round 0 may have two for a moment: without and with the head that is computed before round 1.
+    """
+    paths = folder.glob("round-[0-9]*-*.safetensors")
+    return sorted(paths, key=lambda path: (_round_of(path), path.stat().st_mtime_ns))
 
 
 def _round_of(path: Path) -> int:

@@ -16,6 +16,7 @@ from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.linear_head import LinearHead, warm_head_of, with_head
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import HeadSumsRequest, to_record
+from tsugiki.server.run import checkpoint
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.collect import address, receive
 from tsugiki.server.run.context import RunContext
@@ -56,7 +57,7 @@ def numbers_before_training(graft: Graft, config: RunConfig) -> int:
 def with_warm_head(ctx: RunContext, graft: Graft, state: State) -> State:
     """Return the state before round 1 with the head in closed form; the state as it is where no head is computed.
 
-    A run that was interrupted before round 0 was evaluated asks again. Later it has the head in its checkpoint.
+    The head is checkpointed at once. A run that was interrupted before that asks again.
 
     Args:
         ctx: of the run.
@@ -66,7 +67,7 @@ def with_warm_head(ctx: RunContext, graft: Graft, state: State) -> State:
     Raises:
         Interrupted: the user asked to stop.
     """
-    if state.evaluated_round >= 0:
+    if state.evaluated_round >= 0 or "warm_head" in state.record:
         return state
     head = warm_head_of(graft, ctx.config)
     if isinstance(head, str):
@@ -165,4 +166,7 @@ def _start_from(
     vector = with_head(graft.initial, graft, head, values)
     about = {**record["warm_head"], "rows": total.rows, "ridge": values.ridge, "scale": values.scale}
     ctx.audit.write("warm-head", **about)
-    return replace(state, vector=vector, best_vector=vector, record={**record, "warm_head": about})
+    state = replace(state, vector=vector, record={**record, "warm_head": about})
+    # Takes the place of the checkpoint that the run began with: the evaluation of round 0 saves no adapter.
+    checkpoint.save(ctx.folder / "checkpoint", state, ctx.config.sha256, ctx.spec.sha256)
+    return state

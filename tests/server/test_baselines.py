@@ -84,7 +84,15 @@ def test_all_baselines_are_measured_and_written(federated):
     kinds = ["untouched", "local", "centralised"]
     results = run_baselines(config, outcome.folder, simulated_app, SITES, kinds, Progress())
     assert results == json.loads((outcome.folder / "baselines.json").read_text())
-    assert list(results) == ["untouched", "local", "own_rows", "centralised", "curves", "learning_rates"]
+    assert list(results) == [
+        "untouched",
+        "local",
+        "own_rows",
+        "linear_probe",
+        "centralised",
+        "curves",
+        "learning_rates",
+    ]
     assert sorted(results["local"]) == SITES
     assert results["untouched"] == outcome.summary["before"]
     assert results["centralised"] != results["untouched"]
@@ -100,6 +108,16 @@ def test_sites_alone_are_measured_on_their_own_rows_too(federated):
     for site in SITES:
         assert results["own_rows"]["local"][site]["rows"] == lines[-1]["sites_eval"][site]["rows"]
         assert results["own_rows"]["local"][site] != results["own_rows"]["federated"][site]
+
+
+def test_a_linear_probe_is_compared_with(federated):
+    """Catches: a head that was trained by steps, or none, in the place of the closed form on the frozen base."""
+    _, outcome = federated
+    results = json.loads((outcome.folder / "baselines.json").read_text())
+    start = read_lines(outcome.folder / "baselines" / "linear-probe" / "metrics.jsonl")[0]
+    assert start["warm_head"]["rows"] == 24
+    assert results["linear_probe"] == start["eval"]
+    assert results["linear_probe"]["accuracy"] > results["untouched"]["accuracy"]
 
 
 def test_the_central_run_has_a_curve(federated):
