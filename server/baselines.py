@@ -27,9 +27,10 @@ from tsugiki.common.model.load import load_graft
 from tsugiki.common.model.rates import with_rates
 from tsugiki.common.settings import HeadedSettings
 from tsugiki.common.tasks import TASKS
+from tsugiki.common.wire.spec import Vector
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.engines.in_process import InProcessGrid
-from tsugiki.server.run.evaluate import evaluate_base
+from tsugiki.server.run.evaluate import evaluate_base, make_evaluator
 from tsugiki.server.run.federation import Outcome, run_federation
 from tsugiki.server.run.progress import Progress
 from tsugiki.server.run.simulate import SimulatedApp, simulate
@@ -91,8 +92,8 @@ def centralised(config: RunConfig, sites: int) -> RunConfig:
 def local_only(config: RunConfig) -> RunConfig:
     """Return the run of one site by itself, with its average number of rounds and the same split of data."""
     asked = max(1, round(config.run.rounds * config.strategy.fraction_train))
-    # Evaluated before and after: a curve for each of many sites would take longer than their training.
-    return changed(config, {**_ALONE, "run.rounds": asked, "evaluation.every_rounds": asked})
+    # Only what it ends with is measured: a curve for each of many sites would take longer than their training.
+    return changed(config, {**_ALONE, "run.rounds": asked, "evaluation.data": "", "evaluation.every_rounds": asked})
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ class _Bench:
     stop: Stop | None = None
     rates: dict[str, float] = field(default_factory=dict)
 
-    def train(self, alone: RunConfig, name: str, site: str = "") -> list[dict[str, Any]]:
-        """Train a federation of one; return the lines of its metrics.jsonl.
+    def train(self, alone: RunConfig, name: str, site: str = "") -> tuple[Vector, list[dict[str, Any]]]:
+        """Train a federation of one; return its last adapter and the lines of its metrics.jsonl.
 
         Args:
             alone: its settings.
@@ -116,7 +117,7 @@ class _Bench:
         alone = changed(alone, {"run.output_dir": str(self.folder / "baselines"), "run.name": name})
         app = self.client(alone, site)[0]
         outcome = run_federation(InProcessGrid(app, 1), alone, stop=self.stop)
-        return read_lines(outcome.folder / "metrics.jsonl")
+        return outcome.state.vector, read_lines(outcome.folder / "metrics.jsonl")
 
     def with_own_rate(self, alone: RunConfig, name: str, site: str = "") -> RunConfig:
         """Return the settings at the learning rate whose short training ends with the least training loss."""
@@ -148,7 +149,7 @@ class _Bench:
         silent = {"evaluation.data": "", "evaluation.at_sites": False}
         trial = changed(_at_rate(alone, step), {"run.rounds": rounds, **silent})
         try:
-            lines = self.train(trial, f"{name}-rate-{step}", site)
+            _, lines = self.train(trial, f"{name}-rate-{step}", site)
         except (QuorumNotMet, TrainingError):  # its only site gave up, or the model is no longer finite
             return math.inf
         return float(lines[-1]["train_loss"])
@@ -207,7 +208,7 @@ def run_baselines(
         progress.note("baseline: centralised")
         if search_rates:
             central = bench.with_own_rate(central, "centralised")
-        lines = bench.train(central, "centralised")
+        _, lines = bench.train(central, "centralised")
         results["centralised"] = _last(lines, "eval")
         results["curves"] = {"centralised": _curve(lines, central, config)}
     results["learning_rates"] = {"federated": config.train.rate, **bench.rates}
@@ -218,14 +219,16 @@ def run_baselines(
 def _train_sites_alone(bench: _Bench, config: RunConfig, sites: list[str], search_rates: bool) -> dict[str, Any]:
     """Return the metrics of each site alone: `local` on the operator's rows, `own_rows` on the site's."""
     alone = local_only(config)
+    evaluate = make_evaluator(load_graft(config, config.model.name, config.run.seed), config)
     if search_rates and sites:
         alone = bench.with_own_rate(alone, "local", sites[0])  # one site's rate is good for all, as in the federation
     local: dict[str, Metrics] = {}
     own: dict[str, Metrics] = {}
     for site in sites:
         bench.progress.note(f"baseline: local-{site}")
-        lines = bench.train(alone, f"local-{site}", site)
-        local[site] = _last(lines, "eval")
+        vector, lines = bench.train(alone, f"local-{site}", site)
+        if evaluate is not None:
+            local[site] = evaluate(vector)
         own |= _last(lines, "sites_eval")
     federated = _last(read_lines(bench.folder / "metrics.jsonl"), "sites_eval")
     if not own or not federated:
@@ -242,7 +245,8 @@ def _linear_probe(bench: _Bench, central: RunConfig) -> dict[str, Metrics]:
         return {}
     one_step = {"run.rounds": 1, "train.local_steps": 1, "train.local_epochs": 0, "task.warm_head": "auto"}
     bench.progress.note("baseline: linear probe")
-    start = bench.train(changed(central, one_step), "linear-probe")[0]
+    _, lines = bench.train(changed(central, one_step), "linear-probe")
+    start = lines[0]
     if "warm_head" not in start:  # this base has no such head
         return {}
     return {"linear_probe": start["eval"]}

@@ -148,7 +148,7 @@ class Comparison:
 
     @property
     def table(self) -> Table:
-        """One row for each training: `training` ("untouched", "linear_probe", "local", ...), `site`, and the metrics."""
+        """One row for each training: its name as `training` ("untouched", "local", ...), `site`, and the metrics."""
         rows = [{"training": "untouched", "site": "", **self.untouched}]
         if self.linear_probe:
             rows.append({"training": "linear_probe", "site": "", **self.linear_probe})

@@ -139,7 +139,7 @@ def test_the_central_run_is_one_training(tmp_path, monkeypatch):
     bench = _Bench(tmp_path, simulated_app, Progress())
     cut = centralised(config, 2)
     whole = changed(cut, {"run.rounds": 1, "train.local_steps": 16})
-    ends = [bench.train(run, name)[-1]["eval"]["loss"] for run, name in ((cut, "cut"), (whole, "whole"))]
+    ends = [bench.train(run, name)[1][-1]["eval"]["loss"] for run, name in ((cut, "cut"), (whole, "whole"))]
     assert ends[0] == pytest.approx(ends[1], abs=1e-5)
 
 
