@@ -232,6 +232,8 @@ class SiteRun:
         """Return a part of the site's rows; they are read and tokenised once for the same files and settings."""
         key = self._rows_key(part)
         if key not in self.cache.rows:
+            # Rows for another run's settings are dropped: a client that stays for many runs would keep all of them.
+            self.cache.rows = {other: rows for other, rows in self.cache.rows.items() if other[:2] != key[:2]}
             self.cache.rows[key] = self._prepare(part)
         return self.cache.rows[key]
 
@@ -266,23 +268,26 @@ class SiteRun:
         if not self._follows_schedule:
             return np.arange(rows)
         grouped = groups_by_length(self.graft.task, self.config.train)
+        rounds = self.config.run.rounds
         touched = [np.zeros(0, np.int64)]
-        if isinstance(warm_head_of(self.graft, self.config), LinearHead):
+        if self._sends_sums:
             touched.append(np.asarray(rows_for_sums(rows, self.config.run.seed, self.site.name), np.int64))
         for name, own in asked_clients(self.site.name, clients, "").items():
             if own:
-                of_client = touched_rows(len(own), self.config.train, self.config.run.seed, name, self._rounds, grouped)
+                of_client = touched_rows(len(own), self.config.train, self.config.run.seed, name, rounds, grouped)
                 touched.append(np.asarray(own, np.int64)[of_client])
         return np.unique(np.concatenate(touched))
 
     @property
-    def _rounds(self) -> int:
-        """The rounds of the run; a server may ask for more than it announced."""
-        return max(self.config.run.rounds, self.round_number)
+    def _sends_sums(self) -> bool:
+        """Whether the site sends sums of its rows' features before round 1."""
+        return self.site.policy.head_sums and isinstance(warm_head_of(self.graft, self.config), LinearHead)
 
     @property
     def _follows_schedule(self) -> bool:
-        """Whether only the batches of the run's schedule read the site's training rows."""
+        """Whether only the batches of the run's schedule, and sums before round 1, read the site's training rows."""
+        if self.round_number > self.config.run.rounds:
+            return False  # a server that asks for more rounds than it announced
         task = self.graft.task
         reads_all = type(task).tail is not Task.tail  # its features are those of all rows
         texts_only = all(column.kind != "image" for column in task.columns)
@@ -305,7 +310,7 @@ class SiteRun:
             settings += f" {self.config.run.seed} {self.config.train.validation_fraction}"
         if part == "train" and self._follows_schedule:
             schedule = self.config.train.model_dump_json(include=_SCHEDULE)
-            settings += f" {self.config.run.seed} {self._rounds} {schedule} {self.config.privacy.mode}"
+            settings += f" {self.config.run.seed} {self.config.run.rounds} {schedule} {self._sends_sums}"
         return self.site.identity(), part, f"{self.graft.spec.base_fingerprint}{settings}"
 
     def _validation_rows(self) -> Encoded | None:

@@ -113,7 +113,10 @@ def _check(path: Path, records: list[dict[str, Any]], first: int, previous: str)
 
 def _cut_to_whole_lines(path: Path) -> int:
     """Remove a last line that a crash cut off: the next one would be glued to it. Return the file's size in bytes."""
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise unwritable(path, error) from error
     size = content.rfind(b"\n") + 1
     if size < len(content):
         try:

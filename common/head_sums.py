@@ -22,6 +22,10 @@ MOST_WIDTH = 4096
 """Most features of a head in closed form: the solution takes their number to the third power of steps."""
 MOST_NUMBERS = 10**7
 """Most numbers that a site sends, of 8 bytes each."""
+MOST_ROWS = 4096
+"""Most rows of a site in its sums: more change the head little, and each costs a pass through the base."""
+MOST_FEATURE = 1e6
+"""No base has features of this size, in the root mean square over rows; a larger one would drown all others."""
 RIDGES = np.logspace(-6, 2, 49)
 """The penalties to choose from, as multiples of the features' mean variance."""
 _ROUNDING = 1e-6
@@ -111,6 +115,8 @@ def check_sums(sums: HeadSums, rows: int) -> None:
     squares = np.diagonal(sums.gram)
     if sums.gram[-1, -1] != rows or (counts != np.floor(counts)).any() or (counts < 0).any() or counts.sum() != rows:
         raise WireError("the classes' rows do not add up", f"{rows} rows, each of one class", code="head-sums")
+    if (squares[:-1] > rows * MOST_FEATURE**2).any():
+        raise WireError("the features are too large", f"at most {MOST_FEATURE:g}", code="head-sums")
     if (squares < 0).any():
         raise WireError("a sum of squares is negative", "sums over rows", code="head-sums")
     # Cauchy-Schwarz: no two columns have a larger product than their lengths

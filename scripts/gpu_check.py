@@ -167,16 +167,18 @@ def main() -> int:
     peak = matmul_peak(record, device)
     with tempfile.TemporaryDirectory(prefix="tsugiki-gpu-") as name:
         shapes = SHAPES if device == "cuda" else (TINY,)
+        bases = {shape.name: Path(name) / shape.name for shape in shapes}
+        if arguments.model:
+            bases[shapes[0].name] = Path(arguments.model)
         for shape in shapes:
-            folder = Path(arguments.model) if arguments.model and shape is shapes[0] else Path(name) / shape.name
-            check_shape(record, shape, folder, device, peak)
+            check_shape(record, shape, bases[shape.name], device, peak)
         if "federation" in without:
             record.skip("two clients on one device", "left out by --without")
         elif record.over:
             record.skip("two clients on one device", "no time is left")
         else:
             with record.part("two clients on one device"):
-                two_clients(record, Path(name), shapes[0], device)
+                two_clients(record, Path(name), bases[shapes[0].name], shapes[0], device)
     show(f"GPU check on {device}", record.figures)
     for part, reason in record.skipped.items():
         print(json.dumps({"name": part, "skipped": reason}))
@@ -383,9 +385,8 @@ def bytes_words(first: Vector, second: Vector) -> str:
     return "equal bytes" if sha256(first) == sha256(second) else "other bytes"
 
 
-def two_clients(record: Record, folder: Path, shape: Shape, device: str) -> None:
+def two_clients(record: Record, folder: Path, base: Path, shape: Shape, device: str) -> None:
     """Run a server and two clients, three processes on one device, and compare with the same run in one process."""
-    base = folder / shape.name
     write_base(base, shape, device)
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows_of(shape)))

@@ -62,10 +62,17 @@ _ALONE: Mapping[str, Any] = {
         "max_update_norm": sys.float_info.max,  # an update may be the whole training here
     },
     "simulation.ranks": [],
+    "simulation.engine": "in-process",  # which alone keeps an optimiser between rounds
     "privacy": {"mode": "none"},  # one party alone has nobody to protect its data from
     "evaluation.early_stopping_patience": 0,
 }
 """Settings that a federation of one changes in a run."""
+
+
+def _alone(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that a federation of one changes in this run."""
+    merged_pair = {"adapter.merged_rank": 0} if getattr(config.adapter, "merged_rank", 0) else {}  # only flora fills it
+    return {**_ALONE, **merged_pair}
 
 
 def centralised(config: RunConfig, sites: int) -> RunConfig:
@@ -74,7 +81,7 @@ def centralised(config: RunConfig, sites: int) -> RunConfig:
     return changed(
         config,
         {
-            **_ALONE,
+            **_alone(config),
             "run.rounds": rounds,
             "train.local_steps": config.train.local_steps * sites,
             "train.persist_optimizer": True,  # the rounds are one training, cut up for the evaluation
@@ -93,7 +100,8 @@ def local_only(config: RunConfig) -> RunConfig:
     """Return the run of one site by itself, with its average number of rounds and the same split of data."""
     asked = max(1, round(config.run.rounds * config.strategy.fraction_train))
     # Only what it ends with is measured: a curve for each of many sites would take longer than their training.
-    return changed(config, {**_ALONE, "run.rounds": asked, "evaluation.data": "", "evaluation.every_rounds": asked})
+    ends = {"run.rounds": asked, "evaluation.data": "", "evaluation.every_rounds": asked}
+    return changed(config, {**_alone(config), **ends})
 
 
 @dataclass(frozen=True)
@@ -135,12 +143,14 @@ class _Bench:
             losses[step] = self._short_loss(alone, step, name, site)
             if losses[step] > least * (1 - LEVEL):
                 break
+        tried = len(losses)
         # Of rates that are as good as the best, the highest: the short training saw its beginning only.
-        enough = min(losses.values()) * (1 + LEVEL)
-        best = max(step for step, loss in losses.items() if loss <= enough)
+        losses = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+        enough = min(losses.values(), default=0.0) * (1 + LEVEL)
+        best = max((step for step, loss in losses.items() if loss <= enough), default=0)
         chosen = _at_rate(alone, best)
         self.rates[name] = chosen.train.rate
-        self.progress.note(f"learning rate of {name}: {self.rates[name]:.2g}, after {len(losses)} short trainings")
+        self.progress.note(f"learning rate of {name}: {self.rates[name]:.2g}, after {tried} short trainings")
         return chosen
 
     def _short_loss(self, alone: RunConfig, step: int, name: str, site: str) -> float:
@@ -149,7 +159,7 @@ class _Bench:
         silent = {"evaluation.data": "", "evaluation.at_sites": False}
         trial = changed(_at_rate(alone, step), {"run.rounds": rounds, **silent})
         try:
-            _, lines = self.train(trial, f"{name}-rate-{step}", site)
+            _, lines = self.train(trial, f"search-{name}-{step}", site)
         except (QuorumNotMet, TrainingError):  # its only site gave up, or the model is no longer finite
             return math.inf
         return float(lines[-1]["train_loss"])
@@ -243,6 +253,9 @@ def _linear_probe(bench: _Bench, central: RunConfig) -> dict[str, Metrics]:
     """
     if not isinstance(central.task, HeadedSettings):
         return {}
+    federated = read_lines(bench.folder / "metrics.jsonl")
+    if federated and "warm_head" in federated[0]:
+        return {"linear_probe": federated[0]["eval"]}  # the same, from the sums of all sites
     one_step = {"run.rounds": 1, "train.local_steps": 1, "train.local_epochs": 0, "task.warm_head": "auto"}
     bench.progress.note("baseline: linear probe")
     _, lines = bench.train(changed(central, one_step), "linear-probe")

@@ -291,7 +291,7 @@ def test_a_comparison_has_all_four(tmp_path):
         ("centralised", ""),
     ]
     assert all(set(row) == {"training", "site", *found.federated} for row in found.table)
-    assert found._repr_html_().count("<tr>") == 6
+    assert found._repr_html_().count("<tr>") == 7
     with pytest.raises(UsageError):
         tsugiki.compare(tiny_config(tmp_path, run={"name": "other"}, evaluation={"data": ""}))
     assert not (tmp_path / "runs" / "other").exists()

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from tsugiki.common.errors import ModelError
-from tsugiki.common.head_sums import HeadSums, zero_sums
+from tsugiki.common.head_sums import MOST_ROWS, HeadSums, zero_sums
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.linear_head import LinearHead
 from tsugiki.common.rng import generator
 from tsugiki.common.tasks.base import Encoded, at_rest
 from tsugiki.common.tasks.text import by_length
-
-MOST_ROWS = 4096
-"""Most rows of a site in its sums: more change the head little, and each costs a pass through the base."""
 
 
 def rows_for_sums(rows: int, run_seed: int, site: str) -> list[int]:

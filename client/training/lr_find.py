@@ -27,6 +27,7 @@ from tsugiki.common.model.load import load_graft
 from tsugiki.common.model.rates import with_rates
 from tsugiki.common.plots import BLUE, LIGHT_GREY, RED, new_figure, plain_numbers, plot_format, render, style
 from tsugiki.common.rng import derive_seed, seed_everything
+from tsugiki.common.settings import HeadedSettings
 from tsugiki.common.tasks import TASKS
 from tsugiki.common.tasks.base import Encoded
 
@@ -177,17 +178,22 @@ def try_rates(
         TsugikiError: the federation cannot start.
     """
     short = _short(config)
-    untrained = training_losses(changed(short, {"run.rounds": 1, "train.learning_rate": _UNTRAINED}))
+    untrained = training_losses(changed(short, {"run.rounds": 1, **_rates(_UNTRAINED)}))
     if not untrained:
         raise TrainingError("the federation has no loss before training", "replies from enough sites", code="diverged")
     watch(1)
     trials: list[Trial] = []
     while len(trials) < TRIALS and not (trials and trials[-1].fell):
         rate = _round(suggestion / STEP_DOWN ** len(trials))
-        losses = training_losses(changed(short, {"train.learning_rate": rate}))
+        losses = training_losses(changed(short, _rates(rate)))
         trials.append(Trial(rate, untrained[0], losses))
         watch(1 + len(trials))
     return trials
+
+
+def _rates(rate: float) -> dict[str, float]:
+    """Return the settings of a trial's rates: adapter and head share one, as in the range test."""
+    return {"train.learning_rate": rate, "train.head_learning_rate": rate}
 
 
 def _short(config: RunConfig) -> RunConfig:
@@ -205,6 +211,8 @@ def _short(config: RunConfig) -> RunConfig:
             "privacy": {},
             "evaluation": {},
             "simulation.engine": "in-process",
+            # The range test starts from a random head. After a linear probe there is often little left to fall.
+            **({"task.warm_head": "off"} if isinstance(config.task, HeadedSettings) else {}),
         },
     )
 

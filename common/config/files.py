@@ -63,7 +63,31 @@ def override(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         changes[key] = _value(text)
     if problems:
         raise ConfigError("command line", problems)
-    return with_changes(raw, changes)
+    return with_changes(_without_other_defaults(raw, changes), changes)
+
+
+def _without_other_defaults(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `raw` without the defaults of a task, method or strategy that `changes` replaces by another one.
+
+    A file that names every setting, as a run's own config.toml does, can then be run with another strategy. Settings
+    that somebody chose stay: `parse` refuses them if the other one does not have them.
+    """
+    result = dict(raw)
+    for key in ("task.name", "adapter.method", "strategy.name"):
+        section = key.split(".")[0]
+        given = raw.get(section, {})
+        before = section_classes(raw)[section]
+        after = section_classes(with_changes(raw, changes))[section]
+        # `parse` reports names that do not exist, and a section that is no table.
+        if key not in changes or isinstance(before, Problem) or isinstance(after, Problem):
+            continue
+        if not isinstance(given, Mapping):
+            continue
+        defaults = before().model_dump(mode="json")
+        others = {name: value for name, value in defaults.items() if name not in after.model_fields}
+        replaced = {name for name, value in others.items() if given.get(name) == value}
+        result[section] = {name: value for name, value in given.items() if name not in replaced}
+    return result
 
 
 def _value(text: str) -> Any:

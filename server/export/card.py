@@ -20,6 +20,7 @@ from tsugiki.common.model.graft import Graft
 from tsugiki.common.tasks.decoding.templates import encode_prompts, prompt_text
 from tsugiki.common.tasks.image_classification import MODEL_TYPE
 
+_FLOAT32_BYTES = 4
 Kind = Literal["peft", "tsugiki", "merged"]
 """Form of an export: a PEFT directory, files of our own, or a whole model."""
 
@@ -63,7 +64,12 @@ def pools_for_classes(graft: Graft) -> bool:
 
 def loads_itself(graft: Graft, kind: Kind) -> bool:
     """Return whether `SentenceTransformer(folder)` loads an export of this kind, with nothing lost."""
-    return is_sentence_transformer(graft) and (kind == "merged" or (kind == "peft" and graft.method.loads_anywhere))
+    if not is_sentence_transformer(graft):
+        return False
+    # It loads a PEFT adapter in the base's type: an adapter of float32 on a base of 16 bits would be rounded.
+    frozen = [value for value in graft.base.transformer.parameters() if not value.requires_grad]
+    whole = all(value.dtype.itemsize == _FLOAT32_BYTES for value in frozen if value.is_floating_point())
+    return kind == "merged" or (kind == "peft" and graft.method.loads_anywhere and whole)
 
 
 def needs_tsugiki(graft: Graft, kind: Kind) -> bool:

@@ -139,7 +139,7 @@ def read_best(folder: Path, state: State) -> Vector:
     if state.best_round == state.round:
         return state.vector
     try:
-        path = next(path for path in _files(folder) if _round_of(path) == state.best_round)
+        path = next(path for path in reversed(_files(folder)) if _round_of(path) == state.best_round)
         vector: Vector = _read(path)[1]["vector"]
     except (StopIteration, StorageError) as error:
         raise StorageError(
@@ -216,6 +216,8 @@ def _read_body(path: Path) -> dict[str, Any]:
     """Return the header's state of a checkpoint, without reading its tensors."""
     with path.open("rb") as file:
         size = _header_size(file.read(_LENGTH_BYTES))
+        if size > path.stat().st_size:
+            raise _corrupt(path, "its header")
         file.seek(0)
         return _body(path, file.read(size))
 
@@ -298,7 +300,7 @@ def _remove_unneeded(folder: Path, newest: Path, state: State) -> None:
         best |= {_read_body(path)["best_round"] for path in older[-1:]}
     except StorageError:  # a damaged one may refer to any of them
         return
-    kept |= {path for path in older if _round_of(path) in best}
+    kept |= set({_round_of(path): path for path in older if _round_of(path) in best}.values())  # the newest of each
     for path in [*_files(folder), *folder.glob(".*.tmp")]:
         if path not in kept:
             path.unlink()

@@ -32,7 +32,7 @@ from tsugiki.server.run.privacy import Privacy, open_privacy, rows_summary
 from tsugiki.server.run.progress import Progress, describe_notes
 from tsugiki.server.run.roster import Roster
 from tsugiki.server.run.storage import run_folder
-from tsugiki.server.run.warm_head import numbers_before_training, with_warm_head
+from tsugiki.server.run.warm_head import with_warm_head
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def run_federation(
         plan = make_plan(config, graft.spec.size)
         evaluator = make_evaluator(graft, config)
         # whatever is exchanged, a number takes at most eight bytes
-        grid.limit_replies(max(graft.spec.size, numbers_before_training(graft, config)) * 8)
+        grid.limit_replies(graft.spec.size * 8)
 
         state = _open_records(folder, config, plan, graft, rates, resume=resume, previous=previous)
         audit = AuditLog(folder / "audit.jsonl")
@@ -101,7 +101,7 @@ def run_federation(
 
         with progress:
             computes = simulated or evaluator is not None
-            if computes and (advice := precision_advice(config, graft.device.type)):
+            if computes and (advice := precision_advice(config, str(graft.device).partition(":")[0])):
                 progress.note(advice)
             if rates:
                 progress.note(rates)

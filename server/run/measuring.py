@@ -6,8 +6,13 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
+from tsugiki.common.files import read_lines
 from tsugiki.common.strategies import strategy_of
 from tsugiki.common.strategies.factors import pairs
 from tsugiki.common.strategies.products import aggregation_error
@@ -26,14 +31,35 @@ NEGLIGIBLE_S = 0.02
 MOST_BYTES = 2**30
 """Updates that only the measurement needs are kept up to this many bytes a round."""
 LOW_COSINE = 0.3
-"""Below this mean cosine of the updates of round 1, the operator is told what helps against skewed data. Measured: see
-docs/skew.md."""
+"""Below this mean cosine of the updates of round 1, a run that began with a random head says what helps against skewed
+data. Measured: see docs/skew.md. After a linear probe, updates of alike sites hardly agree either."""
+LABEL_SKEW = 0.25
+"""Above this `label_skew`, a run that began with a linear probe says it."""
 
+_HELP = 'train.optimizer = "sgd" with strategy.name = "fedavgm" and server_momentum = 0.5. See docs/skew.md'
 SKEW_NOTE = (
-    "the updates of the sites hardly agree (mean cosine {cosine:.2f}): their data differ much. What helps: "
-    'train.optimizer = "sgd" with strategy.name = "fedavgm" and server_momentum = 0.5, and a head that starts warm. '
-    "See docs/skew.md"
+    "the updates of the sites hardly agree (mean cosine {cosine:.2f}): their data differ much. What helps: " + _HELP
 )
+LABEL_SKEW_NOTE = "the sites have different classes (label skew {skew:.2f} of 1). What helps: " + _HELP
+
+
+def label_skew(counts: npt.NDArray[np.float64]) -> float:
+    """Return how far the sites' shares of the classes are from those of all rows, in the mean over rows.
+
+    It is the total variation distance, less what chance alone would give rows that are split at random: for a site of n
+    rows half the sum over classes of sqrt(2 p (1 - p) / (pi n)), the mean deviation of a binomial share p.
+
+    Args:
+        counts: rows of each class at each site, shape (sites, classes); no site is empty.
+
+    Returns:
+        About 0 for a random split, near 1 where no two sites share a class.
+    """
+    rows = counts.sum(axis=1)
+    shares = counts.sum(axis=0) / rows.sum()
+    distance = np.abs(counts / rows[:, None] - shares).sum(axis=1) / 2
+    chance = np.sqrt(2 * shares * (1 - shares) / (np.pi * rows[:, None])).sum(axis=1) / 2
+    return max(0.0, float(np.average(distance - chance, weights=rows)))
 
 
 @dataclass
@@ -55,6 +81,11 @@ class Pace:
         if seconds > NEGLIGIBLE_S:
             every = max(1, math.ceil(seconds / (SHARE * max(round_s, 1e-3))))
         self.next_round = round_number + every
+
+
+def started_warm(folder: Path) -> bool:
+    """Return whether the run in a folder began with a head in closed form."""
+    return any("warm_head" in line for line in read_lines(folder / "metrics.jsonl")[:1])
 
 
 def measures_error(

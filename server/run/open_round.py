@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tsugiki.common.errors import StorageError
 from tsugiki.common.strategies import strategy_of
 from tsugiki.common.strategies.base import WeightedUpdate
 from tsugiki.common.wire.spec import l2_norm
@@ -14,7 +15,7 @@ from tsugiki.server.run.collect import collect
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.guard import check
 from tsugiki.server.run.kept import KeptUpdates
-from tsugiki.server.run.measuring import LOW_COSINE, SKEW_NOTE, measures_error, timed_error
+from tsugiki.server.run.measuring import LOW_COSINE, SKEW_NOTE, measures_error, started_warm, timed_error
 from tsugiki.server.run.replies import Accepted, Asked, CollectedMean, Rejected
 from tsugiki.server.run.roster import Member
 from tsugiki.server.run.rounds import Round, Step, attempt_record, take_step
@@ -36,18 +37,30 @@ class OpenRound(Round[CollectedMean]):
         spec = self.ctx.spec
         strategy = strategy_of(config.strategy)
         part = strategy.trained_part(spec, round_number)
-        mean = RunningMean(spec.size, config.strategy.max_update_norm, sum(member.rows for member in cohort))
+        mean = RunningMean(spec.size, len(cohort))
         kept: KeptUpdates | None = None
         if strategy.needs_each_update or measures_error(config, spec, self.ctx.pace, round_number, cohort):
             kept = KeptUpdates(self.ctx.folder, spec.size)
+
+        def keep(one: WeightedUpdate) -> None:
+            nonlocal kept
+            if kept is None:
+                return
+            try:
+                kept.add(one)
+            except StorageError:
+                if strategy.needs_each_update:
+                    raise
+                # only a measurement needs them: the round goes on without it
+                kept = None
+                self.ctx.progress.note("the aggregation error is not measured: the disk is full")
 
         def judge(reply: Message, asked: Asked) -> Accepted | Rejected:
             verdict = check(reply, asked, spec, config.strategy.max_update_norm, part)
             if isinstance(verdict, Rejected):
                 return verdict
             mean.add(verdict.update, verdict.norm, verdict.weight)
-            if kept is not None:
-                kept.add(WeightedUpdate(verdict.site, verdict.update, verdict.weight, verdict.clients))
+            keep(WeightedUpdate(verdict.site, verdict.update, verdict.weight, verdict.clients))
             return verdict.without_update()
 
         replies = collect(self.ctx, state, round_number, cohort, judge)
@@ -79,7 +92,7 @@ class OpenRound(Round[CollectedMean]):
                 record["aggregation_error"] = error
             ctx.pace.took(round_number, seconds + replies.kept.write_s, replies.wait_s)
         # once, when the operator can still change the run
-        if round_number == 1 and cosine is not None and cosine < LOW_COSINE:
+        if round_number == 1 and cosine is not None and cosine < LOW_COSINE and not started_warm(ctx.folder):
             ctx.progress.note(SKEW_NOTE.format(cosine=cosine))
         return replace(step, record=record)
 

@@ -20,9 +20,9 @@ from tsugiki.common.privacy.clipping import Levels
 from tsugiki.common.wire.arrays import PackedLevels
 from tsugiki.common.wire.spec import BLOCK, Vector, blocks
 
-SHORT = 128.0
-"""Updates up to this length share one grid. Longer ones, which only a large `max_update_norm` lets in, get coarser
-grids, so that the bound itself does not make the grid of ordinary updates coarse."""
+SHORT = 2.0**17
+"""Weighted updates up to this length (L2 norm times rows) share one grid. Longer ones get coarser grids of their own,
+so that neither `max_update_norm` nor the rows that one site claims make the grid of ordinary updates coarse."""
 RATIO = 2.0**20
 """The ratio of the lengths that two neighbouring grids are made for."""
 
@@ -31,21 +31,20 @@ class RunningMean:
     """The mean of the updates that were added so far, weighted by rows.
 
     A weighted update x is rounded to the grid as (x + c) - c, with c = 1.5 * 2^k: near c, float64 has no digits below
-    2^(k - 52). Let T be the largest length of an update times the sum of all weights that may come. k is chosen such
-    that 2^(k - 1) is the least power of two that is not below T. So no sum exceeds 2^51 units of the grid, and all sums
-    are exact. Rounding changes each weighted update by at most 2^-51 * T: the mean of n sites with equal weights by at
-    most n * 2^-51 times the largest length, and usually by the root of n instead of n.
+    2^(k - 52). Let T be the largest length of a weighted update on the grid times the number of updates. k is chosen
+    such that 2^(k - 1) is the least power of two that is not below T. So no sum exceeds 2^51 units of the grid, and all
+    sums are exact. Rounding changes each weighted update by at most 2^-51 * T. With n updates of norm times rows L, on
+    the first grid, that is at most n * 2^-34 / L of the update.
 
     Args:
         size: of an update.
-        longest: no update is longer, in L2 norm.
-        weight: the sum of all weights is not larger.
+        count: the most updates that may be added.
     """
 
-    def __init__(self, size: int, longest: float, weight: int) -> None:
+    def __init__(self, size: int, count: int) -> None:
         self._size = size
-        self._longest = longest
-        self._most_weight = weight
+        self._most = count
+        self._count = 0
         self._sums: dict[int, npt.NDArray[np.float64]] = {}  # one for each grid in use
         self._scratch = np.empty(BLOCK)
         self.weight = 0
@@ -54,11 +53,12 @@ class RunningMean:
         """Add an update, shape (size,), of this L2 norm and with this weight in rows.
 
         Raises:
-            ValueError: the update is longer, or its weight larger, than the grid was made for.
+            ValueError: it is one update more than the grids were made for.
         """
-        if norm > self._longest or self.weight + weight > self._most_weight:
-            raise ValueError(f"an update of norm {norm:g} and weight {weight} is beyond the bounds of this sum")
-        grid = _grid(norm)
+        if self._count == self._most:
+            raise ValueError(f"a sum of {self._most} updates has no room for another")
+        self._count += 1
+        grid = _grid(norm * weight)
         if grid not in self._sums:
             self._sums[grid] = np.zeros(self._size)
         total = self._sums[grid]
@@ -72,9 +72,8 @@ class RunningMean:
             total[part] += weighted
 
     def _constant(self, grid: int) -> float:
-        longest = min(SHORT * RATIO**grid, self._longest)
         # a little more than the bound: the norm itself was rounded
-        _, exponent = math.frexp(longest * self._most_weight * (1 + 1e-9))
+        _, exponent = math.frexp(SHORT * RATIO**grid * self._most * (1 + 1e-9))
         return math.ldexp(1.5, exponent + 1)
 
     def value(self) -> Vector:
@@ -87,10 +86,10 @@ class RunningMean:
         return mean
 
 
-def _grid(norm: float) -> int:
-    """Return the number of the grid for updates of this length: 0 up to `SHORT`, then one for each `RATIO`."""
+def _grid(length: float) -> int:
+    """Return the number of the grid for weighted updates of a length: 0 up to `SHORT`, then one for each `RATIO`."""
     grid = 0
-    while norm > SHORT * RATIO**grid:
+    while length > SHORT * RATIO**grid:
         grid += 1
     return grid
 

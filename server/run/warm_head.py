@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from tsugiki.common.config.run import RunConfig
+from tsugiki.common.files import unwritable
 from tsugiki.common.head_sums import HeadSums, pack_sums, solve, unpack_sums, zero_sums
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.linear_head import LinearHead, warm_head_of, with_head
@@ -21,11 +23,14 @@ from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.collect import address, receive
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.guard import check_head_sums
+from tsugiki.server.run.measuring import LABEL_SKEW, LABEL_SKEW_NOTE, label_skew
 from tsugiki.server.run.replies import AcceptedStep, Asked, Rejected
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
 
+_SPILLED = ".sums-"
+_NUMBER_BYTES = 8
 MOST_LENGTH = 10.0
 """How often the median site's length of features a site's may be; longer ones would outweigh all others."""
 
@@ -38,20 +43,16 @@ class _Spilled:
         path: of the packed sums.
         rows: how many rows they are over.
         length: root mean square of the rows' features.
+        counts: of the rows of each class.
     """
 
     path: Path
     rows: int
     length: float
+    counts: npt.NDArray[np.float64]
 
 
 _Reply = AcceptedStep[_Spilled]
-
-
-def numbers_before_training(graft: Graft, config: RunConfig) -> int:
-    """Return how many numbers a site sends before round 1; 0 if the run computes no head."""
-    head = warm_head_of(graft, config)
-    return head.numbers if isinstance(head, LinearHead) else 0
 
 
 def with_warm_head(ctx: RunContext, graft: Graft, state: State) -> State:
@@ -75,19 +76,28 @@ def with_warm_head(ctx: RunContext, graft: Graft, state: State) -> State:
             ctx.progress.note(f"no head before round 1: {head}")
         return state
     ctx.progress.note(f"computing the head from sums of {head.width} features, which all sites send once")
-    with TemporaryDirectory(dir=ctx.folder, prefix=".sums-") as folder:
+    for left in ctx.folder.glob(f"{_SPILLED}*"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(dir=ctx.folder, prefix=_SPILLED) as folder:
+        ctx.grid.limit_replies(head.numbers * _NUMBER_BYTES)
         replies, rejected, traffic = _collect(ctx, graft, head, Path(folder))
+        ctx.grid.limit_replies(graft.spec.size * _NUMBER_BYTES)
         total = zero_sums(head.width, head.classes)
         # in the order of names, so that the order of arrival changes nothing
         for reply in replies:
             total = total.plus(unpack_sums(np.load(reply.content.path), head.width, head.classes))
     reasons = {reply.site: reply.reason for reply in rejected}
+    record = _record(replies, reasons, traffic)
     reason = _why_not(ctx, replies, total)
     if reason:
         ctx.audit.write("no-warm-head", accepted=[reply.site for reply in replies], rejected=reasons)
         ctx.progress.note(f"no head before round 1: {reason}")
         return state
-    return _start_from(ctx, graft, head, state, total, _record(replies, reasons, traffic))
+    skew = label_skew(np.array([reply.content.counts for reply in replies]))
+    record["warm_head"]["label_skew"] = skew
+    if skew > LABEL_SKEW:
+        ctx.progress.note(LABEL_SKEW_NOTE.format(skew=skew))
+    return _start_from(ctx, graft, head, state, total, record)
 
 
 def _collect(
@@ -120,9 +130,12 @@ def _collect(
 
 
 def _spill(sums: HeadSums, path: Path) -> _Spilled:
-    np.save(path, pack_sums(sums), allow_pickle=False)
+    try:
+        np.save(path, pack_sums(sums), allow_pickle=False)
+    except OSError as error:
+        raise unwritable(path, error) from error
     squares = float(np.trace(sums.gram[:-1, :-1]))
-    return _Spilled(path, sums.rows, float(np.sqrt(squares / sums.rows)))
+    return _Spilled(path, sums.rows, float(np.sqrt(squares / sums.rows)), np.array(sums.moments[-1]))
 
 
 def _without_outliers(replies: Sequence[_Reply]) -> tuple[list[_Reply], list[Rejected]]:
@@ -132,7 +145,8 @@ def _without_outliers(replies: Sequence[_Reply]) -> tuple[list[_Reply], list[Rej
     """
     if not replies:
         return [], []
-    most = MOST_LENGTH * float(np.median([reply.content.length for reply in replies]))
+    lengths = sorted(reply.content.length for reply in replies)
+    most = MOST_LENGTH * lengths[(len(lengths) - 1) // 2]  # the lower median: of two sites, the other one counts
     kept = [reply for reply in replies if reply.content.length <= most]
     detail = f"features longer than {most:.4g}"
     too_long = [
@@ -164,6 +178,10 @@ def _start_from(
     """Return the state with the head that follows from the sums."""
     values = solve(total, bias=head.bias)
     vector = with_head(graft.initial, graft, head, values)
+    if not np.isfinite(vector).all():
+        ctx.audit.write("no-warm-head", accepted=sorted(record["warm_head"]["sites"]), rejected={})
+        ctx.progress.note("no head before round 1: the sums have no finite solution")
+        return state
     about = {**record["warm_head"], "rows": total.rows, "ridge": values.ridge, "scale": values.scale}
     ctx.audit.write("warm-head", **about)
     state = replace(state, vector=vector, record={**record, "warm_head": about})

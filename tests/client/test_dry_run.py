@@ -1,5 +1,7 @@
 """What `tsugiki client --dry-run` shows is what a real client sends."""
 
+import copy
+
 import pytest
 
 from tests.support.federation import CANARIES, app_of_sites, site_folder, tiny_config
@@ -16,7 +18,7 @@ def test_it_shows_what_is_sent(tmp_path):
     sent = {}
 
     def keep(node, reply):
-        sent[len(sent)] = reply.content
+        sent[len(sent)] = copy.deepcopy(reply.content)  # the server drops what it has read
         return [reply]
 
     simulate(config, app_of_sites([file]), fault=keep)

@@ -43,7 +43,7 @@ PREPARED = {"fusion": lambda folder, base: {"adapters": to_fuse(folder, base)}}
 LONGER = {"bitfit": (120, 0.02), "layernorm": (120, 0.02), "prefix": (120, 0.05), "vera": (120, 0.02)}
 """Steps and learning rate with which a tiny loss falls, where 40 steps at 0.02 are too few for a method."""
 
-LITTLE = {"prompt": 0.99, "p-tuning": 0.99}
+LITTLE = {"prompt": 0.99, "p-tuning": 0.99, "prefix": 0.95}
 """To what share of itself the loss falls at least, where a random base reads little from other words than its own."""
 
 
@@ -152,7 +152,7 @@ class Site:
         if self.encoded.images is not None:
             with torch.no_grad():
                 return base.transformer(pixel_values=self.batch()["pixel_values"][:3]).logits
-        tokens = next(iter(self.encoded.texts.values()))[:3]
+        tokens = next(iter(self.encoded.texts.values())).lists()[:3]
         length = min(map(len, tokens))
         ids = torch.tensor([row[:length] for row in tokens])
         with torch.no_grad():

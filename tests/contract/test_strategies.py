@@ -354,7 +354,7 @@ def test_the_running_mean_gives_the_step_of_flowers_own_average(name):
     running_state, flowers_state = {}, {}
     for number in (1, 2, 3):
         replies = updates(6, seed=number)
-        running = RunningMean(SIZE, 100.0, sum(one.weight for one in replies))
+        running = RunningMean(SIZE, len(replies))
         for one in random.Random(number).sample(replies, len(replies)):  # noqa: S311
             running.add(one.update, l2_norm(one.update), one.weight)
         mean = [WeightedUpdate("mean", running.value(), running.weight)]

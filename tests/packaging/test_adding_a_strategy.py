@@ -48,7 +48,8 @@ def test_the_page_makes_a_strategy_that_trains(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(
         '[run]\nname = "toy"\nrounds = 2\n[model]\nname = "model"\n'
         "[train]\nlearning_rate = 1e-2\nlocal_steps = 10\nper_device_train_batch_size = 8\nthreads = 1\n"
-        '[simulation]\nclients = 2\ndata = "data.csv"\n[evaluation]\ndata = "data.csv"\n' + blocks[1][1]
+        '[task]\nwarm_head = "off"\n[simulation]\nclients = 2\ndata = "data.csv"\n[evaluation]\ndata = "data.csv"\n'
+        + blocks[1][1]
     )
 
     done = subprocess.run(

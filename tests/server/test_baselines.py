@@ -110,12 +110,29 @@ def test_sites_alone_are_measured_on_their_own_rows_too(federated):
         assert results["own_rows"]["local"][site] != results["own_rows"]["federated"][site]
 
 
+@pytest.mark.parametrize("changes", [{"simulation": {"engine": "ray"}}, {"strategy": {"name": "flora"}}])
+def test_every_run_has_baselines(tmp_path, changes):
+    """Catches: a setting of the federation that a federation of one is refused for, after everything has run."""
+    config = tiny_config(tmp_path, **changes)
+    for alone in (local_only(config), centralised(config, 2)):
+        assert alone.simulation.engine == "in-process"
+        assert getattr(alone.adapter, "merged_rank", 0) == 0
+
+
+def test_a_search_in_which_everything_diverges_changes_nothing(tmp_path, monkeypatch):
+    """Catches: the highest rate of all taken where none trains."""
+    config = centralised(tiny_config(tmp_path), 2)
+    bench = _Bench(tmp_path, simulated_app, Progress())
+    monkeypatch.setattr(_Bench, "_short_loss", lambda *arguments: float("inf"))
+    assert bench.with_own_rate(config, "centralised").train.learning_rate == config.train.learning_rate
+
+
 def test_a_linear_probe_is_compared_with(federated):
     """Catches: a head that was trained by steps, or none, in the place of the closed form on the frozen base."""
     _, outcome = federated
     results = json.loads((outcome.folder / "baselines.json").read_text())
     start = read_lines(outcome.folder / "baselines" / "linear-probe" / "metrics.jsonl")[0]
-    assert start["warm_head"]["rows"] == 24
+    assert start["warm_head"]["rows"] == 17  # of 24, those that are not kept for evaluation
     assert results["linear_probe"] == start["eval"]
     assert results["linear_probe"]["accuracy"] > results["untouched"]["accuracy"]
 

@@ -261,5 +261,5 @@ def _separable(network: Any, plain: Any, name: str) -> bool:
             log.debug("%s without its output layer: %s", type(plain).__name__, error)
             return False
     same = whole[:, 1:3].flatten(0, 1)
-    rounding = 64 * torch.finfo(whole.dtype).eps * float(whole.abs().max())
+    rounding = 4 * torch.finfo(whole.dtype).eps * float(whole.abs().max())
     return alone.shape == same.shape and torch.allclose(alone, same, rtol=0.0, atol=rounding)

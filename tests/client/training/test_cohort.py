@@ -1,5 +1,6 @@
 """The clients of a site, each trained by itself; and what leaves a site in a private run, key by key."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -252,6 +253,7 @@ HELLO = {
     "spec_sha256",
     "libraries",
     "notes",
+    "precision",
 }
 PRIVATE, OPEN = {"site", "round", "nonce"}, {"rows", "steps", "loss", "loss_shared", "seconds"}
 MODES = {
@@ -266,7 +268,7 @@ def replies(folder, privacy):
     seen = []
 
     def tap(node, reply):
-        seen.append(reply)
+        seen.append(copy.deepcopy(reply))  # the server drops what it has read
         return [reply]
 
     simulation = {"clients": 4, "clients_per_site": 2, "evaluation_fraction": 0.25}

@@ -113,8 +113,9 @@ def test_adapters_of_other_tasks_are_fused(base, tmp_path):
     """Catches: names that only fit the class of model that an adapter was trained in; another task's head expected."""
     adapter = {"method": "houlsby", "bottleneck": 3}
     export_tiny(tmp_path / "vectors", base, {"name": "sentence-embedding"}, adapter, 1)
-    export_tiny(tmp_path / "classes", base, CLASSES, adapter, 2)
-    for task in (CLASSES, {"name": "sentence-embedding"}):
+    classes = {**CLASSES, "pooling": "model"}  # another class of model than an embedder's
+    export_tiny(tmp_path / "classes", base, classes, adapter, 2)
+    for task in (classes, {"name": "sentence-embedding"}):
         graft = fused(base, [tmp_path / "vectors", tmp_path / "classes"], task=task)
         kept = [bottleneck.up.bias for bottleneck in place(graft, 0).fusion.bottlenecks]
         for value, kind, prefix in zip(kept, ("vectors", "classes"), ("", "bert."), strict=True):

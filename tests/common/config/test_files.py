@@ -50,6 +50,18 @@ def refused(action, *arguments):
     return {problem.key: problem for problem in caught.value.problems}
 
 
+def test_another_strategy_drops_the_defaults_of_the_one_in_the_file():
+    """Catches: a run's own file, which names every setting, refused with another strategy; a choice that is lost."""
+    raw = tomllib.loads(to_toml(parse({"strategy": {"name": "fedavg", "min_clients": 3}})))
+    assert "server_learning_rate" in raw["strategy"]
+    other = override(raw, ["strategy.name=svd"])
+    assert "server_learning_rate" not in other["strategy"]
+    assert other["strategy"]["min_clients"] == 3
+    raw["strategy"]["server_learning_rate"] = 0.5
+    assert override(raw, ["strategy.name=svd"])["strategy"]["server_learning_rate"] == 0.5
+    assert override(raw, ["strategy.min_clients=4"])["strategy"]["server_learning_rate"] == 0.5
+
+
 def test_there_are_combinations():
     """Catches: empty registries, for which every test below would pass."""
     assert len(COMBINATIONS) >= 2 * 2 * 5

@@ -123,7 +123,7 @@ def test_compare_shows_all_four(tmp_path, no_export):
     for row in ("none (base model)", "site-0 alone", "average site alone", "federated", "all data in one place"):
         assert row in shown
     assert "each site's own rows" in shown
-    assert not list((tmp_path / "runs" / "second" / "baselines").glob("*-rate-*"))
+    assert not list((tmp_path / "runs" / "second" / "baselines").glob("search-*"))
 
 
 def test_compare_needs_something_to_compare_by(tmp_path):

@@ -142,6 +142,7 @@ def pooled_kinds(folder, base):
     unjudged = {"model": {"name": str(base)}, "evaluation": {"data": ""}}  # so the last adapter is the best one
     names = ("mean", "first", "houlsby-mean", "dora-mean", "vera-mean", "bitfit-mean")
     kinds = {name: {**unjudged, "task": task | {"pooling": name.rpartition("-")[2]}} for name in names}
+    kinds["sixteen-mean"] = {**kinds["mean"], "model": {"name": str(base), "dtype": "bfloat16"}}
     rows = [f"the {word},a good {word},{number % 2}\n" for number, word in enumerate(WORDS * 2)]
     (folder / "agree.csv").write_text("text,text_pair,label\n" + "".join(rows))
     kinds["pair"] = {
@@ -282,6 +283,7 @@ def test_a_fresh_process_finds_the_outputs_of_the_run(copied, caplog, kind, expe
         ("bitfit-softmax", OWN),
         ("prompt-softmax", OWN),
         ("vera-mean", PEFT | HEAD | {"1_Pooling/config.json"}),
+        ("sixteen-mean", PEFT | HEAD | {"1_Pooling/config.json"}),
         ("fusion", OWN | TOKENIZER | FUSED),
     ],
 )

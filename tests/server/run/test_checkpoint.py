@@ -109,6 +109,33 @@ def test_the_adapter_of_the_state_itself_is_not_read_from_its_file(folder):
     assert read_best(folder, last) is last.vector
 
 
+def test_of_two_files_of_round_0_the_newer_one_counts(tmp_path):
+    """Catches: a random head taken for the best adapter, after a kill between the two saves of round 0."""
+    first = State(np.zeros(3, np.float32))
+    second = replace(first, vector=np.ones(3, np.float32), record={"warm_head": {}})
+    save(tmp_path, first, "a", "b")
+    kept = next(tmp_path.glob("round-*"))
+    content = kept.read_bytes()
+    save(tmp_path, second, "a", "b")
+    kept.write_bytes(content)  # as if it had not been removed any more
+    os.utime(kept, ns=(0, 0))
+    assert np.array_equal(load(tmp_path, "a", "b").vector, second.vector)
+    later = replace(second, round=1, best_round=0)
+    save(tmp_path, later, "a", "b")
+    assert len(list(tmp_path.glob("round-000000-*"))) == 1
+    assert np.array_equal(read_best(tmp_path, later), second.vector)
+
+
+def test_a_damaged_length_beside_a_new_checkpoint_is_no_error(folder):
+    """Catches: a MemoryError that ends the run, after its round is safe."""
+    files = sorted(folder.glob("round-*"))
+    content = bytearray(files[-1].read_bytes())
+    content[7] = 64
+    files[-1].write_bytes(content)
+    save(folder, state(3), CONFIG, SPEC)
+    assert same(load(folder, CONFIG, SPEC), state(3))
+
+
 @pytest.mark.parametrize("lost", [True, False], ids=["missing", "damaged"])
 def test_a_lost_best_adapter_is_an_error_that_says_what_is_left(folder, lost):
     """Catches: another adapter taken for the best one, and a StopIteration."""

@@ -2,12 +2,13 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from tsugiki.common.config.parse import parse
 from tsugiki.common.wire.spec import AdapterSpec, TensorSpec
 from tsugiki.server.run import measuring
-from tsugiki.server.run.measuring import Pace, measures_error
+from tsugiki.server.run.measuring import Pace, label_skew, measures_error
 
 LORA = AdapterSpec(
     "t",
@@ -19,6 +20,17 @@ LORA = AdapterSpec(
 )
 PLAIN = AdapterSpec("t", "ia3", "{}", "0" * 64, "float32", (TensorSpec("w", (3,), "adapter"),))
 SITES = [SimpleNamespace(clients=1)] * 3
+
+
+def test_label_skew_is_the_distance_beyond_chance():
+    """Catches: a random split of few rows called skewed; sites of one class each that are not."""
+    draw = np.random.default_rng(7)
+    even = draw.multinomial(50, np.full(20, 1 / 20), size=100).astype(float)
+    assert label_skew(even) < 0.02
+    apart = np.eye(5) * 1000
+    assert label_skew(apart) == pytest.approx(0.8, abs=0.05)  # 1 less the share of a site's own class
+    uneven = np.array([[500.0, 500.0], [900.0, 100.0]])
+    assert label_skew(uneven) == pytest.approx(0.2, abs=0.02)
 
 
 def test_measuring_takes_at_most_a_twentieth_of_the_time():

@@ -44,7 +44,7 @@ def reply(site, value, rows, loss=0.5):
 
 def collected(replies, kept=None):
     """Return replies as a round collects them: their mean, and where they are kept, the updates."""
-    mean = RunningMean(SPEC.size, 100.0, sum(one.weight for one in replies))
+    mean = RunningMean(SPEC.size, len(replies))
     for one in replies:
         mean.add(one.update, one.norm, one.weight)
         if kept is not None:

@@ -8,10 +8,9 @@ import pytest
 
 from tsugiki.common.wire.arrays import PackedLevels, decode_levels, encode_levels
 from tsugiki.common.wire.spec import BLOCK
-from tsugiki.server.run.sums import SHORT, RunningMean, RunningSum, update_cosine
+from tsugiki.server.run.sums import RATIO, SHORT, RunningMean, RunningSum, update_cosine
 
 SIZE = 50
-LONGEST = 100.0
 
 
 def drawn(count, size=SIZE, seed=0, scale=1.0):
@@ -27,9 +26,9 @@ def norm(update):
     return float(np.linalg.norm(update.astype(np.float64)))
 
 
-def mean_of(updates, weights, order, longest=LONGEST):
+def mean_of(updates, weights, order):
     """Return the running mean of updates that arrive in an order."""
-    running = RunningMean(len(updates[0]), longest, sum(weights))
+    running = RunningMean(len(updates[0]), len(updates))
     for number in order:
         running.add(updates[number], norm(updates[number]), weights[number])
     return running.value()
@@ -62,31 +61,39 @@ def test_the_mean_is_as_exact_as_its_description_says(count):
     for place in range(SIZE):
         products = [weight * float(update[place]) for update, weight in zip(updates, weights, strict=True)]
         exact = math.fsum(products) / total
-        bound = count * 2.0**-51 * LONGEST + abs(exact) * 2.0**-24
+        longest = max(norm(update) * weight for update, weight in zip(updates, weights, strict=True))
+        bound = count**2 * 2.0**-51 * SHORT * max(1.0, longest / SHORT * RATIO) / total + abs(exact) * 2.0**-24
         assert abs(mean[place] - exact) <= bound
 
 
 def test_ties_between_two_units_of_the_grid_do_not_depend_on_the_order():
     """Catches: rounding by the running sum itself, which rounds a tie by what arrived before."""
-    running = RunningMean(1, 1.0, 64)
+    running = RunningMean(1, 5)
     half = running._constant(0) / 1.5 * 2.0**-53
     values = [half, half, 3 * half, half, -half]
     updates = [np.array([value], np.float32) for value in values]
     assert all(float(update[0]) == value for update, value in zip(updates, values, strict=True))
     sums = set()
     for order in itertools.permutations(range(5)):
-        running = RunningMean(1, 1.0, 64)
+        running = RunningMean(1, 5)
         for number in order:
             running.add(updates[number], norm(updates[number]), 1)
         sums.add(running.value().tobytes())
     assert len(sums) == 1
 
 
-def test_a_large_bound_does_not_make_the_grid_of_ordinary_updates_coarse():
-    """Catches: a grid for `max_update_norm = 1e30`, on which every real update is zero."""
+def test_a_long_update_does_not_make_the_grid_of_ordinary_updates_coarse():
+    """Catches: one grid for all, on which every ordinary update is zero beside one of norm 1e30 or of 2^50 rows."""
     updates, weights = drawn(4)
-    ordinary = mean_of(updates, weights, range(4))
-    assert np.allclose(mean_of(updates, weights, range(4), 1e30), ordinary, rtol=1e-6, atol=0)
+    ordinary = mean_of(updates, weights, range(4)).astype(np.float64) * sum(weights)
+    for norm_of_another, rows in ((1e30, 1), (1e-9, 2**50)):
+        running = RunningMean(SIZE, 5)
+        another = np.zeros(SIZE, np.float32)
+        another[0] = norm_of_another
+        for update, weight in zip([*updates, another], [*weights, rows], strict=True):
+            running.add(update, norm(update), weight)
+        rest = running.value()[1:].astype(np.float64) * running.weight
+        assert np.allclose(rest, ordinary[1:], rtol=1e-5, atol=0)
 
 
 def test_updates_on_several_grids_are_all_counted_in_any_order():
@@ -95,7 +102,7 @@ def test_updates_on_several_grids_are_all_counted_in_any_order():
     updates.append(np.full(SIZE, 3 * SHORT, np.float32))
     updates.append(np.full(SIZE, 1e12, np.float32))
     weights += [3, 5]
-    means = {mean_of(updates, weights, order, 1e30).tobytes() for order in itertools.permutations(range(5))}
+    means = {mean_of(updates, weights, order).tobytes() for order in itertools.permutations(range(5))}
     assert len(means) == 1
     expected = np.average(np.array(updates, np.float64), axis=0, weights=weights)
     assert np.allclose(np.frombuffer(means.pop(), np.float32), expected, rtol=1e-6)
@@ -103,11 +110,10 @@ def test_updates_on_several_grids_are_all_counted_in_any_order():
 
 def test_a_sum_refuses_what_its_grid_was_not_made_for():
     """Catches: an update that silently leaves the range in which sums are exact."""
-    running = RunningMean(SIZE, 1.0, 10)
-    with pytest.raises(ValueError, match="beyond the bounds"):
-        running.add(np.ones(SIZE, np.float32), 2.0, 1)
-    with pytest.raises(ValueError, match="beyond the bounds"):
-        running.add(np.zeros(SIZE, np.float32), 0.0, 11)
+    running = RunningMean(SIZE, 1)
+    running.add(np.ones(SIZE, np.float32), 8.0, 1)
+    with pytest.raises(ValueError, match="no room for another"):
+        running.add(np.zeros(SIZE, np.float32), 0.0, 1)
 
 
 def test_vectors_of_several_blocks_are_added_to_their_end():

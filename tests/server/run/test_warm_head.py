@@ -1,5 +1,7 @@
 """The head in closed form before round 1: what it is made from, who is left out, and what is done again."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ from tsugiki.common.wire.spec import unpack
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.run.checkpoint import read_best
 from tsugiki.server.run.guard import check_head_sums
+from tsugiki.server.run.measuring import LABEL_SKEW
 from tsugiki.server.run.progress import Progress, describe
 from tsugiki.server.run.replies import AcceptedStep
 
@@ -212,6 +215,53 @@ def test_a_site_whose_features_outweigh_all_others_is_rejected(tmp_path):
     assert set(first["warm_head"]["sites"]) == {"site-1", "site-2", "site-3"}
 
 
+@pytest.mark.parametrize("length", [1e3, 1e30])
+def test_of_two_sites_the_longer_one_is_rejected(tmp_path, length):
+    """Catches: a median of two that is half of the longer one, so that none looks long; a head that is not finite."""
+    config = tiny_config(tmp_path, **WARM)
+    head = linear_head(load_graft(config, config.model.name, config.run.seed))
+    size = numbers_of(head.width, head.classes)
+
+    def boost(node, reply):
+        if is_sums(reply) and node == 1:
+            numbers = decode_numbers(reply.content.array_records["arrays"], size)
+            stretch = np.append(np.full(head.width, length), 1.0)
+            triangle = [np.outer(stretch, stretch)[row, row:] for row in range(head.width + 1)]
+            factors = np.concatenate([*triangle, np.repeat(stretch, head.classes)])
+            reply.content["arrays"] = encode_numbers(numbers * factors)
+        return [reply]
+
+    outcome, _, first = warm_run(tmp_path, boost, run={"rounds": 1}, strategy={"min_clients": 1})
+    assert list(first["warm_head"]["rejected"]) == ["site-0"]
+    assert np.isfinite(outcome.state.vector).all()
+
+
+def test_more_rows_than_an_honest_site_sends_are_rejected():
+    """Catches: a site that multiplies its sums, and outweighs all others by a claim in its hello."""
+    claimed = replace(ASKED, rows=10**6)
+    sums = sums_of()
+    multiplied = HeadSums(sums.gram * 1000, sums.moments * 1000)
+    reply = sums_reply(encode_numbers(pack_sums(multiplied)), rows=10_000)
+    assert check_head_sums(reply, claimed, WIDTH, CLASSES).reason == "weight"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    """Catches: the sums of single sites that stay in the folder of a run."""
+    left = tmp_path / "runs" / "tiny" / ".sums-left"
+    seen = []
+
+    def look(node, reply):
+        if is_sums(reply):
+            seen.append(left.exists())
+        else:
+            left.mkdir(exist_ok=True)  # at the hello, before the head
+        return [reply]
+
+    outcome, _, _ = warm_run(tmp_path, look, run={"rounds": 1})
+    assert seen == [False, False]
+    assert outcome.folder == left.parent
+
+
 def sums_of(rows=10):
     """Return honest sums of a small shape."""
     draw = np.random.default_rng(7)
@@ -314,3 +364,16 @@ def test_every_kind_of_adapter_and_strategy_starts_from_it(tmp_path, adapter, st
     assert np.abs(best - random).max() > 0.01
     # FedAdam's own step is 0.1 or less a number
     assert np.abs(trained - best).max() < 0.2
+
+
+@pytest.mark.parametrize(("alpha", "said"), [(100.0, False), (0.05, True)])
+def test_sites_of_different_classes_are_told_apart_by_their_sums(tmp_path, alpha, said):
+    """Catches: a note at alike sites, whose updates hardly agree after a linear probe; none where classes differ."""
+    rows = "\n".join(f"the {('good', 'bad')[row % 2]} clause number {row},{row % 2}" for row in range(240))
+    (tmp_path / "train.csv").write_text(f"text,label\n{rows}\n")
+    (tmp_path / "dev.csv").write_text(f"text,label\n{rows}\n")
+    split = {"clients": 4, "partition": "dirichlet", "dirichlet_alpha": alpha, "min_rows": 10}
+    _, lines, first = warm_run(tmp_path, run={"rounds": 1}, simulation=split)
+    assert (first["warm_head"]["label_skew"] > LABEL_SKEW) == said
+    assert any("label skew" in line for line in lines) == said
+    assert not any("hardly agree" in line for line in lines)
