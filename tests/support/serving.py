@@ -35,13 +35,15 @@ def tiny_run(folder: Path, model: str, name: str = "run", sites: int = 2, **sect
     base: dict[str, dict[str, Any]] = {
         "run": {"name": name, "rounds": 2, "output_dir": str(folder / "runs")},
         "model": {"name": model, "public_name": "tsugiki-tests/tiny-bert"},
-        "task": {"name": "sequence-classification", "max_length": 16, "warm_head": "off"},
+        "task": {"name": "sequence-classification", "max_length": 16},
         "adapter": {"method": "lora"},
         "train": {"learning_rate": 1e-2, "local_steps": 3, "per_device_train_batch_size": 4, "threads": 1},
         "strategy": {"name": "fedavg", "min_clients": sites, "connect_timeout_s": 60.0},
         "evaluation": {"data": str(folder / "dev.csv")},
         "simulation": {"clients": sites, "data": str(folder / "train.csv")},
     }
+    if sections.get("task", {}).get("name", "sequence-classification") == "sequence-classification":
+        base["task"]["warm_head"] = "off"
     return parse({key: {**base.get(key, {}), **sections.get(key, {})} for key in {**base, **sections}})
 
 
