@@ -41,11 +41,14 @@ SEED = 7
 def run_file(case: str, folder: Path, bases: dict[str, str], steps: int) -> dict[str, Any]:
     """Return the tables of a run of one site on the rows for tuning."""
     parts = read_parts(case)
+    task = task_section(case, parts["tune"])
+    if CASES[case].has_classes:
+        task["warm_head"] = "off"  # a rate must be good where a head starts at random, too
     held = write_rows(parts["tune-held"], folder / f"{case}-held.jsonl")
     return {
         "run": {"rounds": ROUNDS, "seed": SEED, "output_dir": str(folder)},
         "model": {"name": bases.get(CASES[case].base, CASES[case].base)},
-        "task": task_section(case, parts["tune"]),
+        "task": task,
         "train": {"local_steps": max(1, steps // ROUNDS), "threads": 1, "device": "cpu"},
         "strategy": {"min_clients": 1, "max_update_norm": 1e9},
         "evaluation": {"data": str(held), "every_rounds": 1000},
