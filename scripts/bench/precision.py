@@ -43,7 +43,7 @@ def main() -> None:
     if not has_bf16("cpu"):
         print("skipped: this CPU has no bfloat16")
         return
-    train_settings = {"device": "cpu", "threads": 1, "local_steps": arguments.steps}
+    train_settings = {"device": "cpu", "threads": 1, "learning_rate": 2e-3, "local_steps": arguments.steps}
     data = {"columns": {"text": "sentence"}, "quoting": "none"}
     config = parse({"task": {"num_labels": 2}, "train": train_settings, "data": data})
     graft = load_graft(config, BASE, config.run.seed)

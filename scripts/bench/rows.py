@@ -119,7 +119,8 @@ def encode_seconds(graft: Graft, shard: Shard) -> tuple[float, Encoded]:
 
 def of_short_run(config: RunConfig) -> tuple[float, int]:
     """Return the CPU seconds of preparing the rows of a run of 2 x 10 steps of 16, and how many it tokenised."""
-    short = changed(config, {"run.rounds": 2, "train.local_steps": 10})
+    settings = {"run.rounds": 2, "train.local_steps": 10, "train.learning_rate": 1e-3, "task.warm_head": "off"}
+    short = changed(config, settings)
     run = SiteRun.open(simulated_sites(short)[0], short)
     started = time.process_time()
     encoded = run.train_rows()
