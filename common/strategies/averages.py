@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from tsugiki.common.config.run import RunConfig
 
 
-class FedAvgSettings(StrategySettings):
-    """Weighted mean of the updates."""
+class _MeanSettings(StrategySettings):
+    """Settings of the strategies whose step is the mean update times a rate."""
 
-    name: Literal["fedavg"] = Field(default="fedavg", description="The strategy: how the server combines updates.")
     server_learning_rate: float = Field(
         default=1.0,
         gt=0,
@@ -32,21 +31,12 @@ class FedAvgSettings(StrategySettings):
     )
 
 
-@STRATEGIES.register("fedavg")
-class FedAvg(Strategy):
-    """Weighted mean. Source: McMahan et al. 2017, arXiv:1602.05629, algorithm 1."""
+class _Mean(Strategy):
+    """The weighted mean of the updates, times the server's rate."""
 
-    name = "fedavg"
-    Settings = FedAvgSettings
     linear = True
     needs_each_update = False
     coordinate_wise = True
-
-    def make(self) -> FlowerFedAvg:
-        """Return Flower's FedAvg."""
-        from flwr.serverapp.strategy import FedAvg
-
-        return FedAvg()
 
     def combine(
         self,
@@ -60,7 +50,27 @@ class FedAvg(Strategy):
         return update * np.float32(self.settings.server_learning_rate)
 
 
-class FedProxSettings(StrategySettings):
+class FedAvgSettings(_MeanSettings):
+    """Weighted mean of the updates."""
+
+    name: Literal["fedavg"] = Field(default="fedavg", description="The strategy: how the server combines updates.")
+
+
+@STRATEGIES.register("fedavg")
+class FedAvg(_Mean):
+    """Weighted mean. Source: McMahan et al. 2017, arXiv:1602.05629, algorithm 1."""
+
+    name = "fedavg"
+    Settings = FedAvgSettings
+
+    def make(self) -> FlowerFedAvg:
+        """Return Flower's FedAvg."""
+        from flwr.serverapp.strategy import FedAvg
+
+        return FedAvg()
+
+
+class FedProxSettings(_MeanSettings):
     """FedAvg with a proximal term at the client."""
 
     name: Literal["fedprox"] = Field(default="fedprox", description="The strategy: how the server combines updates.")
@@ -70,17 +80,10 @@ class FedProxSettings(StrategySettings):
         description="Weight of (mu/2)*||local - global||^2 in the loss at a site. Raise it when sites with "
         "different data drift apart in a round.",
     )
-    server_learning_rate: float = Field(
-        default=1.0,
-        gt=0,
-        description="Factor on the mean update. Raise it, to at most the number of sites, if sites take one or few "
-        "small steps between two averages; with many local steps a factor of 2 can already diverge. Lower it when "
-        "the metric goes up and down from round to round.",
-    )
 
 
 @STRATEGIES.register("fedprox")
-class FedProx(Strategy):
+class FedProx(_Mean):
     """Weighted mean; the proximal term is in the client's loop.
 
     Source: Li et al. 2020, arXiv:1812.06127, algorithm 2.
@@ -88,26 +91,12 @@ class FedProx(Strategy):
 
     name = "fedprox"
     Settings = FedProxSettings
-    linear = True
-    needs_each_update = False
-    coordinate_wise = True
 
     def make(self) -> FlowerFedAvg:
         """Return Flower's FedProx."""
         from flwr.serverapp.strategy import FedProx
 
         return FedProx(proximal_mu=self.settings.proximal_mu)
-
-    def combine(
-        self,
-        spec: AdapterSpec,
-        before: Vector,
-        update: Vector,
-        updates: Sequence[WeightedUpdate],
-        draw: np.random.Generator,
-    ) -> Vector:
-        """Return the mean update, scaled by the server's rate."""
-        return update * np.float32(self.settings.server_learning_rate)
 
 
 class FedAvgMSettings(StrategySettings):
