@@ -80,6 +80,15 @@ def test_rows_are_tokenised_once(config, graft, monkeypatch):
     assert len(calls) == 2
 
 
+def test_rows_of_other_settings_are_not_kept(config):
+    """Catches: a client that stays for many runs and keeps a tokenised copy of its rows for each."""
+    cache.of_process().clear()
+    site = simulated_sites(config)[0]
+    for seed in (1, 2, 3):
+        SiteRun.open(site, config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})).train_rows()
+    assert [key[1] for key in cache.of_process().rows] == ["train"]
+
+
 @pytest.mark.parametrize(
     ("policy", "round_number", "refused"),
     [

@@ -23,6 +23,7 @@ from tsugiki.server.app import app
 from tsugiki.server.engines.in_process import InProcessGrid
 from tsugiki.server.run.checkpoint import read_best
 from tsugiki.server.run.federation import deployed, run_federation
+from tsugiki.server.run.kept import KeptUpdates
 from tsugiki.server.run.progress import Progress
 
 AT_SITES = {"evaluation": {"at_sites": True}, "simulation": {"evaluation_fraction": 0.25}}
@@ -288,3 +289,21 @@ def test_a_deployed_private_run_says_whom_it_will_refuse(tmp_path):
         config.model_copy(update={"run": config.run.model_copy(update={"name": "simulated"})}), progress=Recorder()
     )
     assert not [text for text in told if "enrolled_clients" in text]
+
+
+@pytest.mark.parametrize(("strategy", "ends"), [("fedavg", True), ("svd", False)])
+def test_a_full_disk_ends_only_what_needs_the_updates(tmp_path, monkeypatch, strategy, ends):
+    """Catches: a run that ends for want of a measurement; a strategy that goes on without the updates it combines."""
+
+    def full(kept, one):
+        raise StorageError("the disk is full", code="disk-full")
+
+    monkeypatch.setattr(KeptUpdates, "add", full)
+    config = tiny_config(tmp_path, run={"rounds": 1}, strategy={"name": strategy})
+    if ends:
+        outcome = run_tiny(config)
+        assert outcome.summary["rounds"] == 1
+        assert "aggregation_error" not in read_lines(outcome.folder / "metrics.jsonl")[-1]
+    else:
+        with pytest.raises(StorageError):
+            run_tiny(config)
