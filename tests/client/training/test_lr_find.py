@@ -25,7 +25,7 @@ from tsugiki.client.training.lr_find import (
     try_rates,
 )
 from tsugiki.common.config import files as config_file
-from tsugiki.common.config.parse import parse
+from tsugiki.common.config.parse import changed, parse
 from tsugiki.common.errors import StorageError, TrainingError, UsageError
 from tsugiki.common.model.load import load_graft
 
@@ -101,6 +101,7 @@ def test_lower_rates_are_tried_until_the_loss_falls(config):
         return [0.9, 0.8, 0.7] if run.train.learning_rate < 0.02 else [1.0, 1.2]
 
     seen = []
+    config = changed(config, {"train.head_learning_rate": 0.05, "task.warm_head": "auto"})
     trials = try_rates(config, 0.09, training_losses, seen.append)
     assert [trial.rate for trial in trials] == [0.09, 0.03, 0.01]
     assert [trial.fell for trial in trials] == [False, False, True]
@@ -111,6 +112,8 @@ def test_lower_rates_are_tried_until_the_loss_falls(config):
         assert run.strategy == config.strategy
         assert run.train.warmup_ratio == config.train.warmup_ratio
         assert run.train.lr_schedule == "constant"
+        assert run.train.head_rate == run.train.rate  # a head at another rate would train in the run without training
+        assert run.task.warm_head == "off"  # as in the range test
         assert not run.evaluation.data  # rows to report on do not choose a rate
 
 
