@@ -13,6 +13,7 @@ import numpy as np
 from tsugiki.common.adapters import AdapterMethod
 from tsugiki.common.tasks import Task
 from tsugiki.common.tasks.base import Base
+from tsugiki.common.wire.arrays import packed
 from tsugiki.common.wire.spec import AdapterSpec, Vector, pack, unpack
 
 
@@ -28,7 +29,11 @@ class Graft:
 
     def __post_init__(self) -> None:
         """Keep the initial values before anything trains the graft."""
-        self.initial = self.read()
+        self.initial = packed(self.read())
+
+    def forget_initial(self) -> None:
+        """Free the memory of the initial values, as much as an adapter takes. Nothing may ask for them afterwards."""
+        del self.initial
 
     @cached_property
     def parameters(self) -> list[Any]:

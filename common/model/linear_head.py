@@ -9,6 +9,7 @@ import numpy as np
 
 from tsugiki.common.head_sums import MOST_NUMBERS, MOST_WIDTH, ClosedFormHead, numbers_of
 from tsugiki.common.settings import HeadedSettings
+from tsugiki.common.wire.arrays import packed
 from tsugiki.common.wire.spec import Vector, unpack
 
 if TYPE_CHECKING:
@@ -83,4 +84,4 @@ def with_head(vector: Vector, graft: Graft, head: LinearHead, values: ClosedForm
     tensors[f"{head.name}.weight"][:] = values.weight
     if head.bias:
         tensors[f"{head.name}.bias"][:] = values.bias
-    return changed
+    return packed(changed)

@@ -47,7 +47,10 @@ class _Mean(Strategy):
         draw: np.random.Generator,
     ) -> Vector:
         """Return the mean update, scaled by the server's rate."""
-        return update * np.float32(self.settings.server_learning_rate)
+        rate = self.settings.server_learning_rate
+        if rate == 1:
+            return update
+        return update * np.float32(rate)
 
 
 class FedAvgSettings(_MeanSettings):

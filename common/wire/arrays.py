@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,53 @@ def array_records(content: RecordDict) -> dict[str, ArrayRecord]:
     return {name: record for name, record in content.items() if isinstance(record, ArrayRecord)}
 
 
+def packed(vector: Vector) -> Vector:
+    """Return a copy of a vector in the memory in which it travels: see `packed_blocks`."""
+    return packed_blocks(len(vector), lambda part: vector[part])
+
+
+def packed_blocks(size: int, block_of: Callable[[slice], npt.NDArray[Any]]) -> Vector:
+    """Return a vector whose memory is the bytes that travel as float32: `encode` copies nothing of it.
+
+    Args:
+        size: of the vector.
+        block_of: returns the numbers of a slice; slices come in order.
+
+    Returns:
+        Shape (size,), float32. It cannot be written to.
+    """
+    header = _header(np.dtype("<f4"), size)
+    stream = io.BytesIO()
+    # the last byte first, so that all of the memory is taken at once and never moved
+    stream.seek(len(header) + 4 * size - 1)
+    stream.write(bytes(1))
+    stream.seek(0)
+    stream.write(header)
+    for part in blocks(size):
+        stream.write(np.ascontiguousarray(block_of(part), "<f4").data)
+    return np.frombuffer(stream.getvalue(), "<f4", size, len(header))
+
+
+def _header(dtype: np.dtype[Any], size: int) -> bytes:
+    """Return NumPy's header of a flat array."""
+    stream = io.BytesIO()
+    about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (size,)}
+    np.lib.format.write_array_header_1_0(stream, about)
+    return stream.getvalue()
+
+
+def _bytes_of(vector: Vector) -> bytes | None:
+    """Return the bytes that a vector was packed into; None if it was not."""
+    content: object = vector.base
+    if not isinstance(content, bytes):
+        return None
+    header = _header(vector.dtype, vector.size)
+    offset = vector.ctypes.data - np.frombuffer(content, np.uint8).ctypes.data
+    if (offset, len(content)) != (len(header), len(header) + vector.nbytes) or not content.startswith(header):
+        return None
+    return content
+
+
 def encode(vector: Vector, spec: AdapterSpec) -> ArrayRecord:
     """Return the vector as Flower's record, in the spec's wire type.
 
@@ -53,6 +101,9 @@ def encode(vector: Vector, spec: AdapterSpec) -> ArrayRecord:
             'lower the learning rate, or set adapter.wire_dtype = "float32"',
             code="non-finite",
         )
+    content = _bytes_of(cast)
+    if content is not None:
+        return ArrayRecord({ARRAY_KEY: Array(str(cast.dtype), cast.shape, "numpy.ndarray", content)})
     return ArrayRecord({ARRAY_KEY: Array(cast)})
 
 

@@ -5,7 +5,9 @@
 
 Each case is a process of its own, which runs two rounds of the real loop with sites that train nothing and send random
 updates. Memory is the peak resident set above that of the process with its run set up, in adapters of float32: what
-the rounds themselves need, whatever the base. The set-up process holds the adapter that the run starts from, once.
+the rounds themselves need, whatever the base. The set-up process holds the adapter that the run starts from, once; as
+in a deployed run, nothing refers to it after the first round. Sites answer in this process; over a network, Flower
+copies a reply once more while it puts its pieces together.
 
 Aggregation is the CPU time of adding up the updates and taking the step, without the guard's checks and without drawing
 the noise of a private run. It is compared with the time that `numpy.sum` takes over as many float32 updates of this
@@ -15,6 +17,7 @@ size, four at a time, in the same process.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import subprocess
 import sys
@@ -36,15 +39,24 @@ ROUNDS = 2
 KINDS = ("fedavg", "fedavgm", "fedadam", "private")
 GROUP = 4
 """How many updates `numpy.sum` adds up at once: it holds all of them."""
-CHUNK = 1_000_000
+CHUNK = 50_000
+HEADER_BYTES = 128
+"""Of a flat array in NumPy's format."""
+
+
+def _stream(size_bytes: int) -> io.BytesIO:
+    """Return a stream that takes its memory once: one that grows would hold some of it twice."""
+    stream = io.BytesIO()
+    stream.seek(size_bytes - 1)
+    stream.write(bytes(1))
+    stream.seek(0)
+    return stream
 
 
 def random_bytes(spec: Any, number: int) -> bytes:
     """Return an update of a site in NumPy's format, made in pieces, so that it is in memory only once."""
-    import io
-
     draw = np.random.default_rng(number)
-    stream = io.BytesIO()
+    stream = _stream(HEADER_BYTES + 4 * spec.size)
     np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": (spec.size,)})
     scale = np.float32(1 / np.sqrt(spec.size))
     for start in range(0, spec.size, CHUNK):
@@ -56,13 +68,11 @@ def random_bytes(spec: Any, number: int) -> bytes:
 
 def random_levels(spec: Any, number: int, bits: int) -> bytes:
     """Return a protected update of a site in NumPy's format: a few levels for each number."""
-    import io
-
     from tsugiki.common.privacy.clipping import LEVELS
 
     width = bits // 8
     draw = np.random.default_rng(number)
-    stream = io.BytesIO()
+    stream = _stream(HEADER_BYTES + width * spec.size)
     np.lib.format.write_array_header_1_0(
         stream, {"descr": "|u1", "fortran_order": False, "shape": (spec.size * width,)}
     )
@@ -173,12 +183,26 @@ def numpy_seconds(size: int) -> float:
     return best / GROUP
 
 
+def loaded(*, private: bool) -> None:
+    """Load what is part of the bare process too: Flower, and in a private run the accounting and the noise."""
+    import flwr.app
+    import flwr.serverapp.strategy  # noqa: F401
+
+    from tsugiki.common.privacy.accounting import Release, epsilon
+    from tsugiki.common.privacy.noise import noise_generator
+
+    if private:
+        epsilon([Release("gaussian", 1.0)], delta=1e-5)
+        noise_generator().normal(size=1)
+
+
 def measure(kind: str, size: int, sites: int) -> dict[str, float]:
     """Run one case in this process."""
     import tsugiki  # noqa: F401  (first: it switches off what would phone home)
     from tsugiki.common.audit import AuditLog
     from tsugiki.common.config.parse import parse
     from tsugiki.common.privacy.planning import make_plan
+    from tsugiki.common.wire.arrays import packed_blocks
     from tsugiki.server.engines.grid import Stop
     from tsugiki.server.engines.in_process import InProcessGrid
     from tsugiki.server.run import rounds
@@ -215,11 +239,12 @@ def measure(kind: str, size: int, sites: int) -> dict[str, float]:
         import flwr.app
         import flwr.serverapp.strategy  # noqa: F401  (both are part of the bare process)
 
-        state = initial_state(np.full(size, 0.5, np.float32))
+        loaded(private=privacy is not None)
+        states = [initial_state(packed_blocks(size, lambda part: np.full(part.stop - part.start, 0.5)))]
         bare = resident_bytes()
         peak = Peak()
         with peak.watching():
-            run_rounds(ctx, state)
+            run_rounds(ctx, states.pop())
     updates = ROUNDS * sites
     return {
         "adapters": (peak.size_bytes - bare) / (4 * size),

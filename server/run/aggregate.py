@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,18 +24,19 @@ from tsugiki.common.strategies.base import Moments
 from tsugiki.common.wire.arrays import ARRAY_KEY
 from tsugiki.common.wire.spec import BLOCK, AdapterSpec, Vector, blocks
 from tsugiki.server.run.checkpoint import State
+from tsugiki.server.run.kept import KeptMoment, let_go
 
 _MOMENTS = {"m_t": dict, "v_t": dict, "momentum_vector": list}
 """The containers of moments in Flower's strategies: by array name, or a list. There is one array here."""
 
-_FLOWER_BLOCK = 2**18
+_FLOWER_BLOCK = 2**17
 """How many numbers, of all updates together, Flower's strategy gets at once."""
 _SHORTEST_BLOCK = 2**15
 """How many numbers of each update it gets at least: each of its calls takes time of its own."""
 
 
 def step(
-    config: RunConfig, spec: AdapterSpec, state: State, updates: Sequence[WeightedUpdate]
+    config: RunConfig, spec: AdapterSpec, state: State, updates: Sequence[WeightedUpdate], folder: Path
 ) -> tuple[Vector, Moments]:
     """Return the step of the round after `state`, shape (spec.size,), and the strategy's moments.
 
@@ -43,10 +45,14 @@ def step(
         spec: of the adapter.
         state: after the last round.
         updates: at least one, in any order; their mean alone suffices where the strategy needs no more.
+        folder: of the run, for large moments.
+
+    Raises:
+        StorageError: the moments cannot be written.
     """
     strategy = strategy_of(config.strategy)
     round_number = state.round + 1
-    update, moments = aggregate(strategy, state.strategy, round_number, updates)
+    update, moments = aggregate(strategy, state.strategy, round_number, updates, folder)
     draw = generator(config.run.seed, "fresh-factors", round_number)
     return strategy.combine(spec, state.vector, update, _in_order(updates), draw), moments
 
@@ -56,6 +62,7 @@ def aggregate(
     moments: Mapping[str, npt.NDArray[Any]],
     round_number: int,
     updates: Sequence[WeightedUpdate],
+    folder: Path | None = None,
 ) -> tuple[Vector, Moments]:
     """Return the update that Flower's strategy makes of the sites' updates, shape (size,), and its moments.
 
@@ -67,6 +74,10 @@ def aggregate(
         moments: from the last round; empty in the first.
         round_number: counted from 1.
         updates: at least one, in any order.
+        folder: of the run, for large moments; None: they stay in memory.
+
+    Raises:
+        StorageError: the moments cannot be written.
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)  # it would report counts that the guard has already recorded
     ordered = _in_order(updates)
@@ -79,14 +90,17 @@ def aggregate(
     if strategy.coordinate_wise:
         length = max(_SHORTEST_BLOCK, _FLOWER_BLOCK // len(ordered))
     step = np.empty(size, np.float32)
-    found: Moments = {}
+    kept: dict[str, KeptMoment] = {}
     for part in blocks(size, length):
-        before = {name: np.asarray(moment[part], np.float32) for name, moment in moments.items()}
+        before = {name: np.array(moment[part], np.float32) for name, moment in moments.items()}
+        let_go(moments.values())
         cut = [replace(one, update=one.update[part]) for one in ordered]
         step[part], after = _aggregate_block(strategy, before, round_number, cut)
         for name, moment in after.items():
-            found.setdefault(name, np.empty(size, np.float32))[part] = moment
-    return step, found
+            if name not in kept:
+                kept[name] = KeptMoment(folder, size)
+            kept[name].add(moment)
+    return step, {name: moment.vector() for name, moment in kept.items()}
 
 
 def _aggregate_block(

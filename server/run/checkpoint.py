@@ -23,6 +23,7 @@ import numpy.typing as npt
 from tsugiki.common.errors import StorageError
 from tsugiki.common.files import unwritable, write_atomically
 from tsugiki.common.wire.spec import Vector
+from tsugiki.server.run.kept import let_go
 
 FORMAT_VERSION = 3
 _KEY = "checkpoint"
@@ -81,7 +82,9 @@ def save(folder: Path, state: State, config_sha256: str, spec_sha256: str, adapt
     tensors = {"vector": _portable(state.vector)}
     tensors |= {f"strategy.{name}": _portable(value) for name, value in state.strategy.items()}
     hashes = {"vector": adapter_sha256 or _sha256(tensors["vector"].data)}
-    hashes |= {name: _sha256(tensor.data) for name, tensor in tensors.items() if name not in hashes}
+    for name, value in state.strategy.items():
+        hashes[f"strategy.{name}"] = _sha256(tensors[f"strategy.{name}"].data)
+        let_go([value])  # it is read once more when it is written
     body = {
         "format": FORMAT_VERSION,
         "config_sha256": config_sha256,

@@ -17,7 +17,7 @@ from tsugiki.common.errors import StorageError
 from tsugiki.common.files import read_lines, write_atomically
 from tsugiki.common.model.device import precision_advice
 from tsugiki.common.model.graft import Graft
-from tsugiki.common.model.load import load_graft
+from tsugiki.common.model.load import grafts, load_graft
 from tsugiki.common.model.rates import describe_rates, with_rates
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.planning import make_plan
@@ -123,7 +123,13 @@ def run_federation(
                 stop=stop,
                 privacy=privacy,
             )
-            state = run_rounds(ctx, with_warm_head(ctx, graft, state))
+            state = with_warm_head(ctx, graft, state)
+            if not grid.sequential:  # else the sites train in this process, with the same graft
+                grafts.clear()
+                graft.forget_initial()
+            handed_over = [state]
+            del state  # or the adapter that the run starts from would stay in memory to its end
+            state = run_rounds(ctx, handed_over.pop())
 
         summary = _write_results(ctx, graft, state)
     return Outcome(folder, state, summary)

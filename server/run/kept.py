@@ -1,15 +1,22 @@
-"""The updates of a round that are needed one by one: in memory while they are few, then in a file without a name."""
+"""What a server keeps outside its memory when it is large: updates that are needed one by one, and moments.
+
+Such a file has no name in the run's folder, so the system removes it with the last use, also after a crash.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import tempfile
 import time
 import weakref
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tsugiki.common.files import unwritable
 from tsugiki.common.strategies import WeightedUpdate
@@ -17,14 +24,14 @@ from tsugiki.common.wire.spec import Vector
 
 HELD_BYTES = 64 * 2**20
 """Up to this many bytes of updates stay in memory."""
+LARGE_BYTES = 4 * 2**20
+"""An adapter of more bytes than these is worth some care: its moments go into files, and freed memory is given back."""
 
 _NOTHING: Vector = np.zeros(0, np.float32)
 
 
 class KeptUpdates:
     """The accepted updates of one attempt at a round.
-
-    The file has no name in its folder, so the system removes it with the last use, also after a crash.
 
     Args:
         folder: of the run, for the file.
@@ -82,3 +89,76 @@ class KeptUpdates:
             rows = np.memmap(self._file, np.float32, "r", shape=(len(found), self._size))
             found = [replace(one, update=np.asarray(row)) for one, row in zip(found, rows, strict=True)]
         return sorted(found, key=lambda one: one.site)
+
+
+class KeptMoment:
+    """A moment of the strategy, written block by block in a round and read in the next one.
+
+    Args:
+        folder: of the run, for the file; None: it stays in memory.
+        size: of the moment.
+        held_bytes: a longer moment goes into the file.
+
+    Raises:
+        StorageError: the file cannot be opened.
+    """
+
+    def __init__(self, folder: Path | None, size: int, held_bytes: int = LARGE_BYTES) -> None:
+        self._size = size
+        self._blocks: list[Vector] = []
+        self._file: IO[bytes] | None = None
+        if folder is None or 4 * size <= held_bytes:
+            return
+        self._folder = folder
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # open until all of it is there
+        except OSError as error:
+            raise unwritable(folder, error) from error
+
+    def add(self, block: npt.NDArray[Any]) -> None:
+        """Add the next block.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        if self._file is None:
+            self._blocks.append(np.array(block, np.float32))
+            return
+        try:
+            self._file.write(np.ascontiguousarray(block, np.float32).data)
+        except OSError as error:
+            raise unwritable(self._folder, error) from error
+
+    def vector(self) -> Vector:
+        """Return all of it, shape (size,). From the file it is mapped into memory, and read where it is used.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        if self._file is None:
+            return np.concatenate(self._blocks)
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise unwritable(self._folder, error) from error
+        with self._file as file:  # the mapping stays when the file is closed
+            return np.memmap(file, np.float32, "r", shape=(self._size,))
+
+
+def let_go(vectors: Iterable[npt.NDArray[Any]]) -> None:
+    """Let the system drop the mapped vectors among these from memory. They are read again where they are used."""
+    for vector in vectors:
+        if isinstance(vector, np.memmap):
+            mapping: mmap.mmap = vector._mmap  # type: ignore[attr-defined]  # NumPy has no public name for it
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def give_back_memory(size: int) -> None:
+    """Give freed memory back to the system, if the run's adapter has a large size, in numbers.
+
+    glibc keeps up to 64 MiB of what was freed, which may be several adapters.
+    """
+    if 4 * size > LARGE_BYTES:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have no such function
+        if trim is not None:
+            trim(0)

@@ -15,6 +15,7 @@ from tsugiki.server.run import checkpoint
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.collect import evaluate_at_sites, sample
 from tsugiki.server.run.context import RunContext
+from tsugiki.server.run.kept import give_back_memory, let_go
 from tsugiki.server.run.open_round import OpenRound
 from tsugiki.server.run.private_round import PrivateRound
 from tsugiki.server.run.rounds import Replies, Round
@@ -76,7 +77,9 @@ def _train(ctx: RunContext, kind: Round[Replies], state: State) -> State:
         # each attempt draws its own cohort: the sites that failed the last one may be left out
         cohort = sample(ctx, round_number, attempt)
         ctx.progress.round_begins(round_number, ctx.config.run.rounds, [member.name for member in cohort])
+        give_back_memory(ctx.spec.size)
         replies = kind.collect(state, round_number, cohort, attempt)
+        give_back_memory(ctx.spec.size)
         record = kind.record(round_number, cohort, replies)
         # with too few clients the model stays as it is, and the round is tried once more
         if replies.clients >= ctx.quorum:
@@ -126,8 +129,10 @@ def _complete(ctx: RunContext, kind: Round[Replies], state: State, replies: Repl
         rejected={site: one["reason"] for site, one in record["rejected"].items()},
         adapter_sha256=record["adapter_sha256"],
     )
+    give_back_memory(ctx.spec.size)  # what the step took
     folder = ctx.folder / "checkpoint"
     checkpoint.save(folder, state, ctx.config.sha256, ctx.spec.sha256, record["adapter_sha256"])
+    let_go(state.strategy.values())  # the next step alone reads the moments
     return state
 
 

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.run import RunConfig
@@ -18,7 +19,8 @@ from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.privacy.mechanisms import Adversary, mean_noise, mechanism_of, releases_of
 from tsugiki.common.privacy.noise import noise_generator
 from tsugiki.common.privacy.plan import Plan
-from tsugiki.common.wire.spec import Vector, blocks, l2_norm
+from tsugiki.common.wire.spec import Vector, l2_norm
+from tsugiki.server.run.sums import narrowed
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,19 @@ class Privacy:
         """Return the noisy mean update of a round, shape (size,), and the figures of its noise.
 
         Args:
-            total: the sum of protected updates, in levels.
+            total: the sum of protected updates, in levels. The mean takes its memory, and its values are lost.
             clients: in the sum.
             round_number: counted from 1.
         """
         draw = noise_generator(self.insecure_noise_seed, "server", round_number)
         denominator = self.plan.denominator or clients
-        mean = np.empty(len(total), np.float32)
+
         # block by block: all of the noise at once would take twice the memory of the mean
-        for part in blocks(len(total)):
+        def noisy(part: slice) -> npt.NDArray[np.float32]:
             noise = mechanism_of(self.plan).server_noise(self.plan, draw, part.stop - part.start)
-            mean[part] = to_float(total[part] + noise, self.plan.clip_norm, denominator)
+            return to_float(total[part] + noise, self.plan.clip_norm, denominator)
+
+        mean = narrowed(total, noisy)
         return mean, self._report(mean, clients, denominator)
 
     def _report(self, mean: Vector, clients: int, denominator: float) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from tsugiki.common.errors import TrainingError
 from tsugiki.common.strategies.base import Moments, WeightedUpdate
+from tsugiki.common.wire.arrays import packed_blocks
 from tsugiki.common.wire.spec import Vector, is_finite, l2_norm
 from tsugiki.server.run.aggregate import step as aggregated_step
 from tsugiki.server.run.checkpoint import State
@@ -81,8 +82,12 @@ def take_step(ctx: RunContext, state: State, round_number: int, updates: Sequenc
     Raises:
         TrainingError: the model would no longer be finite.
     """
-    update, moments = aggregated_step(ctx.config, ctx.spec, state, updates)
-    vector = np.add(state.vector, update, dtype=np.float32)
+    update, moments = aggregated_step(ctx.config, ctx.spec, state, updates, ctx.folder)
+
+    def after(part: slice) -> Vector:
+        return np.add(state.vector[part], update[part], dtype=np.float32)
+
+    vector = packed_blocks(len(update), after)  # it travels to every site in the next round
     if not is_finite(vector):  # each update was finite; their sum may have overflowed
         raise TrainingError(
             f"round {round_number}: the aggregated model is not finite", hint="lower the learning rates"

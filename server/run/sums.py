@@ -11,7 +11,8 @@ of their method: one grid, chosen in advance, because the guard bounds what may 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,10 +67,12 @@ class RunningMean:
         self.weight += weight
         for part in blocks(self._size):
             weighted = self._scratch[: part.stop - part.start]
-            np.multiply(update[part], weight, out=weighted, dtype=np.float64)
+            weighted[:] = update[part]  # a copy that widens is faster than a product that does
+            weighted *= weight
             weighted += constant
             weighted -= constant  # now a multiple of the grid's unit
-            total[part] += weighted
+            block = total[part]
+            block += weighted
 
     def _constant(self, grid: int) -> float:
         # a little more than the bound: the norm itself was rounded
@@ -77,13 +80,37 @@ class RunningMean:
         return math.ldexp(1.5, exponent + 1)
 
     def value(self) -> Vector:
-        """Return the mean, shape (size,). At least one update was added."""
-        mean = np.empty(self._size, np.float32)
-        for part in blocks(self._size):
+        """Return the mean, shape (size,), and forget the sums: the mean takes their memory.
+
+        At least one update was added. Nothing can be added afterwards.
+        """
+        self._count = self._most
+        grids = sorted(self._sums)
+        sums = [self._sums.pop(grid) for grid in grids]
+
+        def mean(part: slice) -> npt.NDArray[np.float64]:
             # few grids, always in this order
-            total = sum(self._sums[grid][part] for grid in sorted(self._sums))
-            mean[part] = total / self.weight
-        return mean
+            total = sum(one[part] for one in sums)
+            return np.asarray(total / self.weight)
+
+        narrowed(sums[0], mean)
+        # the second half of the memory goes back to the system; `sums` and `mean` refer to the array, so no check
+        sums[0].resize((self._size + 1) // 2, refcheck=False)
+        return sums[0].view(np.float32)[: self._size]
+
+
+def narrowed(wide: npt.NDArray[Any], block_of: Callable[[slice], npt.NDArray[Any]]) -> Vector:
+    """Return the float32 vector that `block_of` computes from `wide`, shape (size,), in the memory of `wide`.
+
+    Args:
+        wide: numbers of 8 bytes, shape (size,). Its values are lost.
+        block_of: returns the numbers of a slice from those of `wide`; slices come in order.
+    """
+    narrow = wide.view(np.float32)[: len(wide)]
+    for part in blocks(len(wide)):
+        # a block is written to memory whose numbers were read before: 4 bytes a number here, 8 there
+        narrow[part] = block_of(part)
+    return narrow
 
 
 def _grid(length: float) -> int:

@@ -16,8 +16,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tsugiki.common.errors import SpecError, WireError
-from tsugiki.common.wire.arrays import ARRAY_KEY, decode, decode_numbers, encode, encode_numbers
-from tsugiki.common.wire.spec import AdapterSpec, TensorSpec, l2_norm, pack, sha256, unpack
+from tsugiki.common.wire.arrays import (
+    ARRAY_KEY,
+    decode,
+    decode_numbers,
+    encode,
+    encode_numbers,
+    packed,
+    packed_blocks,
+)
+from tsugiki.common.wire.spec import BLOCK, AdapterSpec, TensorSpec, l2_norm, pack, sha256, unpack
 
 SHAPES = {"a.weight": (2, 3), "b.bias": (4,), "classifier.weight": (1, 2)}
 TENSORS = tuple(TensorSpec(name, shape, "head" if "class" in name else "adapter") for name, shape in SHAPES.items())
@@ -155,6 +163,37 @@ def test_one_array_as_small_as_it_can_be(spec):
     record = encode(np.ones(SIZE, np.float32), spec)
     assert list(record) == [ARRAY_KEY]
     assert len(record[ARRAY_KEY].data) == spec.size_bytes + 128
+
+
+@given(vectors)
+def test_a_packed_vector_travels_without_a_copy(vector):
+    """Catches: a copy of the adapter for each round; a packed vector that travels as other bytes than a plain one."""
+    found = packed(vector)
+    assert found.tobytes() == vector.tobytes()
+    data = encode(found, SPEC)[ARRAY_KEY].data
+    assert data is found.base
+    assert data == encode(vector, SPEC)[ARRAY_KEY].data
+
+
+def test_packed_blocks_are_put_one_after_the_other():
+    """Catches: a block at another place, a last block that is left out."""
+    size = 2 * BLOCK + 7
+    whole = np.random.default_rng(4).normal(size=size)
+    assert np.array_equal(packed_blocks(size, lambda part: whole[part]), whole.astype(np.float32))
+
+
+def test_a_part_of_a_packed_vector_is_not_taken_for_all_of_it():
+    """Catches: the bytes of the whole in place of a slice's, or of a vector in bytes that have no header."""
+    whole = packed(np.arange(SIZE + 4, dtype=np.float32))
+    bare = np.frombuffer(np.arange(SIZE, dtype=np.float32).tobytes(), np.float32)
+    for vector in (whole[4:], whole[:SIZE], bare):
+        assert np.array_equal(decode(encode(vector, SPEC), SPEC), vector)
+
+
+def test_half_precision_of_a_packed_vector():
+    """Catches: float32 bytes under the name of float16."""
+    vector = packed(np.linspace(-1, 1, SIZE, dtype=np.float32))
+    assert np.array_equal(decode(encode(vector, HALF), HALF), vector.astype(np.float16))
 
 
 @each_type

@@ -1,11 +1,11 @@
-"""Updates that are kept one by one, in memory or in a file without a name."""
+"""Updates that are kept one by one, and moments: in memory or in a file without a name."""
 
 import numpy as np
 import pytest
 
 from tsugiki.common.errors import StorageError
 from tsugiki.common.strategies import WeightedUpdate
-from tsugiki.server.run.kept import KeptUpdates
+from tsugiki.server.run.kept import KeptMoment, KeptUpdates, let_go
 
 SIZE = 1000
 
@@ -52,3 +52,48 @@ def test_a_full_disk_ends_the_run_with_its_code(tmp_path):
     """Catches: an OSError that reaches the user as a traceback."""
     with pytest.raises(StorageError):
         KeptUpdates(tmp_path / "missing", SIZE, 0).add(drawn(1)[0])
+
+
+@pytest.mark.parametrize("held_bytes", [0, 10**6])
+def test_a_moment_comes_back_as_it_was_written(held_bytes, tmp_path):
+    """Catches: blocks in another order; a last block that is still in a buffer; a file with a name."""
+    given = np.random.default_rng(3).normal(size=SIZE)
+    moment = KeptMoment(tmp_path, SIZE, held_bytes)
+    for start in range(0, SIZE, 300):
+        moment.add(given[start : start + 300])
+    found = moment.vector()
+    assert isinstance(found, np.memmap) == (held_bytes == 0)
+    assert found.dtype == np.float32
+    assert np.array_equal(found, given.astype(np.float32))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_moment_without_a_folder_stays_in_memory():
+    """Catches: a file in the current folder."""
+    moment = KeptMoment(None, SIZE, 0)
+    moment.add(np.ones(SIZE))
+    assert not isinstance(moment.vector(), np.memmap)
+
+
+def test_what_was_let_go_is_read_again(tmp_path):
+    """Catches: a mapping whose pages are dropped for good; an array in memory that is touched."""
+    moment = KeptMoment(tmp_path, SIZE, 0)
+    moment.add(np.arange(SIZE))
+    mapped = moment.vector()
+    plain = np.arange(SIZE, dtype=np.float32)
+    assert mapped[5] == 5
+    let_go([mapped, plain])
+    assert np.array_equal(mapped, plain)
+    assert np.array_equal(plain, np.arange(SIZE))
+
+
+def test_a_full_disk_under_a_moment_has_its_code(tmp_path):
+    """Catches: an OSError that reaches the user as a traceback."""
+    with pytest.raises(StorageError):
+        KeptMoment(tmp_path / "missing", SIZE, 0)
+    moment = KeptMoment(tmp_path, SIZE, 0)
+    full = open("/dev/full", "wb", buffering=0)  # noqa: SIM115  # every write to it fails
+    moment._file.close()
+    moment._file = full
+    with full, pytest.raises(StorageError):
+        moment.add(np.ones(SIZE))

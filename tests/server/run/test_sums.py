@@ -8,7 +8,7 @@ import pytest
 
 from tsugiki.common.wire.arrays import PackedLevels, decode_levels, encode_levels
 from tsugiki.common.wire.spec import BLOCK
-from tsugiki.server.run.sums import RATIO, SHORT, RunningMean, RunningSum, update_cosine
+from tsugiki.server.run.sums import RATIO, SHORT, RunningMean, RunningSum, narrowed, update_cosine
 
 SIZE = 50
 
@@ -114,6 +114,26 @@ def test_a_sum_refuses_what_its_grid_was_not_made_for():
     running.add(np.ones(SIZE, np.float32), 8.0, 1)
     with pytest.raises(ValueError, match="no room for another"):
         running.add(np.zeros(SIZE, np.float32), 0.0, 1)
+
+
+def test_a_mean_takes_the_memory_of_the_sums():
+    """Catches: sums that stay in memory beside their mean; a sum that goes on after its mean was taken."""
+    running = RunningMean(SIZE, 5)
+    running.add(np.ones(SIZE, np.float32), 8.0, 1)
+    mean = running.value()
+    assert mean.base.nbytes < 8 * (SIZE + 1) / 2 + 8
+    with pytest.raises(ValueError, match="no room for another"):
+        running.add(np.ones(SIZE, np.float32), 8.0, 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, BLOCK, BLOCK + 1, 3 * BLOCK + 5])
+def test_numbers_are_narrowed_in_place(size):
+    """Catches: a block that overwrites wide numbers which are still to be read."""
+    wide = np.random.default_rng(5).normal(size=size)
+    expected = (2 * wide).astype(np.float32)
+    found = narrowed(wide, lambda part: 2 * wide[part])
+    assert np.array_equal(found, expected)
+    assert np.shares_memory(found, wide)
 
 
 def test_vectors_of_several_blocks_are_added_to_their_end():
