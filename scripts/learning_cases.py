@@ -86,6 +86,16 @@ def _ledgar(data: Path) -> tuple[list[Row], list[Row]]:
     return rows[:750], rows[750:]
 
 
+def _titles(data: Path) -> tuple[list[Row], list[Row]]:
+    folder = data / "stackoverflow_titles"
+    texts = (folder / "titles.txt").read_text("utf-8").splitlines()
+    labels = (folder / "labels.txt").read_text("utf-8").splitlines()
+    rows = [{"text": text, "label": int(label) - 1} for text, label in zip(texts, labels, strict=True)]
+    order = generator(0, "learning-cases", "titles-test").permutation(len(rows))  # the file is sorted by label
+    rows = [rows[index] for index in order]
+    return rows[2000:], rows[:2000]
+
+
 def _stsb(data: Path) -> tuple[list[Row], list[Row]]:
     found = []
     for part in ("train", "test"):
@@ -116,6 +126,7 @@ CASES = {
     ),
     # its labels are those of the rows; there are too few rows to choose defaults on
     "ledgar": LearningCase(MINILM, CLASSIFY, "accuracy", _ledgar, (0, 0, 600, 150), 250),
+    "titles": LearningCase(MINILM, {**CLASSIFY, "num_labels": 20}, "accuracy", _titles, (4000, 1000, 4000, 500), 2000),
     "stsb": LearningCase(
         MINILM,
         {"name": "sentence-embedding", "loss": "cosine-similarity", "score_max": 5.0},
