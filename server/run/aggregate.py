@@ -36,7 +36,11 @@ _SHORTEST_BLOCK = 2**15
 
 
 def step(
-    config: RunConfig, spec: AdapterSpec, state: State, updates: Sequence[WeightedUpdate], folder: Path
+    config: RunConfig,
+    spec: AdapterSpec,
+    state: State,
+    updates: Sequence[WeightedUpdate],
+    folder: Path | None = None,
 ) -> tuple[Vector, Moments]:
     """Return the step of the round after `state`, shape (spec.size,), and the strategy's moments.
 
@@ -45,7 +49,7 @@ def step(
         spec: of the adapter.
         state: after the last round.
         updates: at least one, in any order; their mean alone suffices where the strategy needs no more.
-        folder: of the run, for large moments.
+        folder: of the run, for large moments; None: they stay in memory.
 
     Raises:
         StorageError: the moments cannot be written.

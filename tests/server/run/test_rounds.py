@@ -28,9 +28,9 @@ def handed_over(monkeypatch):
     seen = []
     real = rounds.aggregated_step
 
-    def watching(config, spec, state, updates):
+    def watching(config, spec, state, updates, folder):
         seen.append(list(updates))
-        return real(config, spec, state, updates)
+        return real(config, spec, state, updates, folder)
 
     monkeypatch.setattr(rounds, "aggregated_step", watching)
     return seen
