@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
-from tests.support.federation import app_of_sites, run_tiny, site_folder, tiny_config
+from tests.support.federation import app_of_sites, run_tiny, site_folder, tiny_config, write_rows
+from tsugiki.common.config.parse import changed as changed_config
 from tsugiki.common.errors import QuorumNotMet
 from tsugiki.common.files import read_lines
 from tsugiki.common.keys import fingerprint, new_key_pair, read_public_key
@@ -202,3 +203,22 @@ def test_sites_with_keys_get_the_sum_of_sites_without(tmp_path, pinned):
     files = with_keys(three_sites(tmp_path), pinned=pinned)
     run_tiny(masked_run(tmp_path), app_of_sites(files))
     assert charged(tmp_path) == list(NAMES)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1, []), (3, list(NAMES))])
+def test_gateways_take_part_where_sites_agree_to_count_their_clients(tmp_path, most, expected):
+    """Catches: gateways that can never form a sum; gateways that are believed although no site said so."""
+    files = three_sites(tmp_path, demanding=())
+    for file in files:
+        write_rows(file.parent / "train.csv", 12, owner=lambda row: f"client-{row // 4}")
+        changed = file.read_text().replace("[models]", 'client_column = "owner"\n[models]')
+        file.write_text(f"{changed}\n[policy]\nmax_clients_per_site = {most}\n")
+    config = masked_run(tmp_path, enrolled_clients=9, max_clients_per_site=3)
+    config = changed_config(config, {"simulation.clients": 9, "strategy.min_clients": 7})
+    if expected:
+        run_tiny(config, app_of_sites(files))
+    else:
+        with pytest.raises(QuorumNotMet):
+            run_tiny(config, app_of_sites(files))
+        assert codes(tmp_path, "query.shares") == {name: {"policy-clients"} for name in NAMES}
+    assert charged(tmp_path) == expected
