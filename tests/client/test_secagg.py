@@ -272,6 +272,15 @@ def test_sites_that_were_sent_different_lists_open_no_shares(plan, changes):
     refused("secagg-mismatch", secagg.open_shares, sites.states["b"], received["b"])
 
 
+def test_sites_that_were_sent_other_members_open_no_shares(plan):
+    """Catches: keys of the server's own in the list of one site alone, in the place of a member's."""
+    sites = Sites(plan)
+    keys = sites.listed()["keys_values"]
+    received = sites.share(keys_values=[*keys[:3], secagg.secagg.start(sites.session, "d").public_keys])
+    for name in NAMES:
+        refused("secagg-mismatch", secagg.open_shares, sites.states[name], received[name])
+
+
 def test_clients_at_other_sites_count_as_far_as_the_policy_says(plan, caplog):
     """Catches: counts of the server believed at the shares, or believed again when the sum is opened."""
     claimed = replace(plan, max_clients_per_site=30_000, min_clients=60_001)
