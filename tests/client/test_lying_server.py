@@ -7,6 +7,7 @@ import pytest
 from flwr.app import Array, ArrayRecord
 
 from tests.support.federation import app_of_sites, run_tiny, site_folder, tiny_config, write_rows
+from tests.support.lying import invent_counts, lying, told_to_others
 from tsugiki.common.config.parse import changed as changed_config
 from tsugiki.common.errors import QuorumNotMet
 from tsugiki.common.files import read_lines
@@ -59,28 +60,8 @@ def masked_run(folder, **privacy):
 
 
 def lie(monkeypatch, change):
-    """Let the server change the content of each message before it leaves: `change(kind, site's name, content)`."""
-    honest = aggregation.address
-
-    def lying(cohort, round_number, kind, content, timeout_s):
-        names = {member.node_id: member.name for member in cohort}
-
-        def changed(nonce, node):
-            record = content(nonce, node)
-            change(kind, names[node], record)
-            return record
-
-        return honest(cohort, round_number, kind, changed, timeout_s)
-
-    monkeypatch.setattr(aggregation, "address", lying)
-
-
-def set_told(content, section, name, value):
-    """Change a setting of the run in a message."""
-    request = content.config_records["request"]
-    told = json.loads(request["config"])
-    told[section][name] = value
-    request["config"] = json.dumps(told, sort_keys=True)
+    """Let the server change each message before it leaves."""
+    monkeypatch.setattr(aggregation, "address", lying(change))
 
 
 def codes(folder, kind):
@@ -106,13 +87,7 @@ def test_an_honest_server_gets_its_sum_and_each_site_is_charged(tmp_path):
 def test_counts_that_the_server_invents_are_not_believed(tmp_path, monkeypatch):
     """Catches: two "gateways of 30,000" that nobody checks, with which three sites add a 20,000th of the noise."""
     config = masked_run(tmp_path, enrolled_clients=60_003, max_clients_per_site=60_000)
-
-    def invent(kind, name, content):
-        set_told(content, "strategy", "min_clients", 60_001)
-        if kind == "query.shares":
-            content.config_records["secagg"]["clients"] = [1 if one == name else 30_000 for one in sorted(NAMES)]
-
-    lie(monkeypatch, invent)
+    lie(monkeypatch, invent_counts)
     with pytest.raises(QuorumNotMet):
         run_tiny(config, app_of_sites(three_sites(tmp_path)))
     assert codes(tmp_path, "query.shares") == {name: {"policy-clients"} for name in NAMES}
@@ -124,12 +99,7 @@ def test_counts_that_the_server_invents_are_not_believed(tmp_path, monkeypatch):
 )
 def test_sites_that_were_sent_other_settings_open_no_sum(tmp_path, monkeypatch, section, name, value):
     """Catches: others that send zeros or no noise, so that the opened "sum of three" is one site's update."""
-
-    def tell_others(kind, site, content):
-        if site != "acme":
-            set_told(content, section, name, value)
-
-    lie(monkeypatch, tell_others)
+    lie(monkeypatch, told_to_others("acme", section, name, value))
     with pytest.raises(QuorumNotMet):
         run_tiny(masked_run(tmp_path), app_of_sites(three_sites(tmp_path, demanding=("acme",))))
     assert codes(tmp_path, "train.masked") == {name: {"secagg-mismatch"} for name in NAMES}
