@@ -73,6 +73,8 @@ def client(
         try:
             connection.connect()
             shown.note(f"connected to {link.address} as {site.name}, node {connection.node_id}")
+            for trusted in site.policy.taken_on_trust():
+                shown.note(trusted)
             Node(client_app, connection, node_config, shown, ending).run()
         except Stopping:
             pass  # there is nobody to say goodbye to
@@ -314,6 +316,8 @@ def check(
 
     site = read_site(file)
     typer.echo(f"{file}: site {site.name}, {len(site.models)} models")
+    for trusted in site.policy.taken_on_trust():
+        typer.echo(trusted)
     if run is not None:
         _try_run(site, _as_sent(site, run, overrides or []))
         return

@@ -153,15 +153,8 @@ def answer_shares(
     signed = from_fields("signed", fields, SIGNED_BYTES)
     if policy.members:
         _check_members(kept.name, keys, signed, terms, policy)
-    # The server may lie about other sites, but not about this one, and no site may have more than the plan allows.
     counts = dict(zip(sorted(keys), _counts(fields.get("clients"), len(keys)), strict=True))
-    if counts.get(kept.name) != own_clients:
-        raise SecureAggregationError(
-            "the list has another number of clients for this site", str(own_clients), code="secagg-message"
-        )
-    if max(counts.values()) > plan.max_clients_per_site:
-        most = f"at most privacy.max_clients_per_site = {plan.max_clients_per_site}"
-        raise SecureAggregationError(f"a site of the list stands for {max(counts.values())} clients", most)
+    _check_counts(kept.name, counts, plan, own_clients)
     believed = policy.count_on(kept.name, counts, plan)
     if policy.max_clients_per_site > 1:
         log.info(
@@ -178,6 +171,21 @@ def answer_shares(
     kept, sealed = secagg.make_shares(kept, keys, needed, context)
     _keep(state, kept, believed)
     return to_fields("sealed", sealed)
+
+
+def _check_counts(site: str, counts: Mapping[str, int], plan: Plan, own_clients: int) -> None:
+    """Check the server's numbers of clients as far as this site can.
+
+    Raises:
+        SecureAggregationError: it has another number for this site, or more for a site than the plan allows.
+    """
+    if counts.get(site) != own_clients:
+        raise SecureAggregationError(
+            "the list has another number of clients for this site", str(own_clients), code="secagg-message"
+        )
+    if max(counts.values()) > plan.max_clients_per_site:
+        most = f"at most privacy.max_clients_per_site = {plan.max_clients_per_site}"
+        raise SecureAggregationError(f"a site of the list stands for {max(counts.values())} clients", most)
 
 
 def _check_members(

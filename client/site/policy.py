@@ -151,6 +151,16 @@ class SitePolicy(Section):
             )
         return believed
 
+    def taken_on_trust(self) -> list[str]:
+        """Return what this site takes on the server's word in secure aggregation, as sentences for its operator."""
+        found = []
+        if self.max_clients_per_site > 1:
+            most = self.max_clients_per_site
+            found.append(f"counts up to {most} clients at each other site, on the server's word")
+        if self.secure_aggregation and not self.members:
+            found.append("shares a sum with any site that the server names: policy.members is empty")
+        return found
+
     def check_member(self, name: str, key: str) -> None:
         """Check that a site may be in a sum with this site. Without `members`, any site may.
 
