@@ -31,7 +31,7 @@ from tsugiki.common.privacy.clipping import Levels
 from tsugiki.common.privacy.mechanisms import releases_of
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.strategies.factors import narrow
-from tsugiki.common.wire.arrays import encode, encode_levels, encode_numbers
+from tsugiki.common.wire.arrays import array_records, encode, encode_levels, encode_numbers
 from tsugiki.common.wire.messages import (
     EvaluateReply,
     EvaluateRequest,
@@ -311,32 +311,34 @@ def _plan_with_masks(run: SiteRun, masked: bool) -> Plan:
     return run.plan
 
 
-def _go_on(state: RecordDict, site: Site, request: StageRequest | TrainRequest) -> tuple[SiteRun, Plan]:
-    """Open the run for a step of a session that has begun; return it with its plan.
+def _go_on(state: RecordDict, site: Site, request: StageRequest | TrainRequest) -> tuple[SiteRun, Plan, bytes]:
+    """Open the run for a step of a session that has begun; return it with its plan and the hash of its terms.
 
     Raises:
-        SecureAggregationError: the run has no such step, or the session began under another plan or in another round.
+        SecureAggregationError: the run has no such step, or the session began with another round, settings or plan.
     """
     run = SiteRun.open(site, site_config(request.config), request.round)
     plan = _plan_with_masks(run, True)
-    secagg.check_bound(state, plan, request.round)
-    return run, plan
+    return run, plan, secagg.check_bound(state, request, plan)
 
 
 def _keys(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
-    """Begin a session, bound to the plan and the round; send this site's public keys."""
+    """Begin a session, bound to all that this site is asked to do in it; send this site's public keys."""
     request = from_record(StageRequest, content)
+    fields = beside(content)
     run = SiteRun.open(site, site_config(request.config), request.round)
-    secagg.bind(state, _plan_with_masks(run, True), request.round)
-    return _stage_reply(site, request, secagg.answer_keys(state, request.session, site.name))
+    plan = _plan_with_masks(run, True)
+    answer = secagg.answer_keys(state, request, fields, site.name, plan, site.policy, site.node_key())
+    return _stage_reply(site, request, answer)
 
 
 def _shares(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
     """Send shares of this site's secrets to all sites of the session, each sealed for its receiver."""
     request = from_record(StageRequest, content)
     fields = beside(content)
-    run, plan = _go_on(state, site, request)
-    sealed = secagg.answer_shares(state, request.session, fields, plan, run.count_clients())
+    run, plan, terms = _go_on(state, site, request)
+    clients = run.count_clients()
+    sealed = secagg.answer_shares(state, request.session, fields, plan, clients, terms, site.policy)
     return _stage_reply(site, request, sealed)
 
 
@@ -344,8 +346,9 @@ def _masked(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
     """Train, and send the protected sum under its masks."""
     request = from_record(TrainRequest, content)
     fields = beside(content)
-    run, plan = _go_on(state, site, request)
-    # What can be refused is checked before training, which costs the most.
+    run, plan, _ = _go_on(state, site, request)
+    # What can be refused is checked before training, which costs the most, and before anything is charged.
+    secagg.check_order(state, request, array_records(content).get("arrays"))
     if request.clients:
         raise SecureAggregationError(
             "the server asks some of this site's clients only", "all of them: the others' noise belongs to the sum"
@@ -360,7 +363,7 @@ def _unmask(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
     """Send this site's shares of what opens the sum."""
     request = from_record(StageRequest, content)
     fields = beside(content)
-    run, plan = _go_on(state, site, request)
+    run, plan, _ = _go_on(state, site, request)
     sent = secagg.answer_unmask(state, request.session, fields, plan)
     site.record("unmasked", run=run.config.run.name, round=request.round, survivors=len(fields["survivors"]))
     return _stage_reply(site, request, sent)

@@ -60,7 +60,12 @@ def client(
     from tsugiki.client.site.site import read_site
 
     site = read_site(site_file)
-    link = _link(site, server, ca, key, insecure=insecure, retry_s=retry_s)
+    private: Path | None = None
+    if not insecure:
+        private = key or site.server.path(site.folder, "key")
+    link = _link(site, server, ca, private, insecure=insecure, retry_s=retry_s)
+    # The app signs keys of secure aggregation with the key of this connection.
+    node_config = {"site": str(site_file.resolve()), "key": "" if private is None else str(private.resolve())}
     ending = Ending()
     with status.choose() as shown, ending.handling_signals():
         watch_training(shown.step)
@@ -68,7 +73,9 @@ def client(
         try:
             connection.connect()
             shown.note(f"connected to {link.address} as {site.name}, node {connection.node_id}")
-            Node(client_app, connection, {"site": str(site_file.resolve())}, shown, ending).run()
+            for trusted in site.policy.taken_on_trust():
+                shown.note(trusted)
+            Node(client_app, connection, node_config, shown, ending).run()
         except Stopping:
             pass  # there is nobody to say goodbye to
         finally:
@@ -76,8 +83,18 @@ def client(
         shown.note("disconnected")
 
 
-def _link(site: FileSite, server: str, ca: Path | None, key: Path | None, *, insecure: bool, retry_s: float) -> Link:
+def _link(
+    site: FileSite, server: str, ca: Path | None, private: Path | None, *, insecure: bool, retry_s: float
+) -> Link:
     """Return the server's address and this site's credentials, from the command line or else from site.toml.
+
+    Args:
+        site: this site.
+        server: its address; empty: site.toml's.
+        ca: the CA's certificate; None: site.toml's.
+        private: the private key of this node; None: it has none.
+        insecure: whether the connection has no TLS.
+        retry_s: for how long a lost connection is tried again.
 
     Raises:
         UsageError: no server is named, the connection would not be encrypted, or a file cannot be read.
@@ -94,10 +111,8 @@ def _link(site: FileSite, server: str, ca: Path | None, key: Path | None, *, ins
         )
     split_address(address)
     authority: Path | None = None
-    private: Path | None = None
     if not insecure:
         authority = ca or site.server.path(site.folder, "ca")
-        private = key or site.server.path(site.folder, "key")
     _check_security(address, insecure, authority)
     return Link(
         address,
@@ -301,6 +316,8 @@ def check(
 
     site = read_site(file)
     typer.echo(f"{file}: site {site.name}, {len(site.models)} models")
+    for trusted in site.policy.taken_on_trust():
+        typer.echo(trusted)
     if run is not None:
         _try_run(site, _as_sent(site, run, overrides or []))
         return

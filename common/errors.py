@@ -81,6 +81,8 @@ KnownCode = Literal[
     "policy-evaluation",  # a private run asks for metrics of the site's rows
     "policy-head-sums",  # it forbids the sums for a head before round 1
     "policy-seeded-noise",  # the run draws its noise from a known seed
+    "policy-clients",  # a sum has too few clients that the site counts on
+    "policy-members",  # a sum has a member that the site has not pinned
     # models and adapters
     "model-unknown",  # the site's `[models]` does not have the run's model
     "model-not-found",  # the model is not where its name says
@@ -155,6 +157,8 @@ KnownCode = Literal[
     "secagg-refused",  # a step out of turn, or lists that an honest server would not send
     "secagg-message",  # a name, key or share that is not valid
     "secagg-too-few",  # fewer clients or shares than a sum needs
+    "secagg-mismatch",  # the sites of a sum were sent different things
+    "secagg-signature",  # a site's keys are not signed by its node key for this session
     # runs
     "quorum-not-met",  # too few accepted replies, twice
     "not-enough-sites",  # too few sites in time

@@ -12,12 +12,19 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tsugiki.common.errors import LinkError, UsageError
+from tsugiki.common.errors import LinkError, SecureAggregationError, UsageError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 
 LONGEST_FILE_BYTES = 10_000
+
+POINT_BYTES = 49
+"""Length of a public key on P-384 as a compressed point."""
+SIGNATURE_BYTES = 96
+"""Length of a signature: the numbers r and s, 48 bytes each."""
+FINGERPRINT_PATTERN = r"^SHA256:[A-Za-z0-9+/]{43}$"
+"""Pattern of what `fingerprint` returns."""
 
 
 def new_key_pair(path: Path) -> Path:
@@ -150,3 +157,55 @@ def fingerprint(key: EllipticCurvePublicKey) -> str:
     # The line has the type and the key; OpenSSH hashes the key alone.
     digest = hashlib.sha256(base64.b64decode(line.split()[1])).digest()
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+
+def point_of(key: EllipticCurvePublicKey) -> bytes:
+    """Return a public key as a compressed point, 49 bytes."""
+    from cryptography.hazmat.primitives import serialization as form
+
+    return key.public_bytes(form.Encoding.X962, form.PublicFormat.CompressedPoint)
+
+
+def key_of(point: bytes) -> EllipticCurvePublicKey:
+    """Return the public key of a compressed point that was received.
+
+    Raises:
+        SecureAggregationError: `secagg-message`, the bytes are no point of P-384.
+    """
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    try:
+        return ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP384R1(), point)
+    except ValueError:
+        raise SecureAggregationError(
+            "a node key is no point of P-384", f"{POINT_BYTES} bytes, a compressed point", code="secagg-message"
+        ) from None
+
+
+def sign(key: EllipticCurvePrivateKey, text: bytes) -> bytes:
+    """Return the signature of a text with a node's private key, 96 bytes: ECDSA with SHA-384.
+
+    Source: NIST 2023, FIPS 186-5, section 6.
+    """
+    from cryptography.hazmat.primitives.asymmetric import ec, utils
+    from cryptography.hazmat.primitives.hashes import SHA384
+
+    half = SIGNATURE_BYTES // 2
+    r, s = utils.decode_dss_signature(key.sign(text, ec.ECDSA(SHA384())))
+    return r.to_bytes(half, "big") + s.to_bytes(half, "big")
+
+
+def is_signed(key: EllipticCurvePublicKey, signature: bytes, text: bytes) -> bool:
+    """Return whether a signature of `sign` belongs to this key and text."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric import ec, utils
+    from cryptography.hazmat.primitives.hashes import SHA384
+
+    half = SIGNATURE_BYTES // 2
+    r = int.from_bytes(signature[:half], "big")
+    s = int.from_bytes(signature[half:], "big")
+    try:
+        key.verify(utils.encode_dss_signature(r, s), text, ec.ECDSA(SHA384()))
+    except InvalidSignature:
+        return False
+    return True

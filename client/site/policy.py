@@ -6,15 +6,18 @@ but one: a model is loaded only if `[models]` names it, which `client/site/site.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import Code, PolicyError
+from tsugiki.common.keys import FINGERPRINT_PATTERN
 from tsugiki.common.privacy.mechanisms import releases_of
-from tsugiki.common.settings import Names, Section
+from tsugiki.common.privacy.secagg.counts import check_sum, counted_on
+from tsugiki.common.settings import NAME_PATTERN, Names, Section
 
 if TYPE_CHECKING:
     from tsugiki.common.privacy.plan import Plan
@@ -93,9 +96,85 @@ class SitePolicy(Section):
         description="Delta at which max_epsilon and max_row_epsilon are counted, whatever a run says. Set it below 1 "
         "over this site's number of rows if max_row_epsilon is used.",
     )
+    max_clients_per_site: int = Field(
+        default=1,
+        ge=1,
+        le=10**6,
+        description="Under secure aggregation: how many clients at each other site this site counts on at most. It "
+        "cannot check their number, so above 1 it counts on the server's word for the noise of a sum. Raise it only "
+        "if sites are gateways and you trust the server not to invent clients.",
+    )
+    members: Names = Field(
+        default=(),
+        description="Under secure aggregation: the sites that this site shares a sum with, each by its name and the "
+        'fingerprint of its key, as ["acme SHA256:..."]. Exchange the lines of `tsugiki keys fingerprint` with the '
+        "other sites, not by way of the server. Set it if the server could invent sites; set secure_aggregation too. "
+        "[]: any site that the server names.",
+    )
     seeded_noise: bool = Field(
         default=False, description="For tests only: take part in runs whose noise comes from a seed and hides nothing."
     )
+
+    @field_validator("members")
+    @classmethod
+    def _members_are_pins(cls, members: tuple[str, ...]) -> tuple[str, ...]:
+        pins = [member.split() for member in members]
+        well_formed = all(
+            len(pin) == 2 and re.fullmatch(NAME_PATTERN, pin[0]) and re.fullmatch(FINGERPRINT_PATTERN, pin[1])
+            for pin in pins
+        )
+        if not well_formed or any(len(set(values)) < len(pins) for values in zip(*pins, strict=True)):
+            raise ValueError('a list of "NAME SHA256:..." with each name and each fingerprint once')
+        return members
+
+    def count_on(self, site: str, counts: Mapping[str, int], plan: Plan) -> dict[str, int]:
+        """Return how many clients of each site this site counts on in a sum, by site name.
+
+        Args:
+            site: name of this site.
+            counts: by site name, as the server says.
+            plan: says how many clients and sites a sum needs.
+
+        Raises:
+            SecureAggregationError: `secagg-too-few`, there are too few even if the server is right.
+            PolicyError: `policy-clients`, there are too few that this site counts on: a sum could have less noise than
+                the plan says.
+        """
+        check_sum(counts, plan.min_clients, plan.min_sites)
+        believed = counted_on(counts, site, self.max_clients_per_site)
+        found = sum(believed.values())
+        if found < plan.min_clients:
+            raise _refusal(
+                f"sums of {plan.min_clients} clients, and this site counts on {found}",
+                f"enough with at most policy.max_clients_per_site = {self.max_clients_per_site} at each other site",
+                "policy-clients",
+            )
+        return believed
+
+    def taken_on_trust(self) -> list[str]:
+        """Return what this site takes on the server's word in secure aggregation, as sentences for its operator."""
+        found = []
+        if self.max_clients_per_site > 1:
+            most = self.max_clients_per_site
+            found.append(f"counts up to {most} clients at each other site, on the server's word")
+        if self.secure_aggregation and not self.members:
+            found.append("shares a sum with any site that the server names: policy.members is empty")
+        return found
+
+    def check_member(self, name: str, key: str) -> None:
+        """Check that a site may be in a sum with this site. Without `members`, any site may.
+
+        Args:
+            name: of the other site.
+            key: fingerprint of its node key.
+
+        Raises:
+            PolicyError: `policy-members`.
+        """
+        pins = dict(member.split() for member in self.members)
+        if pins and pins.get(name) != key:
+            problem = f"a sum with {name!r}, whose key is {key}"
+            raise _refusal(problem, "one of policy.members, by name and fingerprint", "policy-members")
 
     def check_run(self, config: RunConfig, round_number: int = 0) -> None:
         """Check that a run is allowed.

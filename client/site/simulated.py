@@ -39,7 +39,8 @@ class SimulatedSite:
     parts: tuple[tuple[int, ...], ...]
     max_rank: int = 0
 
-    policy = SitePolicy(seeded_noise=True)
+    # A simulation is on one machine, so that its sites need not check the number of each other's clients.
+    policy = SitePolicy(seeded_noise=True, max_clients_per_site=10**6)
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -57,6 +58,9 @@ class SimulatedSite:
     def _identity(self) -> str:
         body = self.config.model_dump_json(include={"simulation": True, "data": True, "task": True, "run": {"seed"}})
         return f"{self.name}:{hashlib.sha256(body.encode()).hexdigest()}"
+
+    def node_key(self) -> None:
+        """Return None: simulated sites have no node keys."""
 
     def model_source(self, model_name: str) -> str:
         """Return the name itself: a simulation is on one machine, so that the operator's model is the site's."""

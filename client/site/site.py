@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -21,10 +21,12 @@ from tsugiki.common.data.shard import Shard
 from tsugiki.common.data.shard import read as read_shard
 from tsugiki.common.errors import ConfigError, ModelError, Problem
 from tsugiki.common.files import locked
+from tsugiki.common.keys import read_private_key
 from tsugiki.common.settings import DataFormat, Name, Section
 from tsugiki.common.tasks import Task
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from flwr.app import Context
 
 
@@ -54,6 +56,9 @@ class Site(Protocol):
 
     def record(self, event: str, **details: Any) -> None:
         """Write to the site's own audit log, if it keeps one."""
+
+    def node_key(self) -> EllipticCurvePrivateKey | None:
+        """Return the private key of this site's node, or None if it has none."""
 
     def model_source(self, model_name: str) -> str:
         """Return the hub id, folder or `package:...` that this site loads for a model name."""
@@ -183,6 +188,15 @@ class FileSite:
         body = json.dumps([images.stamp(file) for path in named for file in images.files(path)])
         return json.dumps([self.name, str(self.folder), hashlib.sha256(body.encode()).hexdigest()])
 
+    def node_key(self) -> EllipticCurvePrivateKey | None:
+        """Read `server.key`.
+
+        Raises:
+            LinkError: the key cannot be read; see `read_private_key`.
+        """
+        path = self.server.path(self.folder, "key")
+        return None if path is None else read_private_key(path)
+
     def model_source(self, model_name: str) -> str:
         """Return the source of a model name from [models].
 
@@ -277,7 +291,7 @@ def read_site(path: Path) -> FileSite:
 
 
 def site_of_node(context: Context) -> Site:
-    """Return the site behind a deployed node, whose node config names its `site.toml` as `site`.
+    """Return the site behind a deployed node, whose node config names its `site.toml` as `site`, and perhaps its `key`.
 
     Raises:
         ConfigError: the node config names no file, or the file has problems.
@@ -288,4 +302,9 @@ def site_of_node(context: Context) -> Site:
             "site", "missing", "the path of site.toml", "start the node with --node-config 'site=\"...\"'"
         )
         raise ConfigError("node config", [problem])
-    return read_site(Path(path))
+    site = read_site(Path(path))
+    # The resident node passes the key that it connects with; empty: it connects without. Other nodes pass none.
+    key = context.node_config.get("key")
+    if not isinstance(key, str):
+        return site
+    return replace(site, server=site.server.model_copy(update={"key": key}))

@@ -31,6 +31,7 @@ from trivial import trivial_spec
 import tsugiki  # first: it switches off what would phone home
 from tests.support.serving import metrics, serve_and_join, started
 from tsugiki.client import secagg
+from tsugiki.client.site.policy import SitePolicy
 from tsugiki.client.site.split import split
 from tsugiki.client.training.update import ProtectedSum
 from tsugiki.common.audit import AuditLog
@@ -66,6 +67,7 @@ DEPLOYED = 5
 def private_app(spec: AdapterSpec, plan: Plan, seconds: dict[str, float]) -> ClientApp:
     """Return a ClientApp that protects zeros instead of training, and adds up the seconds of its steps by site."""
     app = ClientApp()
+    policy = SitePolicy()
 
     def name(context: Any) -> str:
         return f"site-{int(context.node_config['partition-id']):02d}"
@@ -95,6 +97,7 @@ def private_app(spec: AdapterSpec, plan: Plan, seconds: dict[str, float]) -> Cli
     def masked(message: Any, context: Any) -> Any:
         started, request = time.perf_counter(), from_record(TrainRequest, message.content)
         fields = beside(message.content)
+        secagg.check_order(context.state, request, message.content.array_records["arrays"])
         secagg.open_shares(context.state, fields)
         levels = secagg.mask(context.state, fields["session"], protected(), plan.modulus_bits)
         content = to_record(
@@ -106,9 +109,10 @@ def private_app(spec: AdapterSpec, plan: Plan, seconds: dict[str, float]) -> Cli
         started, request = time.perf_counter(), from_record(StageRequest, message.content)
         fields, state = beside(message.content), context.state
         if which == "keys":
-            sent = secagg.answer_keys(state, request.session, name(context))
+            sent = secagg.answer_keys(state, request, fields, name(context), plan, policy, None)
         elif which == "shares":
-            sent = secagg.answer_shares(state, request.session, fields, plan, 1)
+            terms = secagg.check_bound(state, request, plan)
+            sent = secagg.answer_shares(state, request.session, fields, plan, 1, terms, policy)
         else:
             sent = secagg.answer_unmask(state, request.session, fields, plan)
         content = to_record(PrivateReply(name(context), request.round, request.nonce), None, sent)

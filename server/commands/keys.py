@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 app = typer.Typer()
 keys_app = typer.Typer(no_args_is_help=True, help="Make, register, list and revoke the keys of nodes.")
@@ -41,6 +44,49 @@ def new(path: Annotated[Path, typer.Argument(help="The private key; PATH.pub is 
     typer.echo(f"{path}: the private key; it stays here")
     typer.echo(f"{public}: the public key; send it to the operator")
     typer.echo(fingerprint(read_public_key(public)))
+
+
+@keys_app.command("fingerprint", epilog="Examples: tsugiki keys fingerprint; tsugiki keys fingerprint bolt.pub")
+def show_fingerprint(
+    file: Annotated[Path | None, typer.Argument(help="A key, public or own; default: the one in site.toml.")] = None,
+    site_file: Annotated[Path, typer.Option("--site", help="The site's file.")] = Path("site.toml"),
+) -> None:
+    """Print a site's name and its key's fingerprint, as other sites list it under [policy] members."""
+    from tsugiki.common.keys import fingerprint
+
+    if file is None:
+        name, file = _own_key(site_file)
+    else:
+        name = file.name.removesuffix(".pub").removesuffix(".key")
+    typer.echo(f"{name} {fingerprint(_public_part(file))}")
+
+
+def _public_part(file: Path) -> EllipticCurvePublicKey:
+    """Return the public key in a file that ends in .pub, or that of a private key in any other file."""
+    from tsugiki.common.keys import read_private_key, read_public_key
+
+    if file.suffix == ".pub":
+        return read_public_key(file)
+    return read_private_key(file).public_key()
+
+
+def _own_key(site_file: Path) -> tuple[str, Path]:
+    """Return the name and the private key that a site.toml has.
+
+    Raises:
+        UsageError: it lacks one of them.
+    """
+    from tsugiki.common.config.files import read_toml
+    from tsugiki.common.errors import UsageError
+
+    raw = read_toml(site_file)
+    about = raw.get("site")
+    server = raw.get("server")
+    if isinstance(about, dict) and isinstance(server, dict) and about.get("name") and server.get("key"):
+        return str(about["name"]), site_file.parent / str(server["key"])
+    raise UsageError(
+        f"{site_file} names no site or no key", "name under [site], and key under [server]", "or give the key's file"
+    )
 
 
 @keys_app.command(epilog="Example: tsugiki keys register acme.pub")

@@ -124,8 +124,8 @@ def _server_view(privacy: Mapping[str, Any]) -> list[str]:
     if privacy["secure_aggregation"]:
         return [
             "By secure aggregation the server saw sums of at least the planned number of clients, and no single "
-            "update. That holds against a server that follows the protocol and passes keys on as they are; it is not "
-            "authenticated against one that invents clients."
+            "update. At sites that pin their members that holds against a server that lies, unless too many members "
+            "help it; at other sites it does not hold against a server that invents sites."
         ]
     if privacy["mode"] == "distributed":
         return [

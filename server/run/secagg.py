@@ -1,10 +1,13 @@
 """The server's part of secure aggregation: four steps, after which it knows the sum of the updates and nothing else.
 
     step       each site sends                  dropping out here
-    keys       two public keys                  is not in the session
+    keys       two public keys, signed          is not in the session
     shares     sealed shares for every other    is not in the session
     masked     its masked, noised sum           is not in the sum; the others' shares take its masks out
     unmask     shares of the lists' secrets     is in the sum, as long as enough others answer
+
+Each attempt begins with a hash of the request to train, adapter included. All keys, shares and masks are bound to it,
+to the settings and to the list of members (`common/privacy/secagg/binding.py`).
 
 Opening the sum costs privacy, and is charged to the ledger before the last step. An attempt that ends earlier has shown
 the server nothing, and costs nothing. The protocol: `common/privacy/secagg/protocol.py`.
@@ -21,13 +24,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tsugiki.common.errors import SecureAggregationError
+from tsugiki.common.keys import POINT_BYTES, is_signed, key_of
 from tsugiki.common.privacy.clipping import LEVELS, Levels
 from tsugiki.common.privacy.mechanisms import mechanism_of
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.secagg import primitives as masks
 from tsugiki.common.privacy.secagg import protocol as secagg
-from tsugiki.common.privacy.secagg.counts import check_sum, fewest_sites
-from tsugiki.common.privacy.secagg.messages import KEYS_BYTES, SEALED_BYTES, Answer, exactly, from_fields, to_fields
+from tsugiki.common.privacy.secagg.binding import hash_context, hash_order, hash_terms, signed_text
+from tsugiki.common.privacy.secagg.counts import check_sum, counted_on, fewest_sites
+from tsugiki.common.privacy.secagg.messages import (
+    KEYS_BYTES,
+    SEALED_BYTES,
+    SIGNED_BYTES,
+    Answer,
+    exactly,
+    from_fields,
+    to_fields,
+)
 from tsugiki.common.wire import ring
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import StageRequest, to_record
@@ -43,7 +56,7 @@ from tsugiki.server.run.roster import Member
 from tsugiki.server.run.sums import RunningSum
 
 if TYPE_CHECKING:
-    from flwr.app import Message, RecordDict
+    from flwr.app import ArrayRecord, Message, RecordDict
 
 STEP_TIMEOUT_S = 60.0
 """Timeout of the steps in which sites do not train, unless the round's timeout is shorter."""
@@ -94,7 +107,7 @@ class Attempt:
         def request(nonce: str, node: int) -> RecordDict:
             body = fields(names[node])
             message = StageRequest(config, self.round_number, self.session, nonce)
-            content = to_record(message, None, body or {"step": step})
+            content = to_record(message, None, body)
             self.bytes_down += content.config_records["secagg"].count_bytes()
             return content
 
@@ -109,14 +122,15 @@ class Attempt:
         self.bytes_up += sum(one.size_bytes for one in passed)
         return {one.site: one.content for one in passed}
 
-    def train(self, state: State, sealed: Mapping[str, Mapping[str, bytes]]) -> tuple[dict[str, AcceptedSum], Levels]:
+    def train(
+        self, arrays: ArrayRecord, sealed: Mapping[str, Mapping[str, bytes]]
+    ) -> tuple[dict[str, AcceptedSum], Levels]:
         """Let all members train; return their replies by site name, and the sum of their masked sums modulo 2^64.
 
         Args:
-            state: before the round.
+            arrays: the adapter to start from, encoded.
             sealed: by site name, the shares that the other sites have sealed for it, by their names.
         """
-        arrays = encode(state.vector, self.ctx.spec)
         names = self._names()
 
         def request(nonce: str, node: int) -> RecordDict:
@@ -197,21 +211,29 @@ def _run(now: Attempt, privacy: Privacy, state: State, attempt: int) -> tuple[li
         SecureAggregationError: too few sites are left, or the sum cannot be opened.
     """
     plan = now.plan
+    # before the first step, the server commits to what it will ask
+    arrays = encode(state.vector, now.ctx.spec)
+    order = hash_order(train_request(now.ctx, now.round_number, ""), arrays)
+    terms = hash_terms(now.session, now.round_number, now.ctx.config_for_sites, plan, order)
+
     # keys: from here on, a site that is silent is out of the session
-    keys = now.ask("keys", lambda name: {}, _key_reader())
+    announced = now.ask("keys", lambda name: {"order": order}, _key_reader(terms))
+    keys = {name: one.public_keys for name, one in announced.items()}
+    signed = {name: one.signed for name, one in announced.items() if one.signed}
     counts = now.counts
     check_sum(counts, plan.min_clients, plan.min_sites)
 
     # shares: each site seals its secrets for every other, so that enough of them can undo the masks of a lost one
-    listed = {**to_fields("keys", keys), "clients": [counts[name] for name in sorted(keys)]}
+    needed = _threshold(counts, {name: one.counts_on for name, one in announced.items()}, plan)
+    listed = {**to_fields("keys", keys), **to_fields("signed", signed), "needed": needed}
+    listed["clients"] = [counts[name] for name in sorted(keys)]
+    context = hash_context(terms, keys, counts, signed, needed)
     sealed = now.ask("shares", lambda name: listed, _sealed_reader(set(keys)))
-    check_sum(now.counts, plan.min_clients, plan.min_sites)
+    _check_enough(now.counts, plan, needed)
 
-    # the threshold is over all sites with keys: a share was made for each of them
-    needed = secagg.threshold(len(keys), fewest_sites(counts, plan.min_clients, plan.min_sites))
     received = {to: {sender: sealed[sender][to] for sender in sealed if sender != to} for to in sealed}
-    masked, total = now.train(state, received)
-    check_sum(now.counts, plan.min_clients, plan.min_sites)
+    masked, total = now.train(arrays, received)
+    _check_enough(now.counts, plan, needed)
 
     # the charge before the last step: with its answers the sum can be opened, whatever happens then
     privacy.charge("sums", now.round_number, attempt)
@@ -223,7 +245,7 @@ def _run(now: Attempt, privacy: Privacy, state: State, attempt: int) -> tuple[li
     answers = now.ask("unmask", lambda name: lists, lambda name, fields: Answer.from_dict(fields, survivors, dropped))
 
     masked_sum = total.view(np.uint64)
-    opened = secagg.unmask(masked_sum, survivors, dropped, keys, answers, needed, now.session, plan.modulus_bits)
+    opened = secagg.unmask(masked_sum, survivors, dropped, keys, answers, needed, context, plan.modulus_bits)
     return list(masked.values()), opened
 
 
@@ -241,21 +263,81 @@ def _sealed_reader(names: set[str]) -> Callable[[str, dict[str, Any]], dict[str,
     return read
 
 
-def _key_reader() -> Callable[[str, dict[str, Any]], bytes]:
+@dataclass(frozen=True)
+class _Announced:
+    """A site's answer to the step `keys`.
+
+    Args:
+        public_keys: 64 bytes.
+        counts_on: how many clients at another site it counts on at most.
+        signed: its node key and its signature; empty: it has no node key.
+    """
+
+    public_keys: bytes
+    counts_on: int
+    signed: bytes
+
+
+def _key_reader(terms: bytes) -> Callable[[str, dict[str, Any]], _Announced]:
     """Return a reader of public keys, which refuses those that would make every other site refuse the whole list."""
     seen: set[bytes] = set()
 
-    def read(name: str, fields: dict[str, Any]) -> bytes:
+    def read(name: str, fields: dict[str, Any]) -> _Announced:
         keys = exactly(fields.get("public_keys"), KEYS_BYTES)
+        counts_on = fields.get("counts_on")
+        if type(counts_on) is not int or counts_on < 1:
+            raise SecureAggregationError(
+                "the answer lacks a number of clients", "counts_on, 1 or more", code="secagg-message"
+            )
         halves = {keys[: masks.SECRET_BYTES], keys[masks.SECRET_BYTES :]}
         if len(halves) < 2 or halves & seen:
             raise SecureAggregationError("a public key was sent twice", "fresh keys", code="secagg-message")
         for half in halves:  # raises for the points that agree on the same key with everybody
-            masks.agree(masks.new_private_key(), half, secagg.new_session(), "trial", (name, name))
+            masks.agree(masks.new_private_key(), half, terms, "trial", (name, name))
+        signed = b""
+        if "signed" in fields:
+            signed = exactly(fields["signed"], SIGNED_BYTES)
+            text = signed_text(terms, name, keys)
+            if not is_signed(key_of(signed[:POINT_BYTES]), signed[POINT_BYTES:], text):
+                raise SecureAggregationError(
+                    "the keys are not signed for this session", "a signature by the node key", code="secagg-signature"
+                )
         seen.update(halves)
-        return keys
+        return _Announced(keys, counts_on, signed)
 
     return read
+
+
+def _threshold(counts: Mapping[str, int], counts_on: Mapping[str, int], plan: Plan) -> int:
+    """Return the number of shares that recover a secret, the same at all sites.
+
+    A site needs as many sites in a sum as have `min_clients` clients by what it counts on. Nobody may open a smaller
+    one, so the largest of these numbers is taken.
+
+    Args:
+        counts: number of clients by site name.
+        counts_on: by site name, how many clients at another site it counts on at most.
+        plan: says how many clients and sites a sum needs.
+    """
+    fewest = fewest_sites(counts, plan.min_clients, plan.min_sites)
+    for name, most in counts_on.items():
+        believed = counted_on(counts, name, most)
+        if sum(believed.values()) >= plan.min_clients:  # a site that counts on fewer refuses; the others may be enough
+            fewest = max(fewest, fewest_sites(believed, plan.min_clients, plan.min_sites))
+    return secagg.threshold(len(counts), fewest)
+
+
+def _check_enough(counts: Mapping[str, int], plan: Plan, needed: int) -> None:
+    """Check that the sites that are left may form a sum, and are enough to open it.
+
+    Raises:
+        SecureAggregationError: `secagg-too-few`.
+    """
+    check_sum(counts, plan.min_clients, plan.min_sites)
+    if len(counts) < needed:
+        raise SecureAggregationError(
+            f"{len(counts)} sites are left", f"{needed}, as many as open a sum", code="secagg-too-few"
+        )
 
 
 def _longest(plan: Plan, clients: int) -> float:

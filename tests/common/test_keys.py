@@ -1,10 +1,11 @@
 """Key files: what is written can be read, and what should not be used is refused with the reason."""
 
+import re
 import shutil
 import subprocess
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -14,8 +15,21 @@ from cryptography.hazmat.primitives.serialization import (
 from flwr.cli.supernode.register import try_load_public_key
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from tsugiki.common.errors import LinkError, UsageError
-from tsugiki.common.keys import fingerprint, new_key_pair, read_private_key, read_public_key, write_private
+from tsugiki.common.errors import LinkError, SecureAggregationError, UsageError
+from tsugiki.common.keys import (
+    FINGERPRINT_PATTERN,
+    POINT_BYTES,
+    SIGNATURE_BYTES,
+    fingerprint,
+    is_signed,
+    key_of,
+    new_key_pair,
+    point_of,
+    read_private_key,
+    read_public_key,
+    sign,
+    write_private,
+)
 
 
 def refusal(path):
@@ -101,3 +115,29 @@ def test_another_kind_of_public_key_is_refused(tmp_path):
     for name in ("ed.pub", "missing.pub"):
         with pytest.raises(UsageError):
             read_public_key(tmp_path / name)
+
+
+def test_a_signature_belongs_to_one_key_and_one_text():
+    """Catches: a signature that is not checked; numbers of another length; another hash at the two sides."""
+    key, other = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    signature = sign(key, b"text")
+    assert len(signature) == SIGNATURE_BYTES
+    assert is_signed(key.public_key(), signature, b"text")
+    assert not is_signed(key.public_key(), signature, b"texts")
+    assert not is_signed(other.public_key(), signature, b"text")
+    assert not is_signed(key.public_key(), bytes(SIGNATURE_BYTES), b"text")
+    assert not is_signed(key.public_key(), b"\xff" * SIGNATURE_BYTES, b"text")
+    assert not is_signed(key.public_key(), signature[::-1], b"text")
+
+
+def test_a_public_key_travels_as_a_point():
+    """Catches: a key whose fingerprint is another after it was sent; an error of the library in place of a code."""
+    public = ec.generate_private_key(ec.SECP384R1()).public_key()
+    assert len(point_of(public)) == POINT_BYTES
+    assert fingerprint(key_of(point_of(public))) == fingerprint(public)
+    assert re.fullmatch(FINGERPRINT_PATTERN, fingerprint(public))
+    p256 = point_of(ec.generate_private_key(ec.SECP256R1()).public_key())
+    for wrong in (b"", bytes(POINT_BYTES), b"\2" + b"\xff" * 48, point_of(public)[:-1], p256):
+        with pytest.raises(SecureAggregationError) as caught:
+            key_of(wrong)
+        assert caught.value.code == "secagg-message"

@@ -1,15 +1,18 @@
 """Secure aggregation with a real server and five real clients on loopback."""
 
+import json
 import os
 import signal
 
 import pytest
 
-from tests.support.serving import metrics, serve_and_join, started, summary, tiny_run
+from tests.support.serving import make_identity, metrics, serve_and_join, started, summary, tiny_run
 from tsugiki.client.app import simulated_app
 from tsugiki.client.site.split import split
 from tsugiki.common.files import read_lines
+from tsugiki.common.keys import fingerprint, read_public_key
 from tsugiki.common.privacy.ledger import Ledger
+from tsugiki.server.deploy.keyring import registered
 from tsugiki.server.run.simulate import simulate
 
 pytestmark = pytest.mark.e2e
@@ -36,13 +39,19 @@ def allowing(sites, policy):
     return sites
 
 
-def test_the_sum_is_that_of_the_in_process_engine(tmp_path, model):
-    """Catches: a session lost between two messages of a real node; masks that depend on the engine."""
+def test_the_sum_of_pinned_members_is_that_of_the_in_process_engine(tmp_path, model):
+    """Catches: a session lost between two messages of a real node; keys that are signed with none or another key."""
     here = simulate(private_run(tmp_path, model, "here", 7), simulated_app)
     config = private_run(tmp_path, model, "there", 7)
-    sites = allowing(split(config, tmp_path / "sites"), "seeded_noise = true\nsecure_aggregation = true")
+    sites = split(config, tmp_path / "sites")
+    names = [site.parent.name for site in sites]
     with started() as start:
-        server, clients = serve_and_join(start, tmp_path, config, ["--insecure"], ["--insecure"], sites)
+        tls, keys = make_identity(start, tmp_path, names)
+        pins = [f"{name} {fingerprint(read_public_key(path))}" for name, path in registered(keys).items()]
+        assert len(pins) == len(names)
+        allowing(sites, f"seeded_noise = true\nsecure_aggregation = true\nmembers = {json.dumps(pins)}")
+        credentials = ["--ca", str(tls / "ca.crt"), "--key", str(tmp_path / "identity" / "{name}.key")]
+        server, clients = serve_and_join(start, tmp_path, config, ["--tls", tls, "--keys", keys], credentials, sites)
         assert server.wait(150) == 0, server.text()[-3000:]
         for client in clients:
             client.process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""`tsugiki client` at a site that means harm or is broken: `hostile.py TRICK client ...`, as a process of its own."""
+"""`tsugiki` at a site or server that means harm or is broken: `hostile.py TRICK client ...`, a process of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tsugiki.client import app
 from tsugiki.client.node.channel import RunOver
 from tsugiki.client.node.connection import Connection
 from tsugiki.client.training import cohort
+from tsugiki.server.run import secagg
 
 PRIVATE = "Patient Jane hf_abc123"
 
@@ -48,6 +49,22 @@ def fail() -> None:
     cohort.train = train
 
 
+def counts() -> None:
+    """At a server: invent clients at the other sites."""
+    from lying import invent_counts, lying  # beside this file, which runs as a script
+
+    secagg.address = lying(invent_counts)
+
+
+def told() -> None:
+    """At a server: send all sites but site-0 a rate with which they do not learn."""
+    from lying import lying, told_to_others
+
+    secagg.address = lying(told_to_others("site-0", "train", "learning_rate", 1e-30))
+
+
+TRICKS = {"replay": replay, "twice": twice, "fail": fail, "counts": counts, "told": told}
+
 if __name__ == "__main__":
-    {"replay": replay, "twice": twice, "fail": fail}[sys.argv.pop(1)]()
+    TRICKS[sys.argv.pop(1)]()
     main()

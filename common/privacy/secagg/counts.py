@@ -1,4 +1,10 @@
-"""Check that a sum has enough clients and sites. The server and every site run these checks themselves."""
+"""Check that a sum has enough clients and sites. The server and every site run these checks themselves.
+
+A site cannot check how many clients another site has: the server says it. So it counts on its own clients and on one at
+each other site, unless its policy says more. The account needs the noise of `n_min` clients in every opened sum, of
+which a share `honest_fraction` is counted; a site that opens no sum of fewer clients than `n_min`, by what it counts
+on, has that noise whatever the server says.
+"""
 
 from __future__ import annotations
 
@@ -44,3 +50,14 @@ def check_sum(counts: Mapping[str, int], min_clients: int, min_sites: int = 2) -
         SecureAggregationError: `secagg-too-few`, if they may not.
     """
     fewest_sites(counts, min_clients, min_sites)
+
+
+def counted_on(counts: Mapping[str, int], own: str, most: int) -> dict[str, int]:
+    """Return how many clients of each site a site counts on.
+
+    Args:
+        counts: by site name, as the server says.
+        own: name of the site itself; its own number is not the server's word, because the site has checked it.
+        most: how many clients of another site it counts on at most.
+    """
+    return {name: count if name == own else min(count, most) for name, count in counts.items()}

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tsugiki.common.errors import SecureAggregationError
+from tsugiki.common.keys import POINT_BYTES, SIGNATURE_BYTES
 from tsugiki.common.privacy.secagg import primitives as masks
+from tsugiki.common.privacy.secagg.binding import HASH_BYTES
 from tsugiki.common.privacy.secagg.primitives import SECRET_BYTES
 from tsugiki.common.settings import NAME_PATTERN
 
@@ -20,6 +22,8 @@ SESSION_BYTES = 16
 MOST_CLIENTS = 255
 KEYS_BYTES = 2 * SECRET_BYTES
 """A client's two public keys: first the one for masks, then the one for sealing shares."""
+SIGNED_BYTES = POINT_BYTES + SIGNATURE_BYTES
+"""The public key of a site's node, and its signature of the site's two public keys."""
 HELD_BYTES = 2 * SECRET_BYTES
 """The shares that one client holds of another: first one of its seed, then one of its mask key."""
 SEALED_BYTES = HELD_BYTES + masks.SEALED_EXTRA_BYTES
@@ -47,6 +51,7 @@ class ClientState:
         mask_private: the private key of the pair masks, 32 bytes while it is needed, else empty.
         share_private: the private key for sealing shares, likewise.
         seed: the seed of the client's own mask, likewise.
+        context: the hash of the session and of all that the client was sent for it, 32 bytes; empty in step keys.
         threshold: the number of shares that recover a secret.
         keys: everyone's public keys by name, 64 bytes each.
         held: by name, this client's shares of the others' secrets and of its own, 64 bytes each.
@@ -58,6 +63,7 @@ class ClientState:
     mask_private: bytes = field(default=b"", repr=False)
     share_private: bytes = field(default=b"", repr=False)
     seed: bytes = field(default=b"", repr=False)
+    context: bytes = b""
     threshold: int = 0
     keys: Mapping[str, bytes] = field(default_factory=dict)
     held: Mapping[str, bytes] = field(default_factory=dict, repr=False)
@@ -71,6 +77,8 @@ class ClientState:
         """Return the state as flat values. They contain secrets, and must stay at the client."""
         secrets = {name: getattr(self, name) for name in _SECRETS[self.step]}
         plain = {"session": self.session, "name": self.name, "step": self.step, "threshold": self.threshold}
+        if self.context:
+            plain["context"] = self.context
         return {**plain, **secrets, **to_fields("keys", self.keys), **to_fields("held", self.held)}
 
     @classmethod
@@ -92,7 +100,10 @@ class ClientState:
         if (name in held) != (step in ("shares", "received", "masked")):
             raise malformed("a stored state has other shares than its step", "what to_dict returned")
         session = exactly(fields.get("session"), SESSION_BYTES)
-        return cls(session, name, step, threshold=threshold, keys=keys, held=held, **secrets)
+        context = b""
+        if step != "keys":
+            context = exactly(fields.get("context"), HASH_BYTES)
+        return cls(session, name, step, context=context, threshold=threshold, keys=keys, held=held, **secrets)
 
 
 @dataclass(frozen=True)

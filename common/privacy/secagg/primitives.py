@@ -1,8 +1,9 @@
 """Cryptographic primitives of secure aggregation: keys, shared secrets, sealed messages and mask streams.
 
 `protocol.py` uses them. X25519, HKDF-SHA256, AES-256-GCM and AES-256-CTR come from `cryptography`, the splitting of
-secrets from pycryptodome. Every secret has 32 bytes, and every key is derived for one session, one purpose and the
-names that it concerns, so that no stream is ever used twice. Vectors are in the ring of integers modulo 2^bits.
+secrets from pycryptodome. Every secret has 32 bytes, and every key is derived for one context, one purpose and the
+names that it concerns, so that no stream is ever used twice. A context is the hash of a session and of all that a
+client was sent for it (`binding.py`). Vectors are in the ring of integers modulo 2^bits.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SECRET_BYTES = 32
 SEALED_EXTRA_BYTES = 12 + 16
 """The bytes that sealing adds: the nonce and the tag of AES-GCM."""
 
-_DOMAIN = b"tsugiki-secagg-1"
+_DOMAIN = b"tsugiki-secagg-2"
 
 _BLOCK_BYTES = 16  # Shamir's field in pycryptodome is GF(2^128)
 
@@ -41,12 +42,12 @@ def public_key(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(_secret(private)).public_key().public_bytes_raw()
 
 
-def derive(secret: bytes, session: bytes, purpose: str, *names: str) -> bytes:
-    """Return a 32-byte key for one purpose of one session, by HKDF-SHA256.
+def derive(secret: bytes, context: bytes, purpose: str, *names: str) -> bytes:
+    """Return a 32-byte key for one purpose of one context, by HKDF-SHA256.
 
     Args:
         secret: 32 bytes.
-        session: 16 bytes.
+        context: 32 bytes.
         purpose: what the key is for.
         names: the clients that it concerns, in any order.
 
@@ -60,11 +61,11 @@ def derive(secret: bytes, session: bytes, purpose: str, *names: str) -> bytes:
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
     # The first two parts have a fixed length and a name holds no NUL, so that different parts give different bytes.
-    info = b"\0".join([_DOMAIN, session, purpose.encode(), *(name.encode() for name in sorted(names))])
+    info = b"\0".join([_DOMAIN, context, purpose.encode(), *(name.encode() for name in sorted(names))])
     return HKDF(SHA256(), SECRET_BYTES, salt=None, info=info).derive(_secret(secret))
 
 
-def agree(private: bytes, public: bytes, session: bytes, purpose: str, names: tuple[str, str]) -> bytes:
+def agree(private: bytes, public: bytes, context: bytes, purpose: str, names: tuple[str, str]) -> bytes:
     """Return the key that two clients share, 32 bytes, from one client's private key and the other's public key.
 
     Raises:
@@ -80,38 +81,38 @@ def agree(private: bytes, public: bytes, session: bytes, purpose: str, names: tu
         shared = own.exchange(X25519PublicKey.from_public_bytes(_secret(public)))
     except ValueError:
         raise SecureAggregationError("a public key has a low order", "an X25519 key", code="secagg-message") from None
-    return derive(shared, session, purpose, *names)
+    return derive(shared, context, purpose, *names)
 
 
-def seal(key: bytes, content: bytes, session: bytes, sender: str, receiver: str) -> bytes:
+def seal(key: bytes, content: bytes, context: bytes, sender: str, receiver: str) -> bytes:
     """Return `content` encrypted by AES-256-GCM: the nonce, the ciphertext, the tag.
 
-    Session, sender and receiver are authenticated, so that a message which is replayed, redirected or sent back does
-    not open.
+    Context, sender and receiver are authenticated, so that a message does not open if it is replayed, redirected or
+    sent back, or if its sender was sent other things than its receiver.
     """
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
     nonce = os.urandom(12)
-    return nonce + AESGCM(key).encrypt(nonce, content, _addressed(session, sender, receiver))
+    return nonce + AESGCM(key).encrypt(nonce, content, _addressed(context, sender, receiver))
 
 
-def unseal(key: bytes, sealed: bytes, session: bytes, sender: str, receiver: str) -> bytes:
+def unseal(key: bytes, sealed: bytes, context: bytes, sender: str, receiver: str) -> bytes:
     """Return the content of a message that `seal` made.
 
     Raises:
-        SecureAggregationError: `secagg-message`, if the message was changed, or sealed for another session, sender or
-            receiver.
+        SecureAggregationError: `secagg-mismatch`, if the message was sealed in another context, for another sender or
+            receiver, or was changed.
     """
     from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
     try:
-        return AESGCM(key).decrypt(sealed[:12], sealed[12:], _addressed(session, sender, receiver))
+        return AESGCM(key).decrypt(sealed[:12], sealed[12:], _addressed(context, sender, receiver))
     except (InvalidTag, ValueError):
         raise SecureAggregationError(
             f"the sealed shares that came as those of {sender!r} do not open",
-            f"shares of {sender!r} for {receiver!r} in this session",
-            code="secagg-message",
+            f"shares of {sender!r} for {receiver!r}, who was sent the same settings, adapter, plan and members",
+            code="secagg-mismatch",
         ) from None
 
 
@@ -171,9 +172,9 @@ def _secret(value: bytes) -> bytes:
     return value
 
 
-def _addressed(session: bytes, sender: str, receiver: str) -> bytes:
+def _addressed(context: bytes, sender: str, receiver: str) -> bytes:
     """Return the data that a sealed message is authenticated with; here the order of the names matters."""
-    return b"\0".join([_DOMAIN, session, sender.encode(), receiver.encode()])
+    return b"\0".join([_DOMAIN, context, sender.encode(), receiver.encode()])
 
 
 @lru_cache(maxsize=8)

@@ -12,9 +12,10 @@ secrets behind the masks are split among all, so that a threshold of clients can
 for a survivor they reveal the seed of its own mask, for a dropped client the key of its pair masks, never both.
 
 Source: Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning" (CCS 2017, figure
-4; eprint 2017/281), with the complete graph and without its signatures. The server is trusted to follow the protocol
-and to relay the public keys unchanged, but may keep and combine all it sees. A client still refuses every request that
-an honest server would not make. If `c` clients hand all their secrets to the server, a threshold above (n + c) / 2
+4; eprint 2017/281), with the complete graph. The server may keep and combine all it sees. A client refuses every
+request that an honest server would not make, and everything that follows from keys is bound to a context, the hash of
+all that the client was sent (`binding.py`). Public keys are signed and checked by the caller; without that, the server
+is trusted to relay them unchanged. If `c` clients hand all their secrets to the server, a threshold above (n + c) / 2
 keeps it from getting both secrets of another client by sending different lists to different clients.
 
 Every function that a client calls takes its state and returns the next one, to be stored before the answer is sent. A
@@ -32,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tsugiki.common.privacy.secagg import primitives as masks
+from tsugiki.common.privacy.secagg.binding import HASH_BYTES
 from tsugiki.common.privacy.secagg.messages import (
     KEYS_BYTES,
     MOST_CLIENTS,
@@ -86,13 +88,16 @@ def start(session: bytes, name: str) -> ClientState:
     return ClientState(session, name, "keys", masks.new_private_key(), masks.new_private_key())
 
 
-def make_shares(state: ClientState, keys: Mapping[str, bytes], n_min: int) -> tuple[ClientState, dict[str, bytes]]:
+def make_shares(
+    state: ClientState, keys: Mapping[str, bytes], n_min: int, context: bytes
+) -> tuple[ClientState, dict[str, bytes]]:
     """Draw the seed of the client's own mask, and split it and the mask key among all clients.
 
     Args:
         state: after `start`.
         keys: the public keys of all clients, its own included, 64 bytes each.
         n_min: the fewest clients whose sum may be opened, as this client sees it.
+        context: the hash of all that this client was sent, 32 bytes. Only clients with the same one can go on together.
 
     Returns:
         The next state, and for each other client the sealed shares that only it can read, 92 bytes each.
@@ -102,6 +107,7 @@ def make_shares(state: ClientState, keys: Mapping[str, bytes], n_min: int) -> tu
             `secagg-too-few`; `secagg-message` for hostile names or sizes, or a key that is in the list twice.
     """
     _expect(state, "keys")
+    state = replace(state, context=exactly(context, HASH_BYTES))
     names = sorted(check_names(list(keys)))
     halves = [half for name in names for half in _halves(exactly(keys[name], KEYS_BYTES))]
     if len(set(halves)) != len(halves):
@@ -114,7 +120,7 @@ def make_shares(state: ClientState, keys: Mapping[str, bytes], n_min: int) -> tu
     parts = [masks.split(secret, needed, len(names)) for secret in (seed, state.mask_private)]
     held = {name: one + other for name, one, other in zip(names, *parts, strict=True)}
     sealed = {
-        name: masks.seal(_sealing_key(state, keys, name), held[name], state.session, state.name, name)
+        name: masks.seal(_sealing_key(state, keys, name), held[name], state.context, state.name, name)
         for name in names
         if name != state.name
     }
@@ -131,7 +137,7 @@ def receive_shares(state: ClientState, sealed: Mapping[str, bytes]) -> ClientSta
 
     Raises:
         SecureAggregationError: `secagg-refused` out of turn; `secagg-too-few` for fewer clients than the threshold;
-            `secagg-message` if a sender is not in the list of keys, or its shares do not open.
+            `secagg-message` if a sender is not in the list of keys; `secagg-mismatch` if its shares do not open.
     """
     _expect(state, "shares")
     if set(check_names(list(sealed))) - set(state.keys):
@@ -141,7 +147,7 @@ def receive_shares(state: ClientState, sealed: Mapping[str, bytes]) -> ClientSta
     held = dict(state.held)
     for sender, value in sealed.items():
         key = _sealing_key(state, state.keys, sender)
-        held[sender] = masks.unseal(key, exactly(value, SEALED_BYTES), state.session, sender, state.name)
+        held[sender] = masks.unseal(key, exactly(value, SEALED_BYTES), state.context, sender, state.name)
     return replace(state, step="received", share_private=b"", held=held)
 
 
@@ -160,9 +166,9 @@ def mask_vector(state: ClientState, vector: npt.NDArray[np.int64] | Ring, bits: 
     _expect(state, "received")
     # The two clients of a pair add the same mask with opposite signs, so that it cancels in the sum.
     total = ring.reduce(vector, bits)
-    total += masks.stream(masks.derive(state.seed, state.session, "self-mask", state.name), total.size, bits)
+    total += masks.stream(masks.derive(state.seed, state.context, "self-mask", state.name), total.size, bits)
     for other in sorted(state.held.keys() - {state.name}):
-        key = _pair_key(state.mask_private, state.keys[other], state.session, state.name, other)
+        key = _pair_key(state.mask_private, state.keys[other], state.context, state.name, other)
         _add(total, masks.stream(key, total.size, bits), positive=state.name < other)
     return replace(state, step="masked", mask_private=b"", seed=b""), ring.reduce(total, bits)
 
@@ -209,7 +215,7 @@ def unmask(
     keys: Mapping[str, bytes],
     answers: Mapping[str, Answer],
     needed: int,
-    session: bytes,
+    context: bytes,
     bits: int,
 ) -> Ring:
     """Return the sum of the survivors' vectors modulo 2^bits, exactly; shape (size,).
@@ -223,7 +229,7 @@ def unmask(
         keys: the public keys of all clients, the same list as the clients received: it numbers the shares.
         answers: by client.
         needed: the number of shares that recover a secret: `threshold(len(keys), n_min)`.
-        session: the session's id.
+        context: the hash that the clients passed to `make_shares`.
         bits: the same as at the clients.
 
     Raises:
@@ -242,14 +248,14 @@ def unmask(
     opened = ring.reduce(total, bits)
     for name in sorted(alive):
         seed = _recover(name, {number: answer.seeds for number, answer in numbered.items()}, needed)
-        _add(opened, masks.stream(masks.derive(seed, session, "self-mask", name), total.size, bits), positive=False)
+        _add(opened, masks.stream(masks.derive(seed, context, "self-mask", name), total.size, bits), positive=False)
     for name in sorted(gone):
         private = _recover(name, {number: answer.mask_keys for number, answer in numbered.items()}, needed)
         # Unlike a seed, a recovered key can be checked, as its public key is known.
         if masks.public_key(private) != _halves(keys[name])[0]:
             raise malformed(f"the mask key put together for {name!r} is not the announced one", "shares that fit")
         for other in sorted(alive):
-            pair = masks.stream(_pair_key(private, keys[other], session, name, other), total.size, bits)
+            pair = masks.stream(_pair_key(private, keys[other], context, name, other), total.size, bits)
             _add(opened, pair, positive=name < other)  # the survivor added the opposite
     return ring.reduce(opened, bits)
 
@@ -264,12 +270,12 @@ def _recover(name: str, shares: Mapping[int, Mapping[str, bytes]], needed: int) 
 
 def _sealing_key(state: ClientState, keys: Mapping[str, bytes], other: str) -> bytes:
     """Return the key under which two clients seal shares for each other."""
-    return masks.agree(state.share_private, _halves(keys[other])[1], state.session, "shares", (state.name, other))
+    return masks.agree(state.share_private, _halves(keys[other])[1], state.context, "shares", (state.name, other))
 
 
-def _pair_key(private: bytes, keys: bytes, session: bytes, one: str, other: str) -> bytes:
+def _pair_key(private: bytes, keys: bytes, context: bytes, one: str, other: str) -> bytes:
     """Return the key of two clients' mask, from the private mask key of one and the public keys of the other."""
-    return masks.agree(private, _halves(keys)[0], session, "pair-mask", (one, other))
+    return masks.agree(private, _halves(keys)[0], context, "pair-mask", (one, other))
 
 
 def _add(total: Ring, mask: Ring, *, positive: bool) -> None:

@@ -191,3 +191,71 @@ def test_a_policy_of_nothing_but_numbers_makes_sense():
 def test_sums_for_a_head(policy, settings, code):
     """Catches: sums of a site that keeps them; exact sums in a run that adds noise to all else."""
     assert refusal(SitePolicy(**policy).check_head_sums, PrivacySection(**settings)) == code
+
+
+ACME, BOLT = f"acme SHA256:{'a' * 43}", f"bolt SHA256:{'b' * 43}"
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        ["acme"],
+        ["SHA256:" + "a" * 43],
+        [ACME + "="],
+        [ACME[:-1]],
+        [ACME + " bolt"],
+        [ACME.upper()],
+        [ACME, ACME],
+        [ACME, f"acme SHA256:{'b' * 43}"],
+        [ACME, f"bolt SHA256:{'a' * 43}"],
+    ],
+    ids=["a name", "a key", "padded", "cut", "three words", "no name", "twice", "two keys", "two names"],
+)
+def test_members_are_names_with_fingerprints(members):
+    """Catches: a name without a key taken for a pin; one key for two sites, which are then one."""
+    with pytest.raises(ValueError, match="each name and each fingerprint once"):
+        SitePolicy(members=members)
+
+
+@pytest.mark.parametrize(
+    ("members", "site", "key", "code"),
+    [
+        ([], "crow", "SHA256:" + "c" * 43, ""),
+        ([ACME, BOLT], "bolt", "SHA256:" + "b" * 43, ""),
+        ([ACME, BOLT], "bolt", "SHA256:" + "a" * 43, "policy-members"),
+        ([ACME, BOLT], "crow", "SHA256:" + "b" * 43, "policy-members"),
+        ([ACME, BOLT], "bolt", "", "policy-members"),
+    ],
+)
+def test_who_may_be_in_a_sum(members, site, key, code):
+    """Catches: any pinned key under any name; pins that forbid everything while there are none."""
+    assert refusal(SitePolicy(members=members).check_member, site, key) == code
+
+
+@pytest.mark.parametrize(
+    ("most", "counts", "found"),
+    [
+        (1, {"acme": 5, "bolt": 1, "crow": 1}, 7),
+        (1, {"acme": 1, "bolt": 30_000, "crow": 30_000}, 3),
+        (2, {"acme": 1, "bolt": 30_000, "crow": 1}, 4),
+        (300, {"acme": 1, "bolt": 300, "crow": 300}, 601),
+    ],
+)
+def test_the_clients_that_a_site_counts_on(most, counts, found):
+    """Catches: another site's clients believed; this site's own, which it has counted itself, cut too."""
+    plan = plan_of("distributed", clients=found, secure_aggregation=True)
+    policy = SitePolicy(max_clients_per_site=most)
+    assert sum(policy.count_on("acme", counts, plan).values()) == found
+    more = {**counts, "bolt": 10**5, "crow": 10**5}
+    larger = plan_of("distributed", clients=counts["acme"] + 2 * most + 1, secure_aggregation=True)
+    assert refusal(policy.count_on, "acme", more, larger) == "policy-clients"
+
+
+def test_a_site_says_what_it_takes_on_trust():
+    """Catches: a site that counts on the server's word and does not know it; warnings where there is nothing to say."""
+    assert SitePolicy().taken_on_trust() == []
+    assert SitePolicy(secure_aggregation=True, members=[ACME]).taken_on_trust() == []
+    gateways = SitePolicy(secure_aggregation=True, max_clients_per_site=30).taken_on_trust()
+    assert len(gateways) == 2
+    assert "up to 30 clients at each other site, on the server's word" in gateways[0]
+    assert "policy.members is empty" in gateways[1]

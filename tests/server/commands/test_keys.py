@@ -1,6 +1,10 @@
 """The operator's commands for keys and certificates."""
 
-from tests.support.command_line import printed
+import pytest
+
+from tests.support.command_line import invoke, printed
+from tsugiki.client.site.policy import SitePolicy
+from tsugiki.common.errors import UsageError
 
 
 def test_from_a_new_key_to_a_registered_one_and_back(tmp_path):
@@ -21,3 +25,25 @@ def test_certificates_say_what_goes_where(tmp_path):
     assert "ca.crt: the CA's certificate; give it to every site" in first.replace("\n", "")
     assert "fed.example.org" in first
     assert "ca.crt" not in printed("certs", "--host", "other.example.org", "--tls", tmp_path)
+
+
+def test_a_fingerprint_is_what_another_site_pins(tmp_path):
+    """Catches: a fingerprint that [policy] members does not take; the own key not found; a file for another machine."""
+    made = printed("keys", "new", tmp_path / "acme.key").split()[-1]
+    site = tmp_path / "site.toml"
+    site.write_text('[site]\nname = "acme"\n[server]\nkey = "acme.key"\n')
+    line = printed("keys", "fingerprint", "--site", site).strip()
+    assert line == f"acme {made}"
+    assert printed("keys", "fingerprint", tmp_path / "acme.key.pub").strip() == line
+    assert printed("keys", "fingerprint", tmp_path / "acme.key").strip() == line
+    assert SitePolicy(members=[line]).members == (line,)
+
+
+@pytest.mark.parametrize(
+    "text", ['[site]\nname = "acme"\n', '[server]\nkey = "acme.key"\n', 'site = "a"\nserver = 1\n']
+)
+def test_a_site_without_a_key_has_no_fingerprint(tmp_path, text):
+    """Catches: a traceback in place of what is missing."""
+    (tmp_path / "site.toml").write_text(text)
+    with pytest.raises(UsageError, match="names no site or no key"):
+        invoke("keys", "fingerprint", "--site", tmp_path / "site.toml")

@@ -57,7 +57,7 @@ def test_what_the_server_sees_is_said():
     """Catches: distributed noise without secure aggregation sold as protection from the server."""
     assert "protects little from the server itself" in text()
     assert "no single update" in text(secure_aggregation=True)
-    assert "invents clients" in text(secure_aggregation=True)
+    assert "invents sites" in text(secure_aggregation=True)
     assert "The server is trusted" in text(mode="central")
 
 

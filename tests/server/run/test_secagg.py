@@ -2,14 +2,17 @@
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Error, RecordDict
 from flwr.app.message import make_message
 from scipy import stats
 
 from tests.support.federation import hurry, run_tiny, tiny_config, write_rows
+from tests.support.private import plan_of
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import QuorumNotMet
 from tsugiki.common.files import read_lines
+from tsugiki.common.keys import point_of
 from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.wire.arrays import decode_levels
 from tsugiki.common.wire.messages import SITE_ERROR
@@ -198,3 +201,49 @@ def test_keys_that_the_others_would_refuse_cost_their_site_the_round(tmp_path, k
     line = read_lines(run_tiny(config(tmp_path), fault=fault).folder / "metrics.jsonl")[-1]
     assert (len(line["accepted"]), list(line["rejected"])) == (4, ["site-1"])
     assert line["rejected"]["site-1"]["reason"] == "secagg-message"
+
+
+def announce(**changes):
+    """Return a fault: one site's answer to the step keys has other fields."""
+
+    def fault(node, reply):
+        if node == 2 and reply.metadata.message_type == "query.keys":
+            reply.content.config_records["secagg"].update(changes)
+        return [reply]
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"counts_on": 0}, "secagg-message"),
+        ({"counts_on": True}, "secagg-message"),
+        ({"signed": b"short"}, "secagg-message"),
+        ({"signed": bytes(145)}, "secagg-message"),
+        ({"signed": point_of(ec.generate_private_key(ec.SECP384R1()).public_key()) + bytes(96)}, "secagg-signature"),
+    ],
+    ids=["no clients", "no number", "short", "no key", "not signed"],
+)
+def test_an_announcement_that_others_would_refuse_costs_its_site_the_round(tmp_path, changes, code):
+    """Catches: one site's bad signature in everybody's list, which those who check it then refuse: the run ends."""
+    line = read_lines(run_tiny(config(tmp_path), fault=announce(**changes)).folder / "metrics.jsonl")[-1]
+    assert (len(line["accepted"]), list(line["rejected"])) == (4, ["site-1"])
+    assert line["rejected"]["site-1"]["reason"] == code
+
+
+def test_the_threshold_is_that_of_the_site_that_counts_on_least():
+    """Catches: a threshold by the counts that sites state, with which a sum is opened that is too small for one."""
+    plan = plan_of("distributed", clients=61, secure_aggregation=True)
+    counts = {"a": 1, "b": 30, "c": 30, "d": 30}
+    assert secagg._threshold(counts, dict.fromkeys(counts, 30), plan) == 3
+    assert secagg._threshold(counts, dict.fromkeys(counts, 30) | {"a": 20}, plan) == 4
+    assert secagg._threshold(counts, dict.fromkeys(counts, 30) | {"a": 1}, plan) == 3  # it refuses by itself
+
+
+def test_too_few_to_open_a_sum_are_not_asked_to(tmp_path):
+    """Catches: a charge for a sum that cannot be opened, because fewer are left than its threshold."""
+    run = config(tmp_path, least=2)
+    with pytest.raises(QuorumNotMet):
+        run_tiny(run, fault=refuse_with("train.masked", (2, 3, 4)))
+    assert not (tmp_path / "runs" / "tiny" / "privacy-ledger.jsonl").exists()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tsugiki.common.errors import SecureAggregationError
-from tsugiki.common.privacy.secagg.counts import check_sum, fewest_sites
+from tsugiki.common.privacy.secagg.counts import check_sum, counted_on, fewest_sites
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,10 @@ def test_no_smaller_number_of_sites_could_do(counts, least):
     sites, largest = fewest_sites(named, least), sorted(counts, reverse=True)
     assert sum(largest[:sites]) >= least
     assert sites == 2 or sum(largest[: sites - 1]) < least
+
+
+def test_what_is_counted_on():
+    """Catches: the own number cut; numbers of others taken as the server says them."""
+    counts = {"a": 50, "b": 50, "c": 2}
+    assert counted_on(counts, "a", 1) == {"a": 50, "b": 1, "c": 1}
+    assert counted_on(counts, "b", 20) == {"a": 20, "b": 50, "c": 2}

@@ -37,8 +37,8 @@ def states():
     mine, other = secagg.start(session, "a"), secagg.start(session, "b")
     keys = {one.name: one.public_keys for one in (mine, other)}
     after = {"keys": mine}
-    after["shares"], _ = secagg.make_shares(mine, keys, 2)
-    _, sealed = secagg.make_shares(other, keys, 2)
+    after["shares"], _ = secagg.make_shares(mine, keys, 2, bytes(32))
+    _, sealed = secagg.make_shares(other, keys, 2, bytes(32))
     after["received"] = secagg.receive_shares(after["shares"], {"b": sealed["a"]})
     after["masked"], _ = secagg.mask_vector(after["received"], np.zeros(3, np.int64), 40)
     after["answered"], _ = secagg.answer_unmask(after["masked"], ["a", "b"], [], 2)
@@ -86,7 +86,9 @@ def test_secrets_are_not_shown():
     assert repr(Answer(VALUES, VALUES)) == "Answer()"
 
 
-@pytest.mark.parametrize("name", ["session", "name", "step", "threshold", "mask_private", "seed", "held_names"])
+@pytest.mark.parametrize(
+    "name", ["session", "name", "step", "context", "threshold", "mask_private", "seed", "held_names"]
+)
 @pytest.mark.parametrize("value", [None, b"", b"x" * 33, 1.5, "A", ["a", "a"]])
 def test_a_stored_state_that_was_damaged_is_refused(name, value):
     """Catches: a key of another length taken from the disk, a KeyError or TypeError instead of a code."""
@@ -159,7 +161,7 @@ def test_sizes():
     """Catches: messages that have grown without anybody noticing."""
     session = secagg.new_session()
     mine, other = secagg.start(session, "a"), secagg.start(session, "b")
-    _, sealed = secagg.make_shares(mine, {"a": mine.public_keys, "b": other.public_keys}, 2)
+    _, sealed = secagg.make_shares(mine, {"a": mine.public_keys, "b": other.public_keys}, 2, bytes(32))
     assert (len(session), len(mine.public_keys), len(sealed["b"])) == (16, KEYS_BYTES, SEALED_BYTES) == (16, 64, 92)
     assert code(secagg.start, os.urandom(15), "a") == "secagg-message"
 

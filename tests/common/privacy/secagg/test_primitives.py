@@ -15,7 +15,7 @@ from tsugiki.common.errors import SecureAggregationError
 from tsugiki.common.privacy.secagg import primitives as masks
 from tsugiki.common.wire import ring
 
-SESSION = bytes(range(16))
+CONTEXT = bytes(range(32))
 KEY = bytes(range(32))
 HALVES = (slice(16), slice(16, None))
 SIZE = 20_000
@@ -48,17 +48,17 @@ def test_fresh_keys():
 
 def test_derived_keys_are_those_of_rfc_5869():
     """Catches: a key that forgets a part; two versions of Tsugiki whose masks do not cancel. HKDF by hand."""
-    info = b"tsugiki-secagg-1\0" + SESSION + b"\0pair-mask\0a\0b"
+    info = b"tsugiki-secagg-2\0" + CONTEXT + b"\0pair-mask\0a\0b"
     extracted = hmac.digest(bytes(32), KEY, hashlib.sha256)
-    assert masks.derive(KEY, SESSION, "pair-mask", "b", "a") == hmac.digest(extracted, info + b"\1", hashlib.sha256)
+    assert masks.derive(KEY, CONTEXT, "pair-mask", "b", "a") == hmac.digest(extracted, info + b"\1", hashlib.sha256)
 
 
 def test_derived_keys_differ():
-    """Catches: a key used for two purposes, sessions or pairs; names run together ("ab", "c") and ("a", "bc")."""
+    """Catches: a key used for two purposes, contexts or pairs; names run together ("ab", "c") and ("a", "bc")."""
     keys = {
-        masks.derive(secret, session, purpose, *names)
+        masks.derive(secret, context, purpose, *names)
         for secret in (KEY, KEY[::-1])
-        for session in (SESSION, SESSION[::-1])
+        for context in (CONTEXT, CONTEXT[::-1])
         for purpose in ("self-mask", "shares")
         for names in (("ab", "c"), ("a", "bc"), ("abc",), ("a", "b", "c"))
     }
@@ -69,33 +69,33 @@ def test_derived_keys_differ():
 def test_secrets_of_another_length_are_refused(size):
     """Catches: masks from seeds of 28 or 32 bits, as in Flower's SecAgg+, which can be tried out."""
     short = bytes(size)
-    assert code(masks.derive, short, SESSION, "self-mask", "a") == "secagg-message"
+    assert code(masks.derive, short, CONTEXT, "self-mask", "a") == "secagg-message"
     assert code(masks.stream, short, 4, 40) == "secagg-message"
     assert code(masks.split, short, 2, 3) == "secagg-message"
     assert code(masks.public_key, short) == "secagg-message"
     assert code(masks.combine, {1: KEY, 2: short}) == "secagg-message"
-    assert code(masks.agree, KEY, short, SESSION, "shares", ("a", "b")) == "secagg-message"
+    assert code(masks.agree, KEY, short, CONTEXT, "shares", ("a", "b")) == "secagg-message"
 
 
 def test_two_agree_and_a_third_does_not():
     """Catches: a key that depends on who asks, or that others can compute."""
     one, two, three = (masks.new_private_key() for _ in range(3))
-    shared = masks.agree(one, masks.public_key(two), SESSION, "shares", ("a", "b"))
-    assert masks.agree(two, masks.public_key(one), SESSION, "shares", ("b", "a")) == shared
-    assert masks.agree(three, masks.public_key(one), SESSION, "shares", ("b", "a")) != shared
-    assert masks.agree(one, masks.public_key(two), SESSION, "pair-mask", ("a", "b")) != shared
+    shared = masks.agree(one, masks.public_key(two), CONTEXT, "shares", ("a", "b"))
+    assert masks.agree(two, masks.public_key(one), CONTEXT, "shares", ("b", "a")) == shared
+    assert masks.agree(three, masks.public_key(one), CONTEXT, "shares", ("b", "a")) != shared
+    assert masks.agree(one, masks.public_key(two), CONTEXT, "pair-mask", ("a", "b")) != shared
 
 
 @pytest.mark.parametrize("point", [bytes(32), b"\1" + bytes(31)])
 def test_a_public_key_that_makes_every_secret_zero(point):
     """Catches: a server that hands out a point of low order and so knows all keys."""
-    assert code(masks.agree, KEY, point, SESSION, "shares", ("a", "b")) == "secagg-message"
+    assert code(masks.agree, KEY, point, CONTEXT, "shares", ("a", "b")) == "secagg-message"
 
 
 def test_sealed_and_opened():
     """Catches: a nonce used twice (equal messages would look equal); content that stays readable."""
-    one, two = (masks.seal(KEY, b"content " * 8, SESSION, "a", "b") for _ in range(2))
-    assert masks.unseal(KEY, one, SESSION, "a", "b") == b"content " * 8
+    one, two = (masks.seal(KEY, b"content " * 8, CONTEXT, "a", "b") for _ in range(2))
+    assert masks.unseal(KEY, one, CONTEXT, "a", "b") == b"content " * 8
     assert len(one) == 64 + masks.SEALED_EXTRA_BYTES
     assert one[:12] != two[:12]
     assert one[12:] != two[12:]
@@ -105,29 +105,29 @@ def test_sealed_and_opened():
 @pytest.mark.parametrize(
     "arguments",
     [
-        (KEY, SESSION, "b", "a"),
-        (KEY, SESSION, "c", "b"),
-        (KEY, SESSION, "a", "c"),
-        (KEY, SESSION[::-1], "a", "b"),
-        (KEY[::-1], SESSION, "a", "b"),
+        (KEY, CONTEXT, "b", "a"),
+        (KEY, CONTEXT, "c", "b"),
+        (KEY, CONTEXT, "a", "c"),
+        (KEY, CONTEXT[::-1], "a", "b"),
+        (KEY[::-1], CONTEXT, "a", "b"),
     ],
-    ids=["sent back", "another sender", "another receiver", "another session", "another key"],
+    ids=["sent back", "another sender", "another receiver", "another context", "another key"],
 )
 def test_redirected_messages_do_not_open(arguments):
     """Catches: encryption that is bound to the key alone."""
-    key, session, sender, receiver = arguments
-    sealed = masks.seal(KEY, bytes(64), SESSION, "a", "b")
-    assert code(masks.unseal, key, sealed, session, sender, receiver) == "secagg-message"
+    key, context, sender, receiver = arguments
+    sealed = masks.seal(KEY, bytes(64), CONTEXT, "a", "b")
+    assert code(masks.unseal, key, sealed, context, sender, receiver) == "secagg-mismatch"
 
 
 def test_changed_messages_do_not_open():
     """Catches: encryption without authentication, in which a bit of a share can be flipped; a crash on short ones."""
-    sealed = masks.seal(KEY, bytes(64), SESSION, "a", "b")
+    sealed = masks.seal(KEY, bytes(64), CONTEXT, "a", "b")
     for place in range(len(sealed)):
         changed = sealed[:place] + bytes([sealed[place] ^ 1]) + sealed[place + 1 :]
-        assert code(masks.unseal, KEY, changed, SESSION, "a", "b") == "secagg-message"
+        assert code(masks.unseal, KEY, changed, CONTEXT, "a", "b") == "secagg-mismatch"
     for short in (b"", sealed[:11], sealed[:12], sealed[:-1]):
-        assert code(masks.unseal, KEY, short, SESSION, "a", "b") == "secagg-message"
+        assert code(masks.unseal, KEY, short, CONTEXT, "a", "b") == "secagg-mismatch"
 
 
 @pytest.mark.parametrize("threshold", [1, 2, 3, 4, 5])

@@ -43,10 +43,13 @@ class Round:
 
     def __init__(self, count, n_min=2, silent=()):
         self.session, self.n_min = secagg.new_session(), n_min
+        self.context = os.urandom(32)
         started = {name: secagg.start(self.session, name) for name in site_names(count)}
         self.keys = {name: state.public_keys for name, state in started.items()}
         made = {
-            name: secagg.make_shares(state, self.keys, n_min) for name, state in started.items() if name not in silent
+            name: secagg.make_shares(state, self.keys, n_min, self.context)
+            for name, state in started.items()
+            if name not in silent
         }
         self.sealed = {name: sealed for name, (_, sealed) in made.items()}
         self.shared = {name: state for name, (state, _) in made.items()}
@@ -78,7 +81,7 @@ class Round:
     def open(self, total, answers, bits=BITS, **changes):
         """Open the sum."""
         given = {"survivors": self.survivors, "dropped": self.dropped, "keys": self.keys, "needed": self.needed}
-        return secagg.unmask(total, answers=answers, session=self.session, bits=bits, **(given | changes))
+        return secagg.unmask(total, answers=answers, context=self.context, bits=bits, **(given | changes))
 
 
 def vectors_for(names, size=SIZE):
@@ -223,7 +226,7 @@ def test_masked_vectors_are_one_step_of_a_session():
     answered, _ = secagg.answer_unmask(masked, site_names(3), [], 2)
     started = secagg.start(round_.session, "site-0")
     calls = {
-        "keys": (secagg.make_shares, round_.keys, 2),
+        "keys": (secagg.make_shares, round_.keys, 2, round_.context),
         "shares": (secagg.receive_shares, round_.inbox("site-0")),
         "received": (secagg.mask_vector, vector, BITS),
         "masked": (secagg.answer_unmask, site_names(3), [], 2),
@@ -360,18 +363,12 @@ def test_changed_shares_are_refused():
     round_ = Round(4)
     state, inbox = round_.shared["site-0"], round_.inbox("site-0")
     flipped = inbox["site-1"][:-1] + bytes([inbox["site-1"][-1] ^ 1])
-    for wrong in (
-        flipped,
-        inbox["site-2"],
-        round_.sealed["site-1"]["site-2"],
-        round_.sealed["site-0"]["site-1"],
-        inbox["site-1"][:-1],
-        inbox["site-1"] + b"\0",
-        None,
-    ):
+    for wrong in (flipped, inbox["site-2"], round_.sealed["site-1"]["site-2"], round_.sealed["site-0"]["site-1"]):
+        assert code(secagg.receive_shares, state, inbox | {"site-1": wrong}) == "secagg-mismatch"
+    for wrong in (inbox["site-1"][:-1], inbox["site-1"] + b"\0", None):
         assert code(secagg.receive_shares, state, inbox | {"site-1": wrong}) == "secagg-message"
     assert code(secagg.receive_shares, state, inbox | {"site-9": flipped}) == "secagg-message"
-    assert code(secagg.receive_shares, state, inbox | {"site-0": flipped}) == "secagg-message"
+    assert code(secagg.receive_shares, state, inbox | {"site-0": flipped}) == "secagg-mismatch"
     assert secagg.receive_shares(state, inbox).step == "received"
 
 
@@ -380,9 +377,21 @@ def test_shares_of_another_session_are_refused():
     session = secagg.new_session()
     mine, other = secagg.start(session, "a"), secagg.start(session, "b")
     keys = {state.name: state.public_keys for state in (mine, other)}
-    state, _ = secagg.make_shares(mine, keys, 2)
-    _, old = secagg.make_shares(replace(other, session=secagg.new_session()), keys, 2)
-    assert code(secagg.receive_shares, state, {"b": old["a"]}) == "secagg-message"
+    state, _ = secagg.make_shares(mine, keys, 2, bytes(32))
+    _, old = secagg.make_shares(other, keys, 2, b"1" * 32)
+    assert code(secagg.receive_shares, state, {"b": old["a"]}) == "secagg-mismatch"
+    _, same = secagg.make_shares(other, keys, 2, bytes(32))
+    assert secagg.receive_shares(state, {"b": same["a"]}).step == "received"
+    assert code(secagg.make_shares, mine, keys, 2, bytes(31)) == "secagg-message"
+
+
+def test_masks_of_another_context_do_not_cancel():
+    """Catches: a context that is only in the sealed shares: sites that go on all the same open a true sum."""
+    round_ = Round(3)
+    round_.states["site-2"] = replace(round_.states["site-2"], context=b"2" * 32)
+    masked = round_.mask({name: np.zeros(SIZE, np.int64) for name in site_names(3)})
+    opened = round_.open(add(masked.values()), round_.answers())
+    assert 0 not in opened
 
 
 def test_too_few_made_shares():
@@ -418,8 +427,8 @@ def test_hostile_lists_of_keys_are_refused():
         (keys, 5, "secagg-too-few"),
     ]
     for wrong, n_min, expected in cases:
-        assert code(secagg.make_shares, state, wrong, n_min) == expected
-    assert secagg.make_shares(state, keys, 4)[0].threshold == 4
+        assert code(secagg.make_shares, state, wrong, n_min, bytes(32)) == expected
+    assert secagg.make_shares(state, keys, 4, bytes(32))[0].threshold == 4
 
 
 def test_too_few_shares_open_nothing():
