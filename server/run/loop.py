@@ -126,6 +126,7 @@ def _complete(ctx: RunContext, kind: Round[Replies], state: State, replies: Repl
         rejected={site: one["reason"] for site, one in record["rejected"].items()},
         adapter_sha256=record["adapter_sha256"],
     )
+    state = replace(state, anchors=ctx.logs.anchors())
     folder = ctx.folder / "checkpoint"
     checkpoint.save(folder, state, ctx.config.sha256, ctx.spec.sha256, record["adapter_sha256"])
     return state
