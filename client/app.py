@@ -20,6 +20,7 @@ from tsugiki.client.site.site import Site, site_of_node
 from tsugiki.client.training.cohort import train_openly, train_protecting_clients
 from tsugiki.client.training.features import rows_for_sums, sum_features
 from tsugiki.client.training.job import Job
+from tsugiki.client.training.update import ProtectedSum
 from tsugiki.common import __version__, minor
 from tsugiki.common.config.parse import site_config
 from tsugiki.common.config.run import RunConfig
@@ -210,8 +211,8 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
     if run.plan is None:
         return _train_openly(run, run.job(request, content))
     plan = _plan_with_masks(run, False)
-    levels = protected_sum(run, run.job(request, content), plan)
-    return to_record(PrivateReply(site.name, request.round, request.nonce), encode_levels(levels, plan.modulus_bits))
+    total = protected_sum(run, run.job(request, content), plan)
+    return _private_reply(run, request, total, total.levels)
 
 
 def _train_openly(run: SiteRun, job: Job) -> RecordDict:
@@ -249,7 +250,7 @@ def _told_steps(run: SiteRun, steps: int) -> int:
     return steps
 
 
-def protected_sum(run: SiteRun, job: Job, plan: Plan) -> Levels:
+def protected_sum(run: SiteRun, job: Job, plan: Plan) -> ProtectedSum:
     """Return the protected sum of the updates of the site's clients, after charging it to the site's ledger.
 
     Args:
@@ -266,18 +267,32 @@ def protected_sum(run: SiteRun, job: Job, plan: Plan) -> Levels:
         adversary: (replace(release, sampling_probability=1.0), 1) for adversary, release in releases_of(plan).items()
     }
     run.charge(job, seen)
+    return total
+
+
+def _private_reply(run: SiteRun, request: TrainRequest, total: ProtectedSum, levels: Levels) -> RecordDict:
+    """Return the reply of a private run, after it was written to the site's audit log.
+
+    Args:
+        run: the open run.
+        request: of the round.
+        total: the protected sum of the site's clients.
+        levels: what is sent of it: itself, or the sum under its masks.
+    """
+    plan = total.plan
+    arrays = encode_levels(levels, plan.modulus_bits)
     run.site.record(
         "trained",
         run=run.config.run.name,
-        round=job.request.round,
-        bytes=plan.dimension * plan.modulus_bits // 8,
+        round=request.round,
+        bytes=sum(len(array.data) for array in arrays.values()),
         clients=total.clients,
         clipped=total.clipped,
         null=total.null,
         private=plan.private,
         mode=plan.mode,
     )
-    return total.levels
+    return to_record(PrivateReply(run.site.name, request.round, request.nonce), arrays)
 
 
 def _evaluate(site: Site, content: RecordDict) -> RecordDict:
@@ -379,8 +394,9 @@ def _masked(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
         )
     job = run.job(request, content)
     secagg.open_shares(state, fields)
-    levels = secagg.mask(state, fields["session"], protected_sum(run, job, plan), plan.modulus_bits)
-    return to_record(PrivateReply(site.name, request.round, request.nonce), encode_levels(levels, plan.modulus_bits))
+    total = protected_sum(run, job, plan)
+    levels = secagg.mask(state, fields["session"], total.levels, plan.modulus_bits)
+    return _private_reply(run, request, total, levels)
 
 
 def _unmask(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:

@@ -134,6 +134,16 @@ def load(folder: Path, config_sha256: str, spec_sha256: str) -> State:
     return State(tensors["vector"], evaluated_round=body["round"] - 1, strategy=strategy, **plain)
 
 
+def read_anchors(folder: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Return what the newest checkpoint remembers of the run's logs; empty in one of an older version.
+
+    Raises:
+        StorageError: as `load`.
+    """
+    anchors: Mapping[str, Mapping[str, Any]] = _read_body(_newest(folder)).get("anchors", {})
+    return anchors
+
+
 def read_best(folder: Path, state: State) -> Vector:
     """Return the best adapter so far, shape (size,): from its round's checkpoint, unless it is that of `state`.
 
