@@ -86,8 +86,8 @@ class SitePolicy(Section):
         description='Kinds of facts about its rows that this site tells in runs without privacy: "rows", their number; '
         '"notes", codes about them, as "shard-one-class" and how many texts were cut; "metrics", the training loss and '
         "those of evaluation (see metrics). A site that does not tell its number of rows counts as one row, also in "
-        "the mean, and sends no sums for a head. In private runs none of this leaves, whatever is set here. Binds the "
-        "server.",
+        "the mean, and sends no sums for a head. With a privacy mode none of this leaves, whatever is set here; under "
+        "DP-SGD alone, only the number of rows. Binds the server.",
     )
     metrics: Names = Field(
         default=(ALL,),
