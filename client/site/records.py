@@ -127,8 +127,10 @@ class SiteRecords:
         Raises:
             StorageError: `audit-behind` or `ledger-behind`; `audit-broken`, a line was changed.
         """
-        with self._open():
-            pass
+        # A new site has neither, and its folder may be one that only the client can write.
+        if any(path is not None and path.exists() for path in (self._audit_path, self._ledger_path)):
+            with self._open():
+                pass
 
     def write(self, event: str, **details: Any) -> None:
         """Append to the audit log. No-op if the site keeps none.

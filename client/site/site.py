@@ -99,7 +99,7 @@ class SiteSection(Section):
     ledger: str = Field(
         default="privacy-ledger.jsonl",
         description="File for this site's own privacy account. Keep it as long as the site has its data. Empty: no "
-        "account, and no limits by epsilon.",
+        "account, no limits by epsilon, and nothing that shows if the audit log has lost lines.",
     )
     max_rank: int = Field(
         default=0,

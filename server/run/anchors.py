@@ -22,6 +22,7 @@ Anchors = Mapping[str, Mapping[str, Any]]
 
 AUDIT = "audit.jsonl"
 METRICS = "metrics.jsonl"
+_CODES: dict[str, Code] = {"audit": "audit-behind", "metrics": "metrics-behind", "ledger": "ledger-behind"}
 
 
 class RunLogs:
@@ -36,26 +37,43 @@ class RunLogs:
     def __init__(self, folder: Path, audit: AuditLog, ledger: Path | None) -> None:
         self._audit = audit
         self._metrics = _Growing(folder / METRICS)
+        self._folder = folder
         self._ledger_path = ledger
         self._ledger: AuditLog | None = None
+        self._last: Anchors = {}
 
     def anchors(self) -> dict[str, dict[str, Any]]:
         """Return the anchors of all logs, as they are now.
 
         Raises:
-            StorageError: `audit-broken`, a line that was added does not continue its chain.
+            StorageError: `audit-behind`, `metrics-behind` or `ledger-behind`, a log is shorter than at the last call;
+                `audit-broken`, a line that was added does not continue its chain.
         """
         found = {"audit": asdict(self._audit.head()), "metrics": asdict(self._metrics.head())}
         if self._ledger_path is not None and self._ledger_path.exists():
             # The lock keeps out lines of other runs that are not on the disk yet.
             with locked(lock_of(self._ledger_path)):
                 self._ledger = self._ledger or AuditLog(self._ledger_path)
-                found["ledger"] = asdict(self._ledger.head())
+                try:
+                    found["ledger"] = asdict(self._ledger.head())
+                except StorageError as error:
+                    # A chain that is whole, but does not continue the known one, is that of another file.
+                    AuditLog(self._ledger_path)
+                    raise _behind(self._ledger_path, self._last["ledger"], "ledger-behind") from error
+        for name, anchor in self._last.items():
+            if name not in found or found[name]["lines"] < anchor["lines"]:
+                raise _behind(self._path(name), anchor, _CODES[name])
+        self._last = found
         return found
 
     def metrics(self) -> dict[str, Any]:
         """Return the anchor of metrics.jsonl."""
         return asdict(self._metrics.head())
+
+    def _path(self, name: str) -> Path:
+        if name == "ledger" and self._ledger_path is not None:
+            return self._ledger_path
+        return self._folder / f"{name}.jsonl"
 
 
 class _Growing:
@@ -68,7 +86,12 @@ class _Growing:
         self._sha256 = hashlib.sha256()
 
     def head(self) -> Anchor:
-        if self._path.exists():
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size < self._size:  # it was cut, or is gone: it begins anew, with fewer lines than before
+            self._size = 0
+            self._lines = 0
+            self._sha256 = hashlib.sha256()
+        if size > self._size:
             with self._path.open("rb") as file:
                 file.seek(self._size)
                 new = file.read()
@@ -89,12 +112,12 @@ def check_anchors(folder: Path, anchors: Anchors, ledger: Path | None) -> None:
     Raises:
         StorageError: `audit-behind`, `metrics-behind` or `ledger-behind`; `audit-broken`, a chain is broken.
     """
-    chained: list[tuple[str, Path, Code]] = [("audit", folder / AUDIT, "audit-behind")]
+    chained = {"audit": folder / AUDIT}
     if ledger is not None:
-        chained.append(("ledger", ledger, "ledger-behind"))
-    for name, path, code in chained:
+        chained["ledger"] = ledger
+    for name, path in chained.items():
         if name in anchors and not Anchor(**anchors[name]).holds(verify(path)):
-            raise _behind(path, anchors[name], code)
+            raise _behind(path, anchors[name], _CODES[name])
     if "metrics" in anchors and not metrics_hold(folder, anchors["metrics"]):
         raise _behind(folder / METRICS, anchors["metrics"], "metrics-behind")
 

@@ -102,3 +102,24 @@ def test_a_checkpoint_without_anchors_is_resumed(stopped, monkeypatch):
     monkeypatch.setattr(checkpoint, "_read", without)
     (folder / "metrics.jsonl").unlink()
     assert run_tiny(config, resume=True).state.round == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("metrics.jsonl", "metrics-behind"), ("audit.jsonl", "audit-behind"), (LEDGER, "ledger-behind")],
+)
+def test_a_log_that_is_moved_away_in_mid_run_ends_the_run(tmp_path, monkeypatch, name, expected):
+    """Catches: a chain that begins anew in the middle of a run, and a checkpoint that remembers only the new one."""
+    config = tiny_config(tmp_path, run={"rounds": 3}, privacy=CENTRAL)
+    finish = loop.finish_round
+
+    def lose(ctx, state):
+        state = finish(ctx, state)
+        if state.round == 1:
+            (ctx.folder / name).unlink()
+        return state
+
+    monkeypatch.setattr(loop, "finish_round", lose)
+    with pytest.raises(StorageError) as caught:
+        run_tiny(config)
+    assert caught.value.code == expected
