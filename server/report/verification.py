@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,9 @@ def verify_folder(folder: Path, site: Path | None = None) -> list[Check]:
         return check_run(folder) if _is_run(folder) else check_site(folder)
     if not _is_run(folder):
         raise UsageError(f"{folder} is not the folder of a run", f"a folder with {METRICS}", "name the run's first")
-    return check_run(folder) + check_site(site) + compare(folder, site)
+    run = [replace(check, what=f"run: {check.what}") for check in check_run(folder)]
+    own = [replace(check, what=f"site: {check.what}") for check in check_site(site)]
+    return run + own + compare(folder, site)
 
 
 def check_run(folder: Path) -> list[Check]:
@@ -140,7 +142,7 @@ def _chain(path: Path) -> tuple[Lines | None, list[Check]]:
         lines = verify(path)
     except (StorageError, UnicodeDecodeError) as error:
         return None, [Check(what, str(getattr(error, "problem", "bytes that are no text")), "an untouched log", False)]
-    return lines, [Check(what, f"{len(lines)} lines", "each follows from the one before", True)]
+    return lines, [Check(what, f"{len(lines)} lines", "whole", True)]
 
 
 def _metrics(path: Path) -> tuple[Lines | None, list[Check]]:

@@ -77,7 +77,9 @@ def test_the_records_of_an_honest_run_agree(kept):
     checks = verify_folder(run, site)
     assert differences(checks) == []
     compared = {check.what: check for check in checks if check.holds}
-    assert {"chain of audit.jsonl", "spec", "rounds", "bytes", "metrics.jsonl by checkpoint"} <= set(compared)
+    of_run = {f"run: {what}" for what in ("chain of audit.jsonl", "metrics.jsonl by checkpoint")}
+    of_site = {f"site: {what}" for what in ("chain of audit.jsonl", f"{LEDGER} by audit.jsonl")}
+    assert of_run | of_site | {"spec", "rounds", "bytes"} <= set(compared)
     assert compared["rounds"].first == compared["rounds"].second == "rounds 1-2"
     assert compared["bytes"].first == compared["bytes"].second != "0 bytes"
     adversaries = {"open": [], "local": ["release", "uploads"], "masked": ["release", "sums"]}[mode]
