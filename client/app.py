@@ -20,6 +20,7 @@ from tsugiki.client.site.site import Site, site_of_node
 from tsugiki.client.training.cohort import train_openly, train_protecting_clients
 from tsugiki.client.training.features import rows_for_sums, sum_features
 from tsugiki.client.training.job import Job
+from tsugiki.client.training.update import ProtectedSum
 from tsugiki.common import __version__, minor
 from tsugiki.common.config.parse import site_config
 from tsugiki.common.config.run import RunConfig
@@ -105,9 +106,11 @@ def _answer(message: Message, locate: Callable[[], Site], handle: Callable[[Site
         return Message(handle(site, message.content), reply_to=message)
     except TsugikiError as error:
         code: Code = error.code
+        told = _told_code(error, message.content)
         log.warning("refused: %s", error)
     except BaseException as error:  # also SystemExit and KeyboardInterrupt raised inside training code
         code = _code_of_failure(error, message.content)
+        told = code
         log.exception("failed: %s", type(error).__name__)
     # The site's own log gets the refusal too. The reply leaves even if the log cannot be written.
     try:
@@ -115,7 +118,22 @@ def _answer(message: Message, locate: Callable[[], Site], handle: Callable[[Site
             site.record("refused", kind=message.metadata.message_type, code=code)
     except TsugikiError as error:
         log.warning("not logged: %s", error)
-    return error_reply(code, message)
+    return error_reply(told, message)
+
+
+def _told_code(error: TsugikiError, content: RecordDict) -> Code:
+    """Return the code that the server receives: in a private run, one code for everything that follows from rows.
+
+    The number of clients is no such thing, because the hello of a private run says it.
+    """
+    follows_from_rows = isinstance(error, DataError) or error.code in _CODES_OF_ROWS
+    if follows_from_rows and error.code != "clients" and is_private(content):
+        return "shard-unusable"
+    return error.code
+
+
+_CODES_OF_ROWS = ("policy-steps", "policy-rows")
+"""The codes of a round's work, which may follow from the number of rows."""
 
 
 def _code_of_failure(error: BaseException, content: RecordDict) -> Code:
@@ -166,14 +184,14 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
     evaluation_rows = 0 if kept is None else len(kept)
     # Notes about the machine may always leave, notes about the rows only where nothing protects them.
     notes = device_notes(config, run.graft.device.type)
-    if not run.hides_rows:
+    if not run.hides_rows and "notes" in site.policy.tell:
         notes += run.notes()
     reply = HelloReply(
         site=site.name,
         version=__version__,
         clients=clients,
-        rows=0 if run.plan else rows,
-        evaluation_rows=0 if run.plan else evaluation_rows,
+        rows=0 if run.plan else site.policy.told_rows(rows),
+        evaluation_rows=0 if run.plan else min(evaluation_rows, site.policy.told_rows(evaluation_rows)),
         base_fingerprint=run.graft.spec.base_fingerprint,
         spec_sha256=run.graft.spec.sha256,
         libraries=_libraries(),
@@ -182,7 +200,7 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
     )
     if advice := precision_advice(config, run.graft.device.type):
         log.info("%s", advice)
-    site.record("hello", run=config.run.name, rows=rows, spec_sha256=reply.spec_sha256)
+    site.record("hello", site=site.name, run=config.run.name, rows=rows, spec_sha256=reply.spec_sha256)
     return to_record(reply)
 
 
@@ -193,8 +211,8 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
     if run.plan is None:
         return _train_openly(run, run.job(request, content))
     plan = _plan_with_masks(run, False)
-    levels = protected_sum(run, run.job(request, content), plan)
-    return to_record(PrivateReply(site.name, request.round, request.nonce), encode_levels(levels, plan.modulus_bits))
+    total = protected_sum(run, run.job(request, content), plan)
+    return _private_reply(run, request, total, total.levels)
 
 
 def _train_openly(run: SiteRun, job: Job) -> RecordDict:
@@ -211,8 +229,8 @@ def _train_openly(run: SiteRun, job: Job) -> RecordDict:
         site=run.site.name,
         round=job.request.round,
         nonce=job.request.nonce,
-        rows=rows,
-        steps=trained.steps,
+        rows=run.site.policy.told_rows(rows),
+        steps=_told_steps(run, trained.steps),
         loss=shared.get("loss", 0.0),
         loss_shared="loss" in shared,
         seconds=seconds,
@@ -223,7 +241,16 @@ def _train_openly(run: SiteRun, job: Job) -> RecordDict:
     return to_record(reply, arrays)
 
 
-def protected_sum(run: SiteRun, job: Job, plan: Plan) -> Levels:
+def _told_steps(run: SiteRun, steps: int) -> int:
+    """Return the number of steps for the reply. If it follows from the rows, it leaves only with their number."""
+    train = run.config.train
+    follows_from_rows = train.local_epochs > 0 or train.validate_every_steps > 0
+    if follows_from_rows and "rows" not in run.site.policy.tell:
+        return 1
+    return steps
+
+
+def protected_sum(run: SiteRun, job: Job, plan: Plan) -> ProtectedSum:
     """Return the protected sum of the updates of the site's clients, after charging it to the site's ledger.
 
     Args:
@@ -240,17 +267,32 @@ def protected_sum(run: SiteRun, job: Job, plan: Plan) -> Levels:
         adversary: (replace(release, sampling_probability=1.0), 1) for adversary, release in releases_of(plan).items()
     }
     run.charge(job, seen)
+    return total
+
+
+def _private_reply(run: SiteRun, request: TrainRequest, total: ProtectedSum, levels: Levels) -> RecordDict:
+    """Return the reply of a private run, after it was written to the site's audit log.
+
+    Args:
+        run: the open run.
+        request: of the round.
+        total: the protected sum of the site's clients.
+        levels: what is sent of it: itself, or the sum under its masks.
+    """
+    plan = total.plan
+    arrays = encode_levels(levels, plan.modulus_bits)
     run.site.record(
         "trained",
         run=run.config.run.name,
-        round=job.request.round,
+        round=request.round,
+        bytes=sum(len(array.data) for array in arrays.values()),
         clients=total.clients,
         clipped=total.clipped,
         null=total.null,
         private=plan.private,
         mode=plan.mode,
     )
-    return total.levels
+    return to_record(PrivateReply(run.site.name, request.round, request.nonce), arrays)
 
 
 def _evaluate(site: Site, content: RecordDict) -> RecordDict:
@@ -271,7 +313,7 @@ def _evaluate(site: Site, content: RecordDict) -> RecordDict:
     with torch.no_grad(), computing(config.train, run.graft.device.type):
         metrics = run.graft.task.evaluate(run.graft.base, rows, config.evaluation.batch_size)
     shared: dict[str, Any] = {name: float(value) for name, value in site.policy.may_leave(metrics).items()}
-    result = to_record(EvaluateReply(site.name, request.round, request.nonce, len(rows)))
+    result = to_record(EvaluateReply(site.name, request.round, request.nonce, site.policy.told_rows(len(rows))))
     result["metrics"] = MetricRecord(shared)
     site.record("evaluated", run=config.run.name, round=request.round, metrics=sorted(shared))
     return result
@@ -355,8 +397,9 @@ def _masked(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
         )
     job = run.job(request, content)
     secagg.open_shares(state, fields)
-    levels = secagg.mask(state, fields["session"], protected_sum(run, job, plan), plan.modulus_bits)
-    return to_record(PrivateReply(site.name, request.round, request.nonce), encode_levels(levels, plan.modulus_bits))
+    total = protected_sum(run, job, plan)
+    levels = secagg.mask(state, fields["session"], total.levels, plan.modulus_bits)
+    return _private_reply(run, request, total, levels)
 
 
 def _unmask(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:

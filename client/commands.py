@@ -64,6 +64,7 @@ def client(
     if not insecure:
         private = key or site.server.path(site.folder, "key")
     link = _link(site, server, ca, private, insecure=insecure, retry_s=retry_s)
+    site.check_records()  # before the server is asked for anything: every answer would be refused
     # The app signs keys of secure aggregation with the key of this connection.
     node_config = {"site": str(site_file.resolve()), "key": "" if private is None else str(private.resolve())}
     ending = Ending()
@@ -318,6 +319,7 @@ def check(
     typer.echo(f"{file}: site {site.name}, {len(site.models)} models")
     for trusted in site.policy.taken_on_trust():
         typer.echo(trusted)
+    site.check_records()
     if run is not None:
         _try_run(site, _as_sent(site, run, overrides or []))
         return
@@ -353,19 +355,30 @@ def _try_run(site: FileSite, config: RunConfig) -> None:
         run_rank = graft.method.settings.rank
         typer.echo(f"trains {rank} of the {run_rank} components of each LoRA pair (site.max_rank)")
 
-    notes = device_notes(config, graft.device.type) + shard.notes + graft.task.encode(shard, graft.base).notes
+    told = _told_kinds(site, config)
+    device = device_notes(config, graft.device.type)
+    rows = shard.notes + graft.task.encode(shard, graft.base).notes
+    stays: tuple[str, ...] = ()
+    if "notes" not in told:
+        stays = rows
+        rows = ()
+    number = "its number of clients"
+    if "rows" in told:
+        number = "its number of rows"
     typer.echo(
-        f"would leave this site in the hello: its name, its number of rows{_noted(notes)}, fingerprints, "
+        f"would leave this site in the hello: its name, {number}{_noted(device + rows)}, fingerprints, "
         f"versions of libraries, the precision {actual_precision(config.train, graft.device.type)}"
     )
+    if stays:
+        typer.echo(f"would not leave it: the notes on its rows{_noted(stays)}")
     if advice := precision_advice(config, graft.device.type):
         typer.echo(advice)
     # Some strategies send another part in every second round; the larger one counts.
     strategy = strategy_of(config.strategy)
     most = max(strategy.trained_part(graft.spec, round_number).size_bytes for round_number in (1, 2))
     sizes = f"{graft.spec.parameters('adapter')} adapter and {graft.spec.parameters('head')} head parameters"
-    typer.echo(f"would leave it in each round: {sizes}, {most:,} bytes, and loss, rows, steps, seconds")
-    if kept:
+    typer.echo(f"would leave it in each round: {sizes}, {most:,} bytes{_beside_the_update(site, config, told)}")
+    if kept and "metrics" in told:
         typer.echo("would leave it where the run evaluates at sites: metrics on the evaluation rows, and their number")
 
 
@@ -381,6 +394,26 @@ def split(
 
     for path in splitting.split(read(file, overrides or []), folder):
         typer.echo(path)
+
+
+def _told_kinds(site: FileSite, config: RunConfig) -> list[str]:
+    """Return the kinds of facts about its rows that a site tells in a run."""
+    if config.privacy.mode != "none":
+        return []
+    # DP-SGD takes the number of rows as known, and protects all else.
+    return [kind for kind in site.policy.tell if kind == "rows" or not config.privacy.examples.enabled]
+
+
+def _beside_the_update(site: FileSite, config: RunConfig, told: Sequence[str]) -> str:
+    """Return what leaves a site with each update, as the end of a sentence."""
+    if config.privacy.mode != "none":
+        return ""
+    beside = ["steps", "seconds"]
+    if "rows" in told:
+        beside.insert(0, "rows")
+    if "metrics" in told and site.policy.may_leave({"loss": 0.0}):
+        beside.insert(0, "loss")
+    return f", and {', '.join(beside)}"
 
 
 def _noted(notes: Sequence[str]) -> str:

@@ -52,7 +52,7 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
     plan = make_plan(config, graft.spec.size)
     arrays = encode(graft.initial, graft.spec)
     # Only if this site would send them: else the server receives a code.
-    if isinstance(warm_head_of(graft, config), LinearHead) and site.policy.head_sums:
+    if isinstance(warm_head_of(graft, config), LinearHead) and site.policy.sends_head_sums:
         sums = HeadSumsRequest(config.for_sites(plan), 0, graft.spec.sha256, "0" * 16)
         yield "sums for a head before round 1", _ask(app, "query.head_sums", to_record(sums, arrays))
     title = "round 1"

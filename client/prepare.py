@@ -17,7 +17,7 @@ from tsugiki.client.training import dp_sgd, validation
 from tsugiki.client.training.cohort import asked_clients, row_releases
 from tsugiki.client.training.features import rows_for_sums
 from tsugiki.client.training.job import Job
-from tsugiki.client.training.trainer import groups_by_length, steps_per_round, touched_rows
+from tsugiki.client.training.trainer import batches_per_round, groups_by_length, touched_rows
 from tsugiki.common.adapters.lora import LoraSettings
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data.shard import Shard
@@ -87,6 +87,8 @@ class SiteRun:
         # Names and numbers first: a run that the policy forbids loads nothing.
         _check_rates(config)
         site.policy.check_run(config, round_number)
+        # Before anything depends on rows: whether settings are accepted may tell something about them.
+        site.admit(config)
         graft = load_at(site, config)
         # What follows can be checked only once the model is there.
         site.policy.check_base(graft.spec.base_fingerprint)
@@ -181,7 +183,8 @@ class SiteRun:
 
         Raises:
             SpecError, WireError: see `receive`, and `asked_clients`.
-            PolicyError: `policy-steps`, a client would take more steps than the policy allows.
+            PolicyError: `policy-steps` or `policy-rows`, the round would take more batches or rows than the policy
+                allows; `policy-rounds`, it allows no further round.
             DataError: see `train_rows`.
         """
         # The adapter first: it is cheap to refuse, and rows may take long to tokenise.
@@ -189,9 +192,13 @@ class SiteRun:
         encoded = self.train_rows()
         # A server may ask for some of a gateway's clients.
         clients = asked_clients(self.site.name, self.rows_of_clients(), request.clients)
-        # The policy bounds the steps of each client, so the client with the most steps counts.
-        most_steps = max(steps_per_round(len(rows), self.config.train) for rows in clients.values())
-        self.site.policy.check_steps(most_steps)
+        # The policy bounds the batches of each client, so the client with the most batches counts.
+        batches = {name: batches_per_round(len(rows), self.config.train) for name, rows in clients.items()}
+        most_rows = self.config.train.per_device_train_batch_size
+        rows_of_round = sum(count * min(len(clients[name]), most_rows) for name, count in batches.items())
+        self.site.policy.check_work(max(batches.values()), rows_of_round)
+        # Written ahead, after all that can be refused without a trace in the count.
+        self.site.begin_round(self.config.run.name, request.round)
         # Last, because it changes what is kept: the optimisers' states of this round.
         moments = self._moments(clients, request.round)
         return Job(
@@ -221,12 +228,13 @@ class SiteRun:
             StorageError: the ledger cannot be written. The upload must not leave.
         """
         path = self.site.ledger_path()
-        releases = {**seen, **row_releases(job)}
-        if path is None or not releases:
+        if path is None:
             return
+        releases = {**seen, **row_releases(job)}
         seeded = self.config.privacy.insecure_noise_seed > 0
         ledger = site_ledger(path, self.site.policy, self.plan, seeded=seeded)
-        spend(ledger, releases, self.config.run.name, job.request.round)
+        with self.site.charging() as anchor:
+            spend(ledger, releases, self.config.run.name, job.request.round, anchor)
 
     def _prepared(self, part: Part) -> PreparedRows:
         """Return a part of the site's rows; they are read and tokenised once for the same files and settings."""
@@ -281,7 +289,7 @@ class SiteRun:
     @property
     def _sends_sums(self) -> bool:
         """Whether the site sends sums of its rows' features before round 1."""
-        return self.site.policy.head_sums and isinstance(warm_head_of(self.graft, self.config), LinearHead)
+        return self.site.policy.sends_head_sums and isinstance(warm_head_of(self.graft, self.config), LinearHead)
 
     @property
     def _follows_schedule(self) -> bool:

@@ -1,8 +1,9 @@
 """The audit log: append-only JSON lines, each with the hash of the one before it.
 
-A changed, dropped or inserted line breaks the chain from there on; only the last lines can be cut off unseen. The
-operator keeps one log for each run, and each site keeps its own. Logs contain codes, counts and hashes, never a site's
-data.
+A changed, dropped or inserted line breaks the chain from there on. The chain alone does not show that its last lines
+were cut off, or that the whole file is gone: for that, an `Anchor` in another file holds the length and the last hash
+that the log once had. The operator keeps one log for each run, and each site keeps its own. Logs contain codes, counts
+and hashes, never a site's data.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,25 @@ from tsugiki.common.errors import StorageError
 from tsugiki.common.files import append_lines, read_lines, unwritable
 
 _START = "0" * 64
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The state of a log at some time, as another file remembers it.
+
+    Args:
+        lines: its number of lines.
+        hash: of the last line; zeros if the log has none.
+    """
+
+    lines: int = 0
+    hash: str = _START
+
+    def holds(self, records: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether a log, whose chain is intact, still begins with what it had at that time."""
+        if len(records) < self.lines:
+            return False
+        return not self.lines or records[self.lines - 1]["hash"] == self.hash
 
 
 class AuditLog:
@@ -58,9 +79,25 @@ class AuditLog:
             last = _hash(record)
             records.append({**record, "hash": last})
         append_lines(self._path, records)
+        self._saw(records)
         self._last = last
         self._sequence += len(records)
         self._size = self._path.stat().st_size
+
+    def head(self) -> Anchor:
+        """Return the log's present length and last hash.
+
+        Raises:
+            StorageError: `audit-broken`, lines that were added do not continue the chain.
+        """
+        self._catch_up()
+        return Anchor(self._sequence, self._last)
+
+    def _saw(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Called with all records in their order, as they are verified or written."""
+
+    def _forgot(self) -> None:
+        """Called when the file has become shorter: its records come again, from the first."""
 
     def _catch_up(self) -> None:
         """Verify the lines that the file has had since the last look."""
@@ -73,10 +110,12 @@ class AuditLog:
             self._last = _START
             self._sequence = 0
             self._size = 0
+            self._forgot()
         if size == self._size:
             return
         records = read_lines(self._path, self._size)
         _check(self._path, records, self._sequence, self._last)
+        self._saw(records)
         if records:
             self._last = records[-1]["hash"]
         self._sequence += len(records)

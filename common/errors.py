@@ -69,8 +69,10 @@ KnownCode = Literal[
     "policy-task",  # it forbids the task
     "policy-adapter",  # it forbids the adapter method
     "policy-base",  # it forbids the base model
-    "policy-rounds",  # it forbids this number of rounds
-    "policy-steps",  # it forbids this number of local steps
+    "policy-rounds",  # it forbids one more round, or a run of this number of rounds
+    "policy-steps",  # it forbids this number of batches in a round
+    "policy-rows",  # it forbids this number of rows in a round
+    "policy-settings",  # the site has answered too many different settings in a day
     "policy-rank",  # it forbids this rank
     "policy-privacy-mode",  # it forbids the privacy mode
     "policy-secure-aggregation",  # it demands secure aggregation
@@ -109,6 +111,7 @@ KnownCode = Literal[
     "examples-unsupported",  # single rows cannot be protected here
     # a site's data
     "shard-invalid",  # the data cannot be used
+    "shard-unusable",  # the data cannot be used in a private run; only the site's own log says why
     "shard-missing",  # there is no such file
     "shard-outside",  # a path leads out of the site's folder
     "shard-format",  # the file is not of the format that its name promises
@@ -174,6 +177,8 @@ KnownCode = Literal[
     "run-corrupt",  # a run's file is damaged
     "run-unfinished",  # the run has no adapter yet
     "audit-broken",  # an audit log was changed
+    "audit-behind",  # an audit log has lost lines, or is gone
+    "metrics-behind",  # a run's metrics.jsonl has lost lines, or was changed
     "checkpoint-corrupt",  # the checkpoint is damaged
     "checkpoint-missing",  # there is no checkpoint
     "checkpoint-foreign",  # the checkpoint is of other settings or another base
@@ -181,7 +186,7 @@ KnownCode = Literal[
     "checkpoint-older",  # an older version wrote the checkpoint
     "budget-exhausted",  # one more round would exceed the clients' budget
     "rows-exhausted",  # one more round would exceed the rows' budget
-    "ledger-behind",  # the ledger has fewer rounds than the run has released
+    "ledger-behind",  # the ledger has lost lines, or has fewer rounds than the run has released
     "plan-changed",  # the privacy plan is not the one that the run was started with
     # exports
     "export-failed",  # an export does not reproduce the run, or cannot be written

@@ -116,6 +116,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def lock_of(path: Path) -> Path:
+    """Return the path of the lock for a log that several processes append to."""
+    return path.with_name(f".{path.name}.lock")
+
+
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold a lock file inside a `with` block, against other processes and other threads.

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from tsugiki.client import commands as site_commands
 from tsugiki.common import __version__
 from tsugiki.common.errors import TsugikiError
-from tsugiki.server.commands import config, keys, plans, results, runs
+from tsugiki.server.commands import config, keys, logs, plans, results, runs
 
 if TYPE_CHECKING:
     import click
@@ -36,6 +36,7 @@ _HELP_ORDER = [
     "export",
     "predict",
     "report",
+    "audit",
     "doctor",
     "config",
     "keys",
@@ -62,7 +63,7 @@ app = typer.Typer(
     help="Federated fine-tuning of a frozen base model with small adapters. Data stays where it is; only adapter "
     "updates travel.\n\nStart with [bold]tsugiki demo[/bold], then [bold]tsugiki config init[/bold].",
 )
-for commands in (runs, results, plans, config, keys, site_commands):
+for commands in (runs, results, logs, plans, config, keys, site_commands):
     app.add_typer(commands.app)
 
 

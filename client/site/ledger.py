@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tsugiki.client.site.policy import SitePolicy
 from tsugiki.common.errors import BudgetError, Code, PolicyError
@@ -38,23 +39,39 @@ def site_ledger(path: Path, policy: SitePolicy, plan: Plan | None, seeded: bool 
     return Ledger(path, policy.delta, budgets, seeded)
 
 
-def spend(ledger: Ledger, releases: Mapping[Adversary, tuple[Release, int]], run: str, round_number: int) -> None:
+UNPROTECTED = "unprotected"
+"""The event of an upload without any protection. It costs nothing, because no epsilon would be finite."""
+
+
+def spend(
+    ledger: Ledger,
+    releases: Mapping[Adversary, tuple[Release, int]],
+    run: str,
+    round_number: int,
+    anchor: Mapping[str, Any] | None = None,
+) -> None:
     """Charge what the next upload shows, to each adversary.
+
+    An upload without protection gets a line too, so that the ledger remembers the audit log of every round.
 
     Args:
         ledger: of the site.
         releases: by adversary, each with the number of times that it is made.
         run: name of the run.
         round_number: counted from 1.
+        anchor: fields for each line, from `Site.charging`.
 
     Raises:
         PolicyError: `policy-epsilon` or `policy-row-epsilon`; the upload must not leave.
         StorageError: the ledger cannot be written; the upload must not leave.
     """
+    fields = {"run": run, "round": round_number, **(anchor or {})}
+    if not releases:
+        ledger.note(UNPROTECTED, **fields)
     try:
         ledger.check(releases)  # all of them, before the first is charged
         for adversary, (release, count) in releases.items():
-            ledger.charge(adversary, release, count, run=run, round=round_number, private=not ledger.seeded)
+            ledger.charge(adversary, release, count, private=not ledger.seeded, **fields)
     except BudgetError as error:
         code: Code = "policy-row-epsilon" if error.code == "rows-exhausted" else "policy-epsilon"
         raise PolicyError(

@@ -1,7 +1,13 @@
 """The limits that a site sets to all runs: `[policy]` of site.toml, enforced before anything is trained.
 
 The server receives a refusal as a code, and the site's own audit log has a line for it. Every limit is off by default
-but one: a model is loaded only if `[models]` names it, which `client/site/site.py` enforces.
+but two: a model is loaded only if `[models]` names it, which `client/site/site.py` enforces, and a day has at most
+`max_settings_per_day` different settings. What is counted over all runs is counted in the site's own audit log
+(`client/site/records.py`), because a run's name and the numbers of its rounds are the server's words.
+
+Each description says whom a key binds. It binds the *server* if the client enforces it whatever the server sends. It
+binds an *honest server* if the client has to believe the server about it. No key binds a user of the site's own machine
+who can write `site.toml` and the site's logs.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ from pydantic import Field, field_validator
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import Code, PolicyError
 from tsugiki.common.keys import FINGERPRINT_PATTERN
-from tsugiki.common.privacy.mechanisms import releases_of
+from tsugiki.common.privacy.mechanisms import ADVERSARIES, Adversary, releases_of
 from tsugiki.common.privacy.secagg.counts import check_sum, counted_on
 from tsugiki.common.settings import NAME_PATTERN, Names, Section
 
@@ -25,76 +31,126 @@ if TYPE_CHECKING:
 
 ALL = "*"
 
+TELLABLE = ("rows", "notes", "metrics")
+"""The kinds of facts about its rows that a site may tell, besides updates and sums."""
+
 
 class SitePolicy(Section):
     """What this site takes part in, and what may leave it besides the update."""
 
-    tasks: Names = Field(default=(ALL,), description='Tasks that this site takes part in, as ["causal-lm"]. "*": any.')
-    adapters: Names = Field(default=(ALL,), description='Adapter methods that this site trains, as ["lora"]. "*": any.')
+    tasks: Names = Field(
+        default=(ALL,),
+        description='Tasks that this site takes part in, as ["causal-lm"]. "*": any. Binds the server.',
+    )
+    adapters: Names = Field(
+        default=(ALL,),
+        description='Adapter methods that this site trains, as ["lora"]. "*": any. Binds the server.',
+    )
     base_fingerprints: Names = Field(
         default=(ALL,),
         description="SHA-256 of the base models that this site trains, or the first 12 digits or more; `tsugiki site "
-        'check` prints them. Set it if only weights that you have examined may be used. "*": any.',
+        'check` prints them. Set it if only weights that you have examined may be used. "*": any. Binds the server.',
     )
-    max_rounds: int = Field(default=0, ge=0, description="Most rounds of a run. 0: any number.")
+    max_rounds: int = Field(
+        default=0,
+        ge=0,
+        description="Most rounds of training over this site's whole life, over all runs, by its own audit log. Each "
+        "request to train that the site begins counts, also of a round that is voided or repeated. A run that "
+        "announces more is refused at once. 0: any number. Binds the server.",
+    )
+    max_rounds_per_day: int = Field(
+        default=0,
+        ge=0,
+        description="Most rounds of training in any 24 hours, counted in the same way, by this machine's clock. Set it "
+        "to limit how often runs may occupy this machine. 0: any number. Binds the server.",
+    )
     max_local_steps: int = Field(
         default=0,
         ge=0,
-        description="Most optimizer steps in a round. Set it to limit how long a round may occupy this machine. 0: "
-        "any number.",
+        description="Most batches of a client in a round: optimizer steps times train.gradient_accumulation_steps. Set "
+        "it to limit how long a round may occupy this machine. 0: any number. Binds the server.",
+    )
+    max_rows_per_round: int = Field(
+        default=0,
+        ge=0,
+        description="Most rows that this site trains on in a round, over all of its clients; a row counts once for "
+        "each batch that holds it. Set it beside max_local_steps, because batches may be of any size. 0: any number. "
+        "Binds the server.",
+    )
+    max_settings_per_day: int = Field(
+        default=50,
+        ge=1,
+        description="Most different settings that this site answers in any 24 hours, by its own audit log. Whether a "
+        "site accepts settings can tell something about its rows, so a server must not try many. Raise it if you take "
+        "part in many runs a day. Binds the server. Without site.audit, nothing is counted.",
+    )
+    tell: Names = Field(
+        default=("rows", "metrics"),
+        description='Kinds of facts about its rows that this site tells in runs without privacy: "rows", their number; '
+        '"notes", codes about them, as "shard-one-class" and how many texts were cut; "metrics", the training loss and '
+        "those of evaluation (see metrics). A site that does not tell its number of rows counts as one row, also in "
+        "the mean, and sends no sums for a head. With a privacy mode none of this leaves, whatever is set here; under "
+        "DP-SGD alone, only the number of rows. Binds the server.",
     )
     metrics: Names = Field(
         default=(ALL,),
-        description='Metrics that may leave this site besides the update: "loss" of training, and those of '
-        'evaluation, as "accuracy". Set [] to share none. "*": all.',
+        description='Which metrics may leave this site if tell has "metrics": "loss" of training, and those of '
+        'evaluation, as "accuracy". Set [] to share none. "*": all. Binds the server.',
     )
     privacy_modes: Names = Field(
         default=(ALL,),
         description='Privacy modes that this site accepts, of "none", "central", "local" and "distributed". Leave '
-        '"none" out to refuse runs without privacy. "*": any.',
+        '"none" out to refuse runs without privacy. "*": any; with max_epsilon, any in which no adversary sees '
+        "an update without noise. Binds the server; that it adds the noise of mode "
+        '"central" binds an honest server only.',
     )
     secure_aggregation: bool = Field(
         default=False,
         description="Take part only if the server sees no single update. Set it if you do not trust the server with "
-        "this site's update.",
+        "this site's update. Binds the server, as far as the other sites of a sum are real and do not help it.",
     )
     min_sites: int = Field(
         default=2,
         ge=2,
         le=255,
         description="Least number of sites in a sum that is opened, under secure aggregation. Raise it if some sites "
-        "may help the server.",
+        "may help the server. Binds the server, as far as the other sites are real.",
     )
     min_noise_multiplier: float = Field(
         default=0.0,
         ge=0,
         description='Least noise over the clip norm; in mode "distributed" without secure aggregation, the noise on '
-        "this site's own update counts. Raise it to refuse runs with too little noise.",
+        "this site's own update counts. Raise it to refuse runs with too little noise. Binds the server for noise that "
+        'this site adds; for the shares of other sites, other members; in mode "central", an honest server only.',
     )
     max_epsilon: float = Field(
         default=0.0,
         ge=0,
         description="Most epsilon of this site over its whole life, by its own ledger. Set it to limit what all runs "
-        "together can tell about this site. 0: no limit.",
+        'together can tell about this site. Runs without privacy are refused; so is mode "central", in which the '
+        "server sees updates without noise, unless privacy_modes names it. 0: no limit. Binds the server and "
+        'everybody who sees models or sums; in mode "central", an honest server only.',
     )
     head_sums: bool = Field(
         default=True,
         description="Send sums of the base's features over this site's rows, once before a run's first round, from "
         "which the server computes a first head. They tell how many rows of each class this site has, and about a "
-        "class with a single row, its features. Set false to keep them: the site then takes part without.",
+        "class with a single row, its features. Set false to keep them: the site then takes part without. Binds the "
+        "server.",
     )
     max_row_epsilon: float = Field(
         default=0.0,
         ge=0,
         description="Most epsilon of one row of this site over its whole life, by its own ledger. Set it if single "
-        "rows need protection: runs without DP-SGD are then refused. 0: no limit.",
+        "rows need protection: runs without DP-SGD are then refused. 0: no limit. Binds everybody who sees this site's "
+        "updates, the server too.",
     )
     delta: float = Field(
         default=1e-5,
         gt=0,
         lt=1,
         description="Delta at which max_epsilon and max_row_epsilon are counted, whatever a run says. Set it below 1 "
-        "over this site's number of rows if max_row_epsilon is used.",
+        "over this site's number of rows if max_row_epsilon is used. Binds the server.",
     )
     max_clients_per_site: int = Field(
         default=1,
@@ -112,7 +168,9 @@ class SitePolicy(Section):
         "[]: any site that the server names.",
     )
     seeded_noise: bool = Field(
-        default=False, description="For tests only: take part in runs whose noise comes from a seed and hides nothing."
+        default=False,
+        description="For tests only: take part in runs whose noise comes from a seed and hides nothing. false binds "
+        "the server.",
     )
 
     @field_validator("members")
@@ -175,6 +233,12 @@ class SitePolicy(Section):
         if pins and pins.get(name) != key:
             problem = f"a sum with {name!r}, whose key is {key}"
             raise _refusal(problem, "one of policy.members, by name and fingerprint", "policy-members")
+    @field_validator("tell")
+    @classmethod
+    def _is_tellable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not set(value) <= set(TELLABLE):
+            raise ValueError(f"a list of {', '.join(TELLABLE)}")
+        return value
 
     def check_run(self, config: RunConfig, round_number: int = 0) -> None:
         """Check that a run is allowed.
@@ -192,6 +256,39 @@ class SitePolicy(Section):
         if self.max_rounds and rounds > self.max_rounds:
             raise _refusal(f"{rounds} rounds", f"at most policy.max_rounds = {self.max_rounds}", "policy-rounds")
 
+    def check_rounds(self, done: int, of_last_day: int) -> None:
+        """Check that one more round of training is allowed.
+
+        Args:
+            done: rounds that this site has begun in its life, by its own audit log.
+            of_last_day: those of the last 24 hours.
+
+        Raises:
+            PolicyError: `policy-rounds`.
+        """
+        if self.max_rounds and done >= self.max_rounds:
+            most = f"at most policy.max_rounds = {self.max_rounds}"
+            raise _refusal(f"a round after {done}, over all runs", most, "policy-rounds")
+        if self.max_rounds_per_day and of_last_day >= self.max_rounds_per_day:
+            most = f"at most policy.max_rounds_per_day = {self.max_rounds_per_day}"
+            raise _refusal(f"a round after {of_last_day} in 24 hours", most, "policy-rounds")
+
+    def check_settings(self, of_last_day: int) -> None:
+        """Check that the site may answer settings that it has not answered in the last 24 hours.
+
+        Args:
+            of_last_day: how many different settings it has answered in that time.
+
+        Raises:
+            PolicyError: `policy-settings`.
+        """
+        if of_last_day >= self.max_settings_per_day:
+            raise _refusal(
+                f"other settings after {of_last_day} in 24 hours",
+                f"at most policy.max_settings_per_day = {self.max_settings_per_day}",
+                "policy-settings",
+            )
+
     def check_base(self, fingerprint: str) -> None:
         """Check that a base model is allowed.
 
@@ -202,16 +299,25 @@ class SitePolicy(Section):
         if not known:
             raise _refusal(f"the base model {fingerprint[:12]}", "one of policy.base_fingerprints", "policy-base")
 
-    def check_steps(self, steps: int) -> None:
-        """Check that this number of steps in a round is allowed.
+    def check_work(self, batches: int, rows: int) -> None:
+        """Check that the work of a round is allowed.
+
+        Args:
+            batches: most batches of a client; gradient accumulation counts each of a step's.
+            rows: in the batches of all clients; a row counts once for each batch that holds it.
 
         Raises:
-            PolicyError: `policy-steps`.
+            PolicyError: `policy-steps` or `policy-rows`.
         """
-        if self.max_local_steps and steps > self.max_local_steps:
+        if self.max_local_steps and batches > self.max_local_steps:
             raise _refusal(
-                f"{steps} steps in a round", f"at most policy.max_local_steps = {self.max_local_steps}", "policy-steps"
+                f"{batches} batches in a round",
+                f"at most policy.max_local_steps = {self.max_local_steps}",
+                "policy-steps",
             )
+        if self.max_rows_per_round and rows > self.max_rows_per_round:
+            most = f"at most policy.max_rows_per_round = {self.max_rows_per_round}"
+            raise _refusal(f"{rows} rows in a round", most, "policy-rows")
 
     def check_privacy(self, plan: Plan | None, settings: PrivacySection) -> None:
         """Check that a run protects this site as its policy demands. `client/site/ledger.py` enforces the budgets.
@@ -239,6 +345,13 @@ class SitePolicy(Section):
             raise _refusal(f"a noise multiplier of {noise:.4g}", least, "policy-noise")
         if self.max_epsilon and not (plan and plan.private):
             raise _refusal("no noise that hides anything", "a private run: policy.max_epsilon is set", "policy-epsilon")
+        bare = unbounded_adversaries(plan) if plan and plan.private else []
+        if self.max_epsilon and bare and mode not in self.privacy_modes:
+            raise _refusal(
+                f'mode "{mode}", which shows updates without noise to {" and ".join(ADVERSARIES[one] for one in bare)}',
+                f'a mode that bounds epsilon for everybody, or "{mode}" in policy.privacy_modes',
+                "policy-epsilon",
+            )
         if self.max_row_epsilon and (not settings.examples.enabled or settings.insecure_noise_seed):
             raise _refusal(
                 "no DP-SGD that hides anything",
@@ -262,14 +375,28 @@ class SitePolicy(Section):
             PolicyError: `policy-head-sums`, the site keeps them, or the run is private: they have no noise, and no
                 ledger counts them.
         """
-        if not self.head_sums:
-            raise _refusal("sums of features", "none: policy.head_sums is false", "policy-head-sums")
+        if not self.sends_head_sums:
+            expected = 'none: policy.head_sums is false, or policy.tell has no "rows"'
+            raise _refusal("sums of features", expected, "policy-head-sums")
         if settings.mode != "none" or settings.examples.enabled:
             raise _refusal("sums of features of private rows", "none in a private run", "policy-head-sums")
 
+    @property
+    def sends_head_sums(self) -> bool:
+        """Whether sums of features may leave in a run without privacy; they hold the number of rows."""
+        return self.head_sums and "rows" in self.tell
+
     def may_leave(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Return the metrics that this site shares."""
+        if "metrics" not in self.tell:
+            return {}
         return {name: value for name, value in metrics.items() if ALL in self.metrics or name in self.metrics}
+
+    def told_rows(self, rows: int) -> int:
+        """Return the number of rows that a run without privacy learns; 1 if the site keeps it."""
+        if "rows" in self.tell:
+            return rows
+        return 1
 
 
 def guaranteed_noise(plan: Plan) -> float:
@@ -283,6 +410,11 @@ def guaranteed_noise(plan: Plan) -> float:
     if plan.mode == "distributed" and not plan.secure_aggregation:
         return releases_of(plan)["uploads"].noise_multiplier
     return plan.noise_multiplier
+
+
+def unbounded_adversaries(plan: Plan) -> list[Adversary]:
+    """Return the adversaries that see something of this site without any noise, so that no epsilon bounds it."""
+    return [adversary for adversary, release in releases_of(plan).items() if release.noise_multiplier <= 0]
 
 
 def _allow(name: str, allowed: tuple[str, ...], setting: str, code: Code) -> None:

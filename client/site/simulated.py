@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import cycle, repeat, starmap
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tsugiki.client.site.policy import SitePolicy
+from tsugiki.client.site.policy import TELLABLE, SitePolicy
 from tsugiki.common.config.parse import parse
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data import partition
@@ -40,7 +41,7 @@ class SimulatedSite:
     max_rank: int = 0
 
     # A simulation is on one machine, so that its sites need not check the number of each other's clients.
-    policy = SitePolicy(seeded_noise=True, max_clients_per_site=10**6)
+    policy = SitePolicy(seeded_noise=True, tell=TELLABLE, max_clients_per_site=10**6)
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -49,6 +50,16 @@ class SimulatedSite:
 
     def record(self, event: str, **details: Any) -> None:
         """No-op: the operator's audit log already covers simulated sites."""
+
+    def admit(self, config: RunConfig) -> None:
+        """No-op: a simulation has one run's settings."""
+
+    def begin_round(self, run: str, round_number: int) -> None:
+        """No-op: a simulated site has no life beyond its run."""
+
+    def charging(self) -> AbstractContextManager[dict[str, Any]]:
+        """Return no fields: there is no audit log to anchor."""
+        return nullcontext({})
 
     def identity(self) -> str:
         """Return the name and a hash of the settings that the site's rows follow from."""

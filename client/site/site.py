@@ -5,22 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field, ValidationError
 
 from tsugiki.client.site.policy import SitePolicy
-from tsugiki.common.audit import AuditLog
+from tsugiki.client.site.records import SiteRecords, records_of
 from tsugiki.common.config.files import read_toml
 from tsugiki.common.config.parse import explain
 from tsugiki.common.data import images
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.data.shard import read as read_shard
 from tsugiki.common.errors import ConfigError, ModelError, Problem
-from tsugiki.common.files import locked
 from tsugiki.common.keys import read_private_key
 from tsugiki.common.settings import DataFormat, Name, Section
 from tsugiki.common.tasks import Task
@@ -29,11 +28,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from flwr.app import Context
 
-
-@cache
-def _audit_log(path: Path) -> AuditLog:
-    """Return the audit log at a path, opened once in a process: to open it is to verify all of it."""
-    return AuditLog(path)
+    from tsugiki.common.config.run import RunConfig
 
 
 class Site(Protocol):
@@ -59,6 +54,22 @@ class Site(Protocol):
 
     def node_key(self) -> EllipticCurvePrivateKey | None:
         """Return the private key of this site's node, or None if it has none."""
+    def admit(self, config: RunConfig) -> None:
+        """Count a run's settings before they are answered, if the site has not answered them in the last 24 hours.
+
+        Raises:
+            PolicyError: `policy-settings`, too many in that time.
+        """
+
+    def begin_round(self, run: str, round_number: int) -> None:
+        """Count a round before it is trained.
+
+        Raises:
+            PolicyError: `policy-rounds`, the policy allows no further round.
+        """
+
+    def charging(self) -> AbstractContextManager[dict[str, Any]]:
+        """Return a context in which the ledger is written, with the fields that each of its lines needs."""
 
     def model_source(self, model_name: str) -> str:
         """Return the hub id, folder or `package:...` that this site loads for a model name."""
@@ -85,12 +96,14 @@ class SiteSection(Section):
     )
     audit: str = Field(
         default="audit.jsonl",
-        description="File for this site's own log of what it was asked and what it answered. Empty: no log.",
+        description="File for this site's own log of what it was asked and what it answered. It counts rounds and "
+        "settings for the policy. Keep it as long as the ledger: each shows if the other has lost lines, and the site "
+        "then refuses to go on. Empty: no log, and no limits by count.",
     )
     ledger: str = Field(
         default="privacy-ledger.jsonl",
         description="File for this site's own privacy account. Keep it as long as the site has its data. Empty: no "
-        "account, and no limits by epsilon.",
+        "account, no limits by epsilon, and nothing that shows if the audit log has lost lines.",
     )
     max_rank: int = Field(
         default=0,
@@ -176,11 +189,34 @@ class FileSite:
         """Append to the audit log.
 
         Raises:
-            StorageError: the log cannot be written, or was tampered with.
+            StorageError: the log cannot be written, or was tampered with; see `check_records`.
         """
-        if self.site.audit:
-            with locked(self.folder / f".{Path(self.site.audit).name}.lock"):  # processes of one folder share a log
-                _audit_log(self.folder / self.site.audit).write(event, **details)
+        self._records().write(event, **details)
+
+    def admit(self, config: RunConfig) -> None:
+        """Count a run's settings in the audit log, if they are not among those of the last 24 hours."""
+        settings_sha256 = hashlib.sha256(config.for_sites().encode()).hexdigest()
+        self._records().admit(settings_sha256, self.policy)
+
+    def begin_round(self, run: str, round_number: int) -> None:
+        """Count a round in the audit log."""
+        self._records().begin_round(run, round_number, self.policy)
+
+    def charging(self) -> AbstractContextManager[dict[str, Any]]:
+        """Anchor the audit log in the lines that are written to the ledger."""
+        return self._records().charging()
+
+    def check_records(self) -> None:
+        """Check that audit log and ledger have all the lines that each remembers of the other.
+
+        Raises:
+            StorageError: `audit-behind`, `ledger-behind` or `audit-broken`.
+        """
+        self._records().check()
+
+    def _records(self) -> SiteRecords:
+        audit = self.folder / self.site.audit if self.site.audit else None
+        return records_of(audit, self.ledger_path())
 
     def identity(self) -> str:
         """Return name, folder, and a hash of path, size and time of all files, also of those in a folder of images."""
@@ -282,12 +318,23 @@ def read_site(path: Path) -> FileSite:
         problems.append(
             Problem("site.ledger", "''", "a file if policy.max_epsilon or max_row_epsilon is set", "name one")
         )
+    problems += _uncounted(policy, about)
     problems += [
         Problem(name, "...", f"one of the sections {', '.join(SECTIONS)} and models", "remove it") for name in raw
     ]
     if problems:
         raise ConfigError(str(path), problems)
     return FileSite(path.resolve().parent, **parts, models=models)
+
+
+def _uncounted(policy: SitePolicy | None, about: SiteSection | None) -> list[Problem]:
+    """Return a problem if the policy limits something by count, and there is no audit log to count in."""
+    if policy is None or about is None or about.audit:
+        return []
+    counted = {"max_rounds", "max_rounds_per_day", "max_settings_per_day"} & policy.model_fields_set
+    if not any(getattr(policy, name) for name in counted):
+        return []
+    return [Problem("site.audit", "''", f"a file if policy.{' or '.join(sorted(counted))} is set", "name one")]
 
 
 def site_of_node(context: Context) -> Site:

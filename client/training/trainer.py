@@ -236,6 +236,11 @@ def steps_per_round(rows: int, settings: TrainSection) -> int:
     return math.ceil(batches_of_round / settings.gradient_accumulation_steps)
 
 
+def batches_per_round(rows: int, settings: TrainSection) -> int:
+    """Return the batches of a client in one round, given its number of rows; each step accumulates some of them."""
+    return steps_per_round(rows, settings) * settings.gradient_accumulation_steps
+
+
 def batches_per_epoch(rows: int, settings: TrainSection) -> int:
     """Return how many batches one pass over the rows takes; the last may be short."""
     return math.ceil(rows / settings.per_device_train_batch_size)

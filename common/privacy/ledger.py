@@ -16,7 +16,7 @@ from typing import Any
 
 from tsugiki.common.audit import AuditLog, verify
 from tsugiki.common.errors import BudgetError, Code
-from tsugiki.common.files import locked
+from tsugiki.common.files import lock_of, locked
 from tsugiki.common.privacy.accounting import Release, epsilon
 from tsugiki.common.privacy.mechanisms import ADVERSARIES, Adversary
 
@@ -40,6 +40,11 @@ class Ledger:
         self.delta = delta
         self.budgets = dict(budgets)
         self.seeded = seeded
+
+    @property
+    def lock_path(self) -> Path:
+        """The file that a process locks while it reads or writes the ledger."""
+        return lock_of(self.path)
 
     def spent(self) -> dict[Adversary, Counter[Release]]:
         """Return all releases so far, with their counts, by adversary.
@@ -83,6 +88,15 @@ class Ledger:
         for adversary in sorted(self.budgets.keys() & seen.keys()):
             self._check(adversary, spent[adversary], *seen[adversary])
 
+    def note(self, event: str, **details: Any) -> None:
+        """Write a line that costs nothing.
+
+        Raises:
+            StorageError: the ledger cannot be written.
+        """
+        with locked(self.lock_path):
+            AuditLog(self.path).write(event, **details)
+
     def charge(self, who: Adversary, release: Release, count: int = 1, **details: Any) -> float:
         """Write a release to the ledger before it leaves, and return the epsilon that includes it.
 
@@ -97,7 +111,7 @@ class Ledger:
             StorageError: the ledger cannot be written; nothing may leave either.
         """
         # Two runs must not both spend what is left, so the check and the line share a lock.
-        with locked(self.path.with_name(f".{self.path.name}.lock")):
+        with locked(self.lock_path):
             spent = self.spent()[who]
             total = self._check(who, spent, release, count)
             cost = {"delta": self.delta, "epsilon": total if math.isfinite(total) else None}  # JSON has no infinity

@@ -49,6 +49,7 @@ class State:
         strategy: the strategy's moments.
         record: the round's line for metrics.jsonl, without its evaluation; empty once the line is written.
         plan: the privacy plan that the run is bound to; None for a run without privacy.
+        anchors: of the run's logs at the time of the checkpoint; see `server/run/anchors.py`.
     """
 
     vector: Vector
@@ -60,6 +61,7 @@ class State:
     strategy: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] | None = None
+    anchors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def save(folder: Path, state: State, config_sha256: str, spec_sha256: str, adapter_sha256: str = "") -> None:
@@ -91,6 +93,7 @@ def save(folder: Path, state: State, config_sha256: str, spec_sha256: str, adapt
         "spec_sha256": spec_sha256,
         "tensors_sha256": hashes,
         **{name: getattr(state, name) for name in _PLAIN},
+        "anchors": state.anchors,
     }
     header = _header(tensors, json.dumps(body))
     path = folder / f"round-{state.round:06d}-{_sha256(header)[:_HASH_DIGITS]}.safetensors"
@@ -130,7 +133,18 @@ def load(folder: Path, config_sha256: str, spec_sha256: str) -> State:
             )
     strategy = {name.removeprefix("strategy."): tensors[name] for name in tensors if name.startswith("strategy.")}
     plain = {name: body[name] for name in _PLAIN}
+    plain["anchors"] = body.get("anchors", {})  # checkpoints of earlier versions have none
     return State(tensors["vector"], evaluated_round=body["round"] - 1, strategy=strategy, **plain)
+
+
+def read_anchors(folder: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Return what the newest checkpoint remembers of the run's logs; empty in one of an older version.
+
+    Raises:
+        StorageError: as `load`.
+    """
+    anchors: Mapping[str, Mapping[str, Any]] = _read_body(_newest(folder)).get("anchors", {})
+    return anchors
 
 
 def read_best(folder: Path, state: State) -> Vector:

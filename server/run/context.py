@@ -10,6 +10,7 @@ from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.wire.spec import AdapterSpec
 from tsugiki.server.engines.grid import RunGrid, Stop
+from tsugiki.server.run.anchors import RunLogs
 from tsugiki.server.run.evaluate import Evaluator
 from tsugiki.server.run.measuring import Pace
 from tsugiki.server.run.privacy import Privacy
@@ -48,6 +49,11 @@ class RunContext:
     stop: Stop = field(default_factory=Stop)
     privacy: Privacy | None = None
     pace: Pace = field(default_factory=Pace)
+
+    @cached_property
+    def logs(self) -> RunLogs:
+        """The run's logs, for the anchors in its checkpoints."""
+        return RunLogs(self.folder, self.audit, self.privacy.ledger.path if self.privacy else None)
 
     @cached_property  # each request to each site has it
     def config_for_sites(self) -> str:

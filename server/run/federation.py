@@ -24,6 +24,7 @@ from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.spec import AdapterSpec, Vector, sha256, unpack
 from tsugiki.server.engines.grid import RunGrid, Stop
 from tsugiki.server.run import checkpoint
+from tsugiki.server.run.anchors import check_anchors, check_finished
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.evaluate import make_evaluator
@@ -86,7 +87,8 @@ def run_federation(
         # whatever is exchanged, a number takes at most eight bytes
         grid.limit_replies(graft.spec.size * 8)
 
-        state = _open_records(folder, config, plan, graft, rates, resume=resume, previous=previous)
+        ledger = _ledger_path(config, folder, simulated)
+        state = _open_records(folder, config, plan, graft, rates, ledger, resume=resume, previous=previous)
         audit = AuditLog(folder / "audit.jsonl")
         audit.write(
             "resumed" if resume else "started",
@@ -97,7 +99,7 @@ def run_federation(
             base_fingerprint=graft.spec.base_fingerprint,
         )
         # before any site is asked: a ledger that was tampered with, or lacks this run's rounds, ends the run here
-        privacy = open_privacy(plan, config, _ledger_path(config, folder, simulated), audit, state.round)
+        privacy = open_privacy(plan, config, ledger, audit, state.round)
 
         with progress:
             computes = simulated or evaluator is not None
@@ -136,7 +138,15 @@ def run_federation(
 
 
 def _open_records(
-    folder: Path, config: RunConfig, plan: Plan | None, graft: Graft, rates: str, *, resume: bool, previous: bool
+    folder: Path,
+    config: RunConfig,
+    plan: Plan | None,
+    graft: Graft,
+    rates: str,
+    ledger: Path,
+    *,
+    resume: bool,
+    previous: bool,
 ) -> State:
     """Write the records that a run's folder has from the start, and return the state to go on from."""
     if resume and previous:
@@ -147,6 +157,10 @@ def _open_records(
         text = comment(rates) + to_toml(config.with_plan(plan))
         write_atomically(folder / "config.toml", text.encode())
     state = _first_state(folder / "checkpoint", config, plan, graft, resume)
+    # before metrics.jsonl is written anew: a log that was cut must not be continued
+    if resume:
+        check_anchors(folder, state.anchors, None if plan is None else ledger)
+        check_finished(folder, state.round)
     write_atomically(folder / "spec.json", _describe_spec(graft))
     lower_is_better = config.monitor in graft.task.lower_is_better
     for line in _drop_unfinished(folder / "metrics.jsonl", state):
@@ -173,7 +187,13 @@ def _write_results(ctx: RunContext, graft: Graft, state: State) -> dict[str, Any
     write_atomically(ctx.folder / "summary.json", json.dumps(summary, indent=1).encode())
     _save_best(ctx.folder / "best", graft.spec, best)
     adapter_sha256 = sha256(state.vector)
-    ctx.audit.write("finished", round=state.round, adapter_sha256=adapter_sha256, best_round=state.best_round)
+    ctx.audit.write(
+        "finished",
+        round=state.round,
+        adapter_sha256=adapter_sha256,
+        best_round=state.best_round,
+        metrics=ctx.logs.metrics(),
+    )
     return summary
 
 

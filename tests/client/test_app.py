@@ -87,7 +87,8 @@ def test_hello_notes_what_is_unusual_about_the_training_rows(tmp_path):
     file = site_folder(tmp_path / "acme", "acme")
     write_rows(tmp_path / "acme" / "held.csv", 8)
     (tmp_path / "acme" / "train.csv").write_text("text,label\n" + f"{CANARY},1\n" * 4)
-    file.write_text(file.read_text().replace("[models]", 'evaluation = "held.csv"\n[models]'))
+    text = file.read_text().replace("[models]", 'evaluation = "held.csv"\n[models]')
+    file.write_text(f'[policy]\ntell = ["rows", "notes"]\n{text}')
     request = to_record(HelloRequest(config.for_sites(), __version__))
     reply = ask(config, "query", request, client=app_of_sites([file]))
     hello = from_record(HelloReply, reply.content)
@@ -101,6 +102,7 @@ def test_hello_notes_what_was_cut(tmp_path):
     (tmp_path / "titles.txt").write_text("good clause\n\n" + "the bad clause number nine of a party\n" * 2)
     site = tmp_path / "site.toml"
     site.write_text(f'[site]\nname = "acme"\n[data]\ntrain = "titles.txt"\n[models]\nbase = "{base}"\n')
+    site.write_text(site.read_text() + '[policy]\ntell = ["rows", "notes"]\n')
     config = tiny_config(tmp_path, model={"name": "base"}, task={"name": "causal-lm", "max_length": 8})
     request = to_record(HelloRequest(config.for_sites(), __version__))
     hello = from_record(HelloReply, ask(config, "query", request, client=app_of_sites([site])).content)
@@ -278,8 +280,9 @@ def test_a_sites_policy_has_the_last_word(config, graft, acme, policy, kind, ref
         "evaluate": evaluate_request(config, graft),
     }
     assert code(ask(config, kind, contents[kind], client=client)) == refused
-    (event,) = verify(folder / "audit.jsonl")
-    assert (event["event"], event["kind"], event["code"]) == ("refused", kind, refused)
+    events = verify(folder / "audit.jsonl")
+    assert {event["event"] for event in events[:-1]} <= {"settings"}
+    assert (events[-1]["event"], events[-1]["kind"], events[-1]["code"]) == ("refused", kind, refused)
 
 
 def test_a_site_keeps_a_log_of_its_own(config, graft, acme):
@@ -288,8 +291,9 @@ def test_a_site_keeps_a_log_of_its_own(config, graft, acme):
     ask(config, "query", to_record(HelloRequest(config.for_sites(), __version__)), client=client)
     reply = ask(config, "train", train_request(config, graft), client=client)
     ask(config, "evaluate", evaluate_request(config, graft), client=client)
-    hello, trained, evaluated = verify(folder / "audit.jsonl")
-    assert [event["event"] for event in (hello, trained, evaluated)] == ["hello", "trained", "evaluated"]
+    settings, hello, begun, trained, evaluated = verify(folder / "audit.jsonl")
+    events = [event["event"] for event in (settings, hello, begun, trained, evaluated)]
+    assert events == ["settings", "hello", "training", "trained", "evaluated"]
     assert trained["update_sha256"] == sha256(decode(reply.content.array_records["arrays"], graft.spec))
     assert trained["bytes"] == sum(len(array.data) for array in reply.content.array_records["arrays"].values())
     assert evaluated["metrics"] == ["accuracy", "loss", "macro_f1"]

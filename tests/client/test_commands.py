@@ -124,6 +124,10 @@ def test_check_says_what_the_hello_notes(tmp_path, monkeypatch):
     file.write_text(f'[site]\nname = "acme"\n[data]\ntrain = "titles.txt"\n[models]\nbase = "{base}"\n')
     run.write_text(to_toml(tiny_config(tmp_path, model={"name": "base"}, task={"name": "causal-lm", "max_length": 8})))
     shown = printed("site", "check", file, "--run", run)
+    assert "its number of rows, fingerprints" in shown
+    assert "would not leave it: the notes on its rows (shard-texts-cut:1)\n" in shown
+    file.write_text(file.read_text() + '[policy]\ntell = ["rows", "notes"]\n')
+    shown = printed("site", "check", file, "--run", run)
     assert "titles.txt: 2 rows for causal-lm\n" in shown
     assert "its number of rows (shard-texts-cut:1), " in shown
     monkeypatch.setattr("tsugiki.common.model.device.has_bf16", lambda device: False)

@@ -1,6 +1,7 @@
 """A site's own account: charged before anything leaves, over all runs, by the site's own numbers."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -266,6 +267,7 @@ def test_a_site_that_was_asked_knows_it(tmp_path):
         name, policy = "acme", SitePolicy()
         ledger_path = staticmethod(lambda: tmp_path / LEDGER)
         record = staticmethod(lambda *arguments, **details: None)
+        charging = staticmethod(lambda: nullcontext({}))
 
     run = SiteRun(Site, config, None, plan, 0, SiteCache())
     with pytest.MonkeyPatch.context() as patch:

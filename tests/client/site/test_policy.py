@@ -31,7 +31,8 @@ def test_nothing_is_forbidden_by_default():
     policy = SitePolicy()
     policy.check_run(run(), 5)
     policy.check_base(FINGERPRINT)
-    policy.check_steps(10**9)
+    policy.check_work(10**9, 10**12)
+    policy.check_rounds(10**6, 10**6)
     assert policy.may_leave({"loss": 1.0, "accuracy": 0.5}) == {"loss": 1.0, "accuracy": 0.5}
 
 
@@ -70,9 +71,24 @@ def test_which_base_models_may_be_used(allowed, code):
 
 def test_how_much_may_be_trained():
     """Catches: a limit that is off by one."""
-    policy = SitePolicy(max_local_steps=50)
-    assert refusal(policy.check_steps, 50) == ""
-    assert refusal(policy.check_steps, 51) == "policy-steps"
+    policy = SitePolicy(max_local_steps=50, max_rows_per_round=1000)
+    assert refusal(policy.check_work, 50, 1000) == ""
+    assert refusal(policy.check_work, 51, 1000) == "policy-steps"
+    assert refusal(policy.check_work, 50, 1001) == "policy-rows"
+
+
+def test_how_many_rounds_may_be_trained():
+    """Catches: a limit that is off by one; a day's limit that a life's hides."""
+    policy = SitePolicy(max_rounds=10, max_rounds_per_day=3)
+    assert refusal(policy.check_rounds, 9, 2) == ""
+    assert refusal(policy.check_rounds, 10, 0) == "policy-rounds"
+    assert refusal(policy.check_rounds, 9, 3) == "policy-rounds"
+
+
+def test_how_many_settings_may_be_tried():
+    """Catches: no limit by default: each further label that a server leaves out is an answer about the rows."""
+    assert refusal(SitePolicy().check_settings, 49) == ""
+    assert refusal(SitePolicy().check_settings, 50) == "policy-settings"
 
 
 def test_which_metrics_may_leave():
@@ -80,6 +96,17 @@ def test_which_metrics_may_leave():
     policy = SitePolicy(metrics=["accuracy"])
     assert policy.may_leave({"accuracy": 0.5, "loss": 1.0}) == {"accuracy": 0.5}
     assert SitePolicy(metrics=[]).may_leave({"accuracy": 0.5}) == {}
+
+
+def test_which_kinds_may_be_told():
+    """Catches: notes that leave by default; a kind that is kept, and leaves in another number; a misspelt kind."""
+    assert SitePolicy().tell == ("rows", "metrics")
+    silent = SitePolicy(tell=[])
+    assert silent.may_leave({"loss": 1.0}) == {}
+    assert (silent.told_rows(500), SitePolicy().told_rows(500)) == (1, 500)
+    assert (silent.sends_head_sums, SitePolicy().sends_head_sums) == (False, True)
+    with pytest.raises(ValueError, match="rows, notes, metrics"):
+        SitePolicy(tell=["rows", "labels"])
 
 
 # Privacy
@@ -141,6 +168,11 @@ HIDDEN = {"secure_aggregation": True}
         ({"min_noise_multiplier": 0.5001}, private("distributed"), "policy-noise"),
         ({"min_noise_multiplier": 0.1, "seeded_noise": True}, private("local", insecure_noise_seed=7), "policy-noise"),
         ({"max_epsilon": 1.0}, private("local"), ""),
+        ({"max_epsilon": 1.0}, private("central"), "policy-epsilon"),
+        ({"max_epsilon": 1.0, "privacy_modes": ["central", "local"]}, private("central"), ""),
+        ({"max_epsilon": 1.0, "privacy_modes": ["local"]}, private("central"), "policy-privacy-mode"),
+        ({"max_epsilon": 1.0}, private("distributed"), ""),
+        ({"max_epsilon": 1.0}, private("distributed", **HIDDEN), ""),
         ({"max_epsilon": 1.0}, OPEN, "policy-epsilon"),
         ({"max_epsilon": 1.0, "seeded_noise": True}, private("local", insecure_noise_seed=7), "policy-epsilon"),
         ({"max_epsilon": 1.0}, private("distributed", noise_multiplier=0.0, **HIDDEN), "policy-epsilon"),

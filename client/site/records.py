@@ -1,0 +1,239 @@
+"""A site's two records, its audit log and its privacy ledger, which anchor each other.
+
+Each line of one holds the length and the last hash that the other had when the line was written. A file that is
+deleted, cut off or put back from an old backup is therefore behind what the other says of it, and the site refuses to
+go on: budgets and counts would begin at zero again. If both are moved away, the site begins a new life.
+
+An anchor names lines only that are on the disk already. So a crash between two writes, in either order, leaves both
+files consistent: the last line of each may be one that the other does not know of yet.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from tsugiki.client.site.policy import SitePolicy
+from tsugiki.common.audit import Anchor, AuditLog
+from tsugiki.common.errors import Code, StorageError
+from tsugiki.common.files import lock_of, locked
+
+BEGUN = "training"
+"""The event of a round that a site begins to train, written before it does."""
+ANSWERED = "settings"
+"""The event of settings that the site has not answered in the last 24 hours, written before it answers."""
+_DAY = timedelta(days=1)
+_BEHIND: dict[str, Code] = {"audit": "audit-behind", "ledger": "ledger-behind"}
+
+
+class _AnchoredLog(AuditLog):
+    """One of the two records: it remembers its hashes, and what its lines say of the other.
+
+    Args:
+        path: of this record.
+        other: of the other record. Anchors of files with another name are not of this pair.
+        key: the field of a line that holds the anchor.
+    """
+
+    def __init__(self, path: Path, other: Path | None, key: str) -> None:
+        self._other = other.name if other else ""
+        self._key = key
+        self._hashes: list[bytes] = []
+        self.anchor = Anchor()
+        super().__init__(path)
+
+    def had(self, anchor: Anchor) -> bool:
+        """Return whether the record still begins with what it had at the time of an anchor."""
+        if not anchor.lines:
+            return True
+        return len(self._hashes) >= anchor.lines and self._hashes[anchor.lines - 1].hex() == anchor.hash
+
+    def _saw(self, records: Iterable[Mapping[str, Any]]) -> None:
+        for record in records:
+            self._hashes.append(bytes.fromhex(record["hash"]))
+            anchor = record.get(self._key)
+            if isinstance(anchor, dict) and anchor.get("file") == self._other:
+                self.anchor = Anchor(int(anchor["lines"]), str(anchor["hash"]))
+
+    def _forgot(self) -> None:
+        self._hashes.clear()
+        self.anchor = Anchor()
+
+
+class _SiteAudit(_AnchoredLog):
+    """A site's audit log, with what its policy counts."""
+
+    def __init__(self, path: Path, ledger: Path | None) -> None:
+        self.rounds = 0
+        self._recent_rounds: deque[datetime] = deque()
+        self._recent_settings: dict[str, datetime] = {}
+        super().__init__(path, ledger, "ledger")
+
+    def rounds_of_last_day(self) -> int:
+        """Return how many rounds the site has begun in the last 24 hours."""
+        since = datetime.now(UTC) - _DAY
+        while self._recent_rounds and self._recent_rounds[0] <= since:
+            self._recent_rounds.popleft()
+        return len(self._recent_rounds)
+
+    def settings_of_last_day(self) -> set[str]:
+        """Return the hashes of the settings that the site has answered anew in the last 24 hours."""
+        since = datetime.now(UTC) - _DAY
+        self._recent_settings = {one: time for one, time in self._recent_settings.items() if time > since}
+        return set(self._recent_settings)
+
+    def _saw(self, records: Iterable[Mapping[str, Any]]) -> None:
+        seen = list(records)
+        super()._saw(seen)
+        for record in seen:
+            if record["event"] == BEGUN:
+                self.rounds += 1
+                self._recent_rounds.append(datetime.fromisoformat(record["time"]))
+            if record["event"] == ANSWERED:
+                self._recent_settings[record["settings_sha256"]] = datetime.fromisoformat(record["time"])
+
+    def _forgot(self) -> None:
+        super()._forgot()
+        self.rounds = 0
+        self._recent_rounds.clear()
+        self._recent_settings.clear()
+
+
+class SiteRecords:
+    """The audit log and the ledger of a site, for one process; others may write to the same files.
+
+    Whoever writes to either holds the audit log's lock, and takes the ledger's inside it: never the other way round.
+
+    Args:
+        audit: path of the audit log; None: the site keeps none, and nothing is counted or anchored in it.
+        ledger: path of the ledger; None: the site keeps none.
+    """
+
+    def __init__(self, audit: Path | None, ledger: Path | None) -> None:
+        self._audit_path = audit
+        self._ledger_path = ledger
+        self._audit: _SiteAudit | None = None
+        self._ledger: _AnchoredLog | None = None
+
+    def check(self) -> None:
+        """Check that neither record has lost lines.
+
+        Raises:
+            StorageError: `audit-behind` or `ledger-behind`; `audit-broken`, a line was changed.
+        """
+        # A new site has neither, and its folder may be one that only the client can write.
+        if any(path is not None and path.exists() for path in (self._audit_path, self._ledger_path)):
+            with self._open():
+                pass
+
+    def write(self, event: str, **details: Any) -> None:
+        """Append to the audit log. No-op if the site keeps none.
+
+        Raises:
+            StorageError: see `check`; or the log cannot be written.
+        """
+        with self._open() as audit:
+            self._append(audit, event, details)
+
+    def admit(self, settings_sha256: str, policy: SitePolicy) -> None:
+        """Count settings that the site is to answer, unless it has counted them in the last 24 hours.
+
+        Raises:
+            PolicyError: `policy-settings`, too many in that time.
+            StorageError: see `write`.
+        """
+        with self._open() as audit:
+            if audit is None or settings_sha256 in audit.settings_of_last_day():
+                return
+            policy.check_settings(len(audit.settings_of_last_day()))
+            self._append(audit, ANSWERED, {"settings_sha256": settings_sha256})
+
+    def begin_round(self, run: str, round_number: int, policy: SitePolicy) -> None:
+        """Count a round before it is trained. Two processes of one site cannot both begin the last one.
+
+        Raises:
+            PolicyError: `policy-rounds`, the policy allows no further round.
+            StorageError: see `write`.
+        """
+        with self._open() as audit:
+            if audit is not None:
+                policy.check_rounds(audit.rounds, audit.rounds_of_last_day())
+            self._append(audit, BEGUN, {"run": run, "round": round_number})
+
+    @contextmanager
+    def charging(self) -> Iterator[dict[str, Any]]:
+        """Yield the fields that anchor the audit log in the lines that are written to the ledger meanwhile.
+
+        Raises:
+            StorageError: see `check`.
+        """
+        with self._open() as audit:
+            if audit is None or self._audit_path is None:
+                yield {}
+            else:
+                yield {"audit": _anchor_field(self._audit_path, audit.head())}
+
+    @contextmanager
+    def _open(self) -> Iterator[_SiteAudit | None]:
+        """Lock the audit log, and check both records against each other."""
+        if self._audit_path is None:
+            yield None
+            return
+        with locked(lock_of(self._audit_path)):
+            if self._audit is None:
+                self._audit = _SiteAudit(self._audit_path, self._ledger_path)
+            self._audit.head()  # with the lines of other processes
+            self._read_ledger()
+            if self._ledger is not None and self._ledger_path is not None:
+                if not self._ledger.had(self._audit.anchor):
+                    raise _behind("ledger", self._ledger_path, self._ledger, self._audit.anchor, self._audit_path)
+                if not self._audit.had(self._ledger.anchor):
+                    raise _behind("audit", self._audit_path, self._audit, self._ledger.anchor, self._ledger_path)
+            yield self._audit
+
+    def _read_ledger(self) -> Anchor:
+        """Return the ledger's length and last hash. Its lock keeps out lines that are not on the disk yet."""
+        if self._ledger_path is None:
+            return Anchor()
+        # Without a file there is nothing to wait for, and no lock has to be made.
+        with locked(lock_of(self._ledger_path)) if self._ledger_path.exists() else nullcontext():
+            if self._ledger is None:
+                self._ledger = _AnchoredLog(self._ledger_path, self._audit_path, "audit")
+            return self._ledger.head()
+
+    def _append(self, audit: _SiteAudit | None, event: str, details: Mapping[str, Any]) -> None:
+        if audit is None:
+            return
+        anchor = {}
+        if self._ledger_path is not None:
+            anchor = {"ledger": _anchor_field(self._ledger_path, self._read_ledger())}
+        audit.write(event, **details, **anchor)
+
+
+@cache
+def records_of(audit: Path | None, ledger: Path | None) -> SiteRecords:
+    """Return the records at these paths, opened once in a process: to open them is to verify all of both."""
+    return SiteRecords(audit, ledger)
+
+
+def _anchor_field(path: Path, anchor: Anchor) -> dict[str, Any]:
+    return {"file": path.name, **asdict(anchor)}
+
+
+def _behind(
+    which: Literal["audit", "ledger"], path: Path, log: _AnchoredLog, anchor: Anchor, witness: Path
+) -> StorageError:
+    """Return the error for a record that has lost what the other says of it."""
+    return StorageError(
+        f"{path} has {log.head().lines} lines, and not the first {anchor.lines} that {witness.name} remembers",
+        "the file as it was written: what was spent and counted cannot be forgotten",
+        f"put the file back from a backup. To begin a new life on purpose, move both {path.name} and {witness.name} "
+        "away: this site then forgets its budget and its rounds",
+        code=_BEHIND[which],
+    )
