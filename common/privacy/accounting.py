@@ -1,8 +1,8 @@
 """Compute the epsilon of all releases together, with Google's `dp-accounting`.
 
 A release is one noisy value that an adversary saw. Gaussian releases are accounted exactly, sampled Gaussian ones by
-privacy loss distributions, Skellam ones (and mixtures) by Renyi differential privacy; all under zero-out adjacency
-(`REPLACE_SPECIAL`).
+privacy loss distributions, Skellam ones by the exact epsilon of the Gaussian and their distance from it, or by Renyi
+differential privacy where that is smaller; all under zero-out adjacency (`REPLACE_SPECIAL`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from tsugiki.common.privacy.clipping import LEVELS
+from tsugiki.common.privacy.near_gaussian import SkellamNoise, near_gaussian_epsilon
 
 RELATION = "zero-out (REPLACE_SPECIAL)"
 _DISCRETIZATION = 1e-3
@@ -102,12 +103,15 @@ def _epsilon(counts: tuple[tuple[Release, int], ...], delta: float) -> float:
     merged = _merge_gaussians(counts)
     if len(merged) == 1 and merged[0][0].noise == "gaussian" and merged[0][0].sampling_probability >= 1:
         return float(dp_accounting.get_epsilon_gaussian(merged[0][0].noise_multiplier, delta))
-    # Everything else is bounded by RDP; without Skellam noise, a privacy loss distribution may be tighter.
+    # Everything else is bounded by RDP. Skellam noise that is close to Gaussian has a tighter bound, and without Skellam
+    # noise a privacy loss distribution may be tighter.
     relation = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
     renyi = RdpAccountant(_ORDERS, relation)
     for release, count in merged:
         renyi.compose(release.event(), count)
     bound = float(renyi.get_epsilon(delta))
+    if all(release.sampling_probability >= 1 for release, _ in counts):
+        return min(bound, _near_gaussian(counts, delta))
     if bound > _PLD_MOST_EPSILON or any(release.noise == "skellam" for release, _ in merged):
         return bound
     distribution = PLDAccountant(relation, _DISCRETIZATION)
@@ -117,15 +121,32 @@ def _epsilon(counts: tuple[tuple[Release, int], ...], delta: float) -> float:
 
 
 def _merge_gaussians(counts: tuple[tuple[Release, int], ...]) -> list[tuple[Release, int]]:
-    """Return the releases with all Gaussian ones that are not sampled replaced by a single equivalent one.
+    """Return the releases with all Gaussian ones that are not sampled replaced by a single equivalent one."""
+    plain = [(r, count) for r, count in counts if r.noise == "gaussian" and r.sampling_probability >= 1]
+    others = [(r, count) for r, count in counts if (r, count) not in plain]
+    return ([(Release("gaussian", _composed(plain)), 1)] if plain else []) + others
+
+
+def _composed(counts: Iterable[tuple[Release, int]]) -> float:
+    """Return the noise multiplier of the one Gaussian release that reveals as much as all of these with Gaussian noise.
 
     Gaussians of z_1, z_2, ... together reveal as much as one of (1 / z_1^2 + 1 / z_2^2 + ...)^(-1/2).
     Source: Dong, Roth and Su 2022, arXiv:1905.02383, corollary 3.3.
     """
-    plain = [(r, count) for r, count in counts if r.noise == "gaussian" and r.sampling_probability >= 1]
-    others = [(r, count) for r, count in counts if (r, count) not in plain]
-    precision = sum(count / release.noise_multiplier**2 for release, count in plain)
-    return ([(Release("gaussian", precision**-0.5), 1)] if plain else []) + others
+    return float(sum(count / release.noise_multiplier**2 for release, count in counts) ** -0.5)
+
+
+def _near_gaussian(counts: tuple[tuple[Release, int], ...], delta: float) -> float:
+    """Return the epsilon of releases that are not sampled, some with Skellam noise, from that of Gaussian noise."""
+    import dp_accounting
+
+    composed = _composed(counts)
+    noises = [
+        SkellamNoise((LEVELS * release.noise_multiplier) ** 2, count * release.dimension)
+        for release, count in counts
+        if release.noise == "skellam"
+    ]
+    return near_gaussian_epsilon(lambda left: float(dp_accounting.get_epsilon_gaussian(composed, left)), noises, delta)
 
 
 def calibrate(
