@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -18,6 +18,8 @@ from tsugiki.common.privacy.clipping import LEVELS
 from tsugiki.common.privacy.near_gaussian import SkellamNoise, near_gaussian_epsilon
 
 RELATION = "zero-out (REPLACE_SPECIAL)"
+ACCOUNT = 2
+"""Version of the rules by which releases follow from a plan. In version 1, a member's own noise counted against it."""
 _DISCRETIZATION = 1e-3
 _MOST_NOISE = 10_000.0  # the largest value that [privacy] accepts
 _PLD_MOST_EPSILON = 100.0
@@ -57,6 +59,9 @@ class Release:
         return gaussian
 
 
+_Counts = Sequence[tuple[Release, int]]
+
+
 def skellam_zcdp(noise_multiplier: float, dimension: int, levels: int = LEVELS) -> tuple[float, float]:
     """Return (rho, xi) so that a Skellam release has a Renyi divergence of at most xi + rho * a for integers a > 1.
 
@@ -86,49 +91,35 @@ def epsilon(releases: Iterable[Release] | Mapping[Release, int], delta: float) -
         delta: in (0, 1).
     """
     counts = Counter(releases)  # accepts a mapping of counts, too
+    if not counts:
+        return 0.0
     return _epsilon(tuple(sorted(counts.items(), key=repr)), delta)
 
 
 @lru_cache(maxsize=256)
-def _epsilon(counts: tuple[tuple[Release, int], ...], delta: float) -> float:
-    if not counts:
-        return 0.0
+def _epsilon(counts: _Counts, delta: float) -> float:
     if any(release.noise_multiplier <= 0 for release, _ in counts):
         return math.inf
-    import dp_accounting
-    from dp_accounting.pld import PLDAccountant
-    from dp_accounting.rdp import RdpAccountant
-
-    # Gaussians alone have an exact epsilon.
-    merged = _merge_gaussians(counts)
-    if len(merged) == 1 and merged[0][0].noise == "gaussian" and merged[0][0].sampling_probability >= 1:
-        return float(dp_accounting.get_epsilon_gaussian(merged[0][0].noise_multiplier, delta))
-    # Everything else is bounded by RDP. Skellam noise that is close to Gaussian has a tighter bound, and without Skellam
-    # noise a privacy loss distribution may be tighter.
-    relation = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
-    renyi = RdpAccountant(_ORDERS, relation)
-    for release, count in merged:
-        renyi.compose(release.event(), count)
-    bound = float(renyi.get_epsilon(delta))
+    if all(release.noise == "gaussian" and release.sampling_probability >= 1 for release, _ in counts):
+        return _exact(counts, delta)
+    # Everything else is bounded by RDP, and by something that may be tighter.
+    bound = _by_renyi(counts, delta)
     if all(release.sampling_probability >= 1 for release, _ in counts):
         return min(bound, _near_gaussian(counts, delta))
-    if bound > _PLD_MOST_EPSILON or any(release.noise == "skellam" for release, _ in merged):
+    if bound > _PLD_MOST_EPSILON or any(release.noise == "skellam" for release, _ in counts):
         return bound
-    distribution = PLDAccountant(relation, _DISCRETIZATION)
-    for release, count in merged:
-        distribution.compose(release.event(), count)
-    return min(bound, float(distribution.get_epsilon(delta)))
+    return min(bound, _by_loss_distribution(counts, delta))
 
 
-def _merge_gaussians(counts: tuple[tuple[Release, int], ...]) -> list[tuple[Release, int]]:
-    """Return the releases with all Gaussian ones that are not sampled replaced by a single equivalent one."""
-    plain = [(r, count) for r, count in counts if r.noise == "gaussian" and r.sampling_probability >= 1]
-    others = [(r, count) for r, count in counts if (r, count) not in plain]
-    return ([(Release("gaussian", _composed(plain)), 1)] if plain else []) + others
+def _exact(counts: _Counts, delta: float) -> float:
+    """Return the epsilon of releases that are not sampled, as if all had Gaussian noise."""
+    import dp_accounting
+
+    return float(dp_accounting.get_epsilon_gaussian(_composed(counts), delta))
 
 
-def _composed(counts: Iterable[tuple[Release, int]]) -> float:
-    """Return the noise multiplier of the one Gaussian release that reveals as much as all of these with Gaussian noise.
+def _composed(counts: _Counts) -> float:
+    """Return the noise multiplier of one Gaussian release that reveals as much as all of these with Gaussian noise.
 
     Gaussians of z_1, z_2, ... together reveal as much as one of (1 / z_1^2 + 1 / z_2^2 + ...)^(-1/2).
     Source: Dong, Roth and Su 2022, arXiv:1905.02383, corollary 3.3.
@@ -136,17 +127,42 @@ def _composed(counts: Iterable[tuple[Release, int]]) -> float:
     return float(sum(count / release.noise_multiplier**2 for release, count in counts) ** -0.5)
 
 
-def _near_gaussian(counts: tuple[tuple[Release, int], ...], delta: float) -> float:
+def _near_gaussian(counts: _Counts, delta: float) -> float:
     """Return the epsilon of releases that are not sampled, some with Skellam noise, from that of Gaussian noise."""
-    import dp_accounting
-
-    composed = _composed(counts)
     noises = [
         SkellamNoise((LEVELS * release.noise_multiplier) ** 2, count * release.dimension)
         for release, count in counts
         if release.noise == "skellam"
     ]
-    return near_gaussian_epsilon(lambda left: float(dp_accounting.get_epsilon_gaussian(composed, left)), noises, delta)
+    return near_gaussian_epsilon(lambda left: _exact(counts, left), noises, delta)
+
+
+def _by_renyi(counts: _Counts, delta: float) -> float:
+    import dp_accounting
+    from dp_accounting.rdp import RdpAccountant
+
+    renyi = RdpAccountant(_ORDERS, dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
+    for release, count in _merge_gaussians(counts):
+        renyi.compose(release.event(), count)
+    return float(renyi.get_epsilon(delta))
+
+
+def _by_loss_distribution(counts: _Counts, delta: float) -> float:
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    relation = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
+    distribution = PLDAccountant(relation, _DISCRETIZATION)
+    for release, count in _merge_gaussians(counts):
+        distribution.compose(release.event(), count)
+    return float(distribution.get_epsilon(delta))
+
+
+def _merge_gaussians(counts: _Counts) -> list[tuple[Release, int]]:
+    """Return the releases with all Gaussian ones that are not sampled replaced by a single equivalent one."""
+    plain = [(r, count) for r, count in counts if r.noise == "gaussian" and r.sampling_probability >= 1]
+    others = [(r, count) for r, count in counts if (r, count) not in plain]
+    return ([(Release("gaussian", _composed(plain)), 1)] if plain else []) + others
 
 
 def calibrate(

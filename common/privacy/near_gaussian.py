@@ -6,10 +6,10 @@ Rounding is post-processing, so a clipped update in integers plus rounded Gaussi
 
 Let V be the variance of the noise in levels^2, and s = sqrt(V). The proof has three steps.
 
-1. One coordinate. Let f be the probability of a Skellam value k, g that of rounded Gaussian noise. With
-   f(k + 1) / f(k) = I_{k+1}(V) / I_k(V) between the bounds of Amos 1974, Mathematics of Computation 28, section 2,
-   V / (a + sqrt(V^2 + (a + 1)^2)) <= I_{k+1}(V) / I_k(V) <= V / (a + sqrt(V^2 + a^2)) = exp(-asinh(a / V)), a = k + 1/2,
-   summed over k, and x - x^3 / 6 <= asinh(x) <= x:
+1. One coordinate. Let f be the probability of a Skellam value k, g that of rounded Gaussian noise. With a = k + 1/2,
+   f(k + 1) / f(k) = I_{k+1}(V) / I_k(V) is between V / (a + sqrt(V^2 + (a + 1)^2)) and
+   V / (a + sqrt(V^2 + a^2)) = exp(-asinh(a / V)): Amos 1974, Mathematics of Computation 28, equations 9 and 11.
+   Summed over k, with x - x^3 / 6 <= asinh(x) <= x:
    -(k^2 + k) / (2 V^2) <= ln(f(k) / f(0)) + k^2 / (2 V) <= k^4 / (24 V^3).
    From the integral of the density over [k - 1/2, k + 1/2]:
    -1 / (8 V) <= ln(g(k) / g(0)) + k^2 / (2 V) <= k^2 / (8 V^2) + 1 / (8 V).

@@ -54,7 +54,7 @@ def config(base: Path, folder: Path, rounds: int, freeze_a: str) -> RunConfig:
             "adapter": {"rank": 8, "freeze_a": freeze_a},
             "train": {"optimizer": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0, "local_epochs": 1, "threads": 2},
             "strategy": {"min_clients": CLIENTS, "round_timeout_s": 3600.0},
-            "privacy": {"mode": "distributed", "target_epsilon": 8.0, "clip_norm": 0.5},
+            "privacy": {"mode": "local", "target_epsilon": 8.0, "clip_norm": 0.5},
             "simulation": {"clients": CLIENTS, "clients_per_site": CLIENTS, "data": str(data)},
         }
     )

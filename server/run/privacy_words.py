@@ -25,7 +25,8 @@ _ASSUMES = {
     "local": "Nobody is trusted. Between any two updates that a client might send (in place of one against none) the "
     "noise counts half.",
     "distributed": "Of the clients in a sum, at least the planned honest share add their noise and keep it to "
-    "themselves.",
+    "themselves. Another site that is in the sums knows the noise of its own clients; the figure of those who see the "
+    "models is made for the site with the most clients that the plan allows.",
 }
 _SAMPLED = (
     "Clients were sampled by secret coins (poisson), and the figures count on it: they hold only against whoever does "
