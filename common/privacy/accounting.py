@@ -19,7 +19,8 @@ from tsugiki.common.privacy.near_gaussian import SkellamNoise, near_gaussian_eps
 
 RELATION = "zero-out (REPLACE_SPECIAL)"
 ACCOUNT = 2
-"""Version of the rules by which releases follow from a plan. In version 1, a member's own noise counted against it."""
+"""Version of the rules by which releases follow from a plan. Version 1 took a site's own noise for noise
+that hides the others from it."""
 _DISCRETIZATION = 1e-3
 _MOST_NOISE = 10_000.0  # the largest value that [privacy] accepts
 _PLD_MOST_EPSILON = 100.0

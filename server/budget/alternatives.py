@@ -127,14 +127,17 @@ def calibrated(plan: Plan, target_epsilon: float) -> Plan | None:
 def without_slack(plan: Plan, mode: str, clients: int) -> Plan:
     """Return the plan in another mode and with another number of clients, all of which must take part.
 
-    Sampling is kept only if the mode stays the same, and dishonest clients only in mode distributed.
+    Sampling is kept only if the mode stays the same, and dishonest clients only in mode distributed. With fewer clients
+    than the plan's, the largest site has the same share of them; with more, as many as now.
     """
     probability = plan.sampling_probability if mode == plan.mode else 1.0
+    of_a_site = math.ceil(plan.max_clients_per_site * min(1.0, clients / plan.enrolled_clients))
     return replace(
         plan,
         mode=mode,
         min_clients=clients,
         enrolled_clients=round(clients / probability),
+        max_clients_per_site=of_a_site,
         sampling_probability=probability,
         honest_fraction=plan.honest_fraction if mode == "distributed" else 1.0,
     )

@@ -116,6 +116,20 @@ def test_every_epsilon_of_the_table_is_another_accountants(mode):
         assert row.noise.coordinate == pytest.approx(z / (share if row.mode == "local" else n))
 
 
+def test_the_table_of_a_run_with_gateways_counts_what_they_know():
+    """Catches: gateways left out of other plans; gateways of 100 clients in a plan for 100, which is refused."""
+    plan = private_plan("distributed", 1_000, max_clients_per_site=100)
+    rows = {row.clients: row for row in table(plan, 8.0, 1_000) if row.mode == "distributed"}
+    for clients, known in ((100, 10), (1_000, 100), (10_000, 100)):
+        noise = rows[clients].noise_multiplier * math.sqrt((clients - known) / clients)
+        assert_accounted(rows[clients].epsilon["release"], Release("skellam", noise, dimension=12_880), 100, 1e-5)
+        assert 7.98 < rows[clients].epsilon["release"] <= 8.0
+    alone = private_plan("distributed", 2, max_clients_per_site=1)
+    assert without_slack(alone, "distributed", 1).max_clients_per_site == 1
+    lonely = next(row for row in table(replace(alone, max_clients_per_site=2), 8.0, 2) if row.mode == "distributed")
+    assert lonely.noise is None
+
+
 def test_what_the_server_sees_without_secure_aggregation_is_at_least_the_exact_gaussian():
     """Catches: the sum's epsilon told for an upload's; privacy notes, section 0: 209, 1,612, 14,588 by exact Gaussians.
 

@@ -1,6 +1,7 @@
 """Private runs that are cut off: what they showed stays charged, and they go on under the same plan or not at all."""
 
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -161,6 +162,22 @@ def test_another_plan_is_refused_with_what_differs(run, tmp_path, changed, name)
     assert caught.value.code == "plan-changed"
     assert f"{name} was" in str(caught.value)
     assert asked == []
+
+
+def test_a_run_of_the_older_account_is_refused_with_what_to_do(run, tmp_path):
+    """Catches: a run planned for outsiders alone that goes on as if its noise were enough against other sites."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tsugiki.server.run.federation.asdict", lambda plan: _older(asdict(plan)))
+        run("distributed", kill=COLLECTING)
+    with unchanged(tmp_path / LEDGER), pytest.raises(StorageError, match="with the version of Tsugiki") as caught:
+        run("distributed", resume=True)
+    assert caught.value.code == "plan-changed"
+    assert "follows version 1 of the account" in str(caught.value)
+
+
+def _older(plan):
+    """Return a plan's numbers as versions before this account wrote them."""
+    return {name: value for name, value in plan.items() if name != "account"}
 
 
 def test_other_versions_of_the_accountant_are_another_plan(run, monkeypatch):
