@@ -4,10 +4,10 @@
 
 The network and the data of `scripts/studies/mnist_populations.py`: LoRA of rank 8 on the last layer, MNIST over 10,000
 clients of six images, noise by each client (mode local), one local epoch. A round is everything from the sampled cohort
-to the checkpoint: training, clipping, noise, sum, guard, account, aggregation. "One after the other" trains some of the same
-clients with the ordinary local loop; the time is scaled up. Flower's simulation (Ray, its FedAvg) trains 500 clients of
-the same size for the same number of steps with plain PyTorch on the whole network; the time is scaled up, and Ray's
-start is not counted.
+to the checkpoint: training, clipping, noise, sum, guard, account, aggregation. "One after the other" trains some of the
+same clients with the ordinary local loop; the time is scaled up. Flower's simulation (Ray, its FedAvg) trains 500
+clients of the same size for the same number of steps with plain PyTorch on the whole network; the time is scaled up,
+and Ray's start is not counted.
 """
 
 from __future__ import annotations
