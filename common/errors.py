@@ -186,6 +186,7 @@ KnownCode = Literal[
     "checkpoint-older",  # an older version wrote the checkpoint
     "budget-exhausted",  # one more round would exceed the clients' budget
     "rows-exhausted",  # one more round would exceed the rows' budget
+    "ledger-older",  # an older version charged the ledger too little
     "ledger-behind",  # the ledger has lost lines, or has fewer rounds than the run has released
     "plan-changed",  # the privacy plan is not the one that the run was started with
     # exports

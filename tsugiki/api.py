@@ -58,7 +58,7 @@ class Run:
             the best adapter.
         metrics: one row for each round that reached its quorum, and one before training. `round`, `train_loss`, `sites`
             (accepted replies), `seconds`, `bytes_up`, `bytes_down`, and `eval_NAME` for each metric where the round was
-            evaluated. A private run also has `epsilon`: so far, against an adversary that sees the models. The file
+            evaluated. A private run also has `epsilon`: so far, against the strongest that sees the models. The file
             metrics.jsonl in the folder has all details, site by site.
     """
 

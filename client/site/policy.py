@@ -233,6 +233,7 @@ class SitePolicy(Section):
         if pins and pins.get(name) != key:
             problem = f"a sum with {name!r}, whose key is {key}"
             raise _refusal(problem, "one of policy.members, by name and fingerprint", "policy-members")
+
     @field_validator("tell")
     @classmethod
     def _is_tellable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -403,13 +404,14 @@ def guaranteed_noise(plan: Plan) -> float:
     """Return the noise multiplier that a site can rely on without trusting the server.
 
     In mode `distributed`, the sum has its full noise only if enough clients are in it. Under secure aggregation, this
-    site checks that before it unmasks. Without secure aggregation, only the site's own share of the noise is certain.
+    site checks that before it unmasks; the noise that another site of the sum knows does not count. Without secure
+    aggregation, only the site's own share of the noise is certain.
     """
     if not plan.private:
         return 0.0
     if plan.mode == "distributed" and not plan.secure_aggregation:
         return releases_of(plan)["uploads"].noise_multiplier
-    return plan.noise_multiplier
+    return releases_of(plan)["release"].noise_multiplier
 
 
 def unbounded_adversaries(plan: Plan) -> list[Adversary]:

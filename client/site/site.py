@@ -54,6 +54,7 @@ class Site(Protocol):
 
     def node_key(self) -> EllipticCurvePrivateKey | None:
         """Return the private key of this site's node, or None if it has none."""
+
     def admit(self, config: RunConfig) -> None:
         """Count a run's settings before they are answered, if the site has not answered them in the last 24 hours.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from tsugiki.common.adapters.lora import LoraSettings
@@ -282,9 +283,7 @@ def _count_problems(config: RunConfig) -> list[Problem]:
                 "raise it",
             )
         )
-    if privacy.honest_fraction * config.strategy.min_clients < 1:
-        expected = f"at least 1 / min_clients, which is {1 / config.strategy.min_clients:.3g}"
-        found.append(Problem("privacy.honest_fraction", str(privacy.honest_fraction), expected, "raise either of them"))
+    found += _share_problems(config)
     sites = -(-config.simulation.clients // config.simulation.clients_per_site)  # rounded up: the last may be smaller
     if privacy.secure_aggregation and config.simulation.data and sites > MOST_CLIENTS:
         expected = f"false with {sites} sites: a sum has at most {MOST_CLIENTS}"
@@ -310,6 +309,28 @@ def _count_problems(config: RunConfig) -> list[Problem]:
         expected = f"at most privacy.enrolled_clients = {clients}"
         found.append(Problem("strategy.min_clients", str(config.strategy.min_clients), expected, "lower it"))
     return found
+
+
+def _share_problems(config: RunConfig) -> list[Problem]:
+    """Return the problem of a sum in which a site may know so much of the noise that less than one share is left."""
+    privacy = config.privacy
+    noisy = privacy.noise_multiplier > 0 or privacy.target_epsilon > 0
+    if privacy.mode != "distributed" or not noisy:
+        return []
+    known = config.most_clients_of_a_site
+    # The small addend makes up for rounding: 0.2 * 10 clients may be a little below 2.
+    if privacy.honest_fraction * config.strategy.min_clients - known + 1e-9 >= 1:
+        return []
+    least = math.ceil((known + 1) / privacy.honest_fraction - 1e-9)
+    what = "client" if known == 1 else f"{known:,} clients"
+    expected = (
+        f"at least {least:,}, which is ({known} + 1) / privacy.honest_fraction: a site knows the noise of its own "
+        f"{what}, and one more share has to hide the others"
+    )
+    hint = 'raise it, or use privacy.mode = "local"'
+    if config.simulation.data and config.simulation.clients_per_site > 1:
+        hint = "raise it, or lower simulation.clients_per_site"
+    return [Problem("strategy.min_clients", str(config.strategy.min_clients), expected, hint)]
 
 
 def _example_problems(config: RunConfig) -> list[Problem]:

@@ -1,22 +1,26 @@
 """Compute the epsilon of all releases together, with Google's `dp-accounting`.
 
 A release is one noisy value that an adversary saw. Gaussian releases are accounted exactly, sampled Gaussian ones by
-privacy loss distributions, Skellam ones (and mixtures) by Renyi differential privacy; all under zero-out adjacency
-(`REPLACE_SPECIAL`).
+privacy loss distributions, Skellam ones by the exact epsilon of the Gaussian and their distance from it, or by Renyi
+differential privacy where that is smaller; all under zero-out adjacency (`REPLACE_SPECIAL`).
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 from tsugiki.common.privacy.clipping import LEVELS
+from tsugiki.common.privacy.near_gaussian import SkellamNoise, near_gaussian_epsilon
 
 RELATION = "zero-out (REPLACE_SPECIAL)"
+ACCOUNT = 2
+"""Version of the rules by which releases follow from a plan. Version 1 took a site's own noise for noise
+that hides the others from it."""
 _DISCRETIZATION = 1e-3
 _MOST_NOISE = 10_000.0  # the largest value that [privacy] accepts
 _PLD_MOST_EPSILON = 100.0
@@ -56,6 +60,9 @@ class Release:
         return gaussian
 
 
+_Counts = Sequence[tuple[Release, int]]
+
+
 def skellam_zcdp(noise_multiplier: float, dimension: int, levels: int = LEVELS) -> tuple[float, float]:
     """Return (rho, xi) so that a Skellam release has a Renyi divergence of at most xi + rho * a for integers a > 1.
 
@@ -85,47 +92,78 @@ def epsilon(releases: Iterable[Release] | Mapping[Release, int], delta: float) -
         delta: in (0, 1).
     """
     counts = Counter(releases)  # accepts a mapping of counts, too
+    if not counts:
+        return 0.0
     return _epsilon(tuple(sorted(counts.items(), key=repr)), delta)
 
 
 @lru_cache(maxsize=256)
-def _epsilon(counts: tuple[tuple[Release, int], ...], delta: float) -> float:
-    if not counts:
-        return 0.0
+def _epsilon(counts: _Counts, delta: float) -> float:
     if any(release.noise_multiplier <= 0 for release, _ in counts):
         return math.inf
-    import dp_accounting
-    from dp_accounting.pld import PLDAccountant
-    from dp_accounting.rdp import RdpAccountant
-
-    # Gaussians alone have an exact epsilon.
-    merged = _merge_gaussians(counts)
-    if len(merged) == 1 and merged[0][0].noise == "gaussian" and merged[0][0].sampling_probability >= 1:
-        return float(dp_accounting.get_epsilon_gaussian(merged[0][0].noise_multiplier, delta))
-    # Everything else is bounded by RDP; without Skellam noise, a privacy loss distribution may be tighter.
-    relation = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
-    renyi = RdpAccountant(_ORDERS, relation)
-    for release, count in merged:
-        renyi.compose(release.event(), count)
-    bound = float(renyi.get_epsilon(delta))
-    if bound > _PLD_MOST_EPSILON or any(release.noise == "skellam" for release, _ in merged):
+    if all(release.noise == "gaussian" and release.sampling_probability >= 1 for release, _ in counts):
+        return _exact(counts, delta)
+    # Everything else is bounded by RDP, and by something that may be tighter.
+    bound = _by_renyi(counts, delta)
+    if all(release.sampling_probability >= 1 for release, _ in counts):
+        return min(bound, _near_gaussian(counts, delta))
+    if bound > _PLD_MOST_EPSILON or any(release.noise == "skellam" for release, _ in counts):
         return bound
-    distribution = PLDAccountant(relation, _DISCRETIZATION)
-    for release, count in merged:
-        distribution.compose(release.event(), count)
-    return min(bound, float(distribution.get_epsilon(delta)))
+    return min(bound, _by_loss_distribution(counts, delta))
 
 
-def _merge_gaussians(counts: tuple[tuple[Release, int], ...]) -> list[tuple[Release, int]]:
-    """Return the releases with all Gaussian ones that are not sampled replaced by a single equivalent one.
+def _exact(counts: _Counts, delta: float) -> float:
+    """Return the epsilon of releases that are not sampled, as if all had Gaussian noise."""
+    import dp_accounting
+
+    return float(dp_accounting.get_epsilon_gaussian(_composed(counts), delta))
+
+
+def _composed(counts: _Counts) -> float:
+    """Return the noise multiplier of one Gaussian release that reveals as much as all of these with Gaussian noise.
 
     Gaussians of z_1, z_2, ... together reveal as much as one of (1 / z_1^2 + 1 / z_2^2 + ...)^(-1/2).
     Source: Dong, Roth and Su 2022, arXiv:1905.02383, corollary 3.3.
     """
+    return float(sum(count / release.noise_multiplier**2 for release, count in counts) ** -0.5)
+
+
+def _near_gaussian(counts: _Counts, delta: float) -> float:
+    """Return the epsilon of releases that are not sampled, some with Skellam noise, from that of Gaussian noise."""
+    noises = [
+        SkellamNoise((LEVELS * release.noise_multiplier) ** 2, count * release.dimension)
+        for release, count in counts
+        if release.noise == "skellam"
+    ]
+    return near_gaussian_epsilon(lambda left: _exact(counts, left), noises, delta)
+
+
+def _by_renyi(counts: _Counts, delta: float) -> float:
+    import dp_accounting
+    from dp_accounting.rdp import RdpAccountant
+
+    renyi = RdpAccountant(_ORDERS, dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
+    for release, count in _merge_gaussians(counts):
+        renyi.compose(release.event(), count)
+    return float(renyi.get_epsilon(delta))
+
+
+def _by_loss_distribution(counts: _Counts, delta: float) -> float:
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    relation = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
+    distribution = PLDAccountant(relation, _DISCRETIZATION)
+    for release, count in _merge_gaussians(counts):
+        distribution.compose(release.event(), count)
+    return float(distribution.get_epsilon(delta))
+
+
+def _merge_gaussians(counts: _Counts) -> list[tuple[Release, int]]:
+    """Return the releases with all Gaussian ones that are not sampled replaced by a single equivalent one."""
     plain = [(r, count) for r, count in counts if r.noise == "gaussian" and r.sampling_probability >= 1]
     others = [(r, count) for r, count in counts if (r, count) not in plain]
-    precision = sum(count / release.noise_multiplier**2 for release, count in plain)
-    return ([(Release("gaussian", precision**-0.5), 1)] if plain else []) + others
+    return ([(Release("gaussian", _composed(plain)), 1)] if plain else []) + others
 
 
 def calibrate(

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.common.audit import AuditLog, verify
-from tsugiki.common.errors import BudgetError, Code
+from tsugiki.common.errors import BudgetError, Code, StorageError
 from tsugiki.common.files import lock_of, locked
-from tsugiki.common.privacy.accounting import Release, epsilon
+from tsugiki.common.privacy.accounting import ACCOUNT, Release, epsilon
 from tsugiki.common.privacy.mechanisms import ADVERSARIES, Adversary
 
 EVENT = "charged"
@@ -50,16 +50,36 @@ class Ledger:
         """Return all releases so far, with their counts, by adversary.
 
         Raises:
-            StorageError: the file was tampered with.
+            StorageError: the file was tampered with; `ledger-older`, an older version has charged too little.
         """
         found: dict[Adversary, Counter[Release]] = {adversary: Counter() for adversary in ADVERSARIES}
         for line in verify(self.path):
             if line["event"] == EVENT:
                 release = Release(**line["release"])
+                self._check_account(line, release)
                 if line.get("private") is False and not self.seeded:
                     release = replace(release, noise_multiplier=0.0)  # its noise is known to anybody with the seed
                 found[line["adversary"]][release] += line["count"]
+                # Where the noise is not in shares, outsiders see what a site sees, and have no line of their own.
+                if line["adversary"] == "release" and release.noise != "skellam":
+                    found["outsiders"][release] += line["count"]
         return found
+
+    def _check_account(self, line: Mapping[str, Any], release: Release) -> None:
+        """Check that a line was not charged as if a site's own noise hid the others from it.
+
+        The line does not say how much of the noise that was, so it cannot be corrected.
+
+        Raises:
+            StorageError: `ledger-older`, it was.
+        """
+        if line["adversary"] == "release" and release.noise == "skellam" and line.get("account", 1) < ACCOUNT:
+            raise StorageError(
+                f"in the ledger {self.path}, a version before {ACCOUNT} of the account charged a distributed run",
+                "releases without the noise that a site of the sum knows",
+                "keep the file elsewhere, begin a new ledger, and lower its budget by what the old one has spent",
+                code="ledger-older",
+            )
 
     def rounds(self, run: str) -> int:
         """Return the number of rounds of a run that are charged as released; other runs on the ledger do not count.
@@ -71,9 +91,14 @@ class Ledger:
         return len({line["round"] for line in lines if line["adversary"] == "release"})
 
     def epsilons(self) -> dict[Adversary, float]:
-        """Return the epsilon of each adversary that has seen a release; infinite if a release had no noise."""
-        spent = self.spent().items()
-        return {adversary: epsilon(releases, self.delta) for adversary, releases in spent if releases}
+        """Return the epsilon of each adversary that has seen a release; infinite if a release had no noise.
+
+        `outsiders` is left out where it is the same as `release`.
+        """
+        spent = self.spent()
+        if spent["outsiders"] == spent["release"]:
+            del spent["outsiders"]
+        return {adversary: epsilon(releases, self.delta) for adversary, releases in spent.items() if releases}
 
     def check(self, seen: Mapping[Adversary, tuple[Release, int]]) -> None:
         """Check that these further releases are within all budgets.
@@ -115,7 +140,8 @@ class Ledger:
             spent = self.spent()[who]
             total = self._check(who, spent, release, count)
             cost = {"delta": self.delta, "epsilon": total if math.isfinite(total) else None}  # JSON has no infinity
-            AuditLog(self.path).write(EVENT, adversary=who, release=asdict(release), count=count, **cost, **details)
+            line = {"adversary": who, "release": asdict(release), "count": count, "account": ACCOUNT}
+            AuditLog(self.path).write(EVENT, **line, **cost, **details)
         return total
 
     def _check(self, adversary: Adversary, spent: Counter[Release], release: Release, count: int) -> float:

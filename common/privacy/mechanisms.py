@@ -1,13 +1,15 @@
 """The privacy modes, one class each: who adds which noise, and what each adversary sees.
 
 The methods of a mode return the noise of each party; the plan (`common/privacy/plan.py`) contains the numbers. There
-are three adversaries, each with a ledger of its own:
+are four adversaries, each with a ledger of its own:
 
-- `release`: anyone who sees the models that the run releases, and every other site.
+- `release`: the strongest who sees the models that the run releases. In mode `distributed`, that is another site: it
+  knows the noise that it has added itself.
+- `outsiders`: anyone else who sees these models. Only where `release` is stronger.
 - `sums`: a curious server under secure aggregation; it sees the sums that were opened, and whose updates are in them.
 - `uploads`: a curious server without secure aggregation; it sees each site's upload.
 
-A fourth ledger, `rows`, is for DP-SGD at a site, which protects single rows (`client/training/dp_sgd.py`). Only the
+A fifth ledger, `rows`, is for DP-SGD at a site, which protects single rows (`client/training/dp_sgd.py`). Only the
 site keeps it, and it is never added to the others, which protect a whole client.
 """
 
@@ -29,9 +31,10 @@ if TYPE_CHECKING:
 
     from tsugiki.common.privacy.plan import Plan
 
-Adversary = Literal["release", "sums", "uploads", "rows"]
+Adversary = Literal["release", "outsiders", "sums", "uploads", "rows"]
 ADVERSARIES: dict[Adversary, str] = {
     "release": "whoever sees the models, other sites included",
+    "outsiders": "outsiders, who see the models only",
     "sums": "the server, which sees only opened sums",
     "uploads": "the server, which sees each upload",
     "rows": "whoever sees this site's uploads, about one of its rows",
@@ -141,7 +144,8 @@ class Distributed(Mechanism):
     """Each client adds a share of the noise; the sum of any `n_min` clients contains at least all of it.
 
     Shares are Skellam noise of variance (z * LEVELS)^2 / (h * n_min). In a sum over n' >= n_min clients, of which at
-    least h * n_min are honest, noise of variance (z * LEVELS)^2 or more stays secret.
+    least h * n_min are honest, noise of variance (z * LEVELS)^2 or more stays secret. From a site that has added k of
+    the shares itself, h * n_min - k shares stay secret. k is the most clients that the plan allows a site.
 
     Source: Kairouz, Liu and Steinke 2021, arXiv:2102.06387; Agarwal et al. 2021, arXiv:2110.04995.
     """
@@ -152,12 +156,24 @@ class Distributed(Mechanism):
 
     @classmethod
     def seen(cls, plan: Plan) -> dict[Adversary, Release]:
-        """Return the sum, with all noise; without secure aggregation also each upload, with only its share."""
-        total = Release("skellam", plan.noise_multiplier, dimension=plan.dimension)
+        """Return the sum, to another site without the noise of its own clients, to all others with all noise.
+
+        Without secure aggregation, the server sees each upload, with only its share, instead of the sum.
+        """
+        shares = plan.honest_fraction * plan.min_clients
+        share = plan.noise_multiplier / math.sqrt(shares)
+
+        def noisy(noise_multiplier: float) -> Release:
+            return Release("skellam", noise_multiplier, dimension=plan.dimension)
+
+        total = noisy(plan.noise_multiplier)
+        to_others: dict[Adversary, Release] = {
+            "release": noisy(share * math.sqrt(max(secret_shares(plan), 0.0))),
+            "outsiders": total,
+        }
         if plan.secure_aggregation:
-            return {"release": total, "sums": total}
-        share = plan.noise_multiplier / math.sqrt(plan.honest_fraction * plan.min_clients)
-        return {"release": total, "uploads": Release("skellam", share, dimension=plan.dimension)}
+            return {**to_others, "sums": total}
+        return {**to_others, "uploads": noisy(share)}
 
     @classmethod
     def client_noise(cls, plan: Plan, draw: np.random.Generator, clients: int = 1) -> Levels:
@@ -168,6 +184,15 @@ class Distributed(Mechanism):
     def client_variance(cls, plan: Plan) -> float:
         """(z * LEVELS)^2 / (h * n_min)."""
         return (plan.noise_multiplier * LEVELS) ** 2 / (plan.honest_fraction * plan.min_clients)
+
+
+def secret_shares(plan: Plan) -> float:
+    """Return the least number of noise shares in a sum that are secret from every single site, in mode `distributed`.
+
+    A site knows the shares of its own clients. Settings with less than one secret share are refused
+    (`common/config/rules.py`).
+    """
+    return plan.honest_fraction * plan.min_clients - plan.max_clients_per_site
 
 
 def mechanism_of(plan: Plan) -> type[Mechanism]:

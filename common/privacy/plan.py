@@ -19,7 +19,8 @@ class Plan:
         secure_aggregation: whether the server sees sums only.
         rounds: number of planned rounds (T).
         enrolled_clients: number of clients that may ever take part (N).
-        max_clients_per_site: the most clients that one site may have; a site that reports more is refused.
+        max_clients_per_site: the most clients that one site may have; a site that reports more is refused. In mode
+            distributed, a site knows the noise of so many clients.
         min_clients: the least number of clients in a sum (n_min).
         min_sites: under secure aggregation, the least number of sites that these clients are at.
         honest_fraction: share of the clients in a sum that add their noise and keep it to themselves (h).
@@ -31,6 +32,7 @@ class Plan:
         dimension: number of coordinates of an update (d).
         levels: number of integer levels in a clip norm.
         modulus_bits: integers travel and are added modulo 2^modulus_bits.
+        account: version of the rules by which the releases follow from this plan.
         private: False if there is no noise, or it is seeded, so that anybody can draw it too.
         relation: the relation between neighbouring populations.
         versions: the versions of the packages that compute the account.
@@ -52,6 +54,7 @@ class Plan:
     dimension: int
     levels: int
     modulus_bits: int
+    account: int
     private: bool
     relation: str
     versions: str

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from tsugiki.common import __version__
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError, Problem
-from tsugiki.common.privacy.accounting import RELATION, Release, calibrate
+from tsugiki.common.privacy.accounting import ACCOUNT, RELATION, Release, calibrate
 from tsugiki.common.privacy.clipping import LEVELS
 from tsugiki.common.privacy.mechanisms import MECHANISMS, releases_of
 from tsugiki.common.privacy.plan import Plan
@@ -44,7 +44,7 @@ def make_plan(config: RunConfig, dimension: int) -> Plan | None:
 def _calibrated(config: RunConfig, dimension: int) -> float:
     """Return the smallest noise multiplier that keeps the budget over all rounds."""
     privacy = config.privacy
-    adversary = MECHANISMS.get(privacy.mode).budgeted[0]  # a second one sees the same releases, or none
+    adversary = MECHANISMS.get(privacy.mode).budgeted[0]  # a second one sees as much noise or more, or nothing
 
     def releases(noise_multiplier: float) -> list[Release]:
         seen = releases_of(_plan(config, dimension, noise_multiplier))
@@ -80,6 +80,7 @@ def _plan(config: RunConfig, dimension: int, noise_multiplier: float) -> Plan:
         dimension=dimension,
         levels=LEVELS,
         modulus_bits=_modulus_bits(config.enrolled_clients, noise_multiplier),
+        account=ACCOUNT,
         private=privacy.insecure_noise_seed == 0 and noise_multiplier > 0,
         relation=RELATION,
         versions=f"tsugiki {__version__}, dp-accounting {version('dp-accounting')}",

@@ -95,7 +95,7 @@ class PrivacySection(Section):
         le=1,
         description='Mode "distributed": share of the clients in a sum that really add their noise and keep it to '
         "themselves. Lower it if some clients may cheat or help the server; the others then add more "
-        "noise.",
+        "noise. That a site knows its own noise is counted besides.",
     )
     secure_aggregation: bool = Field(
         default=False,
@@ -127,7 +127,8 @@ class PrivacySection(Section):
         default=0,
         ge=0,
         le=10**6,
-        description="Most clients that one site may stand for. Set it if sites are gateways. 0: 1, or "
+        description="Most clients that one site may stand for. Set it if sites are gateways. In mode "
+        '"distributed", a site knows the noise of its own clients, so that the others need more. 0: 1, or '
         "simulation.clients_per_site in a simulation.",
     )
     ledger: str = Field(

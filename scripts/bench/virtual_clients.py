@@ -3,11 +3,11 @@
     TSUGIKI_DATA=... python scripts/bench/virtual_clients.py [--rounds 5] [--alone 100] [--flower 500]
 
 The network and the data of `scripts/studies/mnist_populations.py`: LoRA of rank 8 on the last layer, MNIST over 10,000
-clients of six images, distributed noise, one local epoch. A round is everything from the sampled cohort to the
-checkpoint: training, clipping, noise, sum, guard, account, aggregation. "One after the other" trains some of the same
-clients with the ordinary local loop; the time is scaled up. Flower's simulation (Ray, its FedAvg) trains 500 clients of
-the same size for the same number of steps with plain PyTorch on the whole network; the time is scaled up, and Ray's
-start is not counted.
+clients of six images, noise by each client (mode local), one local epoch. A round is everything from the sampled cohort
+to the checkpoint: training, clipping, noise, sum, guard, account, aggregation. "One after the other" trains some of the
+same clients with the ordinary local loop; the time is scaled up. Flower's simulation (Ray, its FedAvg) trains 500
+clients of the same size for the same number of steps with plain PyTorch on the whole network; the time is scaled up,
+and Ray's start is not counted.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def config(base: Path, folder: Path, rounds: int, freeze_a: str) -> RunConfig:
             "adapter": {"rank": 8, "freeze_a": freeze_a},
             "train": {"optimizer": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0, "local_epochs": 1, "threads": 2},
             "strategy": {"min_clients": CLIENTS, "round_timeout_s": 3600.0},
-            "privacy": {"mode": "distributed", "target_epsilon": 8.0, "clip_norm": 0.5},
+            "privacy": {"mode": "local", "target_epsilon": 8.0, "clip_norm": 0.5},
             "simulation": {"clients": CLIENTS, "clients_per_site": CLIENTS, "data": str(data)},
         }
     )

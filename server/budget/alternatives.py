@@ -11,13 +11,25 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tsugiki.common.privacy.accounting import Release, calibrate, epsilon
-from tsugiki.common.privacy.mechanisms import ADVERSARIES, MECHANISMS, Adversary, mean_noise, mechanism_of, releases_of
+from tsugiki.common.privacy.mechanisms import (
+    ADVERSARIES,
+    MECHANISMS,
+    Adversary,
+    mean_noise,
+    mechanism_of,
+    releases_of,
+    secret_shares,
+)
 from tsugiki.common.privacy.plan import Plan
 
 TABLE_CLIENTS = (100, 1_000, 10_000)
 
 _AIM = 1.002
 """Target for the bound: a little above 1, because calibration rounds the noise multiplier up by at most 0.11 %."""
+
+_PRECISION = 1e-4
+_STEPS = 20
+"""How exactly the number of clients is found, and the most steps; rounding to whole clients may not allow it."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +127,17 @@ def calibrated(plan: Plan, target_epsilon: float) -> Plan | None:
 def without_slack(plan: Plan, mode: str, clients: int) -> Plan:
     """Return the plan in another mode and with another number of clients, all of which must take part.
 
-    Sampling is kept only if the mode stays the same, and dishonest clients only in mode distributed.
+    Sampling is kept only if the mode stays the same, and dishonest clients only in mode distributed. With fewer clients
+    than the plan's, the largest site has the same share of them; with more, as many as now.
     """
     probability = plan.sampling_probability if mode == plan.mode else 1.0
+    of_a_site = math.ceil(plan.max_clients_per_site * min(1.0, clients / plan.enrolled_clients))
     return replace(
         plan,
         mode=mode,
         min_clients=clients,
         enrolled_clients=round(clients / probability),
+        max_clients_per_site=of_a_site,
         sampling_probability=probability,
         honest_fraction=plan.honest_fraction if mode == "distributed" else 1.0,
     )
@@ -145,7 +160,9 @@ def table(plan: Plan, target_epsilon: float, clients: int) -> tuple[Row, ...]:
 def _row(plan: Plan, target_epsilon: float) -> Row:
     noisy = calibrated(plan, target_epsilon)
     # At a delta of 1 / N or more, publishing one client's update would count as private.
-    if noisy is None or plan.delta * plan.enrolled_clients >= 1:
+    # In a sum where a site knows nearly all noise, nothing would hide the others.
+    shared_with_one = plan.mode == "distributed" and secret_shares(plan) < 1
+    if noisy is None or shared_with_one or plan.delta * plan.enrolled_clients >= 1:
         return Row(plan.mode, plan.min_clients, None, None, {})
     spent = {
         adversary: epsilon({release: plan.rounds}, plan.delta) for adversary, release in everything_seen(noisy).items()
@@ -182,10 +199,7 @@ def _clients_needed(plan: Plan, clients: int, target_epsilon: float) -> tuple[in
     """Return the number of clients needed, None if no number is enough, and a delta below 1 / enrolled clients."""
     noisy: Plan | None = plan
     while noisy is not None:
-        bound = noise_on_mean(noisy, clients).bound
-        twice = noise_on_mean(scaled(noisy, 2), 2 * clients).bound
-        # The bound grows as a power of the clients; doubling them shows the exponent.
-        factor = (_AIM / bound) ** (1 / math.log2(twice / bound))
+        factor = _factor_needed(noisy, clients)
         enrolled = scaled(plan, factor).enrolled_clients
         if noisy.delta * enrolled < 1:
             return math.ceil(clients * factor), noisy.delta
@@ -194,13 +208,39 @@ def _clients_needed(plan: Plan, clients: int, target_epsilon: float) -> tuple[in
     return None, plan.delta
 
 
+def _factor_needed(plan: Plan, clients: int) -> float:
+    """Return the factor of all numbers of clients that lifts the bound, now below 1, to a little above 1."""
+    factor = 1.0
+    for _ in range(_STEPS):
+        bound = noise_on_mean(scaled(plan, factor), math.ceil(clients * factor)).bound
+        if abs(bound / _AIM - 1) < _PRECISION:
+            break
+        # The bound grows nearly as a power of the clients; doubling them shows the exponent.
+        twice = noise_on_mean(scaled(plan, 2 * factor), math.ceil(2 * clients * factor)).bound
+        factor *= (_AIM / bound) ** (1 / math.log2(twice / bound))
+    return factor
+
+
 def scaled(plan: Plan, factor: float) -> Plan:
-    """Return the plan with its numbers of clients multiplied by a factor and rounded up."""
-    return replace(
+    """Return the plan with its numbers of clients multiplied by a factor of 1 or more and rounded up, as private."""
+    larger = replace(
         plan,
         enrolled_clients=math.ceil(plan.enrolled_clients * factor),
         min_clients=math.ceil(plan.min_clients * factor),
     )
+    return as_private_as(plan, larger) or larger
+
+
+def as_private_as(plan: Plan, other: Plan) -> Plan | None:
+    """Return another plan with the noise that hides as much as this plan's; None if no noise does.
+
+    In mode distributed, a site knows a smaller part of the noise the more clients are in a sum.
+    """
+    wanted = budgeted_release(plan).noise_multiplier
+    now = budgeted_release(other).noise_multiplier
+    if now <= 0:
+        return None
+    return replace(other, noise_multiplier=other.noise_multiplier * (wanted / now))
 
 
 def most_rounds(release: Release, most_epsilon: float, plan: Plan) -> int:

@@ -50,7 +50,7 @@ class Dropout:
     Args:
         clients: number of clients left, below the least number (n_min).
         share: share of the noise's variance that is left with them, from 0 to 1.
-        epsilon: epsilon of the release after all rounds.
+        epsilon: epsilon of the release after all rounds; infinite if a site knows all that is left.
     """
 
     clients: int
@@ -158,9 +158,8 @@ def _rounds_allowed(plan: Plan) -> int:
 
 def _scaled_epsilon(plan: Plan, adversary: Adversary, share: float) -> float:
     """Return an adversary's epsilon after all rounds if the noise had only a share of its variance."""
-    release = releases_of(plan)[adversary]
-    weaker = replace(release, noise_multiplier=release.noise_multiplier * math.sqrt(share))
-    return epsilon({weaker: plan.rounds}, plan.delta)
+    weaker = replace(plan, noise_multiplier=plan.noise_multiplier * math.sqrt(share))
+    return epsilon({releases_of(weaker)[adversary]: plan.rounds}, plan.delta)
 
 
 def _dropouts(plan: Plan) -> tuple[Dropout, ...]:
@@ -172,7 +171,7 @@ def _dropouts(plan: Plan) -> tuple[Dropout, ...]:
     # The small addend makes up for rounding in the product, which could cost one client.
     left = dict.fromkeys(max(1, math.floor(share * least + 1e-9)) for share in SURVIVING)
     return tuple(
-        Dropout(count, count / least, _scaled_epsilon(plan, "release", count / least))
+        Dropout(count, count / least, _scaled_epsilon(replace(plan, min_clients=count), "release", count / least))
         for count in left
         if count < least
     )

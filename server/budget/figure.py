@@ -10,7 +10,7 @@ from tsugiki.common.plots import BLUE, GREEN, GREY, ORANGE, RED, Format, new_fig
 from tsugiki.common.privacy.accounting import epsilon
 from tsugiki.common.privacy.mechanisms import Adversary
 from tsugiki.common.privacy.plan import Plan
-from tsugiki.server.budget.alternatives import everything_seen, noise_on_mean, without_slack
+from tsugiki.server.budget.alternatives import as_private_as, everything_seen, noise_on_mean, without_slack
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 Points = dict[int, float]
 
-_DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 """Different dashes keep lines visible that cover each other."""
 
 _MODES = {"central": (BLUE, _DASHES[0]), "distributed": (ORANGE, _DASHES[1]), "local": (GREEN, _DASHES[0])}
 _VIEWS: dict[Adversary, tuple[str, str]] = {
     "release": (BLUE, "models"),
+    "outsiders": (GREEN, "models, to outsiders"),
     "sums": (ORANGE, "server, secure aggregation"),
     "uploads": (RED, "server, each upload"),
 }
@@ -49,9 +50,11 @@ def bounds(budget: Budget) -> dict[str, Points]:
     for row in budget.table:
         if row.clients == budget.clients and row.noise_multiplier is not None:
             plan = replace(budget.base, noise_multiplier=row.noise_multiplier)
-            # Each curve keeps the noise multiplier that the table found for the run's own clients.
+            # Each curve is as private as the table's row for the run's own clients.
+            own = without_slack(plan, row.mode, row.clients)
             counts = _geometric(min(10, budget.clients), most, _POINTS)
-            found[row.mode] = {n: noise_on_mean(without_slack(plan, row.mode, n), n).bound for n in counts}
+            plans = {n: as_private_as(own, without_slack(plan, row.mode, n)) for n in counts}
+            found[row.mode] = {n: noise_on_mean(other, n).bound for n, other in plans.items() if other is not None}
     return found
 
 

@@ -25,9 +25,12 @@ if TYPE_CHECKING:
 
 _UNPROTECTED: dict[Adversary, str] = {
     "release": "none: they see the means as they are",
+    "outsiders": "none: they see the means as they are",
     "sums": "none: it sees the sums as they are",
     "uploads": "none: it sees the updates as they are",
 }
+_COLUMNS: tuple[Adversary, ...] = ("release", "sums", "uploads")
+"""The adversaries in the table of other modes. In mode distributed, outsiders learn as much as the server of sums."""
 _VERDICTS = {
     "hopeless": ("red", "Nothing can be learned like this."),
     "hard": ("yellow", "Hard: little can be learned like this."),
@@ -123,6 +126,7 @@ def _plan(budget: Budget, found: Assessment) -> Iterator[RenderableType]:
         ("integers", f"modulo 2^{plan.modulus_bits}, {plan.levels:,} to a clip norm"),
     ]
     if plan.mode == "distributed":
+        rows.append(("most clients of a site (k)", f"{plan.max_clients_per_site:,}, whose noise it knows"))
         rows.append(("secure aggregation", "yes" if plan.secure_aggregation else "no"))
     yield _pairs(rows)
     if found.rounds_allowed < plan.rounds:
@@ -225,12 +229,18 @@ def _dropouts(found: Assessment) -> Iterator[RenderableType]:
     least = found.plan.min_clients
     if found.dropouts:
         yield _paragraph(f"A sum over fewer than {least:,} clients lacks noise. Opened all the same in every round:")
-        rows = [(f"  {one.clients:,} of {least:,} clients", _epsilon(one.epsilon)) for one in found.dropouts]
-        yield _pairs([(clients, f"epsilon of the models {spent}") for clients, spent in rows])
+        yield _pairs([(f"  {one.clients:,} of {least:,} clients", _models(one.epsilon)) for one in found.dropouts])
         yield _paragraph("The program refuses to open such a sum; the round is void.")
     if found.growth > 1:
         every = f"With all {found.noise[-1].clients:,} clients, a sum has {found.growth:.3g} times the noise it needs"
         yield _paragraph(f"{every}, sqrt(n / (h n_min)).")
+
+
+def _models(epsilon: float) -> str:
+    """Return the epsilon of the models in words."""
+    if math.isinf(epsilon):
+        return "no epsilon of the models: a site may know all noise"
+    return f"epsilon of the models {_epsilon(epsilon)}"
 
 
 def _table(budget: Budget) -> Iterator[RenderableType]:
@@ -242,7 +252,7 @@ def _table(budget: Budget) -> Iterator[RenderableType]:
         f"{plan.clip_norm:g}, {plan.dimension:,} parameters; with all n clients in every sum."
     )
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("n", "mode", "z", "noise", "bound", "release", "sums", "uploads"):
+    for name in ("n", "mode", "z", "noise", "bound", *_COLUMNS):
         table.add_column(name, justify="left" if name == "mode" else "right")
     for position, row in enumerate(budget.table, 1):
         style = "bold" if row.clients == budget.clients else ""  # the run's own number of clients
@@ -250,11 +260,13 @@ def _table(budget: Budget) -> Iterator[RenderableType]:
     yield _indented(table)
     refused = ""
     if any(row.noise is None for row in budget.table):
-        refused = "refused: delta is not below 1 / N, or the noise too much to be drawn."
+        refused = (
+            "refused: delta is not below 1 / N, the noise is too much to be drawn, or a site may know nearly all of it."
+        )
     yield _paragraph(
         "noise: standard deviation on a coordinate of the mean. bound: signal / noise at most, in a round. release, "
         "sums, uploads: epsilon of those who see the models, of the server with secure aggregation and without; "
-        "none: it sees updates as they are.",
+        "none: it sees updates as they are. In mode distributed, sums holds for outsiders who see the models, too.",
         refused,
     )
 
@@ -263,7 +275,7 @@ def _cells(row: Row) -> list[str]:
     if row.noise is None or row.noise_multiplier is None:
         return [f"{row.clients:,}", row.mode, "refused"]
     numbers = [f"{row.noise_multiplier:g}", f"{row.noise.coordinate:.3g}", _ratio(row.noise.bound)]
-    spent = [_epsilon(row.epsilon[adversary]) if adversary in row.epsilon else "-" for adversary in _UNPROTECTED]
+    spent = [_epsilon(row.epsilon[adversary]) if adversary in row.epsilon else "-" for adversary in _COLUMNS]
     return [f"{row.clients:,}", row.mode, *numbers, *spent]
 
 

@@ -136,7 +136,7 @@ def _privacy_figures(run: Run) -> list[Figure]:
     lines = [(line["round"], line["privacy"]) for line in run.completed if line.get("privacy")]
     curves = {
         f"epsilon, {adversary}": curve((round_number, entry["epsilon"].get(adversary)) for round_number, entry in lines)
-        for adversary in ("release", "sums", "uploads")
+        for adversary in ("release", "outsiders", "sums", "uploads")
     }
     curves["norm of the mean"] = curve((round_number, entry["mean_norm"]) for round_number, entry in lines)
     curves["norm of its noise"] = curve((round_number, entry["noise_norm"]) for round_number, entry in lines)

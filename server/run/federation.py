@@ -224,6 +224,13 @@ def _check_plan(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     Raises:
         StorageError: `plan-changed`, with each number that differs.
     """
+    if before and now and before.get("account", 1) != now["account"]:
+        raise StorageError(
+            f"the privacy plan follows version {before.get('account', 1)} of the account",
+            f"version {now['account']}, which counts no noise that a site of the sum knows",
+            "resume with the version of Tsugiki that started the run, or start a new run",
+            code="plan-changed",
+        )
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if names:
         raise StorageError(

@@ -27,6 +27,10 @@ _ASSUMES = {
     "distributed": "Of the clients in a sum, at least the planned honest share add their noise and keep it to "
     "themselves.",
 }
+_SITES = (
+    "Another site knows the noise of its own clients. The figure against whoever sees the models holds against the "
+    "site with the most clients that the plan allows; outsiders learn less."
+)
 _SAMPLED = (
     "Clients were sampled by secret coins (poisson), and the figures count on it: they hold only against whoever does "
     "not know who was asked in which round."
@@ -75,6 +79,9 @@ def statement(privacy: Mapping[str, Any]) -> list[str]:
         for adversary, value in _epsilons(privacy).items()
     ]
     paragraphs = [first, " ".join(figures), UNIT, _ASSUMES.get(mode, "")]
+    # Without their own figure, the run's account is older, or outsiders see what sites see.
+    if "outsiders" in privacy["epsilon"]:
+        paragraphs.append(_SITES)
     if privacy.get("sampling_probability", 1.0) < 1:
         paragraphs.append(_SAMPLED)
     return [*paragraphs, *_server_view(privacy), _caveat()]

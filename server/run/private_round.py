@@ -60,7 +60,9 @@ class PrivateRound(Round[CollectedSum]):
             BudgetError: another run on the same clients has used up the budget.
             StorageError: the ledger cannot be written; nothing is released.
         """
-        self.privacy.charge("release", round_number)  # before the mean exists: a crash must not make a release free
+        # before the mean exists: a crash must not make a release free
+        self.privacy.charge("release", round_number)
+        self.privacy.charge("outsiders", round_number)
         mean, report = self.privacy.mean(replies.total, replies.clients, round_number)
         step = take_step(self.ctx, state, round_number, [WeightedUpdate("mean", mean, 1)])
         return replace(step, record={"privacy": report})

@@ -60,7 +60,8 @@ def test_the_sum_of_pinned_members_is_that_of_the_in_process_engine(tmp_path, mo
     assert summary(config)["adapter_sha256"] == here.summary["adapter_sha256"]
     assert summary(config)["privacy"]["private"] is False
     spent = Ledger(sites[0].parent / "privacy-ledger.jsonl", 1e-5, {}).spent()
-    assert {who: sum(counts.values()) for who, counts in spent.items() if counts} == {"release": 2, "sums": 2}
+    counted = {who: sum(counts.values()) for who, counts in spent.items() if counts}
+    assert counted == {"release": 2, "outsiders": 2, "sums": 2}
 
 
 def test_a_client_that_dies_in_training_is_not_missed(tmp_path, model):
@@ -77,4 +78,4 @@ def test_a_client_that_dies_in_training_is_not_missed(tmp_path, model):
     assert list(lines[0]["rejected"]) == ["site-2"]
     assert all(line["privacy"]["private"] and line["eval"] for line in lines)
     charged = [line["adversary"] for line in read_lines(tmp_path / "runs" / "privacy-ledger.jsonl")]
-    assert charged == ["sums", "release"] * 2
+    assert charged == ["sums", "release", "outsiders"] * 2

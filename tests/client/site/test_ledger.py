@@ -285,11 +285,14 @@ def _job(config, request):
 
 
 def test_the_plan_of_a_site_is_its_own(acme):
-    """Catches: an account of what the server says that it adds, instead of what the settings give."""
+    """Catches: an account of what the server says that it adds, instead of what the settings give; an outsider's."""
     folder, ask = acme()
     assert refused(ask("distributed", target_epsilon=3.0)) == ""
     release = {line["adversary"]: Release(**line["release"]) for line in verify(folder / LEDGER)}
-    assert release["uploads"].noise_multiplier == pytest.approx(release["release"].noise_multiplier / math.sqrt(2))
+    assert release["uploads"].noise_multiplier == pytest.approx(release["outsiders"].noise_multiplier / math.sqrt(2))
+    # The other site of a sum of two knows its own share.
+    assert release["release"].noise_multiplier == pytest.approx(release["outsiders"].noise_multiplier / math.sqrt(2))
+    assert epsilon({release["release"]: 2}, DELTA) == pytest.approx(3.0, rel=2e-3)
     assert release["release"].noise == "skellam"
     assert replace(release["release"], dimension=1) == Release("skellam", release["release"].noise_multiplier)
 

@@ -162,7 +162,8 @@ HIDDEN = {"secure_aggregation": True}
         ({"min_noise_multiplier": 1.0001}, private("local"), "policy-noise"),
         ({"min_noise_multiplier": 1.0}, private("central"), ""),
         ({"min_noise_multiplier": 1e-9}, OPEN, "policy-noise"),
-        ({"min_noise_multiplier": 1.0}, private("distributed", **HIDDEN), ""),
+        ({"min_noise_multiplier": 0.866}, private("distributed", **HIDDEN), ""),
+        ({"min_noise_multiplier": 0.867}, private("distributed", **HIDDEN), "policy-noise"),
         ({"min_noise_multiplier": 1.0}, private("distributed"), "policy-noise"),
         ({"min_noise_multiplier": 0.5}, private("distributed"), ""),
         ({"min_noise_multiplier": 0.5001}, private("distributed"), "policy-noise"),
@@ -192,15 +193,15 @@ def test_what_a_run_has_to_do_for_privacy(settings, asked, code):
         ("central", {}, 1.0),
         ("local", {}, 1.0),
         ("distributed", {}, 0.5),
-        ("distributed", {"honest_fraction": 0.25}, 1.0),
-        ("distributed", {"strategy": {"min_clients": 1}}, 1.0),
-        ("distributed", {"secure_aggregation": True}, 1.0),
-        ("distributed", {"secure_aggregation": True, "honest_fraction": 0.25}, 1.0),
+        ("distributed", {"honest_fraction": 0.5}, 0.5**0.5),
+        ("distributed", {"secure_aggregation": True}, 0.75**0.5),
+        ("distributed", {"secure_aggregation": True, "max_clients_per_site": 3}, 0.5),
+        ("distributed", {"secure_aggregation": True, "honest_fraction": 0.5}, 0.5**0.5),
         ("local", {"insecure_noise_seed": 7}, 0.0),
     ],
 )
 def test_the_noise_that_a_site_can_be_sure_of(mode, options, noise):
-    """Catches: a site that counts on the noise of others whom it cannot see."""
+    """Catches: a site that counts on the noise of others whom it cannot see, or that one of them knows."""
     assert guaranteed_noise(private(mode, **options)[0]) == pytest.approx(noise)
 
 

@@ -272,7 +272,8 @@ def replies(folder, privacy):
         return [reply]
 
     simulation = {"clients": 4, "clients_per_site": 2, "evaluation_fraction": 0.25}
-    config = tiny_config(folder, privacy=privacy, simulation=simulation, run={"rounds": 1})
+    strategy = {"min_clients": 4}
+    config = tiny_config(folder, privacy=privacy, strategy=strategy, simulation=simulation, run={"rounds": 1})
     run_tiny(config, simulated_app, fault=tap)
     return [[one for one in seen if one.metadata.message_type == kind] for kind in ("query", "train")]
 

@@ -118,8 +118,8 @@ def test_what_the_server_sees_without_secure_aggregation(clients, published):
     share = 6.0023 / math.sqrt(clients)
     assert epsilon({gaussian(share): 100}, 1e-5) == pytest.approx(published, rel=1e-3)
     by_skellam = epsilon({skellam(share): 100}, 1e-5)
-    assert by_skellam == pytest.approx(by_rdp(skellam(share).event(), 100, 1e-5, INTEGERS), rel=1e-9)
-    assert published < by_skellam < 2 * published  # proved for integer orders only, of which 2 is the best here
+    assert by_skellam <= by_rdp(skellam(share).event(), 100, 1e-5, INTEGERS) * (1 + 1e-9)
+    assert published < by_skellam < 2 * published  # the Renyi bound is proved for integer orders, of which 2 is best
 
 
 @pytest.mark.parametrize(("present", "published"), [(100, 8.0), (99, 8.05), (90, 8.53), (80, 9.16), (50, 12.26)])
@@ -151,9 +151,16 @@ def test_sampled_releases_are_accounted_by_pld(z, q, count, delta):
     assert ours < epsilon({gaussian(z): count}, delta)
 
 
-@pytest.mark.parametrize(("z", "count", "d"), [(8.0, 100, 150_000), (0.6, 10, 5_000), (2.0, 1, 10**7)])
-def test_skellam_releases_are_accounted_by_rdp(z, count, d):
-    """Catches: a Skellam release accounted as Gaussian, or the terms of the bound mixed up."""
+@pytest.mark.parametrize(("z", "count", "d"), [(8.0, 100, 150_000), (0.6, 10, 5_000), (2.0, 1, 10**7), (1.0, 4, 100)])
+def test_skellam_releases_cost_a_little_more_than_gaussian_ones(z, count, d):
+    """Catches: a Skellam release accounted as Gaussian, and the 6 % of the Renyi bound where a tighter one is known."""
+    exact = dp.get_epsilon_gaussian(z / math.sqrt(count), 1e-5)
+    assert exact < epsilon({skellam(z, d): count}, 1e-5) <= exact * 1.001
+
+
+@pytest.mark.parametrize(("z", "count", "d"), [(0.02, 1, 10**7), (0.001, 10, 5_000), (0.005, 1, 150_000)])
+def test_skellam_releases_with_little_noise_are_accounted_by_rdp(z, count, d):
+    """Catches: a Skellam release accounted as Gaussian where it is none, or the terms of the bound mixed up."""
     square, variance = LEVELS**2, (z * LEVELS) ** 2
     taxicab = min(math.sqrt(d) * LEVELS, square)
     rdp = [
@@ -162,6 +169,7 @@ def test_skellam_releases_are_accounted_by_rdp(z, count, d):
         for a in INTEGERS
     ]
     wanted = dp.rdp.compute_epsilon(INTEGERS, count * np.array(rdp), 1e-5)[0]
+    assert wanted > 600
     assert epsilon({skellam(z, d): count}, 1e-5) == pytest.approx(wanted, rel=1e-3)
     event = dp.ZCDpEvent(*skellam_zcdp(z, d))
     assert epsilon({skellam(z, d): count}, 1e-5) == pytest.approx(by_rdp(event, count, 1e-5, INTEGERS), rel=1e-3)

@@ -24,20 +24,14 @@ def least(noise_multiplier):
 
 
 @pytest.mark.parametrize(
-    ("rounds", "target", "pld", "rdp"),
-    [
-        (1, 8, 0.6002, 0.6377),
-        (10, 8, 1.8981, 2.0165),
-        (50, 8, 4.2444, 4.5090),
-        (100, 8, 6.0023, 6.3768),
-        (100, 2, 19.9381, 21.4912),
-    ],
+    ("rounds", "target", "pld"),
+    [(1, 8, 0.6002), (10, 8, 1.8981), (50, 8, 4.2444), (100, 8, 6.0023), (100, 2, 19.9381)],
 )
-def test_the_noise_of_a_budget(rounds, target, pld, rdp):
-    """Catches: noise for one round instead of all, and Gaussian noise calibrated by the looser bound."""
+def test_the_noise_of_a_budget(rounds, target, pld):
+    """Catches: noise for one round instead of all, and noise calibrated by the looser Renyi bound."""
     by_gaussian, by_skellam = (calibrate(make(noise, rounds), target, DELTA) for noise in ("gaussian", "skellam"))
     assert by_gaussian == pytest.approx(pld, rel=1e-3)
-    assert by_skellam == pytest.approx(rdp, rel=5e-3)
+    assert by_gaussian <= by_skellam == pytest.approx(pld, rel=1.5e-3)
     assert epsilon(make("gaussian", rounds)(by_gaussian), DELTA) <= target
     assert epsilon(make("skellam", rounds)(by_skellam), DELTA) <= target
 

@@ -44,6 +44,30 @@ CASES = {
         "privacy.min_sites",
         "clients_per_site",
     ),
+    "a member that knows all noise but a part of a share": (
+        {"mode": "distributed", "noise_multiplier": 1.0, "honest_fraction": 0.6},
+        {"strategy": {"min_clients": 3}},
+        "strategy.min_clients",
+        "raise it",
+    ),
+    "a member that knows all noise": (
+        {"mode": "distributed", "target_epsilon": 8.0},
+        {"strategy": {"min_clients": 1}},
+        "strategy.min_clients",
+        "raise it",
+    ),
+    "a gateway that knows all noise": (
+        {"mode": "distributed", "target_epsilon": 8.0, "max_clients_per_site": 50},
+        {"strategy": {"min_clients": 50}},
+        "strategy.min_clients",
+        "raise it",
+    ),
+    "a simulated gateway that knows all noise": (
+        {"mode": "distributed", "target_epsilon": 8.0},
+        {"simulation": {"data": "x.csv", "clients": 60, "clients_per_site": 30}, "strategy": {"min_clients": 30}},
+        "strategy.min_clients",
+        "clients_per_site",
+    ),
     "more sites than clients": ({**HIDDEN, "min_sites": 5, "enrolled_clients": 4}, {}, "privacy.min_sites", "lower"),
     "sites for nothing": ({**NOISY, "min_sites": 3}, {}, "privacy.min_sites", "remove"),
     "sites without privacy": ({"min_sites": 3}, {}, "privacy.min_sites", "privacy.mode"),
@@ -94,6 +118,11 @@ def test_the_mends_mend():
     assert not problems({**NOISY, "mode": "distributed", "secure_aggregation": True})
     assert not problems({**HIDDEN}, strategy={"min_clients": 2})
     assert not problems({"mode": "local", "target_epsilon": 3.0})
+    shared = {"mode": "distributed", "target_epsilon": 8.0}
+    assert not problems(shared, strategy={"min_clients": 2})
+    assert not problems({**shared, "honest_fraction": 0.6}, strategy={"min_clients": 4})
+    assert not problems({**shared, "honest_fraction": 0.2}, strategy={"min_clients": 10})  # 0.2 * 10 - 1 may round
+    assert not problems({**shared, "max_clients_per_site": 50}, strategy={"min_clients": 51})
     assert not problems({"examples": {"target_epsilon": 1.0}}, train={"gradient_accumulation_steps": 1})
 
 
@@ -104,7 +133,7 @@ def test_the_mends_mend():
         {"delta": 0.5},
         NOISY,
         {"mode": "local", "target_epsilon": 8.0},
-        {"mode": "distributed", "noise_multiplier": 1.0, "honest_fraction": 0.5},
+        {"mode": "distributed", "noise_multiplier": 1.0},
         HIDDEN,
         {**NOISY, "sampling": "poisson"},
         {**NOISY, "delta": 0.0099, "enrolled_clients": 100},

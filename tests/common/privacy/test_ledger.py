@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from tests.support.private import unchanged
-from tsugiki.common.audit import verify
+from tsugiki.common.audit import AuditLog, verify
 from tsugiki.common.errors import BudgetError, StorageError
 from tsugiki.common.privacy.accounting import Release, epsilon
 from tsugiki.common.privacy.ledger import Ledger
@@ -84,6 +85,43 @@ def test_each_adversary_has_an_account_of_its_own(path):
     ledger.charge("uploads", SHARE)
     ledger.charge("release", NOISY)
     assert ledger.epsilons() == {"release": after(2), "uploads": after(1, SHARE)}
+
+
+def test_outsiders_see_what_sites_see_except_in_shares_of_noise(path):
+    """Catches: an outsider's epsilon that forgets the runs of other modes, or that is shown where it is the same."""
+    ledger = Ledger(path, DELTA, {"release": 50.0})
+    ledger.charge("release", NOISY, run="central", round=1)
+    assert ledger.epsilons() == {"release": after(1)}
+    known = Release("skellam", 3.0, dimension=40)
+    whole = Release("skellam", 4.0, dimension=40)
+    ledger.charge("release", known, run="distributed", round=1)
+    assert ledger.charge("outsiders", whole, run="distributed", round=1) == epsilon([NOISY, whole], DELTA)
+    assert ledger.epsilons() == {
+        "release": epsilon([NOISY, known], DELTA),
+        "outsiders": epsilon([NOISY, whole], DELTA),
+    }
+
+
+@pytest.mark.parametrize("account", [None, 1])
+def test_a_ledger_that_took_a_sites_own_noise_for_noise_is_refused(path, account):
+    """Catches: rounds of an older version that go on as charged: 8.00 where another site has learned 11.35."""
+    line = {"adversary": "release", "release": asdict(SHARE), "count": 1, "delta": DELTA, "epsilon": 1.0}
+    AuditLog(path).write("charged", **line, **({} if account is None else {"account": account}))
+    with unchanged(path), pytest.raises(StorageError, match="keep the file elsewhere") as caught:
+        Ledger(path, DELTA, {}).charge("release", SHARE, run="one", round=1)
+    assert caught.value.code == "ledger-older"
+
+
+def test_older_lines_that_were_charged_in_full_count_on(path):
+    """Catches: an account that is thrown away although it was right: uploads, sums, and runs of other modes."""
+    for adversary, release in (("release", NOISY), ("uploads", SHARE), ("sums", SHARE)):
+        line = {"adversary": adversary, "release": asdict(release), "count": 2, "delta": DELTA, "epsilon": 1.0}
+        AuditLog(path).write("charged", **line)
+    assert Ledger(path, DELTA, {}).epsilons() == {
+        "release": after(2),
+        "uploads": after(2, SHARE),
+        "sums": after(2, SHARE),
+    }
 
 
 def test_what_had_no_noise_is_infinite_and_still_json(path):

@@ -229,16 +229,22 @@ def test_what_each_adversary_sees():
     assert releases_of(plan_of("local", noise_multiplier=2.0)) == {"release": plain, "uploads": plain}
 
 
-@pytest.mark.parametrize(("honest", "fewest", "share"), [(1.0, 16, 0.5), (0.25, 16, 1.0), (1.0, 4, 1.0), (0.5, 8, 1.0)])
-def test_what_is_seen_of_distributed_noise(honest, fewest, share):
-    """Catches: shares by the number of clients instead of the fewest that are honest; a server that sees the sum."""
+@pytest.mark.parametrize(
+    ("honest", "fewest", "each", "share"),
+    [(1.0, 16, 1, 0.5), (0.25, 16, 1, 1.0), (1.0, 4, 1, 1.0), (0.5, 8, 1, 1.0), (1.0, 16, 7, 0.5), (0.5, 8, 3, 1.0)],
+)
+def test_what_is_seen_of_distributed_noise(honest, fewest, each, share):
+    """Catches: shares by the number of clients, not of the fewest honest ones; a gateway taken for an outsider."""
     options = {"clients": 16, "noise_multiplier": 2.0, "honest_fraction": honest, "strategy": {"min_clients": fewest}}
+    options["max_clients_per_site"] = each
     whole = Release("skellam", 2.0, dimension=40)
+    to_a_site = Release("skellam", pytest.approx(math.sqrt(4.0 - each * share**2)), dimension=40)
     openly = releases_of(plan_of("distributed", **options))
-    assert openly == {"release": whole, "uploads": Release("skellam", share, dimension=40)}
+    upload = Release("skellam", share, dimension=40)
+    assert openly == {"release": to_a_site, "outsiders": whole, "uploads": upload}
     hidden = releases_of(plan_of("distributed", secure_aggregation=True, **options))
-    assert hidden == {"release": whole, "sums": whole}
-    assert epsilon([openly["uploads"]], 1e-5) > epsilon([openly["release"]], 1e-5)
+    assert hidden == {"release": to_a_site, "outsiders": whole, "sums": whole}
+    assert epsilon([openly["uploads"]], 1e-5) >= epsilon([openly["release"]], 1e-5)
 
 
 def test_noise_is_rounded_to_whole_levels_where_clients_add_it():

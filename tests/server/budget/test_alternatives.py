@@ -6,7 +6,7 @@ from dataclasses import replace
 import dp_accounting
 import pytest
 
-from tests.support.budget import independent_epsilon, private_config, private_plan
+from tests.support.budget import assert_accounted, independent_epsilon, private_config, private_plan
 from tsugiki.common.privacy.accounting import Release
 from tsugiki.common.privacy.mechanisms import releases_of
 from tsugiki.common.privacy.planning import make_plan
@@ -103,30 +103,45 @@ def test_every_epsilon_of_the_table_is_another_accountants(mode):
             "central": {"release": Release("gaussian", z), "uploads": Release("gaussian", 0.0)},
             "local": {"release": Release("gaussian", z), "uploads": Release("gaussian", z)},
             "distributed": {
-                "release": Release("skellam", z, dimension=12_880),
+                "release": Release("skellam", z * math.sqrt((n - 1) / n), dimension=12_880),
+                "outsiders": Release("skellam", z, dimension=12_880),
                 "sums": Release("skellam", z, dimension=12_880),
                 "uploads": Release("skellam", z / share, dimension=12_880),
             },
         }[row.mode]
         assert set(row.epsilon) == set(expected)
         for who, release in expected.items():
-            assert row.epsilon[who] == pytest.approx(independent_epsilon(release, 100, 1e-5), rel=2e-3), (n, who)
+            assert_accounted(row.epsilon[who], release, 100, 1e-5)
         assert 7.98 < row.epsilon["release"] <= 8.0
         assert row.noise.coordinate == pytest.approx(z / (share if row.mode == "local" else n))
+
+
+def test_the_table_of_a_run_with_gateways_counts_what_they_know():
+    """Catches: gateways left out of other plans; gateways of 100 clients in a plan for 100, which is refused."""
+    plan = private_plan("distributed", 1_000, max_clients_per_site=100)
+    rows = {row.clients: row for row in table(plan, 8.0, 1_000) if row.mode == "distributed"}
+    for clients, known in ((100, 10), (1_000, 100), (10_000, 100)):
+        noise = rows[clients].noise_multiplier * math.sqrt((clients - known) / clients)
+        assert_accounted(rows[clients].epsilon["release"], Release("skellam", noise, dimension=12_880), 100, 1e-5)
+        assert 7.98 < rows[clients].epsilon["release"] <= 8.0
+    alone = private_plan("distributed", 2, max_clients_per_site=1)
+    assert without_slack(alone, "distributed", 1).max_clients_per_site == 1
+    lonely = next(row for row in table(replace(alone, max_clients_per_site=2), 8.0, 2) if row.mode == "distributed")
+    assert lonely.noise is None
 
 
 def test_what_the_server_sees_without_secure_aggregation_is_at_least_the_exact_gaussian():
     """Catches: the sum's epsilon told for an upload's; privacy notes, section 0: 209, 1,612, 14,588 by exact Gaussians.
 
-    Ours are Skellam noise and bounds by RDP at integer orders: larger, because the noise is more (6.38) but the bound,
-    where so little noise is left, is twice as high.
+    Ours are Skellam noise: where so little noise is left, its bound is up to twice as high.
     """
     rows = {row.clients: row for row in table(private_plan("distributed"), 8.0, 100) if row.mode == "distributed"}
-    for clients, exact in ((100, 209), (1_000, 1_612), (10_000, 14_588)):
-        assert dp_accounting.get_epsilon_gaussian(6.0023 / math.sqrt(100 * clients), 1e-5) == pytest.approx(
-            exact, rel=3e-3
-        )
-        assert exact < rows[clients].epsilon["uploads"] < 2 * exact
+    for clients, published in ((100, 209), (1_000, 1_612), (10_000, 14_588)):
+        exact = dp_accounting.get_epsilon_gaussian(6.0023 / math.sqrt(100 * clients), 1e-5)
+        assert exact == pytest.approx(published, rel=3e-3)
+        row = rows[clients]
+        exact = dp_accounting.get_epsilon_gaussian(row.noise_multiplier / math.sqrt(100 * clients), 1e-5)
+        assert exact < row.epsilon["uploads"] < 2 * exact
 
 
 def test_what_belongs_to_a_mode_does_not_go_to_another():
@@ -209,5 +224,5 @@ def test_everything_seen_has_both_sides_of_secure_aggregation():
     """Catches: a server that is told to see less than it would."""
     for secure in (False, True):
         plan = private_plan("distributed", secure_aggregation=secure, target_epsilon=8.0)
-        assert list(everything_seen(plan)) == ["release", "sums", "uploads"]
+        assert list(everything_seen(plan)) == ["release", "outsiders", "sums", "uploads"]
     assert list(everything_seen(private_plan("central"))) == ["release", "uploads"]

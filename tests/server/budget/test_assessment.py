@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.budget import independent_epsilon, private_plan, skellam_epsilon
+from tests.support.budget import assert_accounted, independent_epsilon, private_plan
+from tsugiki.common.privacy.accounting import Release
 from tsugiki.common.privacy.mechanisms import releases_of
 from tsugiki.server.budget.alternatives import noise_on_mean
 from tsugiki.server.budget.assessment import _scaled_epsilon, assess, judge
@@ -29,8 +30,10 @@ def test_each_adversary_sees_what_its_mode_shows():
     assert local["release"] == local["uploads"] <= 8.0
     for secure in (False, True):
         found = assessed("distributed", secure_aggregation=secure, target_epsilon=8.0)
-        assert told(found)["release"] == told(found)["sums"] <= 8.0 < 200 < told(found)["uploads"]
-        assert {view.who: view.here for view in found.views} == {"release": True, "sums": secure, "uploads": not secure}
+        assert told(found)["outsiders"] == told(found)["sums"] < told(found)["release"] <= 8.0
+        assert told(found)["uploads"] > 200
+        here = {"release": True, "outsiders": True, "sums": secure, "uploads": not secure}
+        assert {view.who: view.here for view in found.views} == here
         assert {view.who for view in found.views if view.budget == 8.0} == {"release", *(["sums"] if secure else [])}
 
 
@@ -42,7 +45,7 @@ def test_every_epsilon_is_another_accountants(mode, rounds, delta):
     releases = {**releases_of(replace(found.plan, secure_aggregation=True)), **releases_of(found.plan)}
     assert set(told(found)) == set(releases)
     for who, release in releases.items():
-        assert told(found)[who] == pytest.approx(independent_epsilon(release, rounds, delta), rel=2e-3)
+        assert_accounted(told(found)[who], release, rounds, delta)
 
 
 def test_a_sampled_release_is_amplified_and_the_servers_view_is_not():
@@ -73,16 +76,17 @@ def test_missing_noise_costs_what_the_privacy_notes_say():
 
 
 def test_a_sum_over_too_few_clients_costs_more():
-    """Catches: dropouts counted from those who came instead of from the least number; shares that are no clients."""
+    """Catches: dropouts counted from those who came instead of from the least number; a site taken for an outsider."""
     found = assessed("distributed", enrolled=150)
     assert [(one.clients, one.share) for one in found.dropouts] == [(90, 0.9), (80, 0.8), (50, 0.5)]
     for one in found.dropouts:
-        left = found.plan.noise_multiplier * math.sqrt(one.share)
-        assert one.epsilon == pytest.approx(skellam_epsilon(left, 12_880, 100, 1e-5), rel=1e-3)
+        left = found.plan.noise_multiplier * math.sqrt((one.clients - 1) / 100)
+        assert_accounted(one.epsilon, Release("skellam", left, dimension=12_880), 100, 1e-5)
     costs = [one.epsilon for one in found.dropouts]
     assert 8.0 < costs[0] < costs[1] < costs[2]
     assert [one.clients for one in assessed("distributed", 4).dropouts] == [3, 2]
-    assert [one.clients for one in assessed("distributed", 1).dropouts] == []
+    alone = assessed("distributed", 2).dropouts
+    assert [(one.clients, one.epsilon) for one in alone] == [(1, math.inf)]
     assert assessed("central").dropouts == assessed("local").dropouts == ()
 
 

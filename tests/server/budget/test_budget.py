@@ -171,7 +171,7 @@ def test_a_run_that_cannot_be_private_is_told_why(file):
 def test_a_budget_that_cannot_be_kept_is_an_error(file):
     """Catches: noise beyond what can be drawn, planned with."""
     with pytest.raises(ConfigError, match=r"privacy\.(target_epsilon|noise_multiplier)"):
-        invoke(file, *PRIVATE, "--set", "privacy.target_epsilon=0.001", "--dimension", 1_000)
+        invoke(file, *PRIVATE, "--set", "privacy.target_epsilon=0.00001", "--dimension", 1_000)
 
 
 def test_with_a_dimension_nothing_heavy_is_loaded(file):

@@ -59,9 +59,10 @@ def test_the_plan_and_each_adversary_are_told():
     text, _ = shown("distributed", enrolled=120, honest_fraction=0.9, size=Size(13_000, 12_000, 1_000, "yes", 25_000))
     for words in (
         "(N) 120", "(n) 120", "(n_min) 100, 0.9 of them honest", "(T) 100", "(C) 1",
-        "(z) 6.382, calibrated for epsilon 8",
+        "(z) 6.037, calibrated for epsilon 8",
         "delta 1e-05", "13,000: 12,000 of the adapter, 1,000 of the head", '25,000 with adapter.freeze_a = "no"',
-        "modulo 2^32", "secure aggregation no", "other sites included 8.00, budget 8", "no amplification by sampling",
+        "modulo 2^32", "(k) 1, whose noise it knows", "secure aggregation no", "other sites included 8.00, budget 8",
+        "outsiders, who see the models only 7.94", "no amplification by sampling",
         "90 of 100 clients epsilon of the models 8.5", "refuses to open", "1.15 times the noise it needs",
         "grow in proportion", "plot: out.svg",
     ):  # fmt: skip

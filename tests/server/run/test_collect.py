@@ -51,7 +51,7 @@ def round_of(folder, app, nodes, number=1, fault=None, **options):
 def test_all_clients_of_the_cohort_are_asked_without_sampling(mode, tmp_path):
     """Catches: a list of clients where all are meant: secure aggregation refuses it, and it says who is there."""
     asked = []
-    options = {"mode": mode, "noise_multiplier": 1.0, "clients": 12}
+    options = {"mode": mode, "noise_multiplier": 1.0, "clients": 12, "max_clients_per_site": 3}
     collected = round_of(tmp_path, private_app(SITES, clients=3, asked=asked), 4, **options)
     assert asked == [(site, 1, "") for site in SITES]
     assert [(reply.site, reply.clients) for reply in collected.accepted] == [(site, 3) for site in SITES]
@@ -227,8 +227,9 @@ def test_a_gateway_that_stands_for_too_many_clients_is_refused(tmp_path):
 
 def test_waiting_for_sites_is_no_busy_loop(tmp_path, monkeypatch):
     """Catches: a server that asks for nodes as fast as it can while there are enough nodes, but not enough sites."""
-    strategy = {"min_clients": 2, "connect_timeout_s": 1.0}
+    strategy = {"min_clients": 11, "connect_timeout_s": 1.0}
     options = {"secure_aggregation": True, "noise_multiplier": 1.0, "clients": 40, "min_sites": 3, "strategy": strategy}
+    options["max_clients_per_site"] = 10
     ctx = private_context(tmp_path, private_app(["a", "b"], clients=10), 2, private_config("distributed", **options))
     calls, look = [], ctx.grid.get_node_ids
     monkeypatch.setattr(ctx.grid, "get_node_ids", lambda: calls.append(1) or look())
@@ -240,8 +241,9 @@ def test_waiting_for_sites_is_no_busy_loop(tmp_path, monkeypatch):
 
 def test_a_sum_waits_for_enough_sites(tmp_path):
     """Catches: two gateways that start a round alone where the plan wants three sites: it can only be voided."""
-    strategy = {"min_clients": 2, "fraction_train": 0.1, "connect_timeout_s": 1.0}
+    strategy = {"min_clients": 11, "fraction_train": 0.1, "connect_timeout_s": 1.0}
     options = {"secure_aggregation": True, "noise_multiplier": 1.0, "clients": 40, "min_sites": 3, "strategy": strategy}
+    options["max_clients_per_site"] = 10
     (tmp_path / "two").mkdir()
     config = private_config("distributed", **options)
     two = private_context(tmp_path / "two", private_app(["a", "b"], clients=10), 2, config)

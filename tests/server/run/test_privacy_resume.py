@@ -1,6 +1,7 @@
 """Private runs that are cut off: what they showed stays charged, and they go on under the same plan or not at all."""
 
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tests.support.toy import federate
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import BudgetError, StorageError
 from tsugiki.common.files import read_lines
-from tsugiki.common.privacy.mechanisms import MECHANISMS, epsilon_after, mechanism_of
+from tsugiki.common.privacy.mechanisms import MECHANISMS, epsilon_after, mechanism_of, releases_of
 
 SITES, ROUNDS, Z = ["a", "b", "c", "d"], 3, 4.0
 each_mode = pytest.mark.parametrize("mode", MECHANISMS.names())
@@ -73,21 +74,16 @@ RECEIVING, AVERAGING = "tsugiki.server.run.collect.receive", "tsugiki.server.run
 def test_a_crash_after_sending_is_charged_to_who_may_have_seen_the_uploads(run, tmp_path, mode):
     """Catches: an account in memory, or one written with the checkpoint: what was sent before the crash is lost."""
     run(mode, kill=RECEIVING)
-    assert charged(tmp_path) == {("uploads", 1): 1, ("release", 1): 1, ("uploads", 2): 1}
+    plan = plan_of(mode, rounds=ROUNDS, noise_multiplier=Z)
+    models = releases_of(plan).keys() - {"uploads"}  # in mode distributed, outsiders have a line of their own
+    assert charged(tmp_path) == {("uploads", 1): 1, ("uploads", 2): 1, **{(who, 1): 1 for who in models}}
     outcome = run(mode, resume=True)
     assert outcome.state.round == ROUNDS
-    assert charged(tmp_path) == {
-        ("uploads", 1): 1,
-        ("release", 1): 1,
-        ("uploads", 2): 2,
-        ("release", 2): 1,
-        ("uploads", 3): 1,
-        ("release", 3): 1,
-    }
-    plan = plan_of(mode, rounds=ROUNDS, noise_multiplier=Z)
+    released = {(who, number): 1 for who in models for number in (1, 2, 3)}
+    assert charged(tmp_path) == {("uploads", 1): 1, ("uploads", 2): 2, ("uploads", 3): 1, **released}
     assert outcome.summary["privacy"]["epsilon"] == {
         "uploads": epsilon_after(plan, ROUNDS + 1)["uploads"],
-        "release": epsilon_after(plan, ROUNDS)["release"],
+        **{who: epsilon_after(plan, ROUNDS)[who] for who in models},
     }
 
 
@@ -166,6 +162,22 @@ def test_another_plan_is_refused_with_what_differs(run, tmp_path, changed, name)
     assert caught.value.code == "plan-changed"
     assert f"{name} was" in str(caught.value)
     assert asked == []
+
+
+def test_a_run_of_the_older_account_is_refused_with_what_to_do(run, tmp_path):
+    """Catches: a run planned for outsiders alone that goes on as if its noise were enough against other sites."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tsugiki.server.run.federation.asdict", lambda plan: _older(asdict(plan)))
+        run("distributed", kill=COLLECTING)
+    with unchanged(tmp_path / LEDGER), pytest.raises(StorageError, match="with the version of Tsugiki") as caught:
+        run("distributed", resume=True)
+    assert caught.value.code == "plan-changed"
+    assert "follows version 1 of the account" in str(caught.value)
+
+
+def _older(plan):
+    """Return a plan's numbers as versions before this account wrote them."""
+    return {name: value for name, value in plan.items() if name != "account"}
 
 
 def test_other_versions_of_the_accountant_are_another_plan(run, monkeypatch):

@@ -61,6 +61,17 @@ def test_what_the_server_sees_is_said():
     assert "The server is trusted" in text(mode="central")
 
 
+def test_another_site_and_outsiders_have_a_figure_each():
+    """Catches: the smaller figure of outsiders printed alone, or an older run said to be accounted for sites."""
+    found = text(epsilon={"release": 7.99, "outsiders": 7.12, "sums": 7.12})
+    assert "other sites included: epsilon 7.99" in found
+    assert "outsiders, who see the models only: epsilon 7.12" in found
+    assert "the noise of its own clients" in found
+    line = headline(summary(epsilon={"release": 7.99, "outsiders": 7.12}))
+    assert line.index("7.99") < line.index("7.12")
+    assert "the noise of its own clients" not in text()
+
+
 def test_no_protection_is_not_a_number():
     """Catches: an infinite epsilon printed as 0, inf or None."""
     assert format_epsilon(None) == "none at all"
