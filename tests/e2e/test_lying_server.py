@@ -24,10 +24,9 @@ max_epsilon = 8.0
 )
 def test_real_clients_refuse_what_they_cannot_check(tmp_path, model, trick, kind, code):
     """Catches: checks that only the in-process engine does; a sum that is opened, or charged though it is not."""
-    privacy = {"mode": "distributed", "secure_aggregation": True, "noise_multiplier": 2.0, "min_sites": 3}
-    gateways = {"enrolled_clients": 60_003, "max_clients_per_site": 60_000}
+    privacy = {"mode": "distributed", "secure_aggregation": True, "noise_multiplier": 3.0, "min_sites": 3}
     strategy = {"min_clients": 3}
-    config = tiny_run(tmp_path, model, "run", 3, privacy={**privacy, **gateways}, strategy=strategy)
+    config = tiny_run(tmp_path, model, "run", 3, privacy={**privacy, "enrolled_clients": 60_003}, strategy=strategy)
     sites = split(config, tmp_path / "sites")
     for site in sites:
         site.write_text(site.read_text() + POLICY)

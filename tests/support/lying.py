@@ -40,8 +40,12 @@ def set_told(content: Any, section: str, name: str, value: Any) -> None:
 
 
 def invent_counts(kind: str, site: str, content: Any) -> None:
-    """Say that all other sites are gateways of `MANY` clients, so that each client adds little noise."""
+    """Say that all other sites are gateways of `MANY` clients, so that each client adds little noise.
+
+    The plan that follows is as private as a site demands: a gateway that knows its own share leaves half of the noise.
+    """
     set_told(content, "strategy", "min_clients", 2 * MANY + 1)
+    set_told(content, "privacy", "max_clients_per_site", MANY)
     if kind == "query.shares":
         fields = content.config_records["secagg"]
         fields["clients"] = [1 if name == site else MANY for name in fields["keys_names"]]
