@@ -340,7 +340,7 @@ def raw_vectors(base: Base, columns: Mapping[str, TokenRows], batch_size: int) -
             features = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
             for row, vector in zip(rows, base.network(features)["sentence_embedding"].float().cpu(), strict=True):
                 vectors[row] = vector
-    parts = torch.stack(vectors)[places].split([len(rows) for rows in columns.values()])
+    parts = torch.split(torch.stack(vectors)[places], [len(rows) for rows in columns.values()])
     return dict(zip(columns, parts, strict=True))
 
 
