@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tsugiki.common.adapters import ADAPTERS
 from tsugiki.common.audit import verify
 from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
@@ -208,7 +209,7 @@ def run_baselines(
     bench = _Bench(folder, client, progress, stop)
     if "untouched" in kinds:  # nothing is trained, so this one needs no federation
         progress.note("baseline: the untouched base model")
-        results["untouched"] = evaluate_base(load_graft(config, config.model.name, config.run.seed), config)
+        results["untouched"] = _untouched(bench, config)
 
     if "local" in kinds:
         results |= _train_sites_alone(bench, config, sites, search_rates)
@@ -224,6 +225,17 @@ def run_baselines(
     results["learning_rates"] = {"federated": config.train.rate, **bench.rates}
     write_atomically(folder / "baselines.json", json.dumps(results, indent=1).encode())
     return results
+
+
+def _untouched(bench: _Bench, config: RunConfig) -> Metrics:
+    """Return the metrics of the base without an adapter."""
+    federated = read_lines(bench.folder / "metrics.jsonl")
+    # Most adapters change nothing before they are trained: then the run has measured the base before round 1.
+    if federated and ADAPTERS.get(config.adapter.method).starts_at_base:
+        before = federated[0]
+        if "eval" in before and "warm_head" not in before:
+            return dict(before["eval"])
+    return evaluate_base(load_graft(config, config.model.name, config.run.seed), config)
 
 
 def _train_sites_alone(bench: _Bench, config: RunConfig, sites: list[str], search_rates: bool) -> dict[str, Any]:

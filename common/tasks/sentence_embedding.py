@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -158,17 +158,14 @@ class SentenceEmbedding(Task):
     def loss(self, network: Any, batch: Batch) -> torch.Tensor:
         """Return sentence-transformers' own loss over the batch; for softmax-nli the mean cross-entropy, in float32."""
         import torch
-        from sentence_transformers.base.losses.merged_forward import embed_columns
         from sentence_transformers.sentence_transformer import losses
         from torch.nn.functional import cross_entropy
 
         names = [name for name in _TEXTS if f"{name}.input_ids" in batch]
-        features = [
-            {"input_ids": batch[f"{name}.input_ids"], "attention_mask": batch[f"{name}.attention_mask"]}
-            for name in names
-        ]
+        columns = [(batch[f"{name}.input_ids"], batch[f"{name}.attention_mask"]) for name in names]
+        embedded = _embed_by_length(network, columns)
         if self.settings.loss == "softmax-nli":
-            first, second = (network(one)["sentence_embedding"] for one in features)
+            first, second = embedded
             return cross_entropy(nli_logits(network, first, second), batch["labels"])
         criterion: Any
         if self.settings.loss == "cosine-similarity":
@@ -177,7 +174,7 @@ class SentenceEmbedding(Task):
             criterion = losses.CoSENTLoss(network, scale=self.settings.scale)
         else:
             criterion = losses.MultipleNegativesRankingLoss(network, scale=self.settings.scale)
-        vectors = [vector.float() for vector in embed_columns(network, features)]
+        vectors = [vector.float() for vector in embedded]
         # In float32 also under autocast, which would round cosines to three digits before they are scaled.
         with torch.autocast(vectors[0].device.type, enabled=False):
             result: torch.Tensor = criterion.compute_loss_from_embeddings(vectors, batch.get("labels"))
@@ -193,12 +190,13 @@ class SentenceEmbedding(Task):
 
         # Integer targets are labels, float targets are scores.
         if encoded.targets is not None and encoded.targets.dtype == np.int64:
-            first, second = (raw_vectors(base, encoded.texts[name], batch_size) for name in _PAIR)
+            raw = raw_vectors(base, encoded.texts, batch_size)
+            first, second = (raw[name] for name in _PAIR)
             device = next(base.network.parameters()).device
             with torch.no_grad():
                 logits = nli_logits(base.network, first.to(device), second.to(device)).cpu()
             return class_metrics(logits, encoded.targets)
-        vectors = {name: embed(base, texts, batch_size) for name, texts in encoded.texts.items()}
+        vectors = embed(base, encoded.texts, batch_size)
         if encoded.targets is not None:
             return _correlations(vectors["sentence1"], vectors["sentence2"], encoded.targets)
         candidates = np.concatenate([vectors[name] for name in ("positive", "negative") if name in vectors])
@@ -212,9 +210,9 @@ class SentenceEmbedding(Task):
 
     def predict(self, base: Base, shard: Shard, generation: Generation) -> list[dict[str, Any]]:
         """Return the `cosine` of each row's two texts."""
-        texts = self.encode(shard, base).texts
-        first, second = (embed(base, texts[name], 64) for name in ("sentence1", "sentence2"))
-        return [{"cosine": float(cosine)} for cosine in (first * second).sum(axis=1)]
+        vectors = embed(base, self.encode(shard, base).texts, 64)
+        cosines = (vectors["sentence1"] * vectors["sentence2"]).sum(axis=1)
+        return [{"cosine": float(cosine)} for cosine in cosines]
 
     @classmethod
     def test_case(cls) -> TinyCase:
@@ -277,27 +275,73 @@ def nli_logits(network: Any, first: torch.Tensor, second: torch.Tensor) -> torch
     return logits
 
 
-def embed(base: Base, texts: TokenRows, batch_size: int) -> npt.NDArray[np.float32]:
-    """Return one unit vector per text, shape (texts, dimensions)."""
+def _embed_by_length(network: Any, columns: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """Return the vectors of each column's texts, shape (rows, dimensions).
+
+    The texts of all columns go through the network in as many groups as there are columns, each of texts of like
+    length. That saves padding, and leaves the batches as they are: some losses depend on which rows share one.
+
+    Args:
+        network: the `SentenceTransformer`.
+        columns: token ids and attention mask of each column, padded on the right, both of shape (rows, tokens).
+    """
     import torch
 
-    unit: npt.NDArray[np.float32] = torch.nn.functional.normalize(raw_vectors(base, texts, batch_size), dim=1).numpy()
-    return unit
+    # The mask is 0 where a column is widened, so it does not matter which token is there.
+    ids = _stacked([ids for ids, _ in columns])
+    mask = _stacked([mask for _, mask in columns])
+    lengths = mask.sum(dim=1).tolist()
+    vectors = []
+    places: list[int] = []
+    for group in by_length(lengths, len(columns[0][0])):
+        longest = lengths[group[0]]
+        features = {"input_ids": ids[group, :longest], "attention_mask": mask[group, :longest]}
+        vectors.append(network(features)["sentence_embedding"])
+        places += group
+    # From the order of lengths back to the order of rows.
+    order = torch.tensor(places, device=ids.device).argsort()
+    return list(torch.cat(vectors)[order].chunk(len(columns)))
 
 
-def raw_vectors(base: Base, texts: TokenRows, batch_size: int) -> torch.Tensor:
-    """Return the network's vector for each text, shape (texts, dimensions), float32, on the CPU."""
+def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the rows of all parts, one part after the other, widened with zeros to the widest part."""
+    import torch
+    from torch.nn.functional import pad as widen
+
+    widest = max(part.shape[1] for part in parts)
+    return torch.cat([widen(part, (0, widest - part.shape[1])) for part in parts])
+
+
+def embed(base: Base, columns: Mapping[str, TokenRows], batch_size: int) -> dict[str, npt.NDArray[np.float32]]:
+    """Return one unit vector per text of each column, shape (texts, dimensions)."""
+    from torch.nn.functional import normalize
+
+    raw = raw_vectors(base, columns, batch_size)
+    return {name: normalize(vectors, dim=1).numpy() for name, vectors in raw.items()}
+
+
+def raw_vectors(base: Base, columns: Mapping[str, TokenRows], batch_size: int) -> dict[str, torch.Tensor]:
+    """Return the network's vector for each text of each column, shape (texts, dimensions), float32, on the CPU.
+
+    Equal texts, such as the anchor of several pairs, are embedded once.
+    """
     import torch
 
+    texts = TokenRows.joined(list(columns.values()))
+    numbers: dict[bytes, int] = {}
+    # The number of each text among the different ones.
+    places = [numbers.setdefault(tokens.tobytes(), len(numbers)) for tokens in texts]
+    different = texts.take(np.unique(places, return_index=True)[1])
     device = next(base.network.parameters()).device
-    vectors: list[torch.Tensor] = [torch.empty(0)] * len(texts)
+    vectors: list[torch.Tensor] = [torch.empty(0)] * len(different)
     with torch.no_grad():
-        for rows in by_length(texts.lengths(), batch_size):
-            ids, mask = pad([texts[row] for row in rows], base.tokenizer.pad_token_id or 0)
+        for rows in by_length(different.lengths(), batch_size):
+            ids, mask = pad([different[row] for row in rows], base.tokenizer.pad_token_id or 0)
             features = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
             for row, vector in zip(rows, base.network(features)["sentence_embedding"].float().cpu(), strict=True):
                 vectors[row] = vector
-    return torch.stack(vectors)
+    parts = torch.split(torch.stack(vectors)[places], [len(rows) for rows in columns.values()])
+    return dict(zip(columns, parts, strict=True))
 
 
 def recall_at(k: int, anchors: npt.NDArray[np.float32], candidates: npt.NDArray[np.float32]) -> float:

@@ -4,12 +4,15 @@
 
 Runs `tsugiki demo --json` once for each seed. A company alone takes as many steps as it takes in the federation, on its
 own clauses. The last round counts.
+
+The demo's settings were chosen on seeds 1 and 2. Seed 3, and the demo's own seed, 42, chose nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -24,9 +27,16 @@ from figures import Figure, mean, show
 COMMAND = str(Path(sys.executable).parent / "tsugiki")
 
 
+def cpu_s() -> float:
+    """Return the CPU seconds of all ended child processes, user and system."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def run_seed(seed: int, folder: Path) -> dict[str, Any]:
     """Return what the demo measured for one seed."""
     command = [COMMAND, "demo", "--json", "--seed", str(seed), "--output-dir", str(folder / str(seed))]
+    before = cpu_s()
     done = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     alone = [metrics["recall_at_1"] for metrics in done["local"].values()]
     result = {
@@ -38,6 +48,7 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
         "pearson before": done["pearson"]["before"],
         "pearson after": done["pearson"]["after"],
         "seconds": done["seconds"],
+        "cpu seconds": cpu_s() - before,
     }
     print(json.dumps(result), flush=True)
     return result
@@ -69,6 +80,13 @@ def main() -> None:
             "Pearson after", mean(values("pearson after")), note=f"{[round(v, 3) for v in values('pearson after')]}"
         ),
         Figure("seconds, slowest", max(values("seconds")), "s", "<= 180", f"{[round(v) for v in values('seconds')]}"),
+        Figure(
+            "CPU seconds, most",
+            max(values("cpu seconds")),
+            "s",
+            "<= 87.5",
+            f"{[round(v, 1) for v in values('cpu seconds')]}",
+        ),
     ]
     show(f"The demo, seeds {options.seeds}", figures)
     if options.figure:

@@ -5,12 +5,14 @@ from torch import nn
 
 from tests.support.federation import run_tiny, tiny_config
 from tsugiki.client.app import simulated_app
-from tsugiki.common.config.parse import changed
+from tsugiki.common.config.parse import changed, parse
 from tsugiki.common.errors import Interrupted
 from tsugiki.common.files import read_lines
 from tsugiki.common.model.load import load_graft
+from tsugiki.server import baselines
 from tsugiki.server.baselines import _Bench, average, centralised, local_only, run_baselines, site_names
 from tsugiki.server.engines.grid import Stop
+from tsugiki.server.run.evaluate import evaluate_base
 from tsugiki.server.run.progress import Progress
 
 SITES = ["site-0", "site-1"]
@@ -70,6 +72,29 @@ def test_baselines_keep_what_is_compared_and_drop_what_is_federated(tmp_path):
         assert baseline.strategy.proximal_mu == 0
         assert (baseline.task, baseline.adapter, baseline.run.seed) == (config.task, config.adapter, config.run.seed)
         assert baseline.train.learning_rate == config.train.learning_rate
+
+
+def test_the_untouched_base_is_measured_once(federated, monkeypatch):
+    """Catches: a second pass over the evaluation rows for metrics that are there; other metrics than the base's."""
+    config, outcome = federated
+    expected = evaluate_base(load_graft(config, config.model.name, config.run.seed), config)
+    monkeypatch.setattr(baselines, "evaluate_base", None)
+    results = run_baselines(config, outcome.folder, simulated_app, SITES, ["untouched"], Progress())
+    assert results["untouched"] == expected
+
+
+@pytest.mark.parametrize(
+    ("section", "settings"),
+    [("adapter", {"method": "prompt", "num_virtual_tokens": 2}), ("task", {"warm_head": "auto"})],
+)
+def test_a_run_that_does_not_begin_at_the_base_measures_the_base_itself(tmp_path, section, settings):
+    """Catches: random virtual tokens, or a head that was computed before round 1, in what is called untouched."""
+    raw = tiny_config(tmp_path).model_dump(mode="json")
+    kept = {"name": raw["task"]["name"], "max_length": 16} if section == "task" else {}
+    config = parse({**raw, section: {**kept, **settings}})
+    outcome = run_tiny(config)
+    results = run_baselines(config, outcome.folder, simulated_app, SITES, ["untouched"], Progress())
+    assert results["untouched"] != outcome.summary["before"]
 
 
 def test_a_by_column_split_can_be_centralised(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 import torch
 from sentence_transformers.sentence_transformer import losses
+from torch.nn.functional import cross_entropy
 
 from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_sentence_transformer
@@ -264,7 +265,7 @@ def test_batch_takes_the_rows_asked_for_in_that_order(base):
 def test_embed_gives_the_librarys_vectors(base, batch_size):
     """Catches: vectors in the order of lengths; pooling over padding; vectors that are not of length 1."""
     texts = TRIPLETS.columns["anchor"]
-    vectors = embed(base, TokenRows.of(base.tokenizer(texts)["input_ids"]), batch_size)
+    vectors = embed(base, {"anchor": TokenRows.of(base.tokenizer(texts)["input_ids"])}, batch_size)["anchor"]
     assert vectors.dtype == np.float32
     assert np.allclose(vectors, base.network.encode(texts), atol=1e-6)
 
@@ -274,9 +275,42 @@ def test_embed_normalises_for_a_base_that_does_not(tmp_path):
     base = make().load(tiny_sentence_transformer(tmp_path, normalize=False), torch.float32)
     texts = TRIPLETS.columns["anchor"]
     assert np.linalg.norm(base.network.encode(texts), axis=1).max() > 1.5
-    assert np.linalg.norm(embed(base, TokenRows.of(base.tokenizer(texts)["input_ids"]), 2), axis=1) == pytest.approx(
-        np.ones(4), abs=1e-6
-    )
+    vectors = embed(base, {"anchor": TokenRows.of(base.tokenizer(texts)["input_ids"])}, 2)["anchor"]
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(4), abs=1e-6)
+
+
+@pytest.fixture
+def shapes(base):
+    """Return the shapes of the token ids that the network is given, in order."""
+    seen = []
+    hook = base.network.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0]["input_ids"].shape)))
+    yield seen
+    hook.remove()
+
+
+def test_equal_texts_are_embedded_once(base, shapes):
+    """Catches: the anchor of three pairs embedded three times; a text that gets the vector of another."""
+    columns = {"sentence1": ["alpha", "alpha", "the beta clause"], "sentence2": ["omega", "alpha", "omega beta alpha"]}
+    tokens = {name: TokenRows.of(base.tokenizer(texts)["input_ids"]) for name, texts in columns.items()}
+    vectors = embed(base, tokens, 2)
+    assert sum(rows for rows, _ in shapes) == 4
+    assert list(vectors) == list(columns)
+    for name, texts in columns.items():
+        assert np.allclose(vectors[name], base.network.encode(texts), atol=1e-6)
+
+
+def test_training_embeds_texts_of_like_length_together(base, shapes):
+    """Catches: all texts of a batch padded to the longest; vectors that end at another row or column than their own."""
+    long = "the clause on omega and sigma and kappa and theta"
+    rows = Shard({"anchor": ["alpha", long], "positive": [long, "beta"], "negative": ["gamma", "the delta clause"]})
+    task = make()
+    loss = task.loss(base.network, task.batch(task.encode(rows, base), [1, 0], base))
+    assert shapes == sorted(shapes, reverse=True)
+    assert len(shapes) == 3
+    assert len({tokens for _, tokens in shapes}) == 3
+    vectors = {name: torch.tensor(base.network.encode([texts[1], texts[0]])) for name, texts in rows.columns.items()}
+    cosines = 20 * vectors["anchor"] @ torch.cat([vectors["positive"], vectors["negative"]]).T
+    assert loss.item() == pytest.approx(cross_entropy(cosines, torch.tensor([0, 1])).item(), abs=1e-4)
 
 
 def unit(*vectors):
