@@ -30,7 +30,7 @@ from flwr.supercore.interceptors import (
     RpcErrorTranslationServerInterceptor,
     create_fleet_runtime_version_server_interceptor,
 )
-from flwr.supercore.logger import console_handler
+from flwr.supercore.logger import FLOWER_LOGGER, console_handler
 from flwr.supercore.utils import get_metadata_bytes
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan, _parse_superlink_lifespan_config
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -191,7 +191,11 @@ def main() -> None:
     socket = Path(sys.argv.pop(1))
     config = _parse_superlink_lifespan_config()
     log_config = get_uvicorn_log_config(console_handler.level)
-    uvicorn.run(create_app(config, BoundedLifespan), uds=str(socket), workers=1, log_config=log_config)
+    # the only caller of the socket is the parent, which looks at the nodes every second
+    FLOWER_LOGGER.addFilter(lambda record: "ListNodes" not in record.getMessage())
+    uvicorn.run(
+        create_app(config, BoundedLifespan), uds=str(socket), workers=1, log_config=log_config, access_log=False
+    )
     # the socket's folder is the parent's to remove, unless that was killed
     with suppress(OSError):
         socket.parent.rmdir()
