@@ -38,12 +38,14 @@ class SiteCache:
         tails: the trainable end of the network with the features of a site's training rows, and its graft.
         moments: the optimiser's state of each client, by (site, SHA-256 of the run, client), with its last round.
         watch: called after each training step.
+        adapter_bytes: of the largest adapter of a run that was opened here, as it travels; 0 before the first.
     """
 
     rows: dict[RowsKey, PreparedRows] = field(default_factory=dict)
     tails: dict[RowsKey, tuple[Graft, Tail | None]] = field(default_factory=dict)
     moments: dict[tuple[str, str, str], tuple[int, dict[str, Any]]] = field(default_factory=dict)
     watch: Watch = lambda step, steps, losses: None
+    adapter_bytes: int = 0
 
     def clear(self) -> None:
         """Forget all rows, tails and moments. The step watcher stays."""
@@ -105,3 +107,8 @@ def of_process() -> SiteCache:
 def watch_training(watch: Watch) -> None:
     """Call `watch` after each training step of this process."""
     of_process().watch = watch
+
+
+def adapter_bytes() -> int:
+    """Return the bytes of the largest adapter that this process has made for a run; 0 before the first."""
+    return of_process().adapter_bytes

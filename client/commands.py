@@ -52,7 +52,7 @@ def client(
         raise typer.BadParameter("--set goes with --dry-run: the server says how a run is")
 
     from tsugiki.client.app import app as client_app
-    from tsugiki.client.cache import watch_training
+    from tsugiki.client.cache import adapter_bytes, watch_training
     from tsugiki.client.node import status
     from tsugiki.client.node.channel import Stopping
     from tsugiki.client.node.connection import Connection
@@ -70,7 +70,7 @@ def client(
     ending = Ending()
     with status.choose() as shown, ending.handling_signals():
         watch_training(shown.step)
-        connection = Connection(link, ending, shown.note)
+        connection = Connection(link, ending, shown.note, adapter_bytes)
         try:
             connection.connect()
             shown.note(f"connected to {link.address} as {site.name}, node {connection.node_id}")

@@ -97,7 +97,9 @@ class SiteRun:
         rank = own_rank(site, config)
         if config.privacy.examples.enabled:
             dp_sgd.check_supported(graft)
-        return cls(site, config, graft, plan, rank, of_process(), round_number)
+        cache = of_process()
+        cache.adapter_bytes = max(cache.adapter_bytes, graft.spec.size_bytes)
+        return cls(site, config, graft, plan, rank, cache, round_number)
 
     @property
     def hides_rows(self) -> bool:

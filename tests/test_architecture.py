@@ -47,9 +47,9 @@ USES_FLOWERS_PRIVATE_PARTS = {
     "client/node/channel.py",
     "client/node/connection.py",
     "client/node/diagnosis.py",
+    "server/deploy/bounded_superlink.py",
     "server/deploy/bundle.py",
     "server/deploy/control.py",
-    "server/deploy/superlink_process.py",
     "server/engines/superlink.py",
     "server/run/aggregate.py",  # the memory of strategies
 }

@@ -16,12 +16,11 @@ from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 
 from tsugiki.client.node.link import Link
+from tsugiki.common.wire.flower import CALL_OPTIONS
 
 CALL_TIMEOUT_S = 20.0
 FIRST_RETRY_S = 0.5
 LONGEST_RETRY_S = 10.0
-MOST_MESSAGE_BYTES = 2**26
-"""Most bytes of one call. Flower cuts objects that are larger than 5 MB."""
 TEMPORARY = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -66,12 +65,11 @@ class Channel:
     def _open(self) -> None:
         """Open a channel with Flower's interceptors, in place of the channel before."""
         self.close()
-        options = [(f"grpc.max_{way}_message_length", MOST_MESSAGE_BYTES) for way in ("send", "receive")]
         if self.link.root_certificates is None:
-            channel = grpc.insecure_channel(self.link.address, options)
+            channel = grpc.insecure_channel(self.link.address, CALL_OPTIONS)
         else:
             credentials = grpc.ssl_channel_credentials(self.link.root_certificates)
-            channel = grpc.secure_channel(self.link.address, credentials, options)
+            channel = grpc.secure_channel(self.link.address, credentials, CALL_OPTIONS)
         interceptors = [RuntimeVersionClientInterceptor("SuperNode"), NodeAuthClientInterceptor(*self._keys)]
         self._channel = channel
         self._stub = FleetStub(grpc.intercept_channel(channel, *interceptors))

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -52,8 +53,14 @@ log = logging.getLogger("tsugiki.client")
 
 SLOWEST_BYTES_PER_S = 8_000.0
 """A transfer that is slower than this has stopped."""
-MOST_BYTES = 2**30
-"""More than any adapter has. `common/wire/arrays.py` checks the size of the run's adapter."""
+UNKNOWN_BYTES = 256 * 2**20
+"""Most bytes of a message before a run was opened here. A run begins with a hello, which is small; only a client that
+was started anew in mid-round receives an adapter first."""
+SPARE_BYTES = 16 * 2**20
+"""Allowance for everything in a message but its adapter: settings, and what thousands of sites seal for this one."""
+CHUNK_BYTES = 5 * 2**20
+"""Flower cuts arrays into objects of this size."""
+SPARE_OBJECTS = 16
 FIRST_PAUSE_S = 0.02
 LONGEST_PAUSE_S = 0.5
 """Pauses between polls for an object that the server is still uploading."""
@@ -76,12 +83,20 @@ class Connection:
         link: the SuperLink.
         stopped: asked between retries; True ends them.
         note: called with each message for the site's operator.
+        adapter_bytes: returns the bytes of the largest adapter that a message may hold; 0: it is not known yet.
     """
 
-    def __init__(self, link: Link, stopped: Callable[[], bool], note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        link: Link,
+        stopped: Callable[[], bool],
+        note: Callable[[str], None],
+        adapter_bytes: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.link = link
         self._stopped = stopped
         self._note = note
+        self._adapter_bytes = adapter_bytes
         self.bytes_down = self.bytes_up = 0
         key = link.private_key
         private, public = (key, key.public_key()) if key is not None else generate_key_pairs()
@@ -110,8 +125,10 @@ class Connection:
         if self.link.private_key is None:
             self._channel.call("RegisterNode", RegisterNodeFleetRequest(public_key=self._public_key))
         request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_INTERVAL_S)
-        # A key may be refused at first: see `EARLY_S`.
-        ends = time.monotonic() + EARLY_S
+        # A key may be refused at first: see `EARLY_S`. One that was accepted before may come back later.
+        patience_s = EARLY_S if self._node is None else max(EARLY_S, self.link.retry_s)
+        ends = time.monotonic() + patience_s
+        reported = self._node is None
         while True:
             try:
                 self._node = Node(node_id=self._channel.call("ActivateNode", request).node_id)
@@ -121,6 +138,9 @@ class Connection:
                     raise
                 if self._stopped():
                     raise Stopping from error
+                if not reported:
+                    self._note(f"{error.problem}: trying again for {patience_s:g} s")
+                    reported = True
                 time.sleep(0.5)
 
     def receive(self) -> tuple[Message, ObjectTree] | None:
@@ -145,14 +165,18 @@ class Connection:
         """Return the whole message.
 
         Raises:
-            RunOver: its run has ended, or it was not uploaded in time.
+            RunOver: its run has ended, it was not uploaded in time, or it is larger than any message of its run.
         """
         run_id = envelope.metadata.run_id
+        most_bytes = self._most_bytes()
         ends = time.monotonic() + timeout_s
         pause_s = FIRST_PAUSE_S
         # Objects become available one by one, while the server is still uploading.
         missing = list(dict.fromkeys(one.object_id for one in iterate_object_tree(tree)))
+        if len(missing) > ceil(most_bytes / CHUNK_BYTES) + SPARE_OBJECTS:
+            raise RunOver("the server's message is not acceptable: size")
         contents: dict[str, bytes] = {}
+        left = most_bytes
         while missing:
             for object_id in list(missing):
                 request = PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
@@ -163,6 +187,10 @@ class Connection:
                     contents[object_id] = answer.object_content
                     missing.remove(object_id)
                     self.bytes_down += len(answer.object_content)
+                    left -= len(answer.object_content)
+                    # counted while it comes: a server could send without end
+                    if left < 0:
+                        raise RunOver("the server's message is not acceptable: size")
             if missing:
                 if time.monotonic() > ends or self._stopped():
                     raise RunOver("the server did not finish its upload")
@@ -172,11 +200,18 @@ class Connection:
         done = ConfirmMessageReceivedRequest(node=self._node, run_id=run_id, message_object_id=object_id)
         self._call_of_run("ConfirmMessageReceived", done)
         try:
-            message = inflate(object_id, contents, MOST_BYTES)
+            message = inflate(object_id, contents, most_bytes)
         except WireError as error:
             raise RunOver(f"the server's message is not acceptable: {error.code}") from error
         set_message_id(message, object_id)
         return message
+
+    def _most_bytes(self) -> int:
+        """Return the most bytes that a message may have."""
+        adapter = self._adapter_bytes()
+        if not adapter:
+            return UNKNOWN_BYTES
+        return ceil(1.05 * adapter) + SPARE_BYTES
 
     def send(self, reply: Message) -> None:
         """Upload a reply, without the time that the handler took: it would reveal something about the rows.

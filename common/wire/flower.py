@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flwr.app import Message
 
+MOST_CALL_BYTES = 2**26
+"""Most bytes of one gRPC call. Flower cuts objects that are larger than 5 MB."""
+CALL_OPTIONS = (
+    ("grpc.max_send_message_length", MOST_CALL_BYTES),
+    ("grpc.max_receive_message_length", MOST_CALL_BYTES),
+    ("grpc.per_message_decompression", 0),  # a few compressed bytes may stand for gigabytes
+)
+"""gRPC's options of servers and clients."""
+
 
 def identify_process(run_id: int = 1, node_id: int = 1, task_id: int = 1) -> None:
     """Give this process the identity that Flower reads when a Message is made outside Flower's own processes."""

@@ -18,6 +18,7 @@ import httpx
 from flwr.common.constant import SubStatus
 from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
+    ListNodesRequest,
     RegisterNodeRequest,
     StartRunRequest,
     UnregisterNodeRequest,
@@ -29,12 +30,13 @@ from flwr.proto.runtime_pb2 import (
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
 )
-from flwr.supercore.constant import TaskType
+from flwr.supercore.constant import NodeStatus, TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 
@@ -50,20 +52,27 @@ HEARTBEAT_S = 10.0
 RETRY_S = 10.0
 """How long a call may fail before the SuperLink counts as gone."""
 
+CALL_TIMEOUT_S = 30.0
+
 T = TypeVar("T")
+Client = TypeVar("Client", bound=ProtobufClient)
 
 
 class Control:
     """The SuperLink's API for its operator."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self._client = ControlHttpClient.from_server_address(
-            endpoint.address,
-            endpoint.root_certificates is None,
-            endpoint.root_certificates,
-            [RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+        self._client = _through_socket(
+            ControlHttpClient.from_server_address(
+                endpoint.address,
+                endpoint.root_certificates is None,
+                endpoint.root_certificates,
+                [RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+            ),
+            endpoint,
         )
         self._nodes: dict[str, tuple[bytes, int]] = {}
+        self._revoked: set[bytes] = set()
 
     def submit(self, bundle: bytes, run_config: Mapping[str, Any]) -> int:
         """Submit a run; return its id.
@@ -78,12 +87,13 @@ class Control:
     def synchronise(self, keyring: Path) -> list[str]:
         """Register and unregister nodes until the SuperLink knows the keys in the folder; return what was done.
 
+        A node that somebody else registered is removed, and one that somebody else unregistered is registered again.
         A key that cannot be registered is reported as "key NAME: ...". The other keys are registered all the same.
 
         Raises:
             DeployError: the SuperLink cannot be reached, or does not let a node be unregistered.
         """
-        done: list[str] = []
+        done = self._mend()
         wanted: dict[str, bytes] = {}
         unreadable = set()  # perhaps for a moment only, so their nodes are not revoked
         for name, path in registered(keyring).items():
@@ -95,26 +105,52 @@ class Control:
         # revoked first: a node whose key has changed is registered again below
         changed = [name for name, (key, _) in self._nodes.items() if wanted.get(name) != key]
         for name in [name for name in changed if name not in unreadable]:
-            leaving = UnregisterNodeRequest(node_id=self._nodes[name][1])
-            _answer(lambda leaving=leaving: self._client.UnregisterNode(leaving))  # type: ignore[misc]  # bound at once
+            key, node_id = self._nodes[name]
+            self._unregister(node_id)
+            self._revoked.add(key)
             self._nodes = {other: node for other, node in self._nodes.items() if other != name}
             done.append(f"{name} revoked")
         for name, key in wanted.items():
-            if name in self._nodes:
-                continue
-            request = RegisterNodeRequest(public_key=key, name=name)
-            try:
-                node_id = _answer(lambda request=request: self._client.RegisterNode(request)).node_id  # type: ignore[misc]  # bound at once
-            except DeployError as error:
-                # only the refusal of this one key is passed over
-                cause = error.__cause__
-                if not isinstance(cause, httpx.HTTPStatusError) or cause.response.status_code >= 500:
-                    raise
-                done.append(f"key {name}: not taken; a key that was revoked, or is used twice, needs to be a new one")
-                continue
-            self._nodes = {**self._nodes, name: (key, node_id)}
-            done.append(f"{name} registered")
+            if name not in self._nodes:
+                done.append(self._register(name, key))
         return done
+
+    def _mend(self) -> list[str]:
+        """Undo what somebody else did to the SuperLink's nodes, and return what was undone."""
+        nodes = _answer(lambda: self._client.ListNodes(ListNodesRequest())).nodes_info
+        known = {node.node_id for node in nodes if node.status != NodeStatus.UNREGISTERED}
+        done = []
+        for node_id in sorted(known - self.node_names().keys()):
+            self._unregister(node_id)
+            done.append(f"node {node_id} was registered by somebody else, and is removed")
+        for name, (key, node_id) in self._nodes.items():
+            if node_id not in known:
+                done += [f"{name} was unregistered by somebody else", self._register(name, key)]
+        return done
+
+    def _register(self, name: str, key: bytes) -> str:
+        """Register a node, unless its key was revoked or the SuperLink refuses it; return what was done.
+
+        Raises:
+            DeployError: the SuperLink cannot be reached.
+        """
+        refusal = f"key {name}: not taken; a key that was revoked, or is used twice, needs to be a new one"
+        if key in self._revoked:
+            return refusal
+        request = RegisterNodeRequest(public_key=key, name=name)
+        try:
+            node_id = _answer(lambda: self._client.RegisterNode(request)).node_id
+        except DeployError as error:
+            # only the refusal of this one key is passed over
+            cause = error.__cause__
+            if not isinstance(cause, httpx.HTTPStatusError) or cause.response.status_code >= 500:
+                raise
+            return refusal
+        self._nodes = {**self._nodes, name: (key, node_id)}
+        return f"{name} registered"
+
+    def _unregister(self, node_id: int) -> None:
+        _answer(lambda: self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id)))
 
     def node_names(self) -> dict[int, str]:
         """Return the names of the registered nodes by node id. May be called by any thread."""
@@ -123,6 +159,16 @@ class Control:
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
+
+
+def _through_socket(client: Client, endpoint: Endpoint) -> Client:
+    """Return one of Flower's HTTP clients, which from now on goes through the endpoint's Unix socket if it has one."""
+    if endpoint.socket is not None:
+        client._client.close()
+        transport = httpx.HTTPTransport(uds=str(endpoint.socket))
+        # without the environment: a proxy that it names would be asked for the socket
+        client._client = httpx.Client(transport=transport, timeout=CALL_TIMEOUT_S, trust_env=False)
+    return client
 
 
 def _answer(call: Callable[[], T]) -> T:
@@ -153,6 +199,7 @@ def executed(endpoint: Endpoint, run_id: int) -> Iterator[SuperlinkGrid]:
     grid = HttpGrid(
         endpoint.address, endpoint.root_certificates is None, endpoint.root_certificates, token=_claim(endpoint, run_id)
     )
+    _through_socket(grid._runtime_client, endpoint)
     grid._retry_invoker.max_time = RETRY_S
     grid._retry_invoker.should_giveup = _is_final
     client = grid._runtime_client
@@ -205,8 +252,11 @@ def _claim(endpoint: Endpoint, run_id: int) -> str:
     if endpoint.secret:
         methods = ["/flwr.proto.Runtime/PullPendingTasks", "/flwr.proto.Runtime/ClaimTask"]
         interceptors.append(SuperExecAuthHttpInterceptor(master_secret=endpoint.secret, protected_methods=methods))
-    client = RuntimeHttpClient.from_server_address(
-        endpoint.address, endpoint.root_certificates is None, endpoint.root_certificates, interceptors
+    client = _through_socket(
+        RuntimeHttpClient.from_server_address(
+            endpoint.address, endpoint.root_certificates is None, endpoint.root_certificates, interceptors
+        ),
+        endpoint,
     )
     # a run's task appears some time after the run was submitted
     ends = time.monotonic() + CLAIM_TIMEOUT_S

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tsugiki.common.address import LOOPBACK, split_address
-from tsugiki.common.config.files import to_run_config, with_absolute_paths
+from tsugiki.common.config.files import with_absolute_paths
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import TsugikiError, UsageError
 from tsugiki.server.deploy import bundle
@@ -71,7 +71,7 @@ def serve(
             names = control.node_names
         try:
             with _watching(control, deployment, child, stop) as failure:
-                run_id = control.submit(bundle.build(), to_run_config(config))
+                run_id = control.submit(bundle.build(), shown_to_nodes(config))
                 with executed(endpoint, run_id) as grid:
                     return run_federation(
                         grid,
@@ -89,6 +89,14 @@ def serve(
             raise
         finally:
             control.close()
+
+
+def shown_to_nodes(config: RunConfig) -> dict[str, str]:
+    """Return what the SuperLink is given of a run, and shows to every node that asks: the run's name.
+
+    This process executes the run, so the SuperLink needs no settings. Sites receive theirs in their messages.
+    """
+    return {"run.name": config.run.name}
 
 
 def _check_certificates(deployment: Deployment) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,14 +24,8 @@ from tsugiki.server.deploy.certs import CertificateFiles
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 8.0
 
-_CHILD = """
-import sys
-from flwr.supercore.app_utils import start_parent_process_monitor
-start_parent_process_monitor(int(sys.argv.pop(1)))
-from flwr.superlink.cli import flower_superlink
-flower_superlink()
-"""
-"""Flower's own command. The monitor ends it when this process ends, for any reason."""
+_CHILD = "tsugiki.server.deploy.bounded_superlink"
+"""Flower's SuperLink with our bounds. It ends when this process ends, for any reason."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +33,16 @@ class Endpoint:
     """Where a SuperLink's HTTP API for runs and for control is, and how to talk to it.
 
     Args:
-        address: HOST:PORT.
+        address: HOST:PORT; with a socket, a name for its log only.
         root_certificates: PEM of the CA; None: no TLS.
         secret: shared with processes that may execute runs; empty: none is needed.
+        socket: path of the Unix socket on which it is; None: it is on TCP.
     """
 
     address: str
     root_certificates: bytes | None
     secret: bytes = b""
+    socket: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,8 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
     """Run a SuperLink inside a `with` block.
 
     Args:
-        listen: HOST:PORT of the Fleet API, where sites connect. Everything else stays on loopback.
+        listen: HOST:PORT of the Fleet API, where sites connect. Everything else is on a Unix socket, which only this
+            process's user can reach.
         certificates: of the server; None: no TLS and no node keys, on loopback only.
         folder: for its log and Flower's own files, created if missing.
 
@@ -98,10 +97,12 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
     (folder / "secret").unlink(missing_ok=True)
     secret = secrets.token_bytes(48)
     write_private(folder / "secret", secret)
-    runtime = free_port()
     log = folder / "superlink.log"
+    # a short path, because that of a socket has at most 107 bytes; others cannot enter the folder (mode 0700)
+    private = Path(tempfile.mkdtemp(prefix="tsugiki-"))
+    api = private / "api"
     # a process group of its own, so that a Ctrl-C ends the run first, and the SuperLink after it
-    command = [sys.executable, "-c", _CHILD, str(os.getpid()), *_arguments(listen, runtime, certificates, folder)]
+    command = [sys.executable, "-m", _CHILD, str(os.getpid()), str(api), *_arguments(listen, certificates, folder)]
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
@@ -113,18 +114,18 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
             start_new_session=True,
         )
     try:
-        authority = certificates.ca.read_bytes() if certificates is not None else None
-        running = Superlink(Endpoint(f"127.0.0.1:{runtime}", authority, secret), listen, log, process)
-        _wait_for(running, [("127.0.0.1", runtime), (_reachable(host), port)])
+        running = Superlink(Endpoint("superlink", None, secret, api), listen, log, process)
+        _wait_for(running, [str(api), (_reachable(host), port)])
         yield running
     finally:
         _end(process)
         (folder / "secret").unlink(missing_ok=True)
+        shutil.rmtree(private, ignore_errors=True)
 
 
-def _arguments(listen: str, runtime: int, certificates: CertificateFiles | None, folder: Path) -> list[str]:
+def _arguments(listen: str, certificates: CertificateFiles | None, folder: Path) -> list[str]:
     """Return the SuperLink's arguments; the run's ServerApp is executed by us, not by it."""
-    arguments = ["--host", "127.0.0.1", "--port", str(runtime), "--fleet-api-address", listen]
+    arguments = ["--fleet-api-address", listen]
     arguments += ["--isolation", "process", "--superexec-auth-secret-file", str(folder / "secret")]
     arguments += ["--disable-runtime-dependency-installation"]
     if certificates is None:
@@ -172,8 +173,8 @@ def _reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # where to look, not where to listen
 
 
-def _wait_for(running: Superlink, addresses: list[tuple[str, int]]) -> None:
-    """Wait until the SuperLink listens on all addresses.
+def _wait_for(running: Superlink, addresses: list[str | tuple[str, int]]) -> None:
+    """Wait until the SuperLink listens on all addresses, which are paths of Unix sockets or hosts and ports.
 
     Raises:
         DeployError: it ended, or takes too long.
@@ -183,7 +184,7 @@ def _wait_for(running: Superlink, addresses: list[tuple[str, int]]) -> None:
         while True:
             running.check()
             try:
-                socket.create_connection(address, 1.0).close()
+                _connect(address)
                 break
             except OSError as error:
                 if time.monotonic() > ends:
@@ -191,6 +192,19 @@ def _wait_for(running: Superlink, addresses: list[tuple[str, int]]) -> None:
                         f"the SuperLink does not listen after {START_TIMEOUT_S:g} s", hint=f"see {running.log}"
                     ) from error
                 time.sleep(0.05)
+
+
+def _connect(address: str | tuple[str, int]) -> None:
+    """Connect to an address once.
+
+    Raises:
+        OSError: nothing listens there.
+    """
+    if isinstance(address, str):
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(address)
+    else:
+        socket.create_connection(address, 1.0).close()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -113,7 +113,9 @@ def _complete(ctx: RunContext, kind: Round[Replies], state: State, replies: Repl
     round_number = state.round + 1
     step = kind.step(state, round_number, replies)
     record = {**record, **step.record}
-    record["seconds"] = {**record["seconds"], "aggregate": time.perf_counter() - started}
+    # where the cohort is secret, nothing of a round is timed: a time may follow from the number of clients
+    if not ctx.withholds:
+        record["seconds"] = {**record["seconds"], "aggregate": time.perf_counter() - started}
     record["adapter_sha256"] = sha256(step.vector)
     record["update_norm"] = step.update_norm
     # the record is checkpointed with the model: its line is written only when its evaluation is in it

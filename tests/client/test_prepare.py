@@ -19,7 +19,7 @@ from tsugiki.client.site.simulated import simulated_sites
 from tsugiki.client.site.site import read_site
 from tsugiki.client.training.cohort import train_openly
 from tsugiki.common import __version__
-from tsugiki.common.config.parse import parse
+from tsugiki.common.config.parse import changed, parse
 from tsugiki.common.errors import DataError, ModelError, PolicyError, SpecError, WireError
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.tasks import TASKS
@@ -67,6 +67,17 @@ def test_a_job_starts_from_what_was_received(config, graft):
     assert np.array_equal(graft.read(), values)
     assert list(job.clients) == [site.name]
     assert len(job.encoded) == len(site.rows) == len(job.clients[site.name])
+
+
+def test_the_size_of_the_largest_adapter_is_known_after_a_hello(config, graft, monkeypatch):
+    """Catches: a bound on what a server may send that never follows from the run, or that shrinks in a smaller one."""
+    monkeypatch.setattr(cache, "_PROCESS", cache.SiteCache())
+    site = simulated_sites(config)[0]
+    assert cache.adapter_bytes() == 0
+    SiteRun.open(site, config)
+    assert cache.adapter_bytes() == graft.spec.size_bytes > 0
+    SiteRun.open(site, changed(config, {"adapter.wire_dtype": "float16"}))
+    assert cache.adapter_bytes() == graft.spec.size_bytes
 
 
 def test_rows_are_tokenised_once(config, graft, monkeypatch):

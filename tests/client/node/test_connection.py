@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -318,3 +319,73 @@ def test_a_connection_that_leads_nowhere_is_opened_anew(fleet, connect, monkeypa
         fleet.fail["PullMessages"] = [(grpc.StatusCode.DEADLINE_EXCEEDED, "")]
         assert link.receive() is None
         assert link._channel._channel is not before
+
+
+@pytest.mark.parametrize("adapter_bytes", [4096, 0])
+def test_a_server_sends_no_more_than_a_message_of_the_run(fleet, connect, adapter_bytes, monkeypatch):
+    """Catches: gigabytes that a site takes from a server before it looks at their size."""
+    monkeypatch.setattr(module, "UNKNOWN_BYTES", 18 * 2**20)
+    fleet.offer(message(size=10 * 2**20))  # 40 MiB
+    fleet.offer(message())
+    with listening(fleet) as port:
+        link = connect(port)
+        link._adapter_bytes = lambda: adapter_bytes
+        link.connect()
+        with pytest.raises(RunOver, match="size"):
+            link.pull(*link.receive(), 30.0)
+        assert link.bytes_down < 24 * 2**20
+        received = link.pull(*link.receive(), 5.0)
+    assert received.content["arrays"]["x"].numpy().tolist() == list(range(10))
+
+
+def test_an_adapter_as_large_as_the_runs_is_pulled(fleet, connect):
+    """Catches: a bound that leaves out the envelope, or chunks; a bound for runs of small adapters only."""
+    size = 10 * 2**20
+    fleet.offer(message(size=size))
+    with listening(fleet) as port:
+        link = connect(port)
+        link._adapter_bytes = lambda: 4 * size
+        link.connect()
+        assert len(link.pull(*link.receive(), 30.0).content["arrays"]["x"].numpy()) == size
+
+
+def test_a_message_of_many_objects_is_refused_before_it_is_pulled(fleet, connect, monkeypatch):
+    """Catches: a call for each of a million tiny objects, none of which is too large."""
+    monkeypatch.setattr(module, "SPARE_OBJECTS", 1)
+    fleet.offer(message())
+    with listening(fleet) as port:
+        link = connect(port)
+        link._adapter_bytes = lambda: 10
+        link.connect()
+        envelope, tree = link.receive()
+        for number in range(10):
+            tree.children.add().object_id = f"{number:064x}"
+        with pytest.raises(RunOver, match="size"):
+            link.pull(envelope, tree, 5.0)
+    assert "PullObject" not in fleet.calls
+
+
+def test_a_key_that_was_accepted_and_is_refused_later_is_tried_until_the_time_is_over(fleet, connect, monkeypatch):
+    """Catches: a client that leaves for good because a key was missing at the server for a moment."""
+    monkeypatch.setattr(module, "EARLY_S", 0.2)
+    key = ec.generate_private_key(ec.SECP384R1())
+    public = public_key_to_bytes(key.public_key())
+    fleet.known[public] = 77
+    notes = []
+    with listening(fleet) as port:
+        link = connect(port, retry_s=5.0, key=key, notes=notes)
+        link.connect()
+        fleet.known.clear()
+        back = threading.Timer(1.5, fleet.known.__setitem__, (public, 78))
+        back.start()
+        assert link.receive() is None
+        assert link.node_id == 78
+        assert [note for note in notes if "trying again for 5 s" in note and "key" in note]
+        # and not for ever
+        fleet.known.clear()
+        link.link = replace(link.link, retry_s=0.6)
+        started = time.monotonic()
+        with pytest.raises(LinkError) as caught:
+            link.receive()
+    assert caught.value.code == "key-refused"
+    assert 0.6 <= time.monotonic() - started < 5

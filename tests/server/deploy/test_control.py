@@ -81,13 +81,17 @@ def test_a_superlink_that_goes_away_is_an_error_of_ours(operator, child):
 def test_the_keyring_is_what_the_superlink_knows(operator, tmp_path):
     """Catches: a revoked key that still gets in; one that was replaced; a name without its node."""
     keys = tmp_path / "keys"
-    for name in ("acme", "bolt"):
-        register(keys, new_key_pair(tmp_path / name))
+    public = {name: new_key_pair(tmp_path / name) for name in ("acme", "bolt")}
+    for path in public.values():
+        register(keys, path)
     assert sorted(operator.synchronise(keys)) == ["acme registered", "bolt registered"]
     assert operator.synchronise(keys) == []
     assert sorted(operator.node_names().values()) == ["acme", "bolt"]
     revoke(keys, "bolt")
     assert operator.synchronise(keys) == ["bolt revoked"]
+    register(keys, public["bolt"])  # under its own name, too
+    assert [done.partition(";")[0] for done in operator.synchronise(keys)] == ["key bolt: not taken"]
+    revoke(keys, "bolt")
     revoke(keys, "acme")
     register(keys, new_key_pair(tmp_path / "acme-2"), "acme")
     assert operator.synchronise(keys) == ["acme revoked", "acme registered"]

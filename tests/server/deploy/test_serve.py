@@ -5,7 +5,7 @@ import pytest
 from tests.support.federation import tiny_config
 from tsugiki.common.errors import UsageError
 from tsugiki.server.deploy.certs import CertificateFiles, make_certificates
-from tsugiki.server.deploy.serve import Deployment, serve
+from tsugiki.server.deploy.serve import Deployment, serve, shown_to_nodes
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.run.progress import Progress
 
@@ -32,3 +32,10 @@ def test_no_certificate_no_server(tmp_path, name):
 def test_a_new_operator_is_told_what_to_do(tmp_path):
     """Catches: an error that leaves out --insecure, with which things can be tried."""
     assert "--insecure" in refused(tmp_path, CertificateFiles(tmp_path / "tls"))
+
+
+def test_the_superlink_is_given_no_path(tmp_path):
+    """Catches: the operator's evaluation data and output folder, which the SuperLink shows to every site that asks."""
+    config = tiny_config(tmp_path)
+    assert config.evaluation.data.startswith(str(tmp_path))
+    assert shown_to_nodes(config) == {"run.name": config.run.name}

@@ -218,7 +218,8 @@ def test_under_poisson_sampling_nobody_is_named(tmp_path):
     for line in ran.rounds:
         assert (line["cohort"], line["accepted"], line["rejected"]) == ([], {}, {})
         assert (line["bytes_up"], line["bytes_down"], line["dropouts"]) == (0, 0, 0)
-        assert set(line["seconds"]) == {"aggregate", "evaluate"}  # the wait tells how long the slowest of them took
+        # the wait tells how long the slowest of them took, the aggregation perhaps how many they were
+        assert set(line["seconds"]) == {"evaluate"}
         assert line["privacy"]["clients"] is None
         assert line["privacy"]["effective_noise_multiplier"] is None
         assert line["privacy"]["noise_norm"] is None
