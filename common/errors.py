@@ -167,6 +167,7 @@ KnownCode = Literal[
     "run-exists",  # the run's folder is there already
     "run-missing",  # there is no such run
     "locked",  # another process uses the run's folder
+    "linked",  # a file or folder to write is a link to another place
     "run-corrupt",  # a run's file is damaged
     "run-unfinished",  # the run has no adapter yet
     "audit-broken",  # an audit log was changed

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsugiki.common.errors import UsageError
+from tsugiki.common.files import write_atomically
 from tsugiki.common.keys import read_private, write_private
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def _make_authority(files: CertificateFiles) -> None:
     usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)  # sign certificates and CRLs
     certificate = _signed(builder.add_extension(usage, critical=True), key)
     write_private(files.ca_key, _pem(key))
-    files.ca.write_bytes(certificate)
+    write_atomically(files.ca, certificate)
 
 
 def _make_server(files: CertificateFiles, names: list[x509.GeneralName], days: int, start: datetime) -> None:
@@ -144,7 +145,7 @@ def _make_server(files: CertificateFiles, names: list[x509.GeneralName], days: i
     # the old key goes first, because `write_private` never overwrites a file
     files.server_key.unlink(missing_ok=True)
     write_private(files.server_key, _pem(key))
-    files.server.write_bytes(certificate)
+    write_atomically(files.server, certificate)
 
 
 def _subject(name: str) -> x509.Name:

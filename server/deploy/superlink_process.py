@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tsugiki.common.address import LOOPBACK, split_address
 from tsugiki.common.errors import DeployError, UsageError
+from tsugiki.common.files import make_folder, open_to_append
 from tsugiki.common.keys import write_private
 from tsugiki.server.deploy.certs import CertificateFiles
 
@@ -94,7 +95,7 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
         )
     # checked here, because the SuperLink's own error would be in its log only
     _check_free(host, port)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, parents=True)
     (folder / "secret").unlink(missing_ok=True)
     secret = secrets.token_bytes(48)
     write_private(folder / "secret", secret)
@@ -102,7 +103,7 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
     log = folder / "superlink.log"
     # a process group of its own, so that a Ctrl-C ends the run first, and the SuperLink after it
     command = [sys.executable, "-c", _CHILD, str(os.getpid()), *_arguments(listen, runtime, certificates, folder)]
-    with log.open("ab") as output:
+    with open_to_append(log) as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -183,6 +183,18 @@ def test_a_log_that_became_shorter_is_read_anew(path, lines):
     assert [event["sequence"] for event in verify(path)] == list(range((lines or 0) + 1))
 
 
+def test_a_log_is_neither_continued_nor_repaired_through_a_link(tmp_path, path):
+    """Catches: a link in the log's place, and the one line of somebody's file taken for a cut-off one and removed."""
+    path.unlink(missing_ok=True)
+    victim = tmp_path / "victim"
+    victim.write_text("no line break at the end")
+    path.symlink_to(victim)
+    with pytest.raises(StorageError) as caught:
+        AuditLog(path).write("joined")
+    assert caught.value.code == "linked"
+    assert victim.read_text() == "no line break at the end"
+
+
 def test_a_line_that_another_process_left_unfinished_is_removed(path):
     """Catches: a new event glued to half a line of a process that was killed."""
     log = AuditLog(path)
