@@ -53,6 +53,7 @@ KnownCode = Literal[
     "key-refused",  # the key is not registered, revoked, or in use
     "key-missing",  # there is no key file
     "key-invalid",  # the key file is encrypted, or holds another kind of key
+    "key-revoked",  # the key was revoked, and nobody has restored it
     "key-permissions",  # others on the machine can read the key
     "clock-skew",  # the clocks of site and server differ too much
     # the hello, and a site's own refusals

@@ -39,9 +39,9 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 
 from tsugiki.common.errors import DeployError, UsageError
-from tsugiki.common.keys import read_public_key
+from tsugiki.common.keys import fingerprint, read_public_key
 from tsugiki.common.wire.flower import identify_process
-from tsugiki.server.deploy.keyring import registered
+from tsugiki.server.deploy.keyring import registered, revoked
 from tsugiki.server.deploy.superlink_process import Endpoint
 from tsugiki.server.engines.superlink import SuperlinkGrid
 
@@ -82,16 +82,24 @@ class Control:
 
         Raises:
             DeployError: the SuperLink cannot be reached, or does not let a node be unregistered.
+            StorageError: the folder, or its list of revoked keys, cannot be read.
         """
         done: list[str] = []
         wanted: dict[str, bytes] = {}
         unreadable = set()  # perhaps for a moment only, so their nodes are not revoked
+        shut_out = revoked(keyring)
         for name, path in registered(keyring).items():
             try:
-                wanted[name] = public_key_to_bytes(read_public_key(path))
+                key = read_public_key(path)
             except UsageError as error:
                 unreadable.add(name)
                 done.append(f"key {name}: {error}")
+                continue
+            revocation = shut_out.get(fingerprint(key))
+            if revocation is None:
+                wanted[name] = public_key_to_bytes(key)
+            else:
+                done.append(f"key {name}: not taken; it was revoked on {revocation.date}")
         # revoked first: a node whose key has changed is registered again below
         changed = [name for name, (key, _) in self._nodes.items() if wanted.get(name) != key]
         for name in [name for name in changed if name not in unreadable]:
@@ -99,10 +107,10 @@ class Control:
             _answer(lambda leaving=leaving: self._client.UnregisterNode(leaving))  # type: ignore[misc]  # bound at once
             self._nodes = {other: node for other, node in self._nodes.items() if other != name}
             done.append(f"{name} revoked")
-        for name, key in wanted.items():
+        for name, public in wanted.items():
             if name in self._nodes:
                 continue
-            request = RegisterNodeRequest(public_key=key, name=name)
+            request = RegisterNodeRequest(public_key=public, name=name)
             try:
                 node_id = _answer(lambda request=request: self._client.RegisterNode(request)).node_id  # type: ignore[misc]  # bound at once
             except DeployError as error:
@@ -112,7 +120,7 @@ class Control:
                     raise
                 done.append(f"key {name}: not taken; a key that was revoked, or is used twice, needs to be a new one")
                 continue
-            self._nodes = {**self._nodes, name: (key, node_id)}
+            self._nodes = {**self._nodes, name: (public, node_id)}
             done.append(f"{name} registered")
         return done
 
