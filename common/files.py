@@ -191,18 +191,24 @@ def read_lines(path: Path, start: int = 0) -> list[dict[str, Any]]:
         start: in bytes, the beginning of the first line to read.
 
     Raises:
-        StorageError: a line before the last is not JSON.
+        StorageError: `run-corrupt`, a line before the last is no JSON object in UTF-8.
     """
     if not path.is_file():
         return []
     with path.open("rb") as file:
         file.seek(start)
-        lines = file.read().decode("utf-8").split("\n")
+        lines = file.read().split(b"\n")
     complete = [line for line in lines[:-1] if line]  # what follows the last newline was cut off
-    try:
-        return [json.loads(line) for line in complete]
-    except json.JSONDecodeError as error:
-        raise StorageError(f"a line of {path} is no JSON", "one JSON record a line", code="run-corrupt") from error
+    records = [_object(line) for line in complete]
+    whole = [record for record in records if record is not None]
+    if len(whole) < len(records):
+        raise StorageError(
+            f"line {records.index(None) + 1} of what is read from {path} is no JSON object",
+            "one JSON object a line, in UTF-8",
+            "find out who changed the file; a backup of it can take its place",
+            code="run-corrupt",
+        )
+    return whole
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -211,13 +217,19 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         StorageError: `run-corrupt`, the file is not JSON or holds no object.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise StorageError(f"{path} is no JSON", "the file as the run wrote it", code="run-corrupt") from error
-    if not isinstance(content, dict):
-        raise StorageError(f"{path} holds no object", "the file as the run wrote it", code="run-corrupt")
+    content = _object(path.read_bytes())
+    if content is None:
+        raise StorageError(f"{path} is no JSON object", "the file as the run wrote it", code="run-corrupt")
     return content
+
+
+def _object(text: bytes) -> dict[str, Any] | None:
+    """Return the JSON object in a text; None: it is something else, or no JSON in UTF-8."""
+    try:
+        found = json.loads(text.decode())
+    except (ValueError, RecursionError):  # the latter from thousands of brackets
+        return None
+    return found if isinstance(found, dict) else None
 
 
 @contextmanager

@@ -103,7 +103,16 @@ def test_lines_are_strict_json(tmp_path):
     assert json.loads((tmp_path / "lines").read_text()) == {"name": "Übung", "value": 0.1}
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"1", b"\xff"])
+@pytest.mark.parametrize(
+    "line", [b'{"a": "\xff"}', b"\xff", b'{"a": "\xc3"}', "{}".encode("utf-16"), b"[]", b"1", b"null", b"[" * 100_000]
+)
+def test_a_line_that_is_no_object_is_corrupt(tmp_path, line):
+    """Catches: a decoder's own exception for a byte that is no UTF-8, or a list where an object is looked into."""
+    (tmp_path / "lines").write_bytes(b'{"a": 1}\n' + line + b"\n")
+    assert code_of(lambda: read_lines(tmp_path / "lines")) == "run-corrupt"
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"1", b"\xff", b"[" * 100_000])
 def test_a_file_without_an_object_is_corrupt(tmp_path, content):
     """Catches: a decoder's own exception instead of ours; a list or a number that passes for an object."""
     (tmp_path / "file").write_bytes(content)
