@@ -108,6 +108,17 @@ def refuse_link(path: Path) -> None:
         raise _linked(path)
 
 
+def refuse_links_in(folder: Path) -> None:
+    """Check that no member of a folder is a symbolic link.
+
+    Raises:
+        StorageError: `linked`, with the first of them.
+        OSError: the folder cannot be read.
+    """
+    for member in sorted(folder.iterdir()):
+        refuse_link(member)
+
+
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file beside its place, flush it to the disk, and rename it into place.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tsugiki.common.address import LOOPBACK, split_address
 from tsugiki.common.errors import DeployError, UsageError
-from tsugiki.common.files import make_folder, open_to_append
+from tsugiki.common.files import make_folder, open_to_append, refuse_links_in
 from tsugiki.common.keys import write_private
 from tsugiki.server.deploy.certs import CertificateFiles
 
@@ -96,6 +96,7 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
     # checked here, because the SuperLink's own error would be in its log only
     _check_free(host, port)
     make_folder(folder, parents=True)
+    refuse_links_in(folder)  # Flower writes files of its own there
     (folder / "secret").unlink(missing_ok=True)
     secret = secrets.token_bytes(48)
     write_private(folder / "secret", secret)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import locked, make_folder, refuse_link, unwritable
+from tsugiki.common.files import locked, make_folder, refuse_links_in, unwritable
 
 LEAST_FREE_BYTES = 64 * 2**20
 """No run starts on a disk with less free space: else it would train, and then fail to write its checkpoint."""
@@ -33,8 +33,7 @@ def run_folder(path: Path, *, resume: bool) -> Iterator[Path]:
                 code="run-exists",
             )
         make_folder(path, parents=True)
-        for member in path.iterdir():
-            refuse_link(member)
+        refuse_links_in(path)
         free = shutil.disk_usage(path).free
         if free < LEAST_FREE_BYTES:
             raise StorageError(
