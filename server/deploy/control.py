@@ -90,14 +90,14 @@ class Control:
         shut_out = revoked(keyring)
         for name, path in registered(keyring).items():
             try:
-                key = read_public_key(path)
+                public = read_public_key(path)
             except UsageError as error:
                 unreadable.add(name)
                 done.append(f"key {name}: {error}")
                 continue
-            revocation = shut_out.get(fingerprint(key))
+            revocation = shut_out.get(fingerprint(public))
             if revocation is None:
-                wanted[name] = public_key_to_bytes(key)
+                wanted[name] = public_key_to_bytes(public)
             else:
                 done.append(f"key {name}: not taken; it was revoked on {revocation.date}")
         # revoked first: a node whose key has changed is registered again below
@@ -107,10 +107,10 @@ class Control:
             _answer(lambda leaving=leaving: self._client.UnregisterNode(leaving))  # type: ignore[misc]  # bound at once
             self._nodes = {other: node for other, node in self._nodes.items() if other != name}
             done.append(f"{name} revoked")
-        for name, public in wanted.items():
+        for name, key in wanted.items():
             if name in self._nodes:
                 continue
-            request = RegisterNodeRequest(public_key=public, name=name)
+            request = RegisterNodeRequest(public_key=key, name=name)
             try:
                 node_id = _answer(lambda request=request: self._client.RegisterNode(request)).node_id  # type: ignore[misc]  # bound at once
             except DeployError as error:
@@ -120,7 +120,7 @@ class Control:
                     raise
                 done.append(f"key {name}: not taken; a key that was revoked, or is used twice, needs to be a new one")
                 continue
-            self._nodes = {**self._nodes, name: (public, node_id)}
+            self._nodes = {**self._nodes, name: (key, node_id)}
             done.append(f"{name} registered")
         return done
 
