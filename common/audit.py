@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import append_lines, read_lines, unwritable
+from tsugiki.common.files import append_lines, cut_file, read_lines, unwritable
 
 _START = "0" * 64
 
@@ -158,10 +157,7 @@ def _cut_to_whole_lines(path: Path) -> int:
         raise unwritable(path, error) from error
     size = content.rfind(b"\n") + 1
     if size < len(content):
-        try:
-            os.truncate(path, size)
-        except OSError as error:
-            raise unwritable(path, error) from error
+        cut_file(path, size)
     return size
 
 

@@ -53,6 +53,7 @@ KnownCode = Literal[
     "key-refused",  # the key is not registered, revoked, or in use
     "key-missing",  # there is no key file
     "key-invalid",  # the key file is encrypted, or holds another kind of key
+    "key-revoked",  # the key was revoked, and nobody has restored it
     "key-permissions",  # others on the machine can read the key
     "clock-skew",  # the clocks of site and server differ too much
     # the hello, and a site's own refusals
@@ -174,6 +175,7 @@ KnownCode = Literal[
     "run-exists",  # the run's folder is there already
     "run-missing",  # there is no such run
     "locked",  # another process uses the run's folder
+    "linked",  # a file or folder to write is a link to another place
     "run-corrupt",  # a run's file is damaged
     "run-unfinished",  # the run has no adapter yet
     "audit-broken",  # an audit log was changed

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsugiki.common.errors import LinkError, SecureAggregationError, UsageError
+from tsugiki.common.files import open_new
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
@@ -40,10 +41,10 @@ def new_key_pair(path: Path) -> Path:
     private = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption())
     public = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH)
     target = path.with_name(path.name + ".pub")
-    if target.exists():  # checked before anything is written: a new key must not be beside an old public part
+    if os.path.lexists(target):  # checked before anything is written: a new key must not be beside an old public part
         raise UsageError(f"the file {target} is there already", "a new name", "choose another, or delete both files")
-    write_private(path, private)
-    target.write_bytes(public + b"\n")
+    _write_new(path, private, 0o600)
+    _write_new(target, public + b"\n", 0o666)
     return target
 
 
@@ -53,17 +54,24 @@ def write_private(path: Path, content: bytes) -> None:
     Raises:
         UsageError: the file exists already, or cannot be written.
     """
+    _write_new(path, content, 0o600)  # created with these permissions, so that others can read it at no moment
+
+
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    """Write a new file with these permissions.
+
+    Raises:
+        UsageError: the file exists already, or cannot be written.
+    """
     try:
-        # The file is created with these permissions, so that others can read it at no moment.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open_new(path, mode) as file:
+            file.write(content)
     except FileExistsError:
         raise UsageError(
             f"the file {path} is there already", "a new name", "choose another, or delete the file"
         ) from None
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}", "a writable folder", "check the folder") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
 
 
 def read_private(path: Path) -> bytes:

@@ -2,6 +2,10 @@
 
 Flower's own link leaves calls without deadlines and ends the process when something is wrong. Here every try has a
 deadline, and a failure that repeating cannot mend becomes one error with its cause (`client/node/diagnosis.py`).
+
+Until the server has accepted this node, a refusal is such a failure: a wrong key or clock would be refused for ever.
+After that, each refusal is repeated like a failure of the network: address, key and clock were right, so that what has
+changed, such as the server's clock, may be mended without this site.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 
 from tsugiki.client.node.link import Link
+from tsugiki.common.errors import LinkError
 from tsugiki.common.wire.flower import CALL_OPTIONS
 
 CALL_TIMEOUT_S = 20.0
@@ -27,6 +32,8 @@ TEMPORARY = (
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.CANCELLED,  # by a server that is shutting down
 )
+_NETWORK = "network"
+"""A kind of failure beside the codes of refusals."""
 
 
 class Stopping(Exception):
@@ -42,7 +49,11 @@ class Forgotten(Exception):
 
 
 class Channel:
-    """An open channel. `repeated` is whether the last answer took more than one try.
+    """An open channel.
+
+    Attributes:
+        repeated: whether the network failed before the last answer, so that an earlier one may be lost.
+        accepted: whether the server has accepted this node; set by the connection.
 
     Args:
         link: the SuperLink.
@@ -59,6 +70,7 @@ class Channel:
         self._stopped = stopped
         self._note = note
         self.repeated = False
+        self.accepted = False
         self._channel: grpc.Channel | None = None
         self._open()
 
@@ -89,7 +101,7 @@ class Channel:
         return getattr(self._stub, method)(request, timeout=timeout_s)
 
     def call(self, method: str, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        """Call the server; repeat the call while the network fails.
+        """Call the server; repeat the call while the network fails, or the server refuses a node that it had accepted.
 
         Args:
             method: of the Fleet API.
@@ -97,7 +109,8 @@ class Channel:
             timeout_s: of one try.
 
         Raises:
-            LinkError: the server refuses, or cannot be reached for `retry_s`.
+            LinkError: the server refuses a node that it has never accepted; or it refuses, or cannot be reached, for
+                `retry_s`.
             Forgotten: the server does not know this node.
             RunOver: the server answers that the run has ended.
             Stopping: the node was asked to stop before an answer came.
@@ -106,33 +119,41 @@ class Channel:
 
         started = time.monotonic()
         pause_s = FIRST_RETRY_S
-        reported = False
+        noted: set[str] = set()
         while True:
             try:
                 answer = self.once(method, request, timeout_s)
             except grpc.RpcError as error:
-                # What the server has decided is not repeated, a failure of the network is.
                 status = error.code()
                 details = str(error.details())
                 if status == grpc.StatusCode.PERMISSION_DENIED:
                     raise RunOver("the run has ended") from error
                 if status == grpc.StatusCode.UNAUTHENTICATED and "node ID" in details:
                     raise Forgotten from error
+                refusal = None
                 if status not in TEMPORARY:
-                    raise refused(self.link, details) from error
-                self._give_up_or_wait(error, started, pause_s, reported)
+                    refusal = refused(self.link, details)
+                self._give_up_or_wait(error, refusal, started, pause_s, noted)
                 if status == grpc.StatusCode.DEADLINE_EXCEEDED:
                     self._open()  # the old connection may lead nowhere, without anybody having closed it
                 pause_s = min(2 * pause_s, LONGEST_RETRY_S)
-                reported = True
             else:
-                self.repeated = reported
-                if reported:
+                self.repeated = _NETWORK in noted
+                if noted:
                     self._note(f"connected again after {time.monotonic() - started:.0f} s")
                 return answer
 
-    def _give_up_or_wait(self, error: grpc.RpcError, started: float, pause_s: float, reported: bool) -> None:
+    def _give_up_or_wait(
+        self, error: grpc.RpcError, refusal: LinkError | None, started: float, pause_s: float, noted: set[str]
+    ) -> None:
         """Sleep before another try.
+
+        Args:
+            error: of the last try.
+            refusal: what it means, if the server has answered; None: the network failed.
+            started: when the first try began.
+            pause_s: how long to sleep.
+            noted: the kinds of failures that the site's operator knows of; a new kind is added.
 
         Raises:
             LinkError: another try would not help, or `retry_s` is over.
@@ -140,17 +161,27 @@ class Channel:
         """
         from tsugiki.client.node.diagnosis import why_not
 
-        # Only the first failure is diagnosed: it may have a cause that no repetition mends.
-        if not reported:
-            cause = why_not(self.link)
-            if cause.code != "server-unreachable":
+        kind = refusal.code if refusal is not None else _NETWORK
+        # Only the first failure of a kind is diagnosed: it may have a cause that no repetition mends.
+        if kind not in noted:
+            noted.add(kind)
+            cause = refusal or why_not(self.link)
+            if cause.code != "server-unreachable" and not self.accepted:
                 raise cause from error
-            self._note(f"{cause.problem}: trying again for {self.link.retry_s:g} s")
+            self._note(_retrying(cause, self.link.retry_s))
         if time.monotonic() - started + pause_s > self.link.retry_s:
-            raise why_not(self.link) from error
+            raise (refusal or why_not(self.link)) from error
         # In short naps, so that a request to stop is soon seen.
         ends = time.monotonic() + pause_s
         while time.monotonic() < ends:
             if self._stopped():
                 raise Stopping
             time.sleep(0.1)
+
+
+def _retrying(cause: LinkError, retry_s: float) -> str:
+    """Return the line about a failure that is repeated: what is wrong, and what mends it if waiting may not."""
+    line = f"{cause.problem}: trying again for {retry_s:g} s"
+    if cause.code == "server-unreachable":
+        return line
+    return f"{line} ({cause.code}; expected {cause.expected}; {cause.hint})".replace("; )", ")")

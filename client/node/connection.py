@@ -132,6 +132,7 @@ class Connection:
         while True:
             try:
                 self._node = Node(node_id=self._channel.call("ActivateNode", request).node_id)
+                self._channel.accepted = True
                 return
             except LinkError as error:
                 if error.code != "key-refused" or time.monotonic() > ends:

@@ -20,6 +20,7 @@ from tsugiki.common.data import partition
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.data.shard import read as read_shard
 from tsugiki.common.errors import ConfigError, DataError, Problem
+from tsugiki.common.files import make_folder
 from tsugiki.common.rng import generator
 from tsugiki.common.tasks import TASKS, Task
 
@@ -108,7 +109,7 @@ class SimulatedSite:
         if not self.config.privacy.examples.enabled:
             return None
         folder = Path(self.config.run.output_dir) / self.config.run.name / "site-ledgers"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, parents=True)
         return folder / f"{self.name}.jsonl"
 
     def split_rows(self) -> tuple[list[int], list[int]]:

@@ -45,7 +45,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             str(path), [Problem("file", str(path), "an existing file", "`tsugiki config init`, which writes one")]
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(str(path), [Problem("file", path.name, f"readable TOML in UTF-8 ({error})")]) from None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tsugiki.common.adapters import ADAPTERS, AdapterMethod
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.errors import ModelError
+from tsugiki.common.errors import ModelError, TsugikiError
 from tsugiki.common.model.device import choose_device, loading, recompute_activations
 from tsugiki.common.model.find import find
 from tsugiki.common.model.fingerprint import check_base, fingerprint
@@ -159,18 +159,57 @@ def assemble(
 
 
 def load_base(task: Task, folder: Path, dtype: Any, **how: Any) -> Base:
-    """Load the base; raise a ModelError for a checkpoint that the libraries cannot load."""
-    from safetensors import SafetensorError
+    """Load the base.
 
+    Raises:
+        ModelError: `model-load`, the libraries cannot load the checkpoint, or it asks for code of the hub; or the
+            task's own error.
+    """
+    _refuse_code_of_the_hub(folder)
     try:
         return task.load(folder, dtype, **how)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (TsugikiError, MemoryError):
+        raise
+    except Exception as error:  # a checkpoint's files steer the libraries, which fail with errors of any class
+        if type(error).__name__ == "OutOfMemoryError":  # the device's
+            raise
         raise ModelError(
             f"the model in {folder.name!r} cannot be loaded ({type(error).__name__})",
             "a whole checkpoint of an architecture that transformers itself knows",
             "fetch the model again, or choose another",
             code="model-load",
         ) from error
+
+
+def _refuse_code_of_the_hub(folder: Path) -> None:
+    """Check that no config.json of a base names a hub kernel: transformers would fetch its code and run it.
+
+    Raises:
+        ModelError: `model-load`.
+    """
+    for file in (folder / "config.json", *folder.glob("*/config.json")):
+        try:
+            about = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue  # the libraries say what is wrong with it, or never read it
+        if _names_a_kernel(about):
+            raise ModelError(
+                f"the {file.name} of the model in {folder.name!r} names a kernel of the hub, which is code",
+                "an implementation that is part of transformers",
+                "remove the key that ends in _implementation from the file, or choose another base",
+                code="model-load",
+            )
+
+
+def _names_a_kernel(about: Any) -> bool:
+    """Return whether a key such as `attn_implementation` in a configuration, or in a part of it, names a hub's id."""
+    if not isinstance(about, dict):
+        return False
+    for key, value in about.items():
+        chosen = value.values() if isinstance(value, dict) else [value]
+        if key.endswith("_implementation") and any("/" in str(name) for name in chosen):
+            return True
+    return any(_names_a_kernel(value) for value in about.values())
 
 
 @contextmanager

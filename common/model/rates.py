@@ -12,6 +12,7 @@ from tsugiki.common.adapters import ADAPTERS
 from tsugiki.common.adapters.base import HEAD_RATES, BaseKind, scaled_rate
 from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
+from tsugiki.common.errors import ModelError
 from tsugiki.common.model.find import find, find_offline
 from tsugiki.common.tasks import TASKS
 
@@ -45,7 +46,8 @@ def with_rates(config: RunConfig, source: str) -> RunConfig:
         source: hub id, folder or `package:...` behind the run's model name.
 
     Raises:
-        ModelError: `model-not-found` or `model-format`, the base is not there.
+        ModelError: `model-not-found` or `model-format`, the base is not there; `model-load`, its config.json cannot
+            be read.
     """
     if not _is_open(config):
         return config
@@ -112,7 +114,15 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     files = [folder / "config.json", *sorted(folder.glob("*/config.json"))]
     for file in files:
         if file.is_file():
-            about = json.loads(file.read_text("utf-8"))
-            if "model_type" in about:
-                return dict(about)
+            try:
+                about = json.loads(file.read_text("utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                raise ModelError(
+                    f"the {file.name} of the model in {folder.name!r} cannot be read ({type(error).__name__})",
+                    "JSON in UTF-8",
+                    "fetch the model again, or choose another",
+                    code="model-load",
+                ) from error
+            if isinstance(about, dict) and "model_type" in about:
+                return about
     return {}

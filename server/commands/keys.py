@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 app = typer.Typer()
-keys_app = typer.Typer(no_args_is_help=True, help="Make, register, list and revoke the keys of nodes.")
+keys_app = typer.Typer(no_args_is_help=True, help="Make, register, list, revoke and restore the keys of nodes.")
 app.add_typer(keys_app, name="keys")
 
 KeysFolder = Annotated[Path, typer.Option("--keys", metavar="DIR", help="The registered nodes' public keys.")]
@@ -105,18 +105,38 @@ def register(
 
 @keys_app.command("list", epilog="Example: tsugiki keys list")
 def list_keys(folder: KeysFolder = Path("keys")) -> None:
-    """List the registered nodes and their keys' fingerprints."""
+    """List the registered nodes and their keys' fingerprints, then the revoked keys."""
     from tsugiki.common.keys import fingerprint, read_public_key
-    from tsugiki.server.deploy.keyring import registered
+    from tsugiki.server.deploy.keyring import registered, revoked
 
     for name, path in registered(folder).items():
         typer.echo(f"{name:<24} {fingerprint(read_public_key(path))}")
+    for revocation in revoked(folder).values():
+        typer.echo(f"{revocation.name:<24} {revocation.fingerprint} revoked {revocation.date}")
 
 
 @keys_app.command(epilog="Example: tsugiki keys revoke acme")
 def revoke(name: Annotated[str, typer.Argument(help="The node's name.")], folder: KeysFolder = Path("keys")) -> None:
-    """Shut a node out."""
+    """Shut a node out. Its key is not taken again, under any name."""
     from tsugiki.server.deploy import keyring
 
     keyring.revoke(folder, name)
     typer.echo(f"{name} is revoked; a running server shuts it out within seconds")
+
+
+@keys_app.command(epilog="Example: tsugiki keys restore acme")
+def restore(
+    key: Annotated[str, typer.Argument(help="The revoked key's fingerprint, or its node's name.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for a confirmation.")] = False,
+    folder: KeysFolder = Path("keys"),
+) -> None:
+    """Let a revoked key be registered again."""
+    from tsugiki.server.deploy import keyring
+
+    found = keyring.find_revoked(folder, key)
+    if not yes:
+        typer.confirm(
+            f"{found.name} {found.fingerprint} was revoked on {found.date}. Can it be trusted again?", abort=True
+        )
+    keyring.restore(folder, found.fingerprint)
+    typer.echo(f"{found.name} {found.fingerprint} can be registered again; a running server takes it when it restarts")

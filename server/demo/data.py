@@ -13,6 +13,7 @@ any of them alone. The test data has its own wordings, numbers, places and party
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import operator
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from tsugiki.common.errors import StorageError, UsageError
+from tsugiki.common.files import write_atomically
 from tsugiki.common.rng import generator
 from tsugiki.server.demo.clauses import Meaning, Part, draw_contract, render
 from tsugiki.server.demo.held_out_clauses import TEST
@@ -201,7 +203,8 @@ def _texts(triplet: Triplet) -> tuple[str, str, str]:
 
 def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str | float]]) -> None:
     """Write one CSV file."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsugiki.common.errors import UsageError
+from tsugiki.common.files import write_atomically
 from tsugiki.common.keys import read_private, write_private
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def make_certificates(
         start: when it begins to be valid; by default now.
 
     Raises:
-        UsageError: a name is no host name or address, or the folder cannot be written.
+        UsageError: a name is no host name or address, the folder cannot be written, or its files are damaged.
     """
     files = CertificateFiles(folder)
     names = [_name(host) for host in dict.fromkeys([*(hosts or names_in(files)), *ALWAYS])]
@@ -88,9 +89,25 @@ def names_in(files: CertificateFiles) -> list[str]:
 
     if not files.server.is_file():
         return []
-    certificate = x509.load_pem_x509_certificate(files.server.read_bytes())
+    certificate = _read_certificate(files.server)
     found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return [*found.get_values_for_type(x509.DNSName), *map(str, found.get_values_for_type(x509.IPAddress))]
+
+
+def _read_certificate(path: Path) -> x509.Certificate:
+    """Return the certificate in a file.
+
+    Raises:
+        UsageError: the file holds none.
+    """
+    from cryptography import x509
+
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except ValueError as error:
+        raise UsageError(
+            f"the file {path} holds no certificate", "a PEM file of `tsugiki certs`", "restore it, or remove it"
+        ) from error
 
 
 def _name(host: str) -> x509.GeneralName:
@@ -124,7 +141,7 @@ def _make_authority(files: CertificateFiles) -> None:
     usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)  # sign certificates and CRLs
     certificate = _signed(builder.add_extension(usage, critical=True), key)
     write_private(files.ca_key, _pem(key))
-    files.ca.write_bytes(certificate)
+    write_atomically(files.ca, certificate)
 
 
 def _make_server(files: CertificateFiles, names: list[x509.GeneralName], days: int, start: datetime) -> None:
@@ -133,8 +150,11 @@ def _make_server(files: CertificateFiles, names: list[x509.GeneralName], days: i
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
     from cryptography.x509.oid import ExtendedKeyUsageOID
 
-    authority = x509.load_pem_x509_certificate(files.ca.read_bytes())
-    signer = load_pem_private_key(read_private(files.ca_key), None)
+    authority = _read_certificate(files.ca)
+    try:
+        signer = load_pem_private_key(read_private(files.ca_key), None)
+    except (TypeError, ValueError) as error:  # a TypeError for a key with a password
+        raise UsageError(f"the file {files.ca_key} holds no private key", f"the key of {files.ca}") from error
     key = ec.generate_private_key(ec.SECP384R1())
     builder = _builder(_subject("Tsugiki server"), authority.subject, key, start, days)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -144,7 +164,7 @@ def _make_server(files: CertificateFiles, names: list[x509.GeneralName], days: i
     # the old key goes first, because `write_private` never overwrites a file
     files.server_key.unlink(missing_ok=True)
     write_private(files.server_key, _pem(key))
-    files.server.write_bytes(certificate)
+    write_atomically(files.server, certificate)
 
 
 def _subject(name: str) -> x509.Name:

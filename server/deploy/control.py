@@ -41,9 +41,9 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 
 from tsugiki.common.errors import DeployError, UsageError
-from tsugiki.common.keys import read_public_key
+from tsugiki.common.keys import fingerprint, read_public_key
 from tsugiki.common.wire.flower import identify_process
-from tsugiki.server.deploy.keyring import registered
+from tsugiki.server.deploy.keyring import registered, revoked
 from tsugiki.server.deploy.superlink_process import Endpoint
 from tsugiki.server.engines.superlink import SuperlinkGrid
 
@@ -92,16 +92,24 @@ class Control:
 
         Raises:
             DeployError: the SuperLink cannot be reached, or does not let a node be unregistered.
+            StorageError: the folder, or its list of revoked keys, cannot be read.
         """
         done = self._mend()
         wanted: dict[str, bytes] = {}
         unreadable = set()  # perhaps for a moment only, so their nodes are not revoked
+        shut_out = revoked(keyring)
         for name, path in registered(keyring).items():
             try:
-                wanted[name] = public_key_to_bytes(read_public_key(path))
+                public = read_public_key(path)
             except UsageError as error:
                 unreadable.add(name)
                 done.append(f"key {name}: {error}")
+                continue
+            revocation = shut_out.get(fingerprint(public))
+            if revocation is None:
+                wanted[name] = public_key_to_bytes(public)
+            else:
+                done.append(f"key {name}: not taken; it was revoked on {revocation.date}")
         # revoked first: a node whose key has changed is registered again below
         changed = [name for name, (key, _) in self._nodes.items() if wanted.get(name) != key]
         for name in [name for name in changed if name not in unreadable]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tsugiki.common.address import LOOPBACK, split_address
 from tsugiki.common.errors import DeployError, UsageError
+from tsugiki.common.files import make_folder, open_to_append, refuse_links_in
 from tsugiki.common.keys import write_private
 from tsugiki.server.deploy.certs import CertificateFiles
 
@@ -93,7 +94,8 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
         )
     # checked here, because the SuperLink's own error would be in its log only
     _check_free(host, port)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, parents=True)
+    refuse_links_in(folder)  # Flower writes files of its own there
     (folder / "secret").unlink(missing_ok=True)
     secret = secrets.token_bytes(48)
     write_private(folder / "secret", secret)
@@ -103,7 +105,7 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
     api = private / "api"
     # a process group of its own, so that a Ctrl-C ends the run first, and the SuperLink after it
     command = [sys.executable, "-m", _CHILD, str(os.getpid()), str(api), *_arguments(listen, certificates, folder)]
-    with log.open("ab") as output:
+    with open_to_append(log) as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -91,9 +91,16 @@ def read_run(folder: Path) -> Run:
         tuple(read_lines(folder / "metrics.jsonl")),
         summary,
         _read_if_there(folder / "spec.json"),
-        config.read_text("utf-8") if config.is_file() else "",
+        _text(config) if config.is_file() else "",
         _read_if_there(folder / "baselines.json"),
     )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise StorageError(f"{path} is no UTF-8", "the file as the run wrote it", code="run-corrupt") from error
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import unwritable, write_atomically
+from tsugiki.common.files import make_folder, unwritable, write_atomically
 from tsugiki.common.wire.spec import Vector
 from tsugiki.server.run.kept import let_go
 
@@ -77,10 +77,7 @@ def save(folder: Path, state: State, config_sha256: str, spec_sha256: str, adapt
     Raises:
         StorageError: it cannot be written. The previous checkpoint is whole.
     """
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:  # the run's folder is gone, or read-only
-        raise unwritable(folder, error) from error
+    make_folder(folder)
     tensors = {"vector": _portable(state.vector)}
     tensors |= {f"strategy.{name}": _portable(value) for name, value in state.strategy.items()}
     hashes = {"vector": adapter_sha256 or _sha256(tensors["vector"].data)}

@@ -14,7 +14,7 @@ from tsugiki.common.config.commented import comment
 from tsugiki.common.config.files import to_toml, with_absolute_paths
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import read_lines, write_atomically
+from tsugiki.common.files import make_folder, read_lines, write_atomically
 from tsugiki.common.model.device import precision_advice
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.load import grafts, load_graft
@@ -285,7 +285,7 @@ def _save_best(folder: Path, spec: AdapterSpec, best: Vector) -> None:
     """Write the best adapter under the names of the model's own parameters."""
     from safetensors.numpy import save
 
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     write_atomically(folder / "adapter.safetensors", save(unpack(best, spec)))
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import locked, unwritable
+from tsugiki.common.files import locked, make_folder, refuse_links_in, unwritable
 
 LEAST_FREE_BYTES = 64 * 2**20
 """No run starts on a disk with less free space: else it would train, and then fail to write its checkpoint."""
@@ -19,7 +19,7 @@ def run_folder(path: Path, *, resume: bool) -> Iterator[Path]:
     """Create the run's folder, or open an existing one to resume, and hold its lock inside a `with` block.
 
     Raises:
-        StorageError: `run-exists`, `run-missing`, `locked`, `disk-full` or `not-writable`.
+        StorageError: `run-exists`, `run-missing`, `locked`, `linked`, `disk-full` or `not-writable`.
     """
     try:
         if resume and not (path / "config.toml").is_file():
@@ -32,7 +32,8 @@ def run_folder(path: Path, *, resume: bool) -> Iterator[Path]:
                 f"--resume {path} in place of the file, which goes on with it; or --set run.name=... for another run",
                 code="run-exists",
             )
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path, parents=True)
+        refuse_links_in(path)
         free = shutil.disk_usage(path).free
         if free < LEAST_FREE_BYTES:
             raise StorageError(

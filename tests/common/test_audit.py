@@ -183,6 +183,32 @@ def test_a_log_that_became_shorter_is_read_anew(path, lines):
     assert [event["sequence"] for event in verify(path)] == list(range((lines or 0) + 1))
 
 
+def test_a_byte_that_is_no_text_is_an_error_with_a_code(path):
+    """Catches: a UnicodeDecodeError's traceback at the start of a run, from one damaged byte in its log."""
+    log = AuditLog(path)
+    log.write("first")
+    log.write("second")
+    content = bytearray(path.read_bytes())
+    content[10] = 0x80
+    path.write_bytes(content)
+    for read in (verify, AuditLog):
+        with pytest.raises(StorageError) as caught:
+            read(path)
+        assert caught.value.code == "run-corrupt"
+
+
+def test_a_log_is_neither_continued_nor_repaired_through_a_link(tmp_path, path):
+    """Catches: a link in the log's place, and the one line of somebody's file taken for a cut-off one and removed."""
+    path.unlink(missing_ok=True)
+    victim = tmp_path / "victim"
+    victim.write_text("no line break at the end")
+    path.symlink_to(victim)
+    with pytest.raises(StorageError) as caught:
+        AuditLog(path).write("joined")
+    assert caught.value.code == "linked"
+    assert victim.read_text() == "no line break at the end"
+
+
 def test_a_line_that_another_process_left_unfinished_is_removed(path):
     """Catches: a new event glued to half a line of a process that was killed."""
     log = AuditLog(path)

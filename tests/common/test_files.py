@@ -11,7 +11,9 @@ import pytest
 from tests.support.processes import ROOT
 from tsugiki.common import files
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import append_line, locked, read_json, read_lines, write_atomically
+from tsugiki.common.files import append_line, cut_file, locked, make_folder, read_json, read_lines, write_atomically
+
+SIDES = ("common", "client", "server")
 
 
 def failing(number):
@@ -101,7 +103,16 @@ def test_lines_are_strict_json(tmp_path):
     assert json.loads((tmp_path / "lines").read_text()) == {"name": "Übung", "value": 0.1}
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"1", b"\xff"])
+@pytest.mark.parametrize(
+    "line", [b'{"a": "\xff"}', b"\xff", b'{"a": "\xc3"}', "{}".encode("utf-16"), b"[]", b"1", b"null", b"[" * 100_000]
+)
+def test_a_line_that_is_no_object_is_corrupt(tmp_path, line):
+    """Catches: a decoder's own exception for a byte that is no UTF-8, or a list where an object is looked into."""
+    (tmp_path / "lines").write_bytes(b'{"a": 1}\n' + line + b"\n")
+    assert code_of(lambda: read_lines(tmp_path / "lines")) == "run-corrupt"
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"1", b"\xff", b"[" * 100_000])
 def test_a_file_without_an_object_is_corrupt(tmp_path, content):
     """Catches: a decoder's own exception instead of ours; a list or a number that passes for an object."""
     (tmp_path / "file").write_bytes(content)
@@ -140,9 +151,112 @@ def test_a_lock_that_cannot_be_created_is_an_error(tmp_path, monkeypatch):
     assert code_of(lambda: locked(tmp_path / ".lock").__enter__()) == "disk-full"
 
 
+LINKS = {"symbolic": os.symlink, "hard": os.link}
+
+
+@pytest.fixture
+def victim(tmp_path):
+    """A file of somebody else, to which a planted link leads."""
+    path = tmp_path / "victim"
+    path.write_text("precious")
+    return path
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_temporary_file_is_not_written_through_a_link(tmp_path, victim, link):
+    """Catches: a link planted under the temporary name, whose target is emptied and filled."""
+    LINKS[link](victim, tmp_path / ".file.tmp")
+    write_atomically(tmp_path / "file", b"new")
+    assert victim.read_text() == "precious"
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert not (tmp_path / ".file.tmp").exists()
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "audit.jsonl", "privacy-ledger.jsonl"])
+def test_no_line_is_appended_through_a_link(tmp_path, victim, link, name):
+    """Catches: a log that grows in somebody else's file."""
+    LINKS[link](victim, tmp_path / name)
+    assert code_of(lambda: append_line(tmp_path / name, {})) == "linked"
+    assert victim.read_text() == "precious"
+
+
+def test_no_line_is_appended_through_a_link_that_leads_nowhere(tmp_path):
+    """Catches: a file that appears wherever the link's maker wants one."""
+    (tmp_path / "lines").symlink_to(tmp_path / "elsewhere")
+    assert code_of(lambda: append_line(tmp_path / "lines", {})) == "linked"
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with a name")
+def test_a_pipe_in_a_logs_place_is_refused_at_once(tmp_path):
+    """Catches: a run that waits for ever until somebody reads the pipe; lines that go to the reader."""
+    os.mkfifo(tmp_path / "lines")
+    assert code_of(lambda: append_line(tmp_path / "lines", {})) == "not-writable"
+    reader = os.open(tmp_path / "lines", os.O_RDONLY | os.O_NONBLOCK)
+    assert code_of(lambda: append_line(tmp_path / "lines", {})) == "linked"
+    os.close(reader)
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_no_file_is_cut_through_a_link(tmp_path, victim, link):
+    """Catches: the repair of a log's last line that empties somebody else's file."""
+    LINKS[link](victim, tmp_path / "log")
+    assert code_of(lambda: cut_file(tmp_path / "log", 0)) == "linked"
+    assert victim.read_text() == "precious"
+
+
+def test_a_linked_lock_is_refused(tmp_path, victim):
+    """Catches: a lock file opened through a link, which empties the target; one whose code says nothing of a link."""
+    (tmp_path / ".lock").symlink_to(victim)
+    assert code_of(lambda: locked(tmp_path / ".lock").__enter__()) == "linked"
+    assert victim.read_text() == "precious"
+
+
+def test_a_linked_folder_is_refused_and_one_above_it_is_not(tmp_path):
+    """Catches: files written and deleted behind a link; an output folder on another disk refused."""
+    (tmp_path / "target").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "target")
+    assert code_of(lambda: make_folder(tmp_path / "linked")) == "linked"
+    make_folder(tmp_path / "linked" / "inner")
+    make_folder(tmp_path / "linked" / "inner")
+    assert (tmp_path / "target" / "inner").is_dir()
+    assert code_of(lambda: make_folder(tmp_path / "gone" / "inner")) == "not-writable"
+    make_folder(tmp_path / "gone" / "inner", parents=True)
+
+
+WRITES = re.compile(
+    r"""\.write_text\(|\.write_bytes\(|open\([^)\n]*["'](?:w|a|r\+)b?\+?["']|os\.open\(|os\.truncate\(|\.touch\("""
+    r"""|np\.save|save_file\(|torch\.save|TemporaryFile\(|shutil\.copy"""
+)
+IN_A_NEW_FOLDER = "its folder was made by the same command under a name that did not exist"
+NAMELESS = "`tempfile` makes it under a name that did not exist"
+ELSEWHERE = {
+    "client/site/split.py": IN_A_NEW_FOLDER,
+    "common/data/images.py": IN_A_NEW_FOLDER,
+    "common/adapters/own_base.py": IN_A_NEW_FOLDER,
+    "common/model/exported.py": IN_A_NEW_FOLDER,
+    "server/export/check.py": IN_A_NEW_FOLDER,
+    "server/export/export.py": IN_A_NEW_FOLDER,
+    "server/export/probe.py": IN_A_NEW_FOLDER,
+    "server/run/kept.py": NAMELESS,
+    "server/run/warm_head.py": NAMELESS,
+}
+"""Modules that open a file for writing themselves, and why no link can be in its place."""
+
+
+def test_files_are_opened_for_writing_in_one_module():
+    """Catches: a new file of a run that is written through whatever link is in its place."""
+    modules = {path.relative_to(ROOT).as_posix(): path for name in SIDES for path in (ROOT / name).rglob("*.py")}
+    assert "common/files.py" in modules
+    assert WRITES.search(modules["common/files.py"].read_text("utf-8"))
+    writing = {name for name, path in modules.items() if WRITES.search(path.read_text("utf-8"))}
+    assert writing - {"common/files.py"} == set(ELSEWHERE)
+
+
 def test_no_module_needs_unix():
     """Catches: a site that cannot start on Windows, because a module it imports exists on Unix only."""
-    modules = [path for name in ("common", "client", "server") for path in (ROOT / name).rglob("*.py")]
+    modules = [path for name in SIDES for path in (ROOT / name).rglob("*.py")]
     assert modules
     unix = re.compile(r"^\s*(import|from) (fcntl|termios|pwd|grp|resource)\b", re.MULTILINE)
     assert [path for path in modules if unix.search(path.read_text("utf-8"))] == []

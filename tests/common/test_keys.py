@@ -73,6 +73,15 @@ def test_no_key_is_overwritten(tmp_path, there):
     assert (tmp_path / there).read_text() == "old"
 
 
+@pytest.mark.parametrize("name", ["acme", "acme.pub"])
+def test_no_key_is_written_through_a_link(tmp_path, name):
+    """Catches: a link to a file that does not exist yet, which an attacker wants to have filled."""
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="is there already"):
+        new_key_pair(tmp_path / "acme")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644])
 def test_a_key_that_others_can_read_is_refused(tmp_path, mode):
     """Catches: a check of one of group and world only."""

@@ -50,7 +50,7 @@ def collected(ctx, state, number, cohort, judge):
     if point == "after collect" and number == KILLED:
         kill()
 
-def aggregated(settings, state, number, accepted):
+def aggregated(settings, state, number, accepted, folder):
     if point == "after aggregate" and number == KILLED:
         kill()
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.toy import SPEC, federate, toy_app, toy_config
+from tsugiki.common import files
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import StorageError
 from tsugiki.common.files import read_lines
@@ -147,17 +148,17 @@ def test_a_folder_that_becomes_read_only_stops_the_run(tmp_path, monkeypatch):
 
 def test_a_read_only_disk_stops_the_run(tmp_path, monkeypatch):
     """Catches: as above, also for root: every opening for writing fails as on a read-only disk."""
-    opened = Path.open
+    opened = os.open
 
-    def refuse(path, mode="r", *rest, **options):
-        if "w" in mode and path.parent.name == "checkpoint" and "round-000002" in path.name:
+    def refuse(path, flags, *rest, **options):
+        if flags & os.O_WRONLY and "round-000002" in Path(path).name:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return opened(path, mode, *rest, **options)
+        return opened(path, flags, *rest, **options)
 
     config = adaptive(tmp_path)
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(files.os, "open", refuse)
     with pytest.raises(StorageError) as caught:
         run(monkeypatch, config)
-    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(files.os, "open", opened)
     assert (caught.value.code, caught.value.exit_status) == ("not-writable", 5)
     assert run(monkeypatch, config, resume=True).summary["rounds"] == 2

@@ -92,6 +92,22 @@ def test_a_clock_that_is_off_is_told(connect, monkeypatch):
     assert connect("acme").receive() is None
 
 
+def test_a_clock_that_is_set_does_not_end_an_accepted_node(connect, monkeypatch):
+    """Catches: every site of a run that leaves for good, because a clock stepped by 30 s for a moment."""
+    acme = connect("acme")
+    real = signing.now
+    steps = [30, 30]
+    signed = []
+
+    def now():
+        signed.append(steps.pop(0) if steps else 0)
+        return real() + datetime.timedelta(seconds=signed[-1])
+
+    monkeypatch.setattr(signing, "now", now)
+    assert acme.receive() is None
+    assert signed.count(30) == 2
+
+
 def test_a_revoked_key_is_shut_out_at_once(server, connect):
     """Catches: a revoked node that stays until it reconnects."""
     _, _, folder, control = server

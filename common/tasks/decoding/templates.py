@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from tsugiki.common.errors import ModelError
+from tsugiki.common.tasks.decoding.rendering import TemplateFailed, render
 from tsugiki.common.tasks.rows import Tokens
 
 if TYPE_CHECKING:
@@ -113,17 +116,33 @@ def _around(tokenizer: Any, template: Template) -> tuple[str, str, str] | tuple[
     return head, "\n\n", tail
 
 
-def _chat(tokenizer: Any) -> list[str]:
+def _chat(tokenizer: Any) -> tuple[str, str]:
     """Return the text that a chat template puts before and after a user's message, special tokens included."""
-    mark = secrets.token_hex(8)  # a text that no template changes or contains
-    message = [{"role": "user", "content": mark}]
     try:
-        parts = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True).split(mark)
-    except Exception as error:  # a template is a program, and may fail like one
-        raise _no_template("it has none, or one that fails") from error
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise _no_template("it has none") from error
+    return _around_a_message(template, json.dumps(tokenizer.special_tokens_map))
+
+
+@lru_cache(maxsize=8)
+def _around_a_message(template: str, special_tokens: str) -> tuple[str, str]:
+    """Return the text before and after a user's message; rendered once per process.
+
+    Args:
+        template: of a tokenizer.
+        special_tokens: its special tokens by name, in JSON.
+    """
+    mark = secrets.token_hex(8)  # a text that no template changes or contains
+    message = {"role": "user", "content": mark}
+    values = {**json.loads(special_tokens), "add_generation_prompt": True}
+    try:
+        parts = render(template, [message], values).split(mark)
+    except TemplateFailed as error:
+        raise _no_template(str(error)) from error
     if len(parts) != 2:
         raise _no_template("it says a message more than once, or not at all")
-    return list(parts)
+    return parts[0], parts[1]
 
 
 def _no_template(why: str) -> ModelError:

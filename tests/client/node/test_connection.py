@@ -1,5 +1,6 @@
 """The link to a Fleet API over real gRPC on loopback."""
 
+import json
 import threading
 import time
 from dataclasses import replace
@@ -212,6 +213,72 @@ def test_refusals_name_the_cause(fleet, connect, tmp_path, monkeypatch):
             connect(port, key=key, authority=authority).connect()
         assert caught.value.code == "clock-skew"
     assert fleet.calls.count("RegisterNode") == 1
+
+
+CLOCK = (grpc.StatusCode.UNAUTHENTICATED, "Invalid timestamp")
+
+
+def test_a_clock_that_was_set_makes_no_accepted_node_leave(fleet, connect, monkeypatch):
+    """Catches: all sites of a run that leave for good, because the server's clock was set back by 30 s."""
+    monkeypatch.setattr(channel, "FIRST_RETRY_S", 0.02)
+    notes = []
+    with listening(fleet) as port:
+        link = connect(port, notes=notes)
+        link.connect()
+        fleet.fail["PullMessages"] = [CLOCK] * 3
+        assert link.receive() is None
+    assert fleet.calls.count("PullMessages") == 4
+    assert fleet.calls.count("DeactivateNode") == 0  # no message was lost
+    assert len(notes) == 2
+    assert "the clocks of this machine and the server differ" in notes[0]
+    assert "trying again for 5 s (clock-skew; " in notes[0]
+    assert "NTP" in notes[0]
+    assert "connected again" in notes[1]
+
+
+def test_a_key_that_was_removed_comes_back(fleet, connect, monkeypatch):
+    """Catches: a site that leaves for good, because its key was missing at the server for a moment."""
+    monkeypatch.setattr(channel, "FIRST_RETRY_S", 0.02)
+    monkeypatch.setattr(module, "EARLY_S", 0.0)
+    notes = []
+    with listening(fleet) as port:
+        link = connect(port, notes=notes)
+        link.connect()
+        fleet.known.clear()
+        no = (grpc.StatusCode.FAILED_PRECONDITION, json.dumps({"code": 2004, "public_message": "no"}))
+        fleet.fail["ActivateNode"] = [no] * 3
+        assert link.receive() is None
+        assert link.receive() is None
+    assert any("does not accept this node's key" in note and "key-refused" in note for note in notes)
+
+
+def test_each_kind_of_failure_is_said_once(fleet, connect, monkeypatch):
+    """Catches: a cause that nobody learns of because another came first; a line for each try."""
+    monkeypatch.setattr(channel, "FIRST_RETRY_S", 0.02)
+    notes = []
+    network = (grpc.StatusCode.UNAVAILABLE, "")
+    with listening(fleet) as port:
+        link = connect(port, notes=notes)
+        link.connect()
+        fleet.fail["PullMessages"] = [network, CLOCK, network, CLOCK]
+        link.receive()
+    assert len(notes) == 3
+    assert "cannot be reached" in notes[0]
+    assert "clock-skew" in notes[1]
+    assert "connected again" in notes[2]
+
+
+def test_a_refusal_that_stays_ends_an_accepted_node_after_the_retry(fleet, connect, monkeypatch):
+    """Catches: a node that asks for ever, or ends with another cause than the server's."""
+    monkeypatch.setattr(channel, "FIRST_RETRY_S", 0.1)
+    with listening(fleet) as port:
+        link = connect(port, retry_s=0.6)
+        link.connect()
+        fleet.fail["PullMessages"] = [CLOCK] * 100
+        with pytest.raises(LinkError) as caught:
+            link.receive()
+    assert caught.value.code == "clock-skew"
+    assert 2 <= fleet.calls.count("PullMessages") < 10
 
 
 @pytest.mark.parametrize("method", ["PullObject", "PushMessages"])

@@ -281,7 +281,7 @@ def test_a_missing_variable_is_one_problem_among_others(tmp_path, monkeypatch):
     assert found["evaluation.data"].expected == "a path whose environment variables are set"
 
 
-@pytest.mark.parametrize("content", [None, b"[run\n", b"\xff\xfe", b"a = 1\na = 2\n"])
+@pytest.mark.parametrize("content", [None, b"[run\n", b"\xff\xfe", b"a = 1\na = 2\n", b"a = " + b"[" * 100_000])
 def test_a_file_that_cannot_be_read(tmp_path, content):
     """Catches: a traceback for a missing file, a syntax error or a file in another encoding."""
     file = tmp_path / "run.toml"

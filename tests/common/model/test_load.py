@@ -171,6 +171,11 @@ def test_without_safetensors_nothing_is_loaded(tmp_path, name):
         lambda folder: (folder / "config.json").write_text("{"),
         lambda folder: (folder / "config.json").write_text('{"model_type": "no-such-type"}'),
         lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "config.json").write_bytes(b'{"model_type": "\xff"}'),
+        lambda folder: change_config(folder, hidden_size="many"),
+        lambda folder: change_config(folder, attn_implementation="flash_attention_2"),
+        lambda folder: change_config(folder, attn_implementation="kernels-community/flash-attn"),
+        lambda folder: change_config(folder, attn_implementation={"": "somebody/kernel"}),
     ],
 )
 def test_a_broken_checkpoint_is_coded(bert, tmp_path, spoil):
@@ -178,6 +183,32 @@ def test_a_broken_checkpoint_is_coded(bert, tmp_path, spoil):
     folder = copied(bert, tmp_path / "model")
     spoil(folder)
     assert refused(loaded, folder) == "model-load"
+
+
+def change_config(folder, **settings):
+    """Write settings into a model's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def test_a_kernel_of_the_hub_is_refused_before_a_library_sees_it(bert, tmp_path, monkeypatch):
+    """Catches: a base whose config.json makes transformers fetch code and run it, where `kernels` is installed."""
+    folder = copied(bert, tmp_path / "model")
+    (folder / "part").mkdir()
+    (folder / "part" / "config.json").write_text('{"text_config": {"experts_implementation": "somebody/kernel@main"}}')
+    monkeypatch.setattr(TASKS.get("sequence-classification"), "load", lambda *_, **__: pytest.fail("it was loaded"))
+    assert refused(loaded, folder) == "model-load"
+
+
+def test_too_little_memory_is_no_fault_of_the_model(bert, monkeypatch):
+    """Catches: a site that is told to fetch its model again because its memory is full."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(TASKS.get("sequence-classification"), "load", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        loaded(bert)
 
 
 @pytest.mark.parametrize("task", TASKS.names())

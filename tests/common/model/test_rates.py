@@ -98,6 +98,15 @@ def test_the_shape_of_a_base_is_in_its_config(tmp_path, task, about, shape):
     assert shape_of(config, tmp_path / "whole") == shape
 
 
+@pytest.mark.parametrize("content", [b"{", b'{"model_type": "\xff"}', b"[" * 100_000])
+def test_a_damaged_config_is_an_error_with_a_code(tmp_path, content):
+    """Catches: a decoder's traceback at the start of a run whose base is damaged."""
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelError) as caught:
+        shape_of(run(), tmp_path)
+    assert caught.value.code == "model-load"
+
+
 def test_a_wide_base_takes_a_smaller_rate_of_adamw_only():
     """Catches: a small model's rate for a large one, which diverges; a scaled rate where nothing was tried."""
     method = ADAPTERS.get("lora")

@@ -1,8 +1,12 @@
 """The operator's commands for keys and certificates."""
 
+from datetime import datetime, timedelta
+
 import pytest
+from typer.testing import CliRunner
 
 from tests.support.command_line import invoke, printed
+from tsugiki.cli import app
 from tsugiki.client.site.policy import SitePolicy
 from tsugiki.common.errors import UsageError
 
@@ -16,7 +20,27 @@ def test_from_a_new_key_to_a_registered_one_and_back(tmp_path):
     assert fingerprint in printed("keys", "register", f"{key}.pub", "--keys", keys)
     assert printed("keys", "list", "--keys", keys).split() == ["acme", fingerprint]
     assert "acme is revoked" in printed("keys", "revoke", "acme", "--keys", keys)
+    listed = printed("keys", "list", "--keys", keys).split()
+    assert listed[:3] == ["acme", fingerprint, "revoked"]
+    assert datetime.fromisoformat(listed[3]).utcoffset() == timedelta(0)
+
+
+def test_restoring_a_key_needs_a_yes(tmp_path):
+    """Catches: a stolen key that a slip of the keyboard lets in again; a script that waits for an answer."""
+    key, keys = tmp_path / "acme", tmp_path / "keys"
+    printed("keys", "new", key)
+    printed("keys", "register", f"{key}.pub", "--keys", keys)
+    printed("keys", "revoke", "acme", "--keys", keys)
+    restoring = ["keys", "restore", "acme", "--keys", str(keys)]
+    runner = CliRunner()
+    for answer in ("", "n\n"):
+        assert runner.invoke(app, restoring, input=answer).exit_code != 0
+        assert "revoked" in printed("keys", "list", "--keys", keys)
+    assert runner.invoke(app, restoring, input="y\n").exit_code == 0
     assert printed("keys", "list", "--keys", keys) == ""
+    printed("keys", "register", f"{key}.pub", "--keys", keys)
+    printed("keys", "revoke", "acme", "--keys", keys)
+    assert "can be registered again" in printed(*restoring, "--yes")
 
 
 def test_certificates_say_what_goes_where(tmp_path):

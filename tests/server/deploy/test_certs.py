@@ -96,6 +96,15 @@ def test_what_is_no_name_is_refused(tmp_path, name):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("name", ["ca.crt", "ca.key", "server.crt"])
+def test_a_damaged_file_is_an_error_with_its_name(tmp_path, name):
+    """Catches: a traceback of the cryptography library."""
+    make_certificates(tmp_path, ["fed.example.org"])
+    (tmp_path / name).write_bytes(b"\xff not PEM")
+    with pytest.raises(UsageError, match=name):
+        make_certificates(tmp_path, [])
+
+
 def test_without_names_the_old_ones_are_kept(tmp_path):
     """Catches: a renewed certificate that is for loopback only, and locks every site out."""
     files = make_certificates(tmp_path, ["fed.example.org", "203.0.113.7"])

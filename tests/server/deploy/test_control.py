@@ -10,7 +10,7 @@ from tsugiki.common.keys import new_key_pair
 from tsugiki.server.deploy import bundle, control
 from tsugiki.server.deploy.certs import make_certificates
 from tsugiki.server.deploy.control import Control, executed
-from tsugiki.server.deploy.keyring import register, revoke
+from tsugiki.server.deploy.keyring import register, restore, revoke
 from tsugiki.server.deploy.superlink_process import free_port, superlink
 from tsugiki.server.engines.superlink import SuperlinkGrid
 
@@ -109,6 +109,7 @@ def test_a_bad_key_keeps_nobody_else_out(operator, tmp_path):
     operator.synchronise(keys)
     revoke(keys, "old")
     operator.synchronise(keys)
+    restore(keys, "old")  # the SuperLink that runs still refuses it
     register(keys, old, "again")
     register(keys, new_key_pair(tmp_path / "new"))
     (keys / "text.pub").write_text("hello")
@@ -116,6 +117,20 @@ def test_a_bad_key_keeps_nobody_else_out(operator, tmp_path):
     assert "new registered" in done
     assert sorted(one.split(":")[0] for one in done if one.startswith("key ")) == ["key again", "key text"]
     assert list(operator.node_names().values()) == ["new"]
+
+
+def test_a_revoked_key_is_not_taken_from_the_folder(operator, tmp_path):
+    """Catches: a revoked key that the next server accepts, because somebody copied its file back."""
+    keys = tmp_path / "keys"
+    public = new_key_pair(tmp_path / "acme")
+    register(keys, public)
+    revoke(keys, "acme")
+    (keys / "acme.pub").write_bytes(public.read_bytes())
+    (said,) = operator.synchronise(keys)
+    assert said.startswith("key acme: not taken; it was revoked on 20")
+    assert operator.node_names() == {}
+    restore(keys, "acme")
+    assert operator.synchronise(keys) == ["acme registered"]
 
 
 def test_what_the_superlink_refuses_is_an_error_of_ours(operator):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import ROOT, group_alive
-from tsugiki.common.errors import DeployError, UsageError
+from tsugiki.common.errors import DeployError, StorageError, UsageError
 from tsugiki.server.deploy.superlink_process import free_port, superlink
 
 START = """
@@ -54,6 +54,20 @@ def test_it_listens_and_leaves_nothing_behind(tmp_path):
     with pytest.raises(DeployError) as caught:
         child.check()
     assert caught.value.code == "superlink-gone"
+
+
+@pytest.mark.parametrize("name", ["superlink.log", "state.db"])
+def test_its_folder_has_no_links(tmp_path, name):
+    """Catches: the SuperLink's log, or a file that Flower keeps there, written through a link that somebody planted."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    folder = tmp_path / "state"
+    folder.mkdir()
+    (folder / name).symlink_to(victim)
+    with pytest.raises(StorageError) as caught, superlink(f"127.0.0.1:{free_port()}", None, folder):
+        pass
+    assert caught.value.code == "linked"
+    assert victim.read_text() == "precious"
 
 
 def test_it_ends_with_its_parent_whatever_ends_that(tmp_path):

@@ -17,6 +17,16 @@ def test_a_corrupt_summary_is_an_error_with_a_code(tmp_path, content):
     assert caught.value.code == "run-corrupt"
 
 
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "spec.json", "config.toml", "baselines.json"])
+def test_a_byte_that_is_no_text_is_an_error_with_a_code_in_every_file(tmp_path, name):
+    """Catches: one of the files of a run read without a word for bytes that are no UTF-8."""
+    folder = usual(tmp_path / "run")
+    (folder / name).write_bytes(b'{"a": "\x80"}\n')
+    with pytest.raises(StorageError) as caught:
+        read_run(folder)
+    assert caught.value.code == "run-corrupt"
+
+
 @pytest.mark.parametrize("kind", ["untouched", "local", "centralised"])
 def test_any_baseline_may_be_missing(tmp_path, kind):
     """Catches: a report that needs all three baselines; the best or the last site shown for all of them."""

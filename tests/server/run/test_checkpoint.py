@@ -239,6 +239,18 @@ def test_a_missing_checkpoint_is_refused(tmp_path):
     assert (caught.value.code, caught.value.exit_status) == ("checkpoint-missing", 5)
 
 
+def test_a_linked_checkpoint_folder_is_refused(tmp_path):
+    """Catches: checkpoints written into the folder behind a link, and its temporary files removed."""
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / ".theirs.tmp").touch()
+    (tmp_path / "checkpoint").symlink_to(target)
+    with pytest.raises(StorageError) as caught:
+        save(tmp_path / "checkpoint", state(), CONFIG, SPEC)
+    assert caught.value.code == "linked"
+    assert [path.name for path in target.iterdir()] == [".theirs.tmp"]
+
+
 def test_another_runs_checkpoint_is_refused(folder):
     """Catches: a run that goes on with other settings or another base model."""
     assert code(folder, config="e" * 64) == "checkpoint-foreign"

@@ -82,6 +82,27 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path):
     assert code_of(lambda: enter(tmp_path / "run" / "inner")) == "not-writable"
 
 
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "audit.jsonl", "checkpoint", "best"])
+def test_a_run_folder_with_a_link_in_it_is_refused(tmp_path, name):
+    """Catches: a run resumed over a link that somebody planted, and the files behind it changed."""
+    folder = tmp_path / "run"
+    (enter(folder) / "config.toml").touch()
+    (folder / ".lock").unlink()
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (folder / name).symlink_to(victim)
+    assert code_of(lambda: enter(folder, resume=True)) == "linked"
+    assert victim.read_text() == "precious"
+
+
+def test_a_linked_run_folder_is_refused(tmp_path):
+    """Catches: a run written into the empty folder of somebody else."""
+    (tmp_path / "target").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "target")
+    assert code_of(lambda: enter(tmp_path / "run")) == "linked"
+    assert list((tmp_path / "target").iterdir()) == []
+
+
 def test_a_full_disk_is_noticed_before_the_start(tmp_path, monkeypatch):
     """Catches: a run that trains for hours and then cannot be saved."""
     usage = shutil.disk_usage(tmp_path)

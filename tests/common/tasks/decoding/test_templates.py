@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 from tests.support.tiny import tiny_llama
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.errors import ModelError
+from tsugiki.common.tasks.decoding import rendering, templates
 from tsugiki.common.tasks.decoding.templates import encode_answers, encode_prompts, fit, fit_all, prefix_length, shorten
 
 CHAT = (
@@ -80,6 +81,47 @@ def test_a_template_that_cannot_be_used_is_refused(tokenizer, template):
     with pytest.raises(ModelError) as caught:
         encode_prompts(Shard({"prompt": ["good"]}), tokenizer, "chat")
     assert caught.value.code == "model-template"
+
+
+MESSAGE = "{{ messages[0]['content'] }}"
+ENDLESS = {
+    "nested loops": MESSAGE + "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3,
+    "a power": MESSAGE + "{% if 9 ** (9 ** 9) %}{% endif %}",
+    "a long text": MESSAGE + "{{ 'x' * 10 ** 12 }}",
+    "a doubled text": MESSAGE
+    + "{% set n = namespace(t='x') %}{% for a in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t }}",
+    "a long result": MESSAGE + "{{ 'x' * 2000000 }}",
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_template_that_runs_for_ever_or_fills_the_memory_is_refused(tokenizer, monkeypatch, kind):
+    """Catches: a base whose template hangs every site that loads it."""
+    monkeypatch.setattr(rendering, "CPU_S", 2)
+    tokenizer.chat_template = ENDLESS[kind]
+    with pytest.raises(ModelError) as caught:
+        encode_prompts(Shard({"prompt": ["good"]}), tokenizer, "chat")
+    assert caught.value.code == "model-template"
+
+
+def test_where_the_system_has_no_limits_the_time_has_one(tokenizer, monkeypatch):
+    """Catches: a wait for ever on a system that cannot limit the seconds of computing."""
+    monkeypatch.setattr(rendering, "TIMEOUT_S", 0.1)
+    tokenizer.chat_template = CHAT + " "  # not in the cache
+    with pytest.raises(ModelError, match="takes too long") as caught:
+        encode_prompts(Shard({"prompt": ["good"]}), tokenizer, "chat")
+    assert caught.value.code == "model-template"
+
+
+def test_a_template_is_rendered_once(tokenizer, monkeypatch):
+    """Catches: a process started for every shard, question and answer."""
+    calls = []
+    render = templates.render
+    monkeypatch.setattr(templates, "render", lambda *job: calls.append(1) or render(*job))
+    tokenizer.chat_template = CHAT + "{# once #}"
+    for _ in range(3):
+        prompts(tokenizer, "chat", "good")
+    assert calls == [1]
 
 
 def test_without_a_chat_template_auto_is_alpaca(tokenizer):
