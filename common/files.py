@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -55,6 +56,22 @@ def unwritable(path: Path, error: OSError) -> StorageError:
     )
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return a value as strict JSON: infinity and NaN, which JSON does not have, are null."""
+    return json.dumps(without_non_finite(value), indent=indent, allow_nan=False)
+
+
+def without_non_finite(value: Any) -> Any:
+    """Return a copy of a JSON value with None for each number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_non_finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_non_finite(one) for one in value]
+    return value
+
+
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON line and flush it to the disk.
 
@@ -72,7 +89,7 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.writelines(to_json(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

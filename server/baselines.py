@@ -10,7 +10,6 @@ looks at training loss alone: rows that are reported choose nothing.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from tsugiki.common.audit import verify
 from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import QuorumNotMet, TrainingError, UsageError
-from tsugiki.common.files import read_lines, write_atomically
+from tsugiki.common.files import read_lines, to_json, write_atomically
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.model.rates import with_rates
 from tsugiki.common.settings import HeadedSettings
@@ -222,7 +221,7 @@ def run_baselines(
         results["centralised"] = _last(lines, "eval")
         results["curves"] = {"centralised": _curve(lines, central, config)}
     results["learning_rates"] = {"federated": config.train.rate, **bench.rates}
-    write_atomically(folder / "baselines.json", json.dumps(results, indent=1).encode())
+    write_atomically(folder / "baselines.json", to_json(results, indent=1).encode())
     return results
 
 
@@ -326,6 +325,9 @@ def last_evaluation(folder: Path) -> dict[str, float]:
     return found
 
 
-def average(metrics: dict[str, Metrics], name: str) -> float:
-    """Return the mean of one metric over the sites."""
-    return sum(values[name] for values in metrics.values()) / len(metrics)
+def average(metrics: dict[str, Metrics], name: str) -> float | None:
+    """Return the mean of one metric over the sites; None if it is not finite at one of them (null in their files)."""
+    found = [values[name] for values in metrics.values()]
+    if None in found:
+        return None
+    return sum(found) / len(found)
