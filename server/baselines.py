@@ -59,6 +59,7 @@ _ALONE: Mapping[str, Any] = {
         "min_clients": 1,
         "round_timeout_s": 604_800.0,
         "max_update_norm": sys.float_info.max,  # an update may be the whole training here
+        "norm_tolerance": 0.0,  # one site alone has no others to be compared with
     },
     "simulation.ranks": [],
     "simulation.engine": "in-process",  # which alone keeps an optimiser between rounds
