@@ -272,7 +272,7 @@ def test_median_and_krum_withstand_one_liar():
     """Catches: a robust strategy that is FedAvg by another name."""
     honest = [reply(f"site-{n}", np.ones(SIZE) + 0.01 * n, 10) for n in range(4)]
     replies = [*honest, reply("liar", np.full(SIZE, -1e4), 10_000)]
-    for name in ("fedmedian", "krum"):
+    for name in ("fedmedian", "trimmed_mean", "krum"):
         assert np.allclose(aggregate(strategy(name), {}, 1, replies)[0], 1.0, atol=0.05), name
     assert aggregate(strategy("fedavg"), {}, 1, replies)[0].max() < -1000
 
@@ -465,7 +465,11 @@ SKEWED = {"clients": 3, "partition": "dirichlet", "dirichlet_alpha": 0.1, "min_r
 @pytest.mark.parametrize("name", STRATEGIES.names())
 def test_a_federation_of_lora_learns_and_tells_its_aggregation_error(name, tmp_path):
     """Catches: a strategy that a run cannot use; an error that is not told, or told of an exact mean."""
-    settings = {"min_clients": 3, "num_malicious_sites": 0} if name == "krum" else {}
+    of_three = {
+        "krum": {"min_clients": 3, "num_malicious_sites": 0},
+        "trimmed_mean": {"min_clients": 3, "trim_fraction": 0.34},
+    }
+    settings = of_three.get(name, {})
     config = tiny_config(
         tmp_path,
         run={"rounds": 3},
