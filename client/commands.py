@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from tsugiki.common.address import LOOPBACK, split_address
 from tsugiki.common.errors import UsageError
+from tsugiki.common.files import to_json
 from tsugiki.common.options import Json, Plot, RunFile, Set
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def lr_find(
             trials = try_rates(tried, sweep.suggestion, losses, lambda done: progress.update(bar, completed=done))
     taken = _confirmed(sweep, trials)
     if as_json:
-        typer.echo(json.dumps(_sweep_as_json(sweep, trials, taken)))
+        typer.echo(to_json(_sweep_as_json(sweep, trials, taken)))
     else:
         _print_sweep(sweep, trials, taken)
     if plot is not None:  # last: the result is printed even if the plot cannot be written

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import append_lines, cut_file, read_lines, unwritable
+from tsugiki.common.files import append_lines, cut_file, read_lines, unwritable, without_non_finite
 
 _START = "0" * 64
 
@@ -72,7 +72,7 @@ class AuditLog:
                 "sequence": sequence,
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "event": event,
-                **details,
+                **without_non_finite(details),  # the hash is over what is written
                 "previous": last,
             }
             last = _hash(record)

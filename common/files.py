@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -170,6 +171,22 @@ def _linked(path: Path) -> StorageError:
     )
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return a value as strict JSON: infinity and NaN, which JSON does not have, are null."""
+    return json.dumps(without_non_finite(value), indent=indent, allow_nan=False)
+
+
+def without_non_finite(value: Any) -> Any:
+    """Return a copy of a JSON value with None for each number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_non_finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_non_finite(one) for one in value]
+    return value
+
+
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON line and flush it to the disk.
 
@@ -187,7 +204,7 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """
     try:
         with open_to_append(path) as file:
-            file.writelines(json.dumps(record).encode() + b"\n" for record in records)
+            file.writelines(to_json(record).encode() + b"\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -46,8 +46,8 @@ class HeadSums:
 
     @property
     def rows(self) -> int:
-        """Number of rows in the sums."""
-        return int(self.gram[-1, -1])
+        """Number of rows in the sums; rows of sums that were scaled down count less."""
+        return round(float(self.gram[-1, -1]))
 
     @property
     def classes(self) -> int:
@@ -57,6 +57,10 @@ class HeadSums:
     def plus(self, other: HeadSums) -> HeadSums:
         """Return the sums over the rows of both."""
         return HeadSums(self.gram + other.gram, self.moments + other.moments)
+
+    def scaled(self, factor: float) -> HeadSums:
+        """Return the sums in which each row counts as much as `factor` rows."""
+        return HeadSums(self.gram * factor, self.moments * factor)
 
 
 @dataclass(frozen=True)

@@ -207,8 +207,32 @@ class StrategySettings(Section):
     max_update_norm: float = Field(
         default=100.0,
         gt=0,
-        description="The server rejects updates with a larger L2 norm. Lower it towards the norms in metrics.jsonl, "
-        "so that one site cannot push the model far. The clip of a private run is privacy.clip_norm.",
+        description="The server rejects updates with a larger L2 norm: a ceiling above whatever norm_tolerance allows. "
+        "Lower it towards the norms in metrics.jsonl if few sites are asked in a round, because then their own median "
+        "says little. The clip of a private run is privacy.clip_norm.",
+    )
+    norm_tolerance: float = Field(
+        default=5.0,
+        ge=0,
+        description="The server scales an update down to this many times a typical L2 norm (the median of the round, "
+        "or of the last round if it is larger), and names the site. Raise it if honest sites are named, for example "
+        "because they train very different numbers of local_epochs; lower it to 2 against sites that may lie. Private "
+        "runs ignore it. 0: off.",
+    )
+    weighting: Literal["capped", "rows", "equal"] = Field(
+        default="capped",
+        description='How much a site\'s update weighs in a mean. "capped": its rows, but no more than '
+        'max_site_share of the round; "rows": its rows, which is a number that nobody can check; "equal": each site '
+        'the same. Set "rows" if all sites are trusted to count, "equal" if none is. In private runs each '
+        "client weighs the same.",
+    )
+    max_site_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description='Largest share of a round\'s mean that one site may have with weighting = "capped"; an equal '
+        "share of the sites that replied is always allowed. Of two sites each therefore weighs one half, whatever "
+        "their rows. Lower it if no site should decide much, raise it if one site rightly has most of the rows.",
     )
     aggregation_error: Literal["auto", "off"] = Field(
         default="auto",

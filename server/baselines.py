@@ -10,7 +10,6 @@ looks at training loss alone: rows that are reported choose nothing.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from tsugiki.common.audit import verify
 from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import QuorumNotMet, TrainingError, UsageError
-from tsugiki.common.files import read_lines, write_atomically
+from tsugiki.common.files import read_lines, to_json, write_atomically
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.model.rates import with_rates
 from tsugiki.common.settings import HeadedSettings
@@ -61,6 +60,7 @@ _ALONE: Mapping[str, Any] = {
         "min_clients": 1,
         "round_timeout_s": 604_800.0,
         "max_update_norm": sys.float_info.max,  # an update may be the whole training here
+        "norm_tolerance": 0.0,  # one site alone has no others to be compared with
     },
     "simulation.ranks": [],
     "simulation.engine": "in-process",  # which alone keeps an optimiser between rounds
@@ -223,7 +223,7 @@ def run_baselines(
         results["centralised"] = _last(lines, "eval")
         results["curves"] = {"centralised": _curve(lines, central, config)}
     results["learning_rates"] = {"federated": config.train.rate, **bench.rates}
-    write_atomically(folder / "baselines.json", json.dumps(results, indent=1).encode())
+    write_atomically(folder / "baselines.json", to_json(results, indent=1).encode())
     return results
 
 
@@ -338,6 +338,9 @@ def last_evaluation(folder: Path) -> dict[str, float]:
     return found
 
 
-def average(metrics: dict[str, Metrics], name: str) -> float:
-    """Return the mean of one metric over the sites."""
-    return sum(values[name] for values in metrics.values()) / len(metrics)
+def average(metrics: dict[str, Metrics], name: str) -> float | None:
+    """Return the mean of one metric over the sites; None if it is not finite at one of them (null in their files)."""
+    found = [values[name] for values in metrics.values()]
+    if None in found:
+        return None
+    return sum(found) / len(found)

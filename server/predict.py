@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from tsugiki.common.data import images
 from tsugiki.common.data.shard import Shard, has_surrogates, read
 from tsugiki.common.errors import DataError, UsageError
+from tsugiki.common.files import without_non_finite
 from tsugiki.common.model.device import computing
 from tsugiki.common.model.exported import open_exported, read_exported
 from tsugiki.common.model.find import find_in_hub
@@ -166,7 +167,9 @@ def ask(
 def show(found: Sequence[dict[str, Any]], as_json: bool) -> str:
     """Return predictions as lines of JSON, or of bare values separated by tabs."""
     if as_json:
-        return "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in found)
+        return "".join(
+            json.dumps(without_non_finite(answer), ensure_ascii=False, allow_nan=False) + "\n" for answer in found
+        )
     return "".join("\t".join(map(_plain, answer.values())) + "\n" for answer in found)
 
 

@@ -100,12 +100,14 @@ class Run:
         return write_report(self.folder)
 
     def __repr__(self) -> str:
+        from tsugiki.server.run.progress import shown
+
         before = self.summary["before"] or {}
         after = self.summary["after"] or {}
         monitor = self.config.monitor
         gain = ""
         if monitor in after:
-            gain = f", {monitor} {before[monitor]:.4f} before, {after[monitor]:.4f} best"
+            gain = f", {monitor} {shown(before[monitor])} before, {shown(after[monitor])} best"
         return f"<Run {str(self.folder)!r}: {self.summary['rounds']} rounds{gain}>"
 
     def _repr_html_(self) -> str:

@@ -203,6 +203,50 @@ class FedMedian(Strategy):
         return FedMedian()
 
 
+class TrimmedMeanSettings(StrategySettings):
+    """Coordinate-wise mean of the updates without the extremes."""
+
+    name: Literal["trimmed_mean"] = Field(
+        default="trimmed_mean", description="The strategy: how the server combines updates."
+    )
+    min_clients: int = Field(
+        default=5, ge=1, le=100_000, description="The quorum: at least 1 / trim_fraction, so that something is trimmed."
+    )
+    trim_fraction: float = Field(
+        default=0.2,
+        gt=0,
+        lt=0.5,
+        description="Share of the updates that is left out at either end, for each number of the adapter, rounded "
+        "down. It has to cover the sites that may lie: 0.2 covers one of five to nine. With three sites set 0.34.",
+    )
+
+
+@STRATEGIES.register("trimmed_mean")
+class TrimmedMean(Strategy):
+    """Mean of each coordinate without its extremes.
+
+    Source: Yin et al. 2018, arXiv:1803.01498, algorithm 1, option 2.
+    """
+
+    name = "trimmed_mean"
+    Settings = TrimmedMeanSettings
+    coordinate_wise = True
+
+    def make(self) -> FlowerFedAvg:
+        """Return Flower's FedTrimmedAvg."""
+        from flwr.serverapp.strategy import FedTrimmedAvg
+
+        return FedTrimmedAvg(beta=self.settings.trim_fraction)
+
+    def problems(self, config: RunConfig) -> list[Problem]:
+        """Return a problem if nothing would be trimmed from a round of the quorum."""
+        settings: TrimmedMeanSettings = self.settings
+        if int(settings.trim_fraction * settings.min_clients) >= 1:
+            return []
+        expected = "at least 1 / trim_fraction, or nothing is left out"
+        return [Problem("strategy.min_clients", str(settings.min_clients), expected, "raise either of them")]
+
+
 class KrumSettings(StrategySettings):
     """The one update that is closest to its neighbours."""
 

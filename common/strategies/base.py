@@ -31,7 +31,7 @@ class WeightedUpdate:
     Args:
         site: name of the site; updates are summed in the order of these names.
         update: local minus received adapter, shape (size,).
-        weight: weight in a mean: the number of rows that the update was trained on, at least 1.
+        weight: weight in a mean, at least 1: the site's rows, or fewer (`strategy.weighting`).
         clients: number of clients in the update; more than one if a gateway has averaged its clients.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tsugiki.common.errors import UsageError
-from tsugiki.common.files import unwritable
+from tsugiki.common.files import to_json, unwritable
 from tsugiki.common.options import Json, RunFile, Set
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def show(file: RunFile, overrides: Set = None, as_json: Json = False) -> None:
     resolved = read(file, overrides or [])
     known = with_known_rates(resolved).train
     if as_json:
-        typer.echo(json.dumps(resolved.model_dump(mode="json"), indent=1))
+        typer.echo(to_json(resolved.model_dump(mode="json"), indent=1))
         return
     changed = {key for key, _, _ in changes(resolved)}
     given = {assignment.split("=", 1)[0] for assignment in overrides or []}
@@ -90,4 +89,4 @@ def schema() -> None:
     """Print the JSON schema of all settings, of every task, method and strategy."""
     from tsugiki.common.config.files import json_schema
 
-    typer.echo(json.dumps(json_schema(), indent=1))
+    typer.echo(to_json(json_schema(), indent=1))

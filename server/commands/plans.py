@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tsugiki.common.errors import UsageError
+from tsugiki.common.files import to_json
 from tsugiki.common.options import Json, Plot, RunFile, Set
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def budget(
     if plot is not None:
         write_atomically(plot, draw(found, plot_format(plot)))
     if as_json:
-        typer.echo(json.dumps(found.as_json(), indent=1))
+        typer.echo(to_json(found.as_json(), indent=1))
     else:
         show(found, file, plot)
 
@@ -68,7 +68,7 @@ def methods(
     with Console(stderr=True).status("looking at each task") as status:
         found = compatibility(config, lambda task: status.update(f"{task} with each method"))
     if as_json:
-        typer.echo(json.dumps(found.as_json(), indent=1))
+        typer.echo(to_json(found.as_json(), indent=1))
     else:
         _print_menu(found)
 
@@ -135,7 +135,7 @@ def doctor(as_json: Json = False) -> None:
 
     findings = examine()
     if as_json:
-        typer.echo(json.dumps([vars(finding) for finding in findings], indent=1))
+        typer.echo(to_json([vars(finding) for finding in findings], indent=1))
     else:
         for finding in findings:
             typer.echo(_finding_line(finding))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tsugiki.common.errors import ExportError, UsageError
+from tsugiki.common.files import to_json
 from tsugiki.common.options import Json, RunFile, Set
 from tsugiki.server.commands.keys import KeysFolder
 
@@ -49,7 +49,7 @@ def demo(
         return
     summary = _run_demo(seed, output_dir.absolute(), baselines, ctx.obj)
     if as_json:
-        typer.echo(json.dumps(summary, indent=1))
+        typer.echo(to_json(summary, indent=1))
     else:
         _show_demo(summary)
 
@@ -97,10 +97,13 @@ def _run_demo(seed: int, output_dir: Path, baselines: bool, client: SimulatedApp
 def _show_demo(summary: dict[str, Any]) -> None:
     from rich.console import Console
 
+    from tsugiki.server.run.progress import shown
+
     _show_comparison(summary["monitor"], summary)
     console = Console()
     pearson = summary["pearson"]
-    console.print(f"pearson on scored pairs: {pearson['before']:.4f} before, {pearson['after']:.4f} after")
+    before = shown(pearson["before"])
+    console.print(f"pearson on scored pairs: {before} before, {shown(pearson['after'])} after")
     for name in ("adapter", "report"):
         console.print(f"{name}: {summary[name]}", highlight=False, soft_wrap=True)
     console.print(f"{summary['seconds']:.0f} s")
@@ -189,7 +192,7 @@ def compare(
         )
     write_report(outcome.folder)
     if as_json:
-        typer.echo(json.dumps(results, indent=1))
+        typer.echo(to_json(results, indent=1))
     else:
         _show_comparison(config.monitor, results)
 
@@ -268,7 +271,7 @@ def _finish(folder: Path, summary: dict[str, Any], *, with_export: bool, as_json
                 raise
             typer.echo(f"not exported: {error}", err=True)
     if as_json:
-        typer.echo(json.dumps(summary, indent=1))
+        typer.echo(to_json(summary, indent=1))
     else:
         _show_summary(summary)
 
@@ -279,12 +282,13 @@ def _show_summary(summary: dict[str, Any]) -> None:
     from rich.table import Table
 
     from tsugiki.server.run.privacy_words import headline
+    from tsugiki.server.run.progress import shown
 
     table = Table(title=f"{summary['name']}: {summary['rounds']} rounds, {summary['strategy']}, {summary['method']}")
     for column in ("metric", "before", f"best (round {summary['best_round']})"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, value in (summary["after"] or {}).items():
-        table.add_row(name, f"{summary['before'][name]:.4f}", f"{value:.4f}")
+        table.add_row(name, shown(summary["before"][name]), shown(value))
     table.add_row("adapter + head parameters", "", f"{summary['adapter_parameters']} + {summary['head_parameters']}")
     table.add_row("bytes up, all rounds", "", f"{summary['bytes_up']:,}")
     console = Console()
@@ -302,14 +306,15 @@ def _show_comparison(monitor: str, results: dict[str, Any]) -> None:
     from rich.table import Table
 
     from tsugiki.server.baselines import average
+    from tsugiki.server.run.progress import shown
 
-    federated: dict[str, float] = results["federated"]
+    federated: dict[str, float | None] = results["federated"]
     table = Table(title="the same rows, the same steps")
     table.add_column("training")
     for name in federated:
         mark = " *" if name == monitor else ""  # the metric by which the best round is chosen
         table.add_column(f"{name}{mark}", justify="right")
-    rows: list[tuple[str, dict[str, float]]] = []
+    rows: list[tuple[str, dict[str, float | None]]] = []
     if "untouched" in results:
         rows.append(("none (base model)", results["untouched"]))
     if "linear_probe" in results:
@@ -322,7 +327,7 @@ def _show_comparison(monitor: str, results: dict[str, Any]) -> None:
     if "centralised" in results:
         rows.append(("all data in one place", results["centralised"]))
     for title, metrics in rows:
-        table.add_row(title, *(f"{metrics[name]:.4f}" for name in federated))
+        table.add_row(title, *(shown(metrics[name]) for name in federated))
     Console().print(table)
     if "own_rows" in results:
         _show_own_rows(monitor, results["own_rows"])

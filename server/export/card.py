@@ -19,6 +19,7 @@ from tsugiki.common.data.shard import Shard
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.tasks.decoding.templates import encode_prompts, prompt_text
 from tsugiki.common.tasks.image_classification import MODEL_TYPE
+from tsugiki.server.run.progress import shown
 
 _FLOAT32_BYTES = 4
 Kind = Literal["peft", "tsugiki", "merged"]
@@ -348,7 +349,7 @@ def _metrics(export: Export) -> str:
         return "## Metrics\n\nThis adapter was not evaluated on held-out data.\n"
     before = evaluated[min(evaluated)]
     after = evaluated[export.round]
-    rows = "".join(f"| {name} | {before[name]:.4f} | {after[name]:.4f} |\n" for name in after)
+    rows = "".join(f"| {name} | {shown(before[name])} | {shown(after[name])} |\n" for name in after)
     head = f"| metric | after round {min(evaluated)} | after round {export.round} |\n|---|---|---|\n"
     return f"## Metrics\n\nOn the operator's held-out data.\n\n{head}{rows}"
 

@@ -212,7 +212,10 @@ def _site_figures(run: Run) -> list[Figure]:
     worst = worst_site(judged["sites_eval"], run.monitor, run.lower_is_better) if judged else None
     if judged and worst:
         site, metric, value = worst
-        mean = curve((line["round"], weighted_mean(line.get("sites_eval", {}), metric)) for line in run.completed)
+        mean = curve(
+            (line["round"], weighted_mean(line.get("sites_eval", {}), metric, line.get("sites_eval_weights")))
+            for line in run.completed
+        )
         sites = curves_by_site(run.completed, "sites_eval", metric)
         caption = (
             f"Measured by each site on its own evaluation rows. Worst after round {judged['round']}: {site}, "

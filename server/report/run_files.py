@@ -139,13 +139,23 @@ def curves_by_site(lines: list[Line], key: str, metric: str) -> dict[str, Curve]
     }
 
 
-def weighted_mean(values: Mapping[str, Mapping[str, Any]], metric: str) -> float | None:
-    """Return the mean of a metric over sites, weighted by their rows; None if no site has it."""
-    having = [entry for entry in values.values() if metric in entry]
-    weight: float = sum(entry.get("rows", 0) for entry in having)
+def weighted_mean(
+    values: Mapping[str, Mapping[str, Any]], metric: str, weights: Mapping[str, int] | None = None
+) -> float | None:
+    """Return the mean of a metric over sites; None if no site has it.
+
+    Args:
+        values: the metrics and `rows` of each site, by its name.
+        metric: its name.
+        weights: of the sites; None: their rows.
+    """
+    if weights is None:
+        weights = {site: entry.get("rows", 0) for site, entry in values.items()}
+    having = [site for site, entry in values.items() if entry.get(metric) is not None]
+    weight: float = sum(weights[site] for site in having)
     if not weight:
         return None
-    total: float = sum(entry[metric] * entry.get("rows", 0) for entry in having)
+    total: float = sum(values[site][metric] * weights[site] for site in having)
     return total / weight
 
 
@@ -171,7 +181,9 @@ def worst_site(
     if not names:
         return None
     metric = monitor if monitor in names else min(names)
-    having = {site: values[site][metric] for site in sorted(values) if metric in values[site]}
+    having = {site: values[site][metric] for site in sorted(values) if values[site].get(metric) is not None}
+    if not having:
+        return None
     worst = max if metric in lower_is_better else min
     site = worst(having, key=having.__getitem__)
     return site, metric, having[site]

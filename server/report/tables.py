@@ -104,6 +104,8 @@ def _outcome(run: Run) -> str:
         return "There was no central evaluation, so nothing here says whether the model became better."
     start = before[metric]
     end = after[metric]
+    if start is None or end is None:
+        return f"On the operator's held-out rows {metric} is not a finite number."
     if run.best_round == 0:
         return f"No round was better than the start: {metric} {start:.4g} on the operator's held-out rows."
     change = f"from {start:.4g} before training to {end:.4g} ({end - start:+.3g})"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import make_folder, unwritable, write_atomically
+from tsugiki.common.files import make_folder, to_json, unwritable, write_atomically
 from tsugiki.common.wire.spec import Vector
 from tsugiki.server.run.kept import let_go
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _KEY = "checkpoint"
-_PLAIN = ("round", "best_metric", "best_round", "evaluations_since_best", "record", "plan")
+_PLAIN = ("round", "best_metric", "best_round", "evaluations_since_best", "record", "plan", "norms")
 _HASH_DIGITS = 32
 _LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header."""
@@ -50,6 +50,7 @@ class State:
         record: the round's line for metrics.jsonl, without its evaluation; empty once the line is written.
         plan: the privacy plan that the run is bound to; None for a run without privacy.
         anchors: of the run's logs at the time of the checkpoint; see `server/run/anchors.py`.
+        norms: of recent updates of an open run, which say what is typical (`influence.py`).
     """
 
     vector: Vector
@@ -62,6 +63,7 @@ class State:
     record: Mapping[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] | None = None
     anchors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    norms: Sequence[float] = ()
 
 
 def save(folder: Path, state: State, config_sha256: str, spec_sha256: str, adapter_sha256: str = "") -> None:
@@ -92,7 +94,7 @@ def save(folder: Path, state: State, config_sha256: str, spec_sha256: str, adapt
         **{name: getattr(state, name) for name in _PLAIN},
         "anchors": state.anchors,
     }
-    header = _header(tensors, json.dumps(body))
+    header = _header(tensors, to_json(body))
     path = folder / f"round-{state.round:06d}-{_sha256(header)[:_HASH_DIGITS]}.safetensors"
     # Two flushes to the disk, and both are needed: of the file before it is renamed, or a power cut could leave the
     # name without the content; of the folder after that, or the next round would begin while this one may still be
@@ -131,6 +133,7 @@ def load(folder: Path, config_sha256: str, spec_sha256: str) -> State:
     strategy = {name.removeprefix("strategy."): tensors[name] for name in tensors if name.startswith("strategy.")}
     plain = {name: body[name] for name in _PLAIN}
     plain["anchors"] = body.get("anchors", {})  # checkpoints of earlier versions have none
+    plain["norms"] = tuple(plain["norms"])
     return State(tensors["vector"], evaluated_round=body["round"] - 1, strategy=strategy, **plain)
 
 
@@ -202,7 +205,7 @@ def _round_of(path: Path) -> int:
 
 def _newest(folder: Path) -> Path:
     if (folder / "current.json").exists():  # versions before 3 had a manifest beside the tensors
-        raise _other_version(folder / "current.json", FORMAT_VERSION - 1)
+        raise _other_version(folder / "current.json", 2)
     files = _files(folder)
     if not files:
         raise StorageError(f"there is no checkpoint in {folder}", "a run with a checkpoint", code="checkpoint-missing")

@@ -14,7 +14,7 @@ from tsugiki.common.config.commented import comment
 from tsugiki.common.config.files import to_toml, with_absolute_paths
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import make_folder, read_lines, write_atomically
+from tsugiki.common.files import make_folder, read_lines, to_json, write_atomically
 from tsugiki.common.model.device import precision_advice
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.load import grafts, load_graft
@@ -28,9 +28,10 @@ from tsugiki.server.run.anchors import check_anchors, check_finished
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.evaluate import make_evaluator
+from tsugiki.server.run.influence import dominant_sites
 from tsugiki.server.run.loop import evaluated, initial_state, run_rounds
 from tsugiki.server.run.privacy import Privacy, open_privacy, rows_summary
-from tsugiki.server.run.progress import Progress, describe_notes
+from tsugiki.server.run.progress import Progress, describe_notes, describe_rows
 from tsugiki.server.run.roster import Roster
 from tsugiki.server.run.storage import run_folder
 from tsugiki.server.run.warm_head import with_warm_head
@@ -175,8 +176,13 @@ def _open_records(
 def _wait_for_sites(roster: Roster, config: RunConfig, progress: Progress) -> None:
     """Wait until enough sites have joined, and show what is unusual about their rows."""
     roster.wait(lambda count: progress.note(f"{count} of {config.strategy.min_clients} nodes connected"))
-    for line in describe_notes({name: member.notes for name, member in roster.members().items()}):
+    members = roster.members()
+    for line in describe_notes({name: member.notes for name, member in members.items()}):
         progress.note(line)
+    if config.privacy.mode == "none":  # a private run does not know the rows
+        rows = {name: member.rows for name, member in members.items()}
+        for line in describe_rows(rows, dominant_sites(rows), config.strategy.weighting):
+            progress.note(line)
 
 
 def _write_results(ctx: RunContext, graft: Graft, state: State) -> dict[str, Any]:
@@ -184,7 +190,7 @@ def _write_results(ctx: RunContext, graft: Graft, state: State) -> dict[str, Any
     best = checkpoint.read_best(ctx.folder / "checkpoint", state)
     summary = summarise(ctx.config, graft, state, sha256(best), read_lines(ctx.folder / "metrics.jsonl"), ctx.privacy)
     summary["rows_privacy"] = _rows_summary(ctx.folder, ctx.config)
-    write_atomically(ctx.folder / "summary.json", json.dumps(summary, indent=1).encode())
+    write_atomically(ctx.folder / "summary.json", to_json(summary, indent=1).encode())
     _save_best(ctx.folder / "best", graft.spec, best)
     adapter_sha256 = sha256(state.vector)
     ctx.audit.write(
@@ -268,14 +274,14 @@ def _describe_spec(graft: Graft) -> bytes:
         "size_bytes": spec.size_bytes,
         "tensors": [{"name": t.name, "shape": t.shape, "part": t.part} for t in spec.tensors],
     }
-    return json.dumps(body, indent=1).encode()
+    return to_json(body, indent=1).encode()
 
 
 def _drop_unfinished(path: Path, state: State) -> list[dict[str, Any]]:
     """Drop the lines of rounds that no checkpoint covers, because those are done again. Return the others."""
     kept = [line for line in read_lines(path) if line["round"] <= state.round or line.get("voided")]
     if kept:
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_atomically(path, "".join(to_json(line) + "\n" for line in kept).encode())
     else:
         path.unlink(missing_ok=True)
     return kept

@@ -52,7 +52,7 @@ def check(
     try:
         answer = from_record(TrainReply, reply.content)
         _check_origin(answer, asked)
-        weight = _weight(answer.rows, asked.rows)
+        rows = _rows(answer.rows, asked.rows)
         if not (math.isfinite(answer.loss) and answer.steps > 0 and 0 <= answer.seconds < math.inf):
             raise WireError("loss, steps or seconds are out of range", code="metrics")
         arrays = array_records(reply.content).get("arrays")
@@ -65,7 +65,7 @@ def check(
     if norm > max_update_norm:
         return Rejected(asked.site, "norm", f"{norm:.4g}, allowed {max_update_norm:g}", size)
     loss = answer.loss if answer.loss_shared else None
-    return Accepted(asked.site, update, weight, loss, answer.steps, answer.seconds, norm, size, asked.clients)
+    return Accepted(asked.site, update, rows, loss, answer.steps, answer.seconds, norm, size, asked.clients)
 
 
 def check_private(reply: Message, asked: Asked, plan: Plan, masked: bool = False) -> AcceptedSum | Rejected:
@@ -155,7 +155,7 @@ def check_evaluation(reply: Message, asked: Asked) -> tuple[dict[str, float], in
         record = reply.content.metric_records.get("metrics")
         if record is None or not all(type(value) is float and math.isfinite(value) for value in record.values()):
             raise WireError("metrics are not finite", "finite numbers", code="metrics")
-        return {str(name)[:64]: float(value) for name, value in record.items()}, _weight(answer.rows, asked.rows)  # type: ignore[arg-type]  # floats, checked just above
+        return {str(name)[:64]: float(value) for name, value in record.items()}, _rows(answer.rows, asked.rows)  # type: ignore[arg-type]  # floats, checked just above
     except WireError as error:
         return Rejected(asked.site, error.code, str(error))
 
@@ -175,8 +175,8 @@ def _check_origin(answer: TrainReply | PrivateReply | EvaluateReply | HeadSumsRe
         )
 
 
-def _weight(rows: int, known: int) -> int:
-    """Return the weight of a site: its rows, at most the number in its hello."""
+def _rows(rows: int, known: int) -> int:
+    """Return the rows of a site, at most the number in its hello."""
     if rows < 1:
         raise WireError(f"the reply counts {rows} rows", "at least 1", code="weight")
     return min(rows, known)

@@ -10,7 +10,7 @@ import mmap
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from tsugiki.common.files import unwritable
 from tsugiki.common.strategies import WeightedUpdate
-from tsugiki.common.wire.spec import Vector
+from tsugiki.common.wire.spec import Vector, blocks
 
 HELD_BYTES = 64 * 2**20
 """Up to this many bytes of updates stay in memory."""
@@ -74,21 +74,70 @@ class KeptUpdates:
                 self._file.write(np.ascontiguousarray(one.update, np.float32).data)
                 self._updates[number] = replace(one, update=_NOTHING)
 
+    def settle(self, weights: Mapping[str, int], factors: Mapping[str, float]) -> None:
+        """Give the updates their weights, and scale some of them where they are. No update may be added afterwards.
+
+        Args:
+            weights: of each update, by site name.
+            factors: by site name, of those that are scaled.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        for number, one in enumerate(self._updates):
+            if one.site in factors:
+                try:
+                    self._scale(number, np.float32(factors[one.site]))
+                except OSError as error:
+                    raise unwritable(self._folder, error) from error
+            self._updates[number] = replace(self._updates[number], weight=weights[one.site])
+
+    def _scale(self, number: int, factor: np.float32) -> None:
+        one = self._updates[number]
+        if self._file is None:
+            self._updates[number] = replace(one, update=one.update * factor)
+            return
+        for part in blocks(self._size):
+            place = 4 * (number * self._size + part.start)
+            self._file.seek(place)
+            values = np.frombuffer(self._file.read(4 * (part.stop - part.start)), np.float32)
+            self._file.seek(place)
+            self._file.write((values * factor).data)
+
+    def one_by_one(self) -> Iterator[WeightedUpdate]:
+        """Yield the updates in the order of arrival; each is read from the file when its turn comes.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        self._flush()
+        for number, one in enumerate(self._updates):
+            if self._file is None:
+                yield one
+                continue
+            self._file.seek(4 * number * self._size)
+            yield replace(one, update=np.frombuffer(self._file.read(4 * self._size), np.float32))
+
     def updates(self) -> list[WeightedUpdate]:
         """Return the updates by site name; those in the file are mapped into memory, and read where they are used.
 
         Raises:
             StorageError: the file cannot be written.
         """
+        self._flush()
         found = self._updates
         if self._file is not None:
-            try:
-                self._file.flush()
-            except OSError as error:
-                raise unwritable(self._folder, error) from error
             rows = np.memmap(self._file, np.float32, "r", shape=(len(found), self._size))
             found = [replace(one, update=np.asarray(row)) for one, row in zip(found, rows, strict=True)]
         return sorted(found, key=lambda one: one.site)
+
+    def _flush(self) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise unwritable(self._folder, error) from error
 
 
 class KeptMoment:

@@ -15,6 +15,7 @@ from tsugiki.server.run import checkpoint
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.collect import evaluate_at_sites, sample
 from tsugiki.server.run.context import RunContext
+from tsugiki.server.run.influence import weights_of
 from tsugiki.server.run.kept import give_back_memory, let_go
 from tsugiki.server.run.open_round import OpenRound
 from tsugiki.server.run.private_round import PrivateRound
@@ -119,7 +120,9 @@ def _complete(ctx: RunContext, kind: Round[Replies], state: State, replies: Repl
     record["adapter_sha256"] = sha256(step.vector)
     record["update_norm"] = step.update_norm
     # the record is checkpointed with the model: its line is written only when its evaluation is in it
-    state = replace(state, vector=step.vector, round=round_number, strategy=step.moments, record=record)
+    state = replace(
+        state, vector=step.vector, round=round_number, strategy=step.moments, record=record, norms=step.norms
+    )
     # without evaluation there is no best adapter but the last
     if ctx.evaluate is None:
         state = replace(state, best_round=round_number)
@@ -182,12 +185,14 @@ def _evaluate_at_sites(ctx: RunContext, state: State) -> dict[str, Any]:
     found = evaluate_at_sites(ctx, state)
     if not found and ctx.config.evaluation.at_sites == "auto":
         return {}
-    return {"sites_eval": found}
+    # for a mean over sites: a site's number of evaluation rows is its own word, too
+    weights = weights_of({site: int(metrics["rows"]) for site, metrics in found.items()}, ctx.config.strategy)
+    return {"sites_eval": found, "sites_eval_weights": weights}
 
 
-def _is_better(value: float, best: float | None, lower_is_better: bool) -> bool:
-    """Return whether a metric is better than the best one so far. One that is not finite never is."""
-    if not math.isfinite(value):
+def _is_better(value: float | None, best: float | None, lower_is_better: bool) -> bool:
+    """Return whether a metric is better than the best one so far. One that is not finite (null in a file) never is."""
+    if value is None or not math.isfinite(value):
         return False
     if best is None:
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,13 @@ from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.collect import collect
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.guard import check
+from tsugiki.server.run.influence import BoundedMean, clip_factors, settled_weights
 from tsugiki.server.run.kept import KeptUpdates
 from tsugiki.server.run.measuring import LOW_COSINE, SKEW_NOTE, measures_error, started_warm, timed_error
 from tsugiki.server.run.replies import Accepted, Asked, CollectedMean, Rejected
 from tsugiki.server.run.roster import Member
 from tsugiki.server.run.rounds import Round, Step, attempt_record, take_step
-from tsugiki.server.run.sums import RunningMean, update_cosine
+from tsugiki.server.run.sums import update_cosine
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -37,7 +39,7 @@ class OpenRound(Round[CollectedMean]):
         spec = self.ctx.spec
         strategy = strategy_of(config.strategy)
         part = strategy.trained_part(spec, round_number)
-        mean = RunningMean(spec.size, len(cohort))
+        bounded = BoundedMean(self.ctx.folder, spec.size, len(cohort), config.strategy, state.norms)
         kept: KeptUpdates | None = None
         if strategy.needs_each_update or measures_error(config, spec, self.ctx.pace, round_number, cohort):
             kept = KeptUpdates(self.ctx.folder, spec.size)
@@ -59,12 +61,33 @@ class OpenRound(Round[CollectedMean]):
             verdict = check(reply, asked, spec, config.strategy.max_update_norm, part)
             if isinstance(verdict, Rejected):
                 return verdict
-            mean.add(verdict.update, verdict.norm, verdict.weight)
-            keep(WeightedUpdate(verdict.site, verdict.update, verdict.weight, verdict.clients))
+            bounded.add(verdict)
+            keep(WeightedUpdate(verdict.site, verdict.update, verdict.rows, verdict.clients))
             return verdict.without_update()
 
         replies = collect(self.ctx, state, round_number, cohort, judge)
-        return CollectedMean(**vars(replies), mean=mean, kept=kept)
+        settled = bounded.settle(replies.accepted)
+        if kept is not None:
+            kept.settle(settled_weights(settled.accepted), clip_factors(settled.accepted))
+        self._report_clipped(round_number, settled.accepted)
+        norms = settled.norms
+        if not strategy.same_part:  # another part of the adapter has other norms
+            norms = ()
+        replies = replace(replies, accepted=settled.accepted)
+        return CollectedMean(**vars(replies), mean=bounded.mean, kept=kept, norms=norms)
+
+    def _report_clipped(self, round_number: int, accepted: Sequence[Accepted]) -> None:
+        """Name the sites whose updates were far longer than the others'."""
+        for reply in accepted:
+            if reply.clipped_to is None:
+                continue
+            self.ctx.audit.write(
+                "update-clipped", round=round_number, site=reply.site, norm=reply.norm, clipped_to=reply.clipped_to
+            )
+            self.ctx.progress.note(
+                f"round {round_number}: the update of {reply.site} has the norm {reply.norm:.4g}, and was clipped to "
+                f"{reply.clipped_to:.4g} (strategy.norm_tolerance)"
+            )
 
     def record(self, round_number: int, cohort: list[Member], replies: CollectedMean) -> dict[str, Any]:
         """Return the line of an attempt, with what each accepted site reported."""
@@ -73,7 +96,7 @@ class OpenRound(Round[CollectedMean]):
         return attempt_record(round_number, cohort, replies, reported, _mean_loss(replies.accepted), seconds)
 
     def step(self, state: State, round_number: int, replies: CollectedMean) -> Step:
-        """Return the step of the strategy on the accepted updates, each weighted by its rows."""
+        """Return the step of the strategy on the accepted updates, each with its weight."""
         ctx = self.ctx
         mean = replies.mean.value()
         record: dict[str, Any] = {}
@@ -94,30 +117,36 @@ class OpenRound(Round[CollectedMean]):
         # once, when the operator can still change the run
         if round_number == 1 and cosine is not None and cosine < LOW_COSINE and not started_warm(ctx.folder):
             ctx.progress.note(SKEW_NOTE.format(cosine=cosine))
-        return replace(step, record=record)
+        return replace(step, record=record, norms=replies.norms)
 
 
 def _cosine(accepted: Sequence[Accepted], mean_norm: float) -> float | None:
     """Return how much the accepted updates agree, or None if that says nothing."""
-    return update_cosine([reply.norm for reply in accepted], [reply.weight for reply in accepted], mean_norm)
+    norms = [reply.norm_in_mean for reply in accepted]
+    return update_cosine(norms, [reply.weight for reply in accepted], mean_norm)
 
 
 def _mean_loss(accepted: Sequence[Accepted]) -> float | None:
-    """Return the mean loss over the rows of the sites that share theirs; None: no site does."""
+    """Return the mean loss of the sites that share theirs, by their weights; None: no site does, or it overflows."""
     losses = [(reply.loss, reply.weight) for reply in accepted if reply.loss is not None]
-    weight = sum(rows for _, rows in losses)
-    if not weight:
+    total = sum(weight for _, weight in losses)
+    if not total:
         return None
-    return sum(loss * rows for loss, rows in losses) / weight
+    mean = sum(loss * weight for loss, weight in losses) / total
+    return mean if math.isfinite(mean) else None
 
 
 def _reported(reply: Accepted) -> dict[str, Any]:
     """Return the entry of an accepted reply in metrics.jsonl."""
-    return {
-        "rows": reply.weight,
+    entry = {
+        "rows": reply.rows,
+        "weight": reply.weight,
         "loss": reply.loss,
         "steps": reply.steps,
         "seconds": reply.seconds,
         "update_norm": reply.norm,
         "bytes_up": reply.size_bytes,
     }
+    if reply.clipped_to is not None:
+        entry["clipped_to"] = reply.clipped_to
+    return entry

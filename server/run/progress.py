@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -13,6 +14,14 @@ Record = dict[str, Any]
 
 _SHOWN = 4
 """Most names of sites on one line."""
+_SHOWN_ROWS = 20
+"""Most sites whose rows are shown."""
+_EFFECTS = {
+    "capped": "each weighs at most strategy.max_site_share of a round, or an equal share",
+    "rows": 'with strategy.weighting = "rows" they decide as much; "capped" or "equal" would bound it',
+    "equal": "each weighs as much as any other",
+}
+"""What many rows of a site mean under a `strategy.weighting`."""
 
 
 class Progress:
@@ -113,6 +122,13 @@ def _privacy(figures: Record | None) -> list[str]:
     return [f"epsilon {epsilon:.3g}"]
 
 
+def shown(value: float | None) -> str:
+    """Return a metric with four digits; a dash for one that is not finite, which is null in a file."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.4f}"
+
+
 def describe(record: Record) -> str:
     """Return one line about a round."""
     parts = [f"round {record['round']}"]
@@ -132,7 +148,7 @@ def describe(record: Record) -> str:
         parts.append(f"aggregation error {record['aggregation_error']:.2g}")
     if "update_cosine" in record:
         parts.append(f"update cosine {record['update_cosine']:.2f}")
-    parts += [f"{name} {value:.4f}" for name, value in record.get("eval", {}).items()]
+    parts += [f"{name} {shown(value)}" for name, value in record.get("eval", {}).items()]
     parts += _privacy(record.get("privacy"))
     parts.append(f"{sum(record['seconds'].values()):.1f} s")
     line = ", ".join(parts)
@@ -158,4 +174,26 @@ def describe_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
         if len(sites) > _SHOWN:
             shown += f" and {len(sites) - _SHOWN} more sites"
         lines.append(f"{code}: {shown}")
+    return lines
+
+
+def describe_rows(rows: Mapping[str, int], dominant: Sequence[str], weighting: str) -> list[str]:
+    """Return a line with the rows of every site, and a warning where a few sites have most of them.
+
+    Args:
+        rows: of each site, by its hello; at least one site.
+        dominant: sites that have far more rows than the others.
+        weighting: how updates are weighted, `strategy.weighting`.
+    """
+    largest = sorted(rows, key=lambda site: (-rows[site], site))[:_SHOWN_ROWS]
+    line = "rows: " + ", ".join(f"{site} {rows[site]:,}" for site in sorted(largest))
+    if len(rows) > _SHOWN_ROWS:
+        line += f" and {len(rows) - _SHOWN_ROWS} more sites with fewer (audit.jsonl has all)"
+    lines = [line]
+    if dominant:
+        total = sum(rows.values())
+        named = ", ".join(f"{site} ({rows[site] / total:.0%} of all rows)" for site in dominant[:_SHOWN])
+        if len(dominant) > _SHOWN:
+            named += f" and {len(dominant) - _SHOWN} more sites"
+        lines.append(f"warning: far more rows than others, by their own count: {named}; {_EFFECTS[weighting]}")
     return lines

@@ -47,24 +47,35 @@ class Accepted:
     Args:
         site: its name.
         update: shape (size,), float32; empty once it was added to a sum.
-        weight: in rows.
+        rows: that it was trained on, at most as many as in the hello.
         loss: mean training loss; None: the site does not share it.
         steps: optimiser steps.
         seconds: duration of training.
         norm: L2 norm of the update.
         size_bytes: of the reply's arrays.
         clients: how many clients' updates are averaged in it.
+        weight: in the round's mean; 0 until all replies are there (`influence.py`).
+        clipped_to: the norm that the update was scaled down to; None: it was short enough.
     """
 
     site: str
     update: Vector
-    weight: int
+    rows: int
     loss: float | None
     steps: int
     seconds: float
     norm: float
     size_bytes: int
     clients: int = 1
+    weight: int = 0
+    clipped_to: float | None = None
+
+    @property
+    def norm_in_mean(self) -> float:
+        """L2 norm of the update as it is in the mean."""
+        if self.clipped_to is None:
+            return self.norm
+        return self.clipped_to
 
     def without_update(self) -> Accepted:
         """Return what remains of the reply when its update is in a sum."""
@@ -149,12 +160,14 @@ class CollectedMean(Collected[Accepted]):
     """The replies of one attempt at an open round, without their updates.
 
     Args:
-        mean: of the accepted updates, weighted by rows.
+        mean: of the accepted updates, by their weights.
         kept: the updates themselves, where something needs them one by one; else None.
+        norms: to remember for the next round.
     """
 
     mean: RunningMean
     kept: KeptUpdates | None
+    norms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,14 @@ class Step:
         moments: of the strategy.
         update_norm: L2 norm of the aggregated update.
         record: entries that this kind of round adds to the line in metrics.jsonl.
+        norms: of updates, to remember for the next round.
     """
 
     vector: Vector
     moments: Moments
     update_norm: float
     record: Mapping[str, Any]
+    norms: tuple[float, ...] = ()
 
 
 class Round(ABC, Generic[Replies]):
@@ -110,7 +112,7 @@ def attempt_record(
         cohort: the sites that were asked.
         replies: of the cohort.
         accepted: the entry of each accepted reply, by site name.
-        train_loss: mean over the rows of the sites that share theirs; None: no site does.
+        train_loss: mean over the sites that share theirs; None: no site does.
         train_seconds: of the slowest site.
     """
     return {

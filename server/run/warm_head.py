@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +16,7 @@ from tsugiki.common.files import unwritable
 from tsugiki.common.head_sums import HeadSums, pack_sums, solve, unpack_sums, zero_sums
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.linear_head import LinearHead, warm_head_of, with_head
+from tsugiki.common.settings import StrategySettings
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import HeadSumsRequest, to_record
 from tsugiki.server.run import checkpoint
@@ -23,6 +24,7 @@ from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.collect import address, receive
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.guard import check_head_sums
+from tsugiki.server.run.influence import weights_of
 from tsugiki.server.run.measuring import LABEL_SKEW, LABEL_SKEW_NOTE, label_skew
 from tsugiki.server.run.replies import AcceptedStep, Asked, Rejected
 
@@ -84,8 +86,12 @@ def with_warm_head(ctx: RunContext, graft: Graft, state: State) -> State:
         ctx.grid.limit_replies(graft.spec.size * _NUMBER_BYTES)
         total = zero_sums(head.width, head.classes)
         # in the order of names, so that the order of arrival changes nothing
+        factors = _row_factors({reply.site: reply.content.rows for reply in replies}, ctx.config.strategy)
         for reply in replies:
-            total = total.plus(unpack_sums(np.load(reply.content.path), head.width, head.classes))
+            sums = unpack_sums(np.load(reply.content.path), head.width, head.classes)
+            if factors[reply.site] < 1:
+                sums = sums.scaled(factors[reply.site])
+            total = total.plus(sums)
     reasons = {reply.site: reply.reason for reply in rejected}
     record = _record(replies, reasons, traffic)
     reason = _why_not(ctx, replies, total)
@@ -153,6 +159,14 @@ def _without_outliers(replies: Sequence[_Reply]) -> tuple[list[_Reply], list[Rej
         Rejected(reply.site, "norm", detail, reply.size_bytes) for reply in replies if reply.content.length > most
     ]
     return kept, too_long
+
+
+def _row_factors(rows: Mapping[str, int], settings: StrategySettings) -> dict[str, float]:
+    """Return how much a row of each site counts in the sums, at most 1: sites weigh as in a round of training."""
+    weights = weights_of(rows, settings)
+    each = {site: weights[site] / rows[site] for site in rows}
+    most = max(each.values(), default=1.0)
+    return {site: one / most for site, one in each.items()}
 
 
 def _why_not(ctx: RunContext, replies: Sequence[_Reply], total: HeadSums) -> str:

@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 import re
 import threading
@@ -11,7 +12,16 @@ import pytest
 from tests.support.processes import ROOT
 from tsugiki.common import files
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import append_line, cut_file, locked, make_folder, read_json, read_lines, write_atomically
+from tsugiki.common.files import (
+    append_line,
+    cut_file,
+    locked,
+    make_folder,
+    read_json,
+    read_lines,
+    to_json,
+    write_atomically,
+)
 
 SIDES = ("common", "client", "server")
 
@@ -101,6 +111,14 @@ def test_lines_are_strict_json(tmp_path):
     append_line(tmp_path / "lines", {"name": "Übung", "value": 0.1})
     assert (tmp_path / "lines").read_bytes().isascii()
     assert json.loads((tmp_path / "lines").read_text()) == {"name": "Übung", "value": 0.1}
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    """Catches: NaN and Infinity in a file, which strict readers refuse; only the outermost ones replaced."""
+    record = {"loss": math.inf, "sites": {"a": [1.5, -math.inf], "b": (math.nan, 10**400)}, "ok": True, "none": None}
+    expected = {"loss": None, "sites": {"a": [1.5, None], "b": [None, 10**400]}, "ok": True, "none": None}
+    append_line(tmp_path / "lines", record)
+    assert read_lines(tmp_path / "lines") == [json.loads(to_json(record, indent=1))] == [expected]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from tests.support.toy import (
     ASKED,
     SPEC,
     check_only_rejected,
+    forging,
     of_array,
+    rewritten,
     run_toy,
     run_with_bad_site,
     toy_app,
@@ -53,3 +55,15 @@ def test_huge_values_are_rejected_by_their_norm(tmp_path):
     assert verdict(-3e38).reason == "norm"
     huge = of_array(np.full(SPEC.size, 1e30, np.float32))
     check_only_rejected(run_with_bad_site(tmp_path, lambda reply: with_arrays(reply, huge)), "norm")
+
+
+def test_a_loss_that_overflows_in_the_mean_is_null(tmp_path):
+    """Catches: losses that are finite at each site and infinite in the mean: Infinity in metrics.jsonl."""
+    config = toy_config(tmp_path, run={"rounds": 1})
+    fault = forging(2, lambda reply: rewritten(reply, loss=1.7e308))
+    ran = run_toy(tmp_path, toy_app(["a", "b", "c"]), 3, config, fault=fault)
+    text = (tmp_path / "metrics.jsonl").read_text() + (tmp_path / "audit.jsonl").read_text()
+    assert "Infinity" not in text
+    assert "NaN" not in text
+    assert ran.rounds[0]["train_loss"] is None
+    assert ran.rounds[0]["accepted"]["b"]["loss"] == 1.7e308

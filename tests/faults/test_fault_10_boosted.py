@@ -7,8 +7,12 @@ of at most 0.1 in each coordinate. The metric is the distance that is left after
 import numpy as np
 import pytest
 
-from tests.support.toy import SPEC, run_toy, toy_app, toy_config
+from tests.support.toy import SPEC, forging, is_train, run_toy, toy_app, toy_config, toy_context, toy_state
 from tsugiki.common.audit import verify
+from tsugiki.server.run import checkpoint
+from tsugiki.server.run.collect import sample
+from tsugiki.server.run.loop import finish_round, run_rounds, train_round
+from tsugiki.server.run.open_round import OpenRound
 
 COLLUDERS = ("y", "z")
 TARGET = (np.ones(SPEC.size) * 10 / np.sqrt(SPEC.size)).astype(np.float32)
@@ -41,8 +45,12 @@ def final(folder, strategy, boost, bound=1e12):
     return float(np.linalg.norm(ran.state.vector.astype(np.float64) - TARGET)), rejected
 
 
-FEDAVG = {"name": "fedavg"}
-ROBUST = [{"name": "krum", "num_malicious_sites": 2, "min_clients": 7}, {"name": "fedmedian"}]
+FEDAVG = {"name": "fedavg", "norm_tolerance": 0.0}
+ROBUST = [
+    {"name": "krum", "num_malicious_sites": 2, "min_clients": 7},
+    {"name": "fedmedian"},
+    {"name": "trimmed_mean", "trim_fraction": 0.4},
+]
 
 
 @pytest.mark.parametrize("strategy", [FEDAVG, *ROBUST], ids=lambda strategy: strategy["name"])
@@ -70,3 +78,104 @@ def test_the_guard_rejects_boosted_updates_by_their_norm(tmp_path, boost):
     distance, rejected = final(tmp_path, FEDAVG, boost, bound=20.0)
     assert distance < BAND
     assert rejected == {("y", "norm"), ("z", "norm")}
+
+
+LIAR = "f"
+HONEST = 0.25 * np.sqrt(SPEC.size)  # the norm of the toy's honest update
+
+
+def boosted_in(rounds, norm):
+    """Return an update of ones, but of the liar's in some rounds: reversed and of another norm."""
+
+    def update(site, round_, received):
+        honest = np.full(SPEC.size, 0.25, np.float32)
+        if site != LIAR or round_ not in rounds:
+            return honest
+        return (-honest * (norm / HONEST)).astype(np.float32)
+
+    return update
+
+
+@pytest.mark.parametrize("sites", ["bcf", "abcdef"])
+@pytest.mark.parametrize("rounds", [{1}, {2}, {3}, {1, 2, 3}], ids=str)
+def test_one_boosted_update_moves_the_model_by_a_bounded_step(tmp_path, sites, rounds):
+    """Catches: a reversed update of norm 99, below the absolute bound, that undoes every round from the first on."""
+    config = toy_config(tmp_path, strategy={"min_clients": len(sites)})
+    ran = run_toy(tmp_path, toy_app(list(sites), boosted_in(rounds, 99.0)), len(sites), config)
+    moves = np.full(3, 0.25)
+    for round_ in rounds:
+        moves[round_ - 1] = 0.25 * (len(sites) - 1 - 5) / len(sites)
+    assert np.allclose(ran.state.vector, moves.sum(), atol=1e-6)
+    clipped = {
+        line["round"]: entry["clipped_to"]
+        for line in ran.rounds
+        for site, entry in line["accepted"].items()
+        if "clipped_to" in entry and site == LIAR
+    }
+    assert clipped == {round_: pytest.approx(5 * HONEST) for round_ in rounds}
+    events = [event for event in ran.events if event["event"] == "update-clipped"]
+    assert [(event["round"], event["site"]) for event in events] == [(round_, LIAR) for round_ in sorted(rounds)]
+
+
+def test_a_cohort_of_one_is_compared_with_the_rounds_before(tmp_path):
+    """Catches: a site that is asked alone and sets the bound for itself."""
+    config = toy_config(tmp_path, strategy={"min_clients": 1})
+    fault = forging(1, lambda reply: None)
+
+    def late(node, reply):
+        # from round 2 on, only the liar answers
+        return fault(node, reply) if is_train(reply) and round_of(reply) > 1 else [reply]
+
+    app = toy_app(["a", LIAR], boosted_in({2, 3}, 99.0))
+    ran = run_toy(tmp_path, app, 2, config, fault=late)
+    assert [line["accepted"].get(LIAR, {}).get("clipped_to") for line in ran.rounds] == [
+        None,
+        pytest.approx(5 * HONEST),
+        pytest.approx(15 * HONEST),  # of two honest norms and one that was clipped; it grows, but not at once
+    ]
+
+
+def round_of(reply):
+    """Return the round that a training reply is to."""
+    return reply.content.config_records["reply"]["round"]
+
+
+@pytest.mark.parametrize("interrupted_after", [1, 2])
+def test_a_resumed_run_remembers_what_is_typical(tmp_path, interrupted_after):
+    """Catches: norms that a checkpoint forgets: the liar's update, which comes alone, sets its own bound."""
+    config = toy_config(tmp_path, strategy={"min_clients": 1})
+    drop = forging(1, lambda reply: None)
+
+    def alone(node, reply):
+        return drop(node, reply) if is_train(reply) and round_of(reply) == 3 else [reply]
+
+    app = toy_app(["a", LIAR], boosted_in({3}, 99.0))
+    whole = run_toy(tmp_path, app, 2, config, fault=alone).state.vector
+    other = tmp_path / "other"
+    other.mkdir()
+    ctx = toy_context(other, app, 2, config, fault=alone)
+    ctx.roster.wait(lambda count: None)
+    state = toy_state()
+    for _ in range(interrupted_after):
+        state = finish_round(ctx, train_round(ctx, state))
+    resumed = checkpoint.load(other / "checkpoint", config.sha256, SPEC.sha256)
+    assert np.array_equal(run_rounds(ctx, resumed).vector, whole)
+
+
+def test_two_sites_do_not_clip_each_other(tmp_path):
+    """Catches: of two honest sites, the one that learns more cut down to the other."""
+    config = toy_config(tmp_path, run={"rounds": 2}, strategy={"min_clients": 2})
+    ran = run_toy(tmp_path, toy_app(["a", LIAR], boosted_in({1, 2}, 20 * HONEST)), 2, config)
+    assert not [event for event in ran.events if event["event"] == "update-clipped"]
+
+
+def test_strategies_that_combine_each_update_get_the_clipped_one(tmp_path):
+    """Catches: a bound that only the running mean knows."""
+    config = toy_config(tmp_path, run={"rounds": 1}, strategy={"name": "trimmed_mean", "trim_fraction": 0.2})
+    folder = tmp_path
+    ctx = toy_context(folder, toy_app(list("abcdef"), boosted_in({1}, 99.0)), 6, config)
+    ctx.roster.wait(lambda count: None)
+    round_ = OpenRound(ctx)
+    replies = round_.collect(toy_state(), 1, sample(ctx, 1, 0), 0)
+    norms = [float(np.linalg.norm(one.update)) for one in replies.kept.updates()]
+    assert norms == pytest.approx([HONEST] * 5 + [5 * HONEST])

@@ -27,9 +27,10 @@ def child(tmp_path_factory):
 
 
 @pytest.fixture
-def operator(child):
-    """Its control."""
+def operator(child, tmp_path):
+    """Its control; the nodes of the test before are gone."""
     one = Control(child.endpoint)
+    one.synchronise(tmp_path / "no-keys")
     yield one
     one.close()
 

@@ -22,6 +22,7 @@ def state(round_=1, **changes):
         "evaluations_since_best": 4,
         "strategy": moments,
         "record": {"round": round_, "accepted": {"site-0": {"loss": 0.3}}},
+        "norms": (0.1 + 0.2, 2.0),
     }
     return State(vector, round_, **{**known, **changes})
 

@@ -35,7 +35,7 @@ def test_a_good_reply_is_accepted_with_its_numbers():
     """Catches: a norm of something else than the update, bytes without the header, a field in another's place."""
     accepted = verdict(train_reply())
     assert isinstance(accepted, Accepted)
-    assert (accepted.site, accepted.weight, accepted.loss, accepted.steps, accepted.seconds) == (
+    assert (accepted.site, accepted.rows, accepted.loss, accepted.steps, accepted.seconds) == (
         "site-0",
         10,
         0.5,
@@ -82,10 +82,10 @@ def test_arrays_of_another_kind_of_record_are_rejected(record):
     assert verdict(train_reply(record)).reason == "keys"
 
 
-def test_a_site_weighs_at_most_what_it_said_in_its_hello():
+def test_a_site_has_at_most_the_rows_of_its_hello():
     """Catches: self-declared weights."""
-    assert verdict(train_reply(rows=9)).weight == 9
-    assert verdict(train_reply(rows=10**12)).weight == 10
+    assert verdict(train_reply(rows=9)).rows == 9
+    assert verdict(train_reply(rows=10**12)).rows == 10
 
 
 def test_the_norm_is_compared_with_its_bound_inclusively():

@@ -97,3 +97,21 @@ def test_a_full_disk_under_a_moment_has_its_code(tmp_path):
     moment._file = full
     with full, pytest.raises(StorageError):
         moment.add(np.ones(SIZE))
+
+
+@pytest.mark.parametrize("held_bytes", [0, 10**6])
+def test_updates_are_scaled_where_they_are(held_bytes, tmp_path):
+    """Catches: a neighbour's row scaled; a scaled update with its old weight; memory and file that differ in a bit."""
+    kept = KeptUpdates(tmp_path, SIZE, held_bytes)
+    given = {one.site: one for one in drawn(5)}
+    for one in given.values():
+        kept.add(one)
+    kept.settle({site: number for number, site in enumerate(sorted(given))}, {"site-1": 0.3, "site-4": 0.7})
+    factors = {"site-1": np.float32(0.3), "site-4": np.float32(0.7)}
+    streamed = {one.site: one for one in kept.one_by_one()}
+    assert list(streamed) == list(given)
+    for number, one in enumerate(kept.updates()):
+        expected = given[one.site].update * factors.get(one.site, np.float32(1))
+        assert one.weight == streamed[one.site].weight == number
+        assert np.array_equal(one.update, expected)
+        assert np.array_equal(streamed[one.site].update, expected)

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from tsugiki.server.run import progress
-from tsugiki.server.run.progress import Bars, Lines, Progress, describe, describe_notes
+from tsugiki.server.run.progress import Bars, Lines, Progress, describe, describe_notes, describe_rows, shown
 
 RECORD = {
     "round": 3,
@@ -88,3 +88,22 @@ def test_a_terminal_gets_bars_and_a_log_gets_lines(monkeypatch, terminal, kind):
     """Catches: control codes in a log file."""
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: terminal, raising=False)
     assert type(progress.choose()) is kind
+
+
+def test_the_rows_of_all_sites_are_shown_and_a_dominant_one_is_named():
+    """Catches: a site with most of the rows that nobody is warned of; a thousand names on a line."""
+    rows = {"a": 100, "b": 200, "c": 10**18}
+    shown, warning = describe_rows(rows, ["c"], "capped")
+    assert shown == "rows: a 100, b 200, c 1,000,000,000,000,000,000"
+    assert warning.startswith("warning: far more rows than others, by their own count: c (100% of all rows); each")
+    assert describe_rows({"a": 100, "b": 120}, [], "rows") == ["rows: a 100, b 120"]
+    (many,) = describe_rows({f"site-{number:03d}": number for number in range(1, 101)}, [], "equal")
+    assert many.startswith("rows: site-081 81, ")
+    assert many.endswith("site-100 100 and 80 more sites with fewer (audit.jsonl has all)")
+
+
+def test_a_metric_that_is_not_finite_is_a_dash():
+    """Catches: null from a file that ends a command with a traceback."""
+    record = {"round": 2, "eval": {"loss": None, "accuracy": 0.5}, "seconds": {}}
+    assert describe(record) == "round 2, loss -, accuracy 0.5000, 0.0 s"
+    assert shown(float("inf")) == "-"

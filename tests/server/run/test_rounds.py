@@ -39,7 +39,7 @@ def handed_over(monkeypatch):
 def reply(site, value, rows, loss=0.5):
     """Return an accepted reply, whose update is one constant."""
     update = np.full(SPEC.size, value, np.float32)
-    return Accepted(site, update, rows, loss, 3, 0.1 * rows, l2_norm(update), 100, clients=2)
+    return Accepted(site, update, rows, loss, 3, 0.1 * rows, l2_norm(update), 100, clients=2, weight=rows)
 
 
 def collected(replies, kept=None):
