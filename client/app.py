@@ -390,8 +390,9 @@ def _masked(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
         raise SecureAggregationError(
             "the server asks some of this site's clients only", "all of them: the others' noise belongs to the sum"
         )
-    job = run.job(request, content)
+    # Before the round is counted: a member that seals garbage must not use up the rounds of this site's policy.
     secagg.open_shares(state, fields)
+    job = run.job(request, content)
     total = protected_sum(run, job, plan)
     levels = secagg.mask(state, fields["session"], total.levels, plan.modulus_bits)
     return _private_reply(run, request, total, levels)
