@@ -87,7 +87,7 @@ def read_lines(path: Path, start: int = 0) -> list[dict[str, Any]]:
         start: in bytes, the beginning of the first line to read.
 
     Raises:
-        StorageError: a line before the last is not JSON.
+        StorageError: `run-corrupt`, a line before the last is not JSON, or holds no object.
     """
     if not path.is_file():
         return []
@@ -96,9 +96,12 @@ def read_lines(path: Path, start: int = 0) -> list[dict[str, Any]]:
         lines = file.read().decode("utf-8").split("\n")
     complete = [line for line in lines[:-1] if line]  # what follows the last newline was cut off
     try:
-        return [json.loads(line) for line in complete]
-    except json.JSONDecodeError as error:
+        records = [json.loads(line) for line in complete]
+    except (json.JSONDecodeError, RecursionError) as error:
         raise StorageError(f"a line of {path} is no JSON", "one JSON record a line", code="run-corrupt") from error
+    if not all(isinstance(record, dict) for record in records):
+        raise StorageError(f"a line of {path} holds no record", "one JSON record a line", code="run-corrupt")
+    return records
 
 
 def read_json(path: Path) -> dict[str, Any]:
