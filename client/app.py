@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
@@ -15,6 +14,7 @@ from flwr.clientapp import ClientApp
 
 from tsugiki.client import secagg
 from tsugiki.client.prepare import SiteRun
+from tsugiki.client.site.ledger import seen_of_site
 from tsugiki.client.site.simulated import SimulatedSite, simulated_sites
 from tsugiki.client.site.site import Site, site_of_node
 from tsugiki.client.training.cohort import train_openly, train_protecting_clients
@@ -29,7 +29,6 @@ from tsugiki.common.head_sums import pack_sums
 from tsugiki.common.model.device import actual_precision, computing, device_notes, precision_advice
 from tsugiki.common.model.linear_head import warm_head_of
 from tsugiki.common.privacy.clipping import Levels
-from tsugiki.common.privacy.mechanisms import releases_of
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.strategies.factors import narrow
 from tsugiki.common.wire.arrays import array_records, encode, encode_levels, encode_numbers
@@ -154,7 +153,7 @@ def is_private(content: RecordDict) -> bool:
     """Return whether a request belongs to a run that protects clients or rows. True if it cannot be read."""
     try:
         privacy = site_config(str(content.config_records["request"]["config"])).privacy
-    except (KeyError, TsugikiError, ValueError):
+    except Exception:  # noqa: BLE001  # it may be anything that a server sends, as a number, or brackets without end
         return True
     return privacy.mode != "none" or privacy.examples.enabled
 
@@ -262,11 +261,7 @@ def protected_sum(run: SiteRun, job: Job, plan: Plan) -> ProtectedSum:
         PolicyError: the site's budget does not allow the upload.
     """
     total = train_protecting_clients(job, plan)
-    # A site that is asked knows that it is in the round: nothing is amplified for it.
-    seen = {
-        adversary: (replace(release, sampling_probability=1.0), 1) for adversary, release in releases_of(plan).items()
-    }
-    run.charge(job, seen)
+    run.charge(job, {adversary: (release, 1) for adversary, release in seen_of_site(plan).items()})
     return total
 
 
@@ -395,8 +390,9 @@ def _masked(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
         raise SecureAggregationError(
             "the server asks some of this site's clients only", "all of them: the others' noise belongs to the sum"
         )
-    job = run.job(request, content)
+    # Before the round is counted: a member that seals garbage must not use up the rounds of this site's policy.
     secagg.open_shares(state, fields)
+    job = run.job(request, content)
     total = protected_sum(run, job, plan)
     levels = secagg.mask(state, fields["session"], total.levels, plan.modulus_bits)
     return _private_reply(run, request, total, levels)

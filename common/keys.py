@@ -117,7 +117,7 @@ def read_private_key(path: Path) -> EllipticCurvePrivateKey:
         raise LinkError(
             f"the key {path} cannot be used: {why}", "a key of `tsugiki keys new`", "make a new one", code="key-invalid"
         ) from None
-    if not isinstance(key, EllipticCurvePrivateKey):
+    if not isinstance(key, EllipticCurvePrivateKey) or key.curve.name != "secp384r1":
         raise LinkError(
             f"the file {path} holds another kind of key",
             "ECDSA on P-384",

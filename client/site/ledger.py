@@ -7,6 +7,7 @@ before sending it: whether the sum is opened afterwards does not depend on this 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tsugiki.client.site.policy import SitePolicy
 from tsugiki.common.errors import BudgetError, Code, PolicyError
 from tsugiki.common.privacy.accounting import Release
 from tsugiki.common.privacy.ledger import Ledger
-from tsugiki.common.privacy.mechanisms import Adversary, mechanism_of
+from tsugiki.common.privacy.mechanisms import Adversary, mechanism_of, releases_of
 from tsugiki.common.privacy.plan import Plan
 
 
@@ -37,6 +38,19 @@ def site_ledger(path: Path, policy: SitePolicy, plan: Plan | None, seeded: bool 
     if policy.max_row_epsilon:
         budgets["rows"] = policy.max_row_epsilon
     return Ledger(path, policy.delta, budgets, seeded)
+
+
+def seen_of_site(plan: Plan) -> dict[Adversary, Release]:
+    """Return the release that each adversary sees in a round, by what this site can check.
+
+    Without secure aggregation a site cannot check that any other client adds its share of the noise, or exists. So the
+    models count as its own upload: the budgets of all runs together then hold whatever the server said in one of them.
+    """
+    # A site that is asked knows that it is in the round: nothing is amplified for it.
+    seen = {adversary: replace(release, sampling_probability=1.0) for adversary, release in releases_of(plan).items()}
+    if plan.mode == "distributed" and not plan.secure_aggregation:
+        return dict.fromkeys(seen, seen["uploads"])
+    return seen
 
 
 UNPROTECTED = "unprotected"

@@ -22,6 +22,8 @@ ACCOUNT = 2
 """Version of the rules by which releases follow from a plan. Version 1 took a site's own noise for noise
 that hides the others from it."""
 _DISCRETIZATION = 1e-3
+_LEAST_NOISE = 1e-9
+"""A noise multiplier below it counts as no noise: its powers would be too small for floats, and epsilon above 10^17."""
 _MOST_NOISE = 10_000.0  # the largest value that [privacy] accepts
 _PLD_MOST_EPSILON = 100.0
 """Above it, a privacy loss distribution takes gigabytes, so the RDP bound is used. No such figure promises anything."""
@@ -99,7 +101,7 @@ def epsilon(releases: Iterable[Release] | Mapping[Release, int], delta: float) -
 
 @lru_cache(maxsize=256)
 def _epsilon(counts: _Counts, delta: float) -> float:
-    if any(release.noise_multiplier <= 0 for release, _ in counts):
+    if any(release.noise_multiplier < _LEAST_NOISE for release, _ in counts):
         return math.inf
     if all(release.noise == "gaussian" and release.sampling_probability >= 1 for release, _ in counts):
         return _exact(counts, delta)

@@ -119,7 +119,7 @@ class Local(Mechanism):
 
     name = "local"
     title = "each client adds all of the noise to its own update"
-    budgeted = ("uploads",)
+    budgeted = ("uploads", "release")
 
     @classmethod
     def seen(cls, plan: Plan) -> dict[Adversary, Release]:

@@ -63,6 +63,8 @@ def near_gaussian_epsilon(
     if most > _MOST_EPSILON:
         return math.inf
     allowed = _FAILURE * delta * math.exp(-most)
+    if allowed == 0:  # a delta so small that the product is no float
+        return math.inf
     distance, failure = _difference(noises, allowed)
     if distance > 1:
         return math.inf

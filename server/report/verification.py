@@ -7,7 +7,7 @@ the records is wrong, not which.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,21 @@ def verify_folder(folder: Path, site: Path | None = None) -> list[Check]:
         UsageError: a folder holds no such logs, or `site` is given and `folder` is no run's.
     """
     if site is None:
-        return check_run(folder) if _is_run(folder) else check_site(folder)
+        alone = check_run if _is_run(folder) else check_site
+        return _readable(lambda: alone(folder))
     if not _is_run(folder):
         raise UsageError(f"{folder} is not the folder of a run", f"a folder with {METRICS}", "name the run's first")
-    run = [replace(check, what=f"run: {check.what}") for check in check_run(folder)]
-    own = [replace(check, what=f"site: {check.what}") for check in check_site(site)]
-    return run + own + compare(folder, site)
+    run = [replace(check, what=f"run: {check.what}") for check in _readable(lambda: check_run(folder))]
+    own = [replace(check, what=f"site: {check.what}") for check in _readable(lambda: check_site(site))]
+    return run + own + _readable(lambda: compare(folder, site))
+
+
+def _readable(checks: Callable[[], list[Check]]) -> list[Check]:
+    """Return the checks, or one that fails if a file lacks what they need; an intact chain does not ensure that."""
+    try:
+        return checks()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return [Check("files", f"a value is missing or of another kind ({error!r:.60})", "as they were written", False)]
 
 
 def check_run(folder: Path) -> list[Check]:
@@ -267,6 +276,11 @@ def _epsilons(ledger: Path | None, charges: Lines, run: str, rounds: Sequence[in
     except (StorageError, UnicodeDecodeError):
         return []
     theirs = _charged(charges, run)
+    if not ours.keys() & theirs.keys():  # as for a run without privacy beside the ledger of others
+        return [Check("epsilons", "none that both record", "", None)]
+    # Where a site sends a share of the noise without a mask, it counts each model as its upload; the operator does not.
+    if any(release.noise == "skellam" for release in theirs.get("uploads", {}).values()):
+        theirs = {"uploads": theirs["uploads"]}
     delta = _delta(verify(ledger), run)
     checks = []
     for adversary in sorted(ours.keys() & theirs.keys()):
@@ -276,7 +290,7 @@ def _epsilons(ledger: Path | None, charges: Lines, run: str, rounds: Sequence[in
         same = all(ours[adversary][number] == theirs[adversary][number] for number in both)
         what = f"epsilon of {adversary}, rounds {_shown(both)}"
         checks.append(Check(what, here, there, same if both else None))
-    return checks or [Check("epsilons", "none that both record", "", None)]
+    return checks
 
 
 def _charged(lines: Lines, run: str) -> dict[str, dict[int, Release]]:

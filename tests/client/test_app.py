@@ -190,9 +190,10 @@ def test_what_does_not_fit_is_answered_with_a_code(config, graft):
             assert code(ask(config, "train", content)) == expected
 
 
-def test_a_config_that_is_no_json_is_answered_with_a_code(config, graft):
-    """Catches: an exception that leaves the app."""
-    assert code(ask(config, "train", train_request(config, graft, config="{"))) == "client-error"
+@pytest.mark.parametrize("text", ["{", "3", "null", "[1]", "[" * 100_000, '{"task": {"name": {}}}'])
+def test_a_config_that_cannot_be_read_is_answered_with_a_code(config, graft, text):
+    """Catches: an exception that leaves the app, also while the app looks up whether the run is private."""
+    assert code(ask(config, "train", train_request(config, graft, config=text))) in ("client-error", "config-invalid")
 
 
 @pytest.mark.parametrize(

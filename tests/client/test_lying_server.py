@@ -8,6 +8,7 @@ from flwr.app import Array, ArrayRecord
 
 from tests.support.federation import app_of_sites, run_tiny, site_folder, tiny_config, write_rows
 from tests.support.lying import invent_counts, lying, told_to_others
+from tsugiki.client.site.records import BEGUN
 from tsugiki.common.config.parse import changed as changed_config
 from tsugiki.common.errors import QuorumNotMet
 from tsugiki.common.files import read_lines
@@ -78,10 +79,32 @@ def charged(folder):
     return [name for name in NAMES if (folder / name / "privacy-ledger.jsonl").exists()]
 
 
+def begun(folder):
+    """Return the sites whose audit logs count a round."""
+    return [name for name in NAMES if any(one["event"] == BEGUN for one in read_lines(folder / name / "audit.jsonl"))]
+
+
+def test_shares_that_do_not_open_cost_no_round(tmp_path, monkeypatch):
+    """Catches: a member that seals garbage, and so uses up another site's `max_rounds` without any training."""
+
+    def spoil(kind, site, content):
+        if kind == "train.masked":
+            values = content.config_records["secagg"]["sealed_values"]
+            content.config_records["secagg"]["sealed_values"] = [bytes(len(value)) for value in values]
+
+    lie(monkeypatch, spoil)
+    with pytest.raises(QuorumNotMet):
+        run_tiny(masked_run(tmp_path), app_of_sites(three_sites(tmp_path)))
+    assert codes(tmp_path, "train.masked") == {name: {"secagg-mismatch"} for name in NAMES}
+    assert charged(tmp_path) == []
+    assert begun(tmp_path) == []
+
+
 def test_an_honest_server_gets_its_sum_and_each_site_is_charged(tmp_path):
     """Catches: tests below that pass because these sites refuse everything."""
     run_tiny(masked_run(tmp_path), app_of_sites(three_sites(tmp_path)))
     assert charged(tmp_path) == list(NAMES)
+    assert begun(tmp_path) == list(NAMES)
 
 
 def test_counts_that_the_server_invents_are_not_believed(tmp_path, monkeypatch):
@@ -104,6 +127,7 @@ def test_sites_that_were_sent_other_settings_open_no_sum(tmp_path, monkeypatch, 
         run_tiny(masked_run(tmp_path), app_of_sites(three_sites(tmp_path, demanding=("acme",))))
     assert codes(tmp_path, "train.masked") == {name: {"secagg-mismatch"} for name in NAMES}
     assert charged(tmp_path) == []
+    assert begun(tmp_path) == []
 
 
 @pytest.mark.parametrize("promised", [True, False])

@@ -99,6 +99,14 @@ def test_a_cut_off_last_line_is_left_out_and_another_is_not(tmp_path):
     assert code_of(lambda: read_lines(path)) == "run-corrupt"
 
 
+@pytest.mark.parametrize("line", ["3", "null", "[]", '"text"', "[" * 100_000])
+def test_a_line_that_is_no_record_is_damage(tmp_path, line):
+    """Catches: a traceback instead of a code, for a log whose line is JSON and no object."""
+    path = tmp_path / "lines"
+    path.write_text(f'{{"a": 1}}\n{line}\n')
+    assert code_of(lambda: read_lines(path)) == "run-corrupt"
+
+
 def test_a_line_that_cannot_be_appended_is_an_error(tmp_path, monkeypatch):
     """Catches: a record that is lost without a word."""
     monkeypatch.setattr(files.os, "fsync", failing(errno.ENOSPC))

@@ -100,6 +100,13 @@ def test_what_is_no_key_is_refused(tmp_path):
     assert refusal(tmp_path / "ed") == "key-invalid"
 
 
+def test_a_private_key_on_another_curve_is_refused(tmp_path):
+    """Catches: a key whose signatures and points have other lengths, so that a site fails in each secure sum."""
+    other = ec.generate_private_key(ec.SECP256R1())
+    write_private(tmp_path / "p256", other.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    assert refusal(tmp_path / "p256") == "key-invalid"
+
+
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen is not installed")
 def test_an_encrypted_key_is_refused_at_once(tmp_path):
     """Catches: a daemon that asks a password of nobody, or a traceback of the cryptography library."""

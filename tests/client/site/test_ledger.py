@@ -1,8 +1,10 @@
 """A site's own account: charged before anything leaves, over all runs, by the site's own numbers."""
 
 import math
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from flwr.app import Message
 
 from tests.support.federation import app_of_sites, leaks, site_folder, tiny_config
 from tests.support.private import LEDGER, plan_of, unchanged
-from tsugiki.client.site.ledger import site_ledger, spend
+from tsugiki.client.site.ledger import seen_of_site, site_ledger, spend
 from tsugiki.client.site.policy import SitePolicy
 from tsugiki.client.training.update import ProtectedSum
 from tsugiki.common.audit import verify
@@ -42,7 +44,8 @@ def spent(path):
     ("mode", "options", "budgeted"),
     [
         ("central", {}, {"release"}),
-        ("local", {}, {"uploads"}),
+        ("local", {}, {"release", "uploads"}),
+        ("distributed", {}, {"release", "sums", "uploads"}),
         ("distributed", {"secure_aggregation": True}, {"release", "sums"}),
     ],
 )
@@ -52,7 +55,36 @@ def test_a_budget_bounds_whom_the_mode_is_there_against(mode, options, budgeted)
     ledger = site_ledger("x", SitePolicy(max_epsilon=2.0, delta=1e-7), plan)
     assert ledger.budgets == dict.fromkeys(budgeted, 2.0)
     assert ledger.delta == 1e-7
-    assert budgeted <= set(releases_of(plan))
+    assert budgeted - {"sums"} <= set(releases_of(plan))
+
+
+ALL_BOUNDED = {
+    "masked": plan_of("distributed", noise_multiplier=4.0, secure_aggregation=True),
+    "bare": plan_of("distributed", noise_multiplier=8.0),
+    "local": plan_of("local", noise_multiplier=4.0),
+}
+
+
+@pytest.mark.parametrize("modes", list(permutations(ALL_BOUNDED, 2)), ids="-".join)
+def test_a_budget_is_for_life_over_all_modes(tmp_path, modes):
+    """Catches: a budget for each mode, so that models or the server see as much again after each change of it."""
+    policy = SitePolicy(max_epsilon=8.0)
+    by_server = Counter()
+    for mode in modes:
+        plan = ALL_BOUNDED[mode]
+        seen = releases_of(plan)
+        for number in range(100):
+            ledger = site_ledger(tmp_path / LEDGER, policy, plan)
+            try:
+                spend(ledger, {who: (release, 1) for who, release in seen_of_site(plan).items()}, mode, number)
+            except PolicyError:
+                break
+            by_server[seen.get("sums") or seen["uploads"]] += 1
+        else:
+            pytest.fail("nothing stopped the run")
+    assert sum(by_server.values()) > 1
+    assert epsilon(by_server, policy.delta) <= 8.0
+    assert ledger.epsilons()["release"] <= 8.0
 
 
 def test_rows_have_a_budget_of_their_own():
@@ -62,7 +94,11 @@ def test_rows_have_a_budget_of_their_own():
     assert site_ledger("x", policy, plan_of("local", noise_multiplier=1.0)).budgets == {"rows": 3.0}
     assert site_ledger("x", SitePolicy(), plan_of("local", noise_multiplier=1.0)).budgets == {}
     both = SitePolicy(max_row_epsilon=3.0, max_epsilon=1.0)
-    assert site_ledger("x", both, plan_of("local", noise_multiplier=1.0)).budgets == {"rows": 3.0, "uploads": 1.0}
+    assert site_ledger("x", both, plan_of("local", noise_multiplier=1.0)).budgets == {
+        "rows": 3.0,
+        "uploads": 1.0,
+        "release": 1.0,
+    }
 
 
 def test_what_is_spent_is_written_with_run_and_round(tmp_path):
@@ -289,9 +325,8 @@ def test_the_plan_of_a_site_is_its_own(acme):
     folder, ask = acme()
     assert refused(ask("distributed", target_epsilon=3.0)) == ""
     release = {line["adversary"]: Release(**line["release"]) for line in verify(folder / LEDGER)}
-    assert release["uploads"].noise_multiplier == pytest.approx(release["outsiders"].noise_multiplier / math.sqrt(2))
-    # The other site of a sum of two knows its own share.
-    assert release["release"].noise_multiplier == pytest.approx(release["outsiders"].noise_multiplier / math.sqrt(2))
+    # The other site of a sum of two knows its own share; and without masks, a site counts on its own share only.
+    assert release["release"] == release["outsiders"] == release["uploads"]
     assert epsilon({release["release"]: 2}, DELTA) == pytest.approx(3.0, rel=2e-3)
     assert release["release"].noise == "skellam"
     assert replace(release["release"], dimension=1) == Release("skellam", release["release"].noise_multiplier)

@@ -225,3 +225,10 @@ def test_epsilon_grows_with_the_share_of_clients():
     """Catches: a probability q taken for 1 - q."""
     values = [epsilon({gaussian(1.0, q): 10}, 1e-5) for q in (0.01, 0.1, 0.5, 0.99, 1.0)]
     assert values == sorted(values)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "skellam"])
+@pytest.mark.parametrize("least", [1e-300, 1e-100, 1e-10])
+def test_next_to_no_noise_counts_as_none(noise, least):
+    """Catches: powers of a tiny noise multiplier that are 0 in floats: a traceback, or a finite figure."""
+    assert epsilon([Release(noise, least, dimension=10)], 1e-5) == math.inf

@@ -108,3 +108,9 @@ def test_more_coordinates_rounds_and_less_noise_cost_more():
     for values in (by_dimension, by_count, by_noise):
         assert values == sorted(values)
         assert len(set(values)) == 3
+
+
+def test_a_delta_too_small_for_floats_gives_no_figure():
+    """Catches: a division by zero for settings that a server sends."""
+    noise = [SkellamNoise(1e9, 10)]
+    assert near_gaussian_epsilon(lambda delta: 500.0, noise, 1e-200) == math.inf

@@ -11,10 +11,11 @@ from tests.support.private import LEDGER
 from tsugiki.client.site.records import records_of
 from tsugiki.common.audit import AuditLog, verify
 from tsugiki.common.errors import UsageError
-from tsugiki.server.report.verification import check_run, check_site, verify_folder
+from tsugiki.server.report.verification import _ledger_of_run, check_run, check_site, verify_folder
 
 MODES = {
     "open": {"mode": "none"},
+    "bare": {"mode": "distributed", "noise_multiplier": 4.0, "delta": 1e-3},
     "local": {"mode": "local", "noise_multiplier": 4.0, "delta": 1e-3},
     "masked": {"mode": "distributed", "noise_multiplier": 4.0, "delta": 1e-3, "secure_aggregation": True},
 }
@@ -82,7 +83,12 @@ def test_the_records_of_an_honest_run_agree(kept):
     assert of_run | of_site | {"spec", "rounds", "bytes"} <= set(compared)
     assert compared["rounds"].first == compared["rounds"].second == "rounds 1-2"
     assert compared["bytes"].first == compared["bytes"].second != "0 bytes"
-    adversaries = {"open": [], "local": ["release", "uploads"], "masked": ["release", "sums"]}[mode]
+    adversaries = {
+        "open": [],
+        "bare": ["uploads"],
+        "local": ["release", "uploads"],
+        "masked": ["outsiders", "release", "sums"],
+    }[mode]
     epsilons = [what for what in compared if what.startswith("epsilon")]
     assert epsilons == [f"epsilon of {one}, rounds 1-2" for one in adversaries]
 
@@ -149,6 +155,45 @@ def test_a_site_that_records_something_else_is_found(folders, name, change, expe
     run, site = folders
     rewritten(site / name, change)
     assert expected in differences(verify_folder(run, site))
+
+
+def test_a_ledger_of_other_runs_only_is_not_compared(folders):
+    """Catches: a traceback for a run without privacy whose folder is beside the ledger of private ones."""
+    run, site = folders
+    rewritten(_ledger_of_run(run), lambda line: line | {"run": "another"})
+    assert [check.holds for check in verify_folder(run, site) if check.what == "epsilons"] == [None]
+
+
+def _last_line(line):
+    """Return what puts another last line into a file."""
+
+    def change(path):
+        path.write_text("\n".join([*path.read_text().splitlines()[:-1], line]) + "\n")
+
+    return change
+
+
+def _without(field):
+    """Return what writes a log anew without a field, with an intact chain."""
+    return lambda path: rewritten(path, lambda line: {key: value for key, value in line.items() if key != field})
+
+
+DAMAGE = [("metrics.jsonl", _last_line(line)) for line in ("3", "{}", '{"round": "x"}', '{"round": 1, "accepted": 3}')]
+DAMAGE += [("audit.jsonl", change) for change in (_last_line("[]"), _without("round"), _without("spec_sha256"))]
+DAMAGE += [("config.toml", lambda path: path.write_text("run = 3\nprivacy = 4"))]
+DAMAGE_OF_SITE = [("audit.jsonl", _last_line("null")), ("audit.jsonl", _without("round"))]
+DAMAGE_OF_SITE += [(LEDGER, _last_line("3")), (LEDGER, _without("release")), (LEDGER, _without("adversary"))]
+DAMAGE_OF_SITE += [("site.toml", lambda path: path.write_text("site = 3"))]
+
+
+@pytest.mark.parametrize(
+    ("of_site", "name", "damage"),
+    [(False, *case) for case in DAMAGE] + [(True, *case) for case in DAMAGE_OF_SITE],
+)
+def test_damage_of_any_kind_is_a_difference(folders, of_site, name, damage):
+    """Catches: a traceback for a file whose lines are not records, or lack what the comparison needs."""
+    damage(folders[of_site] / name)
+    assert differences(verify_folder(*folders))
 
 
 def test_folders_without_logs_are_refused(tmp_path, folders):
