@@ -196,6 +196,7 @@ class BoundedMean:
         self._waiting.settle(settled_weights(settled), clip_factors(settled))
         for one in self._waiting.one_by_one():
             self.mean.add(one.update, l2_norm(one.update), one.weight)
+            del one  # or it would stay in memory while the next one is read
         # as they were clipped: an outlier must not pass for typical in the next round
         return Settled(settled, remembered_norms(self._before, [reply.norm_in_mean for reply in settled]))
 
