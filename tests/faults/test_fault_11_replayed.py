@@ -35,7 +35,7 @@ def test_a_replayed_reply_is_rejected(tmp_path):
         kept = first.setdefault("reply", reply)
         return Message(kept.content, metadata=reply.metadata) if kept is not reply else reply
 
-    config = toy_config(tmp_path, strategy={"max_update_norm": 1000.0})
+    config = toy_config(tmp_path, strategy={"max_update_norm": 1000.0, "norm_tolerance": 0.0})
     ran = run_toy(tmp_path, toy_app(["a", "b", "c"], mostly_two), 3, config, fault=forging(2, forge))
     assert [line["rejected"] for line in ran.rounds] == [
         {},

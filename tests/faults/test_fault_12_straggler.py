@@ -27,7 +27,7 @@ def test_a_late_reply_is_a_dropout_and_ignored_when_it_comes(tmp_path, monkeypat
             return []
         return [late[0], reply] if late_first else [reply, late[0]]
 
-    config = toy_config(tmp_path, run={"rounds": 2}, strategy={"max_update_norm": 1000.0})
+    config = toy_config(tmp_path, run={"rounds": 2}, strategy={"max_update_norm": 1000.0, "norm_tolerance": 0.0})
     ran = run_toy(tmp_path, toy_app(["a", "b", "c"], mostly_two), 3, config, fault=fault)
     first, second = ran.rounds
     assert (first["rejected"], first["dropouts"]) == ({"b": {"reason": "dropout", "detail": ""}}, 1)
@@ -48,7 +48,7 @@ def test_a_late_reply_of_a_site_that_drops_out_again_is_stale(tmp_path, monkeypa
         replies.append(reply)
         return replies[-2:-1]
 
-    config = toy_config(tmp_path, run={"rounds": 2}, strategy={"max_update_norm": 1000.0})
+    config = toy_config(tmp_path, run={"rounds": 2}, strategy={"max_update_norm": 1000.0, "norm_tolerance": 0.0})
     ran = run_toy(tmp_path, toy_app(["a", "b", "c"], mostly_two), 3, config, fault=fault)
     assert [line["rejected"]["b"]["reason"] for line in ran.rounds] == ["dropout", "stale"]
     assert np.allclose(ran.state.vector, np.full(SPEC.size, 4.0))

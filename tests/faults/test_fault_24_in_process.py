@@ -47,7 +47,13 @@ def test_the_site_is_refused_with_a_code_and_the_others_go_on(tmp_path, caplog, 
 
 def test_a_site_of_one_class_takes_part_with_a_note(tmp_path):
     """Catches: a site of one class, which others complement, refused; and a note that the operator does not see."""
-    done = run(tmp_path, one_class, 1)
+
+    def one_class_that_tells(folder):
+        one_class(folder)
+        file = folder / "site.toml"
+        file.write_text(file.read_text() + '\n[policy]\ntell = ["rows", "notes", "metrics"]\n')
+
+    done = run(tmp_path, one_class_that_tells, 1)
     assert list(rounds_of(done)[0]["accepted"]) == ["a", "b", "c"]
     hellos = [event for event in verify(done.folder / "audit.jsonl") if event["event"] == "hello"]
     one_class_at = {event["site"]: "shard-one-class" in event["notes"].split(",") for event in hellos}
