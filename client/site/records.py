@@ -108,7 +108,7 @@ class _SiteAudit(_AnchoredLog):
 class SiteRecords:
     """The audit log and the ledger of a site, for one process; others may write to the same files.
 
-    Whoever writes to either holds the audit log's lock, and takes the ledger's inside it: never the other way round.
+    To write to either, a process takes the audit log's lock first and the ledger's inside it, never in the other order.
 
     Args:
         audit: path of the audit log; None: the site keeps none, and nothing is counted or anchored in it.

@@ -5,7 +5,7 @@ would one that sends a hundred times the update of the others. Two rules bound b
 
 - **Weight.** With `strategy.weighting = "capped"` a site weighs its rows, but no more than a share of the round:
   `max_site_share`, or an equal share of the round's sites where that is more. The cap follows from the sites that
-  replied, so the share holds whoever drops out. Of two sites, each has an equal share of one half: with the default
+  replied, so the share holds if sites drop out. Of two sites, each has an equal share of one half: with the default
   share they weigh the same, whatever their rows.
 - **Norm.** An update longer than `norm_tolerance` times a typical one is scaled down to that length. Typical is the
   median norm of the round or of the round before, whichever is larger, so norms may fall from round to round. A median

@@ -28,8 +28,8 @@ _ASSUMES = {
     "themselves.",
 }
 _SITES = (
-    "Another site knows the noise of its own clients. The figure against whoever sees the models holds against the "
-    "site with the most clients that the plan allows; outsiders learn less."
+    "Another site knows the noise of its own clients. The figure for the models holds against the site with the most "
+    "clients that the plan allows; outsiders learn less."
 )
 _SAMPLED = (
     "Clients were sampled by secret coins (poisson), and the figures count on it: they hold only against whoever does "

@@ -265,7 +265,7 @@ def test_sites_that_were_sent_different_things_open_no_shares(plan, told):
 
 @pytest.mark.parametrize("changes", [{"clients": [1, 2, 1, 1]}, {"needed": 4}], ids=["counts", "threshold"])
 def test_sites_that_were_sent_different_lists_open_no_shares(plan, changes):
-    """Catches: one site that is told of more clients than the others."""
+    """Catches: one site that is sent larger numbers of clients than the others."""
     sites = Sites(replace(plan, max_clients_per_site=2))
     received = sites.share(**changes)
     refused("secagg-mismatch", secagg.open_shares, sites.states["a"], received["a"])

@@ -201,7 +201,7 @@ def test_a_kernel_of_the_hub_is_refused_before_a_library_sees_it(bert, tmp_path,
 
 
 def test_too_little_memory_is_no_fault_of_the_model(bert, monkeypatch):
-    """Catches: a site that is told to fetch its model again because its memory is full."""
+    """Catches: a site that has to fetch its model again because its memory is full."""
 
     def full(*_, **__):
         raise torch.OutOfMemoryError

@@ -151,7 +151,7 @@ def test_a_run_alone_shows_what_it_has_lost(folders):
     ],
 )
 def test_a_site_that_records_something_else_is_found(folders, name, change, expected):
-    """Catches: a comparison that looks at the chains alone, which whoever rewrites a log makes anew."""
+    """Catches: a comparison that looks at the chains alone, which somebody who rewrites a log makes anew."""
     run, site = folders
     rewritten(site / name, change)
     assert expected in differences(verify_folder(run, site))
