@@ -8,16 +8,17 @@ Let V be the variance of the noise in levels^2, and s = sqrt(V). The proof has t
 
 1. One coordinate. Let f be the probability of a Skellam value k, g that of rounded Gaussian noise. With a = k + 1/2,
    f(k + 1) / f(k) = I_{k+1}(V) / I_k(V) is between V / (a + sqrt(V^2 + (a + 1)^2)) and
-   V / (a + sqrt(V^2 + a^2)) = exp(-asinh(a / V)): Amos 1974, Mathematics of Computation 28, equations 9 and 11.
+   V / (a + sqrt(V^2 + a^2)) = exp(-asinh(a / V)): Amos 1974, "Computation of Modified Bessel Functions and Their
+   Ratios", Mathematics of Computation 28. The tests compare both bounds with exact ratios.
    Summed over k, with x - x^3 / 6 <= asinh(x) <= x:
    -(k^2 + k) / (2 V^2) <= ln(f(k) / f(0)) + k^2 / (2 V) <= k^4 / (24 V^3).
    From the integral of the density over [k - 1/2, k + 1/2]:
    -1 / (8 V) <= ln(g(k) / g(0)) + k^2 / (2 V) <= k^2 / (8 V^2) + 1 / (8 V).
    Both add up to 1, so for |k| <= B s, |ln(f(k) / g(k))| is at most the sum of these four bounds, and twice the mass
    beyond B s. By Chernoff's bound, f has at most the mass 2 exp(-B^2 / 2 + B^4 / (6 V)) there.
-2. All coordinates of all releases. Noise is drawn anew for each, so the theorem of Kairouz, Oh and Viswanath 2015,
-   arXiv:1311.0776, theorem 3.5, bounds how far apart both kinds of noise are together: by a factor exp(`distance`),
-   except for a probability `failure`.
+2. All coordinates of all releases. Noise is drawn anew for each, so the composition theorem of Kairouz, Oh and
+   Viswanath 2015, arXiv:1311.0776, for steps that differ, bounds how far apart both kinds of noise are together: by a
+   factor exp(`distance`), except for a probability `failure`.
 3. P(S) <= exp(distance) P'(S) + failure, where P' is the same run with rounded Gaussian noise; the same holds for a run
    Q without the client, in the other direction; and P'(S) <= exp(e) Q'(S) + d by the Gaussian's exact account.
    Together: P(S) <= exp(e + 2 distance) Q(S) + exp(distance) d + (1 + exp(distance + e)) failure.
