@@ -158,20 +158,28 @@ class SitePolicy(Section):
         le=10**6,
         description="Under secure aggregation: how many clients at each other site this site counts on at most. It "
         "cannot check their number, so above 1 it counts on the server's word for the noise of a sum. Raise it only "
-        "if sites are gateways and you trust the server not to invent clients.",
+        "if sites are gateways and you trust the server not to invent clients. 1 binds the server; above it, an honest "
+        "server only.",
     )
     members: Names = Field(
         default=(),
         description="Under secure aggregation: the sites that this site shares a sum with, each by its name and the "
         'fingerprint of its key, as ["acme SHA256:..."]. Exchange the lines of `tsugiki keys fingerprint` with the '
         "other sites, not by way of the server. Set it if the server could invent sites; set secure_aggregation too. "
-        "[]: any site that the server names.",
+        "[]: any site that the server names. Binds the server.",
     )
     seeded_noise: bool = Field(
         default=False,
         description="For tests only: take part in runs whose noise comes from a seed and hides nothing. false binds "
         "the server.",
     )
+
+    @field_validator("tell")
+    @classmethod
+    def _is_tellable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not set(value) <= set(TELLABLE):
+            raise ValueError(f"a list of {', '.join(TELLABLE)}")
+        return value
 
     @field_validator("members")
     @classmethod
@@ -233,13 +241,6 @@ class SitePolicy(Section):
         if pins and pins.get(name) != key:
             problem = f"a sum with {name!r}, whose key is {key}"
             raise _refusal(problem, "one of policy.members, by name and fingerprint", "policy-members")
-
-    @field_validator("tell")
-    @classmethod
-    def _is_tellable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not set(value) <= set(TELLABLE):
-            raise ValueError(f"a list of {', '.join(TELLABLE)}")
-        return value
 
     def check_run(self, config: RunConfig, round_number: int = 0) -> None:
         """Check that a run is allowed.
