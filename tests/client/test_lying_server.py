@@ -7,7 +7,7 @@ import pytest
 from flwr.app import Array, ArrayRecord
 
 from tests.support.federation import app_of_sites, run_tiny, site_folder, tiny_config, write_rows
-from tests.support.lying import invent_counts, lying, told_to_others
+from tests.support.lying import POLICY, invent_counts, lying, told_to_others
 from tsugiki.client.site.records import BEGUN
 from tsugiki.common.config.parse import changed as changed_config
 from tsugiki.common.errors import QuorumNotMet
@@ -17,14 +17,6 @@ from tsugiki.common.privacy.secagg.protocol import start
 from tsugiki.server.run import secagg as aggregation
 
 NAMES = ("acme", "bolt", "crow")
-POLICY = """
-[policy]
-privacy_modes = ["distributed"]
-secure_aggregation = true
-min_sites = 3
-min_noise_multiplier = 2.0
-max_epsilon = 8.0
-"""
 
 
 def three_sites(folder, demanding=NAMES):

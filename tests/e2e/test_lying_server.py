@@ -2,20 +2,12 @@
 
 import pytest
 
+from tests.support.lying import POLICY
 from tests.support.serving import hostile, serve_and_join, started, tiny_run
 from tsugiki.client.site.split import split
 from tsugiki.common.files import read_lines
 
 pytestmark = pytest.mark.e2e
-
-POLICY = """
-[policy]
-privacy_modes = ["distributed"]
-secure_aggregation = true
-min_sites = 3
-min_noise_multiplier = 2.0
-max_epsilon = 8.0
-"""
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,16 @@ Change = Callable[[str, str, Any], None]
 
 MANY = 30_000
 
+POLICY = """
+[policy]
+privacy_modes = ["distributed"]
+secure_aggregation = true
+min_sites = 3
+min_noise_multiplier = 2.0
+max_epsilon = 8.0
+"""
+"""What a demanding site adds to its site.toml."""
+
 
 def lying(change: Change) -> Callable[..., Any]:
     """Return what takes the place of `secagg.address`: the same, with each message changed."""
