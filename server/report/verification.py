@@ -121,7 +121,7 @@ def compare(folder: Path, site_folder: Path) -> list[Check]:
         theirs = verify(audit)
         charges = verify(ledger)
         lines = read_lines(folder / METRICS)
-    except (StorageError, UnicodeDecodeError):
+    except StorageError:
         return []  # the checks of the single files say which is broken
     run = str(read_toml(folder / "config.toml").get("run", {}).get("name", folder.name))
     site = _name_of_site(site_folder, theirs)
@@ -149,15 +149,15 @@ def _chain(path: Path) -> tuple[Lines | None, list[Check]]:
         return [], [Check(what, "no file", "", None)]
     try:
         lines = verify(path)
-    except (StorageError, UnicodeDecodeError) as error:
-        return None, [Check(what, str(getattr(error, "problem", "bytes that are no text")), "an untouched log", False)]
+    except StorageError as error:
+        return None, [Check(what, error.problem, "an untouched log", False)]
     return lines, [Check(what, f"{len(lines)} lines", "whole", True)]
 
 
 def _metrics(path: Path) -> tuple[Lines | None, list[Check]]:
     try:
         return read_lines(path), []
-    except (StorageError, UnicodeDecodeError):
+    except StorageError:
         return None, [Check(f"lines of {path.name}", "a line is no JSON", "the file as the run wrote it", False)]
 
 
@@ -273,7 +273,7 @@ def _epsilons(ledger: Path | None, charges: Lines, run: str, rounds: Sequence[in
         return [Check("epsilons", "no ledger", "", None)]
     try:
         ours = _charged(verify(ledger), run)
-    except (StorageError, UnicodeDecodeError):
+    except StorageError:
         return []
     theirs = _charged(charges, run)
     if not ours.keys() & theirs.keys():  # as for a run without privacy beside the ledger of others
