@@ -167,21 +167,30 @@ class Roster:
     def gather(self) -> None:
         """Refresh, after nodes that left have had time to come back: perhaps only their connection was lost."""
         ends = time.monotonic() + RETURN_S
-        while self._present - set(self._grid.get_node_ids()) and time.monotonic() < ends:
+        connected = set(self._grid.get_node_ids())
+        while self._present - connected and time.monotonic() < ends:
             self._stop.check()
             time.sleep(LONGEST_PAUSE_S)
-        self.refresh()
+            connected = set(self._grid.get_node_ids())
+        # not a second look: a node that leaves after this one is waited for in the round
+        self.refresh(connected=connected)
 
     def drop(self, nodes: Iterable[int]) -> None:
         """Count nodes that did not answer as absent until the next `refresh`."""
         self._present -= set(nodes)
 
-    def refresh(self, patience_s: float = HELLO_PATIENCE_S) -> None:
-        """Ask which nodes are connected, and greet those that are new or have come back.
+    def refresh(self, patience_s: float = HELLO_PATIENCE_S, connected: set[int] | None = None) -> None:
+        """Greet the connected nodes that are new or have come back.
 
         A node that does not answer in `patience_s` is left alone for `connect_timeout_s`, then greeted again.
+
+        Args:
+            patience_s: for the answers.
+            connected: the nodes that are connected, if the caller has just asked; None: they are asked for.
         """
-        self._present = set(self._grid.get_node_ids())
+        if connected is None:
+            connected = set(self._grid.get_node_ids())
+        self._present = set(connected)
         # a node that left must say hello again; a refusal that may have been because of it is forgotten too
         if self._known.keys() - self._present:
             self._known = {

@@ -306,6 +306,15 @@ def test_who_left_between_rounds_is_given_time_to_come_back(tmp_path, monkeypatc
     assert list(ctx.roster.members()) == ["bank", "clinic"]
 
 
+def test_who_leaves_after_the_look_is_left_to_the_round(tmp_path, monkeypatch):
+    """Catches: a second look, without a wait: a site that leaves between the two ends the run at once."""
+    ctx = greeted(tmp_path, ["bank", "clinic"])
+    looks = [[1, 2], [1]]
+    monkeypatch.setattr(ctx.grid, "get_node_ids", lambda: looks.pop(0) if len(looks) > 1 else looks[0])
+    ctx.roster.gather()
+    assert list(ctx.roster.members()) == ["bank", "clinic"]
+
+
 def test_who_does_not_come_back_or_dropped_out_is_not_waited_for(tmp_path, monkeypatch):
     """Catches: a wait without end; a second wait for a site for which the round has already waited."""
     ctx = greeted(tmp_path, ["bank", "clinic", "retail"])
