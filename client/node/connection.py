@@ -299,7 +299,10 @@ class Connection:
     def _activate_anew(self) -> None:
         self._note("the server does not know this node any more: connecting anew")
         self._lost = False
-        self._activate()
+        # Without heartbeats in between: a node whose key comes back has its old id. One heartbeat would bring it
+        # online, and a node that is online cannot be activated.
+        with self._beating:
+            self._activate()
 
     def _heartbeat(self) -> SendNodeHeartbeatRequest:
         return SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_INTERVAL_S)

@@ -456,3 +456,23 @@ def test_a_key_that_was_accepted_and_is_refused_later_is_tried_until_the_time_is
             link.receive()
     assert caught.value.code == "key-refused"
     assert 0.6 <= time.monotonic() - started < 5
+
+
+def test_no_heartbeat_comes_before_a_node_that_was_forgotten_is_activated(fleet, connect, monkeypatch):
+    """Catches: a heartbeat that brings a node online again, so that it can never be activated and leaves for good."""
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.02)
+    key = ec.generate_private_key(ec.SECP384R1())
+    public = public_key_to_bytes(key.public_key())
+    fleet.known[public] = 77
+    with listening(fleet) as port:
+        link = connect(port, retry_s=5.0, key=key)
+        link.connect()
+        fleet.known.clear()
+        back = threading.Timer(0.7, fleet.known.__setitem__, (public, 77))
+        back.start()
+        assert link.receive() is None
+        back.join()
+        tries = [place for place, call in enumerate(fleet.calls) if call == "ActivateNode"]
+        assert len(tries) >= 3
+        # the first one was that of `connect`
+        assert "SendNodeHeartbeat" not in fleet.calls[tries[1] : tries[-1]]
