@@ -32,7 +32,7 @@ from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.strategies import names_with, strategy_of
 from tsugiki.common.tasks.base import Encoded, Tail, Task
 from tsugiki.common.wire.arrays import array_records, decode
-from tsugiki.common.wire.messages import TrainRequest
+from tsugiki.common.wire.messages import TrainRequest, split_shares
 from tsugiki.common.wire.spec import Vector
 
 Part = Literal["train", "validation", "evaluation"]
@@ -184,13 +184,14 @@ class SiteRun:
             content: of the same message; it has the adapter to start from.
 
         Raises:
-            SpecError, WireError: see `receive`, and `asked_clients`.
+            SpecError, WireError: see `receive`, `split_shares` and `asked_clients`.
             PolicyError: `policy-steps` or `policy-rows`, the round would take more batches or rows than the policy
                 allows; `policy-rounds`, it allows no further round.
             DataError: see `train_rows`.
         """
         # The adapter first: it is cheap to refuse, and rows may take long to tokenise.
         received = self.receive(request.spec_sha256, content)
+        shares = split_shares(request.class_shares, len(self.graft.task.labels))
         encoded = self.train_rows()
         # A server may ask for some of a gateway's clients.
         clients = asked_clients(self.site.name, self.rows_of_clients(), request.clients)
@@ -214,6 +215,7 @@ class SiteRun:
             validation=self._validation_rows(),
             moments=moments,
             rank=self.rank,
+            class_shares=shares,
             tail=self._tail,
         )
 

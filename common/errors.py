@@ -64,6 +64,7 @@ KnownCode = Literal[
     "site",  # a reply under another site's name
     "site-name-taken",  # a site of this name is connected
     "site-name-key",  # the key is registered under another name
+    "class-shares",  # a request whose shares of the classes do not fit the task
     "clients",  # a site that represents no clients, too many, or others than requested
     "too-many-clients",  # more clients than `privacy.enrolled_clients`
     "policy-refused",  # the site's policy forbids the run

@@ -159,6 +159,13 @@ class HeadedSettings(ClassesSettings):
         "runs, because the sums have no noise. The sums tell how many rows of each class a site has. Set "
         '"off" to begin with a random head.',
     )
+    logit_adjustment: Literal["auto", "off"] = Field(
+        default="auto",
+        description="In training, take off each site's loss what is due to its own shares of the classes, so that a "
+        'site with mostly one class does not teach all others to expect that class. "auto": yes if the sites\' shares '
+        "differ much. The server knows that from the sums for `warm_head`, so without them nothing is adjusted. Sites "
+        'then learn the federation\'s shares of the classes. "off": never.',
+    )
 
 
 class AdapterSettings(NamingSettings):

@@ -33,6 +33,7 @@ class Job:
         validation: rows to validate on inside the round; None if the run does not validate there.
         moments: the optimiser's state of each client, to be changed in place; empty if the run does not keep it.
         rank: how many components of each LoRA pair this site trains; 0: all.
+        class_shares: of the federation, to which the losses are adjusted; empty: they are not.
         tail: returns the trainable end of the network with the features of all rows, or None if the task has none. It
             is a function because few jobs use the features, which cost a pass over all rows within the deadline.
     """
@@ -47,6 +48,7 @@ class Job:
     validation: Encoded | None = None
     moments: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     rank: int = 0
+    class_shares: tuple[float, ...] = ()
     tail: Callable[[], Tail | None] = lambda: None
 
     @property
@@ -65,6 +67,7 @@ class Job:
             proximal_mu=self.config.strategy.proximal_mu,
             deadline_s=deadline_s,
             moments=self.moments.get(client),
+            class_shares=self.class_shares,
         )
 
 

@@ -17,7 +17,8 @@ from tsugiki.common.errors import TrainingError
 from tsugiki.common.model.device import computing
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.rng import derive_seed, generator, seed_everything
-from tsugiki.common.tasks.base import Encoded, Task
+from tsugiki.common.tasks.base import Batch, Encoded, Task
+from tsugiki.common.tasks.classes import LOG_PRIOR, log_prior
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class LocalRound:
         proximal_mu: weight of FedProx's term.
         deadline_s: seconds after which the client gives up.
         moments: the optimiser's state, read at the start and updated at the end; None: the optimiser begins anew.
+        class_shares: of the federation, to which the loss is adjusted (`common/tasks/classes.py`); empty: it is not.
     """
 
     seed: int
@@ -43,6 +45,7 @@ class LocalRound:
     proximal_mu: float = 0.0
     deadline_s: float = math.inf
     moments: dict[str, Any] | None = None
+    class_shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def train(
     stream = batches(len(encoded), settings, local_round, steps, lengths)
     # On the device: reading a loss in every step would wait for the GPU.
     losses = torch.zeros(steps, device=graft.device)
+    adjustment = logit_adjustment(encoded, local_round.class_shares)
 
     graft.base.network.train()
     try:
@@ -117,7 +121,7 @@ def train(
             set_learning_rate(optimizer, settings, local_round, step, steps)
             for _ in range(settings.gradient_accumulation_steps):
                 with computing(settings, graft.device.type):  # some batches hold what the model itself makes of them
-                    batch = graft.task.batch(encoded, next(stream), graft.base)
+                    batch = graft.task.batch(encoded, next(stream), graft.base) | adjustment
                     batch = {name: tensor.to(graft.device) for name, tensor in batch.items()}
                     loss = graft.task.loss(graft.base.network, batch) / settings.gradient_accumulation_steps
                 loss.backward()  # type: ignore[no-untyped-call]  # torch's own
@@ -138,6 +142,20 @@ def train(
     if local_round.moments is not None:
         local_round.moments.update(optimizer.state_dict())
     return Trained(step + 1, mean, time.perf_counter() - started)
+
+
+def logit_adjustment(encoded: Encoded, class_shares: Sequence[float]) -> Batch:
+    """Return what is added to each batch, so that its loss is adjusted to the rows' own shares of the classes.
+
+    Args:
+        encoded: the client's rows.
+        class_shares: of the federation; empty: nothing is added.
+    """
+    import torch
+
+    if not class_shares or encoded.targets is None:
+        return {}
+    return {LOG_PRIOR: torch.from_numpy(log_prior(encoded.targets, class_shares))}
 
 
 def set_learning_rate(optimizer: Any, settings: TrainSection, local_round: LocalRound, step: int, steps: int) -> None:

@@ -50,6 +50,7 @@ def can_train_together(job: Job) -> bool:
         and not settings.divergence_factor
         and not job.config.privacy.examples.enabled
         and not job.rank
+        and not job.class_shares
         and job.part == job.graft.spec
     )
 

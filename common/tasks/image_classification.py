@@ -17,7 +17,7 @@ from tsugiki.common.data.pixels import Pixels, fit, read_pixels
 from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import HeadedSettings
 from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Tail, Task, TinyCase
-from tsugiki.common.tasks.classes import class_metrics, named_classes
+from tsugiki.common.tasks.classes import class_loss, class_metrics, named_classes
 
 if TYPE_CHECKING:
     import torch
@@ -129,9 +129,7 @@ class ImageClassification(Task):
 
     def loss(self, network: Any, batch: Batch) -> torch.Tensor:
         """Return the mean cross-entropy, computed in float32."""
-        from torch.nn.functional import cross_entropy
-
-        return cross_entropy(self.logits(network, batch), batch["labels"])
+        return class_loss(self.logits(network, batch), batch)
 
     def logits(self, network: Any, batch: Batch) -> torch.Tensor:
         """Return the logits of a batch, shape (rows, classes), float32."""

@@ -14,7 +14,7 @@ from tsugiki.common.data.columns import Column
 from tsugiki.common.errors import ModelError
 from tsugiki.common.settings import HeadedSettings
 from tsugiki.common.tasks.base import TASKS, Base, Batch, Encoded, Task, TinyCase
-from tsugiki.common.tasks.classes import class_metrics, named_classes
+from tsugiki.common.tasks.classes import class_loss, class_metrics, named_classes, network_inputs
 from tsugiki.common.tasks.pooling import (
     HEAD,
     Pooling,
@@ -212,14 +212,11 @@ class SequenceClassification(Task):
 
     def loss(self, network: Any, batch: Batch) -> torch.Tensor:
         """Return the mean cross-entropy, computed in float32."""
-        from torch.nn.functional import cross_entropy
-
-        return cross_entropy(self.logits(network, batch), batch["labels"])
+        return class_loss(self.logits(network, batch), batch)
 
     def logits(self, network: Any, batch: Batch) -> torch.Tensor:
         """Return the logits of a batch, shape (rows, classes), float32."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        return class_logits(network, inputs).float()
+        return class_logits(network, network_inputs(batch)).float()
 
     def evaluate(self, base: Base, encoded: Encoded, batch_size: int) -> dict[str, float]:
         """Return accuracy, macro_f1 (over the classes that occur or are predicted) and loss."""

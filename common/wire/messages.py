@@ -8,7 +8,7 @@ and nothing else.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -24,6 +24,9 @@ SITE_ERROR = 1000
 BESIDE = "secagg"
 """The record that holds the fields of a step of secure aggregation."""
 
+_SHARE = re.compile(r"[0-9](\.[0-9]{1,12})?(e-[0-9]{2})?")
+_ROUNDING = 1e-3
+"""How far from 1 the sum of shares may be that were rounded to six digits."""
 _CODE = re.compile(r"[a-z][a-z0-9-]{0,63}(:[A-Za-z_][A-Za-z0-9_]{0,63})?")
 
 
@@ -69,6 +72,8 @@ class TrainRequest:
         deadline_s: a reply that takes longer, in seconds, is not used.
         nonce: to be repeated in the reply.
         clients: the site's clients that train, as numbers from 0, separated by commas; empty: all.
+        class_shares: the share of each class in the federation, as `join_shares` writes them; empty: losses are not
+            adjusted to a site's own shares.
     """
 
     config: str
@@ -79,6 +84,7 @@ class TrainRequest:
     deadline_s: float
     nonce: str
     clients: str
+    class_shares: str = ""
 
 
 @dataclass(frozen=True)
@@ -226,6 +232,33 @@ def from_record(kind: type[R], content: RecordDict) -> R:
         if type(record[field]) is not wanted:
             raise WireError(f"the field {field} in {kind.__name__} has another type", wanted.__name__, code="type")
     return kind(**record)  # type: ignore[arg-type]  # checked just above
+
+
+def join_shares(shares: Sequence[float]) -> str:
+    """Return `TrainRequest.class_shares`: a decimal number for each class, separated by commas."""
+    return ",".join(f"{share:.6g}" for share in shares)
+
+
+def split_shares(text: str, classes: int) -> tuple[float, ...]:
+    """Return the numbers in `TrainRequest.class_shares`; none if it is empty.
+
+    Args:
+        text: as it was received.
+        classes: of the task.
+
+    Raises:
+        WireError: `class-shares`, it is not one share above 0 for each class, with the sum 1.
+    """
+    if not text:
+        return ()
+    parts = text.split(",")
+    valid = len(parts) == classes and all(_SHARE.fullmatch(part) for part in parts)
+    shares = tuple(map(float, parts)) if valid else ()
+    if not (valid and min(shares) > 0 and abs(sum(shares) - 1) < _ROUNDING):
+        raise WireError(
+            "the shares of the classes are not valid", f"{classes} numbers above 0 with the sum 1", code="class-shares"
+        )
+    return shares
 
 
 _TYPES: dict[type[Any], dict[str, type[Any]]] = {kind: get_type_hints(kind) for kind in R.__constraints__}

@@ -183,6 +183,7 @@ def configure(arm: Arm, seed: int, rate: float, files: Files, options: argparse.
             "per_device_train_batch_size": arm.batch,
             "local_steps": local_steps,
             "threads": 1,
+            "precision": options.precision,
         },
         "strategy": {"min_clients": arm.sites, "max_update_norm": 1e6},
         "evaluation": {"data": str(files.curve), "every_rounds": max(1, rounds // POINTS), "monitor": "eval_accuracy"},
@@ -316,6 +317,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=300, help="steps of each site")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bf16"])
     parser.add_argument("--rows", type=int, default=0, help="rows of the pool; 0: all")
     parser.add_argument("--rate", type=float, default=0.05, help="the small rate")
     parser.add_argument("--best-rate", type=float, default=0.5, help="the best in one place")

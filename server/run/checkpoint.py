@@ -25,9 +25,9 @@ from tsugiki.common.files import make_folder, to_json, unwritable, write_atomica
 from tsugiki.common.wire.spec import Vector
 from tsugiki.server.run.kept import let_go
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _KEY = "checkpoint"
-_PLAIN = ("round", "best_metric", "best_round", "evaluations_since_best", "record", "plan", "norms")
+_PLAIN = ("round", "best_metric", "best_round", "evaluations_since_best", "record", "plan", "norms", "class_shares")
 _HASH_DIGITS = 32
 _LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header."""
@@ -51,6 +51,7 @@ class State:
         plan: the privacy plan that the run is bound to; None for a run without privacy.
         anchors: of the run's logs at the time of the checkpoint; see `server/run/anchors.py`.
         norms: of recent updates of an open run, which say what is typical (`influence.py`).
+        class_shares: of the federation, which sites adjust their losses to; empty: they do not.
     """
 
     vector: Vector
@@ -64,6 +65,7 @@ class State:
     plan: Mapping[str, Any] | None = None
     anchors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     norms: Sequence[float] = ()
+    class_shares: Sequence[float] = ()
 
 
 def save(folder: Path, state: State, config_sha256: str, spec_sha256: str, adapter_sha256: str = "") -> None:
@@ -134,6 +136,7 @@ def load(folder: Path, config_sha256: str, spec_sha256: str) -> State:
     plain = {name: body[name] for name in _PLAIN}
     plain["anchors"] = body.get("anchors", {})  # checkpoints of earlier versions have none
     plain["norms"] = tuple(plain["norms"])
+    plain["class_shares"] = tuple(plain["class_shares"])
     return State(tensors["vector"], evaluated_round=body["round"] - 1, strategy=strategy, **plain)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tsugiki.common.errors import NotEnoughSites
 from tsugiki.common.rng import generator
 from tsugiki.common.wire.arrays import encode
-from tsugiki.common.wire.messages import EvaluateRequest, TrainRequest, to_record
+from tsugiki.common.wire.messages import EvaluateRequest, TrainRequest, join_shares, to_record
 from tsugiki.server.engines.grid import exchange
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import RunContext
@@ -90,7 +90,8 @@ def collect(
 
     def request(nonce: str, node: int) -> RecordDict:
         drawn = None if clients is None else clients[names[node]]
-        return to_record(train_request(ctx, round_number, nonce, drawn), arrays)
+        order = train_request(ctx, round_number, nonce, drawn)
+        return to_record(replace(order, class_shares=join_shares(state.class_shares)), arrays)
 
     started = time.perf_counter()
     asked, messages = address(cohort, round_number, "train", request, timeout_s)

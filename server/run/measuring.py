@@ -34,11 +34,16 @@ LOW_COSINE = 0.3
 """Below this mean cosine of the updates of round 1, a run that began with a random head says what helps against skewed
 data. Measured: see docs/skew.md. After a linear probe, updates of alike sites hardly agree either."""
 LABEL_SKEW = 0.25
-"""Above this `label_skew`, a run that began with a linear probe says it."""
+"""Above this `label_skew`, the sites of a run that began with a linear probe adjust their losses to their own shares of
+the classes."""
 
 _HELP = 'train.optimizer = "sgd" with strategy.name = "fedavgm" and server_momentum = 0.5. See docs/skew.md'
 SKEW_NOTE = (
     "the updates of the sites hardly agree (mean cosine {cosine:.2f}): their data differ much. What helps: " + _HELP
+)
+ADJUSTED_NOTE = (
+    "the sites have different classes (label skew {skew:.2f} of 1): each adjusts its loss to its own shares of them "
+    "(task.logit_adjustment)"
 )
 LABEL_SKEW_NOTE = "the sites have different classes (label skew {skew:.2f} of 1). What helps: " + _HELP
 
@@ -60,6 +65,16 @@ def label_skew(counts: npt.NDArray[np.float64]) -> float:
     distance = np.abs(counts / rows[:, None] - shares).sum(axis=1) / 2
     chance = np.sqrt(2 * shares * (1 - shares) / (np.pi * rows[:, None])).sum(axis=1) / 2
     return max(0.0, float(np.average(distance - chance, weights=rows)))
+
+
+def class_shares(counts: npt.NDArray[np.float64]) -> tuple[float, ...]:
+    """Return the share of each class in the federation, all above 0.
+
+    Args:
+        counts: rows of each class, as they weigh in the mean of the sites, shape (classes,).
+    """
+    one_more = counts + 1.0
+    return tuple((one_more / one_more.sum()).tolist())
 
 
 @dataclass

@@ -16,7 +16,7 @@ from tsugiki.common.files import unwritable
 from tsugiki.common.head_sums import HeadSums, pack_sums, solve, unpack_sums, zero_sums
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.linear_head import LinearHead, warm_head_of, with_head
-from tsugiki.common.settings import StrategySettings
+from tsugiki.common.settings import HeadedSettings, StrategySettings
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import HeadSumsRequest, to_record
 from tsugiki.server.run import checkpoint
@@ -25,7 +25,7 @@ from tsugiki.server.run.collect import address, receive
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.guard import check_head_sums
 from tsugiki.server.run.influence import weights_of
-from tsugiki.server.run.measuring import LABEL_SKEW, LABEL_SKEW_NOTE, label_skew
+from tsugiki.server.run.measuring import ADJUSTED_NOTE, LABEL_SKEW, LABEL_SKEW_NOTE, class_shares, label_skew
 from tsugiki.server.run.replies import AcceptedStep, Asked, Rejected
 
 if TYPE_CHECKING:
@@ -102,7 +102,11 @@ def with_warm_head(ctx: RunContext, graft: Graft, state: State) -> State:
     skew = label_skew(np.array([reply.content.counts for reply in replies]))
     record["warm_head"]["label_skew"] = skew
     if skew > LABEL_SKEW:
-        ctx.progress.note(LABEL_SKEW_NOTE.format(skew=skew))
+        task = ctx.config.task
+        adjusts = isinstance(task, HeadedSettings) and task.logit_adjustment == "auto"
+        ctx.progress.note((ADJUSTED_NOTE if adjusts else LABEL_SKEW_NOTE).format(skew=skew))
+        if adjusts:
+            state = replace(state, class_shares=class_shares(total.moments[-1]))
     return _start_from(ctx, graft, head, state, total, record)
 
 

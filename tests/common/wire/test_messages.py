@@ -18,6 +18,8 @@ from tsugiki.common.wire.messages import (
     error_code,
     error_reply,
     from_record,
+    join_shares,
+    split_shares,
     to_record,
 )
 
@@ -155,3 +157,20 @@ def test_flowers_own_errors_become_a_number(number, request_message):
     """Catches: the exception's text, which Flower puts into the reason, taken over."""
     reply = Message(Error(number, "patient Jane"), reply_to=request_message)
     assert error_code(reply) == f"flower-error-{number}"
+
+
+def test_shares_of_classes_cross():
+    """Catches: shares in another order, or rounded to nothing."""
+    shares = (0.7, 0.29999, 1e-5)
+    assert split_shares(join_shares(shares), 3) == pytest.approx(shares, rel=1e-5)
+    assert split_shares(join_shares(()), 3) == ()
+
+
+@pytest.mark.parametrize(
+    "text", ["0.5", "0.5,0.5,0", "0.5,0.4,0.4", "1,0.5,-0.5", "nan,0.5,0.5", "0.5,0.5,", "1e999,0,0", "0.5,.,0.5", " "]
+)
+def test_shares_that_do_not_fit_are_refused(text):
+    """Catches: a traceback, or a loss that is not a number, because of what a server sent."""
+    with pytest.raises(WireError) as error:
+        split_shares(text, 3)
+    assert error.value.code == "class-shares"

@@ -373,7 +373,47 @@ def test_sites_of_different_classes_are_told_apart_by_their_sums(tmp_path, alpha
     (tmp_path / "train.csv").write_text(f"text,label\n{rows}\n")
     (tmp_path / "dev.csv").write_text(f"text,label\n{rows}\n")
     split = {"clients": 4, "partition": "dirichlet", "dirichlet_alpha": alpha, "min_rows": 10}
-    _, lines, first = warm_run(tmp_path, run={"rounds": 1}, simulation=split)
+    outcome, lines, first = warm_run(tmp_path, run={"rounds": 1}, simulation=split)
+    assert bool(outcome.state.class_shares) == said
     assert (first["warm_head"]["label_skew"] > LABEL_SKEW) == said
     assert any("label skew" in line for line in lines) == said
     assert not any("hardly agree" in line for line in lines)
+
+
+SKEWED = {"clients": 2, "partition": "by-column", "column": "company"}
+
+
+def skewed_rows(folder):
+    """Write rows of two companies that have different classes."""
+    rows = "\n".join(
+        f"the {('good', 'bad')[row % 2]} clause number {row},{row % 2},{'ab'[row % 2]}" for row in range(48)
+    )
+    for name in ("train", "dev"):
+        (folder / f"{name}.csv").write_text(f"text,label,company\n{rows}\n")
+
+
+def test_sites_of_different_classes_adjust_their_losses(tmp_path):
+    """Catches: shares that are computed and never used; a setting that turns nothing off."""
+    skewed_rows(tmp_path)
+    adjusted, lines, _ = warm_run(tmp_path, simulation=SKEWED)
+    assert adjusted.state.class_shares == pytest.approx((0.5, 0.5))
+    assert any("task.logit_adjustment" in line for line in lines)
+    plain, lines, _ = warm_run(tmp_path, run={"name": "plain"}, simulation=SKEWED, task={"logit_adjustment": "off"})
+    assert plain.state.class_shares == ()
+    assert any("What helps" in line for line in lines)
+    # that a site has one class only is no longer for the network to explain
+    losses = [read_lines(one.folder / "metrics.jsonl")[1]["train_loss"] for one in (adjusted, plain)]
+    assert losses[0] < losses[1] - 1
+
+
+def test_a_resumed_run_goes_on_adjusting(tmp_path):
+    """Catches: shares that are lost with the process, so that a resumed run ends with other bytes."""
+    skewed_rows(tmp_path)
+    whole = warm_run(tmp_path, simulation=SKEWED)[0]
+    config = tiny_config(tmp_path, run={"name": "stopped"}, simulation=SKEWED, **WARM)
+    stop = Once(4)  # in round 1: two sums came before
+    with pytest.raises(Interrupted):
+        run_tiny(config, stop=stop, fault=stop.fault)
+    resumed = run_tiny(config, resume=True)
+    assert state_of(resumed) == state_of(whole)
+    assert resumed.state.class_shares == whole.state.class_shares != ()
