@@ -154,7 +154,6 @@ class Search:
             return []
         return [tuple(sorted(set(sites) - set(left_out)))]
 
-    def _trust(self, site: str) -> tuple[int, bool, int]:
+    def _trust(self, site: str) -> tuple[bool, int]:
         """Return how much speaks for a site; the least comes first."""
-        times = self.rests[site].times if site in self.rests else 0
-        return -times, site in self.passed, -sum(site in group for group in self.failed)
+        return site in self.passed, -sum(site in group for group in self.failed)

@@ -139,3 +139,12 @@ def test_sites_are_asked_together_while_nothing_has_failed():
         assert search.groups(["a", "b", "c", "d"], lambda group: len(group) >= 2) == [("a", "b", "c", "d")]
         search = search.after([], [("a", "b", "c", "d")], next(numbers))
     assert search == Search()
+
+
+def test_a_site_is_no_liar_for_good_if_a_sum_with_it_has_passed():
+    """Catches: with two liars, an honest site that happened to be in all failed sums, expelled although it passed."""
+    failed = [("a", "b", "c"), ("a", "d", "e")]
+    apart = Search().after(failed[:1], [], 1).after(failed[1:], [], 1)
+    assert apart.liars == {"a"}
+    passed = Search().after(failed[:1], [], 1).after([], [("a", "f", "g")], 1).after(failed[1:], [], 1)
+    assert not passed.liars

@@ -10,6 +10,7 @@ from tests.support.private import plan_of, private_app, private_config, private_
 from tsugiki.client import app as client
 from tsugiki.client.site.records import BEGUN
 from tsugiki.common.audit import verify
+from tsugiki.common.config.parse import changed
 from tsugiki.common.errors import BudgetError, NotEnoughSites, SecureAggregationError
 from tsugiki.common.files import read_lines
 from tsugiki.common.privacy.ledger import EVENT as CHARGED
@@ -267,3 +268,15 @@ def test_a_run_does_not_go_on_with_a_liar_because_others_are_away(tmp_path):
     assert ctx.suspicion.left_out(9) == {"a"}
     with pytest.raises(NotEnoughSites, match="without 1 that spoiled sums"):
         sample(ctx, 9, 0)
+
+
+def test_a_cohort_is_large_enough_to_be_divided(tmp_path):
+    """Catches: with a cohort of the least size, a search that ends as if there were no other sites."""
+    run = changed(config(tmp_path, 6, 3, rounds=6), {"strategy.fraction_train": 0.5})
+    liar = Liar(4)
+    ran = run_tiny(run, fault=liar)
+    assert {site for site, _ in suspected(ran.folder)} == {"site-3"}
+    lines = read_lines(ran.folder / "metrics.jsonl")[1:]
+    assert [line["round"] for line in lines if not line.get("voided")] == [1, 2, 3, 4, 5, 6]
+    assert charges(ran.folder) == attempts(ran.folder)
+    assert min(len(line["cohort"]) for line in lines) == 3
