@@ -16,7 +16,7 @@ TsugikiError
 ├── LinkError              11  a client and its server cannot connect: network, TLS, key, clock
 ├── PolicyError            12  a site's own policy forbids what a run asks for
 ├── DeployError            13  the SuperLink does not start, ended, or does not do what it should
-├── SecureAggregationError 14  a step of secure aggregation was refused, and nothing was opened
+├── SecureAggregationError 14  a step of secure aggregation was refused, or a site spoils its sums
 ├── BudgetError            15  a privacy budget does not allow one more round
 └── Interrupted           130  stopped by the user; the checkpoint is kept
 
@@ -164,6 +164,9 @@ KnownCode = Literal[
     "secagg-too-few",  # fewer clients or shares than a sum needs
     "secagg-mismatch",  # the sites of a sum were sent different things
     "secagg-signature",  # a site's keys are not signed by its node key for this session
+    "secagg-norm",  # a sum is longer than honest sites can make it
+    "secagg-search-too-few",  # a site spoils sums, and too few sites are there to find it
+    "secagg-search-failed",  # a site spoils sums, and other groups of sites did not show which
     # runs
     "quorum-not-met",  # too few accepted replies, twice
     "not-enough-sites",  # too few sites in time
@@ -376,7 +379,7 @@ class DeployError(TsugikiError):
 
 
 class SecureAggregationError(TsugikiError):
-    """A step of secure aggregation was refused, and nothing was opened. Codes start with `secagg-`."""
+    """A step of secure aggregation was refused, or a site spoils its sums. Codes start with `secagg-`."""
 
     code: Code = "secagg-refused"
     exit_status = 14

@@ -43,17 +43,8 @@ def sample(ctx: RunContext, round_number: int, attempt: int) -> list[Member]:
         NotEnoughSites: too few clients, or sites, are connected.
     """
     ctx.roster.gather()
-    members = list(ctx.roster.members().values())
+    members = _available(ctx, round_number)
     strategy = ctx.config.strategy
-    if not ctx.roster.enough():
-        wanted = f"strategy.min_clients = {strategy.min_clients}"
-        if ctx.roster.min_sites:
-            wanted += f", privacy.min_sites = {ctx.roster.min_sites}"
-        raise NotEnoughSites(
-            f"round {round_number}: {ctx.roster.clients()} clients at {len(members)} sites are connected",
-            wanted,
-            "bring the sites back and resume the run",
-        )
     if ctx.withholds:
         return members
     size = max(1, ctx.roster.min_sites, round(strategy.fraction_train * len(members)))
@@ -61,9 +52,34 @@ def sample(ctx: RunContext, round_number: int, attempt: int) -> list[Member]:
         # a fresh generator for each size: the cohort must not depend on how many sizes were tried
         draw = generator(ctx.config.run.seed, "cohort", round_number, attempt)
         chosen = [members[index] for index in sorted(draw.choice(len(members), size, replace=False))]
-        if sum(member.clients for member in chosen) >= strategy.min_clients:
+        enough = sum(member.clients for member in chosen) >= strategy.min_clients
+        # while a site is searched for that spoils sums, the cohort must be large enough to be divided
+        divisible = ctx.secure_plan is None or size == len(members) or ctx.suspicion.groups(chosen, ctx.secure_plan)
+        if enough and divisible:
             return chosen
         size += 1
+
+
+def _available(ctx: RunContext, round_number: int) -> list[Member]:
+    """Return the connected sites that may be asked, sorted by site name.
+
+    Raises:
+        NotEnoughSites: they, or their clients, are too few.
+    """
+    connected = list(ctx.roster.members().values())
+    members = connected
+    if ctx.secure_plan is not None:
+        members = ctx.suspicion.available(connected, ctx.secure_plan, round_number)
+    clients = sum(member.clients for member in members)
+    if clients >= ctx.config.strategy.min_clients and len(members) >= ctx.roster.min_sites:
+        return members
+    found = f"round {round_number}: {clients} clients at {len(members)} sites are connected"
+    if len(members) < len(connected):
+        found += f", without {len(connected) - len(members)} that spoiled sums"
+    wanted = f"strategy.min_clients = {ctx.config.strategy.min_clients}"
+    if ctx.roster.min_sites:
+        wanted += f", privacy.min_sites = {ctx.roster.min_sites}"
+    raise NotEnoughSites(found, wanted, "bring the sites back and resume the run")
 
 
 def collect(

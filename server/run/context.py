@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.run import RunConfig
+from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.wire.spec import AdapterSpec
 from tsugiki.server.engines.grid import RunGrid, Stop
 from tsugiki.server.run.anchors import RunLogs
@@ -16,6 +17,7 @@ from tsugiki.server.run.measuring import Pace
 from tsugiki.server.run.privacy import Privacy
 from tsugiki.server.run.progress import Progress
 from tsugiki.server.run.roster import Roster
+from tsugiki.server.run.suspicion import Suspicion
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class RunContext:
         stop: set when the user asks to stop.
         privacy: the operator's part of a private run; None: updates are averaged as they are.
         pace: when the aggregation error is measured next. It changes in the course of a run.
+        suspicion: which sites spoil sums under secure aggregation. It changes in the course of a run.
     """
 
     config: RunConfig
@@ -49,6 +52,7 @@ class RunContext:
     stop: Stop = field(default_factory=Stop)
     privacy: Privacy | None = None
     pace: Pace = field(default_factory=Pace)
+    suspicion: Suspicion = field(default_factory=Suspicion)
 
     @cached_property
     def logs(self) -> RunLogs:
@@ -59,6 +63,13 @@ class RunContext:
     def config_for_sites(self) -> str:
         """The settings that every request carries, as JSON."""
         return self.config.for_sites(self.privacy.plan if self.privacy else None)
+
+    @property
+    def secure_plan(self) -> Plan | None:
+        """The plan of a run under secure aggregation; None: of any other run."""
+        if self.privacy is None or not self.privacy.plan.secure_aggregation:
+            return None
+        return self.privacy.plan
 
     @property
     def withholds(self) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.common import __version__
-from tsugiki.common.audit import AuditLog
+from tsugiki.common.audit import AuditLog, verify
 from tsugiki.common.config.commented import comment
 from tsugiki.common.config.files import to_toml, with_absolute_paths
 from tsugiki.common.config.run import RunConfig
@@ -34,6 +34,7 @@ from tsugiki.server.run.privacy import Privacy, open_privacy, rows_summary
 from tsugiki.server.run.progress import Progress, describe_notes, describe_rows
 from tsugiki.server.run.roster import Roster
 from tsugiki.server.run.storage import run_folder
+from tsugiki.server.run.suspicion import Suspicion
 from tsugiki.server.run.warm_head import with_warm_head
 
 
@@ -125,6 +126,7 @@ def run_federation(
                 progress=progress,
                 stop=stop,
                 privacy=privacy,
+                suspicion=Suspicion(verify(folder / "audit.jsonl")),
             )
             state = with_warm_head(ctx, graft, state)
             if not grid.sequential:  # else the sites train in this process, with the same graft

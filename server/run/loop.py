@@ -22,7 +22,7 @@ from tsugiki.server.run.private_round import PrivateRound
 from tsugiki.server.run.rounds import Replies, Round
 
 ATTEMPTS = 2
-"""A voided round is tried once more, then the run stops."""
+"""A voided round is tried once more, then the run stops. Steps of a search for a site that spoils sums do not count."""
 
 
 def run_rounds(ctx: RunContext, state: State) -> State:
@@ -30,6 +30,7 @@ def run_rounds(ctx: RunContext, state: State) -> State:
 
     Raises:
         QuorumNotMet: a round and its retry had too few accepted replies.
+        SecureAggregationError: a site spoils sums, and cannot be found.
         BudgetError: the privacy budget does not allow a single round. Used up later, it ends the run without an error.
         NotEnoughSites: fewer sites than the quorum are connected.
         Interrupted: the user asked to stop.
@@ -60,7 +61,7 @@ def train_round(ctx: RunContext, state: State) -> State:
     """Do the next round up to its checkpoint; return the state after it.
 
     Raises:
-        QuorumNotMet, BudgetError, NotEnoughSites, Interrupted, StorageError: see `run_rounds`.
+        QuorumNotMet, SecureAggregationError, BudgetError, NotEnoughSites, Interrupted, StorageError: see `run_rounds`.
         TrainingError: the model would no longer be finite.
     """
     if ctx.privacy is None:
@@ -69,12 +70,15 @@ def train_round(ctx: RunContext, state: State) -> State:
 
 
 def _train(ctx: RunContext, kind: Round[Replies], state: State) -> State:
-    """Try a round of this kind until it is valid, at most `ATTEMPTS` times."""
+    """Try a round of this kind until it is valid, at most `ATTEMPTS` times without the steps of a search."""
     round_number = state.round + 1
-    for attempt in range(ATTEMPTS):
+    attempt = 0
+    missed = 0
+    searching = False
+    while missed < ATTEMPTS:
         # before any site is asked: an attempt that cannot be paid for must not begin
         if ctx.privacy:
-            ctx.privacy.check_budget()
+            ctx.privacy.check_budget(searching)
         # each attempt draws its own cohort: the sites that failed the last one may be left out
         cohort = sample(ctx, round_number, attempt)
         ctx.progress.round_begins(round_number, ctx.config.run.rounds, [member.name for member in cohort])
@@ -86,6 +90,10 @@ def _train(ctx: RunContext, kind: Round[Replies], state: State) -> State:
         if replies.clients >= ctx.quorum:
             return _complete(ctx, kind, state, replies, record)
         _void(ctx, attempt, record)
+        attempt += 1
+        searching = replies.searching
+        if not searching:  # a search ends by itself
+            missed += 1
     raise QuorumNotMet(
         f"round {round_number} had {replies.clients} accepted replies, twice",
         f"strategy.min_clients = {ctx.config.strategy.min_clients}",

@@ -39,13 +39,24 @@ class Privacy:
     run: str
     insecure_noise_seed: int
 
-    def check_budget(self) -> None:
+    def check_budget(self, searching: bool = False) -> None:
         """Check that the budget allows one more round. Call it before any client is asked.
+
+        Args:
+            searching: whether the round is asked for again because a site has spoiled a sum.
 
         Raises:
             BudgetError: it does not.
         """
-        self.ledger.check({adversary: (release, 1) for adversary, release in releases_of(self.plan).items()})
+        try:
+            self.ledger.check({adversary: (release, 1) for adversary, release in releases_of(self.plan).items()})
+        except BudgetError as error:
+            if not searching:
+                raise
+            problem = f"a site has spoiled a sum, and there is no budget to find it: {error.problem}"
+            raise BudgetError(
+                problem, error.expected, f"see audit.jsonl for the sites of the sum; {error.hint}"
+            ) from None
 
     def exhausted(self) -> bool:
         """Return whether the budget allows no further round."""

@@ -37,6 +37,7 @@ class PrivateRound(Round[CollectedSum]):
 
         Raises:
             BudgetError: another run on the same clients has used up the budget.
+            SecureAggregationError: a site spoils sums, and cannot be found.
             StorageError: the ledger cannot be written; no site was asked.
         """
         gather = collect_sum if self.privacy.plan.secure_aggregation else collect_uploads
@@ -51,7 +52,11 @@ class PrivateRound(Round[CollectedSum]):
             nobody = replace(replies, accepted=[], rejected=[], bytes_down=0, bytes_up=0)
             return attempt_record(round_number, [], nobody, {}) | {"seconds": {}}
         reported = {reply.site: {"clients": reply.clients, "bytes_up": reply.size_bytes} for reply in replies.accepted}
-        return attempt_record(round_number, cohort, replies, reported)
+        asked = [member for member in cohort if member.name not in replies.left_out]
+        record = attempt_record(round_number, asked, replies, reported)
+        if replies.left_out:
+            record["left_out"] = list(replies.left_out)
+        return record
 
     def step(self, state: State, round_number: int, replies: CollectedSum) -> Step:
         """Return the step of the strategy on the noisy mean of the round.
@@ -61,8 +66,8 @@ class PrivateRound(Round[CollectedSum]):
             StorageError: the ledger cannot be written; nothing is released.
         """
         # before the mean exists: a crash must not make a release free
-        self.privacy.charge("release", round_number)
-        self.privacy.charge("outsiders", round_number)
+        self.privacy.charge("release", round_number, replies.attempt)
+        self.privacy.charge("outsiders", round_number, replies.attempt)
         mean, report = self.privacy.mean(replies.total, replies.clients, round_number)
         step = take_step(self.ctx, state, round_number, [WeightedUpdate("mean", mean, 1)])
         return replace(step, record={"privacy": report})
@@ -103,4 +108,4 @@ def collect_uploads(
         return verdict.without_levels()
 
     replies = collect(ctx, state, round_number, cohort, judge, clients)
-    return CollectedSum(**vars(replies), total=running.total)
+    return CollectedSum(**vars(replies), total=running.total, attempt=attempt)

@@ -144,6 +144,8 @@ def describe(record: Record) -> str:
     rejected = record.get("rejected", {})
     if rejected:
         parts.append("without " + ", ".join(f"{site} ({why['reason']})" for site, why in rejected.items()))
+    if record.get("left_out"):
+        parts.append("not asked: " + ", ".join(record["left_out"]))
     if "aggregation_error" in record:
         parts.append(f"aggregation error {record['aggregation_error']:.2g}")
     if "update_cosine" in record:

@@ -154,6 +154,11 @@ class Collected(Generic[Upload]):
         """How many clients' updates were accepted."""
         return sum(reply.clients for reply in self.accepted)
 
+    @property
+    def searching(self) -> bool:
+        """Whether the attempt was a step in the search for a site that spoils sums, which ends by itself."""
+        return False
+
 
 @dataclass(frozen=True)
 class CollectedMean(Collected[Accepted]):
@@ -172,9 +177,24 @@ class CollectedMean(Collected[Accepted]):
 
 @dataclass(frozen=True)
 class CollectedSum(Collected[AcceptedSum]):
-    """The replies of one attempt at a private round; `total` is the sum of the accepted, shape (size,), unmasked."""
+    """The replies of one attempt at a private round.
+
+    Args:
+        total: the sum of the accepted, shape (size,), unmasked.
+        spoiled: whether a sum was opened that honest sites cannot make.
+        left_out: sites that were not asked, because sums with them have failed.
+        attempt: at the round, from 0.
+    """
 
     total: Levels
+    spoiled: bool = False
+    left_out: Sequence[str] = ()
+    attempt: int = 0
+
+    @property
+    def searching(self) -> bool:
+        """Whether a sum was spoiled: the next attempt asks other groups of sites."""
+        return self.spoiled
 
 
 DROPOUT: Code = "dropout"

@@ -11,6 +11,10 @@ to the settings and to the list of members (`common/privacy/secagg/binding.py`).
 
 Opening the sum costs privacy, and is charged to the ledger before the last step. An attempt that ends earlier has shown
 the server nothing, and costs nothing. The protocol: `common/privacy/secagg/protocol.py`.
+
+A sum that honest sites cannot make was spoiled by one of them. The next attempts ask the sites in disjoint groups, or
+leave some out, until it is known by which (`search.py`). Each attempt is trained and noised anew, and charged to
+every ledger.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,7 +59,9 @@ from tsugiki.server.run.guard import check_private, check_step
 from tsugiki.server.run.privacy import Privacy
 from tsugiki.server.run.replies import AcceptedStep, AcceptedSum, Asked, CollectedSum, Content, Rejected
 from tsugiki.server.run.roster import Member
+from tsugiki.server.run.search import Group
 from tsugiki.server.run.sums import RunningSum
+from tsugiki.server.run.suspicion import SUSPECTED
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, Message, RecordDict
@@ -64,13 +72,13 @@ STEP_TIMEOUT_S = 60.0
 
 @dataclass
 class Attempt:
-    """One attempt at a round: the sites that are still in it, and the bytes that it has cost.
+    """One attempt at a sum: the sites that are still in it, and the bytes that it has cost.
 
     Args:
         ctx: of the run.
         plan: of the run, with secure aggregation.
         round_number: counted from 1.
-        session: names the attempt.
+        session: names the attempt at this sum.
         members: the sites to ask in the next step, by site name.
     """
 
@@ -170,6 +178,9 @@ def collect_sum(
 ) -> CollectedSum:
     """Return the opened sum of a round, and the replies in it. With fewer clients than the plan's, none is opened.
 
+    While a site is searched for that spoils sums, it is the total of the sums over disjoint groups of the cohort that
+    passed the norm test.
+
     Args:
         ctx: of the run.
         privacy: of the run; its plan has secure aggregation.
@@ -180,32 +191,138 @@ def collect_sum(
 
     Raises:
         BudgetError: another run on the same clients has used up the budget.
+        SecureAggregationError: `secagg-search-too-few` or `secagg-search-failed`, a site spoils sums, and cannot be
+            found; nobody was asked.
         StorageError: the ledger cannot be written; nothing was opened.
     """
     started = time.perf_counter()
-    plan = privacy.plan
-    # a session of its own for each attempt: keys and shares of a failed one must not open this one's sum
-    now = Attempt(ctx, plan, round_number, secagg.new_session(), {member.name: member for member in cohort})
+    groups = ctx.suspicion.groups(cohort, privacy.plan)
+    _check_search(groups, privacy.plan, round_number, cohort, attempt)
+    members = {member.name: member for member in cohort}
+    asked = set(chain(*groups))
+    left_out = (ctx.suspicion.left_out(round_number) | members.keys()) - asked
+
+    @cache  # each site is in one group, so all groups together cost a client one release
+    def charge() -> None:
+        privacy.charge("sums", round_number, attempt)
+
+    # a session of its own for each sum: keys and shares of one must not open another
+    sums = [
+        Attempt(ctx, privacy.plan, round_number, secagg.new_session(), {name: members[name] for name in group})
+        for group in groups
+    ]
     accepted: list[AcceptedSum] = []
-    total = np.zeros(plan.dimension, np.int64)
+    total = np.zeros(privacy.plan.dimension, np.int64)
+    passed: list[Group] = []
+    failed: list[Group] = []
+    for now in sums:
+        opened = _open(now, state, attempt, charge)
+        if opened is None:
+            continue
+        if opened.spoiled:
+            failed.append(opened.sites)
+        else:
+            passed.append(opened.sites)
+            accepted += opened.masked
+            total += opened.levels
+    if failed and not passed:
+        # no model is released, but from whom the next attempt asks, sites learn that these sums failed
+        privacy.charge("release", round_number, attempt)
+        privacy.charge("outsiders", round_number, attempt)
+    _learn(ctx, failed, passed, round_number, attempt)
+    return CollectedSum(
+        sorted(accepted, key=lambda one: one.site),
+        [one for now in sums for one in now.rejected],
+        sum(now.bytes_down for now in sums),
+        sum(now.bytes_up for now in sums),
+        time.perf_counter() - started,
+        total,
+        spoiled=bool(failed),
+        left_out=sorted(left_out),
+        attempt=attempt,
+    )
+
+
+def _check_search(groups: list[Group], plan: Plan, round_number: int, cohort: list[Member], attempt: int) -> None:
+    """Check that a search for a site that spoils sums can go on.
+
+    Raises:
+        SecureAggregationError: `secagg-search-too-few`, no site can be left out; `secagg-search-failed`, as many
+            attempts at the round as it has sites were in vain: more than one site spoils sums.
+    """
+    hint = "see secagg-ended in audit.jsonl for who was in the sums; find the site by other means, and resume the run"
+    if not groups:
+        raise SecureAggregationError(
+            f"round {round_number}: a site has spoiled a sum, and {len(cohort)} sites are too few to find it",
+            f"more than strategy.min_clients = {plan.min_clients} clients, at more than privacy.min_sites = "
+            f"{plan.min_sites} sites, so that sites can be left out in turn",
+            hint,
+            code="secagg-search-too-few",
+        )
+    if attempt > len(cohort):
+        raise SecureAggregationError(
+            f"round {round_number}: sites spoil sums, and {attempt} attempts have not shown which",
+            "at most one such site",
+            hint,
+            code="secagg-search-failed",
+        )
+
+
+def _learn(ctx: RunContext, failed: list[Group], passed: list[Group], round_number: int, attempt: int) -> None:
+    """Let the search take in the sums of an attempt, and name the sites that it suspects now."""
+    for site, rest in ctx.suspicion.learn(failed, passed, round_number).items():
+        until = rest.until if rest else 0
+        times = rest.times if rest else 0
+        ctx.audit.write(SUSPECTED, round=round_number, attempt=attempt, site=site, until=until, times=times)
+        duration = f"until round {until}" if until else "for the rest of the run"
+        ctx.progress.note(f"round {round_number}: {site} is suspected of spoiling sums, and left out {duration}")
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A sum that was opened.
+
+    Args:
+        masked: the replies in it.
+        levels: the sum, shape (size,), without masks.
+        spoiled: whether it is longer than honest sites can make it: one gave a wrong share, or does not clip.
+    """
+
+    masked: list[AcceptedSum]
+    levels: Levels
+    spoiled: bool
+
+    @property
+    def sites(self) -> Group:
+        """The names of the sites in it."""
+        return tuple(one.site for one in self.masked)
+
+
+def _open(now: Attempt, state: State, attempt: int, charge: Callable[[], None]) -> _Opened | None:
+    """Open a sum, and reject all its sites if it is spoiled; return None if it could not be opened."""
+    event = {"round": now.round_number, "attempt": attempt}
     try:
-        masked, opened = _run(now, privacy, state, attempt)
-    except SecureAggregationError as error:  # voids the attempt: with nobody accepted there is no quorum
-        ctx.audit.write("secagg-ended", round=round_number, attempt=attempt, code=error.code)
-        ctx.progress.note(f"round {round_number}: {error}")
-    else:
-        levels = ring.signed(opened, plan.modulus_bits)
-        if l2_norm(levels) <= _longest(plan, sum(one.clients for one in masked)):
-            accepted = masked
-            total = levels
-        else:  # a wrong share, or a site that does not clip: the round is tried again
-            ctx.audit.write("secagg-ended", round=round_number, attempt=attempt, code="norm")
-    wait_s = time.perf_counter() - started
-    return CollectedSum(accepted, now.rejected, now.bytes_down, now.bytes_up, wait_s, total)
+        masked, total = _run(now, state, charge)
+    except SecureAggregationError as error:  # voids the sum: none of its sites is accepted
+        now.ctx.audit.write("secagg-ended", **event, code=error.code)
+        now.ctx.progress.note(f"round {now.round_number}: {error}")
+        return None
+    levels = ring.signed(total, now.plan.modulus_bits)
+    spoiled = l2_norm(levels) > _longest(now.plan, sum(one.clients for one in masked))
+    opened = _Opened(masked, levels, spoiled)
+    if spoiled:
+        now.ctx.audit.write("secagg-ended", **event, code="secagg-norm", sites=opened.sites)
+        now.rejected += [Rejected(one.site, "secagg-norm", size_bytes=one.size_bytes) for one in masked]
+    return opened
 
 
-def _run(now: Attempt, privacy: Privacy, state: State, attempt: int) -> tuple[list[AcceptedSum], Ring]:
+def _run(now: Attempt, state: State, charge: Callable[[], None]) -> tuple[list[AcceptedSum], Ring]:
     """Do the four steps; return the replies in the sum, and the sum modulo 2^bits.
+
+    Args:
+        now: one sum of an attempt.
+        state: before the round.
+        charge: charges the sum to the ledger.
 
     Raises:
         SecureAggregationError: too few sites are left, or the sum cannot be opened.
@@ -220,6 +337,7 @@ def _run(now: Attempt, privacy: Privacy, state: State, attempt: int) -> tuple[li
     announced = now.ask("keys", lambda name: {"order": order}, _key_reader(terms))
     keys = {name: one.public_keys for name, one in announced.items()}
     signed = {name: one.signed for name, one in announced.items() if one.signed}
+    now.ctx.suspicion.counts_on({name: one.counts_on for name, one in announced.items()})
     counts = now.counts
     check_sum(counts, plan.min_clients, plan.min_sites)
 
@@ -236,7 +354,7 @@ def _run(now: Attempt, privacy: Privacy, state: State, attempt: int) -> tuple[li
     _check_enough(now.counts, plan, needed)
 
     # the charge before the last step: with its answers the sum can be opened, whatever happens then
-    privacy.charge("sums", now.round_number, attempt)
+    charge()
     survivors = sorted(masked)
     dropped = sorted(sealed.keys() - masked.keys())
     lists = {"survivors": survivors}
