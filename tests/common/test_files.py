@@ -81,6 +81,17 @@ def test_content_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     assert happened == ["sync", "rename", "sync"]
 
 
+def test_a_new_file_of_lines_has_its_name_on_the_disk(tmp_path, monkeypatch):
+    """Catches: a first line that is on the disk under no name: a power cut loses the file of a charge or a count."""
+    flushed = []
+    sync = os.fsync
+    monkeypatch.setattr(files.os, "fsync", lambda number: flushed.append(os.fstat(number).st_ino) or sync(number))
+    append_line(tmp_path / "lines", {"a": 1})
+    assert flushed == [(tmp_path / "lines").stat().st_ino, tmp_path.stat().st_ino]
+    append_line(tmp_path / "lines", {"b": 2})
+    assert len(flushed) == 3
+
+
 def test_lines_are_appended_and_read(tmp_path):
     """Catches: a line break inside a record that becomes two lines."""
     records = [{"a": 1}, {"b": "two\nlines"}]
