@@ -132,6 +132,17 @@ def test_lines_are_strict_json(tmp_path):
     assert json.loads((tmp_path / "lines").read_text()) == {"name": "Übung", "value": 0.1}
 
 
+def test_what_commands_print_and_remember_is_written_in_one_place():
+    """Catches: a second way of writing JSON, in which an infinite epsilon is no JSON."""
+    root = Path(__file__).resolve().parents[2]
+    paths = [
+        path for side in ("server/commands", "server/deploy", "client/site") for path in (root / side).glob("*.py")
+    ]
+    assert len(paths) > 15
+    writes = [path.name for path in paths if "json.dumps" in path.read_text("utf-8")]
+    assert writes == ["site.py", "split.py"]  # a hash, and the rows of a file for people
+
+
 def test_numbers_that_json_does_not_have_are_null(tmp_path):
     """Catches: NaN and Infinity in a file, which strict readers refuse; only the outermost ones replaced."""
     record = {"loss": math.inf, "sites": {"a": [1.5, -math.inf], "b": (math.nan, 10**400)}, "ok": True, "none": None}
