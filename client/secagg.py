@@ -78,7 +78,7 @@ def answer_keys(
     order = exactly(fields.get("order"), HASH_BYTES)
     begun = secagg.start(request.session, site)
     terms = hash_terms(request.session, request.round, request.config, plan, order)
-    answer: dict[str, Any] = {"public_keys": begun.public_keys, "counts_on": policy.max_clients_per_site}
+    answer: dict[str, Any] = {"public_keys": begun.public_keys, "counts_on": policy.clients_counted_per_site}
     if key is not None:
         signature = sign(key, signed_text(terms, site, begun.public_keys))
         answer["signed"] = point_of(key.public_key()) + signature
@@ -156,11 +156,11 @@ def answer_shares(
     counts = dict(zip(sorted(keys), _counts(fields.get("clients"), len(keys)), strict=True))
     _check_counts(kept.name, counts, plan, own_clients)
     believed = policy.count_on(kept.name, counts, plan)
-    if policy.max_clients_per_site > 1:
+    if policy.clients_counted_per_site > 1:
         log.info(
             "counts on %d clients: its own, and up to %d at each other site, on the server's word",
             sum(believed.values()),
-            policy.max_clients_per_site,
+            policy.clients_counted_per_site,
         )
     # A sum that is too small by what this site counts on must not be open to anybody, so the shares demand more.
     needed = fields.get("needed")

@@ -152,7 +152,7 @@ class SitePolicy(Section):
         description="Delta at which max_epsilon and max_row_epsilon are counted, whatever a run says. Set it below 1 "
         "over this site's number of rows if max_row_epsilon is used. Binds the server.",
     )
-    max_clients_per_site: int = Field(
+    clients_counted_per_site: int = Field(
         default=1,
         ge=1,
         le=10**6,
@@ -207,12 +207,12 @@ class SitePolicy(Section):
                 the plan says.
         """
         check_sum(counts, plan.min_clients, plan.min_sites)
-        believed = counted_on(counts, site, self.max_clients_per_site)
+        believed = counted_on(counts, site, self.clients_counted_per_site)
         found = sum(believed.values())
         if found < plan.min_clients:
             raise _refusal(
                 f"sums of {plan.min_clients} clients, and this site counts on {found}",
-                f"enough with at most policy.max_clients_per_site = {self.max_clients_per_site} at each other site",
+                f"enough with at most clients_counted_per_site = {self.clients_counted_per_site} of [policy] at each",
                 "policy-clients",
             )
         return believed
@@ -220,8 +220,8 @@ class SitePolicy(Section):
     def taken_on_trust(self) -> list[str]:
         """Return what this site takes on the server's word in secure aggregation, as sentences for its operator."""
         found = []
-        if self.max_clients_per_site > 1:
-            most = self.max_clients_per_site
+        if self.clients_counted_per_site > 1:
+            most = self.clients_counted_per_site
             found.append(f"counts up to {most} clients at each other site, on the server's word")
         if self.secure_aggregation and not self.members:
             found.append("shares a sum with any site that the server names: policy.members is empty")

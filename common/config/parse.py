@@ -168,7 +168,10 @@ def explain(prefix: str, section: type[Section], detail: Any) -> Problem:
     return Problem(key, value, _after_must_be(detail["msg"]))
 
 
-_REPLACED = {"train.bf16": 'write train.precision = "bf16" for true; remove it for false'}
+_REPLACED = {
+    "train.bf16": 'write train.precision = "bf16" for true; remove it for false',
+    "policy.max_clients_per_site": "write clients_counted_per_site, its new name",
+}
 """What to write in place of settings of earlier versions."""
 
 _PYDANTIC_WORDS = {

@@ -198,7 +198,7 @@ def test_gateways_take_part_where_sites_agree_to_count_their_clients(tmp_path, m
     for file in files:
         write_rows(file.parent / "train.csv", 12, owner=lambda row: f"client-{row // 4}")
         changed = file.read_text().replace("[models]", 'client_column = "owner"\n[models]')
-        file.write_text(f"{changed}\n[policy]\nmax_clients_per_site = {most}\n")
+        file.write_text(f"{changed}\n[policy]\nclients_counted_per_site = {most}\n")
     gateways = {"simulation.clients": 9, "strategy.min_clients": 7, "privacy.enrolled_clients": 9}
     config = changed_config(masked_run(tmp_path), {**gateways, "privacy.max_clients_per_site": 3})
     if expected:

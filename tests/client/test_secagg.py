@@ -287,17 +287,17 @@ def test_clients_at_other_sites_count_as_far_as_the_policy_says(plan, caplog):
     sites = Sites(claimed)
     counts = {"clients": [1, 30_000, 30_000, 30_000]}
     refused("policy-clients", sites.answer_shares, "a", **counts)
-    gateways = SitePolicy(max_clients_per_site=30_000)
+    gateways = SitePolicy(clients_counted_per_site=30_000)
     with caplog.at_level("INFO", "tsugiki.client"):
         sites.answer_shares("a", policy=gateways, **counts)
     assert "up to 30000 at each other site, on the server's word" in caplog.text
-    few = SitePolicy(max_clients_per_site=19_999)
+    few = SitePolicy(clients_counted_per_site=19_999)
     refused("policy-clients", Sites(claimed).answer_shares, "a", policy=few, **counts)
 
 
 def test_a_sum_takes_the_clients_that_the_site_counts_on(plan):
     """Catches: a threshold by the server's counts, with which a sum is opened that is too small for a site in it."""
-    twenty = SitePolicy(max_clients_per_site=20)
+    twenty = SitePolicy(clients_counted_per_site=20)
     sites = Sites(replace(plan, max_clients_per_site=30, min_clients=61), policy=twenty)
     counts = {"clients": [1, 30, 30, 30]}
     refused("secagg-refused", sites.answer_shares, "a", needed=3, **counts)

@@ -277,7 +277,7 @@ def test_who_may_be_in_a_sum(members, site, key, code):
 def test_the_clients_that_a_site_counts_on(most, counts, found):
     """Catches: another site's clients believed; this site's own, which it has counted itself, cut too."""
     plan = plan_of("distributed", clients=found, secure_aggregation=True)
-    policy = SitePolicy(max_clients_per_site=most)
+    policy = SitePolicy(clients_counted_per_site=most)
     assert sum(policy.count_on("acme", counts, plan).values()) == found
     more = {**counts, "bolt": 10**5, "crow": 10**5}
     larger = plan_of("distributed", clients=counts["acme"] + 2 * most + 1, secure_aggregation=True)
@@ -288,7 +288,7 @@ def test_a_site_says_what_it_takes_on_trust():
     """Catches: a site that counts on the server's word and does not know it; warnings where there is nothing to say."""
     assert SitePolicy().taken_on_trust() == []
     assert SitePolicy(secure_aggregation=True, members=[ACME]).taken_on_trust() == []
-    gateways = SitePolicy(secure_aggregation=True, max_clients_per_site=30).taken_on_trust()
+    gateways = SitePolicy(secure_aggregation=True, clients_counted_per_site=30).taken_on_trust()
     assert len(gateways) == 2
     assert "up to 30 clients at each other site, on the server's word" in gateways[0]
     assert "policy.members is empty" in gateways[1]
