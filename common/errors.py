@@ -84,6 +84,7 @@ KnownCode = Literal[
     "policy-evaluation",  # a private run asks for metrics of the site's rows
     "policy-head-sums",  # it forbids the sums for a head before round 1
     "policy-seeded-noise",  # the run draws its noise from a known seed
+    "policy-honest-fraction",  # it believes in a smaller share of honest clients
     "policy-clients",  # a sum has too few clients that the site counts on
     "policy-members",  # a sum has a member that the site has not pinned
     # models and adapters

@@ -161,6 +161,14 @@ class SitePolicy(Section):
         "if sites are gateways and you trust the server not to invent clients. 1 binds the server; above it, an honest "
         "server only.",
     )
+    max_honest_fraction: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description='Mode "distributed": largest privacy.honest_fraction of a run, the share of a sum\'s clients whose '
+        "noise the account counts on. Lower it if you believe that some of them may cheat or help the server; each "
+        "client then has to add more noise. Binds the server.",
+    )
     members: Names = Field(
         default=(),
         description="Under secure aggregation: the sites that this site shares a sum with, each by its name and the "
@@ -330,7 +338,7 @@ class SitePolicy(Section):
 
         Raises:
             PolicyError: `policy-seeded-noise`, `policy-privacy-mode`, `policy-secure-aggregation`, `policy-sites`,
-                `policy-noise`, `policy-epsilon`, or `policy-row-epsilon`.
+                `policy-noise`, `policy-honest-fraction`, `policy-epsilon`, or `policy-row-epsilon`.
         """
         if settings.insecure_noise_seed and not self.seeded_noise:
             raise _refusal("noise from a seed", "noise that nobody can foretell", "policy-seeded-noise")
@@ -341,10 +349,7 @@ class SitePolicy(Section):
         if plan and plan.secure_aggregation and plan.min_sites < self.min_sites:
             least = f"at least policy.min_sites = {self.min_sites}"
             raise _refusal(f"sums of {plan.min_sites} sites", least, "policy-sites")
-        noise = guaranteed_noise(plan) if plan else 0.0
-        if noise < self.min_noise_multiplier:
-            least = f"at least policy.min_noise_multiplier = {self.min_noise_multiplier:g}"
-            raise _refusal(f"a noise multiplier of {noise:.4g}", least, "policy-noise")
+        self._check_noise(plan)
         if self.max_epsilon and not (plan and plan.private):
             raise _refusal("no noise that hides anything", "a private run: policy.max_epsilon is set", "policy-epsilon")
         bare = unbounded_adversaries(plan) if plan and plan.private else []
@@ -365,6 +370,22 @@ class SitePolicy(Section):
         """Check that metrics of this site's rows may be measured.
 
         Raises:
+    def _check_noise(self, plan: Plan | None) -> None:
+        """Check that a run has enough noise, and counts on no more of the clients for it than this site believes in.
+
+        Raises:
+            PolicyError: `policy-noise` or `policy-honest-fraction`.
+        """
+        noise = guaranteed_noise(plan) if plan else 0.0
+        if noise < self.min_noise_multiplier:
+            least = f"at least policy.min_noise_multiplier = {self.min_noise_multiplier:g}"
+            raise _refusal(f"a noise multiplier of {noise:.4g}", least, "policy-noise")
+        if plan and plan.mode == "distributed" and plan.honest_fraction > self.max_honest_fraction:
+            most = f"at most policy.max_honest_fraction = {self.max_honest_fraction:g}"
+            raise _refusal(
+                f"the noise of a share {plan.honest_fraction:g} of the clients", most, "policy-honest-fraction"
+            )
+
             PolicyError: `policy-evaluation`, the run is private: metrics have no noise, and no ledger counts them.
         """
         if settings.mode != "none" or settings.examples.enabled:

@@ -262,7 +262,31 @@ def test_members_are_names_with_fingerprints(members):
 )
 def test_who_may_be_in_a_sum(members, site, key, code):
     """Catches: any pinned key under any name; pins that forbid everything while there are none."""
-    assert refusal(SitePolicy(members=members).check_member, site, key) == code
+    assert refusal(SitePolicy(members=members).check_members, {site: key}) == code
+
+
+def test_all_sites_that_are_not_pinned_are_named():
+    """Catches: an operator who learns of one stranger after the other, or of none."""
+    listed = {"acme": "SHA256:" + "a" * 43, "dora": "", "crow": "SHA256:" + "c" * 43}
+    with pytest.raises(PolicyError, match=r"'crow' \(key SHA256:c+\), 'dora' \(key none\)") as caught:
+        SitePolicy(members=[ACME, BOLT]).check_members(listed)
+    assert caught.value.code == "policy-members:crow"
+
+
+@pytest.mark.parametrize(
+    ("asked", "most", "code"),
+    [
+        (private("distributed"), 1.0, ""),
+        (private("distributed"), 0.99, "policy-honest-fraction"),
+        (private("distributed", honest_fraction=0.5), 0.5, ""),
+        (private("distributed", honest_fraction=0.5), 0.49, "policy-honest-fraction"),
+        (private("local"), 0.5, ""),
+        (OPEN, 0.5, ""),
+    ],
+)
+def test_how_many_honest_clients_a_site_believes_in(asked, most, code):
+    """Catches: a server that states any share of honest clients, by which each site divides its noise."""
+    assert refusal(SitePolicy(max_honest_fraction=most).check_privacy, *asked) == code
 
 
 @pytest.mark.parametrize(
