@@ -205,7 +205,7 @@ KnownCode = Literal[
 """Every code of an error, a rejection or a note of ours, and what it means: the only list in the program."""
 
 WireCode = NewType("WireCode", str)
-"""A code as it was received: a known one, `client-error:NAME` for an exception, or `flower-error-N` for Flower's."""
+"""A code as it is sent: a known one, `client-error:NAME`, `policy-members:SITE`, or `flower-error-N` for Flower's."""
 
 Code: TypeAlias = KnownCode | WireCode
 

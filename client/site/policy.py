@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, field_validator
 
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.errors import Code, PolicyError
+from tsugiki.common.errors import Code, PolicyError, WireCode
 from tsugiki.common.keys import FINGERPRINT_PATTERN
 from tsugiki.common.privacy.mechanisms import ADVERSARIES, Adversary, releases_of
 from tsugiki.common.privacy.secagg.counts import check_sum, counted_on
@@ -235,20 +235,24 @@ class SitePolicy(Section):
             found.append("shares a sum with any site that the server names: policy.members is empty")
         return found
 
-    def check_member(self, name: str, key: str) -> None:
-        """Check that a site may be in a sum with this site. Without `members`, any site may.
+    def check_members(self, fingerprints: Mapping[str, str]) -> None:
+        """Check that other sites may be in a sum with this site. Without `members`, any site may.
 
         Args:
-            name: of the other site.
-            key: fingerprint of its node key.
+            fingerprints: of the node key of each other site, by its name; empty: it has signed nothing.
 
         Raises:
-            PolicyError: `policy-members`.
+            PolicyError: `policy-members:SITE`, with the first that is not pinned; the message has all of them.
         """
         pins = dict(member.split() for member in self.members)
-        if pins and pins.get(name) != key:
-            problem = f"a sum with {name!r}, whose key is {key}"
-            raise _refusal(problem, "one of policy.members, by name and fingerprint", "policy-members")
+        unpinned = [name for name in sorted(fingerprints) if pins and pins.get(name) != fingerprints[name]]
+        if unpinned:
+            shown = ", ".join(f"{name!r} (key {fingerprints[name] or 'none'})" for name in unpinned)
+            raise _refusal(
+                f"a sum with {shown}",
+                "members of policy.members alone, by name and fingerprint",
+                WireCode(f"policy-members:{unpinned[0]}"),
+            )
 
     def check_run(self, config: RunConfig, round_number: int = 0) -> None:
         """Check that a run is allowed.
@@ -366,10 +370,6 @@ class SitePolicy(Section):
                 "policy-row-epsilon",
             )
 
-    def check_evaluation(self, settings: PrivacySection) -> None:
-        """Check that metrics of this site's rows may be measured.
-
-        Raises:
     def _check_noise(self, plan: Plan | None) -> None:
         """Check that a run has enough noise, and counts on no more of the clients for it than this site believes in.
 
@@ -386,6 +386,10 @@ class SitePolicy(Section):
                 f"the noise of a share {plan.honest_fraction:g} of the clients", most, "policy-honest-fraction"
             )
 
+    def check_evaluation(self, settings: PrivacySection) -> None:
+        """Check that metrics of this site's rows may be measured.
+
+        Raises:
             PolicyError: `policy-evaluation`, the run is private: metrics have no noise, and no ledger counts them.
         """
         if settings.mode != "none" or settings.examples.enabled:

@@ -335,13 +335,13 @@ def test_a_site_that_the_server_invents_is_refused(plan, node_keys):
     """Catches: a sum of one real site and three of the server's, which opens what the real one sends."""
     policy = pins(node_keys, "a", "b", "c")
     sites = Sites(plan, policy=policy, node_keys=node_keys)
-    refused("policy-members", sites.answer_shares, "a")  # d is a stranger
+    refused("policy-members:d", sites.answer_shares, "a")  # d is a stranger
     # The server signs with a key of its own in the place of d's.
     with_own = {**node_keys, "d": node_keys["invented"]}
-    refused("policy-members", Sites(plan, policy=pins(node_keys, *NAMES), node_keys=with_own).answer_shares, "a")
+    refused("policy-members:d", Sites(plan, policy=pins(node_keys, *NAMES), node_keys=with_own).answer_shares, "a")
     # Or it does not sign at all.
     bare = Sites(plan, policy=pins(node_keys, *NAMES), node_keys={name: node_keys[name] for name in "abc"})
-    refused("policy-members", bare.answer_shares, "a")
+    refused("policy-members:d", bare.answer_shares, "a")
     assert secagg.COUNTS not in bare.states["a"]
 
 

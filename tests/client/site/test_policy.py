@@ -255,9 +255,9 @@ def test_members_are_names_with_fingerprints(members):
     [
         ([], "crow", "SHA256:" + "c" * 43, ""),
         ([ACME, BOLT], "bolt", "SHA256:" + "b" * 43, ""),
-        ([ACME, BOLT], "bolt", "SHA256:" + "a" * 43, "policy-members"),
-        ([ACME, BOLT], "crow", "SHA256:" + "b" * 43, "policy-members"),
-        ([ACME, BOLT], "bolt", "", "policy-members"),
+        ([ACME, BOLT], "bolt", "SHA256:" + "a" * 43, "policy-members:bolt"),
+        ([ACME, BOLT], "crow", "SHA256:" + "b" * 43, "policy-members:crow"),
+        ([ACME, BOLT], "bolt", "", "policy-members:bolt"),
     ],
 )
 def test_who_may_be_in_a_sum(members, site, key, code):
