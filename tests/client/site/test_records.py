@@ -334,6 +334,15 @@ def test_in_a_private_run_all_that_follows_from_rows_is_one_code(acme, rows, own
     assert code(ask(kind, privacy={"examples": {"noise_multiplier": 1.0}})) == "shard-unusable"
 
 
+def test_no_loss_leaves_under_dp_sgd_alone(acme):
+    """Catches: an exact loss of rows beside gradients with noise on them."""
+    _, ask = acme()
+    examples = {"examples": {"noise_multiplier": 1.0}}
+    reply = from_record(TrainReply, ask(privacy=examples).content)
+    assert (reply.rows, reply.loss, reply.loss_shared, reply.seconds) == (8, 0.0, False, 0.0)
+    assert from_record(TrainReply, ask(round_=2).content).loss_shared  # a look that would see one
+
+
 def test_work_that_follows_from_rows_is_that_code_too(acme):
     """Catches: local_epochs with a limit on batches: an exact answer about the number of rows."""
     _, ask = acme("max_local_steps = 3\nmax_rows_per_round = 100")
