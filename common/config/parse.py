@@ -202,6 +202,13 @@ def site_config(text: str) -> RunConfig:
     """Return the run as sites see it; parsed once for each distinct text.
 
     Raises:
-        ConfigError: a setting is unknown here or out of range.
+        ConfigError: the text is no JSON object, or a setting is unknown here or out of range.
     """
-    return parse(json.loads(text), "run received from the server")
+    source = "run received from the server"
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError):  # the latter from thousands of brackets
+        raw = None
+    if not isinstance(raw, dict):
+        raise ConfigError(source, [Problem("config", f"{len(text)} characters", "a JSON object")])
+    return parse(raw, source)
