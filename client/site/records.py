@@ -57,11 +57,25 @@ class _AnchoredLog(AuditLog):
 
     def _saw(self, records: Iterable[Mapping[str, Any]]) -> None:
         for record in records:
-            self._hashes.append(bytes.fromhex(record["hash"]))
-            anchor = record.get(self._key)
-            if isinstance(anchor, dict) and self._is_ours(anchor):
-                self.anchor = Anchor(int(anchor["lines"]), str(anchor["hash"]))
-                self.anchored_file = str(anchor["file"])
+            try:
+                self._see(record)
+            except (KeyError, TypeError, ValueError) as error:  # a chain that is intact does not ensure what it holds
+                raise StorageError(
+                    f"a line of {self._path} is none of ours",
+                    "the file as it was written",
+                    "put the file back from a backup",
+                    code="run-corrupt",
+                ) from error
+
+    def _see(self, record: Mapping[str, Any]) -> None:
+        """Remember what a line says."""
+        self._hashes.append(bytes.fromhex(record["hash"]))
+        anchor = record.get(self._key)
+        if isinstance(anchor, dict) and self._is_ours(anchor):
+            if type(anchor["lines"]) is not int or anchor["lines"] < 0:
+                raise ValueError("no number of lines")
+            self.anchor = Anchor(anchor["lines"], str(anchor["hash"]))
+            self.anchored_file = str(anchor["file"])
 
     def _forgot(self) -> None:
         self._hashes.clear()
@@ -95,15 +109,13 @@ class _SiteAudit(_AnchoredLog):
         self._recent_settings = {one: time for one, time in self._recent_settings.items() if time > since}
         return set(self._recent_settings)
 
-    def _saw(self, records: Iterable[Mapping[str, Any]]) -> None:
-        seen = list(records)
-        super()._saw(seen)
-        for record in seen:
-            if record["event"] == BEGUN:
-                self.rounds += 1
-                self._recent_rounds.append(datetime.fromisoformat(record["time"]))
-            if record["event"] == ANSWERED:
-                self._recent_settings[record["settings_sha256"]] = datetime.fromisoformat(record["time"])
+    def _see(self, record: Mapping[str, Any]) -> None:
+        super()._see(record)
+        if record["event"] == BEGUN:
+            self.rounds += 1
+            self._recent_rounds.append(_time_of(record))
+        if record["event"] == ANSWERED:
+            self._recent_settings[str(record["settings_sha256"])] = _time_of(record)
 
     def _forgot(self) -> None:
         super()._forgot()
@@ -236,6 +248,18 @@ class SiteRecords:
 def records_of(audit: Path | None, ledger: Path | None, site: str) -> SiteRecords:
     """Return a site's records at these paths, opened once in a process: to open them is to verify all of both."""
     return SiteRecords(audit, ledger, site)
+
+
+def _time_of(record: Mapping[str, Any]) -> datetime:
+    """Return when a line was written.
+
+    Raises:
+        ValueError: it does not say so, with a time zone.
+    """
+    time = datetime.fromisoformat(record["time"])
+    if time.tzinfo is None:
+        raise ValueError("no time zone")
+    return time
 
 
 def _anchor_field(path: Path, anchor: Anchor) -> dict[str, Any]:

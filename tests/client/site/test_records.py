@@ -240,6 +240,25 @@ def test_a_crash_between_two_writes_is_no_attack(acme, monkeypatch, privacy):
     assert points >= 3  # training, the ledger, trained
 
 
+@pytest.mark.parametrize(
+    ("event", "details"),
+    [
+        ("hello", {"ledger": {"lines": 1}}),
+        ("hello", {"ledger": {"file": LEDGER, "lines": None, "hash": ""}}),
+        ("hello", {"ledger": {"file": LEDGER, "lines": -1, "hash": ""}}),
+        ("training", {"time": "yesterday"}),
+        ("training", {"time": "2026-01-01T00:00:00"}),
+        ("settings", {}),
+    ],
+)
+def test_a_line_that_holds_what_no_version_writes_is_damage(tmp_path, event, details):
+    """Catches: a traceback, or a code without what to do, for a log whose chain is whole."""
+    audit.AuditLog(tmp_path / AUDIT).write(event, **details)
+    with pytest.raises(StorageError) as caught:
+        SiteRecords(tmp_path / AUDIT, tmp_path / LEDGER, "acme").check()
+    assert caught.value.code == "run-corrupt"
+
+
 def test_half_a_line_is_no_attack(acme):
     """Catches: a line that a power cut has halved, taken for one that was anchored."""
     folder, ask = acme()
