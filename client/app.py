@@ -14,7 +14,6 @@ from flwr.clientapp import ClientApp
 
 from tsugiki.client import secagg
 from tsugiki.client.prepare import SiteRun
-from tsugiki.client.site.ledger import seen_of_site
 from tsugiki.client.site.simulated import SimulatedSite, simulated_sites
 from tsugiki.client.site.site import Site, site_of_node
 from tsugiki.client.training.cohort import train_openly, train_protecting_clients
@@ -217,7 +216,7 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
 def _train_openly(run: SiteRun, job: Job) -> RecordDict:
     """Return the reply of a run that does not protect clients; it may protect their rows."""
     update, trained, rows = train_openly(job)
-    run.charge(job, {})
+    run.charge(job)
     # The loss and the seconds follow from the rows, and no noise is on them.
     shared: dict[str, Any] = {}
     seconds = 0.0
@@ -261,7 +260,7 @@ def protected_sum(run: SiteRun, job: Job, plan: Plan) -> ProtectedSum:
         PolicyError: the site's budget does not allow the upload.
     """
     total = train_protecting_clients(job, plan)
-    run.charge(job, {adversary: (release, 1) for adversary, release in seen_of_site(plan).items()})
+    run.charge(job)
     return total
 
 
@@ -365,6 +364,7 @@ def _keys(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
     fields = beside(content)
     run = SiteRun.open(site, site_config(request.config), request.round)
     plan = _plan_with_masks(run, True)
+    run.check_budget({})  # a member that cannot afford the sum must not be missed in its middle
     answer = secagg.answer_keys(state, request, fields, site.name, plan, site.policy, site.node_key())
     return _stage_reply(site, request, answer)
 

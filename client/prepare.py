@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, RecordDict
 
 from tsugiki.client.cache import PreparedRows, RowsKey, SiteCache, of_process
-from tsugiki.client.site.ledger import site_ledger, spend
+from tsugiki.client.site.ledger import check_budget, seen_of_site, site_ledger, spend
 from tsugiki.client.site.site import Site
 from tsugiki.client.training import dp_sgd, validation
 from tsugiki.client.training.cohort import asked_clients, row_releases
@@ -26,6 +27,7 @@ from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.linear_head import LinearHead, warm_head_of
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.privacy.accounting import Release
+from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.privacy.mechanisms import Adversary
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.planning import make_plan
@@ -186,7 +188,8 @@ class SiteRun:
         Raises:
             SpecError, WireError: see `receive`, `split_shares` and `asked_clients`.
             PolicyError: `policy-steps` or `policy-rows`, the round would take more batches or rows than the policy
-                allows; `policy-rounds`, it allows no further round.
+                allows; `policy-rounds`, it allows no further round; `policy-epsilon` or `policy-row-epsilon`, its
+                budget does not allow the upload.
             DataError: see `train_rows`.
         """
         # The adapter first: it is cheap to refuse, and rows may take long to tokenise.
@@ -200,6 +203,8 @@ class SiteRun:
         most_rows = self.config.train.per_device_train_batch_size
         rows_of_round = sum(count * min(len(clients[name]), most_rows) for name, count in batches.items())
         self.site.policy.check_work(max(batches.values()), rows_of_round)
+        # An upload that the site's budget does not allow is not trained for.
+        self.check_budget(clients)
         # Written ahead, after all that can be refused without a trace in the count.
         self.site.begin_round(self.config.run.name, request.round)
         # Last, because it changes what is kept: the optimisers' states of this round.
@@ -219,13 +224,24 @@ class SiteRun:
             tail=self._tail,
         )
 
-    def charge(self, job: Job, seen: Mapping[Adversary, tuple[Release, int]]) -> None:
+    def check_budget(self, clients: Mapping[str, Sequence[int]]) -> None:
+        """Check that the site's ledger allows one more upload. No-op without a ledger.
+
+        Args:
+            clients: the rows of each client that is to train, by its name; empty before they are known.
+
+        Raises:
+            PolicyError: `policy-epsilon` or `policy-row-epsilon`.
+        """
+        path = self.site.ledger_path()
+        if path is not None:
+            check_budget(self._ledger(path), self._shown(clients))
+
+    def charge(self, job: Job) -> None:
         """Write what an upload shows into the site's ledger, before the upload leaves. No-op without a ledger.
 
         Args:
             job: of the round.
-            seen: what the upload shows about the clients, and how often, by adversary. What it shows about rows is
-                added here.
 
         Raises:
             PolicyError: the site's budget does not allow the upload.
@@ -234,11 +250,19 @@ class SiteRun:
         path = self.site.ledger_path()
         if path is None:
             return
-        releases = {**seen, **row_releases(job)}
-        seeded = self.config.privacy.insecure_noise_seed > 0
-        ledger = site_ledger(path, self.site.policy, self.plan, seeded=seeded)
+        shown = self._shown(job.clients)
         with self.site.charging() as anchor:
-            spend(ledger, releases, self.config.run.name, job.request.round, anchor)
+            spend(self._ledger(path), shown, self.config.run.name, job.request.round, anchor)
+
+    def _ledger(self, path: Path) -> Ledger:
+        seeded = self.config.privacy.insecure_noise_seed > 0
+        return site_ledger(path, self.site.policy, self.plan, seeded=seeded)
+
+    def _shown(self, clients: Mapping[str, Sequence[int]]) -> dict[Adversary, tuple[Release, int]]:
+        """Return what an upload shows, and how often, by adversary: about clients, and about rows under DP-SGD."""
+        of_clients = {} if self.plan is None else seen_of_site(self.plan)
+        counted = {adversary: (release, 1) for adversary, release in of_clients.items()}
+        return {**counted, **row_releases(clients, self.config)}
 
     def _prepared(self, part: Part) -> PreparedRows:
         """Return a part of the site's rows; they are read and tokenised once for the same files and settings."""

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tsugiki.common.errors import PolicyError, SecureAggregationError
+from tsugiki.common.errors import SecureAggregationError
 from tsugiki.common.keys import POINT_BYTES, fingerprint, is_signed, key_of, point_of, sign
 from tsugiki.common.privacy.clipping import Levels
 from tsugiki.common.privacy.plan import Plan
@@ -78,7 +78,7 @@ def answer_keys(
     order = exactly(fields.get("order"), HASH_BYTES)
     begun = secagg.start(request.session, site)
     terms = hash_terms(request.session, request.round, request.config, plan, order)
-    answer: dict[str, Any] = {"public_keys": begun.public_keys, "counts_on": policy.max_clients_per_site}
+    answer: dict[str, Any] = {"public_keys": begun.public_keys, "counts_on": policy.clients_counted_per_site}
     if key is not None:
         signature = sign(key, signed_text(terms, site, begun.public_keys))
         answer["signed"] = point_of(key.public_key()) + signature
@@ -146,7 +146,7 @@ def answer_shares(
 
     Raises:
         SecureAggregationError: another session, too few clients, a malformed list, or a signature that is not good.
-        PolicyError: `policy-members` or `policy-clients`. Nothing was shared.
+        PolicyError: `policy-members:SITE` or `policy-clients`. Nothing was shared.
     """
     kept = _kept(state, session)
     keys = from_fields("keys", fields, KEYS_BYTES)
@@ -156,11 +156,11 @@ def answer_shares(
     counts = dict(zip(sorted(keys), _counts(fields.get("clients"), len(keys)), strict=True))
     _check_counts(kept.name, counts, plan, own_clients)
     believed = policy.count_on(kept.name, counts, plan)
-    if policy.max_clients_per_site > 1:
+    if policy.clients_counted_per_site > 1:
         log.info(
             "counts on %d clients: its own, and up to %d at each other site, on the server's word",
             sum(believed.values()),
-            policy.max_clients_per_site,
+            policy.clients_counted_per_site,
         )
     # A sum that is too small by what this site counts on must not be open to anybody, so the shares demand more.
     needed = fields.get("needed")
@@ -194,19 +194,13 @@ def _check_members(
     """Check that each other site of a list is pinned, and that its node key signed its keys for this session.
 
     Raises:
-        PolicyError: `policy-members`, a site is not pinned, or has another node key.
+        PolicyError: `policy-members:SITE`, a site is not pinned, has another node key, or has signed nothing.
         SecureAggregationError: `secagg-signature`.
     """
-    for name in sorted(keys.keys() - {site}):
-        if name not in signed:
-            raise PolicyError(
-                f"the keys of {name!r} are not signed by a node key",
-                "a signature of each site: policy.members is set",
-                "ask its operator to connect with a key, or change [policy] in site.toml, if you agree",
-                code="policy-members",
-            )
-        node_key = key_of(signed[name][:POINT_BYTES])
-        policy.check_member(name, fingerprint(node_key))
+    others = sorted(keys.keys() - {site})
+    node_keys = {name: key_of(signed[name][:POINT_BYTES]) for name in others if name in signed}
+    policy.check_members({name: fingerprint(node_keys[name]) if name in node_keys else "" for name in others})
+    for name, node_key in node_keys.items():
         if not is_signed(node_key, signed[name][POINT_BYTES:], signed_text(terms, name, keys[name])):
             raise SecureAggregationError(
                 f"the keys that came as those of {name!r} are not signed by it for this session",

@@ -85,6 +85,7 @@ KnownCode = Literal[
     "policy-evaluation",  # a private run asks for metrics of the site's rows
     "policy-head-sums",  # it forbids the sums for a head before round 1
     "policy-seeded-noise",  # the run draws its noise from a known seed
+    "policy-honest-fraction",  # it believes in a smaller share of honest clients
     "policy-clients",  # a sum has too few clients that the site counts on
     "policy-members",  # a sum has a member that the site has not pinned
     # models and adapters
@@ -208,7 +209,7 @@ KnownCode = Literal[
 """Every code of an error, a rejection or a note of ours, and what it means: the only list in the program."""
 
 WireCode = NewType("WireCode", str)
-"""A code as it was received: a known one, `client-error:NAME` for an exception, or `flower-error-N` for Flower's."""
+"""A code as it is sent: a known one, `client-error:NAME`, `policy-members:SITE`, or `flower-error-N` for Flower's."""
 
 Code: TypeAlias = KnownCode | WireCode
 

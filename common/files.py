@@ -138,15 +138,20 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # else the rename itself may be lost
-        finally:
-            os.close(folder)
+        _flush_folder(path.parent)  # else the rename itself may be lost
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)  # on a full disk, the unfinished file would take space
         raise unwritable(path, error) from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush the names of a folder's files to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def unwritable(path: Path, error: OSError) -> StorageError:
@@ -203,10 +208,13 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         StorageError: `linked`, `disk-full` or `not-writable`; some of the lines may be in the file.
     """
     try:
+        is_new = not path.exists()
         with open_to_append(path) as file:
             file.writelines(to_json(record).encode() + b"\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
+        if is_new:
+            _flush_folder(path.parent)  # else a crash may lose the file with its lines
     except OSError as error:
         raise unwritable(path, error) from error
 

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import get_args
 
+import pytest
+
 from tests.support.exports import to_fuse
 from tests.support.tiny import tiny_bert
 from tsugiki.common import errors
@@ -55,8 +57,80 @@ def test_the_table_of_adapters_is_true(tmp_path):
 def test_the_tasks_whose_rows_can_be_protected_are_named():
     """Catches: a task that is refused under [privacy.examples], or allowed, and nobody can read it."""
     page = " ".join((ROOT / "docs" / "privacy.md").read_text("utf-8").split())
-    (named,) = re.findall(r"The tasks ([^.]*) can be protected so\.", page)
+    (named,) = re.findall(r"The tasks ([^.]*) can be protected so\b", page)
     assert re.findall(r"`([a-z-]+)`", named) == [name for name in TASKS.names() if TASKS.get(name).row_losses]
+
+
+PROMISES = {
+    "docs/threat-model.md": (
+        "What the server sees of a site",
+        "What a site sees of others",
+        "Threats and protections",
+        "Exports from elsewhere",
+        "Telemetry is off",
+    ),
+    "docs/privacy.md": (
+        "Three modes",
+        "What happens to an update",
+        "The account",
+        "Secure aggregation",
+        "A site decides for itself",
+        "Rows instead of clients: DP-SGD",
+        "Many small clients",
+    ),
+    "SECURITY.md": ("What is promised",),
+}
+"""The sections that promise something in each of their paragraphs, list items and rows of tables."""
+
+PROMISES_NOTHING = (
+    "Each ✓ leads to",
+    "C is the clip norm",
+    "So noise of length",
+    "Each adversary has a ledger",
+    "The description of each key",
+    "| an honest server only |",
+    "An adapter that someone else exported is treated",
+    "None of this shows",
+    "How many clients a plan needs",
+    "**What this costs.**",
+    "- A site that spoils sums may add no noise",
+    *(f"| {sites} |" for sites in (2, 3, 5, 10, 100)),  # figures, below the sentence that has their test
+)
+"""How the blocks in these sections begin that define, lead to another page, or warn."""
+
+
+def blocks_of(page, title):
+    """Return the paragraphs, list items and rows of tables in a section, without code, headings and the heads of tables."""
+    section = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    section = re.sub(r"```.*?```", "", section, flags=re.DOTALL)
+    section = re.sub(r"^\|.*\|\n\|[-|]+\|$", "", section, flags=re.M)
+    section = re.sub(r"^\[[a-z0-9-]+\]: .*$", "", section, flags=re.M)
+    section = re.sub(r"^### .*$", "", section, flags=re.M)
+    return [block.strip() for block in re.split(r"\n(?=\n|- |\| )", section) if block.strip()]
+
+
+@pytest.mark.parametrize("name", PROMISES)
+def test_every_promise_is_followed_by_its_test(name):
+    """Catches: a promise that nothing tests; a link to a test that was renamed; one that no sentence uses."""
+    page = (ROOT / name).read_text("utf-8")
+    links = {label: target for label, *target in re.findall(r'^\[([a-z0-9-]+)\]: (\S+) "(\w+)"$', page, re.M)}
+    assert len(links) > 20
+    assert set(re.findall(r"\[✓\]\[([a-z0-9-]+)\]", page)) == set(links)
+    for label, (path, test) in links.items():
+        file = (ROOT / name).parent / path
+        assert file.is_file(), label
+        assert re.search(rf"^def {test}\(", file.read_text("utf-8"), re.M), f"{label}: {path} has no {test}"
+    for title in PROMISES[name]:
+        found = blocks_of(page, title)
+        assert found, title
+        assert [block for block in found if "[✓]" not in block and not block.startswith(PROMISES_NOTHING)] == []
+
+
+def test_blocks_without_a_promise_are_found():
+    """Catches: a reading of the pages that passes over paragraphs, items or rows."""
+    page = "x\n\n## A\n\none\nmore\n\n- two\n  more\n- three\n\n| a |\n|---|\n| four |\n| five |\n\n```\nno\n```\n"
+    page += "\n## B\n\nno\n"
+    assert blocks_of(page, "A") == ["one\nmore", "- two\n  more", "- three", "| four |", "| five |"]
 
 
 def test_links_between_documents_lead_somewhere():

@@ -6,7 +6,8 @@ before sending it: whether the sum is opened afterwards does not depend on this 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,31 @@ def spend(
     fields = {"run": run, "round": round_number, **(anchor or {})}
     if not releases:
         ledger.note(UNPROTECTED, **fields)
-    try:
-        ledger.check(releases)  # all of them, before the first is charged
+    check_budget(ledger, releases)  # all of them, before the first is charged
+    with _as_policy():
         for adversary, (release, count) in releases.items():
             ledger.charge(adversary, release, count, private=not ledger.seeded, **fields)
+
+
+def check_budget(ledger: Ledger, releases: Mapping[Adversary, tuple[Release, int]]) -> None:
+    """Check that the site's budgets allow the next upload; nothing is charged.
+
+    Args:
+        ledger: of the site.
+        releases: by adversary, each with the number of times that it is made.
+
+    Raises:
+        PolicyError: `policy-epsilon` or `policy-row-epsilon`.
+    """
+    with _as_policy():
+        ledger.check(releases)
+
+
+@contextmanager
+def _as_policy() -> Iterator[None]:
+    """Turn the error of a spent budget into that of the site's policy."""
+    try:
+        yield
     except BudgetError as error:
         code: Code = "policy-row-epsilon" if error.code == "rows-exhausted" else "policy-epsilon"
         raise PolicyError(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, field_validator
 
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.errors import Code, PolicyError
+from tsugiki.common.errors import Code, PolicyError, WireCode
 from tsugiki.common.keys import FINGERPRINT_PATTERN
 from tsugiki.common.privacy.mechanisms import ADVERSARIES, Adversary, releases_of
 from tsugiki.common.privacy.secagg.counts import check_sum, counted_on
@@ -152,7 +152,7 @@ class SitePolicy(Section):
         description="Delta at which max_epsilon and max_row_epsilon are counted, whatever a run says. Set it below 1 "
         "over this site's number of rows if max_row_epsilon is used. Binds the server.",
     )
-    max_clients_per_site: int = Field(
+    clients_counted_per_site: int = Field(
         default=1,
         ge=1,
         le=10**6,
@@ -160,6 +160,14 @@ class SitePolicy(Section):
         "cannot check their number, so above 1 it counts on the server's word for the noise of a sum. Raise it only "
         "if sites are gateways and you trust the server not to invent clients. 1 binds the server; above it, an honest "
         "server only.",
+    )
+    max_honest_fraction: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description='Mode "distributed": largest privacy.honest_fraction of a run, the share of a sum\'s clients whose '
+        "noise the account counts on. Lower it if you believe that some of them may cheat or help the server; each "
+        "client then has to add more noise. Binds the server.",
     )
     members: Names = Field(
         default=(),
@@ -207,12 +215,12 @@ class SitePolicy(Section):
                 the plan says.
         """
         check_sum(counts, plan.min_clients, plan.min_sites)
-        believed = counted_on(counts, site, self.max_clients_per_site)
+        believed = counted_on(counts, site, self.clients_counted_per_site)
         found = sum(believed.values())
         if found < plan.min_clients:
             raise _refusal(
                 f"sums of {plan.min_clients} clients, and this site counts on {found}",
-                f"enough with at most policy.max_clients_per_site = {self.max_clients_per_site} at each other site",
+                f"enough with at most clients_counted_per_site = {self.clients_counted_per_site} of [policy] at each",
                 "policy-clients",
             )
         return believed
@@ -220,27 +228,31 @@ class SitePolicy(Section):
     def taken_on_trust(self) -> list[str]:
         """Return what this site takes on the server's word in secure aggregation, as sentences for its operator."""
         found = []
-        if self.max_clients_per_site > 1:
-            most = self.max_clients_per_site
+        if self.clients_counted_per_site > 1:
+            most = self.clients_counted_per_site
             found.append(f"counts up to {most} clients at each other site, on the server's word")
         if self.secure_aggregation and not self.members:
             found.append("shares a sum with any site that the server names: policy.members is empty")
         return found
 
-    def check_member(self, name: str, key: str) -> None:
-        """Check that a site may be in a sum with this site. Without `members`, any site may.
+    def check_members(self, fingerprints: Mapping[str, str]) -> None:
+        """Check that other sites may be in a sum with this site. Without `members`, any site may.
 
         Args:
-            name: of the other site.
-            key: fingerprint of its node key.
+            fingerprints: of the node key of each other site, by its name; empty: it has signed nothing.
 
         Raises:
-            PolicyError: `policy-members`.
+            PolicyError: `policy-members:SITE`, with the first that is not pinned; the message has all of them.
         """
         pins = dict(member.split() for member in self.members)
-        if pins and pins.get(name) != key:
-            problem = f"a sum with {name!r}, whose key is {key}"
-            raise _refusal(problem, "one of policy.members, by name and fingerprint", "policy-members")
+        unpinned = [name for name in sorted(fingerprints) if pins and pins.get(name) != fingerprints[name]]
+        if unpinned:
+            shown = ", ".join(f"{name!r} (key {fingerprints[name] or 'none'})" for name in unpinned)
+            raise _refusal(
+                f"a sum with {shown}",
+                "members of policy.members alone, by name and fingerprint",
+                WireCode(f"policy-members:{unpinned[0]}"),
+            )
 
     def check_run(self, config: RunConfig, round_number: int = 0) -> None:
         """Check that a run is allowed.
@@ -330,7 +342,7 @@ class SitePolicy(Section):
 
         Raises:
             PolicyError: `policy-seeded-noise`, `policy-privacy-mode`, `policy-secure-aggregation`, `policy-sites`,
-                `policy-noise`, `policy-epsilon`, or `policy-row-epsilon`.
+                `policy-noise`, `policy-honest-fraction`, `policy-epsilon`, or `policy-row-epsilon`.
         """
         if settings.insecure_noise_seed and not self.seeded_noise:
             raise _refusal("noise from a seed", "noise that nobody can foretell", "policy-seeded-noise")
@@ -341,10 +353,7 @@ class SitePolicy(Section):
         if plan and plan.secure_aggregation and plan.min_sites < self.min_sites:
             least = f"at least policy.min_sites = {self.min_sites}"
             raise _refusal(f"sums of {plan.min_sites} sites", least, "policy-sites")
-        noise = guaranteed_noise(plan) if plan else 0.0
-        if noise < self.min_noise_multiplier:
-            least = f"at least policy.min_noise_multiplier = {self.min_noise_multiplier:g}"
-            raise _refusal(f"a noise multiplier of {noise:.4g}", least, "policy-noise")
+        self._check_noise(plan)
         if self.max_epsilon and not (plan and plan.private):
             raise _refusal("no noise that hides anything", "a private run: policy.max_epsilon is set", "policy-epsilon")
         bare = unbounded_adversaries(plan) if plan and plan.private else []
@@ -359,6 +368,22 @@ class SitePolicy(Section):
                 "no DP-SGD that hides anything",
                 "[privacy.examples]: policy.max_row_epsilon is set",
                 "policy-row-epsilon",
+            )
+
+    def _check_noise(self, plan: Plan | None) -> None:
+        """Check that a run has enough noise, and counts on no more of the clients for it than this site believes in.
+
+        Raises:
+            PolicyError: `policy-noise` or `policy-honest-fraction`.
+        """
+        noise = guaranteed_noise(plan) if plan else 0.0
+        if noise < self.min_noise_multiplier:
+            least = f"at least policy.min_noise_multiplier = {self.min_noise_multiplier:g}"
+            raise _refusal(f"a noise multiplier of {noise:.4g}", least, "policy-noise")
+        if plan and plan.mode == "distributed" and plan.honest_fraction > self.max_honest_fraction:
+            most = f"at most policy.max_honest_fraction = {self.max_honest_fraction:g}"
+            raise _refusal(
+                f"the noise of a share {plan.honest_fraction:g} of the clients", most, "policy-honest-fraction"
             )
 
     def check_evaluation(self, settings: PrivacySection) -> None:

@@ -2,7 +2,8 @@
 
 Each line of one holds the length and the last hash that the other had when the line was written. A file that is
 deleted, cut off or put back from an old backup is therefore behind what the other says of it, and the site refuses to
-go on: budgets and counts would begin at zero again. If both are moved away, the site begins a new life.
+go on: budgets and counts would begin at zero again. So it does if `site.toml` names a new file in the place of one of
+them; the same file may have a new name or place. If both are moved away, the site begins a new life.
 
 An anchor names lines only that are on the disk already. So a crash between two writes, in either order, leaves both
 files consistent: the last line of each may be one that the other does not know of yet.
@@ -11,7 +12,7 @@ files consistent: the last line of each may be one that the other does not know 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -37,15 +38,15 @@ class _AnchoredLog(AuditLog):
 
     Args:
         path: of this record.
-        other: of the other record. Anchors of files with another name are not of this pair.
         key: the field of a line that holds the anchor.
+        is_ours: whether an anchor is one of this pair of records.
     """
 
-    def __init__(self, path: Path, other: Path | None, key: str) -> None:
-        self._other = other.name if other else ""
+    def __init__(self, path: Path, key: str, is_ours: Callable[[Mapping[str, Any]], bool]) -> None:
         self._key = key
+        self._is_ours = is_ours
         self._hashes: list[bytes] = []
-        self.anchor = Anchor()
+        self._forgot_anchor()
         super().__init__(path)
 
     def had(self, anchor: Anchor) -> bool:
@@ -56,24 +57,44 @@ class _AnchoredLog(AuditLog):
 
     def _saw(self, records: Iterable[Mapping[str, Any]]) -> None:
         for record in records:
-            self._hashes.append(bytes.fromhex(record["hash"]))
-            anchor = record.get(self._key)
-            if isinstance(anchor, dict) and anchor.get("file") == self._other:
-                self.anchor = Anchor(int(anchor["lines"]), str(anchor["hash"]))
+            try:
+                self._see(record)
+            except (KeyError, TypeError, ValueError) as error:  # a chain that is intact does not ensure what it holds
+                raise StorageError(
+                    f"a line of {self._path} is none of ours",
+                    "the file as it was written",
+                    "put the file back from a backup",
+                    code="run-corrupt",
+                ) from error
+
+    def _see(self, record: Mapping[str, Any]) -> None:
+        """Remember what a line says."""
+        self._hashes.append(bytes.fromhex(record["hash"]))
+        anchor = record.get(self._key)
+        if isinstance(anchor, dict) and self._is_ours(anchor):
+            if type(anchor["lines"]) is not int or anchor["lines"] < 0:
+                raise ValueError("no number of lines")
+            self.anchor = Anchor(anchor["lines"], str(anchor["hash"]))
+            self.anchored_file = str(anchor["file"])
 
     def _forgot(self) -> None:
         self._hashes.clear()
+        self._forgot_anchor()
+
+    def _forgot_anchor(self) -> None:
         self.anchor = Anchor()
+        self.anchored_file = ""
 
 
 class _SiteAudit(_AnchoredLog):
     """A site's audit log, with what its policy counts."""
 
-    def __init__(self, path: Path, ledger: Path | None) -> None:
+    def __init__(self, path: Path) -> None:
         self.rounds = 0
         self._recent_rounds: deque[datetime] = deque()
         self._recent_settings: dict[str, datetime] = {}
-        super().__init__(path, ledger, "ledger")
+        # An audit log belongs to one site, and a site has one ledger, whatever its file is called today.
+        super().__init__(path, "ledger", lambda anchor: True)
 
     def rounds_of_last_day(self) -> int:
         """Return how many rounds the site has begun in the last 24 hours."""
@@ -88,15 +109,13 @@ class _SiteAudit(_AnchoredLog):
         self._recent_settings = {one: time for one, time in self._recent_settings.items() if time > since}
         return set(self._recent_settings)
 
-    def _saw(self, records: Iterable[Mapping[str, Any]]) -> None:
-        seen = list(records)
-        super()._saw(seen)
-        for record in seen:
-            if record["event"] == BEGUN:
-                self.rounds += 1
-                self._recent_rounds.append(datetime.fromisoformat(record["time"]))
-            if record["event"] == ANSWERED:
-                self._recent_settings[record["settings_sha256"]] = datetime.fromisoformat(record["time"])
+    def _see(self, record: Mapping[str, Any]) -> None:
+        super()._see(record)
+        if record["event"] == BEGUN:
+            self.rounds += 1
+            self._recent_rounds.append(_time_of(record))
+        if record["event"] == ANSWERED:
+            self._recent_settings[str(record["settings_sha256"])] = _time_of(record)
 
     def _forgot(self) -> None:
         super()._forgot()
@@ -112,10 +131,12 @@ class SiteRecords:
 
     Args:
         audit: path of the audit log; None: the site keeps none, and nothing is counted or anchored in it.
-        ledger: path of the ledger; None: the site keeps none.
+        ledger: path of the ledger; None: the site keeps none. Several sites may share it.
+        site: name of the site.
     """
 
-    def __init__(self, audit: Path | None, ledger: Path | None) -> None:
+    def __init__(self, audit: Path | None, ledger: Path | None, site: str) -> None:
+        self._site = site
         self._audit_path = audit
         self._ledger_path = ledger
         self._audit: _SiteAudit | None = None
@@ -177,7 +198,7 @@ class SiteRecords:
             if audit is None or self._audit_path is None:
                 yield {}
             else:
-                yield {"audit": _anchor_field(self._audit_path, audit.head())}
+                yield {"audit": {"site": self._site, **_anchor_field(self._audit_path, audit.head())}}
 
     @contextmanager
     def _open(self) -> Iterator[_SiteAudit | None]:
@@ -187,14 +208,14 @@ class SiteRecords:
             return
         with locked(lock_of(self._audit_path)):
             if self._audit is None:
-                self._audit = _SiteAudit(self._audit_path, self._ledger_path)
+                self._audit = _SiteAudit(self._audit_path)
             self._audit.head()  # with the lines of other processes
             self._read_ledger()
             if self._ledger is not None and self._ledger_path is not None:
                 if not self._ledger.had(self._audit.anchor):
-                    raise _behind("ledger", self._ledger_path, self._ledger, self._audit.anchor, self._audit_path)
+                    raise _behind("ledger", self._ledger_path, self._ledger, self._audit, self._audit_path)
                 if not self._audit.had(self._ledger.anchor):
-                    raise _behind("audit", self._audit_path, self._audit, self._ledger.anchor, self._ledger_path)
+                    raise _behind("audit", self._audit_path, self._audit, self._ledger, self._ledger_path)
             yield self._audit
 
     def _read_ledger(self) -> Anchor:
@@ -204,8 +225,15 @@ class SiteRecords:
         # Without a file there is nothing to wait for, and no lock has to be made.
         with locked(lock_of(self._ledger_path)) if self._ledger_path.exists() else nullcontext():
             if self._ledger is None:
-                self._ledger = _AnchoredLog(self._ledger_path, self._audit_path, "audit")
+                self._ledger = _AnchoredLog(self._ledger_path, "audit", self._is_of_this_site)
             return self._ledger.head()
+
+    def _is_of_this_site(self, anchor: Mapping[str, Any]) -> bool:
+        """Return whether a line of the ledger, which other sites may share, anchors this site's audit log."""
+        if "site" in anchor:
+            return bool(anchor["site"] == self._site)
+        # Lines of earlier versions do not say whose log they mean.
+        return self._audit_path is not None and anchor.get("file") == self._audit_path.name
 
     def _append(self, audit: _SiteAudit | None, event: str, details: Mapping[str, Any]) -> None:
         if audit is None:
@@ -217,9 +245,21 @@ class SiteRecords:
 
 
 @cache
-def records_of(audit: Path | None, ledger: Path | None) -> SiteRecords:
-    """Return the records at these paths, opened once in a process: to open them is to verify all of both."""
-    return SiteRecords(audit, ledger)
+def records_of(audit: Path | None, ledger: Path | None, site: str) -> SiteRecords:
+    """Return a site's records at these paths, opened once in a process: to open them is to verify all of both."""
+    return SiteRecords(audit, ledger, site)
+
+
+def _time_of(record: Mapping[str, Any]) -> datetime:
+    """Return when a line was written.
+
+    Raises:
+        ValueError: it does not say so, with a time zone.
+    """
+    time = datetime.fromisoformat(record["time"])
+    if time.tzinfo is None:
+        raise ValueError("no time zone")
+    return time
 
 
 def _anchor_field(path: Path, anchor: Anchor) -> dict[str, Any]:
@@ -227,13 +267,17 @@ def _anchor_field(path: Path, anchor: Anchor) -> dict[str, Any]:
 
 
 def _behind(
-    which: Literal["audit", "ledger"], path: Path, log: _AnchoredLog, anchor: Anchor, witness: Path
+    which: Literal["audit", "ledger"], path: Path, log: _AnchoredLog, witness: _AnchoredLog, witness_path: Path
 ) -> StorageError:
-    """Return the error for a record that has lost what the other says of it."""
+    """Return the error for a record that has lost what the other says of it, or has another file in its place."""
+    hint = "put the file back from a backup"
+    if witness.anchored_file != path.name:
+        hint = f"name {witness.anchored_file} as site.{which} in site.toml again, or rename it to {path.name}"
     return StorageError(
-        f"{path} has {log.head().lines} lines, and not the first {anchor.lines} that {witness.name} remembers",
+        f"{path} has {log.head().lines} lines, and not the first {witness.anchor.lines} of "
+        f"{witness.anchored_file}, which {witness_path.name} remembers",
         "the file as it was written: what was spent and counted cannot be forgotten",
-        f"put the file back from a backup. To begin a new life on purpose, move both {path.name} and {witness.name} "
-        "away: this site then forgets its budget and its rounds",
+        f"{hint}. To begin a new life on purpose, move both {path.name} and {witness_path.name} away: this site then "
+        "forgets its budget and its rounds",
         code=_BEHIND[which],
     )

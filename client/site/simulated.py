@@ -42,7 +42,7 @@ class SimulatedSite:
     max_rank: int = 0
 
     # A simulation is on one machine, so that its sites need not check the number of each other's clients.
-    policy = SitePolicy(seeded_noise=True, tell=TELLABLE, max_clients_per_site=10**6)
+    policy = SitePolicy(seeded_noise=True, tell=TELLABLE, clients_counted_per_site=10**6)
 
     @property
     def rows(self) -> tuple[int, ...]:

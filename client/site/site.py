@@ -217,7 +217,7 @@ class FileSite:
 
     def _records(self) -> SiteRecords:
         audit = self.folder / self.site.audit if self.site.audit else None
-        return records_of(audit, self.ledger_path())
+        return records_of(audit, self.ledger_path(), self.name)
 
     def identity(self) -> str:
         """Return name, folder, and a hash of path, size and time of all files, also of those in a folder of images."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -218,12 +218,17 @@ def examples_of(config: RunConfig, rows: int) -> ExamplePrivacySection:
     return dp_sgd.calibrated(rows, config.train, config.privacy.examples, config.run.rounds)
 
 
-def row_releases(job: Job) -> dict[Adversary, tuple[Release, int]]:
-    """Return the release about one row, and its count, of the client that reveals most. Empty without DP-SGD."""
-    counts = {len(rows) for rows in job.clients.values() if rows}
-    if not counts or not job.config.privacy.examples.enabled:
+def row_releases(clients: Mapping[str, Sequence[int]], config: RunConfig) -> dict[Adversary, tuple[Release, int]]:
+    """Return the release about one row, and its count, of the client that reveals most. Empty without DP-SGD.
+
+    Args:
+        clients: the rows of each client that trains, by its name.
+        config: of the run.
+    """
+    counts = {len(rows) for rows in clients.values() if rows}
+    if not counts or not config.privacy.examples.enabled:
         return {}
     # What a round shows about a row depends on the client's number of rows alone.
-    shown = [dp_sgd.release_of_round(rows, job.config.train, examples_of(job.config, rows)) for rows in sorted(counts)]
-    delta = job.config.privacy.examples.delta
+    shown = [dp_sgd.release_of_round(rows, config.train, examples_of(config, rows)) for rows in sorted(counts)]
+    delta = config.privacy.examples.delta
     return {"rows": max(shown, key=lambda one: epsilon({one[0]: one[1]}, delta))}

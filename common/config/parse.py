@@ -168,7 +168,10 @@ def explain(prefix: str, section: type[Section], detail: Any) -> Problem:
     return Problem(key, value, _after_must_be(detail["msg"]))
 
 
-_REPLACED = {"train.bf16": 'write train.precision = "bf16" for true; remove it for false'}
+_REPLACED = {
+    "train.bf16": 'write train.precision = "bf16" for true; remove it for false',
+    "policy.max_clients_per_site": "write clients_counted_per_site, its new name",
+}
 """What to write in place of settings of earlier versions."""
 
 _PYDANTIC_WORDS = {
@@ -199,6 +202,13 @@ def site_config(text: str) -> RunConfig:
     """Return the run as sites see it; parsed once for each distinct text.
 
     Raises:
-        ConfigError: a setting is unknown here or out of range.
+        ConfigError: the text is no JSON object, or a setting is unknown here or out of range.
     """
-    return parse(json.loads(text), "run received from the server")
+    source = "run received from the server"
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError):  # the latter from thousands of brackets
+        raw = None
+    if not isinstance(raw, dict):
+        raise ConfigError(source, [Problem("config", f"{len(text)} characters", "a JSON object")])
+    return parse(raw, source)

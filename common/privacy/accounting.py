@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -31,6 +31,10 @@ _ORDERS = (*range(2, 64), 72, 96, 128, 192, 256, 384, 512, 1024, 2048)
 """Renyi orders; integers, because the Skellam bound is proved for these."""
 
 
+_MOST = 10**12
+"""More than any number of a release that was planned."""
+
+
 @dataclass(frozen=True)
 class Release:
     """One noisy value that an adversary saw.
@@ -47,6 +51,24 @@ class Release:
     noise_multiplier: float
     sampling_probability: float = 1.0
     dimension: int = 1
+
+    @classmethod
+    def from_json(cls, value: Any) -> Release:
+        """Return the release that a line of a ledger holds.
+
+        Raises:
+            ValueError: it holds none: a field is missing or unknown, or a value is out of range.
+        """
+        if not isinstance(value, dict) or set(value) != {field.name for field in fields(cls)}:
+            raise ValueError("no release")
+        release = cls(**value)
+        numbers = (release.noise_multiplier, release.sampling_probability)
+        if not all(type(number) in (int, float) for number in numbers) or type(release.dimension) is not int:
+            raise ValueError("a value of another type")
+        in_range = 0 <= numbers[0] <= _MOST and 0 <= numbers[1] <= 1 and 1 <= release.dimension <= _MOST
+        if not in_range or release.noise not in ("gaussian", "skellam"):
+            raise ValueError("a value out of range")
+        return release
 
     def event(self) -> Any:
         """Return the release as a `dp_accounting.DpEvent`."""

@@ -54,16 +54,35 @@ class Ledger:
         """
         found: dict[Adversary, Counter[Release]] = {adversary: Counter() for adversary in ADVERSARIES}
         for line in verify(self.path):
-            if line["event"] == EVENT:
-                release = Release(**line["release"])
+            if line.get("event") == EVENT:
+                adversary, release, count = self._charge_of(line)
                 self._check_account(line, release)
                 if line.get("private") is False and not self.seeded:
                     release = replace(release, noise_multiplier=0.0)  # its noise is known to anybody with the seed
-                found[line["adversary"]][release] += line["count"]
+                found[adversary][release] += count
                 # Where the noise is not in shares, outsiders see what a site sees, and have no line of their own.
-                if line["adversary"] == "release" and release.noise != "skellam":
-                    found["outsiders"][release] += line["count"]
+                if adversary == "release" and release.noise != "skellam":
+                    found["outsiders"][release] += count
         return found
+
+    def _charge_of(self, line: Mapping[str, Any]) -> tuple[Adversary, Release, int]:
+        """Return who saw which release in a line, and how often.
+
+        Raises:
+            StorageError: `run-corrupt`, the line is no charge: a chain that is intact does not ensure that.
+        """
+        adversary, count = line.get("adversary"), line.get("count")
+        try:
+            if adversary not in ADVERSARIES or type(count) is not int or count < 1:
+                raise ValueError("no adversary, or no count")
+            return adversary, Release.from_json(line.get("release")), count
+        except (TypeError, ValueError) as error:
+            raise StorageError(
+                f"a line of the ledger {self.path} is no charge",
+                "the file as it was written",
+                "put the file back from a backup",
+                code="run-corrupt",
+            ) from error
 
     def _check_account(self, line: Mapping[str, Any], release: Release) -> None:
         """Check that a line was not charged as if a site's own noise hid the others from it.
@@ -87,8 +106,9 @@ class Ledger:
         Raises:
             StorageError: the file was tampered with.
         """
-        lines = [line for line in verify(self.path) if line["event"] == EVENT and line.get("run") == run]
-        return len({line["round"] for line in lines if line["adversary"] == "release"})
+        lines = [line for line in verify(self.path) if line.get("event") == EVENT and line.get("run") == run]
+        released = [line for line in lines if self._charge_of(line)[0] == "release"]
+        return len({str(line.get("round")) for line in released})
 
     def epsilons(self) -> dict[Adversary, float]:
         """Return the epsilon of each adversary that has seen a release; infinite if a release had no noise.

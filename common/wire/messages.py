@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from tsugiki.common.errors import Code, WireCode, WireError
+from tsugiki.common.settings import NAME_PATTERN
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord, Message, RecordDict
@@ -27,7 +28,7 @@ BESIDE = "secagg"
 _SHARE = re.compile(r"[0-9](\.[0-9]{1,12})?(e-[0-9]{2})?")
 _ROUNDING = 1e-3
 """How far from 1 the sum of shares may be that were rounded to six digits."""
-_CODE = re.compile(r"[a-z][a-z0-9-]{0,63}(:[A-Za-z_][A-Za-z0-9_]{0,63})?")
+_CODE = re.compile(rf"[a-z][a-z0-9-]{{0,63}}(:[A-Za-z_][A-Za-z0-9_]{{0,63}})?|policy-members:{NAME_PATTERN}")
 
 
 @dataclass(frozen=True)

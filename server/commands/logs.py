@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tsugiki.common.files import to_json
 from tsugiki.common.options import Json
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def verify(
 
     checks = verify_folder(folder, site)
     if as_json:
-        typer.echo(json.dumps([check.as_json() for check in checks], indent=1))
+        typer.echo(to_json([check.as_json() for check in checks], indent=1))
     else:
         _print(checks)
     if any(check.holds is False for check in checks):

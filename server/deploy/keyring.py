@@ -7,14 +7,13 @@ removed by hand is shut out, but not remembered.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from tsugiki.common.errors import StorageError, UsageError
-from tsugiki.common.files import locked, read_lines, unwritable, write_atomically
+from tsugiki.common.files import locked, read_lines, to_json, unwritable, write_atomically
 from tsugiki.common.keys import fingerprint, read_public_key
 from tsugiki.common.settings import NAME_PATTERN
 
@@ -158,7 +157,7 @@ def _remember(folder: Path, event: str, key: str, name: str) -> None:
     path = folder / REVOKED
     with locked(folder / f".{REVOKED}.lock"):
         lines = [*read_lines(path), added]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_atomically(path, "".join(to_json(line) + "\n" for line in lines).encode())
 
 
 def registered(folder: Path) -> dict[str, Path]:

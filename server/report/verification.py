@@ -107,6 +107,8 @@ def check_site(folder: Path) -> list[Check]:
         (charges, events, "audit", audit, ledger.name),
     ):
         anchors = [line[key] for line in here if line.get(key, {}).get("file") == other.name]
+        if key == "ledger":  # a site has one ledger, whatever its file was called when the last line was written
+            anchors += [line[key] for line in here if key in line][-1:]
         lost = [one for one in anchors if not Anchor(one["lines"], one["hash"]).holds(there)]
         last = (lost or anchors)[-1:] or [{"lines": 0}]
         checks.append(_anchored(other.name, name, last[0], not lost))
@@ -279,30 +281,60 @@ def _epsilons(ledger: Path | None, charges: Lines, run: str, rounds: Sequence[in
     if not ours.keys() & theirs.keys():  # as for a run without privacy beside the ledger of others
         return [Check("epsilons", "none that both record", "", None)]
     # Where a site sends a share of the noise without a mask, it counts each model as its upload; the operator does not.
-    if any(release.noise == "skellam" for release in theirs.get("uploads", {}).values()):
+    if any(release.noise == "skellam" for found in theirs.get("uploads", {}).values() for release in found):
         theirs = {"uploads": theirs["uploads"]}
     delta = _delta(verify(ledger), run)
     checks = []
     for adversary in sorted(ours.keys() & theirs.keys()):
         both = [number for number in rounds if number in ours[adversary] and number in theirs[adversary]]
-        here = _epsilon([ours[adversary][number] for number in both], delta)
-        there = _epsilon([theirs[adversary][number] for number in both], delta)
-        same = all(ours[adversary][number] == theirs[adversary][number] for number in both)
-        what = f"epsilon of {adversary}, rounds {_shown(both)}"
-        checks.append(Check(what, here, there, same if both else None))
+        here, there = ([charges[adversary][number] for number in both] for charges in (ours, theirs))
+        same = all(one.keys() == other.keys() for one, other in zip(here, there, strict=True))
+        what = f"{adversary}, rounds {_shown(both)}"
+        first, second = (_epsilon([release for found in one for release in found], delta) for one in (here, there))
+        checks.append(Check(f"epsilon of {what}", first, second, same if both else None))
+        checks.append(_attempts(adversary, what, both, here, there))
     return checks
 
 
-def _charged(lines: Lines, run: str) -> dict[str, dict[int, Release]]:
-    """Return the last release of each round of a run, by adversary.
+def _attempts(
+    adversary: str,
+    what: str,
+    rounds: Sequence[int],
+    ours: Sequence[Counter[Release]],
+    theirs: Sequence[Counter[Release]],
+) -> Check:
+    """Check that neither has left out attempts at a round that the other has charged.
+
+    The operator charges uploads when it asks for them, so a site may have fewer. The site charges all else when it
+    sends something, so the operator, who charges what is opened or released, may have fewer.
+
+    Args:
+        adversary: whose charges these are.
+        what: the charges are, for the reader.
+        rounds: that both have charged.
+        ours: the operator's charges of each of these rounds.
+        theirs: the site's.
+    """
+    charged_first, charged_later = (ours, theirs) if adversary == "uploads" else (theirs, ours)
+    totals = [[found.total() for found in charges] for charges in (charged_first, charged_later)]
+    differ = [number for number, first, later in zip(rounds, *totals, strict=True) if first < later]
+    here, there = (f"{sum(found.total() for found in charges)} charges" for charges in (ours, theirs))
+    if differ:
+        there += f": rounds {_shown(differ)} differ"
+    return Check(f"attempts of {what}", here, there, not differ if rounds else None)
+
+
+def _charged(lines: Lines, run: str) -> dict[str, dict[int, Counter[Release]]]:
+    """Return the releases of each round of a run with their counts, over all attempts, by adversary.
 
     The sampling of clients is left out: a site that was asked knows it, and counts the round in full.
     """
-    found: dict[str, dict[int, Release]] = {}
+    found: dict[str, dict[int, Counter[Release]]] = {}
     for line in lines:
         if line["event"] == CHARGED and line.get("run") == run:
             release = Release(**{**line["release"], "sampling_probability": 1.0})
-            found.setdefault(line["adversary"], {})[int(line["round"])] = release
+            of_round = found.setdefault(line["adversary"], {}).setdefault(int(line["round"]), Counter())
+            of_round[release] += int(line["count"])
     return found
 
 

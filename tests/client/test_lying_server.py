@@ -179,7 +179,14 @@ def test_a_site_that_the_server_invents_is_refused_by_those_who_know_each_other(
     new_key_pair(tmp_path / "crow" / "node.key")  # under the same name, the key of another
     with pytest.raises(QuorumNotMet):
         run_tiny(masked_run(tmp_path), app_of_sites(files))
-    assert codes(tmp_path, "query.shares") == {"acme": {"policy-members"}, "bolt": {"policy-members"}, "crow": set()}
+    lines = read_lines(tmp_path / "runs" / "tiny" / "metrics.jsonl")
+    seen = {line["rejected"]["acme"]["reason"] for line in lines if line.get("voided")}
+    assert seen == {"policy-members:crow"}  # the operator sees whom
+    assert codes(tmp_path, "query.shares") == {
+        "acme": {"policy-members:crow"},
+        "bolt": {"policy-members:crow"},
+        "crow": set(),
+    }
     assert charged(tmp_path) == []
 
 
@@ -198,7 +205,7 @@ def test_gateways_take_part_where_sites_agree_to_count_their_clients(tmp_path, m
     for file in files:
         write_rows(file.parent / "train.csv", 12, owner=lambda row: f"client-{row // 4}")
         changed = file.read_text().replace("[models]", 'client_column = "owner"\n[models]')
-        file.write_text(f"{changed}\n[policy]\nmax_clients_per_site = {most}\n")
+        file.write_text(f"{changed}\n[policy]\nclients_counted_per_site = {most}\n")
     gateways = {"simulation.clients": 9, "strategy.min_clients": 7, "privacy.enrolled_clients": 9}
     config = changed_config(masked_run(tmp_path), {**gateways, "privacy.max_clients_per_site": 3})
     if expected:

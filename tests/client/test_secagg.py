@@ -287,17 +287,17 @@ def test_clients_at_other_sites_count_as_far_as_the_policy_says(plan, caplog):
     sites = Sites(claimed)
     counts = {"clients": [1, 30_000, 30_000, 30_000]}
     refused("policy-clients", sites.answer_shares, "a", **counts)
-    gateways = SitePolicy(max_clients_per_site=30_000)
+    gateways = SitePolicy(clients_counted_per_site=30_000)
     with caplog.at_level("INFO", "tsugiki.client"):
         sites.answer_shares("a", policy=gateways, **counts)
     assert "up to 30000 at each other site, on the server's word" in caplog.text
-    few = SitePolicy(max_clients_per_site=19_999)
+    few = SitePolicy(clients_counted_per_site=19_999)
     refused("policy-clients", Sites(claimed).answer_shares, "a", policy=few, **counts)
 
 
 def test_a_sum_takes_the_clients_that_the_site_counts_on(plan):
     """Catches: a threshold by the server's counts, with which a sum is opened that is too small for a site in it."""
-    twenty = SitePolicy(max_clients_per_site=20)
+    twenty = SitePolicy(clients_counted_per_site=20)
     sites = Sites(replace(plan, max_clients_per_site=30, min_clients=61), policy=twenty)
     counts = {"clients": [1, 30, 30, 30]}
     refused("secagg-refused", sites.answer_shares, "a", needed=3, **counts)
@@ -335,13 +335,13 @@ def test_a_site_that_the_server_invents_is_refused(plan, node_keys):
     """Catches: a sum of one real site and three of the server's, which opens what the real one sends."""
     policy = pins(node_keys, "a", "b", "c")
     sites = Sites(plan, policy=policy, node_keys=node_keys)
-    refused("policy-members", sites.answer_shares, "a")  # d is a stranger
+    refused("policy-members:d", sites.answer_shares, "a")  # d is a stranger
     # The server signs with a key of its own in the place of d's.
     with_own = {**node_keys, "d": node_keys["invented"]}
-    refused("policy-members", Sites(plan, policy=pins(node_keys, *NAMES), node_keys=with_own).answer_shares, "a")
+    refused("policy-members:d", Sites(plan, policy=pins(node_keys, *NAMES), node_keys=with_own).answer_shares, "a")
     # Or it does not sign at all.
     bare = Sites(plan, policy=pins(node_keys, *NAMES), node_keys={name: node_keys[name] for name in "abc"})
-    refused("policy-members", bare.answer_shares, "a")
+    refused("policy-members:d", bare.answer_shares, "a")
     assert secagg.COUNTS not in bare.states["a"]
 
 

@@ -81,6 +81,17 @@ def test_content_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     assert happened == ["sync", "rename", "sync"]
 
 
+def test_a_new_file_of_lines_has_its_name_on_the_disk(tmp_path, monkeypatch):
+    """Catches: a first line that is on the disk under no name: a power cut loses the file of a charge or a count."""
+    flushed = []
+    sync = os.fsync
+    monkeypatch.setattr(files.os, "fsync", lambda number: flushed.append(os.fstat(number).st_ino) or sync(number))
+    append_line(tmp_path / "lines", {"a": 1})
+    assert flushed == [(tmp_path / "lines").stat().st_ino, tmp_path.stat().st_ino]
+    append_line(tmp_path / "lines", {"b": 2})
+    assert len(flushed) == 3
+
+
 def test_lines_are_appended_and_read(tmp_path):
     """Catches: a line break inside a record that becomes two lines."""
     records = [{"a": 1}, {"b": "two\nlines"}]
@@ -119,6 +130,17 @@ def test_lines_are_strict_json(tmp_path):
     append_line(tmp_path / "lines", {"name": "Übung", "value": 0.1})
     assert (tmp_path / "lines").read_bytes().isascii()
     assert json.loads((tmp_path / "lines").read_text()) == {"name": "Übung", "value": 0.1}
+
+
+def test_what_commands_print_and_remember_is_written_in_one_place():
+    """Catches: a second way of writing JSON, in which an infinite epsilon is no JSON."""
+    root = Path(__file__).resolve().parents[2]
+    paths = [
+        path for side in ("server/commands", "server/deploy", "client/site") for path in (root / side).glob("*.py")
+    ]
+    assert len(paths) > 15
+    writes = [path.name for path in paths if "json.dumps" in path.read_text("utf-8")]
+    assert writes == ["site.py", "split.py"]  # a hash, and the rows of a file for people
 
 
 def test_numbers_that_json_does_not_have_are_null(tmp_path):

@@ -246,6 +246,26 @@ def test_a_policy_refuses_before_anything_is_trained_or_charged(acme, monkeypatc
     assert not (folder / LEDGER).exists()
 
 
+@pytest.mark.parametrize(
+    ("policy", "privacy", "code"),
+    [
+        ("max_epsilon = 1.0", {"noise_multiplier": 1e-6}, "policy-epsilon"),
+        (
+            "max_row_epsilon = 1.0",
+            {"noise_multiplier": 4.0, "examples": {"noise_multiplier": 0.1}},
+            "policy-row-epsilon",
+        ),
+    ],
+)
+def test_a_round_that_the_budget_cannot_pay_is_refused_before_training(acme, monkeypatch, policy, privacy, code):
+    """Catches: hours of training for an upload that must not leave, and a round used up by it."""
+    folder, ask = acme(policy)
+    monkeypatch.setattr("tsugiki.client.training.cohort.train", lambda *arguments: pytest.fail("it has trained"))
+    assert refused(ask("local", **privacy)) == code
+    assert not (folder / LEDGER).exists()
+    assert "training" not in [line["event"] for line in verify(folder / "audit.jsonl")]
+
+
 def test_uploads_without_noise_of_their_own_are_infinite_in_the_ledger(acme):
     """Catches: a site that believes that noise at the server hides its upload from the server."""
     folder, ask = acme()

@@ -255,14 +255,38 @@ def test_members_are_names_with_fingerprints(members):
     [
         ([], "crow", "SHA256:" + "c" * 43, ""),
         ([ACME, BOLT], "bolt", "SHA256:" + "b" * 43, ""),
-        ([ACME, BOLT], "bolt", "SHA256:" + "a" * 43, "policy-members"),
-        ([ACME, BOLT], "crow", "SHA256:" + "b" * 43, "policy-members"),
-        ([ACME, BOLT], "bolt", "", "policy-members"),
+        ([ACME, BOLT], "bolt", "SHA256:" + "a" * 43, "policy-members:bolt"),
+        ([ACME, BOLT], "crow", "SHA256:" + "b" * 43, "policy-members:crow"),
+        ([ACME, BOLT], "bolt", "", "policy-members:bolt"),
     ],
 )
 def test_who_may_be_in_a_sum(members, site, key, code):
     """Catches: any pinned key under any name; pins that forbid everything while there are none."""
-    assert refusal(SitePolicy(members=members).check_member, site, key) == code
+    assert refusal(SitePolicy(members=members).check_members, {site: key}) == code
+
+
+def test_all_sites_that_are_not_pinned_are_named():
+    """Catches: an operator who learns of one stranger after the other, or of none."""
+    listed = {"acme": "SHA256:" + "a" * 43, "dora": "", "crow": "SHA256:" + "c" * 43}
+    with pytest.raises(PolicyError, match=r"'crow' \(key SHA256:c+\), 'dora' \(key none\)") as caught:
+        SitePolicy(members=[ACME, BOLT]).check_members(listed)
+    assert caught.value.code == "policy-members:crow"
+
+
+@pytest.mark.parametrize(
+    ("asked", "most", "code"),
+    [
+        (private("distributed"), 1.0, ""),
+        (private("distributed"), 0.99, "policy-honest-fraction"),
+        (private("distributed", honest_fraction=0.5), 0.5, ""),
+        (private("distributed", honest_fraction=0.5), 0.49, "policy-honest-fraction"),
+        (private("local"), 0.5, ""),
+        (OPEN, 0.5, ""),
+    ],
+)
+def test_how_many_honest_clients_a_site_believes_in(asked, most, code):
+    """Catches: a server that states any share of honest clients, by which each site divides its noise."""
+    assert refusal(SitePolicy(max_honest_fraction=most).check_privacy, *asked) == code
 
 
 @pytest.mark.parametrize(
@@ -277,7 +301,7 @@ def test_who_may_be_in_a_sum(members, site, key, code):
 def test_the_clients_that_a_site_counts_on(most, counts, found):
     """Catches: another site's clients believed; this site's own, which it has counted itself, cut too."""
     plan = plan_of("distributed", clients=found, secure_aggregation=True)
-    policy = SitePolicy(max_clients_per_site=most)
+    policy = SitePolicy(clients_counted_per_site=most)
     assert sum(policy.count_on("acme", counts, plan).values()) == found
     more = {**counts, "bolt": 10**5, "crow": 10**5}
     larger = plan_of("distributed", clients=counts["acme"] + 2 * most + 1, secure_aggregation=True)
@@ -288,7 +312,7 @@ def test_a_site_says_what_it_takes_on_trust():
     """Catches: a site that counts on the server's word and does not know it; warnings where there is nothing to say."""
     assert SitePolicy().taken_on_trust() == []
     assert SitePolicy(secure_aggregation=True, members=[ACME]).taken_on_trust() == []
-    gateways = SitePolicy(secure_aggregation=True, max_clients_per_site=30).taken_on_trust()
+    gateways = SitePolicy(secure_aggregation=True, clients_counted_per_site=30).taken_on_trust()
     assert len(gateways) == 2
     assert "up to 30 clients at each other site, on the server's word" in gateways[0]
     assert "policy.members is empty" in gateways[1]

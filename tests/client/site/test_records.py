@@ -240,6 +240,25 @@ def test_a_crash_between_two_writes_is_no_attack(acme, monkeypatch, privacy):
     assert points >= 3  # training, the ledger, trained
 
 
+@pytest.mark.parametrize(
+    ("event", "details"),
+    [
+        ("hello", {"ledger": {"lines": 1}}),
+        ("hello", {"ledger": {"file": LEDGER, "lines": None, "hash": ""}}),
+        ("hello", {"ledger": {"file": LEDGER, "lines": -1, "hash": ""}}),
+        ("training", {"time": "yesterday"}),
+        ("training", {"time": "2026-01-01T00:00:00"}),
+        ("settings", {}),
+    ],
+)
+def test_a_line_that_holds_what_no_version_writes_is_damage(tmp_path, event, details):
+    """Catches: a traceback, or a code without what to do, for a log whose chain is whole."""
+    audit.AuditLog(tmp_path / AUDIT).write(event, **details)
+    with pytest.raises(StorageError) as caught:
+        SiteRecords(tmp_path / AUDIT, tmp_path / LEDGER, "acme").check()
+    assert caught.value.code == "run-corrupt"
+
+
 def test_half_a_line_is_no_attack(acme):
     """Catches: a line that a power cut has halved, taken for one that was anchored."""
     folder, ask = acme()
@@ -254,7 +273,7 @@ def test_half_a_line_is_no_attack(acme):
 def test_two_processes_of_a_site_share_its_records(tmp_path):
     """Catches: a second process that overlooks what the first has counted."""
     paths = (tmp_path / AUDIT, tmp_path / LEDGER)
-    one, two = SiteRecords(*paths), SiteRecords(*paths)
+    one, two = SiteRecords(*paths, "acme"), SiteRecords(*paths, "acme")
     policy = SitePolicy(max_rounds=2)
     one.begin_round("one", 1, policy)
     two.begin_round("two", 1, policy)
@@ -266,10 +285,47 @@ def test_two_processes_of_a_site_share_its_records(tmp_path):
 def test_a_change_of_file_is_no_attack(tmp_path):
     """Catches: two sites in one folder with a log each and one ledger, each of which takes the other for an attack."""
     ledger = tmp_path / LEDGER
-    one, two = SiteRecords(tmp_path / "one.jsonl", ledger), SiteRecords(tmp_path / "two.jsonl", ledger)
+    one, two = (SiteRecords(tmp_path / f"{name}.jsonl", ledger, name) for name in ("one", "two"))
     for records in (one, two, one, two):
         records.write("hello")
         records.check()
+
+
+@pytest.mark.parametrize("privacy", [{"mode": "none"}, LOCAL])
+@pytest.mark.parametrize(
+    ("key", "name", "expected"), [("ledger", LEDGER, "ledger-behind"), ("audit", AUDIT, "audit-behind")]
+)
+def test_a_record_under_another_name_is_refused(acme, privacy, key, name, expected):
+    """Catches: a new life, with a whole budget, for a site whose site.toml names a file that is not there yet."""
+    folder, ask = acme()
+    file = folder / "site.toml"
+    own = file.read_text()
+    assert code(ask(privacy=privacy)) == ""
+    file.write_text(own.replace("[site]", f'[site]\n{key} = "other.jsonl"'))
+    restarted()
+    assert code(ask("query", privacy=privacy)) == expected
+    with pytest.raises(StorageError, match=f"name {name} as site.{key} in site.toml again"):
+        read_site(file).check_records()
+    (folder / name).rename(folder / "other.jsonl")  # what was spent has come along
+    restarted()
+    assert code(ask(round_=2, privacy=privacy)) == ""
+
+
+def test_sites_that_share_a_ledger_keep_their_own_logs(tmp_path):
+    """Catches: a log that is new to a shared ledger taken for that of another site."""
+    ledger = tmp_path / LEDGER
+    paths = {name: tmp_path / name / AUDIT for name in ("one", "two")}
+    for path in paths.values():
+        path.parent.mkdir()
+    for name in ("one", "two", "one", "two"):
+        records = SiteRecords(paths[name], ledger, name)
+        records.write("hello")
+        with records.charging() as anchor:
+            audit.AuditLog(ledger).write("unprotected", **anchor)
+        records.check()
+    with pytest.raises(StorageError) as caught:
+        SiteRecords(tmp_path / "new.jsonl", ledger, "two").check()
+    assert caught.value.code == "audit-behind"
 
 
 # What leaves is no oracle
@@ -295,6 +351,15 @@ def test_in_a_private_run_all_that_follows_from_rows_is_one_code(acme, rows, own
     assert code(ask(kind, privacy=LOCAL)) == "shard-unusable"
     assert verify(folder / AUDIT)[-1]["code"] == own
     assert code(ask(kind, privacy={"examples": {"noise_multiplier": 1.0}})) == "shard-unusable"
+
+
+def test_no_loss_leaves_under_dp_sgd_alone(acme):
+    """Catches: an exact loss of rows beside gradients with noise on them."""
+    _, ask = acme()
+    examples = {"examples": {"noise_multiplier": 1.0}}
+    reply = from_record(TrainReply, ask(privacy=examples).content)
+    assert (reply.rows, reply.loss, reply.loss_shared, reply.seconds) == (8, 0.0, False, 0.0)
+    assert from_record(TrainReply, ask(round_=2).content).loss_shared  # a look that would see one
 
 
 def test_work_that_follows_from_rows_is_that_code_too(acme):

@@ -5,7 +5,7 @@ import pytest
 from flwr.app import Context, RecordDict
 from PIL import Image
 
-from tests.support.federation import CANARY, tiny_config, write_rows
+from tests.support.federation import CANARY, site_folder, tiny_config, write_rows
 from tsugiki.client.site.site import read_site, site_of_node
 from tsugiki.common.data.images import write_idx
 from tsugiki.common.errors import ConfigError, DataError, ModelError
@@ -41,6 +41,14 @@ def test_all_problems_are_told_at_once(tmp_path):
     keys = {problem.key for problem in caught.value.problems}
     assert keys == {"site.name", "data.train", "data.min_rows", "data.trian", "models", "polcy", "server.port"}
     assert caught.value.exit_status == 2
+
+
+def test_the_old_name_of_a_key_is_refused_with_the_new_one(tmp_path):
+    """Catches: two settings of one name, of which a larger one is safer at the server and a smaller one at a site."""
+    file = site_folder(tmp_path / "acme", "acme")
+    file.write_text(f"[policy]\nmax_clients_per_site = 3\n{file.read_text()}")
+    with pytest.raises(ConfigError, match="clients_counted_per_site, its new name"):
+        read_site(file)
 
 
 @pytest.mark.parametrize("text", ["site = 3\n", "data = []\n", 'models = "x"\n', "", "[site\n"])

@@ -317,4 +317,4 @@ def test_a_gateways_rows_are_charged_as_the_client_that_shows_most(tmp_path):
     seen = {rows: dp_sgd.release_of_round(rows, config.train, config.privacy.examples) for rows in (8, 17)}
     spent = {rows: epsilon({release: count}, 1e-5) for rows, (release, count) in seen.items()}
     assert spent[17] > spent[8]
-    assert row_releases(job) == {"rows": seen[17]}
+    assert row_releases(job.clients, job.config) == {"rows": seen[17]}

@@ -15,7 +15,7 @@ import pytest
 from tests.support.private import unchanged
 from tsugiki.common.audit import AuditLog, verify
 from tsugiki.common.errors import BudgetError, StorageError
-from tsugiki.common.privacy.accounting import Release, epsilon
+from tsugiki.common.privacy.accounting import ACCOUNT, Release, epsilon
 from tsugiki.common.privacy.ledger import Ledger
 from tsugiki.common.privacy.mechanisms import ADVERSARIES
 
@@ -195,13 +195,13 @@ def test_a_charge_is_on_the_disk_when_it_returns(path, monkeypatch):
 
     def fsync(number):
         order.append(os.readlink(f"/proc/self/fd/{number}"))
-        assert path.read_text().count("\n") == len(order)  # flushed before
+        assert path.read_text().count("\n") == order.count(str(path))  # flushed before
         real(number)
 
     monkeypatch.setattr("tsugiki.common.files.os.fsync", fsync)
     for _ in range(2):
         Ledger(path, DELTA, {}).charge("release", NOISY)
-    assert order == [str(path)] * 2
+    assert order == [str(path), str(path.parent), str(path)]  # the folder once, for the name of the new file
 
 
 def test_without_the_disk_nothing_may_leave(path, monkeypatch):
@@ -224,6 +224,38 @@ def test_a_ledger_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(StorageError):
         Ledger(tmp_path / "folder.jsonl", DELTA, {}).charge("release", NOISY)
+
+
+WHOLE = {"adversary": "release", "release": asdict(NOISY), "count": 1, "account": ACCOUNT, "run": "one", "round": 1}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"release": None},
+        {"release": {}},
+        {"release": {**asdict(NOISY), "noise_multiplier": "4"}},
+        {"release": {**asdict(NOISY), "noise_multiplier": 10**400}},
+        {"release": {**asdict(NOISY), "noise": []}},
+        {"release": {**asdict(NOISY), "dimension": 0}},
+        {"release": {**asdict(NOISY), "sampling_probability": -1}},
+        {"adversary": []},
+        {"adversary": "nobody"},
+        {"count": True},
+        {"count": 0},
+    ],
+)
+def test_a_line_that_is_no_charge_is_damage(tmp_path, change):
+    """Catches: a traceback for a ledger whose chain is whole, and which holds what no version has written."""
+    path = tmp_path / "ledger.jsonl"
+    AuditLog(path).write("charged", **WHOLE)
+    assert Ledger(path, DELTA, {}).rounds("one") == 1
+    assert Ledger(path, DELTA, {}).epsilons() == {"release": after(1)}
+    AuditLog(path).write("charged", **{**WHOLE, **change})
+    for read in (Ledger(path, DELTA, {}).epsilons, lambda: Ledger(path, DELTA, {}).rounds("one")):
+        with pytest.raises(StorageError) as caught:
+            read()
+        assert caught.value.code == "run-corrupt"
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,8 @@ def test_our_codes_cross(code, request_message):
         "Shard-Empty",
         "a" * 65,
         "client-error:",
+        "client-error:a.b",
+        "policy-members:../a",
         "client-error:" + "x" * 65,
         "\x1b[31mred",
         "-a",

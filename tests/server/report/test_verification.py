@@ -157,6 +157,23 @@ def test_a_site_that_records_something_else_is_found(folders, name, change, expe
     assert expected in differences(verify_folder(run, site))
 
 
+@pytest.mark.parametrize(
+    ("who", "adversary", "expected"),
+    [
+        ("site", "uploads", ["attempts of uploads, rounds 1-2"]),  # it has sent more than it was asked for
+        ("operator", "release", ["attempts of release, rounds 1-2"]),  # it has released more than the site has sent
+        ("site", "release", []),  # what it has sent may have been voided
+        ("operator", "uploads", []),  # what it has asked for may not have come
+    ],
+)
+def test_attempts_that_one_side_left_out_are_found(folders, who, adversary, expected):
+    """Catches: a round that was tried again, and is charged once at one of the two; honest retries taken for lies."""
+    run, site = folders
+    ledger = site / LEDGER if who == "site" else _ledger_of_run(run)
+    rewritten(ledger, lambda line: line | {"count": 2} if line["adversary"] == adversary else line)
+    assert [what for what in differences(verify_folder(run, site)) if what.startswith("attempts")] == expected
+
+
 def test_a_ledger_of_other_runs_only_is_not_compared(folders):
     """Catches: a traceback for a run without privacy whose folder is beside the ledger of private ones."""
     run, site = folders
