@@ -8,6 +8,7 @@ that it could find at all.
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -139,14 +140,15 @@ def audit_privacy(
     check_auditable(config)
     stop = stop or Stop()
     clock = _Clock(note, config.run.rounds)
-    noisy = _Series(_simulated(config), client, seed, clock, stop)
-    control = _Series(_simulated(config, CONTROL_NOISE), client, seed, clock, stop)
-    first = noisy.run()
-    clock.expect(2 * math.ceil(trials / first))
-    while noisy.trials < trials:
-        noisy.run()
-    while len(control.found) < len(noisy.found):
-        control.run()
+    with tempfile.TemporaryDirectory() as folder:
+        noisy = _Series(_simulated(config, folder), client, seed, clock, stop)
+        control = _Series(_simulated(config, folder, CONTROL_NOISE), client, seed, clock, stop)
+        first = noisy.run()
+        clock.expect(2 * math.ceil(trials / first))
+        while noisy.trials < trials:
+            noisy.run()
+        while len(control.found) < len(noisy.found):
+            control.run()
     summary = noisy.summary
     return PrivacyAudit(
         name=config.run.name,
@@ -174,7 +176,7 @@ def check_auditable(config: RunConfig) -> None:
     privacy = config.privacy
     found = []
     if privacy.mode == "none":
-        wanted = '"central", "local" or "distributed": without privacy of clients there is no claim to audit'
+        wanted = '"central", "local" or "distributed": the audit attacks clients, not rows under [privacy.examples]'
         found.append(Problem("privacy.mode", "'none'", wanted, "`tsugiki budget FILE`, which plans one"))
     elif privacy.noise_multiplier == 0 and privacy.target_epsilon == 0:
         wanted = "above 0, or privacy.noise_multiplier above 0: without noise there is no claim to audit"
@@ -247,20 +249,19 @@ class _Series:
         """Simulate one more run; return its number of canaries."""
         # The control has the same canaries and coins as the runs with noise.
         attacker = Attacker(generator(self._seed, "canaries", len(self.found)))
-        with tempfile.TemporaryDirectory() as folder:
-            config = changed(self._config, {"run.output_dir": folder})
-            app, nodes = self._client(config, attacker)
-            outcome: Outcome = run_federation(
-                InProcessGrid(app, nodes), config, progress=self._clock, stop=self._stop, simulated=True
-            )
+        app, nodes = self._client(self._config, attacker)
+        outcome: Outcome = run_federation(
+            InProcessGrid(app, nodes), self._config, progress=self._clock, stop=self._stop, simulated=True
+        )
+        shutil.rmtree(outcome.folder)  # the next run has the same settings, so that the rows are read and split once
         self._clock.run_ends()
         self.summary = outcome.summary
         self.found.append(attacker.trials(outcome.state.vector))
         return len(self.found[-1]["release"].scores)
 
 
-def _simulated(config: RunConfig, noise_multiplier: float | None = None) -> RunConfig:
-    """Return the run as it is audited, with its own noise or another.
+def _simulated(config: RunConfig, folder: str, noise_multiplier: float | None = None) -> RunConfig:
+    """Return the run as it is audited, in another folder, with its own noise or another.
 
     It is not evaluated, has a ledger of its own, and its strategy is the plain mean: what others do with the mean
     costs nothing, and can only tell less.
@@ -268,6 +269,7 @@ def _simulated(config: RunConfig, noise_multiplier: float | None = None) -> RunC
     kept = set(StrategySettings.model_fields) - {"name"}
     strategy = {"name": "fedavg", **config.strategy.model_dump(mode="json", include=kept)}
     changes: dict[str, Any] = {
+        "run.output_dir": folder,
         "strategy": strategy,
         "evaluation": {"batch_size": config.evaluation.batch_size},
         "privacy.ledger": "",

@@ -12,27 +12,28 @@ CLIENTS = {"a": ["a/0", "a/1"], "b": ["b/0", "b/1"], "c": ["c/0", "c/1"]}
 HIDDEN = 1000 * LEVELS
 
 
-def attack(clients=None, **noise):
+def attack(clients=None, size=SIZE, **noise):
     """Let an attacker see a run of two rounds; return it with its trials.
 
     Args:
         clients: names by site; by default three sites of two, of which `a` is curious.
+        size: of an update; at most so many clients are canaries.
         noise: levels that a site adds to its upload in each round, by site name.
     """
     clients = clients or CLIENTS
-    plan = plan_of("distributed", SIZE, clients=6, noise_multiplier=1.0, clip_norm=0.5)
+    plan = plan_of("distributed", size, clients=6, noise_multiplier=1.0, clip_norm=0.5)
     attacker = Attacker(np.random.default_rng(4))
     attacker.meet(clients)
-    canaries = attacker.canaries(SIZE)
+    canaries = attacker.canaries(size)
     draw = np.random.default_rng(5)
-    adapter = draw.normal(size=SIZE).astype(np.float32)
+    adapter = draw.normal(size=size).astype(np.float32)
     for number in (1, 2):
-        total = np.zeros(SIZE, np.int64)
+        total = np.zeros(size, np.int64)
         for site, names in clients.items():
             marked = [name for name in names if name in canaries.numbers]
-            known = np.zeros(SIZE, np.int64)
+            known = np.zeros(size, np.int64)
             if len(marked) < len(names):  # an ordinary client's update, far longer than any canary's
-                known = draw.integers(-100 * LEVELS, 100 * LEVELS, SIZE)
+                known = draw.integers(-100 * LEVELS, 100 * LEVELS, size)
             sent = canaries.updates(marked, plan).sum(axis=0) * (LEVELS / 10 / plan.clip_norm)
             upload = known + np.rint(sent).astype(np.int64) + noise.get(site, 0)
             attacker.see(names, number, adapter, plan, upload, known)
@@ -74,6 +75,13 @@ def test_a_site_alone_has_canaries():
     """Catches: no canary at all where there is no other site to be curious."""
     attacker, found = attack({"a": ["a/0", "a/1", "a/2", "a/3"]})
     assert len(attacker.canaries(SIZE).names) == 4
+    assert all(told_apart(trials) for trials in found.values())
+
+
+def test_what_ordinary_clients_send_is_known_at_every_site():
+    """Catches: clients that are too many to be canaries, and whose updates then hide those of the others."""
+    attacker, found = attack(size=3)
+    assert len(attacker.canaries(3).names) == 3
     assert all(told_apart(trials) for trials in found.values())
 
 

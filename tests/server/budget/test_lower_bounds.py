@@ -100,9 +100,10 @@ def test_a_gaussian_mechanism_is_not_charged_with_more_than_it_has(mu):
 
 def test_what_is_no_attack_finds_nothing():
     """Catches: a threshold or a number of guesses chosen on the trials that are reported, which finds something."""
-    chance = [bounds(gaussian(0.0, trials=120, seed=seed), confidence=0.9, seed=seed) for seed in range(40)]
-    assert sum(one.threshold > 0 for one in chance) <= 10  # 4 on average at most; more than 10 with p = 0.002
-    assert sum(one.guesses > 0 for one in chance) <= 10
+    chance = [bounds(gaussian(0.0, trials=120, seed=seed), confidence=0.7, seed=seed) for seed in range(40)]
+    # Chosen on the reported trials, thresholds find something in 12 of 40 audits, and numbers of guesses in 24.
+    assert sum(one.threshold > 0 for one in chance) <= 6
+    assert sum(one.guesses > 0 for one in chance) <= 6
 
 
 def test_clients_that_are_recognised_by_their_absence_count_too():
