@@ -290,7 +290,7 @@ def _judge(
 ) -> LedgerAudit:
     """Return what was found about a ledger."""
     found, without = (
-        lower_bounds(pooled(series.found, adversary), delta, CONFIDENCE, generator(seed, "halves", adversary))
+        lower_bounds(pooled(series.found, adversary), delta, CONFIDENCE, generator(seed, "halves"))
         for series in (noisy, control)
     )
     return LedgerAudit(adversary, claimed, found, without)

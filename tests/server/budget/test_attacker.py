@@ -12,20 +12,22 @@ CLIENTS = {"a": ["a/0", "a/1"], "b": ["b/0", "b/1"], "c": ["c/0", "c/1"]}
 HIDDEN = 1000 * LEVELS
 
 
-def attack(clients=None, size=SIZE, **noise):
+def attack(clients=None, size=SIZE, plan=None, **noise):
     """Let an attacker see a run of two rounds; return it with its trials.
 
     Args:
         clients: names by site; by default three sites of two, of which `a` is curious.
         size: of an update; at most so many clients are canaries.
+        plan: of the run; by default in mode distributed.
         noise: levels that a site adds to its upload in each round, by site name.
     """
     clients = clients or CLIENTS
-    plan = plan_of("distributed", size, clients=6, noise_multiplier=1.0, clip_norm=0.5)
+    plan = plan or plan_of("distributed", size, clients=6, noise_multiplier=1.0, clip_norm=0.5)
     attacker = Attacker(np.random.default_rng(4))
     attacker.meet(clients)
     canaries = attacker.canaries(size)
     draw = np.random.default_rng(5)
+    divisor = plan.denominator or sum(map(len, clients.values()))
     adapter = draw.normal(size=size).astype(np.float32)
     for number in (1, 2):
         total = np.zeros(size, np.int64)
@@ -38,7 +40,7 @@ def attack(clients=None, size=SIZE, **noise):
             upload = known + np.rint(sent).astype(np.int64) + noise.get(site, 0)
             attacker.see(names, number, adapter, plan, upload, known)
             total += upload
-        adapter = (adapter + total * (plan.clip_norm / LEVELS / sum(map(len, clients.values())))).astype(np.float32)
+        adapter = (adapter + total * (plan.clip_norm / LEVELS / divisor)).astype(np.float32)
     return attacker, attacker.trials(adapter)
 
 
@@ -83,6 +85,14 @@ def test_what_ordinary_clients_send_is_known_at_every_site():
     attacker, found = attack(size=3)
     assert len(attacker.canaries(3).names) == 3
     assert all(told_apart(trials) for trials in found.values())
+
+
+def test_a_sampled_sum_has_a_denominator_of_its_own():
+    """Catches: a mean over the expected number of clients taken for one over those that were asked."""
+    sampling = {"sampling": "poisson", "strategy": {"fraction_train": 0.5}}
+    plan = plan_of("central", SIZE, clients=6, noise_multiplier=1.0, clip_norm=0.5, **sampling)
+    assert plan.denominator == 3
+    assert told_apart(attack(plan=plan)[1]["outsiders"])
 
 
 def test_runs_are_pooled_in_order():

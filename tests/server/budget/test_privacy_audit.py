@@ -167,6 +167,22 @@ def test_each_mode_can_be_audited(config, changes, claims):
             assert ledger.found.largest > CLAIMED
 
 
+def test_the_audited_run_is_that_of_the_file(config):
+    """Catches: an audit under another plan, with other cohorts, or of a step that hides what the mean shows."""
+    settings = {"name": "fedadam", "min_clients": CLIENTS - EACH, "fraction_train": 0.9}
+    wanted = changed(config, {"strategy": settings, "evaluation.data": "", "simulation.engine": "ray"})
+    audited = privacy_audit._simulated(wanted, "elsewhere")
+    assert make_plan(audited, 70) == make_plan(wanted, 70)
+    assert (audited.strategy.name, audited.strategy.server_learning_rate) == ("fedavg", 1.0)
+    assert (audited.strategy.min_clients, audited.strategy.fraction_train) == (CLIENTS - EACH, 0.9)
+    assert audited.run.output_dir == "elsewhere"
+    assert audited.simulation.engine == "in-process"
+    control = make_plan(privacy_audit._simulated(wanted, "elsewhere", 1e-3), 70)
+    assert replace(control, noise_multiplier=0.0, target_epsilon=0.0) == replace(
+        make_plan(wanted, 70), noise_multiplier=0.0, target_epsilon=0.0
+    )
+
+
 def test_the_coins_follow_from_the_seed_and_the_noise_does_not(config, monkeypatch):
     """Catches: an audit with the same canaries for every seed; noise that the auditor's seed gives away."""
     seen = []
