@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,8 +98,8 @@ def audit_statement(audit: Mapping[str, Any]) -> list[str]:
         return []
     lines = [
         f"Against {ADVERSARIES[ledger['adversary']]}: claimed {_claim(ledger['claimed'])}; an attacker found at least "
-        f"{ledger['found']['largest']:.1f}{'' if ledger['holds'] else ', WHICH BREAKS THE CLAIM'} "
-        f"(without noise, as a control: {ledger['control']['largest']:.1f})."
+        f"{_at_least(ledger['found']['largest'])}{'' if ledger['holds'] else ', WHICH BREAKS THE CLAIM'} "
+        f"(without noise, as a control: {_at_least(ledger['control']['largest'])})."
         for ledger in audit["ledgers"]
     ]
     weakest = min(ledger["control"]["largest"] for ledger in audit["ledgers"])
@@ -108,12 +109,17 @@ def audit_statement(audit: Mapping[str, Any]) -> list[str]:
         "refute a claim, and never prove one. No figure can be above the control's."
     )
     if weakest < STRONG:
-        words += f" Here that is only {weakest:.1f}: more trials would find more."
+        words += f" Here that is only {_at_least(weakest)}: more trials would find more."
     return [*lines, words]
 
 
 STRONG = 5.0
 """An attack that finds less than this without noise is weak."""
+
+
+def _at_least(epsilon: float) -> str:
+    """Return a lower bound with one decimal place, rounded down: rounded up, it would say too much."""
+    return f"{math.floor(epsilon * 10) / 10:.1f}"
 
 
 def _claim(epsilon: float | None) -> str:

@@ -100,6 +100,7 @@ def test_an_audit_is_told_beside_the_claim():
     assert "4,500 clients planted in 5 simulated runs, 99% confidence, delta 1e-05" in last
     assert "never prove one" in last
     assert "more trials" not in last
+    assert "at least 3.1 " in audit_statement(audited(found=3.18))[0]  # never rounded up
     assert "more trials" in audit_statement(audited(control=3.0))[-1]
     assert "BREAKS" not in first
     assert "at least 9.1, WHICH BREAKS THE CLAIM" in audit_statement(audited(found=9.1))[0]
