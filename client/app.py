@@ -16,9 +16,10 @@ from tsugiki.client import secagg
 from tsugiki.client.prepare import SiteRun
 from tsugiki.client.site.simulated import SimulatedSite, simulated_sites
 from tsugiki.client.site.site import Site, site_of_node
-from tsugiki.client.training.cohort import train_openly, train_protecting_clients
+from tsugiki.client.training.cohort import asked_clients, train_openly, train_protecting_clients
 from tsugiki.client.training.features import rows_for_sums, sum_features
 from tsugiki.client.training.job import Job
+from tsugiki.client.training.planted import planted
 from tsugiki.client.training.update import ProtectedSum
 from tsugiki.common import __version__, minor
 from tsugiki.common.config.parse import site_config
@@ -27,6 +28,7 @@ from tsugiki.common.errors import Code, DataError, SecureAggregationError, SpecE
 from tsugiki.common.head_sums import pack_sums
 from tsugiki.common.model.device import actual_precision, computing, device_notes, precision_advice
 from tsugiki.common.model.linear_head import warm_head_of
+from tsugiki.common.privacy.canaries import Auditor
 from tsugiki.common.privacy.clipping import Levels
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.strategies.factors import narrow
@@ -53,9 +55,17 @@ log = logging.getLogger("tsugiki.client")
 
 Locate = Callable[[Context], Site]
 
+Protect = Callable[[Job, Plan], ProtectedSum]
+"""Returns the protected sum of a site's clients in a round: `train_protecting_clients`, or what an audit plants."""
 
-def make_app(locate: Locate) -> ClientApp:
-    """Return a ClientApp whose nodes are the sites that `locate` finds."""
+
+def make_app(locate: Locate, protect: Protect | None = None) -> ClientApp:
+    """Return a ClientApp whose nodes are the sites that `locate` finds.
+
+    Args:
+        locate: returns the site of a node.
+        protect: for audits in a simulation; None: `train_protecting_clients`.
+    """
     app = ClientApp()
 
     @app.query()
@@ -64,7 +74,7 @@ def make_app(locate: Locate) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(message, lambda: locate(context), _train)
+        return _answer(message, lambda: locate(context), partial(_train, protect))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -84,7 +94,7 @@ def make_app(locate: Locate) -> ClientApp:
 
     @app.train("masked")
     def masked(message: Message, context: Context) -> Message:
-        return _answer(message, lambda: locate(context), partial(_masked, context.state))
+        return _answer(message, lambda: locate(context), partial(_masked, context.state, protect))
 
     @app.query("unmask")
     def unmask(message: Message, context: Context) -> Message:
@@ -202,14 +212,14 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
     return to_record(reply)
 
 
-def _train(site: Site, content: RecordDict) -> RecordDict:
+def _train(protect: Protect | None, site: Site, content: RecordDict) -> RecordDict:
     """Train, and send the mean update of the site's clients, or in a private run their protected sum."""
     request = from_record(TrainRequest, content)
     run = SiteRun.open(site, site_config(request.config), request.round)
     if run.plan is None:
         return _train_openly(run, run.job(request, content))
     plan = _plan_with_masks(run, False)
-    total = protected_sum(run, run.job(request, content), plan)
+    total = protected_sum(run, run.job(request, content), plan, protect)
     return _private_reply(run, request, total, total.levels)
 
 
@@ -248,18 +258,19 @@ def _told_steps(run: SiteRun, steps: int) -> int:
     return steps
 
 
-def protected_sum(run: SiteRun, job: Job, plan: Plan) -> ProtectedSum:
+def protected_sum(run: SiteRun, job: Job, plan: Plan, protect: Protect | None = None) -> ProtectedSum:
     """Return the protected sum of the updates of the site's clients, after charging it to the site's ledger.
 
     Args:
         run: the open run.
         job: the training of the round.
         plan: the run's plan, which is not None here.
+        protect: see `make_app`.
 
     Raises:
         PolicyError: the site's budget does not allow the upload.
     """
-    total = train_protecting_clients(job, plan)
+    total = (protect or train_protecting_clients)(job, plan)
     run.charge(job)
     return total
 
@@ -379,7 +390,7 @@ def _shares(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
     return _stage_reply(site, request, sealed)
 
 
-def _masked(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
+def _masked(state: RecordDict, protect: Protect | None, site: Site, content: RecordDict) -> RecordDict:
     """Train, and send the protected sum under its masks."""
     request = from_record(TrainRequest, content)
     fields = beside(content)
@@ -393,7 +404,7 @@ def _masked(state: RecordDict, site: Site, content: RecordDict) -> RecordDict:
     # Before the round is counted: a member that seals garbage must not use up the rounds of this site's policy.
     secagg.open_shares(state, fields)
     job = run.job(request, content)
-    total = protected_sum(run, job, plan)
+    total = protected_sum(run, job, plan, protect)
     levels = secagg.mask(state, fields["session"], total.levels, plan.modulus_bits)
     return _private_reply(run, request, total, levels)
 
@@ -434,6 +445,18 @@ def simulated_app(config: RunConfig, only: str = "") -> tuple[ClientApp, int]:
 
     names = [site.name for site in simulated_sites(config)]
     return make_app(locate), 1 if only else len(names)
+
+
+def audited_app(config: RunConfig, auditor: Auditor) -> tuple[ClientApp, int]:
+    """Return what `simulated_app` returns, with the auditor's marked clients among the sites' own.
+
+    Raises:
+        ConfigError, DataError: see `simulated_app`.
+    """
+    sites = simulated_sites(config)
+    auditor.meet({site.name: list(asked_clients(site.name, site.parts, "")) for site in sites})
+    app = make_app(lambda context: sites[int(context.node_config["partition-id"])], planted(auditor))
+    return app, len(sites)
 
 
 app = make_app(site_of_node)

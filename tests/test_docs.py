@@ -100,7 +100,7 @@ PROMISES_NOTHING = (
 
 
 def blocks_of(page, title):
-    """Return the paragraphs, list items and rows of tables in a section, without code, headings and the heads of tables."""
+    """Return the paragraphs, list items and rows of tables in a section, without code and headings."""
     section = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
     section = re.sub(r"```.*?```", "", section, flags=re.DOTALL)
     section = re.sub(r"^\|.*\|\n\|[-|]+\|$", "", section, flags=re.M)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
     from tsugiki.common.config.run import RunConfig
+    from tsugiki.common.privacy.canaries import Auditor
 
 _HELP_ORDER = [
     "demo",
@@ -74,6 +75,13 @@ def _simulated_app(config: RunConfig, only: str = "", /) -> tuple[ClientApp, int
     return simulated_app(config, only)
 
 
+def _audited_app(config: RunConfig, auditor: Auditor, /) -> tuple[ClientApp, int]:
+    """Make the ClientApp of simulated sites with canaries; see `tsugiki.client.app.audited_app`."""
+    from tsugiki.client.app import audited_app
+
+    return audited_app(config, auditor)
+
+
 def _training_losses(config: RunConfig, /) -> list[float]:
     """Run a short simulated federation; see `tsugiki.server.run.trial.training_losses`."""
     from tsugiki.server.run.trial import training_losses
@@ -95,6 +103,7 @@ def _start(ctx: typer.Context, version: Version = False) -> None:
     # The server does not know the client, so the commands that simulate sites get its app from here.
     ctx.obj = _simulated_app
     ctx.meta[site_commands.TRAINING_LOSSES] = _training_losses
+    ctx.meta[logs.AUDITED_APP] = _audited_app
 
 
 def main() -> None:

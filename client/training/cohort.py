@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -80,7 +80,7 @@ def train_openly(job: Job) -> tuple[Vector, Trained, int]:
     loss = 0.0
     rows = 0
     steps = 0
-    for group in _train_all(job):
+    for group in train_each(job):
         if not all(map(math.isfinite, group.losses)):
             raise TrainingError("the loss of a client is not finite", hint="lower train.learning_rate", code="diverged")
         weights = np.array([len(job.clients[name]) for name in group.names])
@@ -101,13 +101,18 @@ def train_protecting_clients(job: Job, plan: Plan) -> ProtectedSum:
         TrainingError: `deadline`, the time is up.
         MemoryError: or torch's own error; the machine failed, not the client's data.
     """
+    return protect(train_each(job, private=True), job, plan)
+
+
+def protect(groups: Iterable[ClientUpdates], job: Job, plan: Plan) -> ProtectedSum:
+    """Return the sum of these updates, each clipped and noised by itself."""
     total = ProtectedSum.empty(plan, job.config.privacy.insecure_noise_seed)
-    for group in _train_all(job, private=True):
+    for group in groups:
         total.add(group.updates, group.names[0], job.request.round)
     return total
 
 
-def _train_all(job: Job, private: bool = False) -> Iterator[ClientUpdates]:
+def train_each(job: Job, private: bool = False) -> Iterator[ClientUpdates]:
     """Yield the clients' updates: trained together where that is possible, else one after the other.
 
     Args:

@@ -1,1 +1,1 @@
-"""Plans of private runs, before anybody trains."""
+"""Plans of private runs, before anybody trains, and audits of them by attack."""

@@ -31,7 +31,7 @@ from tsugiki.server.report.run_files import (
     weighted_mean,
     worst_site,
 )
-from tsugiki.server.run.privacy_words import rows_statement, statement
+from tsugiki.server.run.privacy_words import audit_statement, rows_statement, statement
 
 MOST_MAPPED_SITES = 30
 MOST_MAPPED_ROUNDS = 60
@@ -128,7 +128,8 @@ def _metric_figures(run: Run) -> list[Figure]:
 
 
 def _privacy_words(run: Run) -> list[str]:
-    return statement(run.summary.get("privacy", {})) + rows_statement(run.summary.get("rows_privacy", {}))
+    words = statement(run.summary.get("privacy", {})) + rows_statement(run.summary.get("rows_privacy", {}))
+    return words + audit_statement(run.audit)
 
 
 def _privacy_figures(run: Run) -> list[Figure]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tsugiki.common.errors import StorageError
 from tsugiki.common.files import read_json, read_lines
 from tsugiki.server.run.replies import DROPOUT
+from tsugiki.server.run.storage import AUDIT_FILE
 
 Line = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -35,6 +36,7 @@ class Run:
         spec: spec.json; empty if the file is missing.
         config: config.toml as text; empty if the file is missing.
         baselines: baselines.json; empty if the file is missing.
+        audit: privacy_audit.json; empty if the file is missing, or an audit of another privacy plan.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Run:
     spec: dict[str, Any]
     config: str
     baselines: dict[str, Any]
+    audit: dict[str, Any] = field(default_factory=dict)
 
     @property
     def lower_is_better(self) -> list[str]:
@@ -93,7 +96,16 @@ def read_run(folder: Path) -> Run:
         _read_if_there(folder / "spec.json"),
         _text(config) if config.is_file() else "",
         _read_if_there(folder / "baselines.json"),
+        _audit_of(folder, summary),
     )
+
+
+def _audit_of(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the audit of the run's privacy plan; empty without one."""
+    audit = _read_if_there(folder / AUDIT_FILE)
+    if audit.get("plan_sha256") != summary.get("privacy", {}).get("plan_sha256"):
+        return {}
+    return audit
 
 
 def _text(path: Path) -> str:

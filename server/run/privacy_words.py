@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,6 +86,44 @@ def statement(privacy: Mapping[str, Any]) -> list[str]:
     if privacy.get("sampling_probability", 1.0) < 1:
         paragraphs.append(_SAMPLED)
     return [*paragraphs, *_server_view(privacy), _caveat()]
+
+
+def audit_statement(audit: Mapping[str, Any]) -> list[str]:
+    """Return paragraphs: what an attacker found about each ledger, with what has to be known to read it.
+
+    Args:
+        audit: `privacy_audit.json`; empty: there was none.
+    """
+    if not audit:
+        return []
+    lines = [
+        f"Against {ADVERSARIES[ledger['adversary']]}: claimed {_claim(ledger['claimed'])}; an attacker found at least "
+        f"{_at_least(ledger['found']['largest'])}{'' if ledger['holds'] else ', WHICH BREAKS THE CLAIM'} "
+        f"(without noise, as a control: {_at_least(ledger['control']['largest'])})."
+        for ledger in audit["ledgers"]
+    ]
+    weakest = min(ledger["control"]["largest"] for ledger in audit["ledgers"])
+    words = (
+        f"Audit by attack: {audit['trials']:,} clients planted in {audit['runs']} simulated runs, "
+        f"{audit['confidence']:.0%} confidence, delta {audit['delta']:g}. The figures are lower bounds: they can "
+        "refute a claim, and never prove one. No figure can be above the control's."
+    )
+    if weakest < STRONG:
+        words += f" Here that is only {_at_least(weakest)}: more trials would find more."
+    return [*lines, words]
+
+
+STRONG = 5.0
+"""An attack that finds less than this without noise is weak."""
+
+
+def _at_least(epsilon: float) -> str:
+    """Return a lower bound with one decimal place, rounded down: rounded up, it would say too much."""
+    return f"{math.floor(epsilon * 10) / 10:.1f}"
+
+
+def _claim(epsilon: float | None) -> str:
+    return "nothing" if epsilon is None else f"{epsilon:.1f}"
 
 
 def rows_statement(rows: Mapping[str, Any]) -> list[str]:

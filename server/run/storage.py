@@ -13,6 +13,12 @@ from tsugiki.common.files import locked, make_folder, refuse_links_in, unwritabl
 LEAST_FREE_BYTES = 64 * 2**20
 """No run starts on a disk with less free space: else it would train, and then fail to write its checkpoint."""
 
+AUDIT_FILE = "privacy_audit.json"
+"""What `tsugiki audit privacy` writes into a run's folder, also before there is a run."""
+
+_NO_RUN = {".lock", AUDIT_FILE}
+"""Files that may be in a new run's folder. A start that failed early leaves a lock file behind."""
+
 
 @contextmanager
 def run_folder(path: Path, *, resume: bool) -> Iterator[Path]:
@@ -24,8 +30,7 @@ def run_folder(path: Path, *, resume: bool) -> Iterator[Path]:
     try:
         if resume and not (path / "config.toml").is_file():
             raise StorageError(f"there is no run in {path}", "a folder with config.toml", code="run-missing")
-        # a lock file alone is no run: a start that failed early leaves it behind
-        if not resume and path.exists() and any(item.name != ".lock" for item in path.iterdir()):
+        if not resume and path.exists() and any(item.name not in _NO_RUN for item in path.iterdir()):
             raise StorageError(
                 f"the folder {path} is there already",
                 "a new folder for a new run",

@@ -9,36 +9,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from tests.support.private import plan_of, privacy_of
 from tsugiki.client.training.update import ProtectedSum
+from tsugiki.common.privacy.canaries import LENGTH, draw_canaries
 from tsugiki.common.privacy.mechanisms import epsilon_after
+from tsugiki.server.budget.lower_bounds import guesses_bound
 
 CANARIES, SIZE, DELTA = 500, 10_000, 1e-5
 CLAIMED = 2.0
-CONFIDENCE, GUESSES = 0.01, (20, 50, 100, 200)
-
-
-def p_value(guesses, right, epsilon):
-    """Return how likely so many right guesses are at most, if the mechanism is (epsilon, DELTA)-private."""
-    q = 1 / (1 + math.exp(-epsilon))
-    alpha = total = 0.0
-    for missing in range(1, right + 1):
-        total += stats.binom.pmf(right - missing, guesses, q)
-        alpha = max(alpha, total / missing)
-    return min(1.0, stats.binom.sf(right - 1, guesses, q) + alpha * DELTA * 2 * CANARIES)
-
-
-def lower_bound(guesses, right, confidence):
-    """Return the epsilon below which the mechanism cannot be, with confidence."""
-    if p_value(guesses, right, 0.0) >= confidence:
-        return 0.0
-    low, high = 0.0, 20.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if p_value(guesses, right, middle) < confidence else (low, middle)
-    return low
+ERROR, GUESSES = 0.01, (20, 50, 100, 200)
 
 
 def audit(plan, folder):
@@ -55,7 +35,7 @@ def audit(plan, folder):
     found = []
     for count in GUESSES:
         right = int(included[order[-count:]].sum() + (~included[order[:count]]).sum())
-        found.append(lower_bound(2 * count, right, CONFIDENCE / len(GUESSES)))
+        found.append(guesses_bound(CANARIES, 2 * count, right, DELTA, 1 - ERROR / len(GUESSES)))
     return max(found)
 
 
@@ -87,8 +67,38 @@ def test_each_uploads_own_noise_is_in_the_sum(tmp_path):
     assert audit(replace(plan, noise_multiplier=plan.noise_multiplier / (10 * math.sqrt(CANARIES))), tmp_path) > CLAIMED
 
 
-def test_the_bound_itself():
-    """Catches: a bound that chance exceeds: half of the guesses right say nothing, all of them much."""
-    assert lower_bound(100, 50, 0.01) == 0.0
-    assert lower_bound(100, 100, 0.01) == pytest.approx(3.0, abs=0.3)
-    assert lower_bound(400, 400, 0.01) > lower_bound(100, 100, 0.01)
+# The canaries of `tsugiki audit privacy`
+
+
+def drawn(names, dimension, seed=3):
+    """Return canaries with names and directions."""
+    return draw_canaries([f"site/{number}" for number in range(names)], dimension, np.random.default_rng(seed))
+
+
+def test_directions_are_at_right_angles_and_use_every_coordinate():
+    """Catches: canaries that hide each other; coordinates whose noise is never audited."""
+    canaries = drawn(20, 100)
+    plan = plan_of("distributed", 100, clients=20, noise_multiplier=1.0, clip_norm=0.5)
+    included = replace(canaries, included=np.ones(20, bool))
+    updates = included.updates(included.names, plan)
+    assert np.allclose(updates @ updates.T, (LENGTH * 0.5) ** 2 * np.eye(20))
+    assert (updates != 0).any(axis=0).all()
+    assert np.allclose(included.scores(updates[3]), LENGTH * 0.5 * np.eye(20)[3])
+    assert 0.2 < (updates > 0).sum() / 100 < 0.8
+
+
+def test_a_canary_that_was_left_out_sends_zeros():
+    """Catches: a client that is called out and takes part; coins that are not fair, or the same for all."""
+    canaries = drawn(400, 400)
+    plan = plan_of("distributed", 400, clients=400, noise_multiplier=1.0, delta=1e-4)
+    sends = canaries.updates(canaries.names, plan).any(axis=1)
+    assert np.array_equal(sends, canaries.included)
+    assert 140 < sends.sum() < 260
+    assert not np.array_equal(sends, drawn(400, 400, seed=4).included)
+
+
+def test_there_are_at_most_as_many_canaries_as_coordinates():
+    """Catches: a direction of length zero, or shared by two, where clients are more than numbers."""
+    canaries = drawn(50, 8)
+    assert len(canaries.names) == len(set(canaries.names)) == 8
+    assert sorted(canaries.coordinates.ravel()) == list(range(8))

@@ -61,6 +61,16 @@ def test_the_story_is_told_in_the_words_of_the_files(page):
     assert "1,234 parameters and 20 of the task's head, 1.0 kB to each site" in text
 
 
+def test_an_audit_by_attack_is_on_the_page(tmp_path):
+    """Catches: an audit that nobody reads, because the report leaves it out."""
+    folder = run_folder(tmp_path / "run", [start(accuracy=0.5)], privacy={"mode": "none", "plan_sha256": "ab"})
+    ledger = {"adversary": "release", "claimed": 8.0, "found": {"largest": 1.3}, "control": {"largest": 5.6}}
+    body = {"plan_sha256": "ab", "trials": 4500, "runs": 5, "confidence": 0.99, "delta": 1e-5}
+    assert "an attacker found" not in read_page(folder).text
+    (folder / "privacy_audit.json").write_text(json.dumps(body | {"ledgers": [ledger | {"holds": True}]}))
+    assert "claimed 8.0; an attacker found at least 1.3" in read_page(folder).text
+
+
 @pytest.mark.parametrize("missing", ["metrics.jsonl", "summary.json"])
 def test_an_unfinished_run_is_refused(tmp_path, missing):
     """Catches: an empty report for a folder that holds no finished run."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.runs import BASELINES, usual
+from tests.support.runs import BASELINES, line, run_folder, usual
 from tsugiki.common.errors import StorageError
 from tsugiki.server.report.run_files import baseline_metrics, read_run, replies_by_site, sum_sites
 
@@ -53,3 +53,13 @@ def test_of_a_round_that_was_tried_again_the_last_attempt_is_shown(tmp_path):
     """Catches: a voided attempt's rejection drawn over the accepted reply that followed; dropouts as rejected."""
     replies = replies_by_site(read_run(usual(tmp_path / "run")))
     assert replies == {"a": {1: "accepted", 2: "accepted"}, "b": {1: "accepted", 2: "accepted"}, "c": {2: "no reply"}}
+
+
+def test_an_audit_is_read_if_it_is_of_the_runs_plan(tmp_path):
+    """Catches: an audit of other settings, perhaps with more noise, beside the figures of this run."""
+    private = {"privacy": {"mode": "central", "plan_sha256": "ab"}}
+    folder = run_folder(tmp_path / "run", [line(1)], **private)
+    assert read_run(folder).audit == {}
+    for plan, found in (("cd", {}), ("ab", {"plan_sha256": "ab"})):
+        (folder / "privacy_audit.json").write_text(f'{{"plan_sha256": "{plan}"}}')
+        assert read_run(folder).audit == found

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tsugiki.server.run.privacy_words import NOT_PRIVATE, OPEN, format_epsilon, headline, statement
+from tsugiki.server.run.privacy_words import NOT_PRIVATE, OPEN, audit_statement, format_epsilon, headline, statement
 
 
 def summary(mode="distributed", private=True, **changes):
@@ -76,3 +76,33 @@ def test_no_protection_is_not_a_number():
     """Catches: an infinite epsilon printed as 0, inf or None."""
     assert format_epsilon(None) == "none at all"
     assert "the server, which sees each upload: none at all" in text(epsilon={"release": 1.0, "uploads": None})
+
+
+def audited(found=1.3, claimed=8.0, control=5.6):
+    """Return privacy_audit.json with one ledger."""
+    ledger = {
+        "adversary": "release",
+        "claimed": claimed,
+        "found": {"largest": found},
+        "control": {"largest": control},
+        "holds": claimed is None or found <= claimed,
+    }
+    return {"trials": 4500, "runs": 5, "confidence": 0.99, "delta": 1e-5, "ledgers": [ledger]}
+
+
+def test_an_audit_is_told_beside_the_claim():
+    """Catches: a lower bound that reads as a proof; a broken claim in the tone of a good one; no claim as a number."""
+    (first, last) = audit_statement(audited())
+    assert first == (
+        "Against whoever sees the models, other sites included: claimed 8.0; an attacker found at least 1.3 "
+        "(without noise, as a control: 5.6)."
+    )
+    assert "4,500 clients planted in 5 simulated runs, 99% confidence, delta 1e-05" in last
+    assert "never prove one" in last
+    assert "more trials" not in last
+    assert "at least 3.1 " in audit_statement(audited(found=3.18))[0]  # never rounded up
+    assert "more trials" in audit_statement(audited(control=3.0))[-1]
+    assert "BREAKS" not in first
+    assert "at least 9.1, WHICH BREAKS THE CLAIM" in audit_statement(audited(found=9.1))[0]
+    assert "claimed nothing; an attacker found at least 5.6" in audit_statement(audited(5.6, None))[0]
+    assert audit_statement({}) == []

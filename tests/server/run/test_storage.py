@@ -70,6 +70,15 @@ def test_a_start_that_failed_early_does_not_take_the_name(tmp_path):
     enter(tmp_path / "run")
 
 
+def test_an_audit_before_the_run_does_not_take_the_name(tmp_path):
+    """Catches: a run that is refused because its privacy was audited first, or an audit that hides a run."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / storage.AUDIT_FILE).touch()
+    enter(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    assert code_of(lambda: enter(tmp_path / "run")) == "run-exists"
+
+
 def test_only_a_run_is_resumed(tmp_path):
     """Catches: a new run in an empty folder when an old one was meant."""
     assert code_of(lambda: enter(tmp_path / "run", resume=True)) == "run-missing"
