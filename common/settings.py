@@ -219,12 +219,12 @@ class StrategySettings(Section):
         "says little. The clip of a private run is privacy.clip_norm.",
     )
     norm_tolerance: float = Field(
-        default=5.0,
+        default=1.0,
         ge=0,
         description="The server scales an update down to this many times a typical L2 norm (the median of the round, "
-        "or of the last round if it is larger), and names the site. Raise it if honest sites are named, for example "
-        "because they train very different numbers of local_epochs; lower it to 2 against sites that may lie. Private "
-        "runs ignore it. 0: off.",
+        "or of the last round if it is larger); a site far beyond that is named. At 1, no site moves the model further "
+        "than a typical one. Raise it if honest sites train very different numbers of steps, for example because they "
+        "have very different numbers of rows and local_epochs is set. Private runs ignore it. 0: off.",
     )
     weighting: Literal["capped", "rows", "equal"] = Field(
         default="capped",

@@ -9,8 +9,13 @@ would one that sends a hundred times the update of the others. Two rules bound b
   share they weigh the same, whatever their rows.
 - **Norm.** An update longer than `norm_tolerance` times a typical one is scaled down to that length. Typical is the
   median norm of the round or of the round before, whichever is larger, so norms may fall from round to round. A median
-  of fewer than four updates can be one site's choice: there the norms of the last rounds are joined to them. In a run
-  of two sites nobody can say which update is the outlier, and the median, half-way between both, clips neither.
+  of fewer than four updates can be one site's choice: there the norms of the last rounds are joined to them. Of two
+  sites nobody can say which update is the outlier: there the tolerance is at least 2, with which the median, half-way
+  between both, clips neither.
+
+  At a tolerance of 1, the default, about half of the updates are clipped a little, and no site moves the model further
+  than a typical one. A larger tolerance is what a liar gets: at 5, one reversed update of six cancels the others
+  (`docs/studies/robustness.md`).
 
 Both rules need all replies, and the server keeps no updates (`sums.py`). But most updates cannot be affected: those
 within the bound that the round before allows, of sites that are not among the largest so far. They are added to the
@@ -38,6 +43,11 @@ FEW = 4
 """With fewer updates than these, a round's median is joined by the norms of the last rounds."""
 RECENT = 8
 """How many norms are remembered from round to round."""
+TWO = 2
+TOLERANCE_OF_TWO = 2.0
+"""Of two updates, the median is half-way between both: neither is longer than twice that."""
+FAR = 3.0
+"""A site is named whose update is longer than this many times a typical one; honest ones differ by less."""
 DOMINANT = 4
 """A site with more than this many times the median site's rows is dominant."""
 
@@ -128,10 +138,12 @@ class Settled:
     Args:
         accepted: the replies, with their weights and the norms that they were clipped to.
         norms: to remember for the next round.
+        far: those whose updates were not only clipped, but far longer than a typical one.
     """
 
     accepted: Sequence[Accepted]
     norms: tuple[float, ...]
+    far: Sequence[Accepted] = ()
 
 
 class BoundedMean:
@@ -152,8 +164,11 @@ class BoundedMean:
         self._settings = settings
         self._before = before
         self._waiting = KeptUpdates(folder, size, LARGE_BYTES)
-        self._surely_within = norm_bound(settings.norm_tolerance, before)
-        if settings.norm_tolerance and not before:
+        self._tolerance = settings.norm_tolerance
+        if self._tolerance > 0 and count <= TWO:
+            self._tolerance = max(self._tolerance, TOLERANCE_OF_TWO)
+        self._surely_within = norm_bound(self._tolerance, before)
+        if self._tolerance and not before:
             self._surely_within = 0.0
         # no more sites than these can weigh more than the share: more of them would have more than all
         self._most_capped = 0
@@ -187,7 +202,7 @@ class BoundedMean:
             accepted: the replies that were added; their updates are not needed.
         """
         after = remembered_norms(self._before, [reply.norm for reply in accepted])
-        bound = norm_bound(self._settings.norm_tolerance, self._before, after)
+        bound = norm_bound(self._tolerance, self._before, after)
         weights = weights_of({reply.site: reply.rows for reply in accepted}, self._settings)
         settled = []
         for reply in accepted:
@@ -198,7 +213,19 @@ class BoundedMean:
             self.mean.add(one.update, l2_norm(one.update), one.weight)
             del one  # or it would stay in memory while the next one is read
         # as they were clipped: an outlier must not pass for typical in the next round
-        return Settled(settled, remembered_norms(self._before, [reply.norm_in_mean for reply in settled]))
+        norms = remembered_norms(self._before, [reply.norm_in_mean for reply in settled])
+        return Settled(settled, norms, far_beyond(settled, self._tolerance))
+
+
+def far_beyond(accepted: Sequence[Accepted], tolerance: float) -> list[Accepted]:
+    """Return the replies whose updates were not only clipped, but far longer than a typical one.
+
+    Args:
+        accepted: the replies of a round, settled.
+        tolerance: how many times a typical norm they were clipped to.
+    """
+    clipped = [(reply, reply.clipped_to) for reply in accepted if reply.clipped_to is not None]
+    return [reply for reply, bound in clipped if reply.norm > FAR * bound / tolerance]
 
 
 def settled_weights(accepted: Sequence[Accepted]) -> dict[str, int]:

@@ -69,18 +69,16 @@ class OpenRound(Round[CollectedMean]):
         settled = bounded.settle(replies.accepted)
         if kept is not None:
             kept.settle(settled_weights(settled.accepted), clip_factors(settled.accepted))
-        self._report_clipped(round_number, settled.accepted)
+        self._report_far(round_number, settled.far)
         norms = settled.norms
         if not strategy.same_part:  # another part of the adapter has other norms
             norms = ()
         replies = replace(replies, accepted=settled.accepted)
         return CollectedMean(**vars(replies), mean=bounded.mean, kept=kept, norms=norms)
 
-    def _report_clipped(self, round_number: int, accepted: Sequence[Accepted]) -> None:
+    def _report_far(self, round_number: int, far: Sequence[Accepted]) -> None:
         """Name the sites whose updates were far longer than the others'."""
-        for reply in accepted:
-            if reply.clipped_to is None:
-                continue
+        for reply in far:
             self.ctx.audit.write(
                 "update-clipped", round=round_number, site=reply.site, norm=reply.norm, clipped_to=reply.clipped_to
             )

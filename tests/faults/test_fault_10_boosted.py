@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.toy import SPEC, forging, is_train, run_toy, toy_app, toy_config, toy_context, toy_state
 from tsugiki.common.audit import verify
+from tsugiki.common.settings import StrategySettings
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.collect import sample
 from tsugiki.server.run.loop import finish_round, run_rounds, train_round
@@ -82,6 +83,7 @@ def test_the_guard_rejects_boosted_updates_by_their_norm(tmp_path, boost):
 
 LIAR = "f"
 HONEST = 0.25 * np.sqrt(SPEC.size)  # the norm of the toy's honest update
+DEFAULT = {"norm_tolerance": StrategySettings(name="fedavg").norm_tolerance}
 
 
 def boosted_in(rounds, norm):
@@ -100,11 +102,11 @@ def boosted_in(rounds, norm):
 @pytest.mark.parametrize("rounds", [{1}, {2}, {3}, {1, 2, 3}], ids=str)
 def test_one_boosted_update_moves_the_model_by_a_bounded_step(tmp_path, sites, rounds):
     """Catches: a reversed update of norm 99, below the absolute bound, that undoes every round from the first on."""
-    config = toy_config(tmp_path, strategy={"min_clients": len(sites)})
+    config = toy_config(tmp_path, strategy={"min_clients": len(sites), **DEFAULT})
     ran = run_toy(tmp_path, toy_app(list(sites), boosted_in(rounds, 99.0)), len(sites), config)
     moves = np.full(3, 0.25)
     for round_ in rounds:
-        moves[round_ - 1] = 0.25 * (len(sites) - 1 - 5) / len(sites)
+        moves[round_ - 1] = 0.25 * (len(sites) - 1 - 1) / len(sites)
     assert np.allclose(ran.state.vector, moves.sum(), atol=1e-6)
     clipped = {
         line["round"]: entry["clipped_to"]
@@ -112,14 +114,14 @@ def test_one_boosted_update_moves_the_model_by_a_bounded_step(tmp_path, sites, r
         for site, entry in line["accepted"].items()
         if "clipped_to" in entry and site == LIAR
     }
-    assert clipped == {round_: pytest.approx(5 * HONEST) for round_ in rounds}
+    assert clipped == {round_: pytest.approx(HONEST) for round_ in rounds}
     events = [event for event in ran.events if event["event"] == "update-clipped"]
     assert [(event["round"], event["site"]) for event in events] == [(round_, LIAR) for round_ in sorted(rounds)]
 
 
 def test_a_cohort_of_one_is_compared_with_the_rounds_before(tmp_path):
     """Catches: a site that is asked alone and sets the bound for itself."""
-    config = toy_config(tmp_path, strategy={"min_clients": 1})
+    config = toy_config(tmp_path, strategy={"min_clients": 1, **DEFAULT})
     fault = forging(1, lambda reply: None)
 
     def late(node, reply):
@@ -130,8 +132,8 @@ def test_a_cohort_of_one_is_compared_with_the_rounds_before(tmp_path):
     ran = run_toy(tmp_path, app, 2, config, fault=late)
     assert [line["accepted"].get(LIAR, {}).get("clipped_to") for line in ran.rounds] == [
         None,
-        pytest.approx(5 * HONEST),
-        pytest.approx(15 * HONEST),  # of two honest norms and one that was clipped; it grows, but not at once
+        pytest.approx(2 * HONEST),
+        pytest.approx(3 * HONEST),  # of two honest norms and one that was clipped; it grows, but not at once
     ]
 
 
@@ -164,18 +166,18 @@ def test_a_resumed_run_remembers_what_is_typical(tmp_path, interrupted_after):
 
 def test_two_sites_do_not_clip_each_other(tmp_path):
     """Catches: of two honest sites, the one that learns more cut down to the other."""
-    config = toy_config(tmp_path, run={"rounds": 2}, strategy={"min_clients": 2})
+    config = toy_config(tmp_path, run={"rounds": 2}, strategy={"min_clients": 2, **DEFAULT})
     ran = run_toy(tmp_path, toy_app(["a", LIAR], boosted_in({1, 2}, 20 * HONEST)), 2, config)
     assert not [event for event in ran.events if event["event"] == "update-clipped"]
 
 
 def test_strategies_that_combine_each_update_get_the_clipped_one(tmp_path):
     """Catches: a bound that only the running mean knows."""
-    config = toy_config(tmp_path, run={"rounds": 1}, strategy={"name": "trimmed_mean", "trim_fraction": 0.2})
+    config = toy_config(tmp_path, run={"rounds": 1}, strategy={"name": "trimmed_mean", "trim_fraction": 0.2, **DEFAULT})
     folder = tmp_path
     ctx = toy_context(folder, toy_app(list("abcdef"), boosted_in({1}, 99.0)), 6, config)
     ctx.roster.wait(lambda count: None)
     round_ = OpenRound(ctx)
     replies = round_.collect(toy_state(), 1, sample(ctx, 1, 0), 0)
     norms = [float(np.linalg.norm(one.update)) for one in replies.kept.updates()]
-    assert norms == pytest.approx([HONEST] * 5 + [5 * HONEST])
+    assert norms == pytest.approx([HONEST] * 6)

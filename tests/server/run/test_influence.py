@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.support.toy import toy_config
+from tsugiki.common.settings import StrategySettings
 from tsugiki.common.wire.spec import l2_norm
 from tsugiki.server.run.influence import (
     RECENT,
@@ -128,7 +129,7 @@ def replies(norms, rows):
 
 def bounded(folder, given, before=(), **strategy):
     """Return the mean of replies that arrive in this order, and the verdict on them."""
-    mean = BoundedMean(folder, SIZE, len(given), settings(**strategy), before)
+    mean = BoundedMean(folder, SIZE, len(given), settings(**{"norm_tolerance": 5.0, **strategy}), before)
     for reply in given:
         mean.add(reply)
     settled = mean.settle(sorted((reply.without_update() for reply in given), key=lambda reply: reply.site))
@@ -170,7 +171,7 @@ def test_the_share_holds_when_sites_drop_out(tmp_path):
 
 def test_few_updates_wait(tmp_path):
     """Catches: a server that writes every update of every round to its disk."""
-    mean = BoundedMean(tmp_path, SIZE, 40, settings(), (1.0,) * 4)
+    mean = BoundedMean(tmp_path, SIZE, 40, settings(norm_tolerance=5.0), (1.0,) * 4)
     given = replies([1.0] * 39 + [99.0], [100] * 40)
     for reply in given:
         mean.add(reply)
@@ -184,3 +185,20 @@ def test_without_bounds_nothing_waits(tmp_path):
     for reply in replies(NORMS, ROWS):
         mean.add(reply)
     assert mean._waiting._updates == []
+
+
+def test_by_default_no_site_moves_the_model_further_than_a_typical_one(tmp_path):
+    """Catches: a default under which one liar counts several times; half of all honest sites named in each round."""
+    default = StrategySettings(name="fedavg").norm_tolerance
+    _, settled = bounded(tmp_path, replies(NORMS, ROWS), norm_tolerance=default)
+    clipped = {reply.site: reply.clipped_to for reply in settled.accepted if reply.clipped_to}
+    assert clipped == {"site-2": pytest.approx(1.5), "site-3": pytest.approx(1.5)}
+    assert [reply.site for reply in settled.far] == ["site-2"]
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 1.0, 5.0])
+def test_of_two_sites_neither_is_clipped(tmp_path, tolerance):
+    """Catches: of two honest sites, the one that learns more cut down to the other."""
+    _, settled = bounded(tmp_path, replies([1.0, 60.0], [10, 10]), norm_tolerance=tolerance)
+    assert [reply.clipped_to for reply in settled.accepted] == [None, None]
+    assert settled.far == []
