@@ -36,7 +36,7 @@ class Anchor:
 
     def holds(self, records: Sequence[Mapping[str, Any]]) -> bool:
         """Return whether a log, whose chain is intact, still begins with what it had at that time."""
-        if len(records) < self.lines:
+        if not 0 <= self.lines <= len(records):
             return False
         return not self.lines or records[self.lines - 1]["hash"] == self.hash
 

@@ -24,15 +24,15 @@ that hides the others from it."""
 _DISCRETIZATION = 1e-3
 _LEAST_NOISE = 1e-9
 """A noise multiplier below it counts as no noise: its powers would be too small for floats, and epsilon above 10^17."""
-_MOST_NOISE = 10_000.0  # the largest value that [privacy] accepts
-_PLD_MOST_EPSILON = 100.0
+LARGEST_NOISE = 10_000.0  # the largest value that [privacy] accepts
+_PLDLARGEST_EPSILON = 100.0
 """Above it, a privacy loss distribution takes gigabytes, so the RDP bound is used. No such figure promises anything."""
 _ORDERS = (*range(2, 64), 72, 96, 128, 192, 256, 384, 512, 1024, 2048)
 """Renyi orders; integers, because the Skellam bound is proved for these."""
 
 
-_MOST = 10**12
-"""More than any number of a release that was planned."""
+LARGEST = 10**12
+"""More than any number of a release that was planned, and than how often one was made."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Release:
         numbers = (release.noise_multiplier, release.sampling_probability)
         if not all(type(number) in (int, float) for number in numbers) or type(release.dimension) is not int:
             raise ValueError("a value of another type")
-        in_range = 0 <= numbers[0] <= _MOST and 0 <= numbers[1] <= 1 and 1 <= release.dimension <= _MOST
+        in_range = 0 <= numbers[0] <= LARGEST and 0 <= numbers[1] <= 1 and 1 <= release.dimension <= LARGEST
         if not in_range or release.noise not in ("gaussian", "skellam"):
             raise ValueError("a value out of range")
         return release
@@ -131,7 +131,7 @@ def _epsilon(counts: _Counts, delta: float) -> float:
     bound = _by_renyi(counts, delta)
     if all(release.sampling_probability >= 1 for release, _ in counts):
         return min(bound, _near_gaussian(counts, delta))
-    if bound > _PLD_MOST_EPSILON or any(release.noise == "skellam" for release, _ in counts):
+    if bound > _PLDLARGEST_EPSILON or any(release.noise == "skellam" for release, _ in counts):
         return bound
     return min(bound, _by_loss_distribution(counts, delta))
 
@@ -211,14 +211,14 @@ def calibrate(
     low = 1e-2
     high = 1.0
     while spent(high) > target_epsilon:
-        if high >= _MOST_NOISE:
-            raise ValueError(f"no noise up to {_MOST_NOISE:,.0f} times the clip norm is enough")
+        if high >= LARGEST_NOISE:
+            raise ValueError(f"no noise up to {LARGEST_NOISE:,.0f} times the clip norm is enough")
         low = high
-        high = min(high * 2, _MOST_NOISE)
+        high = min(high * 2, LARGEST_NOISE)
     while high - low > 1e-4 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if spent(middle) <= target_epsilon else (middle, high)
     # Rounded up to 4 digits, so that the rounded multiplier keeps the target, too.
     digits = 4 - math.ceil(math.log10(high))
     rounded = math.ceil(high * 10**digits) / 10**digits
-    return min(float(rounded), _MOST_NOISE)
+    return min(float(rounded), LARGEST_NOISE)

@@ -17,7 +17,7 @@ from typing import Any
 from tsugiki.common.audit import AuditLog, verify
 from tsugiki.common.errors import BudgetError, Code, StorageError
 from tsugiki.common.files import lock_of, locked
-from tsugiki.common.privacy.accounting import ACCOUNT, Release, epsilon
+from tsugiki.common.privacy.accounting import ACCOUNT, LARGEST, Release, epsilon
 from tsugiki.common.privacy.mechanisms import ADVERSARIES, Adversary
 
 EVENT = "charged"
@@ -73,7 +73,7 @@ class Ledger:
         """
         adversary, count = line.get("adversary"), line.get("count")
         try:
-            if adversary not in ADVERSARIES or type(count) is not int or count < 1:
+            if adversary not in ADVERSARIES or type(count) is not int or not 1 <= count <= LARGEST:
                 raise ValueError("no adversary, or no count")
             return adversary, Release.from_json(line.get("release")), count
         except (TypeError, ValueError) as error:

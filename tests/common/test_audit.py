@@ -4,7 +4,7 @@ import os
 import pytest
 
 from tsugiki.common import audit
-from tsugiki.common.audit import AuditLog, verify
+from tsugiki.common.audit import Anchor, AuditLog, verify
 from tsugiki.common.errors import StorageError
 
 
@@ -216,3 +216,19 @@ def test_a_line_that_another_process_left_unfinished_is_removed(path):
         file.write('{"sequence": 4, "ev')
     log.write("event")
     assert [event["sequence"] for event in verify(path)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("lines", "number", "expected"), [(0, 3, True), (2, 3, True), (3, 2, False), (-1, 2, False), (-9, 1, False)]
+)
+def test_an_anchor_is_a_number_of_first_lines(path, lines, number, expected):
+    """Catches: a number below zero, which counts from the end, or an IndexError for one that is far below it."""
+    path.unlink(missing_ok=True)
+    log = AuditLog(path)
+    for event in ("one", "two", "three")[:number]:
+        log.write(event)
+    records = verify(path)
+    assert (
+        Anchor(lines, records[lines - 1]["hash"] if 0 < lines <= number else records[-1]["hash"]).holds(records)
+        == expected
+    )

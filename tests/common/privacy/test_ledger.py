@@ -243,6 +243,7 @@ WHOLE = {"adversary": "release", "release": asdict(NOISY), "count": 1, "account"
         {"adversary": "nobody"},
         {"count": True},
         {"count": 0},
+        {"count": 10**400},
     ],
 )
 def test_a_line_that_is_no_charge_is_damage(tmp_path, change):
