@@ -76,6 +76,22 @@ Rate = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_rate)]
 """A learning rate; "auto": `tsugiki.common.model.rates.with_rates` puts a number in its place."""
 
 
+MOST_SECONDS = 604_800
+"""The longest time that a setting may hold: a week."""
+
+
+def _auto_or_seconds(value: Any) -> Any:
+    """Return "auto", or a time in range, in seconds."""
+    in_range = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_SECONDS
+    if value == "auto" or in_range:
+        return value
+    raise ValueError(f'"auto", or a number of seconds from 0 to {MOST_SECONDS}')
+
+
+AutoSeconds = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_seconds)]
+"""A time in seconds; "auto": it follows from the run."""
+
+
 Ranks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split_numbers)]
 Columns = Annotated[dict[str, str | int], BeforeValidator(_split_pairs)]
 
@@ -172,6 +188,11 @@ class AdapterSettings(NamingSettings):
     )
 
 
+OPERATORS_WAITS = ("grace_s",)
+"""The settings of a strategy for which only the server waits: sites do not receive them, and no result is hashed with
+them."""
+
+
 class StrategySettings(Section):
     """What every strategy has: who is asked, how long, and what is accepted."""
 
@@ -203,6 +224,14 @@ class StrategySettings(Section):
         le=604_800,
         description="How long the server waits at the start for min_clients clients. Raise it when sites are "
         "started by hand.",
+    )
+    grace_s: AutoSeconds = Field(
+        default="auto",
+        description="How long a round stays open after its quorum (min_clients, and privacy.min_sites) is in; the "
+        'sites that are missing then are dropouts. "auto" waits as long again as the quorum took, at least 30 s and '
+        "twice as long as each missing site took the last time, and for a site that has never answered to the end of "
+        "round_timeout_s. A number waits that long for everybody. Set 0 if a few fast sites are enough. Simulations "
+        "and Poisson sampling wait for everybody.",
     )
     max_update_norm: float = Field(
         default=100.0,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.run import RunConfig
@@ -64,6 +66,16 @@ class RunContext:
     def withholds(self) -> bool:
         """Whether the cohort is secret, as the accounting of Poisson sampling requires."""
         return self.privacy is not None and self.privacy.plan.sampling_probability < 1
+
+    @property
+    def grace_s(self) -> float | Literal["auto"]:
+        """How long a round stays open after its quorum; under Poisson sampling to its end, as the quorum says nothing.
+
+        With the quorum a round would be over at once, and only the fastest sites of a random cohort would be in it.
+        """
+        if self.withholds:
+            return math.inf
+        return self.config.strategy.grace_s
 
     @property
     def quorum(self) -> int:

@@ -19,6 +19,7 @@ from tsugiki.server.run.influence import weights_of
 from tsugiki.server.run.kept import give_back_memory, let_go
 from tsugiki.server.run.open_round import OpenRound
 from tsugiki.server.run.private_round import PrivateRound
+from tsugiki.server.run.roster import Member
 from tsugiki.server.run.rounds import Replies, Round
 
 ATTEMPTS = 2
@@ -77,11 +78,12 @@ def _train(ctx: RunContext, kind: Round[Replies], state: State) -> State:
             ctx.privacy.check_budget()
         # each attempt draws its own cohort: the sites that failed the last one may be left out
         cohort = sample(ctx, round_number, attempt)
+        resting = _not_asked(ctx, round_number, cohort)
         ctx.progress.round_begins(round_number, ctx.config.run.rounds, [member.name for member in cohort])
         give_back_memory(ctx.spec.size)
         replies = kind.collect(state, round_number, cohort, attempt)
         give_back_memory(ctx.spec.size)
-        record = kind.record(round_number, cohort, replies)
+        record = kind.record(round_number, cohort, replies) | resting
         # with too few clients the model stays as it is, and the round is tried once more
         if replies.clients >= ctx.quorum:
             return _complete(ctx, kind, state, replies, record)
@@ -94,6 +96,22 @@ def _train(ctx: RunContext, kind: Round[Replies], state: State) -> State:
     )
 
 
+def _not_asked(ctx: RunContext, round_number: int, cohort: list[Member]) -> dict[str, Any]:
+    """Return `not_asked` for the round's line: the sites left out for their silence, each with its next round.
+
+    It is empty where there are none, and where the cohort is secret.
+    """
+    connected = ctx.roster.members().keys() - {member.name for member in cohort}
+    resting = ctx.roster.silence.resting("train", round_number)
+    found = {site: again for site, again in resting.items() if site in connected}
+    return {"not_asked": found} if found and not ctx.withholds else {}
+
+
+def _of_not_asked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of an audit event that names the sites that were left out; empty if there were none."""
+    return {"not_asked": sorted(record["not_asked"])} if "not_asked" in record else {}
+
+
 def _void(ctx: RunContext, attempt: int, record: dict[str, Any]) -> None:
     """Record an attempt that changed nothing."""
     record = record | {"voided": True, "attempt": attempt}
@@ -104,6 +122,7 @@ def _void(ctx: RunContext, attempt: int, record: dict[str, Any]) -> None:
         attempt=attempt,
         accepted=len(record["accepted"]),
         rejected={site: one["reason"] for site, one in record["rejected"].items()},
+        **_of_not_asked(record),
     )
     ctx.progress.round_ends(record)
 
@@ -133,6 +152,7 @@ def _complete(ctx: RunContext, kind: Round[Replies], state: State, replies: Repl
         accepted=sorted(record["accepted"]),
         rejected={site: one["reason"] for site, one in record["rejected"].items()},
         adapter_sha256=record["adapter_sha256"],
+        **_of_not_asked(record),
     )
     give_back_memory(ctx.spec.size)  # what the step took
     state = replace(state, anchors=ctx.logs.anchors())
@@ -182,12 +202,14 @@ def evaluated(state: State, record: Mapping[str, Any], monitor: str, lower_is_be
 
 def _evaluate_at_sites(ctx: RunContext, state: State) -> dict[str, Any]:
     """Return `sites_eval` for the round's line; with at_sites = "auto" nothing if no site keeps evaluation rows."""
+    resting = ctx.roster.silence.resting("evaluate", state.round)
+    not_evaluated = {"sites_eval_not_asked": resting} if resting else {}
     found = evaluate_at_sites(ctx, state)
     if not found and ctx.config.evaluation.at_sites == "auto":
-        return {}
+        return not_evaluated
     # for a mean over sites: a site's number of evaluation rows is its own word, too
     weights = weights_of({site: int(metrics["rows"]) for site, metrics in found.items()}, ctx.config.strategy)
-    return {"sites_eval": found, "sites_eval_weights": weights}
+    return {"sites_eval": found, "sites_eval_weights": weights} | not_evaluated
 
 
 def _is_better(value: float | None, best: float | None, lower_is_better: bool) -> bool:

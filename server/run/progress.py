@@ -144,6 +144,11 @@ def describe(record: Record) -> str:
     rejected = record.get("rejected", {})
     if rejected:
         parts.append("without " + ", ".join(f"{site} ({why['reason']})" for site, why in rejected.items()))
+    parts += [f"{site} not asked until round {again} (silent)" for site, again in record.get("not_asked", {}).items()]
+    parts += [
+        f"{site} not asked to evaluate until round {again} (silent)"
+        for site, again in record.get("sites_eval_not_asked", {}).items()
+    ]
     if "aggregation_error" in record:
         parts.append(f"aggregation error {record['aggregation_error']:.2g}")
     if "update_cosine" in record:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from tsugiki.common.wire.messages import HelloReply, HelloRequest, error_code, f
 from tsugiki.common.wire.spec import AdapterSpec
 from tsugiki.server.engines.grid import LONGEST_PAUSE_S, RETURN_S, RunGrid, Stop, exchange, wait_for_nodes
 from tsugiki.server.run.replies import GONE
+from tsugiki.server.run.silence import Silence
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -111,6 +112,7 @@ class Roster:
         self._known: dict[int, Member | Code] = {}  # a refused node has its code here, and is not greeted again
         self._present: set[int] = set()
         self._silent: dict[int, float] = {}  # when a node that did not answer was greeted
+        self.silence = Silence()
 
     def members(self) -> dict[str, Member]:
         """Return the sites that are connected now, by name, sorted."""
@@ -126,9 +128,12 @@ class Roster:
         """Return the nodes that failed the hello, with their codes."""
         return {node: entry for node, entry in self._known.items() if isinstance(entry, str)}
 
-    def enough(self) -> bool:
-        """Return whether the connected sites can make up a round."""
-        return self.clients() >= self._config.strategy.min_clients and len(self.members()) >= self.min_sites
+    def enough(self, members: Collection[Member] | None = None) -> bool:
+        """Return whether these sites can make up a round; None: the connected ones."""
+        if members is None:
+            members = self.members().values()
+        clients = sum(member.clients for member in members)
+        return clients >= self._config.strategy.min_clients and len(members) >= self.min_sites
 
     def wait(self, seen: Callable[[int], None]) -> None:
         """Wait until enough sites have connected and passed the hello.
@@ -227,6 +232,7 @@ class Roster:
             verdict = self._judge(node, replies[node], keys.get(node, ""), taken, clients)
             verdicts[node] = verdict
             if isinstance(verdict.entry, Member):
+                self.silence.said_hello(verdict.entry.name)
                 taken.add(verdict.entry.name)
                 clients += verdict.entry.clients
         # one flush to the disk for all of them, and before any of these sites is asked for anything

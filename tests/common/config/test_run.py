@@ -10,6 +10,7 @@ from tsugiki.common.config.parse import changed, parse, section_classes
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError, Problem
 from tsugiki.common.privacy.settings import PrivacySection
+from tsugiki.common.settings import OPERATORS_WAITS
 
 EMBEDDING = {"name": "sentence-embedding", "loss": "cosine-similarity"}
 
@@ -145,7 +146,7 @@ def test_sha256_leaves_out_where_and_how_only():
             hashed = config.model_copy(update={name: changed})
             with warnings.catch_warnings(action="ignore"):  # pydantic notes the type, which is wrong on purpose
                 (same if hashed.sha256 == config.sha256 else other).append(f"{name}.{key}")
-    patience = ["strategy.round_timeout_s", "strategy.connect_timeout_s"]
+    patience = [f"strategy.{name}" for name in ("round_timeout_s", "connect_timeout_s", *OPERATORS_WAITS)]
     planned = [f"privacy.{name}" for name in PrivacySection.model_fields if name not in ("mode", "examples")]
     assert same == ["run.output_dir", "model.public_name", *patience, *planned, "simulation.engine"]
     assert len(other) > 40
