@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from flwr.app import Message
 
 from tests.support.toy import SPEC, toy_app, toy_config, toy_context
 from tsugiki.common.config.run import RunConfig
-from tsugiki.server.engines.in_process import InProcessGrid
+from tsugiki.server.engines.in_process import Fault, InProcessGrid
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.roster import Roster
 
@@ -44,19 +44,29 @@ Takes = Callable[[str, str, int], float | None]
 """From site, message type and round (0: a hello) to the seconds until the answer; None: it never comes."""
 
 
+Away = Callable[[float], Collection[str]]
+"""From the time to the sites that are not connected then."""
+
+
 class SlowGrid(InProcessGrid):
     """A grid as it is deployed: several sites work at once, each for as long as `takes` says."""
 
     sequential = False
     simulated = False
 
-    def __init__(self, sites: Sequence[str], clock: Clock, takes: Takes, app: Any = None) -> None:
-        super().__init__(app or toy_app(list(sites)), len(sites))
+    def __init__(self, sites: Sequence[str], clock: Clock, takes: Takes, away: Away, fault: Fault | None) -> None:
+        super().__init__(toy_app(list(sites)), len(sites), fault)
         self._sites = sites
+        self._away = away
         self._clock = clock
         self._takes = takes
         self._due: dict[str, float] = {}
         self.asked: list[tuple[str, str, int]] = []
+
+    def get_node_ids(self) -> list[int]:
+        """Return the nodes that are connected now."""
+        away = self._away(self._clock.now)
+        return [node for node in super().get_node_ids() if self._sites[node - 1] not in away]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Queue messages, and settle when each is answered."""
@@ -78,13 +88,20 @@ class SlowGrid(InProcessGrid):
 
 
 def slow_context(
-    folder: Path, sites: Sequence[str], clock: Clock, takes: Takes, config: RunConfig | None = None, **fields: Any
+    folder: Path,
+    sites: Sequence[str],
+    clock: Clock,
+    takes: Takes,
+    config: RunConfig | None = None,
+    away: Away = lambda now: (),
+    fault: Fault | None = None,
+    **fields: Any,
 ) -> RunContext:
     """Return the context of a run on a `SlowGrid`, after its hello; `fields` replaces others of `RunContext`."""
     config = config or toy_config(folder)
     folder.mkdir(exist_ok=True)
     ctx = toy_context(folder, toy_app(list(sites)), len(sites), config, **fields)
-    grid = SlowGrid(sites, clock, takes)
+    grid = SlowGrid(sites, clock, takes, away, fault)
     roster = Roster(grid, config, SPEC, None, ctx.audit, ctx.stop)
     roster.wait(lambda count: None)
     return replace(ctx, grid=grid, roster=roster)
