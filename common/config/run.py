@@ -374,7 +374,9 @@ class RunConfig(Section):
     def enrolled_clients(self) -> int:
         """The number of clients that may ever take part in a private run."""
         simulated = self.simulation.clients if self.simulation.data else 0
-        return self.privacy.enrolled_clients or simulated or self.strategy.min_clients
+        return (
+            self.privacy.enrolled_clients or simulated or max(self.strategy.min_clients, self.strategy.sites_at_start)
+        )
 
     @property
     def most_clients_of_a_site(self) -> int:

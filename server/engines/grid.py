@@ -88,6 +88,17 @@ class Stop:
         """Stop at the next chance."""
         self.requested = True
 
+    def pause(self, seconds: float) -> None:
+        """Sleep, unless the user asks to stop.
+
+        Raises:
+            Interrupted: the user asked to stop.
+        """
+        deadline = Deadline(seconds)
+        while deadline.left_s > 0:
+            self.check()
+            time.sleep(min(LONGEST_PAUSE_S, deadline.left_s))
+
     def check(self) -> None:
         """Check that no stop was requested.
 

@@ -42,20 +42,11 @@ def sample(ctx: RunContext, round_number: int, attempt: int) -> list[Member]:
     Poisson sampling all others are in it: clients are drawn instead (`private_round.py`).
 
     Raises:
-        NotEnoughSites: too few clients, or sites, are connected.
+        NotEnoughSites: too few clients, or sites, are connected, and did not come back in time.
     """
-    ctx.roster.gather()
+    _gather_quorum(ctx, round_number)
     strategy = ctx.config.strategy
     members = list(ctx.roster.members().values())
-    if not ctx.roster.enough(members):
-        wanted = f"strategy.min_clients = {strategy.min_clients}"
-        if ctx.roster.min_sites:
-            wanted += f", privacy.min_sites = {ctx.roster.min_sites}"
-        raise NotEnoughSites(
-            f"round {round_number}: {ctx.roster.clients()} clients at {len(members)} sites are connected",
-            wanted,
-            "bring the sites back and resume the run",
-        )
     resting = ctx.roster.silence.resting("train", round_number)
     due = [member for member in members if member.name not in resting]
     if ctx.roster.enough(due):  # else they are asked all the same: without them there is no round
@@ -70,6 +61,33 @@ def sample(ctx: RunContext, round_number: int, attempt: int) -> list[Member]:
         if sum(member.clients for member in chosen) >= strategy.min_clients:
             return chosen
         size += 1
+
+
+def _gather_quorum(ctx: RunContext, round_number: int) -> None:
+    """Wait until the connected sites can make up a round: for `strategy.wait_for_quorum_s`, if there were more before.
+
+    Raises:
+        NotEnoughSites: they still cannot.
+    """
+
+    def found() -> str:
+        members = ctx.roster.members()
+        return f"round {round_number}: {ctx.roster.clients()} clients at {len(members)} sites are connected"
+
+    ctx.roster.gather()
+    wait_s = ctx.wait_for_quorum_s
+    after = ""
+    if not ctx.roster.enough() and wait_s:
+        ctx.progress.note(f"{found()}; waiting for others, for {wait_s:g} s at most (strategy.wait_for_quorum_s)")
+        ctx.audit.write("waiting-for-quorum", round=round_number, connected=sorted(ctx.roster.members()))
+        ctx.roster.wait_for_quorum(wait_s)
+        after = f" after {wait_s:g} s"
+    if ctx.roster.enough():
+        return
+    wanted = f"strategy.min_clients = {ctx.config.strategy.min_clients}"
+    if ctx.roster.min_sites:
+        wanted += f", privacy.min_sites = {ctx.roster.min_sites}"
+    raise NotEnoughSites(found() + after, wanted, "bring the sites back and resume the run")
 
 
 def collect(

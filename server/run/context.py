@@ -19,6 +19,9 @@ from tsugiki.server.run.privacy import Privacy
 from tsugiki.server.run.progress import Progress
 from tsugiki.server.run.roster import Roster
 
+WAIT_FOR_QUORUM_S = 3600.0
+"""How long a run of real sites waits for a quorum by default."""
+
 
 @dataclass(frozen=True)
 class RunContext:
@@ -76,6 +79,14 @@ class RunContext:
         if self.withholds:
             return math.inf
         return self.config.strategy.grace_s
+
+    @property
+    def wait_for_quorum_s(self) -> float:
+        """How long the run waits for sites to come back before it ends."""
+        seconds = self.config.strategy.wait_for_quorum_s
+        if seconds == "auto":
+            return 0.0 if self.grid.simulated else WAIT_FOR_QUORUM_S
+        return seconds
 
     @property
     def quorum(self) -> int:

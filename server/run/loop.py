@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 from tsugiki.common.errors import BudgetError, QuorumNotMet
 from tsugiki.common.files import append_line
 from tsugiki.common.wire.spec import Vector, sha256
+from tsugiki.server.engines.grid import Deadline
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.collect import evaluate_at_sites, sample
@@ -19,18 +21,22 @@ from tsugiki.server.run.influence import weights_of
 from tsugiki.server.run.kept import give_back_memory, let_go
 from tsugiki.server.run.open_round import OpenRound
 from tsugiki.server.run.private_round import PrivateRound
+from tsugiki.server.run.replies import DROPOUT, Collected
 from tsugiki.server.run.roster import Member
 from tsugiki.server.run.rounds import Replies, Round
 
 ATTEMPTS = 2
-"""A voided round is tried once more, then the run stops."""
+"""A voided round is tried once more, then the run stops, unless sites were only absent: see `_Retries`."""
+FIRST_PAUSE_S = 5.0
+LONGEST_PAUSE_S = 300.0
+"""The pauses before a further attempt at a round, each twice as long as the one before."""
 
 
 def run_rounds(ctx: RunContext, state: State) -> State:
     """Run the rounds that are left, and return the last state; every round is on disk when the next begins.
 
     Raises:
-        QuorumNotMet: a round and its retry had too few accepted replies.
+        QuorumNotMet: all attempts at a round had too few accepted replies.
         BudgetError: the privacy budget does not allow a single round. Used up later, it ends the run without an error.
         NotEnoughSites: fewer sites than the quorum are connected.
         Interrupted: the user asked to stop.
@@ -70,9 +76,10 @@ def train_round(ctx: RunContext, state: State) -> State:
 
 
 def _train(ctx: RunContext, kind: Round[Replies], state: State) -> State:
-    """Try a round of this kind until it is valid, at most `ATTEMPTS` times."""
+    """Try a round of this kind until it is valid, as often as `_Retries` allows."""
     round_number = state.round + 1
-    for attempt in range(ATTEMPTS):
+    retries = _Retries(ctx)
+    for attempt in itertools.count():
         # before any site is asked: an attempt that cannot be paid for must not begin
         if ctx.privacy:
             ctx.privacy.check_budget()
@@ -88,12 +95,52 @@ def _train(ctx: RunContext, kind: Round[Replies], state: State) -> State:
         if replies.clients >= ctx.quorum:
             return _complete(ctx, kind, state, replies, record)
         _void(ctx, attempt, record)
+        if not retries.again(attempt + 1, cohort, replies):
+            break
+    attempts = "twice" if attempt + 1 == ATTEMPTS else f"at the last of {attempt + 1} attempts"
     raise QuorumNotMet(
-        f"round {round_number} had {replies.clients} accepted replies, twice",
+        f"round {round_number} had {replies.clients} accepted replies, {attempts}",
         f"strategy.min_clients = {ctx.config.strategy.min_clients}",
         f"see audit.jsonl; the model of round {state.round} is kept in {ctx.folder / 'checkpoint'}, "
         f"and --resume {ctx.folder} goes on from it",
     )
+
+
+class _Retries:
+    """Says whether a voided round is tried again.
+
+    It is tried twice in any case. An open run goes on trying for `strategy.wait_for_quorum_s` as long as absent sites
+    alone are missing. A private run does not: each attempt may cost the clients' budget.
+    """
+
+    def __init__(self, ctx: RunContext) -> None:
+        self._ctx = ctx
+        self._deadline: Deadline | None = None
+
+    def again(self, attempts: int, cohort: list[Member], replies: Collected[Any]) -> bool:
+        """Return whether there is another attempt, after a pause before each one beyond `ATTEMPTS`.
+
+        Args:
+            attempts: how many were made.
+            cohort: of the last attempt.
+            replies: of the last attempt, too few.
+
+        Raises:
+            Interrupted: the user asked to stop.
+        """
+        ctx = self._ctx
+        if self._deadline is None:
+            self._deadline = Deadline(ctx.wait_for_quorum_s)
+        if attempts < ATTEMPTS:
+            return True
+        absent = {one.site for one in replies.rejected if one.reason == DROPOUT}
+        possible = replies.clients + sum(member.clients for member in cohort if member.name in absent)
+        if ctx.privacy is not None or possible < ctx.quorum or self._deadline.left_s <= 0:
+            return False
+        pause_s = min(FIRST_PAUSE_S * 2 ** (attempts - ATTEMPTS), LONGEST_PAUSE_S, self._deadline.left_s)
+        ctx.progress.note(f"trying again in {pause_s:.0f} s (strategy.wait_for_quorum_s)")
+        ctx.stop.pause(pause_s)
+        return True
 
 
 def _not_asked(ctx: RunContext, round_number: int, cohort: list[Member]) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def test_sites_get_what_they_need_and_nothing_of_the_operators_files():
         "task": EMBEDDING | {"scale": 10.0},
         "adapter": {"method": "houlsby", "bottleneck": 4},
         "train": {"local_steps": 3, "threads": 1},
-        "strategy": {"name": "fedprox", "proximal_mu": 0.5},
+        "strategy": {"name": "fedprox", "proximal_mu": 0.5, "start_with": ["secret"]},
         "evaluation": {"data": "/secret/dev.csv", "batch_size": 13, "monitor": "eval_loss"},
         "data": {"columns": {"sentence1": "secret"}},
         "simulation": {"data": "/secret/train.csv", "column": "secret"},
@@ -179,7 +179,8 @@ def test_sites_get_what_they_need_and_nothing_of_the_operators_files():
     assert set(json.loads(text)) == {"run", "model", "task", "adapter", "train", "strategy", "privacy", "evaluation"}
     assert json.loads(text)["evaluation"] == {"batch_size": 13, "monitor": "eval_loss"}
     there = parse(json.loads(text))
-    for section in ("model", "task", "adapter", "train", "strategy", "privacy"):
+    assert there.strategy == config.strategy.model_copy(update={"start_with": 0})
+    for section in ("model", "task", "adapter", "train", "privacy"):
         assert getattr(there, section) == getattr(config, section), section
     assert there.monitor == config.monitor == "loss"  # by which a site validates
     assert (there.run.name, there.run.rounds, there.run.seed) == ("r1", 7, 5)
