@@ -7,6 +7,7 @@ A task, an adapter method or a strategy brings a class of its own that adds fiel
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
@@ -74,6 +75,41 @@ def _auto_or_rate(value: Any) -> Any:
 
 Rate = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_rate)]
 """A learning rate; "auto": `tsugiki.common.model.rates.with_rates` puts a number in its place."""
+
+
+MOST_SECONDS = 604_800
+"""The longest time that a setting may hold: a week."""
+
+
+def _auto_or_seconds(value: Any) -> Any:
+    """Return "auto", or a time in range, in seconds."""
+    in_range = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_SECONDS
+    if value == "auto" or in_range:
+        return value
+    raise ValueError(f'"auto", or a number of seconds from 0 to {MOST_SECONDS}')
+
+
+AutoSeconds = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_seconds)]
+"""A time in seconds; "auto": it follows from the run."""
+
+
+def _number_or_names(value: Any) -> Any:
+    """Return a number of sites, or a tuple of their names, from a number, a list or a text."""
+    if isinstance(value, str):
+        value = int(value) if value.isdecimal() else _split(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_SITES:
+        return value
+    names = tuple(value) if isinstance(value, list | tuple) else ()
+    right = all(isinstance(name, str) and re.fullmatch(NAME_PATTERN, name) for name in names)
+    if names and right and len(set(names)) == len(names):
+        return names
+    raise ValueError(f"a number of sites from 0 to {MOST_SITES}, or a list of different names of sites")
+
+
+MOST_SITES = 100_000
+
+StartWith = Annotated[int | tuple[str, ...], BeforeValidator(_number_or_names)]
+"""A number of sites, or their names."""
 
 
 Ranks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split_numbers)]
@@ -179,6 +215,11 @@ class AdapterSettings(NamingSettings):
     )
 
 
+OPERATORS_WAITS = ("start_with", "wait_for_quorum_s", "grace_s")
+"""The settings of a strategy for which only the server waits: sites do not receive them, and no result is hashed with
+them."""
+
+
 class StrategySettings(Section):
     """What every strategy has: who is asked, how long, and what is accepted."""
 
@@ -208,8 +249,29 @@ class StrategySettings(Section):
         default=120.0,
         gt=0,
         le=604_800,
-        description="How long the server waits at the start for min_clients clients. Raise it when sites are "
-        "started by hand.",
+        description="How long the server waits at the start for min_clients clients, or for start_with. Raise it when "
+        "sites are started by hand.",
+    )
+    start_with: StartWith = Field(
+        default=0,
+        description="Sites that the server waits for at the start, for up to connect_timeout_s: a number, or names as "
+        '["acme", "bolt"]. Then it starts without those that are missing, if the others are a quorum, and names them. '
+        "Set it to all sites of the federation, so that nobody misses a round by connecting a second late. 0: "
+        "min_clients clients are enough.",
+    )
+    wait_for_quorum_s: AutoSeconds = Field(
+        default="auto",
+        description="How long a round, and the time between rounds, waits for sites to come back when fewer than the "
+        'quorum are left; then the run ends. "auto" is an hour for real sites, and 0 in simulation. Lower it if '
+        "somebody watches the run, and can resume it.",
+    )
+    grace_s: AutoSeconds = Field(
+        default="auto",
+        description="How long a round stays open after its quorum (min_clients, and privacy.min_sites) is in; the "
+        'sites that are missing then are dropouts. "auto" waits as long again as the quorum took, at least 30 s and '
+        "twice as long as each missing site took the last time, and for a site that has never answered to the end of "
+        "round_timeout_s. A number waits that long for everybody. Set 0 if a few fast sites are enough. Simulations "
+        "and Poisson sampling wait for everybody.",
     )
     max_update_norm: float = Field(
         default=100.0,
@@ -254,3 +316,8 @@ class StrategySettings(Section):
         description="Weight of FedProx's term (mu/2)*||local - global||^2 in the loss at a site. Raise it when "
         "sites with different data drift apart in a round.",
     )
+
+    @property
+    def sites_at_start(self) -> int:
+        """How many sites the server waits for at the start; 0: as many as have min_clients clients."""
+        return self.start_with if isinstance(self.start_with, int) else len(self.start_with)

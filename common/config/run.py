@@ -14,6 +14,7 @@ from pydantic import Field, SerializeAsAny
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.settings import PrivacySection
 from tsugiki.common.settings import (
+    OPERATORS_WAITS,
     AdapterSettings,
     DataFormat,
     Name,
@@ -373,7 +374,9 @@ class RunConfig(Section):
     def enrolled_clients(self) -> int:
         """The number of clients that may ever take part in a private run."""
         simulated = self.simulation.clients if self.simulation.data else 0
-        return self.privacy.enrolled_clients or simulated or self.strategy.min_clients
+        return (
+            self.privacy.enrolled_clients or simulated or max(self.strategy.min_clients, self.strategy.sites_at_start)
+        )
 
     @property
     def most_clients_of_a_site(self) -> int:
@@ -388,7 +391,7 @@ class RunConfig(Section):
         It leaves out the run's folder, the base's public name, the engine and the timeouts.
         """
         excluded: Any = {"run": {"output_dir"}, "model": {"public_name"}, "simulation": {"engine"}}
-        excluded["strategy"] = {"connect_timeout_s", "round_timeout_s"}
+        excluded["strategy"] = {"connect_timeout_s", "round_timeout_s", *OPERATORS_WAITS}
         excluded["privacy"] = set(PrivacySection.model_fields) - {"mode", "examples"}  # the plan's hash covers the rest
         body = self.model_dump(mode="json", exclude=excluded)
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -423,6 +426,8 @@ class RunConfig(Section):
         # Of these sections sites get everything, of evaluation and run only what their work needs.
         body = self.with_plan(plan).model_dump(mode="json", include=sections)
         body["privacy"].pop("ledger")  # a path of the operator's machine
+        for name in OPERATORS_WAITS:
+            body["strategy"].pop(name)
         body["evaluation"] = {"batch_size": self.evaluation.batch_size, "monitor": self.evaluation.monitor}
         body["run"] = {"name": self.run.name, "rounds": self.run.rounds, "seed": self.run.seed}
         return json.dumps(body, sort_keys=True)

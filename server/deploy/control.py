@@ -7,6 +7,7 @@ runs the federation, so that errors, signals and progress reach the operator dir
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +48,8 @@ from tsugiki.server.deploy.keyring import registered, revoked
 from tsugiki.server.deploy.superlink_process import Endpoint
 from tsugiki.server.engines.superlink import SuperlinkGrid
 
+log = logging.getLogger("tsugiki.server")
+
 CLAIM_TIMEOUT_S = 20.0
 HEARTBEAT_S = 10.0
 RETRY_S = 10.0
@@ -73,6 +76,7 @@ class Control:
         )
         self._nodes: dict[str, tuple[bytes, int]] = {}
         self._revoked: set[bytes] = set()
+        self._activated: Mapping[int, str] = {}
 
     def submit(self, bundle: bytes, run_config: Mapping[str, Any]) -> int:
         """Submit a run; return its id.
@@ -163,6 +167,20 @@ class Control:
     def node_names(self) -> dict[int, str]:
         """Return the names of the registered nodes by node id. May be called by any thread."""
         return {node_id: name for name, (_, node_id) in self._nodes.items()}
+
+    def sessions(self) -> Mapping[int, str]:
+        """Return since when each node is connected, by node id. May be called by any thread.
+
+        The time changes whenever a node connects anew, also with the same key and the same id. While the SuperLink does
+        not answer it is what was last seen: the calls of the run itself find out whether the SuperLink is gone.
+        """
+        try:
+            nodes = _answer(lambda: self._client.ListNodes(ListNodesRequest())).nodes_info
+        except DeployError as error:
+            log.warning("cannot see who has reconnected: %s", error)
+        else:
+            self._activated = {node.node_id: node.last_activated_at for node in nodes}
+        return self._activated
 
     def close(self) -> None:
         """Close the connection."""

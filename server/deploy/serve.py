@@ -81,6 +81,7 @@ def serve(
                         progress=progress,
                         stop=stop,
                         names=names,
+                        sessions=control.sessions,
                     )
         except TsugikiError:
             # the SuperLink's end is the cause, and the run's error a consequence

@@ -29,10 +29,12 @@ NODE_UNAVAILABLE = 5
 
 
 class RunGrid(Protocol):
-    """The interface of a grid for a run: three of Flower's calls, and two members that Flower's grids do not have."""
+    """The interface of a grid for a run: three of Flower's calls, and three members that Flower's grids do not have."""
 
     sequential: bool
     """Whether it answers one message for each poll. All nodes of such a grid are connected from the start."""
+    simulated: bool
+    """Whether all its nodes share this machine. They wait for each other, so a late reply says nothing about a site."""
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of the connected nodes."""
@@ -48,13 +50,14 @@ class RunGrid(Protocol):
 
 
 class StockGrid:
-    """One of Flower's own grids, as a run needs it.
+    """The grid of Flower's own simulation, as a run needs it.
 
     Args:
         grid: answers several nodes at once, and bounds replies by itself or not at all.
     """
 
     sequential = False
+    simulated = True
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -85,6 +88,17 @@ class Stop:
         """Stop at the next chance."""
         self.requested = True
 
+    def pause(self, seconds: float) -> None:
+        """Sleep, unless the user asks to stop.
+
+        Raises:
+            Interrupted: the user asked to stop.
+        """
+        deadline = Deadline(seconds)
+        while deadline.left_s > 0:
+            self.check()
+            time.sleep(min(LONGEST_PAUSE_S, deadline.left_s))
+
     def check(self) -> None:
         """Check that no stop was requested.
 
@@ -97,7 +111,27 @@ class Stop:
             )
 
 
-def exchange(grid: RunGrid, messages: list[Message], timeout_s: float, stop: Stop) -> Iterator[Message]:
+class Deadline:
+    """The end of an exchange, `after_s` after its start. It may be moved while replies come."""
+
+    def __init__(self, after_s: float) -> None:
+        self.after_s = after_s
+        self._started = time.monotonic()
+
+    @property
+    def elapsed_s(self) -> float:
+        """The time since the start."""
+        return time.monotonic() - self._started
+
+    @property
+    def left_s(self) -> float:
+        """The time to the end; 0 or less: it is over."""
+        return self.after_s - self.elapsed_s
+
+
+def exchange(
+    grid: RunGrid, messages: list[Message], timeout_s: float, stop: Stop, deadline: Deadline | None = None
+) -> Iterator[Message]:
     """Yield the replies to `messages` as they come, until all are there or the time is up.
 
     A SuperLink delivers a message once. If a node loses it, with its connection or its process, nobody reports that.
@@ -108,15 +142,17 @@ def exchange(grid: RunGrid, messages: list[Message], timeout_s: float, stop: Sto
         messages: one for each node.
         timeout_s: for all messages together.
         stop: checked between polls.
+        deadline: takes the place of `timeout_s`; the caller may move it between two replies.
 
     Raises:
         Interrupted: the user asked to stop.
     """
     pending = set(grid.push_messages(messages))
-    ends = time.monotonic() + timeout_s * (len(messages) if grid.sequential else 1)
+    if deadline is None:
+        deadline = Deadline(timeout_s * (len(messages) if grid.sequential else 1))
     pause = FIRST_PAUSE_S
     away = _Away(grid, messages)
-    while (pending or away.nodes) and time.monotonic() < ends:
+    while (pending or away.nodes) and deadline.left_s > 0:
         stop.check()
         replies = list(grid.pull_messages(pending)) if pending else []
         answered = bool(replies)
@@ -129,7 +165,7 @@ def exchange(grid: RunGrid, messages: list[Message], timeout_s: float, stop: Sto
         yield from away.given_up()
         # a sequential grid works while it is polled, so there is nothing to wait for
         if not answered and not grid.sequential:
-            time.sleep(min(pause, max(0.0, ends - time.monotonic())))
+            time.sleep(min(pause, max(0.0, deadline.left_s)))
         pause = FIRST_PAUSE_S if answered else min(pause * 1.5, LONGEST_PAUSE_S)
     # the time is up: nodes that are still away have failed
     yield from (error for error, _ in away.nodes.values())

@@ -27,6 +27,7 @@ class InProcessGrid(Grid):
     """
 
     sequential = True
+    simulated = True
 
     def __init__(self, client_app: ClientApp, nodes: int, fault: Fault | None = None) -> None:
         identify_process()

@@ -90,6 +90,7 @@ class SuperlinkGrid(HttpGrid):
         return adopted
 
     sequential = False
+    simulated = False
     _asked: dict[str, int]
     _transfers: dict[str, Transfer]
     _workers: ThreadPoolExecutor

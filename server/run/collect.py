@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tsugiki.common.errors import NotEnoughSites
 from tsugiki.common.rng import generator
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import EvaluateRequest, TrainRequest, join_shares, to_record
-from tsugiki.server.engines.grid import exchange
+from tsugiki.server.engines.grid import Deadline, exchange
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.guard import check_evaluation
@@ -27,6 +27,7 @@ from tsugiki.server.run.replies import (
     Upload,
 )
 from tsugiki.server.run.roster import Member
+from tsugiki.server.run.silence import Duty, Waiting
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
@@ -37,14 +38,18 @@ Passed = TypeVar("Passed", bound=Accepted | AcceptedSum | AcceptedStep[Any])
 def sample(ctx: RunContext, round_number: int, attempt: int) -> list[Member]:
     """Return the cohort of a round, sorted by site name. It follows from the run's seed and the connected sites.
 
-    Under Poisson sampling all sites are in it: clients are drawn instead (`private_round.py`).
+    Sites that were silent are left out for some rounds, as long as there are enough others (`silence.py`). Under
+    Poisson sampling all others are in it: clients are drawn instead (`private_round.py`).
 
     Raises:
-        NotEnoughSites: too few clients, or sites, are connected.
+        NotEnoughSites: too few clients, or sites, are connected, and did not come back in time.
     """
-    ctx.roster.gather()
-    members = _available(ctx, round_number)
+    members = _gather_quorum(ctx, round_number)
     strategy = ctx.config.strategy
+    resting = ctx.roster.silence.resting("train", round_number)
+    due = [member for member in members if member.name not in resting]
+    if ctx.roster.enough(due):  # else they are asked all the same: without them there is no round
+        members = due
     if ctx.withholds:
         return members
     size = max(1, ctx.roster.min_sites, round(strategy.fraction_train * len(members)))
@@ -60,26 +65,42 @@ def sample(ctx: RunContext, round_number: int, attempt: int) -> list[Member]:
         size += 1
 
 
-def _available(ctx: RunContext, round_number: int) -> list[Member]:
-    """Return the connected sites that may be asked, sorted by site name.
+def _gather_quorum(ctx: RunContext, round_number: int) -> list[Member]:
+    """Return the connected sites, sorted by site name, without those that spoil sums.
+
+    If they cannot make up a round, others are waited for, for `strategy.wait_for_quorum_s`.
 
     Raises:
-        NotEnoughSites: they, or their clients, are too few.
+        NotEnoughSites: they still cannot.
     """
+    ctx.roster.gather()
+    wait_s = ctx.wait_for_quorum_s
+    after = ""
+    if not ctx.roster.enough() and wait_s:
+        found = _found(ctx, round_number, list(ctx.roster.members().values()))
+        ctx.progress.note(f"{found}; waiting for others, for {wait_s:g} s at most (strategy.wait_for_quorum_s)")
+        ctx.audit.write("waiting-for-quorum", round=round_number, connected=sorted(ctx.roster.members()))
+        ctx.roster.wait_for_quorum(wait_s)
+        after = f" after {wait_s:g} s"
     connected = list(ctx.roster.members().values())
     members = connected
     if ctx.secure_plan is not None:
         members = ctx.suspicion.available(connected, ctx.secure_plan, round_number)
-    clients = sum(member.clients for member in members)
-    if clients >= ctx.config.strategy.min_clients and len(members) >= ctx.roster.min_sites:
+    if ctx.roster.enough(members):
         return members
-    found = f"round {round_number}: {clients} clients at {len(members)} sites are connected"
+    found = _found(ctx, round_number, members)
     if len(members) < len(connected):
         found += f", without {len(connected) - len(members)} that spoiled sums"
     wanted = f"strategy.min_clients = {ctx.config.strategy.min_clients}"
     if ctx.roster.min_sites:
         wanted += f", privacy.min_sites = {ctx.roster.min_sites}"
-    raise NotEnoughSites(found, wanted, "bring the sites back and resume the run")
+    raise NotEnoughSites(found + after, wanted, "bring the sites back and resume the run")
+
+
+def _found(ctx: RunContext, round_number: int, members: list[Member]) -> str:
+    """Return which sites a round has."""
+    clients = sum(member.clients for member in members)
+    return f"round {round_number}: {clients} clients at {len(members)} sites are connected"
 
 
 def collect(
@@ -151,6 +172,7 @@ def receive(
     messages: list[Message],
     judge: Callable[[Message, Asked], Passed | Rejected],
     timeout_s: float = 0.0,
+    enough: Callable[[Collection[Passed]], bool] | None = None,
 ) -> tuple[list[Passed], list[Rejected]]:
     """Send messages, judge the replies, and return the accepted and the rejected ones, each by site name.
 
@@ -163,11 +185,21 @@ def receive(
         messages: one for each node.
         judge: returns the verdict on a reply.
         timeout_s: for all of them; 0: the round's.
+        enough: returns whether these replies are a quorum; None: they are one if their clients are.
     """
     passed: dict[str, Passed] = {}
     failed: dict[str, Rejected] = {}
     late: list[Rejected] = []
-    for reply in exchange(ctx.grid, messages, timeout_s or ctx.config.strategy.round_timeout_s, ctx.stop):
+
+    def has_quorum() -> bool:
+        if enough is not None:
+            return enough(passed.values())
+        return sum(one.clients for one in passed.values()) >= ctx.quorum
+
+    timeout_s = timeout_s or ctx.config.strategy.round_timeout_s
+    waiting = _wait_for(ctx, "train", asked, messages, timeout_s, ctx.grace_s)
+    waiting.settle(has_quorum)
+    for reply in exchange(ctx.grid, messages, timeout_s, ctx.stop, waiting.deadline):
         one = asked.get(reply.metadata.src_node_id)
         if one is None:
             ctx.audit.write("unexpected-reply", round=round_number, node=str(reply.metadata.src_node_id))
@@ -185,6 +217,8 @@ def receive(
                 failed.pop(one.site, None)  # a valid reply makes up for a bad one before it
             if not ctx.withholds:
                 ctx.progress.reply(one.site, outcome)
+            waiting.heard(one.site, accepted=one.site in passed)
+            waiting.settle(has_quorum)
         del reply  # it may be large, and the next one is not there yet
     # a site that was silent until the deadline is a dropout
     for one in asked.values():
@@ -192,7 +226,29 @@ def receive(
             failed.setdefault(one.site, Rejected(one.site, DROPOUT))
     gone = {site for site, rejected in failed.items() if rejected.reason == DROPOUT}
     ctx.roster.drop(node for node, one in asked.items() if one.site in gone)
+    waiting.close(round_number)
     return [passed[site] for site in sorted(passed)], [failed[site] for site in sorted(failed)] + late
+
+
+def _wait_for(
+    ctx: RunContext,
+    duty: Duty,
+    asked: Mapping[int, Asked],
+    messages: Sequence[Message],
+    timeout_s: float,
+    grace_s: float | Literal["auto"],
+) -> Waiting:
+    """Return the wait for the answers to these messages, all of one type."""
+    return Waiting(
+        silence=ctx.roster.silence,
+        duty=duty,
+        kind=messages[0].metadata.message_type if messages else "",
+        missing={one.site for one in asked.values()},
+        deadline=Deadline(timeout_s * (len(messages) if ctx.grid.sequential else 1)),
+        patience_s=ctx.config.strategy.round_timeout_s,
+        grace_s=grace_s,
+        simulated=ctx.grid.simulated,
+    )
 
 
 def forget_arrays(message: Message) -> None:
@@ -235,7 +291,13 @@ def address(
 
 def evaluate_at_sites(ctx: RunContext, state: State) -> dict[str, dict[str, float]]:
     """Return each site's metrics on its own evaluation rows, with their number as `rows`."""
-    members = [member for member in ctx.roster.members().values() if member.evaluation_rows]
+    silence = ctx.roster.silence
+    resting = silence.resting("evaluate", state.round)
+    members = [
+        member
+        for member in ctx.roster.members().values()
+        if member.evaluation_rows and member.name not in resting and not silence.is_silent("train", member.name)
+    ]
     if not members:
         return {}
     arrays = encode(state.vector, ctx.spec)
@@ -247,15 +309,21 @@ def evaluate_at_sites(ctx: RunContext, state: State) -> dict[str, dict[str, floa
 
     asked, messages = address(members, state.round, "evaluate", request, timeout_s)
     results: dict[str, dict[str, float]] = {}
-    for reply in exchange(ctx.grid, messages, timeout_s, ctx.stop):
+    waiting = _wait_for(ctx, "evaluate", asked, messages, timeout_s, "auto")
+    waiting.settle(lambda: True)  # no number of sites is needed
+    for reply in exchange(ctx.grid, messages, timeout_s, ctx.stop, waiting.deadline):
         one = asked.get(reply.metadata.src_node_id)
         if one is None:
             ctx.audit.write("evaluation-rejected", round=state.round, site="", code="unexpected-reply")
             continue
         verdict = check_evaluation(reply, one)
+        waiting.heard(one.site, accepted=not isinstance(verdict, Rejected))
+        waiting.settle(lambda: True)
         if isinstance(verdict, Rejected):
             ctx.audit.write("evaluation-rejected", round=state.round, site=verdict.site, code=verdict.reason)
             continue
         metrics, rows = verdict
         results.setdefault(one.site, {**metrics, "rows": rows})  # the first valid reply counts
+    for site in waiting.close(state.round):
+        ctx.audit.write("evaluation-rejected", round=state.round, site=site, code=DROPOUT)
     return dict(sorted(results.items()))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from tsugiki.common.audit import AuditLog
 from tsugiki.common.config.run import RunConfig
@@ -18,6 +20,9 @@ from tsugiki.server.run.privacy import Privacy
 from tsugiki.server.run.progress import Progress
 from tsugiki.server.run.roster import Roster
 from tsugiki.server.run.suspicion import Suspicion
+
+WAIT_FOR_QUORUM_S = 3600.0
+"""How long a run of real sites waits for a quorum by default."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,24 @@ class RunContext:
     def withholds(self) -> bool:
         """Whether the cohort is secret, as the accounting of Poisson sampling requires."""
         return self.privacy is not None and self.privacy.plan.sampling_probability < 1
+
+    @property
+    def grace_s(self) -> float | Literal["auto"]:
+        """How long a round stays open after its quorum; under Poisson sampling to its end, as the quorum says nothing.
+
+        With the quorum a round would be over at once, and only the fastest sites of a random cohort would be in it.
+        """
+        if self.withholds:
+            return math.inf
+        return self.config.strategy.grace_s
+
+    @property
+    def wait_for_quorum_s(self) -> float:
+        """How long the run waits for sites to come back before it ends."""
+        seconds = self.config.strategy.wait_for_quorum_s
+        if seconds == "auto":
+            return 0.0 if self.grid.simulated else WAIT_FOR_QUORUM_S
+        return seconds
 
     @property
     def quorum(self) -> int:

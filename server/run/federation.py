@@ -31,7 +31,7 @@ from tsugiki.server.run.evaluate import make_evaluator
 from tsugiki.server.run.influence import dominant_sites
 from tsugiki.server.run.loop import evaluated, initial_state, run_rounds
 from tsugiki.server.run.privacy import Privacy, open_privacy, rows_summary
-from tsugiki.server.run.progress import Progress, describe_notes, describe_rows
+from tsugiki.server.run.progress import Progress, describe_left_out, describe_notes, describe_rows
 from tsugiki.server.run.roster import Roster
 from tsugiki.server.run.storage import run_folder
 from tsugiki.server.run.suspicion import Suspicion
@@ -56,6 +56,7 @@ def run_federation(
     progress: Progress | None = None,
     stop: Stop | None = None,
     names: Callable[[], Mapping[int, str]] | None = None,
+    sessions: Callable[[], Mapping[int, str]] | None = None,
     simulated: bool = False,
 ) -> Outcome:
     """Run a whole federation on the Grid of any engine.
@@ -68,6 +69,7 @@ def run_federation(
         progress: shows the run to its operator.
         stop: set to end the run at the next chance.
         names: returns the names under which nodes' keys are registered, by node id; None: nodes have no keys.
+        sessions: returns since when each node is connected, by node id; None: nobody knows.
         simulated: the clients exist in this run only, and so does their privacy ledger.
 
     Raises:
@@ -110,10 +112,11 @@ def run_federation(
             if rates:
                 progress.note(rates)
             if privacy and not (config.privacy.enrolled_clients or config.simulation.data):
-                most = config.strategy.min_clients
-                progress.note(f"privacy.enrolled_clients is not set: no more than min_clients = {most} may join")
-            roster = Roster(grid, config, graft.spec, plan, audit, stop, names)
-            _wait_for_sites(roster, config, progress)
+                most = "min_clients" if config.enrolled_clients == config.strategy.min_clients else "start_with"
+                most += f" = {config.enrolled_clients}"
+                progress.note(f"privacy.enrolled_clients is not set: no more than {most} may join")
+            roster = Roster(grid, config, graft.spec, plan, audit, stop, names, sessions)
+            _wait_for_sites(roster, config, progress, audit)
             ctx = RunContext(
                 config=config,
                 spec=graft.spec,
@@ -175,10 +178,14 @@ def _open_records(
     return state
 
 
-def _wait_for_sites(roster: Roster, config: RunConfig, progress: Progress) -> None:
-    """Wait until enough sites have joined, and show what is unusual about their rows."""
-    roster.wait(lambda count: progress.note(f"{count} of {config.strategy.min_clients} nodes connected"))
+def _wait_for_sites(roster: Roster, config: RunConfig, progress: Progress, audit: AuditLog) -> None:
+    """Wait until enough sites have joined, and show who is missing, and what is unusual about the others' rows."""
+    roster.wait(lambda count: progress.note(f"{count} of {roster.nodes_wanted()} nodes connected"))
     members = roster.members()
+    left_out = roster.left_out()
+    if left_out:
+        audit.write("left-out", sites=left_out)
+        progress.note(describe_left_out(len(members), left_out))
     for line in describe_notes({name: member.notes for name, member in members.items()}):
         progress.note(line)
     if config.privacy.mode == "none":  # a private run does not know the rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 from tsugiki.common.errors import BudgetError, QuorumNotMet
 from tsugiki.common.files import append_line
 from tsugiki.common.wire.spec import Vector, sha256
+from tsugiki.server.engines.grid import Deadline
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.collect import evaluate_at_sites, sample
@@ -19,17 +21,23 @@ from tsugiki.server.run.influence import weights_of
 from tsugiki.server.run.kept import give_back_memory, let_go
 from tsugiki.server.run.open_round import OpenRound
 from tsugiki.server.run.private_round import PrivateRound
+from tsugiki.server.run.replies import DROPOUT, Collected
+from tsugiki.server.run.roster import Member
 from tsugiki.server.run.rounds import Replies, Round
 
 ATTEMPTS = 2
-"""A voided round is tried once more, then the run stops. Steps of a search for a site that spoils sums do not count."""
+"""A voided round is tried once more, then the run stops, unless sites were only absent: see `_Retries`. Attempts that
+search for a site that spoils sums do not count."""
+FIRST_PAUSE_S = 5.0
+LONGEST_PAUSE_S = 300.0
+"""The pauses before a further attempt at a round, each twice as long as the one before."""
 
 
 def run_rounds(ctx: RunContext, state: State) -> State:
     """Run the rounds that are left, and return the last state; every round is on disk when the next begins.
 
     Raises:
-        QuorumNotMet: a round and its retry had too few accepted replies.
+        QuorumNotMet: all attempts at a round had too few accepted replies.
         SecureAggregationError: a site spoils sums, and cannot be found.
         BudgetError: the privacy budget does not allow a single round. Used up later, it ends the run without an error.
         NotEnoughSites: fewer sites than the quorum are connected.
@@ -70,36 +78,93 @@ def train_round(ctx: RunContext, state: State) -> State:
 
 
 def _train(ctx: RunContext, kind: Round[Replies], state: State) -> State:
-    """Try a round of this kind until it is valid, at most `ATTEMPTS` times without the steps of a search."""
+    """Try a round of this kind until it is valid, as often as `_Retries` allows; steps of a search do not count."""
     round_number = state.round + 1
-    attempt = 0
+    retries = _Retries(ctx)
     missed = 0
     searching = False
-    while missed < ATTEMPTS:
+    for attempt in itertools.count():
         # before any site is asked: an attempt that cannot be paid for must not begin
         if ctx.privacy:
             ctx.privacy.check_budget(searching)
         # each attempt draws its own cohort: the sites that failed the last one may be left out
         cohort = sample(ctx, round_number, attempt)
+        resting = _not_asked(ctx, round_number, cohort)
         ctx.progress.round_begins(round_number, ctx.config.run.rounds, [member.name for member in cohort])
         give_back_memory(ctx.spec.size)
         replies = kind.collect(state, round_number, cohort, attempt)
         give_back_memory(ctx.spec.size)
-        record = kind.record(round_number, cohort, replies)
+        record = kind.record(round_number, cohort, replies) | resting
         # with too few clients the model stays as it is, and the round is tried once more
         if replies.clients >= ctx.quorum:
             return _complete(ctx, kind, state, replies, record)
         _void(ctx, attempt, record)
-        attempt += 1
         searching = replies.searching
-        if not searching:  # a search ends by itself
-            missed += 1
+        if searching:  # a search ends by itself
+            continue
+        missed += 1
+        if not retries.again(missed, cohort, replies):
+            break
+    attempts = "twice" if missed == ATTEMPTS else f"at the last of {missed} attempts"
     raise QuorumNotMet(
-        f"round {round_number} had {replies.clients} accepted replies, twice",
+        f"round {round_number} had {replies.clients} accepted replies, {attempts}",
         f"strategy.min_clients = {ctx.config.strategy.min_clients}",
         f"see audit.jsonl; the model of round {state.round} is kept in {ctx.folder / 'checkpoint'}, "
         f"and --resume {ctx.folder} goes on from it",
     )
+
+
+class _Retries:
+    """Says whether a voided round is tried again.
+
+    It is tried twice in any case. An open run goes on trying for `strategy.wait_for_quorum_s` as long as absent sites
+    alone are missing. A private run does not: each attempt may cost the clients' budget.
+    """
+
+    def __init__(self, ctx: RunContext) -> None:
+        self._ctx = ctx
+        self._deadline: Deadline | None = None
+
+    def again(self, attempts: int, cohort: list[Member], replies: Collected[Any]) -> bool:
+        """Return whether there is another attempt, after a pause before each one beyond `ATTEMPTS`.
+
+        Args:
+            attempts: how many were made.
+            cohort: of the last attempt.
+            replies: of the last attempt, too few.
+
+        Raises:
+            Interrupted: the user asked to stop.
+        """
+        ctx = self._ctx
+        if self._deadline is None:
+            self._deadline = Deadline(ctx.wait_for_quorum_s)
+        if attempts < ATTEMPTS:
+            return True
+        absent = {one.site for one in replies.rejected if one.reason == DROPOUT}
+        possible = replies.clients + sum(member.clients for member in cohort if member.name in absent)
+        if ctx.privacy is not None or possible < ctx.quorum or self._deadline.left_s <= 0:
+            return False
+        pause_s = min(FIRST_PAUSE_S * 2 ** (attempts - ATTEMPTS), LONGEST_PAUSE_S, self._deadline.left_s)
+        ctx.progress.note(f"trying again in {pause_s:.0f} s (strategy.wait_for_quorum_s)")
+        ctx.stop.pause(pause_s)
+        return True
+
+
+def _not_asked(ctx: RunContext, round_number: int, cohort: list[Member]) -> dict[str, Any]:
+    """Return `not_asked` for the round's line: the sites left out for their silence, each with its next round.
+
+    It is empty where there are none, and where the cohort is secret.
+    """
+    connected = ctx.roster.members().keys() - {member.name for member in cohort}
+    resting = ctx.roster.silence.resting("train", round_number)
+    found = {site: again for site, again in resting.items() if site in connected}
+    return {"not_asked": found} if found and not ctx.withholds else {}
+
+
+def _of_not_asked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of an audit event that names the sites that were left out; empty if there were none."""
+    return {"not_asked": sorted(record["not_asked"])} if "not_asked" in record else {}
 
 
 def _void(ctx: RunContext, attempt: int, record: dict[str, Any]) -> None:
@@ -112,6 +177,7 @@ def _void(ctx: RunContext, attempt: int, record: dict[str, Any]) -> None:
         attempt=attempt,
         accepted=len(record["accepted"]),
         rejected={site: one["reason"] for site, one in record["rejected"].items()},
+        **_of_not_asked(record),
     )
     ctx.progress.round_ends(record)
 
@@ -141,6 +207,7 @@ def _complete(ctx: RunContext, kind: Round[Replies], state: State, replies: Repl
         accepted=sorted(record["accepted"]),
         rejected={site: one["reason"] for site, one in record["rejected"].items()},
         adapter_sha256=record["adapter_sha256"],
+        **_of_not_asked(record),
     )
     give_back_memory(ctx.spec.size)  # what the step took
     state = replace(state, anchors=ctx.logs.anchors())
@@ -190,12 +257,14 @@ def evaluated(state: State, record: Mapping[str, Any], monitor: str, lower_is_be
 
 def _evaluate_at_sites(ctx: RunContext, state: State) -> dict[str, Any]:
     """Return `sites_eval` for the round's line; with at_sites = "auto" nothing if no site keeps evaluation rows."""
+    resting = ctx.roster.silence.resting("evaluate", state.round)
+    not_evaluated = {"sites_eval_not_asked": resting} if resting else {}
     found = evaluate_at_sites(ctx, state)
     if not found and ctx.config.evaluation.at_sites == "auto":
-        return {}
+        return not_evaluated
     # for a mean over sites: a site's number of evaluation rows is its own word, too
     weights = weights_of({site: int(metrics["rows"]) for site, metrics in found.items()}, ctx.config.strategy)
-    return {"sites_eval": found, "sites_eval_weights": weights}
+    return {"sites_eval": found, "sites_eval_weights": weights} | not_evaluated
 
 
 def _is_better(value: float | None, best: float | None, lower_is_better: bool) -> bool:

@@ -146,6 +146,11 @@ def describe(record: Record) -> str:
         parts.append("without " + ", ".join(f"{site} ({why['reason']})" for site, why in rejected.items()))
     if record.get("left_out"):
         parts.append("not asked: " + ", ".join(record["left_out"]))
+    parts += [f"{site} not asked until round {again} (silent)" for site, again in record.get("not_asked", {}).items()]
+    parts += [
+        f"{site} not asked to evaluate until round {again} (silent)"
+        for site, again in record.get("sites_eval_not_asked", {}).items()
+    ]
     if "aggregation_error" in record:
         parts.append(f"aggregation error {record['aggregation_error']:.2g}")
     if "update_cosine" in record:
@@ -177,6 +182,19 @@ def describe_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
             shown += f" and {len(sites) - _SHOWN} more sites"
         lines.append(f"{code}: {shown}")
     return lines
+
+
+def describe_left_out(started: int, left_out: Mapping[str, str]) -> str:
+    """Return a line about the sites that are missing at the start.
+
+    Args:
+        started: how many sites are there.
+        left_out: the others, with the reason; at least one.
+    """
+    named = ", ".join(f"{site} ({why})" for site, why in list(left_out.items())[:_SHOWN_ROWS])
+    if len(left_out) > _SHOWN_ROWS:
+        named += f" and {len(left_out) - _SHOWN_ROWS} more (audit.jsonl has all)"
+    return f"starting with {started} sites, without {named}; they may join in a later round"
 
 
 def describe_rows(rows: Mapping[str, int], dominant: Sequence[str], weighting: str) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from tsugiki.common.wire.messages import HelloReply, HelloRequest, error_code, f
 from tsugiki.common.wire.spec import AdapterSpec
 from tsugiki.server.engines.grid import LONGEST_PAUSE_S, RETURN_S, RunGrid, Stop, exchange, wait_for_nodes
 from tsugiki.server.run.replies import GONE
+from tsugiki.server.run.silence import Silence
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -33,6 +34,10 @@ GREETING_S = 5.0
 """How long nodes wait for others before they are greeted. A few gateways may have enough clients."""
 HELLO_PATIENCE_S = 20.0
 """How long a round waits for the hello of a node that is new to it."""
+REFUSED_AGAIN_S = 30.0
+"""When a refused node is first asked again: perhaps its site was mended in the meantime."""
+LONGEST_INTERVAL_S = 3600.0
+"""The intervals between hellos to a node that is refused, or silent, double up to this."""
 _NOTE = r"[a-z0-9-]{1,40}(:[0-9]{1,9})?"
 """A note that may be shown on a terminal; it comes from a site."""
 
@@ -59,6 +64,19 @@ class Member:
 
 
 @dataclass(frozen=True)
+class _Retry:
+    """When a node that is no member is greeted again.
+
+    Args:
+        at_s: not before this time.
+        interval_s: from the last hello until then.
+    """
+
+    at_s: float
+    interval_s: float
+
+
+@dataclass(frozen=True)
 class _Verdict:
     """The verdict on a hello: the member, or the code of the refusal; and the event for the audit log."""
 
@@ -80,6 +98,8 @@ class Roster:
         stop: set when the user asks to stop.
         names: returns the names under which nodes' keys are registered, by node id: no node may use another's.
             None: nodes have no keys.
+        sessions: returns since when each node is connected, by node id: a node that has reconnected says hello again.
+            None: a node that reconnects has another id, or is seen to be away.
     """
 
     def __init__(
@@ -91,6 +111,7 @@ class Roster:
         audit: AuditLog,
         stop: Stop,
         names: Callable[[], Mapping[int, str]] | None = None,
+        sessions: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
         self._grid = grid
         self._config = config
@@ -99,6 +120,7 @@ class Roster:
         self._audit = audit
         self._stop = stop
         self._names = names
+        self._sessions = sessions
         # more clients than the plan's are refused: delta and the width of a sum depend on their number
         self._most_clients: int | None = None
         self._most_of_a_site = MOST_CLIENTS
@@ -108,9 +130,12 @@ class Roster:
             self._most_of_a_site = plan.max_clients_per_site
             if plan.secure_aggregation:
                 self.min_sites = plan.min_sites
-        self._known: dict[int, Member | Code] = {}  # a refused node has its code here, and is not greeted again
+        self._known: dict[int, Member | Code] = {}  # a refused node has its code here
         self._present: set[int] = set()
-        self._silent: dict[int, float] = {}  # when a node that did not answer was greeted
+        self._connected: set[int] = set()
+        self._since: Mapping[int, str] = {}
+        self._retries: dict[int, _Retry] = {}  # nodes that were greeted and are no members
+        self.silence = Silence()
 
     def members(self) -> dict[str, Member]:
         """Return the sites that are connected now, by name, sorted."""
@@ -126,15 +151,46 @@ class Roster:
         """Return the nodes that failed the hello, with their codes."""
         return {node: entry for node, entry in self._known.items() if isinstance(entry, str)}
 
-    def enough(self) -> bool:
-        """Return whether the connected sites can make up a round."""
-        return self.clients() >= self._config.strategy.min_clients and len(self.members()) >= self.min_sites
+    def enough(self, members: Collection[Member] | None = None) -> bool:
+        """Return whether these sites can make up a round; None: the connected ones."""
+        if members is None:
+            members = self.members().values()
+        clients = sum(member.clients for member in members)
+        return clients >= self._config.strategy.min_clients and len(members) >= self.min_sites
+
+    def _complete(self) -> bool:
+        """Return whether the sites to start with are there."""
+        wanted = self._config.strategy.start_with
+        members = self.members()
+        missing = wanted > len(members) if isinstance(wanted, int) else set(wanted) - members.keys()
+        return self.enough() and not missing
+
+    def nodes_wanted(self) -> int:
+        """Return how many nodes are waited for at the start, if each has one client and passes."""
+        strategy = self._config.strategy
+        return max(strategy.min_clients, strategy.sites_at_start, self.min_sites)
+
+    def left_out(self) -> dict[str, str]:
+        """Return the sites that could be expected and are no members, by name or node, with the reason.
+
+        Expected are the names in `strategy.start_with` and those of registered keys, and the connected nodes.
+        """
+        members = self.members()
+        keys = self._keys()
+        wanted = self._config.strategy.start_with
+        names = set(keys.values()) if isinstance(wanted, int) else {*wanted, *keys.values()}
+        found = {name: "not connected" for name in names - members.keys()}
+        refused = self.refused()
+        for node in self._connected:
+            if not isinstance(self._known.get(node), Member):
+                found[keys.get(node) or f"node {node}"] = refused.get(node, "no answer to the hello")
+        return dict(sorted(found.items()))
 
     def wait(self, seen: Callable[[int], None]) -> None:
-        """Wait until enough sites have connected and passed the hello.
+        """Wait until the sites to start with have connected and passed the hello, or the time is up.
 
         Raises:
-            NotEnoughSites: the time is up.
+            NotEnoughSites: the time is up, and they are not even a quorum.
         """
         wanted = self._config.strategy.min_clients
         timeout_s = self._config.strategy.connect_timeout_s
@@ -143,14 +199,16 @@ class Roster:
         ends = time.monotonic() + timeout_s
         while True:
             left_s = max(0.0, ends - time.monotonic())
-            nodes = max(wanted, self.min_sites) + len(self.refused())
+            nodes = self.nodes_wanted() + len(self.refused())
             wait_for_nodes(self._grid, nodes, min(left_s, GREETING_S), self._stop, seen)
             self.refresh(max(left_s, HELLO_PATIENCE_S))
-            if self.enough():
+            if self._complete():
                 return
             if time.monotonic() >= ends:
                 break
             time.sleep(LONGEST_PAUSE_S)
+        if self.enough():
+            return
         refusals = ", ".join(sorted(set(self.refused().values())))
         found = f"{self.clients()} of {wanted} clients"
         expected = f"strategy.min_clients = {wanted}"
@@ -175,6 +233,14 @@ class Roster:
         # not a second look: a node that leaves after this one is waited for in the round
         self.refresh(connected=connected)
 
+    def wait_for_quorum(self, wait_s: float) -> None:
+        """Wait until enough sites are back, for `wait_s` at most."""
+        ends = time.monotonic() + wait_s
+        while not self.enough() and time.monotonic() < ends:
+            self._stop.check()
+            time.sleep(LONGEST_PAUSE_S)
+            self.refresh()
+
     def drop(self, nodes: Iterable[int]) -> None:
         """Count nodes that did not answer as absent until the next `refresh`."""
         self._present -= set(nodes)
@@ -182,7 +248,8 @@ class Roster:
     def refresh(self, patience_s: float = HELLO_PATIENCE_S, connected: set[int] | None = None) -> None:
         """Greet the connected nodes that are new or have come back.
 
-        A node that does not answer in `patience_s` is left alone for `connect_timeout_s`, then greeted again.
+        A node that does not answer in `patience_s` is left alone for `connect_timeout_s`, then greeted again; a refused
+        node is greeted again too. Each time the interval doubles.
 
         Args:
             patience_s: for the answers.
@@ -191,20 +258,52 @@ class Roster:
         if connected is None:
             connected = set(self._grid.get_node_ids())
         self._present = set(connected)
-        # a node that left must say hello again; a refusal that may have been because of it is forgotten too
-        if self._known.keys() - self._present:
-            self._known = {
-                node: entry
-                for node, entry in self._known.items()
-                if node in self._present and entry not in ("site-name-taken", "too-many-clients")
-            }
+        self._connected = set(connected)
+        self._forget(self._reconnected() | ((self._known.keys() | self._retries.keys()) - self._present))
         now = time.monotonic()
-        due = now - self._config.strategy.connect_timeout_s
-        new = sorted(node for node in self._present - set(self._known) if self._silent.get(node, due) <= due)
+        new = sorted(node for node in self._present if self._is_due(node, now))
         if new:
             self._greet(new, patience_s)
-        self._silent |= {node: now for node in new if node not in self._known}
+            self._plan_retries(new, now)
         self._present &= set(self._known)
+
+    def _reconnected(self) -> set[int]:
+        """Return the nodes that have reconnected since the last look, under the same id."""
+        if self._sessions is None:
+            return set()
+        since = self._sessions()
+        again = {node for node, before in self._since.items() if since.get(node, before) != before}
+        self._since = {node: since[node] for node in self._present if node in since}
+        return again
+
+    def _forget(self, nodes: set[int]) -> None:
+        """Forget the verdicts on nodes that have left or reconnected, whose sites may have changed.
+
+        A refusal that may have been because of one of them is forgotten too.
+        """
+        if any(node in self._known for node in nodes):
+            nodes = nodes | {n for n, entry in self._known.items() if entry in ("site-name-taken", "too-many-clients")}
+        for node in nodes:
+            self._known.pop(node, None)
+            self._retries.pop(node, None)
+
+    def _is_due(self, node: int, now: float) -> bool:
+        """Return whether a connected node is to be greeted."""
+        entry = self._known.get(node)
+        if isinstance(entry, Member) or (entry is not None and self._grid.simulated):
+            return False
+        return node not in self._retries or self._retries[node].at_s <= now
+
+    def _plan_retries(self, greeted: Iterable[int], now: float) -> None:
+        """Settle when those of the greeted nodes that are no members are greeted again."""
+        for node in greeted:
+            entry = self._known.get(node)
+            before = self._retries.pop(node, None)
+            if isinstance(entry, Member):
+                continue
+            first_s = self._config.strategy.connect_timeout_s if entry is None else REFUSED_AGAIN_S
+            interval_s = min(2 * before.interval_s, LONGEST_INTERVAL_S) if before else first_s
+            self._retries[node] = _Retry(now + interval_s, interval_s)
 
     def _greet(self, nodes: list[int], patience_s: float) -> None:
         from flwr.app import Message
@@ -227,6 +326,7 @@ class Roster:
             verdict = self._judge(node, replies[node], keys.get(node, ""), taken, clients)
             verdicts[node] = verdict
             if isinstance(verdict.entry, Member):
+                self.silence.said_hello(verdict.entry.name)
                 taken.add(verdict.entry.name)
                 clients += verdict.entry.clients
         # one flush to the disk for all of them, and before any of these sites is asked for anything

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
@@ -80,6 +80,7 @@ class Attempt:
         round_number: counted from 1.
         session: names the attempt at this sum.
         members: the sites to ask in the next step, by site name.
+        needed: how many sites open a sum; 0: it is not settled yet.
     """
 
     ctx: RunContext
@@ -87,6 +88,7 @@ class Attempt:
     round_number: int
     session: bytes
     members: dict[str, Member]
+    needed: int = 0
     rejected: list[Rejected] = field(default_factory=list)
     bytes_down: int = 0
     bytes_up: int = 0
@@ -125,7 +127,7 @@ class Attempt:
         timeout_s = min(self.ctx.config.strategy.round_timeout_s, STEP_TIMEOUT_S)
         members = list(self.members.values())
         asked, messages = address(members, self.round_number, f"query.{step}", request, timeout_s)
-        passed, rejected = receive(self.ctx, self.round_number, asked, messages, judge, timeout_s)
+        passed, rejected = receive(self.ctx, self.round_number, asked, messages, judge, timeout_s, self._enough)
         self._keep([one.site for one in passed], [replace(one, detail=one.detail or step) for one in rejected])
         self.bytes_up += sum(one.size_bytes for one in passed)
         return {one.site: one.content for one in passed}
@@ -160,10 +162,15 @@ class Attempt:
         timeout_s = self.ctx.config.strategy.round_timeout_s
         members = list(self.members.values())
         asked, messages = address(members, self.round_number, "train.masked", request, timeout_s)
-        passed, rejected = receive(self.ctx, self.round_number, asked, messages, judge)
+        passed, rejected = receive(self.ctx, self.round_number, asked, messages, judge, timeout_s, self._enough)
         self._keep([one.site for one in passed], rejected)
         self.bytes_up += sum(one.size_bytes for one in passed) + sum(one.size_bytes for one in rejected)
         return {one.site: one for one in passed}, running.total
+
+    def _enough(self, passed: Collection[AcceptedStep[Any] | AcceptedSum]) -> bool:
+        """Return whether the sum can be opened with these sites alone, whatever the others do."""
+        clients = sum(one.clients for one in passed)
+        return clients >= self.plan.min_clients and len(passed) >= max(self.plan.min_sites, self.needed)
 
     def _names(self) -> dict[int, str]:
         return {member.node_id: name for name, member in self.members.items()}
@@ -343,6 +350,7 @@ def _run(now: Attempt, state: State, charge: Callable[[], None]) -> tuple[list[A
 
     # shares: each site seals its secrets for every other, so that enough of them can undo the masks of a lost one
     needed = _threshold(counts, {name: one.counts_on for name, one in announced.items()}, plan)
+    now.needed = needed
     listed = {**to_fields("keys", keys), **to_fields("signed", signed), "needed": needed}
     listed["clients"] = [counts[name] for name in sorted(keys)]
     context = hash_context(terms, keys, counts, signed, needed)

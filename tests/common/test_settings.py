@@ -102,3 +102,31 @@ def test_every_setting_is_described(base):
     assert issubclass(base, Section)
     assert base.model_fields
     assert all(field.description for field in base.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [(0, 0), (3, 3), ("3", 3), (["acme", "bolt"], ("acme", "bolt")), ("acme, bolt", ("acme", "bolt"))],
+)
+def test_sites_to_start_with_are_a_number_or_names(written, meant):
+    """Catches: a list that Flower's run config carries as text, and a number taken for a name."""
+    settings = StrategySettings(name="fedavg", start_with=written)
+    assert settings.start_with == meant
+    assert settings.sites_at_start == (meant if isinstance(meant, int) else len(meant))
+
+
+@pytest.mark.parametrize("wrong", [-1, True, 1.5, [], ["a", "a"], ["../a"], [1], "", {"a": 1}])
+def test_what_is_no_choice_of_sites(wrong):
+    """Catches: a site that is counted twice, or a name that no site can have, waited for in vain."""
+    with pytest.raises(ValidationError, match="a number of sites"):
+        StrategySettings(name="fedavg", start_with=wrong)
+
+
+@pytest.mark.parametrize(("written", "right"), [("auto", True), (0, True), (5.5, True), (-1, False), ("x", False)])
+def test_a_wait_is_a_number_of_seconds_or_auto(written, right):
+    """Catches: a negative wait, and a word that is taken for "auto"."""
+    if right:
+        assert StrategySettings(name="fedavg", grace_s=written).grace_s == written
+    else:
+        with pytest.raises(ValidationError, match="seconds"):
+            StrategySettings(name="fedavg", grace_s=written)

@@ -28,7 +28,7 @@ def test_when_all_sites_die_the_run_ends(tmp_path, model):
         tmp_path,
         model,
         run={"rounds": 50, "output_dir": str(tmp_path / "runs")},
-        strategy={"round_timeout_s": 4.0, "min_clients": 2},
+        strategy={"round_timeout_s": 4.0, "min_clients": 2, "wait_for_quorum_s": 5.0},
         train={"local_steps": 150},
     )
     insecure = ["--insecure", "--no-export"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from tsugiki.cli import main
@@ -49,6 +50,16 @@ def fail() -> None:
     cohort.train = train
 
 
+def silent() -> None:
+    """Say hello, and never train."""
+
+    def train(*arguments: Any) -> Any:
+        while True:  # the process is asked to end by a signal
+            time.sleep(60.0)
+
+    cohort.train = train
+
+
 def counts() -> None:
     """At a server: invent clients at the other sites."""
     from lying import invent_counts, lying  # beside this file, which runs as a script
@@ -63,7 +74,7 @@ def told() -> None:
     secagg.address = lying(told_to_others("site-0", "train", "learning_rate", 1e-30))
 
 
-TRICKS = {"replay": replay, "twice": twice, "fail": fail, "counts": counts, "told": told}
+TRICKS = {"replay": replay, "twice": twice, "fail": fail, "silent": silent, "counts": counts, "told": told}
 
 if __name__ == "__main__":
     TRICKS[sys.argv.pop(1)]()

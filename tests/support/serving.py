@@ -62,7 +62,7 @@ class Process:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"{name}.log"
-        self._listen = str(arguments[arguments.index("--listen") + 1]) if "--listen" in arguments else ""
+        self.listen = str(arguments[arguments.index("--listen") + 1]) if "--listen" in arguments else ""
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 [*map(str, program), *map(str, arguments)],
@@ -87,7 +87,7 @@ class Process:
 
     def listens(self) -> bool:
         """Return whether the loopback port that it was to listen on is open."""
-        host, _, port = self._listen.rpartition(":")
+        host, _, port = self.listen.rpartition(":")
         with socket.socket() as probe:
             return host == "127.0.0.1" and probe.connect_ex((host, int(port))) == 0
 

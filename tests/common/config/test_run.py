@@ -10,6 +10,7 @@ from tsugiki.common.config.parse import changed, parse, section_classes
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError, Problem
 from tsugiki.common.privacy.settings import PrivacySection
+from tsugiki.common.settings import OPERATORS_WAITS
 
 EMBEDDING = {"name": "sentence-embedding", "loss": "cosine-similarity"}
 
@@ -145,7 +146,7 @@ def test_sha256_leaves_out_where_and_how_only():
             hashed = config.model_copy(update={name: changed})
             with warnings.catch_warnings(action="ignore"):  # pydantic notes the type, which is wrong on purpose
                 (same if hashed.sha256 == config.sha256 else other).append(f"{name}.{key}")
-    patience = ["strategy.round_timeout_s", "strategy.connect_timeout_s"]
+    patience = [f"strategy.{name}" for name in ("round_timeout_s", "connect_timeout_s", *OPERATORS_WAITS)]
     planned = [f"privacy.{name}" for name in PrivacySection.model_fields if name not in ("mode", "examples")]
     assert same == ["run.output_dir", "model.public_name", *patience, *planned, "simulation.engine"]
     assert len(other) > 40
@@ -167,7 +168,7 @@ def test_sites_get_what_they_need_and_nothing_of_the_operators_files():
         "task": EMBEDDING | {"scale": 10.0},
         "adapter": {"method": "houlsby", "bottleneck": 4},
         "train": {"local_steps": 3, "threads": 1},
-        "strategy": {"name": "fedprox", "proximal_mu": 0.5},
+        "strategy": {"name": "fedprox", "proximal_mu": 0.5, "start_with": ["secret"]},
         "evaluation": {"data": "/secret/dev.csv", "batch_size": 13, "monitor": "eval_loss"},
         "data": {"columns": {"sentence1": "secret"}},
         "simulation": {"data": "/secret/train.csv", "column": "secret"},
@@ -178,7 +179,8 @@ def test_sites_get_what_they_need_and_nothing_of_the_operators_files():
     assert set(json.loads(text)) == {"run", "model", "task", "adapter", "train", "strategy", "privacy", "evaluation"}
     assert json.loads(text)["evaluation"] == {"batch_size": 13, "monitor": "eval_loss"}
     there = parse(json.loads(text))
-    for section in ("model", "task", "adapter", "train", "strategy", "privacy"):
+    assert there.strategy == config.strategy.model_copy(update={"start_with": 0})
+    for section in ("model", "task", "adapter", "train", "privacy"):
         assert getattr(there, section) == getattr(config, section), section
     assert there.monitor == config.monitor == "loss"  # by which a site validates
     assert (there.run.name, there.run.rounds, there.run.seed) == ("r1", 7, 5)

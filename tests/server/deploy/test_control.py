@@ -4,9 +4,11 @@ import httpx
 import pytest
 from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest
 
+from tsugiki.client.node.connection import Connection
+from tsugiki.client.node.link import Link
 from tsugiki.common.config.files import run_config_defaults
 from tsugiki.common.errors import DeployError
-from tsugiki.common.keys import new_key_pair
+from tsugiki.common.keys import new_key_pair, read_private_key
 from tsugiki.server.deploy import bundle, control
 from tsugiki.server.deploy.certs import make_certificates
 from tsugiki.server.deploy.control import Control, executed
@@ -18,11 +20,15 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
-def child(tmp_path_factory):
+def files(tmp_path_factory):
+    """The certificates of this module's SuperLink."""
+    return make_certificates(tmp_path_factory.mktemp("tls"), [])
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory, files):
     """A SuperLink with TLS, for this module."""
-    folder = tmp_path_factory.mktemp("superlink")
-    files = make_certificates(folder / "tls", [])
-    with superlink(f"127.0.0.1:{free_port()}", files, folder / "state") as running:
+    with superlink(f"127.0.0.1:{free_port()}", files, tmp_path_factory.mktemp("superlink")) as running:
         yield running
 
 
@@ -133,6 +139,23 @@ def test_a_revoked_key_is_not_taken_from_the_folder(operator, tmp_path):
     assert operator.node_names() == {}
     restore(keys, "acme")
     assert operator.synchronise(keys) == ["acme registered"]
+
+
+def test_a_node_that_connects_anew_has_another_session(operator, child, files, tmp_path):
+    """Catches: a reconnection with the same key, and so the same id, that nobody can see."""
+    key = tmp_path / "bank"
+    register(tmp_path / "keys", new_key_pair(key))
+    operator.synchronise(tmp_path / "keys")
+    (node,) = operator.node_names()
+    link = Link(child.listen, files.ca.read_bytes(), read_private_key(key), 5.0)
+    seen = []
+    for _ in range(2):
+        connection = Connection(link, lambda: False, seen.append)
+        connection.connect()
+        seen.append(operator.sessions()[node])
+        assert operator.sessions()[node] == seen[-1]
+        connection.close()
+    assert seen[0] != seen[1]
 
 
 def test_what_the_superlink_refuses_is_an_error_of_ours(operator):

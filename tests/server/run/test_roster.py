@@ -1,9 +1,11 @@
 import dataclasses
+import itertools
 import os
 
 import pytest
 
 from tests.support.federation import hurry
+from tests.support.slow import Clock, slow_context
 from tests.support.toy import SPEC, rewritten, toy_app, toy_config, toy_context
 from tsugiki.common import __version__
 from tsugiki.common.audit import verify
@@ -327,3 +329,76 @@ def test_who_does_not_come_back_or_dropped_out_is_not_waited_for(tmp_path, monke
     looks.clear()
     ctx.roster.gather()
     assert len(looks) <= 3
+
+
+# Nodes that reconnect, or were refused
+
+
+def test_a_node_that_reconnected_says_hello_again_although_its_id_is_the_same(tmp_path):
+    """Catches: a refused site that is mended and restarted with the same key, and is never greeted again."""
+    rows, since = [0], {1: "nine", 2: "nine"}
+    ctx = toy_context(
+        tmp_path,
+        toy_app(["bank", "clinic"]),
+        2,
+        fault=lambda node, reply: [rewritten(reply, rows=rows[0]) if node == 2 else reply],
+    )
+    ctx.roster._sessions = lambda: since
+    ctx.roster.refresh()
+    assert ctx.roster.refused() == {2: "shard-empty"}
+    rows[0] = 7
+    ctx.roster.refresh()
+    assert ctx.roster.refused() == {2: "shard-empty"}
+    since[2] = "ten"
+    ctx.roster.refresh()
+    assert {name: member.rows for name, member in ctx.roster.members().items()} == {"bank": 10, "clinic": 7}
+
+
+def test_a_member_that_reconnected_is_judged_anew(tmp_path):
+    """Catches: the old number of rows believed of a site that was restarted between two looks."""
+    rows, since = [10], {1: "nine"}
+    ctx = toy_context(tmp_path, toy_app(["bank"]), 1, fault=lambda node, reply: [rewritten(reply, rows=rows[0])])
+    ctx.roster._sessions = lambda: since
+    ctx.roster.refresh()
+    rows[0], since[1] = 0, "ten"
+    ctx.roster.refresh()
+    assert (ctx.roster.members(), ctx.roster.refused()) == ({}, {1: "shard-empty"})
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_node_that_is_no_member_is_greeted_at_growing_intervals(tmp_path, monkeypatch, silent):
+    """Catches: a refused site that is asked in each round, or never again; intervals that grow without end."""
+    clock = Clock().rule(monkeypatch)
+    greeted_at = []
+
+    def takes(site, kind, number):
+        if site == "c":
+            greeted_at.append(clock.now)
+        return None if silent and site == "c" else 0.0
+
+    config = toy_config(tmp_path, strategy={"connect_timeout_s": 60.0})
+    ctx = slow_context(tmp_path, ["a", "b", "c"], clock, takes, config, fault=forging_hello(3, rows=0))
+    while clock.now < 13_000:
+        ctx.roster.refresh()
+        clock.sleep(5.0)
+    waited = [after - before for before, after in itertools.pairwise(greeted_at)]
+    expected = [60, 120, 240, 480, 960, 1920] if silent else [30, 60, 120, 240, 480, 960, 1920]
+    assert waited == [pytest.approx(seconds, abs=25.0) for seconds in [*expected, 3600, 3600][: len(waited)]]
+    assert len(waited) > len(expected)
+
+
+def test_a_refused_site_that_was_mended_joins(tmp_path, monkeypatch):
+    """Catches: the old code kept after a hello that passes."""
+    clock = Clock().rule(monkeypatch)
+    rows = [0]
+
+    def fault(node, reply):
+        return [rewritten(reply, rows=rows[0]) if node == 3 else reply]
+
+    ctx = slow_context(tmp_path, ["a", "b", "c"], clock, lambda *request: 0.0, fault=fault)
+    assert ctx.roster.refused() == {3: "shard-empty"}
+    rows[0] = 4
+    clock.sleep(31.0)
+    ctx.roster.refresh()
+    assert list(ctx.roster.members()) == ["a", "b", "c"]
+    assert ctx.roster.refused() == {}

@@ -210,7 +210,7 @@ def test_a_site_draws_its_noise_anew_for_each_sum(tmp_path, monkeypatch):
     drawn = {}
     honest = client.protected_sum
 
-    def recording(run, job, plan):
+    def recording(run, job, plan, protect=None):
         total = honest(run, job, plan)
         drawn.setdefault((run.site.name, job.request.round), []).append(total.levels.copy())
         plans.append(plan)

@@ -1,0 +1,188 @@
+"""Sites that are connected and do not answer: when they are asked again, and how long a round waits for them.
+
+A site that was silent until a round closed is left out of the next 1, 2, 4, ... rounds. What all rounds have waited for
+it, after everybody else had answered, adds up to one `strategy.round_timeout_s` at most; from then on it is asked, but
+not waited for. Only an accepted update ends this.
+
+All of it is forgotten with the process: a resumed run gives each site its patience anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from tsugiki.server.engines.grid import Deadline
+
+LONGEST_REST = 16
+"""Most rounds for which a silent site is not asked."""
+LEAST_GRACE_S = 30.0
+"""With `strategy.grace_s = "auto"`: how long a round stays open after its quorum at least."""
+USUAL_FACTOR = 2.0
+"""With `strategy.grace_s = "auto"`: a site may take this many times as long as it took the last time."""
+
+Duty = Literal["train", "evaluate"]
+_FINISHED: dict[str, Duty] = {"train": "train", "query.unmask": "train", "evaluate": "evaluate"}
+"""The messages whose answer shows that a site does its duty, by their types. Other answers are steps on the way."""
+
+
+@dataclass(frozen=True)
+class _Silent:
+    """A site that was silent, and has not done its duty since.
+
+    Args:
+        misses: how often in a row it was silent.
+        asked_from: the round from which it is asked again.
+        waited_s: how long it was waited for, after all others.
+        hellos: how often it has said hello since; each halves how long it may be waited for.
+    """
+
+    misses: int = 0
+    asked_from: int = 0
+    waited_s: float = 0.0
+    hellos: int = 0
+
+
+class Silence:
+    """The silent sites of a run, and how long each site took when it last answered."""
+
+    def __init__(self) -> None:
+        self._silent: dict[tuple[Duty, str], _Silent] = {}
+        self._usual_s: dict[tuple[str, str], float] = {}
+        self._trained: set[str] = set()
+
+    def resting(self, duty: Duty, round_number: int) -> dict[str, int]:
+        """Return the sites that are not to be asked in a round, each with the round from which it is asked again."""
+        return {
+            site: one.asked_from
+            for (kind, site), one in sorted(self._silent.items())
+            if kind == duty and one.asked_from > round_number
+        }
+
+    def is_silent(self, duty: Duty, site: str) -> bool:
+        """Return whether the site was silent when it was last asked to do this."""
+        return (duty, site) in self._silent
+
+    def usual_s(self, kind: str, site: str) -> float | None:
+        """Return how long the site took for its last answer to such a message; None: it has never answered one."""
+        return self._usual_s.get((kind, site))
+
+    def patience_s(self, duty: Duty, site: str, whole_s: float) -> float:
+        """Return how long a round may still wait for the site after all others.
+
+        Args:
+            duty: what it is asked to do.
+            site: its name.
+            whole_s: for a site that was never silent.
+        """
+        mine = self._silent.get((duty, site), _Silent())
+        waited_s = mine.waited_s
+        # a site that has not trained yet is waited for once, not once for each duty
+        if duty == "train" and site not in self._trained:
+            waited_s += self._silent.get(("evaluate", site), _Silent()).waited_s
+        return max(0.0, whole_s * 0.5**mine.hellos - waited_s)
+
+    def answered(self, kind: str, site: str, seconds: float) -> None:
+        """Take note of an accepted answer to a message of this type."""
+        self._usual_s[kind, site] = seconds
+        duty = _FINISHED.get(kind)
+        if duty is None:
+            return
+        self._silent.pop((duty, site), None)
+        if duty == "train":
+            self._trained.add(site)
+
+    def missed(self, duty: Duty, site: str, round_number: int, waited_s: float) -> None:
+        """Take note of a site that was silent in a round, and of how long it was waited for after all others."""
+        before = self._silent.get((duty, site), _Silent())
+        rest = min(2**before.misses, LONGEST_REST)
+        self._silent[duty, site] = replace(
+            before,
+            misses=before.misses + 1,
+            asked_from=round_number + rest + 1,
+            waited_s=before.waited_s + waited_s,
+        )
+
+    def said_hello(self, site: str) -> None:
+        """Let a site that is new, or has come back, be asked at once."""
+        for (duty, name), one in self._silent.items():
+            if name == site:
+                self._silent[duty, name] = _Silent(hellos=one.hellos + 1)
+
+
+@dataclass
+class Waiting:
+    """The wait for the answers to one kind of message, which ends at `deadline`.
+
+    Args:
+        silence: of the run.
+        duty: what the sites are asked to do.
+        kind: the message type.
+        missing: the sites that have not answered.
+        deadline: of the exchange; it is moved forward once the quorum is in.
+        patience_s: how long a silent site may be waited for in all, after all others.
+        grace_s: how long the wait goes on after the quorum; "auto": see `StrategySettings.grace_s`.
+        simulated: sites are late because of each other: the deadline stays, and nobody counts as silent.
+    """
+
+    silence: Silence
+    duty: Duty
+    kind: str
+    missing: set[str]
+    deadline: Deadline
+    patience_s: float
+    grace_s: float | Literal["auto"]
+    simulated: bool
+    _timeout_s: float = field(init=False)
+    _last_s: float = field(init=False, default=0.0)
+    _quorum_s: float | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        """Remember the latest end."""
+        self._timeout_s = self.deadline.after_s
+
+    def heard(self, site: str, *, accepted: bool) -> None:
+        """Take note of a site's first answer."""
+        if site not in self.missing or self.simulated:
+            return
+        self.missing.remove(site)
+        self._last_s = self.deadline.elapsed_s
+        if accepted:
+            self.silence.answered(self.kind, site, self._last_s)
+
+    def settle(self, enough: Callable[[], bool]) -> None:
+        """Wait from now on only as long as the missing sites deserve, if the quorum is in.
+
+        Args:
+            enough: returns whether it is; not called again once it was.
+        """
+        if self.simulated:
+            return
+        if self._quorum_s is None:
+            if not enough():
+                return
+            self._quorum_s = self.deadline.elapsed_s
+        quorum_s = self._quorum_s
+        self.deadline.after_s = max((self._ends_s(site, quorum_s) for site in self.missing), default=self._timeout_s)
+
+    def _ends_s(self, site: str, quorum_s: float) -> float:
+        """Return until when a missing site is waited for, from the start; the quorum was in after `quorum_s`."""
+        ends_s = self._timeout_s
+        usual_s = self.silence.usual_s(self.kind, site)
+        if self.grace_s != "auto":
+            ends_s = quorum_s + self.grace_s
+        # a site that never answered may be slow, and one that was silent may have become slow: their patience counts
+        elif usual_s is not None and not self.silence.is_silent(self.duty, site):
+            ends_s = max(quorum_s + max(quorum_s, LEAST_GRACE_S), USUAL_FACTOR * usual_s)
+        patience_ends_s = self._last_s + self.silence.patience_s(self.duty, site, self.patience_s)
+        return min(ends_s, self._timeout_s, patience_ends_s)
+
+    def close(self, round_number: int) -> list[str]:
+        """Count the missing sites as silent in a round, and return their names, sorted."""
+        if self.simulated:
+            return []
+        waited_s = self.deadline.elapsed_s - self._last_s
+        for site in self.missing:
+            self.silence.missed(self.duty, site, round_number, waited_s)
+        return sorted(self.missing)

@@ -1,0 +1,250 @@
+"""Sites that answer their hello and then nothing: what they cost, and when they are asked again."""
+
+import pytest
+
+from tests.support.slow import Clock, rounds_asked, slow_context
+from tests.support.toy import run_toy, toy_app, toy_config, toy_state
+from tsugiki.common.audit import verify
+from tsugiki.common.errors import QuorumNotMet
+from tsugiki.common.files import read_lines
+from tsugiki.server.run.collect import evaluate_at_sites
+from tsugiki.server.run.loop import run_rounds
+from tsugiki.server.run.progress import describe
+from tsugiki.server.run.silence import LONGEST_REST, Silence
+
+SITES = ["a", "b", "c"]
+TIMEOUT_S = 600.0
+NEVER = None
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time under control."""
+    return Clock().rule(monkeypatch)
+
+
+def config_of(folder, rounds=20, **strategy):
+    """Return a run of sites that keep no evaluation rows, with a long time-out."""
+    strategy = {"round_timeout_s": TIMEOUT_S, **strategy}
+    return toy_config(folder, run={"rounds": rounds}, evaluation={"at_sites": False}, strategy=strategy)
+
+
+def takes(train_s, evaluate_s=1.0):
+    """Return how long sites take: a number for all, or one by (site, round)."""
+
+    def seconds(site, kind, number):
+        given = {"query": 0.0, "evaluate": evaluate_s}.get(kind, train_s)
+        return given(site, number) if callable(given) else given
+
+    return seconds
+
+
+def run_slow(folder, clock, train_s, config, sites=SITES, **options):
+    """Run a federation to its end; return its context, and how long the rounds took."""
+    ctx = slow_context(folder, sites, clock, takes(train_s, **options), config)
+    begun = clock.now
+    run_rounds(ctx, toy_state())
+    return ctx, clock.now - begun
+
+
+def lines(folder):
+    """Return the lines of rounds."""
+    return [line for line in read_lines(folder / "metrics.jsonl") if line["round"]]
+
+
+# What silence costs
+
+
+@pytest.mark.parametrize("work_s", [1.0, 50.0, 250.0])
+@pytest.mark.parametrize("silent_from", [1, 4])
+def test_a_silent_site_costs_one_time_out_in_twenty_rounds(tmp_path, clock, work_s, silent_from):
+    """Catches: each round that waits for it anew, a grace that is paid whenever it is asked again."""
+    ctx, seconds = run_slow(
+        tmp_path,
+        clock,
+        lambda site, number: NEVER if site == "c" and number >= silent_from else work_s,
+        config_of(tmp_path),
+    )
+    _, without = run_slow(tmp_path / "honest", clock, work_s, config_of(tmp_path), ["a", "b"])
+    assert len(lines(tmp_path)) == 20
+    assert seconds - without <= TIMEOUT_S + 20.0  # the last poll of each round may be half a second late
+    assert len(rounds_asked(ctx, "c")) > 3
+
+
+def test_a_silent_site_is_asked_at_growing_intervals(tmp_path, clock):
+    """Catches: a site that is asked each round, or never again; intervals that grow without end."""
+    ctx, _ = run_slow(
+        tmp_path, clock, lambda site, number: NEVER if site == "c" else 1.0, config_of(tmp_path, rounds=70)
+    )
+    assert rounds_asked(ctx, "c") == [1, 3, 6, 11, 20, 37, 54]
+    assert LONGEST_REST == 16
+
+
+def test_who_is_not_asked_is_named(tmp_path, clock):
+    """Catches: a site left out in silence."""
+    run_slow(tmp_path, clock, lambda site, number: NEVER if site == "c" else 1.0, config_of(tmp_path, rounds=6))
+    found = lines(tmp_path)
+    assert [line.get("not_asked") for line in found] == [None, {"c": 3}, None, {"c": 6}, {"c": 6}, None]
+    assert [list(line["rejected"]) for line in found] == [["c"], [], ["c"], [], [], ["c"]]
+    assert "c not asked until round 6 (silent)" in describe(found[3])
+    events = [event for event in verify(tmp_path / "audit.jsonl") if event["event"] == "round"]
+    assert [event.get("not_asked") for event in events] == [None, ["c"], None, ["c"], ["c"], None]
+
+
+def test_an_answer_ends_it(tmp_path, clock):
+    """Catches: a site that stays at its long interval after it has come back to life."""
+    ctx, _ = run_slow(
+        tmp_path,
+        clock,
+        lambda site, number: NEVER if site == "c" and number in (1, 3, 8) else 1.0,
+        config_of(tmp_path, rounds=11),
+    )
+    assert rounds_asked(ctx, "c") == [1, 3, 6, 7, 8, 10, 11]
+
+
+def test_a_silent_site_is_asked_where_there_is_no_round_without_it(tmp_path, clock):
+    """Catches: a quorum missed because the site that it needs was not even asked."""
+    config = config_of(tmp_path, rounds=3, min_clients=3)
+    once = iter([NEVER])
+    ctx, _ = run_slow(tmp_path, clock, lambda site, number: next(once, 1.0) if site == "c" else 1.0, config)
+    assert rounds_asked(ctx, "c") == [1, 1, 2, 3]
+
+
+def test_nothing_of_it_outlives_the_process(tmp_path, clock):
+    """Catches: a resumed run that leaves out a site which may be well by now."""
+    config = config_of(tmp_path, rounds=2)
+    run_slow(tmp_path, clock, lambda site, number: NEVER if site == "c" else 1.0, config)
+    ctx = slow_context(tmp_path, SITES, clock, takes(1.0), config)
+    assert ctx.roster.silence.resting("train", 3) == {}
+
+
+# How long a round stays open
+
+
+@pytest.mark.parametrize(
+    ("grace_s", "took_s"),
+    [(0.0, 10.0), (5.0, 15.0), (100.0, 110.0), (1000.0, TIMEOUT_S)],
+)
+def test_a_number_closes_a_round_so_long_after_its_quorum(tmp_path, clock, grace_s, took_s):
+    """Catches: a grace counted from the start, a grace beyond the time-out, or none at all."""
+    config = config_of(tmp_path, rounds=1, grace_s=grace_s)
+    _, seconds = run_slow(tmp_path, clock, lambda site, number: NEVER if site == "c" else 10.0, config)
+    assert seconds == pytest.approx(took_s, abs=1.0)
+
+
+@pytest.mark.parametrize(("work_s", "took_s"), [(2.0, 32.0), (100.0, 200.0)])
+def test_a_site_that_has_answered_is_waited_for_as_long_again_as_the_quorum_took(tmp_path, clock, work_s, took_s):
+    """Catches: the whole time-out for a site that is known to be fast; no least grace for short rounds."""
+    config = config_of(tmp_path, rounds=2)
+    _, seconds = run_slow(tmp_path, clock, lambda site, number: NEVER if (site, number) == ("c", 2) else work_s, config)
+    assert seconds - work_s == pytest.approx(took_s, abs=2.0)
+
+
+def test_a_slow_site_is_in_every_round(tmp_path, clock):
+    """Catches: a default that shuts out the site with the most rows, which takes longer than two small ones."""
+    config = config_of(tmp_path, rounds=4)
+    run_slow(tmp_path, clock, lambda site, number: {"c": 200.0 + 40.0 * number}.get(site, 5.0), config)
+    assert [sorted(line["accepted"]) for line in lines(tmp_path)] == [SITES] * 4
+
+
+def test_a_site_that_has_become_slow_gets_a_second_chance(tmp_path, clock):
+    """Catches: a bound from its earlier pace that it can never meet again."""
+    config = config_of(tmp_path, rounds=5)
+    run_slow(tmp_path, clock, lambda site, number: 200.0 if site == "c" and number > 1 else 5.0, config)
+    assert ["c" in line["accepted"] for line in lines(tmp_path)] == [True, False, False, True, True]
+
+
+def test_before_the_quorum_a_round_stays_open(tmp_path, clock):
+    """Catches: a grace that ends a round which could still be valid."""
+    config = config_of(tmp_path, rounds=1, grace_s=0.0, min_clients=3)
+    _, seconds = run_slow(tmp_path, clock, lambda site, number: {"c": 500.0}.get(site, 1.0), config)
+    assert seconds == pytest.approx(500.0, abs=1.0)
+    assert sorted(lines(tmp_path)[0]["accepted"]) == SITES
+
+
+def test_everybody_silent_ends_the_run(tmp_path, clock):
+    """Catches: a wait without end when nobody is left."""
+    with pytest.raises(QuorumNotMet):
+        run_slow(tmp_path, clock, lambda site, number: NEVER, config_of(tmp_path, rounds=1))
+
+
+def test_simulated_sites_are_waited_for_and_asked_each_round(tmp_path, monkeypatch):
+    """Catches: results that depend on how busy the machine is."""
+    Clock().rule(monkeypatch)
+    ran = run_toy(tmp_path, toy_app(SITES), 3, config_of(tmp_path, rounds=3, grace_s=0.0))
+    assert [sorted(line["accepted"]) for line in ran.rounds] == [SITES] * 3
+
+
+# At-site evaluation
+
+
+def evaluating(folder, clock, evaluate_s, train_s=1.0, rounds=20):
+    """Run with evaluation at sites; return the context and the seconds."""
+    config = toy_config(folder, run={"rounds": rounds}, strategy={"round_timeout_s": TIMEOUT_S})
+    return run_slow(folder, clock, train_s, config, evaluate_s=evaluate_s)
+
+
+def test_a_site_that_hangs_in_evaluation_costs_one_time_out(tmp_path, clock):
+    """Catches: `round_timeout_s` again in each evaluation; a site that no longer trains because it cannot evaluate."""
+    ctx, seconds = evaluating(tmp_path, clock, lambda site, number: NEVER if site == "c" else 1.0)
+    assert seconds <= TIMEOUT_S + 20 * (1.0 + 1.0 + 2.0)
+    assert rounds_asked(ctx, "c", "evaluate") == [0, 2, 5, 10, 19]
+    assert rounds_asked(ctx, "c") == list(range(1, 21))
+    assert sorted(lines(tmp_path)[0]["sites_eval"]) == ["a", "b"]
+    assert lines(tmp_path)[0]["sites_eval_not_asked"] == {"c": 2}
+    assert "c not asked to evaluate until round 2 (silent)" in describe(lines(tmp_path)[0])
+    rejected = [event for event in verify(tmp_path / "audit.jsonl") if event["event"] == "evaluation-rejected"]
+    assert [(event["site"], event["round"], event["code"]) for event in rejected][:2] == [
+        ("c", 0, "dropout"),
+        ("c", 2, "dropout"),
+    ]
+
+
+def test_a_site_that_is_wholly_silent_costs_one_time_out_evaluations_included(tmp_path, clock):
+    """Catches: one time-out for the first evaluation, and another for the first round."""
+    _, seconds = evaluating(
+        tmp_path,
+        clock,
+        lambda site, number: NEVER if site == "c" else 1.0,
+        lambda site, number: NEVER if site == "c" else 1.0,
+    )
+    assert seconds <= TIMEOUT_S + 20 * (1.0 + 1.0 + 2.0)
+
+
+def test_a_site_that_is_silent_in_training_is_not_asked_to_evaluate(tmp_path, clock):
+    """Catches: an evaluation that waits for a site which has just cost the round its time-out."""
+    config = toy_config(tmp_path, strategy={"round_timeout_s": TIMEOUT_S})
+    ctx = slow_context(tmp_path, SITES, clock, takes(1.0), config)
+    ctx.roster.silence.missed("train", "c", 1, 10.0)
+    assert sorted(evaluate_at_sites(ctx, toy_state())) == ["a", "b"]
+
+
+# The book of silence
+
+
+def test_a_site_that_comes_back_is_asked_at_once_with_half_the_patience():
+    """Catches: a mended site left out for 16 rounds; one that reconnects each round to be waited for each round."""
+    silence = Silence()
+    for number in (1, 3, 6):
+        silence.missed("train", "c", number, 100.0)
+    assert silence.resting("train", 7) == {"c": 11}
+    assert silence.patience_s("train", "c", TIMEOUT_S) == 300.0
+    silence.said_hello("c")
+    assert silence.resting("train", 7) == {}
+    assert silence.patience_s("train", "c", TIMEOUT_S) == 300.0
+    silence.missed("train", "c", 7, 300.0)
+    silence.said_hello("c")
+    assert silence.patience_s("train", "c", TIMEOUT_S) == 150.0
+    silence.answered("train", "c", 5.0)
+    assert silence.patience_s("train", "c", TIMEOUT_S) == TIMEOUT_S
+
+
+def test_only_the_last_step_of_a_sum_shows_that_a_site_does_its_duty():
+    """Catches: a site that sends its keys, never a sum, and is waited for anew in each round."""
+    silence = Silence()
+    silence.missed("train", "c", 1, 100.0)
+    silence.answered("query.keys", "c", 0.1)
+    silence.answered("train.masked", "c", 5.0)
+    assert silence.is_silent("train", "c")
+    silence.answered("query.unmask", "c", 0.1)
+    assert not silence.is_silent("train", "c")
