@@ -37,15 +37,18 @@ LABEL_SKEW = 0.25
 """Above this `label_skew`, the sites of a run that began with a linear probe adjust their losses to their own shares of
 the classes."""
 
-_HELP = 'train.optimizer = "sgd" with strategy.name = "fedavgm" and server_momentum = 0.5. See docs/skew.md'
 SKEW_NOTE = (
-    "the updates of the sites hardly agree (mean cosine {cosine:.2f}): their data differ much. What helps: " + _HELP
+    "the updates of the sites hardly agree (mean cosine {cosine:.2f}): their data differ much. What helps: "
+    'train.optimizer = "sgd" with strategy.name = "fedavgm" and server_momentum = 0.5. See docs/skew.md'
 )
 ADJUSTED_NOTE = (
     "the sites have different classes (label skew {skew:.2f} of 1): each adjusts its loss to its own shares of them "
     "(task.logit_adjustment)"
 )
-LABEL_SKEW_NOTE = "the sites have different classes (label skew {skew:.2f} of 1). What helps: " + _HELP
+LABEL_SKEW_NOTE = (
+    "the sites have different classes (label skew {skew:.2f} of 1). What helps: "
+    'task.logit_adjustment = "auto". See docs/skew.md'
+)
 
 
 def label_skew(counts: npt.NDArray[np.float64]) -> float:
