@@ -18,7 +18,7 @@ from tsugiki.common.model.device import computing
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.rng import derive_seed, generator, seed_everything
 from tsugiki.common.tasks.base import Batch, Encoded, Task
-from tsugiki.common.tasks.classes import LOG_PRIOR, log_prior
+from tsugiki.common.tasks.classes import ADJUSTMENT, logit_adjustment
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def train(
     stream = batches(len(encoded), settings, local_round, steps, lengths)
     # On the device: reading a loss in every step would wait for the GPU.
     losses = torch.zeros(steps, device=graft.device)
-    adjustment = logit_adjustment(encoded, local_round.class_shares)
+    adjustment = adjustment_of(graft.task, encoded, local_round.class_shares)
 
     graft.base.network.train()
     try:
@@ -144,18 +144,19 @@ def train(
     return Trained(step + 1, mean, time.perf_counter() - started)
 
 
-def logit_adjustment(encoded: Encoded, class_shares: Sequence[float]) -> Batch:
+def adjustment_of(task: Task, encoded: Encoded, class_shares: Sequence[float]) -> Batch:
     """Return what is added to each batch, so that its loss is adjusted to the rows' own shares of the classes.
 
     Args:
+        task: of the rows.
         encoded: the client's rows.
         class_shares: of the federation; empty: nothing is added.
     """
     import torch
 
-    if not class_shares or encoded.targets is None:
+    if not class_shares or encoded.targets is None or not task.adjusts_logits:
         return {}
-    return {LOG_PRIOR: torch.from_numpy(log_prior(encoded.targets, class_shares))}
+    return {ADJUSTMENT: torch.from_numpy(logit_adjustment(encoded.targets, class_shares))}
 
 
 def set_learning_rate(optimizer: Any, settings: TrainSection, local_round: LocalRound, step: int, steps: int) -> None:

@@ -170,6 +170,8 @@ class Task(ABC):
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss"})
     row_losses: ClassVar[bool] = False
     """Whether `loss` is a mean of losses that depend on one row each: DP-SGD needs that."""
+    adjusts_logits: ClassVar[bool] = False
+    """Whether `loss` takes an adjustment to a site's own shares of the classes (`classes.py`)."""
     signed_loss: ClassVar[bool] = False
     """Whether `loss` may be negative, so that the ratio of two losses means nothing."""
     shares_base: ClassVar[bool] = False

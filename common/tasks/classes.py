@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from tsugiki.common.tasks.base import Batch
 
 LABELS = "labels"
-LOG_PRIOR = "log_prior"
-"""What a batch may hold beside the inputs of the network: the rows' classes, and what `log_prior` returns."""
+ADJUSTMENT = "adjustment"
+"""What a batch may hold beside the inputs of the network: the rows' classes, and what `logit_adjustment` returns."""
 
 
 def named_classes(logits: torch.Tensor, labels: Sequence[str]) -> list[dict[str, Any]]:
@@ -29,32 +29,32 @@ def named_classes(logits: torch.Tensor, labels: Sequence[str]) -> list[dict[str,
 
 def network_inputs(batch: Batch) -> Batch:
     """Return the part of a batch that the network reads."""
-    return {name: tensor for name, tensor in batch.items() if name not in (LABELS, LOG_PRIOR)}
+    return {name: tensor for name, tensor in batch.items() if name not in (LABELS, ADJUSTMENT)}
 
 
 def class_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Return the mean cross-entropy of a batch.
 
-    With a `log_prior` in the batch, the loss is logit-adjusted: the log prior is added to each row's logits, so that
+    With an `adjustment` in the batch, the loss is logit-adjusted: the adjustment is added to each row's logits, so that
     the network itself has to explain only what does not follow from the site's shares of the classes. Menon et al.
     2021, arXiv:2007.07314, adjust so for rare classes; Zhang et al. 2022, arXiv:2209.00189, adjust the sites of a
     federation whose classes differ.
 
     Args:
         logits: of shape (rows, classes), float32.
-        batch: with `labels` of shape (rows,), and perhaps `log_prior` of shape (classes,).
+        batch: with `labels` of shape (rows,), and perhaps `adjustment` of shape (classes,).
     """
     from torch.nn.functional import cross_entropy
 
-    if LOG_PRIOR in batch:
-        logits = logits + batch[LOG_PRIOR]
+    if ADJUSTMENT in batch:
+        logits = logits + batch[ADJUSTMENT]
     return cross_entropy(logits, batch[LABELS])
 
 
-def log_prior(targets: npt.NDArray[Any], shares: Sequence[float]) -> npt.NDArray[np.float32]:
+def logit_adjustment(targets: npt.NDArray[Any], shares: Sequence[float]) -> npt.NDArray[np.float32]:
     """Return by how much each class is likelier at a site than in the federation, as logarithms, shape (classes,).
 
-    If the sites' texts of one class are alike, each site's loss with this log prior has the same minimum: the network
+    If the sites' texts of one class are alike, each site's loss with this adjustment has the same minimum: the network
     that knows the federation's shares. Without it, each site's loss has a minimum of its own.
 
     For n rows, n_c of them of class c, and the federation's share q_c, it is log((n_c + q_c C) / ((n + C) q_c)). The C

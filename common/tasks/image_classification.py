@@ -50,6 +50,7 @@ class ImageClassification(Task):
     base_kind = "vision"
     Settings = ImageClassificationSettings
     row_losses = True
+    adjusts_logits = True
 
     @property
     def monitor(self) -> str:

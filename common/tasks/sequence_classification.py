@@ -83,6 +83,7 @@ class SequenceClassification(Task):
     name = "sequence-classification"
     Settings = SequenceClassificationSettings
     row_losses = True
+    adjusts_logits = True
 
     @property
     def monitor(self) -> str:

@@ -9,7 +9,7 @@ would one that sends a hundred times the update of the others. Two rules bound b
   share they weigh the same, whatever their rows.
 - **Norm.** An update longer than `norm_tolerance` times a typical one is scaled down to that length. Typical is the
   median norm of the round or of the round before, whichever is larger, so norms may fall from round to round. A median
-  of fewer than four updates can be one site's choice: there the norms of the last rounds are joined to them. Of two
+  of fewer than three updates can be one site's choice: there the norms of the last rounds are joined to them. Of two
   sites nobody can say which update is the outlier: there the tolerance is at least 2, with which the median, half-way
   between both, clips neither.
 
@@ -39,8 +39,9 @@ from tsugiki.server.run.kept import LARGE_BYTES, KeptUpdates
 from tsugiki.server.run.replies import Accepted
 from tsugiki.server.run.sums import RunningMean
 
-FEW = 4
-"""With fewer updates than these, a round's median is joined by the norms of the last rounds."""
+FEW = 3
+"""With fewer updates than these, a round's median is joined by the norms of the last rounds. One liar of three cannot
+move the median beyond an honest norm."""
 RECENT = 8
 """How many norms are remembered from round to round."""
 TWO = 2
@@ -117,6 +118,18 @@ def remembered_norms(before: Sequence[float], norms: Sequence[float]) -> tuple[f
     return tuple(moved[cut : len(moved) - cut])  # those in the middle have the same median
 
 
+def tolerance_of(count: int, tolerance: float) -> float:
+    """Return how many times a typical norm the updates of a round may have.
+
+    Args:
+        count: of the updates.
+        tolerance: `strategy.norm_tolerance`; 0: no bound.
+    """
+    if tolerance and count <= TWO:
+        return max(tolerance, TOLERANCE_OF_TWO)
+    return tolerance
+
+
 def norm_bound(tolerance: float, before: Sequence[float], after: Sequence[float] = ()) -> float:
     """Return the largest norm that an update of a round may have; infinite where nothing says what is typical.
 
@@ -164,11 +177,8 @@ class BoundedMean:
         self._settings = settings
         self._before = before
         self._waiting = KeptUpdates(folder, size, LARGE_BYTES)
-        self._tolerance = settings.norm_tolerance
-        if self._tolerance > 0 and count <= TWO:
-            self._tolerance = max(self._tolerance, TOLERANCE_OF_TWO)
-        self._surely_within = norm_bound(self._tolerance, before)
-        if self._tolerance and not before:
+        self._surely_within = norm_bound(settings.norm_tolerance, before)
+        if settings.norm_tolerance and not before:
             self._surely_within = 0.0
         # no more sites than these can weigh more than the share: more of them would have more than all
         self._most_capped = 0
@@ -202,7 +212,8 @@ class BoundedMean:
             accepted: the replies that were added; their updates are not needed.
         """
         after = remembered_norms(self._before, [reply.norm for reply in accepted])
-        bound = norm_bound(self._tolerance, self._before, after)
+        tolerance = tolerance_of(len(accepted), self._settings.norm_tolerance)
+        bound = norm_bound(tolerance, self._before, after)
         weights = weights_of({reply.site: reply.rows for reply in accepted}, self._settings)
         settled = []
         for reply in accepted:
@@ -214,7 +225,7 @@ class BoundedMean:
             del one  # or it would stay in memory while the next one is read
         # as they were clipped: an outlier must not pass for typical in the next round
         norms = remembered_norms(self._before, [reply.norm_in_mean for reply in settled])
-        return Settled(settled, norms, far_beyond(settled, self._tolerance))
+        return Settled(settled, norms, far_beyond(settled, tolerance))
 
 
 def far_beyond(accepted: Sequence[Accepted], tolerance: float) -> list[Accepted]:

@@ -47,7 +47,7 @@ ADJUSTED_NOTE = (
 )
 LABEL_SKEW_NOTE = (
     "the sites have different classes (label skew {skew:.2f} of 1). What helps: "
-    'task.logit_adjustment = "auto". See docs/skew.md'
+    'task.logit_adjustment = "auto", without train.validate_every_steps. See docs/skew.md'
 )
 
 

@@ -106,7 +106,7 @@ def audit_statement(audit: Mapping[str, Any]) -> list[str]:
     words = (
         f"Audit by attack: {audit['trials']:,} clients planted in {audit['runs']} simulated runs, "
         f"{audit['confidence']:.0%} confidence, delta {audit['delta']:g}. The figures are lower bounds: they can "
-        "refute a claim, and never prove one. No figure can be above the control's."
+        "refute a claim, and never prove one. The control's is about the most that so many can show."
     )
     if weakest < STRONG:
         words += f" Here that is only {_at_least(weakest)}: more trials would find more."

@@ -99,14 +99,7 @@ def with_warm_head(ctx: RunContext, graft: Graft, state: State) -> State:
         ctx.audit.write("no-warm-head", accepted=[reply.site for reply in replies], rejected=reasons)
         ctx.progress.note(f"no head before round 1: {reason}")
         return state
-    skew = label_skew(np.array([reply.content.counts for reply in replies]))
-    record["warm_head"]["label_skew"] = skew
-    if skew > LABEL_SKEW:
-        task = ctx.config.task
-        adjusts = isinstance(task, HeadedSettings) and task.logit_adjustment == "auto"
-        ctx.progress.note((ADJUSTED_NOTE if adjusts else LABEL_SKEW_NOTE).format(skew=skew))
-        if adjusts:
-            state = replace(state, class_shares=class_shares(total.moments[-1]))
+    record["warm_head"]["label_skew"] = label_skew(np.array([reply.content.counts for reply in replies]))
     return _start_from(ctx, graft, head, state, total, record)
 
 
@@ -200,9 +193,31 @@ def _start_from(
         ctx.audit.write("no-warm-head", accepted=sorted(record["warm_head"]["sites"]), rejected={})
         ctx.progress.note("no head before round 1: the sums have no finite solution")
         return state
+    state = replace(state, class_shares=_shares_to_adjust_to(ctx, graft, total, record["warm_head"]["label_skew"]))
     about = {**record["warm_head"], "rows": total.rows, "ridge": values.ridge, "scale": values.scale}
     ctx.audit.write("warm-head", **about)
     state = replace(state, vector=vector, record={**record, "warm_head": about}, anchors=ctx.logs.anchors())
     # Takes the place of the checkpoint that the run began with: the evaluation of round 0 saves no adapter.
     checkpoint.save(ctx.folder / "checkpoint", state, ctx.config.sha256, ctx.spec.sha256)
     return state
+
+
+def _shares_to_adjust_to(ctx: RunContext, graft: Graft, total: HeadSums, skew: float) -> tuple[float, ...]:
+    """Return the federation's shares of the classes if sites are to adjust their losses to them, else nothing.
+
+    Args:
+        ctx: of the run.
+        graft: the model.
+        total: the sums of all sites.
+        skew: how far the sites' shares are apart.
+    """
+    if skew <= LABEL_SKEW:
+        return ()
+    task = ctx.config.task
+    off = not isinstance(task, HeadedSettings) or task.logit_adjustment == "off" or not graft.task.adjusts_logits
+    # rows of the site's own shares choose the step of the round that is kept, which undoes an adjustment
+    if off or ctx.config.train.validate_every_steps:
+        ctx.progress.note(LABEL_SKEW_NOTE.format(skew=skew))
+        return ()
+    ctx.progress.note(ADJUSTED_NOTE.format(skew=skew))
+    return class_shares(total.moments[-1])

@@ -202,3 +202,27 @@ def test_of_two_sites_neither_is_clipped(tmp_path, tolerance):
     _, settled = bounded(tmp_path, replies([1.0, 60.0], [10, 10]), norm_tolerance=tolerance)
     assert [reply.clipped_to for reply in settled.accepted] == [None, None]
     assert settled.far == []
+
+
+@pytest.mark.parametrize("sites", [3, 4])
+def test_norms_may_rise_from_round_to_round(tmp_path, sites):
+    """Catches: a bound that stays where the first round of a warm-up put it."""
+    norms = ()
+    for round_ in range(1, 7):
+        given = replies([0.5 * round_] * sites, [10] * sites)
+        mean = BoundedMean(tmp_path, SIZE, sites, settings(norm_tolerance=1.0), norms)
+        for reply in given:
+            mean.add(reply)
+        settled = mean.settle([reply.without_update() for reply in given])
+        norms = settled.norms
+        assert [reply.norm_in_mean for reply in settled.accepted] == pytest.approx([0.5 * round_] * sites)
+
+
+def test_two_replies_of_three_do_not_clip_each_other(tmp_path):
+    """Catches: a tolerance that follows who was asked, and not who answered."""
+    given = replies([1.0, 4.0], [10, 10])
+    mean = BoundedMean(tmp_path, SIZE, 3, settings(norm_tolerance=1.0), ())
+    for reply in given:
+        mean.add(reply)
+    settled = mean.settle([reply.without_update() for reply in given])
+    assert [reply.clipped_to for reply in settled.accepted] == [None, None]

@@ -417,3 +417,12 @@ def test_a_resumed_run_goes_on_adjusting(tmp_path):
     resumed = run_tiny(config, resume=True)
     assert state_of(resumed) == state_of(whole)
     assert resumed.state.class_shares == whole.state.class_shares != ()
+
+
+def test_a_run_that_validates_inside_a_round_adjusts_nothing(tmp_path):
+    """Catches: an adjusted loss whose best step is then chosen on rows with the site's own shares."""
+    skewed_rows(tmp_path)
+    train = {"validate_every_steps": 1, "validation_fraction": 0.2}
+    outcome, lines, _ = warm_run(tmp_path, run={"rounds": 1}, simulation=SKEWED, train=train)
+    assert outcome.state.class_shares == ()
+    assert any("What helps" in line for line in lines)
