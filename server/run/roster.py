@@ -238,7 +238,7 @@ class Roster:
 
         Args:
             enough: returns whether the members can make up a round; some of them may have to be left out.
-            wait_s: at most 0: nobody is waited for.
+            wait_s: the longest wait.
         """
         ends = time.monotonic() + wait_s
         while not enough() and time.monotonic() < ends:

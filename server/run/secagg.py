@@ -205,7 +205,7 @@ def collect_sum(
     started = time.perf_counter()
     groups = ctx.suspicion.groups(cohort, privacy.plan)
     suspects = ctx.suspicion.left_out(round_number)
-    # with the suspects, who count although they are not asked: each of the attempts may have been about another site
+    # a liar that is left out by now counts too: the attempts that found it began with all sites
     sites = suspects | ctx.roster.members().keys()
     _check_search(groups, privacy.plan, round_number, cohort, len(sites), attempt)
     members = {member.name: member for member in cohort}
