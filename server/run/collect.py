@@ -57,10 +57,9 @@ def sample(ctx: RunContext, round_number: int, attempt: int) -> list[Member]:
         # a fresh generator for each size: the cohort must not depend on how many sizes were tried
         draw = generator(ctx.config.run.seed, "cohort", round_number, attempt)
         chosen = [members[index] for index in sorted(draw.choice(len(members), size, replace=False))]
-        enough = sum(member.clients for member in chosen) >= strategy.min_clients
         # while a site is searched for that spoils sums, the cohort must be large enough to be divided
         divisible = ctx.secure_plan is None or size == len(members) or ctx.suspicion.groups(chosen, ctx.secure_plan)
-        if enough and divisible:
+        if ctx.roster.enough(chosen) and divisible:
             return chosen
         size += 1
 
@@ -76,31 +75,38 @@ def _gather_quorum(ctx: RunContext, round_number: int) -> list[Member]:
     ctx.roster.gather()
     wait_s = ctx.wait_for_quorum_s
     after = ""
-    if not ctx.roster.enough() and wait_s:
-        found = _found(ctx, round_number, list(ctx.roster.members().values()))
+    members = _available(ctx, round_number)
+    if not ctx.roster.enough(members) and wait_s:
+        found = _found(ctx, round_number, members)
         ctx.progress.note(f"{found}; waiting for others, for {wait_s:g} s at most (strategy.wait_for_quorum_s)")
         ctx.audit.write("waiting-for-quorum", round=round_number, connected=sorted(ctx.roster.members()))
-        ctx.roster.wait_for_quorum(wait_s)
+        ctx.roster.wait_for_quorum(lambda: ctx.roster.enough(_available(ctx, round_number)), wait_s)
+        members = _available(ctx, round_number)
         after = f" after {wait_s:g} s"
-    connected = list(ctx.roster.members().values())
-    members = connected
-    if ctx.secure_plan is not None:
-        members = ctx.suspicion.available(connected, ctx.secure_plan, round_number)
     if ctx.roster.enough(members):
         return members
-    found = _found(ctx, round_number, members)
-    if len(members) < len(connected):
-        found += f", without {len(connected) - len(members)} that spoiled sums"
     wanted = f"strategy.min_clients = {ctx.config.strategy.min_clients}"
     if ctx.roster.min_sites:
         wanted += f", privacy.min_sites = {ctx.roster.min_sites}"
-    raise NotEnoughSites(found + after, wanted, "bring the sites back and resume the run")
+    raise NotEnoughSites(_found(ctx, round_number, members) + after, wanted, "bring the sites back and resume the run")
+
+
+def _available(ctx: RunContext, round_number: int) -> list[Member]:
+    """Return the connected sites, sorted by site name, without those that spoil sums."""
+    connected = list(ctx.roster.members().values())
+    if ctx.secure_plan is None:
+        return connected
+    return ctx.suspicion.available(connected, ctx.secure_plan, round_number)
 
 
 def _found(ctx: RunContext, round_number: int, members: list[Member]) -> str:
-    """Return which sites a round has."""
+    """Return which of the connected sites a round has."""
     clients = sum(member.clients for member in members)
-    return f"round {round_number}: {clients} clients at {len(members)} sites are connected"
+    found = f"round {round_number}: {clients} clients at {len(members)} sites are connected"
+    spoiling = len(ctx.roster.members()) - len(members)
+    if spoiling:
+        found += f", without {spoiling} that spoiled sums"
+    return found
 
 
 def collect(

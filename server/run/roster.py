@@ -233,10 +233,15 @@ class Roster:
         # not a second look: a node that leaves after this one is waited for in the round
         self.refresh(connected=connected)
 
-    def wait_for_quorum(self, wait_s: float) -> None:
-        """Wait until enough sites are back, for `wait_s` at most."""
+    def wait_for_quorum(self, enough: Callable[[], bool], wait_s: float) -> None:
+        """Wait until enough sites are back, for `wait_s` at most.
+
+        Args:
+            enough: returns whether the members can make up a round; some of them may have to be left out.
+            wait_s: the longest wait.
+        """
         ends = time.monotonic() + wait_s
-        while not self.enough() and time.monotonic() < ends:
+        while not enough() and time.monotonic() < ends:
             self._stop.check()
             time.sleep(LONGEST_PAUSE_S)
             self.refresh()

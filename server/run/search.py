@@ -105,7 +105,7 @@ class Search:
         """Return the search with the verdicts that follow."""
         common = frozenset.intersection(*self.failed)
         if len(self.failed) > 1 and len(common) == 1 and not common & self.passed:
-            # all failures are explained: what follows is another story
+            # this site explains all failures, so they are forgotten: a later one begins a search of its own
             rests = {site: rest for site, rest in self.rests.items() if site not in common}
             return Search(rests=rests, liars=self.liars | common)
         suspects = frozenset[str]().union(*(case for case in self.cases if len(case) == 1))

@@ -204,10 +204,13 @@ def collect_sum(
     """
     started = time.perf_counter()
     groups = ctx.suspicion.groups(cohort, privacy.plan)
-    _check_search(groups, privacy.plan, round_number, cohort, attempt)
+    suspects = ctx.suspicion.left_out(round_number)
+    # a liar that is left out by now counts too: the attempts that found it began with all sites
+    sites = suspects | ctx.roster.members().keys()
+    _check_search(groups, privacy.plan, round_number, cohort, len(sites), attempt)
     members = {member.name: member for member in cohort}
     asked = set(chain(*groups))
-    left_out = (ctx.suspicion.left_out(round_number) | members.keys()) - asked
+    left_out = (suspects | members.keys()) - asked
 
     @cache  # each site is in one group, so all groups together cost a client one release
     def charge() -> None:
@@ -250,12 +253,23 @@ def collect_sum(
     )
 
 
-def _check_search(groups: list[Group], plan: Plan, round_number: int, cohort: list[Member], attempt: int) -> None:
+def _check_search(
+    groups: list[Group], plan: Plan, round_number: int, cohort: list[Member], sites: int, attempt: int
+) -> None:
     """Check that a search for a site that spoils sums can go on.
 
+    Args:
+        groups: to ask next.
+        plan: of the run.
+        round_number: counted from 1.
+        cohort: the sites that may be asked.
+        sites: how many the run has, with those that are left out.
+        attempt: at this round, from 0.
+
     Raises:
-        SecureAggregationError: `secagg-search-too-few`, no site can be left out; `secagg-search-failed`, as many
-            attempts at the round as it has sites were in vain: more than one site spoils sums.
+        SecureAggregationError: `secagg-search-too-few`, no site can be left out; `secagg-search-failed`, more attempts
+            at the round than there are sites were in vain. One liar is left out by then: the first sum has all sites,
+            the next ones are without one site each, and the last is without the liar.
     """
     hint = "see secagg-ended in audit.jsonl for who was in the sums; find the site by other means, and resume the run"
     if not groups:
@@ -266,7 +280,7 @@ def _check_search(groups: list[Group], plan: Plan, round_number: int, cohort: li
             hint,
             code="secagg-search-too-few",
         )
-    if attempt > len(cohort):
+    if attempt > sites:
         raise SecureAggregationError(
             f"round {round_number}: sites spoil sums, and {attempt} attempts have not shown which",
             "at most one such site",

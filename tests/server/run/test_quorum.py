@@ -3,11 +3,14 @@
 import pytest
 
 from tests.support.federation import hurry
+from tests.support.private import privacy_of, private_config
 from tests.support.slow import Clock, SlowGrid, rounds_asked, slow_context
-from tests.support.toy import federate, rewritten, toy_app, toy_config, toy_state
+from tests.support.toy import SPEC, federate, rewritten, toy_app, toy_config, toy_state
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import NotEnoughSites, QuorumNotMet
 from tsugiki.common.files import read_lines
+from tsugiki.common.privacy.planning import make_plan
+from tsugiki.server.run.collect import sample
 from tsugiki.server.run.loop import run_rounds
 from tsugiki.server.run.progress import Progress
 
@@ -144,6 +147,36 @@ def test_nobody_is_waited_for_where_the_setting_says_so(tmp_path, clock):
     with pytest.raises(NotEnoughSites):
         run_away(tmp_path, clock, 1500.0, wait_for_quorum_s=0)
     assert clock.now < 60
+
+
+@pytest.mark.parametrize("back_s", [1500.0, 10**6])
+def test_an_honest_site_is_waited_for_while_a_liar_is_connected(tmp_path, clock, back_s):
+    """Catches: sites counted with the one that is left out, so that a run ends at once instead of after an hour."""
+    config = private_config("distributed", folder=tmp_path, secure_aggregation=True, noise_multiplier=1.0)
+    plan = make_plan(config, SPEC.size)
+    honest = ["a", "b", "c", "d"]  # as many as a sum takes
+    ctx = slow_context(
+        tmp_path,
+        [*honest, "liar"],
+        clock,
+        quick,
+        config,
+        away=lambda now: "d" if 15 <= now < back_s else "",
+        privacy=privacy_of(plan, tmp_path),
+        progress=Notes(),
+    )
+    ctx.suspicion.learn([("a", "b", "c", "liar"), ("a", "b", "d", "liar"), ("a", "c", "d", "liar")], [], 1)
+    ctx.suspicion.learn([("b", "c", "d", "liar")], [], 1)
+    assert ctx.suspicion.left_out(9) == {"liar"}
+    clock.now = 20.0
+    if back_s < 3600:
+        assert [member.name for member in sample(ctx, 9, 0)] == honest
+        assert 1500 <= clock.now < 1600
+    else:
+        with pytest.raises(NotEnoughSites, match=r"3 clients at 3 sites are connected, without 1 that .* after 3600 s"):
+            sample(ctx, 9, 0)
+        assert clock.now > 3600
+    assert any("without 1 that spoiled sums; waiting for others" in note for note in ctx.progress.notes)
 
 
 # In a round

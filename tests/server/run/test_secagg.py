@@ -249,3 +249,55 @@ def test_too_few_to_open_a_sum_are_not_asked_to(tmp_path):
     with pytest.raises(QuorumNotMet):
         run_tiny(run, fault=refuse_with("train.masked", (2, 3, 4)))
     assert not (tmp_path / "runs" / "tiny" / "privacy-ledger.jsonl").exists()
+
+
+def seal_garbage(others):
+    """Return a fault: what site-1 seals for these sites does not open."""
+
+    def fault(node, reply):
+        if node == 2 and reply.metadata.message_type == "query.shares":
+            fields = reply.content.config_records["secagg"]
+            pairs = list(zip(fields["sealed_names"], fields["sealed_values"], strict=True))
+            fields["sealed_values"] = [bytes(len(value)) if name in others else value for name, value in pairs]
+        return [reply]
+
+    return fault
+
+
+def test_garbage_for_one_site_makes_that_site_drop_out(tmp_path):
+    """Catches: a sum lost, or garbage masked with, because one site's shares do not open at another."""
+    run = run_tiny(config(tmp_path, least=4), fault=seal_garbage({"site-3"}))
+    line = read_lines(run.folder / "metrics.jsonl")[-1]
+    assert sorted(line["accepted"]) == ["site-0", "site-1", "site-2", "site-4"]
+    assert {site: one["reason"] for site, one in line["rejected"].items()} == {"site-3": "secagg-mismatch"}
+
+
+def test_garbage_for_all_ends_the_run_and_the_sites_logs_say_whose_it_was(tmp_path, caplog):
+    """Catches: a charge for a sum that nobody can open; a log that hides the only trace of the site that did it."""
+    with pytest.raises(QuorumNotMet):
+        run_tiny(config(tmp_path, least=4), fault=seal_garbage({"site-0", "site-2", "site-3", "site-4"}))
+    folder = tmp_path / "runs" / "tiny"
+    assert not (folder / "privacy-ledger.jsonl").exists()
+    ended = [event for event in verify(folder / "audit.jsonl") if event["event"] == "secagg-ended"]
+    assert [event["code"] for event in ended] == ["secagg-too-few"] * 2
+    refusals = [record.getMessage() for record in caplog.records if "do not open" in record.getMessage()]
+    assert len(refusals) == 4 * 2
+    assert all("as those of 'site-1' do not open" in refusal for refusal in refusals)
+
+
+def test_a_wrong_share_of_a_dropped_sites_key_opens_nothing_and_is_charged(tmp_path):
+    """Catches: masks taken out with a key that is not the dropped site's; shares that were sent, and are free."""
+
+    def fault(node, reply):
+        kind = reply.metadata.message_type
+        if node == 2 and kind == "query.unmask":
+            fields = reply.content.config_records["secagg"]
+            fields["mask_keys_values"] = [bytes(len(value)) for value in fields["mask_keys_values"]]
+        return refuse_with("train.masked", (4,))(node, reply)
+
+    with pytest.raises(QuorumNotMet):
+        run_tiny(config(tmp_path, least=4), fault=fault)
+    folder = tmp_path / "runs" / "tiny"
+    ended = [event for event in verify(folder / "audit.jsonl") if event["event"] == "secagg-ended"]
+    assert [event["code"] for event in ended] == ["secagg-message"] * 2
+    assert set(ledger(folder)) == {"sums"}

@@ -119,6 +119,16 @@ def test_one_liar_of_five_is_left_out_and_the_run_ends_well(tmp_path, capsys, no
     assert "secagg-norm" in write_report(ran.folder).read_text("utf-8")
 
 
+@pytest.mark.parametrize(("sites", "node"), [(4, 1), (4, 2), (4, 3), (4, 4), (5, 5)])
+def test_with_one_site_more_than_a_sum_takes_any_liar_is_left_out(tmp_path, sites, node):
+    """Catches: attempts counted against the sites without the liar, so that the run ends as soon as it is named."""
+    ran = run_tiny(config(tmp_path, sites, sites - 1, rounds=1), fault=Liar(node))
+    assert {site for site, _ in suspected(ran.folder)} == {f"site-{node - 1}"}
+    last = read_lines(ran.folder / "metrics.jsonl")[-1]
+    assert sorted(last["accepted"]) == sorted({f"site-{n}" for n in range(sites)} - {f"site-{node - 1}"})
+    assert charges(ran.folder) == attempts(ran.folder)
+
+
 def test_disjoint_groups_find_the_liar_while_rounds_go_on(tmp_path):
     """Catches: an honest half that has to wait; groups that share a site, which would then be in two sums for one."""
     liar = Liar(4)
