@@ -55,7 +55,7 @@ def test_sites_whose_server_was_away_join_the_next_run(tmp_path, model):
 
 def test_a_client_that_was_killed_is_started_again_at_once(tmp_path, model):
     """Catches: a client that ends with `key-refused`, because the server takes the one before it for online."""
-    config = tiny_run(tmp_path, model, sites=3, strategy={"connect_timeout_s": 120.0})
+    config = tiny_run(tmp_path, model, sites=3, strategy={"connect_timeout_s": 300.0})
     names = ["site-0", "site-1", "site-2"]
     files = split(config, tmp_path / "sites")
     with started() as start:
@@ -71,8 +71,9 @@ def test_a_client_that_was_killed_is_started_again_at_once(tmp_path, model):
             arguments = ["client", "--server", server.listen, "--site", file]
             arguments += [part.format(name=name) for part in of_site]
             clients.append(start(tmp_path / "clients", f"{name}-again", *arguments))
-        assert server.wait(150) == 0, server.text() + clients[2].text()
-        assert "in use by another process: trying again" in clients[2].text()
+        clients[2].wait_for("in use by another process: trying again", 60)
+        clients[2].wait_for("connected to", 60)
+        assert server.wait(300) == 0, server.text() + clients[2].text()
 
 
 def test_a_refused_site_that_is_mended_and_restarted_with_its_key_joins(tmp_path, model):
