@@ -39,7 +39,12 @@ def client(
     key: Annotated[Path | None, typer.Option("--key", help="This node's private key.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no key; on loopback only.")] = False,
     retry_s: Annotated[
-        float, typer.Option("--retry", metavar="SECONDS", help="Keep trying to connect for so long.")
+        float,
+        typer.Option(
+            "--retry",
+            metavar="SECONDS",
+            help="How long the first connection is tried. Once connected, the client waits until it is stopped.",
+        ),
     ] = 600,
     dry_run: Annotated[Path | None, typer.Option(metavar="FILE", help="Show what would be sent; send nothing.")] = None,
     overrides: Set = None,
@@ -95,7 +100,7 @@ def _link(
         ca: the CA's certificate; None: site.toml's.
         private: the private key of this node; None: it has none.
         insecure: whether the connection has no TLS.
-        retry_s: for how long a lost connection is tried again.
+        retry_s: for how long the first connection is tried.
 
     Raises:
         UsageError: no server is named, the connection would not be encrypted, or a file cannot be read.

@@ -72,8 +72,9 @@ HEARTBEAT_INTERVAL_S = 10.0
 AWAY_S = 2.0
 """Long enough for the server to see that a node is away: it looks every 0.5 s."""
 
-EARLY_S = 5.0
-"""A server that has just started may not have registered its keys yet."""
+EARLY_S = 2.5 * HEARTBEAT_INTERVAL_S
+"""How long a key may be refused at first. A server that has just started may not have registered its keys yet, and the
+process before this one, if it was killed, counts as online for two intervals, in which its key is in use."""
 
 
 class Connection:
@@ -116,7 +117,8 @@ class Connection:
         """Activate this node, and send its heartbeats in the background.
 
         Raises:
-            LinkError: the server refuses this node, or cannot be reached for `retry_s`.
+            LinkError: the server has never accepted this node, and refuses it, or cannot be reached for `retry_s`.
+            Stopping: the node was asked to stop before.
         """
         self._activate()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
@@ -125,23 +127,21 @@ class Connection:
         if self.link.private_key is None:
             self._channel.call("RegisterNode", RegisterNodeFleetRequest(public_key=self._public_key))
         request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_INTERVAL_S)
-        # A key may be refused at first: see `EARLY_S`. One that was accepted before may come back later.
-        patience_s = EARLY_S if self._node is None else max(EARLY_S, self.link.retry_s)
-        ends = time.monotonic() + patience_s
-        reported = self._node is None
+        ends = time.monotonic() + EARLY_S
+        noted = False
         while True:
             try:
                 self._node = Node(node_id=self._channel.call("ActivateNode", request).node_id)
                 self._channel.accepted = True
                 return
-            except LinkError as error:
+            except LinkError as error:  # only before the server has accepted this node
                 if error.code != "key-refused" or time.monotonic() > ends:
                     raise
                 if self._stopped():
                     raise Stopping from error
-                if not reported:
-                    self._note(f"{error.problem}: trying again for {patience_s:g} s")
-                    reported = True
+                if not noted:
+                    self._note(f"{error.problem}: trying again for {EARLY_S:g} s")
+                    noted = True
                 time.sleep(0.5)
 
     def receive(self) -> tuple[Message, ObjectTree] | None:

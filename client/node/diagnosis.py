@@ -5,6 +5,7 @@ After a failed call, the server's port is tried with Python's own TLS, whose ver
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 from typing import TYPE_CHECKING
@@ -21,6 +22,11 @@ PROBE_TIMEOUT_S = 4.0
 
 _EXPIRED = 10
 _NOT_YET = 9
+_UNKNOWN_NAMES = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+"""What DNS answers about a name that does not exist. Its other errors are of the network."""
+_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+_NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy")
+"""Where gRPC looks for a proxy, and for names without one; the first counts (its doc/environment_variables.md)."""
 _WRONG_NAMES = (62, 64)  # X509_V_ERR_* of OpenSSL's x509_vfy.h
 
 
@@ -30,16 +36,42 @@ def why_not(link: Link) -> LinkError:
     try:
         with socket.create_connection((host, port), PROBE_TIMEOUT_S) as raw:
             return _without_tls(link, raw) if link.root_certificates is None else _with_tls(link, raw, host)
-    except socket.gaierror:
-        return LinkError(
-            f"no machine is called {host!r}",
-            "the server's host name or address",
-            "check --server",
-            code="server-unknown",
-        )
+    except socket.gaierror as error:
+        return _name_problem(link, host, error)
+    except UnicodeError:  # a part of the name is empty, or longer than DNS allows
+        return _unknown(host)
     except OSError as error:
         reason = "timed out" if isinstance(error, TimeoutError) else (error.strerror or type(error).__name__)
         return _unreachable(link, reason.lower())
+
+
+def _name_problem(link: Link, host: str, error: socket.gaierror) -> LinkError:
+    """Return the error of a name that has no address here."""
+    if error.errno not in _UNKNOWN_NAMES:
+        return _unreachable(link, f"DNS does not answer for {host!r}")
+    if variable := _proxy_variable(host):
+        return _unreachable(link, f"only the proxy of the variable {variable} may know {host!r}")
+    return _unknown(host)
+
+
+def _unknown(host: str) -> LinkError:
+    return LinkError(
+        f"no machine is called {host!r}",
+        "the server's host name or address",
+        "check --server",
+        code="server-unknown",
+    )
+
+
+def _proxy_variable(host: str) -> str:
+    """Return the variable with the proxy through which gRPC connects to a host, and which looks for its name there.
+
+    Empty: gRPC connects to it directly.
+    """
+    direct = next((os.environ[name] for name in _NO_PROXY_VARIABLES if os.environ.get(name)), "")
+    if any(host.endswith(ending.strip()) for ending in direct.split(",") if ending.strip()):
+        return ""
+    return next((name for name in _PROXY_VARIABLES if os.environ.get(name)), "")
 
 
 def _without_tls(link: Link, raw: socket.socket) -> LinkError:

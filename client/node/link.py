@@ -17,7 +17,8 @@ class Link:
         address: HOST:PORT of the Fleet API.
         root_certificates: PEM of the CA that signed the server's certificate; None: no TLS.
         private_key: of the node; None: a new one for each connection, for servers that accept unknown nodes.
-        retry_s: how long to try to reconnect after the connection was lost.
+        retry_s: how long a server that has not accepted this node yet may be away. After that it is waited for without
+            end.
     """
 
     address: str

@@ -114,7 +114,7 @@ class Node:
         """Answer messages, one at a time.
 
         Raises:
-            LinkError: the server cannot be reached any longer, or refuses this node.
+            Stopping: `ending` was requested while the server did not answer.
         """
         pause_s = SHORTEST_PAUSE_S
         while not self._ending():

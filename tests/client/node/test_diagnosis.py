@@ -96,6 +96,48 @@ def test_a_host_that_does_not_exist():
     assert why_not(link(9092, host="no-such-host.invalid")).code == "server-unknown"
 
 
+@pytest.fixture
+def resolver(monkeypatch):
+    """Sets what DNS answers, without a proxy in the environment."""
+    for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+    def answers(errno):
+        def getaddrinfo(*_args, **_options):
+            raise socket.gaierror(errno, "of DNS")
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+    return answers
+
+
+@pytest.mark.parametrize("errno", [socket.EAI_AGAIN, socket.EAI_FAIL])
+def test_dns_that_is_away_is_a_failure_of_the_network(resolver, errno):
+    """Catches: a client that ends for good because it started a moment before the machine's network."""
+    resolver(errno)
+    cause = why_not(link(9092, host="fed.example.org"))
+    assert cause.code == "server-unreachable"
+    assert "DNS does not answer for 'fed.example.org'" in cause.problem
+
+
+@pytest.mark.parametrize("variable", ["grpc_proxy", "https_proxy", "http_proxy"])
+def test_a_name_that_only_the_proxy_knows(resolver, variable, monkeypatch):
+    """Catches: a typing error reported in a company whose machines know no names outside, though its proxy does."""
+    resolver(socket.EAI_NONAME)
+    monkeypatch.setenv(variable, "http://user:secret@proxy.corp:3128")
+    cause = why_not(link(9092, host="fed.example.org"))
+    assert cause.code == "server-unreachable"
+    assert variable in cause.problem
+    assert "secret" not in str(cause)
+    monkeypatch.setenv("no_proxy", "localhost, example.org")
+    assert why_not(link(9092, host="fed.example.org")).code == "server-unknown"
+
+
+def test_a_name_that_dns_does_not_allow():
+    """Catches: a traceback."""
+    assert why_not(link(9092, host="a" * 70 + ".example.org")).code == "server-unknown"
+
+
 def test_something_else_listens(files):
     """Catches: a probe that hangs on a server that says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
