@@ -201,12 +201,14 @@ class Roster:
             left_s = max(0.0, ends - time.monotonic())
             nodes = self.nodes_wanted() + len(self.refused())
             wait_for_nodes(self._grid, nodes, min(left_s, GREETING_S), self._stop, seen)
-            self.refresh(max(left_s, HELLO_PATIENCE_S))
+            self._greet_silent_again()
+            # a silent node must not keep those that connect in the meantime from being greeted
+            self.refresh(min(left_s, HELLO_PATIENCE_S) or HELLO_PATIENCE_S)
             if self._complete():
                 return
-            if time.monotonic() >= ends:
+            if not left_s:  # this look began after the end: it has seen all that connected in time
                 break
-            time.sleep(LONGEST_PAUSE_S)
+            time.sleep(min(LONGEST_PAUSE_S, max(0.0, ends - time.monotonic())))
         if self.enough():
             return
         refusals = ", ".join(sorted(set(self.refused().values())))
@@ -293,6 +295,13 @@ class Roster:
         if isinstance(entry, Member) or (entry is not None and self._grid.simulated):
             return False
         return node not in self._retries or self._retries[node].at_s <= now
+
+    def _greet_silent_again(self) -> None:
+        """Let the nodes that have not answered their hello be greeted at the next `refresh`.
+
+        A node that is slow at its first hello keeps what it has prepared, and answers the next one sooner.
+        """
+        self._retries = {node: retry for node, retry in self._retries.items() if node in self._known}
 
     def _plan_retries(self, greeted: Iterable[int], now: float) -> None:
         """Settle when those of the greeted nodes that are no members are greeted again."""

@@ -76,6 +76,50 @@ def test_fewer_than_a_quorum_do_not_start(tmp_path, clock):
         slow_context(tmp_path, ["a"], clock, quick, config_of(tmp_path, start_with=3))
 
 
+@pytest.mark.parametrize("start_with", [0, 3])
+def test_a_site_that_does_not_answer_its_hello_does_not_prevent_the_start(tmp_path, clock, start_with):
+    """Catches: one hello that is waited for to the end, while those that connect in the meantime are not greeted."""
+    ctx = slow_context(
+        tmp_path,
+        [*SITES, "d"],
+        clock,
+        lambda site, kind, number: None if site == "d" else 0.0,
+        config_of(tmp_path, start_with=start_with),
+        away=lambda now: SITES if now < 10 else (),
+    )
+    assert list(ctx.roster.members()) == SITES
+    assert clock.now < 50
+
+
+def test_sites_that_connect_at_the_last_moment_are_greeted(tmp_path, clock):
+    """Catches: a start that fails while the hello of a silent site takes the last seconds."""
+    ctx = slow_context(
+        tmp_path,
+        [*SITES, "d"],
+        clock,
+        lambda site, kind, number: None if site == "d" else 5.0,
+        config_of(tmp_path),
+        away=lambda now: SITES if now < 98 else (),
+    )
+    assert list(ctx.roster.members()) == SITES
+
+
+def test_a_site_that_is_slow_at_its_first_hello_is_in_the_start(tmp_path, clock):
+    """Catches: a site that prepares its rows for longer than a hello is waited for, and is not asked again in time."""
+    asked_at = []
+
+    def takes(site, kind, number):
+        if site != "c":
+            return 0.0
+        asked_at.append(clock.now)
+        return max(0.5, asked_at[0] + 50.0 - clock.now)
+
+    ctx = slow_context(tmp_path, SITES, clock, takes, config_of(tmp_path, start_with=SITES))
+    assert list(ctx.roster.members()) == SITES
+    assert len(asked_at) > 1
+    assert clock.now < 80
+
+
 def test_who_is_left_out_at_the_start_is_named(tmp_path, monkeypatch):
     """Catches: a site that misses a whole run unsaid: not connected, refused, or silent at its hello."""
     hurry(monkeypatch)
