@@ -154,6 +154,39 @@ def test_a_site_that_has_become_slow_gets_a_second_chance(tmp_path, clock):
     assert ["c" in line["accepted"] for line in lines(tmp_path)] == [True, False, False, True, True]
 
 
+TEN = [f"s{index}" for index in range(10)]
+
+
+def first_too_slow(then_s):
+    """Return how long sites take: in their first attempt longer than the time-out, then `then_s(index)`."""
+    seen = set()
+
+    def seconds(site, number):
+        if site not in seen:
+            seen.add(site)
+            return TIMEOUT_S + 100.0
+        return then_s(TEN.index(site))
+
+    return seconds
+
+
+def test_an_attempt_in_which_nobody_answers_shuts_no_slow_site_out(tmp_path, clock):
+    """Catches: the whole time-out charged to all sites, so that each later round closes with the fastest."""
+    train_s = first_too_slow(lambda index: 100.0 + 10.0 * index)
+    config = config_of(tmp_path, rounds=4, min_clients=3)
+    run_slow(tmp_path, clock, train_s, config, TEN)
+    valid = [line for line in lines(tmp_path) if not line.get("voided")]
+    assert [sorted(line["accepted"]) for line in valid] == [TEN] * 4
+
+
+def test_an_evaluation_in_which_nobody_answers_shuts_no_slow_site_out(tmp_path, clock):
+    """Catches: sites that are never waited for again, in training too, because their first evaluation was slow."""
+    evaluating(tmp_path, clock, first_too_slow(lambda index: 100.0), lambda site, number: 100.0, rounds=4, sites=TEN)
+    found = lines(tmp_path)
+    assert [sorted(line["accepted"]) for line in found] == [TEN] * 4
+    assert [sorted(line.get("sites_eval", {})) for line in found] == [[], TEN, TEN, TEN]
+
+
 def test_before_the_quorum_a_round_stays_open(tmp_path, clock):
     """Catches: a grace that ends a round which could still be valid."""
     config = config_of(tmp_path, rounds=1, grace_s=0.0, min_clients=3)
@@ -178,10 +211,10 @@ def test_simulated_sites_are_waited_for_and_asked_each_round(tmp_path, monkeypat
 # At-site evaluation
 
 
-def evaluating(folder, clock, evaluate_s, train_s=1.0, rounds=20):
+def evaluating(folder, clock, evaluate_s, train_s=1.0, rounds=20, sites=SITES):
     """Run with evaluation at sites; return the context and the seconds."""
     config = toy_config(folder, run={"rounds": rounds}, strategy={"round_timeout_s": TIMEOUT_S})
-    return run_slow(folder, clock, train_s, config, evaluate_s=evaluate_s)
+    return run_slow(folder, clock, train_s, config, sites, evaluate_s=evaluate_s)
 
 
 def test_a_site_that_hangs_in_evaluation_costs_one_time_out(tmp_path, clock):
@@ -237,6 +270,15 @@ def test_a_site_that_comes_back_is_asked_at_once_with_half_the_patience():
     assert silence.patience_s("train", "c", TIMEOUT_S) == 150.0
     silence.answered("train", "c", 5.0)
     assert silence.patience_s("train", "c", TIMEOUT_S) == TIMEOUT_S
+
+
+def test_attempts_at_one_round_are_one_miss():
+    """Catches: a site that is not asked for 16 rounds, because one round was tried five times."""
+    silence = Silence()
+    for _ in range(5):
+        silence.missed("train", "c", 3, 20.0)
+    assert silence.resting("train", 4) == {"c": 5}
+    assert silence.patience_s("train", "c", TIMEOUT_S) == TIMEOUT_S - 100.0
 
 
 def test_only_the_last_step_of_a_sum_shows_that_a_site_does_its_duty():
