@@ -141,7 +141,14 @@ class Roster:
 
     def members(self) -> dict[str, Member]:
         """Return the sites that are connected now, by name, sorted."""
-        found = [self._known.get(node) for node in self._present]
+        return self._members_of(self._present)
+
+    def connected(self) -> dict[str, Member]:
+        """Return the sites that were connected at the last `refresh`, silent since or not, by name, sorted."""
+        return self._members_of(self._connected)
+
+    def _members_of(self, nodes: Iterable[int]) -> dict[str, Member]:
+        found = [self._known.get(node) for node in nodes]
         members = sorted((entry for entry in found if isinstance(entry, Member)), key=lambda member: member.name)
         return {member.name: member for member in members}
 

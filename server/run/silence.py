@@ -64,6 +64,17 @@ class Silence:
             if kind == duty and one.asked_from > round_number
         }
 
+    def not_evaluating(self, round_number: int) -> dict[str, int]:
+        """Return the sites that are not to be asked to evaluate after a round, each with its next possible round.
+
+        They were silent in evaluation and are resting, or they were silent when they last trained.
+        """
+        found = self.resting("evaluate", round_number)
+        for (duty, site), one in self._silent.items():
+            if duty == "train":
+                found[site] = max(found.get(site, 0), one.asked_from, round_number + 1)
+        return dict(sorted(found.items()))
+
     def is_silent(self, duty: Duty, site: str) -> bool:
         """Return whether the site was silent when it was last asked to do this."""
         return (duty, site) in self._silent

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.slow import Clock, rounds_asked, slow_context
-from tests.support.toy import run_toy, toy_app, toy_config, toy_state
+from tests.support.toy import rewritten, run_toy, toy_app, toy_config, toy_state
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import QuorumNotMet
 from tsugiki.common.files import read_lines
@@ -250,6 +250,22 @@ def test_a_site_that_is_silent_in_training_is_not_asked_to_evaluate(tmp_path, cl
     ctx = slow_context(tmp_path, SITES, clock, takes(1.0), config)
     ctx.roster.silence.missed("train", "c", 1, 10.0)
     assert sorted(evaluate_at_sites(ctx, toy_state())) == ["a", "b"]
+
+
+def test_a_site_that_does_not_evaluate_for_its_silence_in_training_is_named(tmp_path, clock):
+    """Catches: a site that is missing from an evaluation, and no record says why; one named that keeps no rows."""
+
+    def fault(node, reply):
+        return (
+            [rewritten(reply, evaluation_rows=0)] if node == 4 and reply.metadata.message_type == "query" else [reply]
+        )
+
+    config = toy_config(tmp_path, run={"rounds": 4}, strategy={"round_timeout_s": TIMEOUT_S})
+    train_s = takes(lambda site, number: NEVER if site in "cd" else 1.0)
+    run_rounds(slow_context(tmp_path, [*SITES, "d"], clock, train_s, config, fault=fault), toy_state())
+    found = lines(tmp_path)
+    assert [sorted(line["sites_eval"]) for line in found] == [["a", "b"]] * 4
+    assert [line.get("sites_eval_not_asked") for line in found] == [{"c": 3}, {"c": 3}, {"c": 6}, {"c": 6}]
 
 
 # The book of silence
