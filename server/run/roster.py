@@ -179,7 +179,7 @@ class Roster:
         strategy = self._config.strategy
         return max(strategy.min_clients, strategy.sites_at_start, self.min_sites)
 
-    def left_out(self) -> dict[str, str]:
+    def missing(self) -> dict[str, str]:
         """Return the sites that could be expected and are no members, by name or node, with the reason.
 
         Expected are the names in `strategy.start_with` and those of registered keys, and the connected nodes.

@@ -51,7 +51,7 @@ def test_a_run_starts_with_the_sites_that_it_was_told_to_wait_for(tmp_path, cloc
     ctx = slow_context(tmp_path, SITES, clock, quick, config, away=lambda now: "c" if now < 60 else "")
     assert list(ctx.roster.members()) == SITES
     assert 60 <= clock.now < 70
-    assert ctx.roster.left_out() == {}
+    assert ctx.roster.missing() == {}
 
 
 @pytest.mark.parametrize("start_with", [4, ["a", "zeta"]])
@@ -60,7 +60,7 @@ def test_a_run_starts_without_who_does_not_come_in_time(tmp_path, clock, start_w
     ctx = slow_context(tmp_path, SITES, clock, quick, config_of(tmp_path, start_with=start_with))
     assert list(ctx.roster.members()) == SITES
     assert clock.now == pytest.approx(100.0, abs=1.0)
-    assert ctx.roster.left_out() == ({} if start_with == 4 else {"zeta": "not connected"})
+    assert ctx.roster.missing() == ({} if start_with == 4 else {"zeta": "not connected"})
 
 
 def test_without_the_setting_a_run_starts_with_its_quorum(tmp_path, clock):
@@ -120,7 +120,7 @@ def test_a_site_that_is_slow_at_its_first_hello_is_in_the_start(tmp_path, clock)
     assert clock.now < 80
 
 
-def test_who_is_left_out_at_the_start_is_named(tmp_path, monkeypatch):
+def test_who_is_missing_at_the_start_is_named(tmp_path, monkeypatch):
     """Catches: a site that misses a whole run unsaid: not connected, refused, or silent at its hello."""
     hurry(monkeypatch)
     progress = Notes()
@@ -133,7 +133,7 @@ def test_who_is_left_out_at_the_start_is_named(tmp_path, monkeypatch):
     config = toy_config(tmp_path, strategy={"start_with": ["a", "zeta"]})
     keys = {1: "a", 2: "b", 3: "c", 4: "d", 99: "e"}
     federate(monkeypatch, toy_app([*SITES, "d"]), 4, config, fault, progress=progress, names=lambda: keys)
-    left_out = {
+    missing = {
         "c": "shard-empty",
         "d": "no answer to the hello",
         "e": "not connected",
@@ -141,9 +141,9 @@ def test_who_is_left_out_at_the_start_is_named(tmp_path, monkeypatch):
     }
     told = [note for note in progress.notes if "starting with 2 sites" in note]
     assert len(told) == 1
-    assert all(f"{site} ({why})" in told[0] for site, why in left_out.items())
-    events = [event for event in verify(tmp_path / "toy" / "audit.jsonl") if event["event"] == "left-out"]
-    assert [event["sites"] for event in events] == [left_out]
+    assert all(f"{site} ({why})" in told[0] for site, why in missing.items())
+    events = [event for event in verify(tmp_path / "toy" / "audit.jsonl") if event["event"] == "missing-at-start"]
+    assert [event["sites"] for event in events] == [missing]
 
 
 # Between rounds
