@@ -270,8 +270,9 @@ class StrategySettings(Section):
         description="How long a round stays open after its quorum (min_clients, and privacy.min_sites) is in; the "
         'sites that are missing then are dropouts. "auto" waits as long again as the quorum took, at least 30 s and '
         "twice as long as each missing site took the last time, and for a site that has never answered to the end of "
-        "round_timeout_s. A number waits that long for everybody. Set 0 if a few fast sites are enough. Simulations "
-        "and Poisson sampling wait for everybody.",
+        "round_timeout_s. A number waits that long for each missing site. What all rounds wait for one silent site "
+        "adds up to one round_timeout_s in both cases. Set 0 if a few fast sites are enough. Simulations and Poisson "
+        "sampling wait for everybody.",
     )
     max_update_norm: float = Field(
         default=100.0,

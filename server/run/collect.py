@@ -297,12 +297,9 @@ def address(
 
 def evaluate_at_sites(ctx: RunContext, state: State) -> dict[str, dict[str, float]]:
     """Return each site's metrics on its own evaluation rows, with their number as `rows`."""
-    silence = ctx.roster.silence
-    resting = silence.resting("evaluate", state.round)
+    silent = ctx.roster.silence.not_evaluating(state.round)
     members = [
-        member
-        for member in ctx.roster.members().values()
-        if member.evaluation_rows and member.name not in resting and not silence.is_silent("train", member.name)
+        member for member in ctx.roster.members().values() if member.evaluation_rows and member.name not in silent
     ]
     if not members:
         return {}

@@ -31,7 +31,7 @@ from tsugiki.server.run.evaluate import make_evaluator
 from tsugiki.server.run.influence import dominant_sites
 from tsugiki.server.run.loop import evaluated, initial_state, run_rounds
 from tsugiki.server.run.privacy import Privacy, open_privacy, rows_summary
-from tsugiki.server.run.progress import Progress, describe_left_out, describe_notes, describe_rows
+from tsugiki.server.run.progress import Progress, describe_missing, describe_notes, describe_rows
 from tsugiki.server.run.roster import Roster
 from tsugiki.server.run.storage import run_folder
 from tsugiki.server.run.suspicion import Suspicion
@@ -182,10 +182,10 @@ def _wait_for_sites(roster: Roster, config: RunConfig, progress: Progress, audit
     """Wait until enough sites have joined, and show who is missing, and what is unusual about the others' rows."""
     roster.wait(lambda count: progress.note(f"{count} of {roster.nodes_wanted()} nodes connected"))
     members = roster.members()
-    left_out = roster.left_out()
-    if left_out:
-        audit.write("left-out", sites=left_out)
-        progress.note(describe_left_out(len(members), left_out))
+    missing = roster.missing()
+    if missing:
+        audit.write("missing-at-start", sites=missing)
+        progress.note(describe_missing(len(members), missing))
     for line in describe_notes({name: member.notes for name, member in members.items()}):
         progress.note(line)
     if config.privacy.mode == "none":  # a private run does not know the rows

@@ -89,12 +89,12 @@ def _train(ctx: RunContext, kind: Round[Replies], state: State) -> State:
             ctx.privacy.check_budget(searching)
         # each attempt draws its own cohort: the sites that failed the last one may be left out
         cohort = sample(ctx, round_number, attempt)
-        resting = _not_asked(ctx, round_number, cohort)
+        not_asked = _not_asked(ctx, round_number, cohort)
         ctx.progress.round_begins(round_number, ctx.config.run.rounds, [member.name for member in cohort])
         give_back_memory(ctx.spec.size)
         replies = kind.collect(state, round_number, cohort, attempt)
         give_back_memory(ctx.spec.size)
-        record = kind.record(round_number, cohort, replies) | resting
+        record = kind.record(round_number, cohort, replies) | not_asked
         # with too few clients the model stays as it is, and the round is tried once more
         if replies.clients >= ctx.quorum:
             return _complete(ctx, kind, state, replies, record)
@@ -257,8 +257,10 @@ def evaluated(state: State, record: Mapping[str, Any], monitor: str, lower_is_be
 
 def _evaluate_at_sites(ctx: RunContext, state: State) -> dict[str, Any]:
     """Return `sites_eval` for the round's line; with at_sites = "auto" nothing if no site keeps evaluation rows."""
-    resting = ctx.roster.silence.resting("evaluate", state.round)
-    not_evaluated = {"sites_eval_not_asked": resting} if resting else {}
+    keeping_rows = {member.name for member in ctx.roster.connected().values() if member.evaluation_rows}
+    silent = ctx.roster.silence.not_evaluating(state.round)
+    not_asked = {site: again for site, again in silent.items() if site in keeping_rows}
+    not_evaluated = {"sites_eval_not_asked": not_asked} if not_asked else {}
     found = evaluate_at_sites(ctx, state)
     if not found and ctx.config.evaluation.at_sites == "auto":
         return not_evaluated

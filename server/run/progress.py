@@ -184,16 +184,16 @@ def describe_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
     return lines
 
 
-def describe_left_out(started: int, left_out: Mapping[str, str]) -> str:
+def describe_missing(started: int, missing: Mapping[str, str]) -> str:
     """Return a line about the sites that are missing at the start.
 
     Args:
         started: how many sites are there.
-        left_out: the others, with the reason; at least one.
+        missing: the others, with the reason; at least one.
     """
-    named = ", ".join(f"{site} ({why})" for site, why in list(left_out.items())[:_SHOWN_ROWS])
-    if len(left_out) > _SHOWN_ROWS:
-        named += f" and {len(left_out) - _SHOWN_ROWS} more (audit.jsonl has all)"
+    named = ", ".join(f"{site} ({why})" for site, why in list(missing.items())[:_SHOWN_ROWS])
+    if len(missing) > _SHOWN_ROWS:
+        named += f" and {len(missing) - _SHOWN_ROWS} more (audit.jsonl has all)"
     return f"starting with {started} sites, without {named}; they may join in a later round"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tsugiki.common import __version__, minor
@@ -70,10 +70,12 @@ class _Retry:
     Args:
         at_s: not before this time.
         interval_s: from the last hello until then.
+        returned: whether a silent node has reconnected, and was greeted early for it.
     """
 
     at_s: float
     interval_s: float
+    returned: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,14 @@ class Roster:
 
     def members(self) -> dict[str, Member]:
         """Return the sites that are connected now, by name, sorted."""
-        found = [self._known.get(node) for node in self._present]
+        return self._members_of(self._present)
+
+    def connected(self) -> dict[str, Member]:
+        """Return the sites that were connected at the last `refresh`, silent since or not, by name, sorted."""
+        return self._members_of(self._connected)
+
+    def _members_of(self, nodes: Iterable[int]) -> dict[str, Member]:
+        found = [self._known.get(node) for node in nodes]
         members = sorted((entry for entry in found if isinstance(entry, Member)), key=lambda member: member.name)
         return {member.name: member for member in members}
 
@@ -170,7 +179,7 @@ class Roster:
         strategy = self._config.strategy
         return max(strategy.min_clients, strategy.sites_at_start, self.min_sites)
 
-    def left_out(self) -> dict[str, str]:
+    def missing(self) -> dict[str, str]:
         """Return the sites that could be expected and are no members, by name or node, with the reason.
 
         Expected are the names in `strategy.start_with` and those of registered keys, and the connected nodes.
@@ -201,12 +210,14 @@ class Roster:
             left_s = max(0.0, ends - time.monotonic())
             nodes = self.nodes_wanted() + len(self.refused())
             wait_for_nodes(self._grid, nodes, min(left_s, GREETING_S), self._stop, seen)
-            self.refresh(max(left_s, HELLO_PATIENCE_S))
+            self._greet_silent_again()
+            # a silent node must not keep those that connect in the meantime from being greeted
+            self.refresh(min(left_s, HELLO_PATIENCE_S) or HELLO_PATIENCE_S)
             if self._complete():
                 return
-            if time.monotonic() >= ends:
+            if not left_s:  # this look began after the end: it has seen all that connected in time
                 break
-            time.sleep(LONGEST_PAUSE_S)
+            time.sleep(min(LONGEST_PAUSE_S, max(0.0, ends - time.monotonic())))
         if self.enough():
             return
         refusals = ", ".join(sorted(set(self.refused().values())))
@@ -254,7 +265,8 @@ class Roster:
         """Greet the connected nodes that are new or have come back.
 
         A node that does not answer in `patience_s` is left alone for `connect_timeout_s`, then greeted again; a refused
-        node is greeted again too. Each time the interval doubles.
+        node is greeted again too. Each time the interval doubles. A node that has reconnected is greeted at once; one
+        that was silent, only the first time, because its hello is waited for.
 
         Args:
             patience_s: for the answers.
@@ -262,10 +274,13 @@ class Roster:
         """
         if connected is None:
             connected = set(self._grid.get_node_ids())
+        now = time.monotonic()
+        back = connected - self._connected
         self._present = set(connected)
         self._connected = set(connected)
-        self._forget(self._reconnected() | ((self._known.keys() | self._retries.keys()) - self._present))
-        now = time.monotonic()
+        reconnected = self._reconnected()
+        self._advance_retries(reconnected | back, now)
+        self._forget((reconnected & self._known.keys()) | (self._known.keys() - self._present))
         new = sorted(node for node in self._present if self._is_due(node, now))
         if new:
             self._greet(new, patience_s)
@@ -281,12 +296,22 @@ class Roster:
         self._since = {node: since[node] for node in self._present if node in since}
         return again
 
+    def _advance_retries(self, returned: set[int], now: float) -> None:
+        """Let silent nodes that have reconnected be greeted at once, each one time; forget those that are long gone."""
+        for node, retry in list(self._retries.items()):
+            if node in self._known:
+                continue
+            if node in returned and not retry.returned:
+                self._retries[node] = replace(retry, at_s=now, returned=True)
+            elif node not in self._present and now >= retry.at_s + LONGEST_INTERVAL_S:
+                del self._retries[node]
+
     def _forget(self, nodes: set[int]) -> None:
-        """Forget the verdicts on nodes that have left or reconnected, whose sites may have changed.
+        """Forget the verdicts on nodes that have left or reconnected, because their sites may have changed.
 
         A refusal that may have been because of one of them is forgotten too.
         """
-        if any(node in self._known for node in nodes):
+        if nodes:
             nodes = nodes | {n for n, entry in self._known.items() if entry in ("site-name-taken", "too-many-clients")}
         for node in nodes:
             self._known.pop(node, None)
@@ -299,6 +324,13 @@ class Roster:
             return False
         return node not in self._retries or self._retries[node].at_s <= now
 
+    def _greet_silent_again(self) -> None:
+        """Let the nodes that have not answered their hello be greeted at the next `refresh`.
+
+        A node that is slow at its first hello keeps what it has prepared, and answers the next one sooner.
+        """
+        self._retries = {node: retry for node, retry in self._retries.items() if node in self._known}
+
     def _plan_retries(self, greeted: Iterable[int], now: float) -> None:
         """Settle when those of the greeted nodes that are no members are greeted again."""
         for node in greeted:
@@ -308,7 +340,8 @@ class Roster:
                 continue
             first_s = self._config.strategy.connect_timeout_s if entry is None else REFUSED_AGAIN_S
             interval_s = min(2 * before.interval_s, LONGEST_INTERVAL_S) if before else first_s
-            self._retries[node] = _Retry(now + interval_s, interval_s)
+            returned = before is not None and before.returned
+            self._retries[node] = _Retry(now + interval_s, interval_s, returned)
 
     def _greet(self, nodes: list[int], patience_s: float) -> None:
         from flwr.app import Message

@@ -1,8 +1,10 @@
 """Sites that are connected and do not answer: when they are asked again, and how long a round waits for them.
 
-A site that was silent until a round closed is left out of the next 1, 2, 4, ... rounds. What all rounds have waited for
-it, after everybody else had answered, adds up to one `strategy.round_timeout_s` at most; from then on it is asked, but
-not waited for. Only an accepted update ends this.
+A site that was silent until a round closed is not asked in the next 1, 2, 4, ... rounds. Once a round has its quorum,
+it waits for the silent site after the last answer of the others. Such waits add up to one `strategy.round_timeout_s`
+at most; from then on the site is asked, but not waited for. An accepted update ends this. A new hello gives the site
+half of that time again, the next one a quarter, and so on: two time-outs in all. A round without a quorum charges
+nobody, because it would have been open for as long without the silent site.
 
 All of it is forgotten with the process: a resumed run gives each site its patience anew.
 """
@@ -34,12 +36,14 @@ class _Silent:
     Args:
         misses: how often in a row it was silent.
         asked_from: the round from which it is asked again.
+        missed_in: the last round in which it was silent; -1 before the first.
         waited_s: how long it was waited for, after all others.
         hellos: how often it has said hello since; each halves how long it may be waited for.
     """
 
     misses: int = 0
     asked_from: int = 0
+    missed_in: int = -1
     waited_s: float = 0.0
     hellos: int = 0
 
@@ -59,6 +63,17 @@ class Silence:
             for (kind, site), one in sorted(self._silent.items())
             if kind == duty and one.asked_from > round_number
         }
+
+    def not_evaluating(self, round_number: int) -> dict[str, int]:
+        """Return the sites that are not to be asked to evaluate after a round, each with its next possible round.
+
+        They were silent in evaluation and are resting, or they were silent when they last trained.
+        """
+        found = self.resting("evaluate", round_number)
+        for (duty, site), one in self._silent.items():
+            if duty == "train":
+                found[site] = max(found.get(site, 0), one.asked_from, round_number + 1)
+        return dict(sorted(found.items()))
 
     def is_silent(self, duty: Duty, site: str) -> bool:
         """Return whether the site was silent when it was last asked to do this."""
@@ -94,15 +109,18 @@ class Silence:
             self._trained.add(site)
 
     def missed(self, duty: Duty, site: str, round_number: int, waited_s: float) -> None:
-        """Take note of a site that was silent in a round, and of how long it was waited for after all others."""
+        """Take note of a site that was silent in a round, and of how long it was waited for after all others.
+
+        Several attempts at one round count as one miss.
+        """
         before = self._silent.get((duty, site), _Silent())
-        rest = min(2**before.misses, LONGEST_REST)
-        self._silent[duty, site] = replace(
-            before,
-            misses=before.misses + 1,
-            asked_from=round_number + rest + 1,
-            waited_s=before.waited_s + waited_s,
-        )
+        missed = replace(before, waited_s=before.waited_s + waited_s)
+        if before.missed_in != round_number:
+            rest = min(2**before.misses, LONGEST_REST)
+            missed = replace(
+                missed, misses=before.misses + 1, asked_from=round_number + rest + 1, missed_in=round_number
+            )
+        self._silent[duty, site] = missed
 
     def said_hello(self, site: str) -> None:
         """Let a site that is new, or has come back, be asked at once."""
@@ -135,7 +153,7 @@ class Waiting:
     grace_s: float | Literal["auto"]
     simulated: bool
     _timeout_s: float = field(init=False)
-    _last_s: float = field(init=False, default=0.0)
+    _last_s: float | None = field(init=False, default=None)  # None: nobody has answered
     _quorum_s: float | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -147,12 +165,13 @@ class Waiting:
         if site not in self.missing or self.simulated:
             return
         self.missing.remove(site)
-        self._last_s = self.deadline.elapsed_s
+        elapsed_s = self.deadline.elapsed_s
+        self._last_s = elapsed_s
         if accepted:
-            self.silence.answered(self.kind, site, self._last_s)
+            self.silence.answered(self.kind, site, elapsed_s)
 
     def settle(self, enough: Callable[[], bool]) -> None:
-        """Wait from now on only as long as the missing sites deserve, if the quorum is in.
+        """Move the deadline to the latest time until which a missing site is waited for, if the quorum is in.
 
         Args:
             enough: returns whether it is; not called again once it was.
@@ -175,14 +194,17 @@ class Waiting:
         # a site that never answered may be slow, and one that was silent may have become slow: their patience counts
         elif usual_s is not None and not self.silence.is_silent(self.duty, site):
             ends_s = max(quorum_s + max(quorum_s, LEAST_GRACE_S), USUAL_FACTOR * usual_s)
-        patience_ends_s = self._last_s + self.silence.patience_s(self.duty, site, self.patience_s)
+        patience_ends_s = (self._last_s or 0.0) + self.silence.patience_s(self.duty, site, self.patience_s)
         return min(ends_s, self._timeout_s, patience_ends_s)
 
     def close(self, round_number: int) -> list[str]:
         """Count the missing sites as silent in a round, and return their names, sorted."""
         if self.simulated:
             return []
-        waited_s = self.deadline.elapsed_s - self._last_s
+        waited_s = 0.0
+        # else nobody waited for these sites alone: the quorum was missing, or no site has answered
+        if self._quorum_s is not None and self._last_s is not None:
+            waited_s = self.deadline.elapsed_s - self._last_s
         for site in self.missing:
             self.silence.missed(self.duty, site, round_number, waited_s)
         return sorted(self.missing)

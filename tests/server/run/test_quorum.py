@@ -54,7 +54,7 @@ def test_a_run_starts_with_the_sites_that_it_was_told_to_wait_for(tmp_path, cloc
     ctx = slow_context(tmp_path, SITES, clock, quick, config, away=lambda now: "c" if now < 60 else "")
     assert list(ctx.roster.members()) == SITES
     assert 60 <= clock.now < 70
-    assert ctx.roster.left_out() == {}
+    assert ctx.roster.missing() == {}
 
 
 @pytest.mark.parametrize("start_with", [4, ["a", "zeta"]])
@@ -63,7 +63,7 @@ def test_a_run_starts_without_who_does_not_come_in_time(tmp_path, clock, start_w
     ctx = slow_context(tmp_path, SITES, clock, quick, config_of(tmp_path, start_with=start_with))
     assert list(ctx.roster.members()) == SITES
     assert clock.now == pytest.approx(100.0, abs=1.0)
-    assert ctx.roster.left_out() == ({} if start_with == 4 else {"zeta": "not connected"})
+    assert ctx.roster.missing() == ({} if start_with == 4 else {"zeta": "not connected"})
 
 
 def test_without_the_setting_a_run_starts_with_its_quorum(tmp_path, clock):
@@ -79,7 +79,51 @@ def test_fewer_than_a_quorum_do_not_start(tmp_path, clock):
         slow_context(tmp_path, ["a"], clock, quick, config_of(tmp_path, start_with=3))
 
 
-def test_who_is_left_out_at_the_start_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("start_with", [0, 3])
+def test_a_site_that_does_not_answer_its_hello_does_not_prevent_the_start(tmp_path, clock, start_with):
+    """Catches: one hello that is waited for to the end, while those that connect in the meantime are not greeted."""
+    ctx = slow_context(
+        tmp_path,
+        [*SITES, "d"],
+        clock,
+        lambda site, kind, number: None if site == "d" else 0.0,
+        config_of(tmp_path, start_with=start_with),
+        away=lambda now: SITES if now < 10 else (),
+    )
+    assert list(ctx.roster.members()) == SITES
+    assert clock.now < 50
+
+
+def test_sites_that_connect_at_the_last_moment_are_greeted(tmp_path, clock):
+    """Catches: a start that fails while the hello of a silent site takes the last seconds."""
+    ctx = slow_context(
+        tmp_path,
+        [*SITES, "d"],
+        clock,
+        lambda site, kind, number: None if site == "d" else 5.0,
+        config_of(tmp_path),
+        away=lambda now: SITES if now < 98 else (),
+    )
+    assert list(ctx.roster.members()) == SITES
+
+
+def test_a_site_that_is_slow_at_its_first_hello_is_in_the_start(tmp_path, clock):
+    """Catches: a site that prepares its rows for longer than a hello is waited for, and is not asked again in time."""
+    asked_at = []
+
+    def takes(site, kind, number):
+        if site != "c":
+            return 0.0
+        asked_at.append(clock.now)
+        return max(0.5, asked_at[0] + 50.0 - clock.now)
+
+    ctx = slow_context(tmp_path, SITES, clock, takes, config_of(tmp_path, start_with=SITES))
+    assert list(ctx.roster.members()) == SITES
+    assert len(asked_at) > 1
+    assert clock.now < 80
+
+
+def test_who_is_missing_at_the_start_is_named(tmp_path, monkeypatch):
     """Catches: a site that misses a whole run unsaid: not connected, refused, or silent at its hello."""
     hurry(monkeypatch)
     progress = Notes()
@@ -92,7 +136,7 @@ def test_who_is_left_out_at_the_start_is_named(tmp_path, monkeypatch):
     config = toy_config(tmp_path, strategy={"start_with": ["a", "zeta"]})
     keys = {1: "a", 2: "b", 3: "c", 4: "d", 99: "e"}
     federate(monkeypatch, toy_app([*SITES, "d"]), 4, config, fault, progress=progress, names=lambda: keys)
-    left_out = {
+    missing = {
         "c": "shard-empty",
         "d": "no answer to the hello",
         "e": "not connected",
@@ -100,9 +144,9 @@ def test_who_is_left_out_at_the_start_is_named(tmp_path, monkeypatch):
     }
     told = [note for note in progress.notes if "starting with 2 sites" in note]
     assert len(told) == 1
-    assert all(f"{site} ({why})" in told[0] for site, why in left_out.items())
-    events = [event for event in verify(tmp_path / "toy" / "audit.jsonl") if event["event"] == "left-out"]
-    assert [event["sites"] for event in events] == [left_out]
+    assert all(f"{site} ({why})" in told[0] for site, why in missing.items())
+    events = [event for event in verify(tmp_path / "toy" / "audit.jsonl") if event["event"] == "missing-at-start"]
+    assert [event["sites"] for event in events] == [missing]
 
 
 # Between rounds

@@ -387,6 +387,50 @@ def test_a_node_that_is_no_member_is_greeted_at_growing_intervals(tmp_path, monk
     assert len(waited) > len(expected)
 
 
+@pytest.mark.parametrize("leaves", [False, True], ids=["same-session", "seen-away"])
+def test_a_site_that_reconnects_each_round_and_is_silent_costs_little(tmp_path, monkeypatch, leaves):
+    """Catches: its hello waited for in every round, because each reconnection ends its growing interval."""
+    clock = Clock().rule(monkeypatch)
+    away, since = [()], {1: "0", 2: "0", 3: "0"}
+    ctx = slow_context(
+        tmp_path,
+        ["a", "b", "c"],
+        clock,
+        lambda site, kind, number: None if site == "c" else 0.0,
+        away=lambda now: away[0],
+    )
+    ctx.roster._sessions = lambda: since
+    ctx.roster.refresh()
+    asked = []
+    for number in range(40):
+        if leaves:
+            away[0] = "c"
+            ctx.roster.refresh()
+            away[0] = ()
+        since[3] = str(number + 1)
+        ctx.grid.asked.clear()
+        ctx.roster.refresh()
+        asked.append(bool(ctx.grid.asked))
+        clock.sleep(10.0)
+    assert asked[0]
+    assert 1 < sum(asked) <= 5
+
+
+def test_a_silent_site_that_was_restarted_is_greeted_at_once(tmp_path, monkeypatch):
+    """Catches: a site that crashed at its hello, and waits for its interval after it was mended."""
+    clock = Clock().rule(monkeypatch)
+    dead, since = ["c"], {1: "0", 2: "0", 3: "0"}
+    ctx = slow_context(tmp_path, ["a", "b", "c"], clock, lambda site, kind, number: None if site in dead else 0.0)
+    ctx.roster._sessions = lambda: since
+    ctx.roster.refresh()
+    dead.clear()
+    ctx.roster.refresh()
+    assert list(ctx.roster.members()) == ["a", "b"]
+    since[3] = "1"
+    ctx.roster.refresh()
+    assert list(ctx.roster.members()) == ["a", "b", "c"]
+
+
 def test_a_refused_site_that_was_mended_joins(tmp_path, monkeypatch):
     """Catches: the old code kept after a hello that passes."""
     clock = Clock().rule(monkeypatch)

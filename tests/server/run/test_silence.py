@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.slow import Clock, rounds_asked, slow_context
-from tests.support.toy import run_toy, toy_app, toy_config, toy_state
+from tests.support.toy import rewritten, run_toy, toy_app, toy_config, toy_state
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import QuorumNotMet
 from tsugiki.common.files import read_lines
@@ -154,6 +154,39 @@ def test_a_site_that_has_become_slow_gets_a_second_chance(tmp_path, clock):
     assert ["c" in line["accepted"] for line in lines(tmp_path)] == [True, False, False, True, True]
 
 
+TEN = [f"s{index}" for index in range(10)]
+
+
+def first_too_slow(then_s):
+    """Return how long sites take: in their first attempt longer than the time-out, then `then_s(index)`."""
+    seen = set()
+
+    def seconds(site, number):
+        if site not in seen:
+            seen.add(site)
+            return TIMEOUT_S + 100.0
+        return then_s(TEN.index(site))
+
+    return seconds
+
+
+def test_an_attempt_in_which_nobody_answers_shuts_no_slow_site_out(tmp_path, clock):
+    """Catches: the whole time-out charged to all sites, so that each later round closes with the fastest."""
+    train_s = first_too_slow(lambda index: 100.0 + 10.0 * index)
+    config = config_of(tmp_path, rounds=4, min_clients=3)
+    run_slow(tmp_path, clock, train_s, config, TEN)
+    valid = [line for line in lines(tmp_path) if not line.get("voided")]
+    assert [sorted(line["accepted"]) for line in valid] == [TEN] * 4
+
+
+def test_an_evaluation_in_which_nobody_answers_shuts_no_slow_site_out(tmp_path, clock):
+    """Catches: sites that are never waited for again, in training too, because their first evaluation was slow."""
+    evaluating(tmp_path, clock, first_too_slow(lambda index: 100.0), lambda site, number: 100.0, rounds=4, sites=TEN)
+    found = lines(tmp_path)
+    assert [sorted(line["accepted"]) for line in found] == [TEN] * 4
+    assert [sorted(line.get("sites_eval", {})) for line in found] == [[], TEN, TEN, TEN]
+
+
 def test_before_the_quorum_a_round_stays_open(tmp_path, clock):
     """Catches: a grace that ends a round which could still be valid."""
     config = config_of(tmp_path, rounds=1, grace_s=0.0, min_clients=3)
@@ -178,10 +211,10 @@ def test_simulated_sites_are_waited_for_and_asked_each_round(tmp_path, monkeypat
 # At-site evaluation
 
 
-def evaluating(folder, clock, evaluate_s, train_s=1.0, rounds=20):
+def evaluating(folder, clock, evaluate_s, train_s=1.0, rounds=20, sites=SITES):
     """Run with evaluation at sites; return the context and the seconds."""
     config = toy_config(folder, run={"rounds": rounds}, strategy={"round_timeout_s": TIMEOUT_S})
-    return run_slow(folder, clock, train_s, config, evaluate_s=evaluate_s)
+    return run_slow(folder, clock, train_s, config, sites, evaluate_s=evaluate_s)
 
 
 def test_a_site_that_hangs_in_evaluation_costs_one_time_out(tmp_path, clock):
@@ -219,6 +252,22 @@ def test_a_site_that_is_silent_in_training_is_not_asked_to_evaluate(tmp_path, cl
     assert sorted(evaluate_at_sites(ctx, toy_state())) == ["a", "b"]
 
 
+def test_a_site_that_does_not_evaluate_for_its_silence_in_training_is_named(tmp_path, clock):
+    """Catches: a site that is missing from an evaluation, and no record says why; one named that keeps no rows."""
+
+    def fault(node, reply):
+        return (
+            [rewritten(reply, evaluation_rows=0)] if node == 4 and reply.metadata.message_type == "query" else [reply]
+        )
+
+    config = toy_config(tmp_path, run={"rounds": 4}, strategy={"round_timeout_s": TIMEOUT_S})
+    train_s = takes(lambda site, number: NEVER if site in "cd" else 1.0)
+    run_rounds(slow_context(tmp_path, [*SITES, "d"], clock, train_s, config, fault=fault), toy_state())
+    found = lines(tmp_path)
+    assert [sorted(line["sites_eval"]) for line in found] == [["a", "b"]] * 4
+    assert [line.get("sites_eval_not_asked") for line in found] == [{"c": 3}, {"c": 3}, {"c": 6}, {"c": 6}]
+
+
 # The book of silence
 
 
@@ -237,6 +286,15 @@ def test_a_site_that_comes_back_is_asked_at_once_with_half_the_patience():
     assert silence.patience_s("train", "c", TIMEOUT_S) == 150.0
     silence.answered("train", "c", 5.0)
     assert silence.patience_s("train", "c", TIMEOUT_S) == TIMEOUT_S
+
+
+def test_attempts_at_one_round_are_one_miss():
+    """Catches: a site that is not asked for 16 rounds, because one round was tried five times."""
+    silence = Silence()
+    for _ in range(5):
+        silence.missed("train", "c", 3, 20.0)
+    assert silence.resting("train", 4) == {"c": 5}
+    assert silence.patience_s("train", "c", TIMEOUT_S) == TIMEOUT_S - 100.0
 
 
 def test_only_the_last_step_of_a_sum_shows_that_a_site_does_its_duty():
