@@ -26,7 +26,7 @@ MIB = 2**20
 def test_a_run_under_attack_ends_as_if_nothing_had_happened(tmp_path, model):
     """Catches: a run that a stranger's call, or an unregistered site, ends; the operator's paths shown to a site."""
     names = ["site-0", "site-1", "site-2"]
-    config = tiny_run(tmp_path, model, "attacked", 3, run={"rounds": 40}, strategy={"connect_timeout_s": 300.0})
+    config = tiny_run(tmp_path, model, "attacked", 3, run={"rounds": 12}, strategy={"connect_timeout_s": 300.0})
     sites = split(config, tmp_path / "sites")
     with started() as start:
         tls, keys = make_identity(start, tmp_path, names)
@@ -75,4 +75,4 @@ def test_a_run_under_attack_ends_as_if_nothing_had_happened(tmp_path, model):
         server.wait_for("site-0 was unregistered by somebody else", 20)
         assert server.wait(150) == 0, server.text()[-3000:]
         assert [client.process.poll() for client in clients] == [None] * 3, clients[0].text()[-2000:]
-    assert summary(config)["rounds"] == 40
+    assert summary(config)["rounds"] == 12
