@@ -74,7 +74,7 @@ def test_without_the_setting_a_run_starts_with_its_quorum(tmp_path, clock):
 
 
 def test_fewer_than_a_quorum_do_not_start(tmp_path, clock):
-    """Catches: a start with whoever is there once the time is up."""
+    """Catches: a start with those who are there once the time is up."""
     with pytest.raises(NotEnoughSites, match="1 of 2 clients are connected after 100 s"):
         slow_context(tmp_path, ["a"], clock, quick, config_of(tmp_path, start_with=3))
 

@@ -166,7 +166,7 @@ def test_three_sites_are_too_few_to_find_a_liar(tmp_path):
     assert ran.summary["rounds"] == 3
 
 
-def test_sums_that_fail_whoever_is_in_them_end_the_run(tmp_path):
+def test_sums_that_fail_with_any_sites_in_them_end_the_run(tmp_path):
     """Catches: a search without end where more than one site lies; honest sites expelled by it for good."""
     liars = [Liar(node) for node in range(1, 6)]
     with pytest.raises(SecureAggregationError) as caught:
