@@ -132,10 +132,11 @@ def _threshold_bound(chosen_on: Trials, reported: Trials, delta: float, confiden
     def bounds(trials: Trials, sign: int, thresholds: Scores) -> Scores:
         called = sign * trials.scores > thresholds[:, np.newaxis]
         are = trials.included if sign > 0 else ~trials.included
-        counts = (called & are).sum(axis=1), are.sum(), (called & ~are).sum(axis=1), (~are).sum()
-        return rates_bound(*counts, delta, confidence)
+        right = (called & are).sum(axis=1)
+        wrong = (called & ~are).sum(axis=1)
+        return rates_bound(right, are.sum(), wrong, (~are).sum(), delta, confidence)
 
-    best = 0.0, 1, np.zeros(1)
+    best = (0.0, 1, np.zeros(1))
     for sign in (1, -1):
         thresholds = _thresholds(sign * chosen_on.scores)
         found = bounds(chosen_on, sign, thresholds)
@@ -198,12 +199,16 @@ def guesses_bound(trials: int, guesses: int, right: int, delta: float, confidenc
     def unlikely(epsilon: float) -> bool:
         return p_value(trials, guesses, right, epsilon, delta) < 1 - confidence
 
-    low, high = 0.0, MOST_EPSILON
+    low = 0.0
+    high = MOST_EPSILON
     if not unlikely(low):
         return 0.0
     while high - low > 1e-6:
         middle = (low + high) / 2
-        low, high = (middle, high) if unlikely(middle) else (low, middle)
+        if unlikely(middle):
+            low = middle
+        else:
+            high = middle
     return low
 
 
