@@ -197,10 +197,10 @@ class HeadedSettings(ClassesSettings):
     )
     logit_adjustment: Literal["auto", "off"] = Field(
         default="auto",
-        description="In training, adjust the loss at each site to that site's shares of the classes, so that a site with "
-        'mostly one class does not teach all others to expect that class. "auto": yes if the shares of the sites differ '
-        "much. The server knows that from the sums for `warm_head`; without them nothing is adjusted. Each site is sent "
-        'the shares of the whole federation. "off": never.',
+        description="In training, adjust the loss at each site to that site's shares of the classes, so that a site "
+        "with mostly one class does not teach all others to expect that class. "
+        '"auto": yes if the shares of the sites differ much. The server knows that from the sums for `warm_head`; '
+        'without them nothing is adjusted. Each site is sent the shares of the whole federation. "off": never.',
     )
 
 
