@@ -83,6 +83,29 @@ def tiny_config(folder: Path, **sections: Mapping[str, Any]) -> RunConfig:
     return config
 
 
+def distributed_config(folder: Path, clients: int, least: int, rounds: int = 1, **privacy: Any) -> RunConfig:
+    """Return a tiny run under distributed noise and, unless `privacy` says otherwise, secure aggregation.
+
+    Args:
+        folder: as in `tiny_config`; made if it is not there.
+        clients: simulated sites of one client each.
+        least: of them in a round.
+        rounds: of the run.
+        privacy: settings of the section that differ.
+    """
+    folder.mkdir(exist_ok=True)
+    write_rows(folder / "train.csv", clients * 4)
+    write_rows(folder / "dev.csv", 8)
+    settings = {"mode": "distributed", "secure_aggregation": True, "noise_multiplier": 0.5, "delta": 1e-3}
+    return tiny_config(
+        folder,
+        run={"rounds": rounds},
+        privacy=settings | privacy,
+        strategy={"min_clients": least, "round_timeout_s": 60.0},
+        simulation={"clients": clients},
+    )
+
+
 def run_tiny(config: RunConfig, client: SimulatedApp = simulated_app, **options: Any) -> Outcome:
     """Run the tiny federation; options go to `tsugiki.server.run.simulate.simulate`."""
     return simulate(config, client, **options)

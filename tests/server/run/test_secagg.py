@@ -7,7 +7,7 @@ from flwr.app import Error, RecordDict
 from flwr.app.message import make_message
 from scipy import stats
 
-from tests.support.federation import hurry, run_tiny, tiny_config, write_rows
+from tests.support.federation import distributed_config, hurry, run_tiny
 from tests.support.private import plan_of
 from tsugiki.common.audit import verify
 from tsugiki.common.errors import QuorumNotMet, SecureAggregationError
@@ -24,17 +24,8 @@ STEPS = ("query.keys", "query.shares", "train.masked", "query.unmask")
 
 def config(folder, clients=5, least=3, secure=True, seed=0, **privacy):
     """Return a run under distributed noise; a seed makes the noise the same in two runs."""
-    folder.mkdir(exist_ok=True)
-    write_rows(folder / "train.csv", clients * 4)
-    write_rows(folder / "dev.csv", 8)
-    settings = {"mode": "distributed", "secure_aggregation": secure, "noise_multiplier": 0.5, "delta": 1e-3}
-    return tiny_config(
-        folder,
-        run={"rounds": 1},
-        privacy={**settings, "insecure_noise_seed": seed, **privacy},
-        strategy={"min_clients": least, "round_timeout_s": 60.0},
-        simulation={"clients": clients},
-    )
+    changes = {"secure_aggregation": secure, "insecure_noise_seed": seed, **privacy}
+    return distributed_config(folder, clients, least, **changes)
 
 
 def refuse_with(step, nodes):

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tests.support.federation import app_of_sites, run_tiny, site_folder, tiny_config, write_rows
+from tests.support.federation import app_of_sites, distributed_config, run_tiny, site_folder
 from tests.support.private import plan_of, private_app, private_config, private_context
 from tsugiki.client import app as client
 from tsugiki.client.site.records import BEGUN
@@ -27,19 +27,8 @@ BITS = 32
 
 def config(folder, clients, least, rounds=3, **privacy):
     """Return a run under distributed noise and secure aggregation."""
-    folder.mkdir(exist_ok=True)
-    write_rows(folder / "train.csv", clients * 4)
-    write_rows(folder / "dev.csv", 8)
-    settings = {"mode": "distributed", "secure_aggregation": True, "noise_multiplier": 0.5, "delta": 1e-3}
-    return tiny_config(
-        folder,
-        run={"rounds": rounds},
-        privacy={**settings, **privacy},
-        strategy={"min_clients": least, "round_timeout_s": 60.0},
-        simulation={"clients": clients},
-        train={"local_steps": 1},
-        evaluation={"every_rounds": rounds},
-    )
+    run = distributed_config(folder, clients, least, rounds, **privacy)
+    return changed(run, {"train.local_steps": 1, "evaluation.every_rounds": rounds})
 
 
 class Killed(BaseException):
