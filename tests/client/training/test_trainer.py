@@ -11,6 +11,7 @@ from torch import nn
 from tsugiki.client.training import trainer
 from tsugiki.client.training.trainer import (
     LocalRound,
+    adjustment_of,
     batches,
     batches_per_epoch,
     make_optimizer,
@@ -545,3 +546,12 @@ def test_touched_rows_are_all_that_batches_contain(values, rounds, by_length):
     if not by_length:
         assert seen == set(touched)
     assert len(touched) <= len(seen) + by_length * 4 * 50
+
+
+def test_only_a_loss_that_takes_an_adjustment_gets_one():
+    """Catches: a tensor that is handed to the network of a task from a package, which knows no such input."""
+    rows = Encoded(ENCODED.texts, targets=np.array([0] * 9 + [1] * 3))
+    takes = SimpleNamespace(adjusts_logits=True)
+    assert set(adjustment_of(takes, rows, (0.5, 0.5))) == {"adjustment"}
+    assert adjustment_of(takes, rows, ()) == {}
+    assert adjustment_of(SimpleNamespace(adjusts_logits=False), rows, (0.5, 0.5)) == {}

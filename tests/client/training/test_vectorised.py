@@ -159,5 +159,6 @@ def test_what_would_differ_is_trained_one_by_one(files, sections):
     assert not can_train_together(job(files, **sections))
     assert can_train_together(job(files))
     assert not can_train_together(replace(job(files), rank=1))
+    assert not can_train_together(replace(job(files), class_shares=(0.5, 0.5)))
     narrow = changed(job(files).config, {"model.dtype": "bfloat16"})
     assert not can_train_together(replace(job(files), config=narrow))
