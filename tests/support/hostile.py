@@ -20,8 +20,8 @@ def replay() -> None:
     """Answer every round with the first round's reply."""
     first, honest = [], app._train
 
-    def train(site: Any, content: Any) -> Any:
-        first.append(honest(site, content))
+    def train(*arguments: Any) -> Any:
+        first.append(honest(*arguments))
         return first[0]
 
     app._train = train
