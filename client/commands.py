@@ -61,6 +61,7 @@ def client(
     from tsugiki.client.node import status
     from tsugiki.client.node.channel import Stopping
     from tsugiki.client.node.connection import Connection
+    from tsugiki.client.node.kept_answer import KeptAnswer
     from tsugiki.client.node.node import Ending, Node
     from tsugiki.client.site.site import read_site
 
@@ -81,7 +82,8 @@ def client(
             shown.note(f"connected to {link.address} as {site.name}, node {connection.node_id}")
             for trusted in site.policy.taken_on_trust():
                 shown.note(trusted)
-            Node(client_app, connection, node_config, shown, ending).run()
+            kept = KeptAnswer(site.folder / f".{site.name}.undelivered")
+            Node(client_app, connection, node_config, shown, ending, kept).run()
         except Stopping:
             pass  # there is nobody to say goodbye to
         finally:

@@ -120,12 +120,13 @@ def refuse_links_in(folder: Path) -> None:
         refuse_link(member)
 
 
-def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+def write_atomically(path: Path, *parts: bytes | memoryview, mode: int = 0o666) -> None:
     """Write a file beside its place, flush it to the disk, and rename it into place.
 
     Args:
         path: of the file.
         parts: of its content, written one after the other.
+        mode: its permissions, before the process's umask.
 
     Raises:
         StorageError: `disk-full` or `not-writable`; an earlier file at this path is unchanged.
@@ -133,7 +134,7 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # of a write that was interrupted, or a link that somebody has planted
-        with open_new(temporary) as file:
+        with open_new(temporary, mode) as file:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())

@@ -66,6 +66,10 @@ class RunOver(Exception):
     """The run of a message has ended, or the message is gone: there is nobody to answer."""
 
 
+class MessageGone(RunOver):
+    """The message alone is gone, for example because the server took this node for gone: it may ask again."""
+
+
 class Forgotten(Exception):
     """The server does not know this node any more: it was restarted."""
 

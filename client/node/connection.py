@@ -40,7 +40,15 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 
-from tsugiki.client.node.channel import CALL_TIMEOUT_S, TEMPORARY, Channel, Forgotten, RunOver, Stopping
+from tsugiki.client.node.channel import (
+    CALL_TIMEOUT_S,
+    TEMPORARY,
+    Channel,
+    Forgotten,
+    MessageGone,
+    RunOver,
+    Stopping,
+)
 from tsugiki.client.node.link import Link
 from tsugiki.common.errors import LinkError, WireError
 from tsugiki.common.wire.flower import set_message_id
@@ -133,6 +141,8 @@ class Connection:
             try:
                 self._node = Node(node_id=self._channel.call("ActivateNode", request).node_id)
                 self._channel.accepted = True
+                # the process before this one may have been asked for something: it was connected until a moment ago
+                self._lost = self._lost or noted
                 return
             except LinkError as error:  # only before the server has accepted this node
                 if error.code != "key-refused" or time.monotonic() > ends:
@@ -166,6 +176,7 @@ class Connection:
         """Return the whole message.
 
         Raises:
+            MessageGone: the server has deleted it.
             RunOver: its run has ended, it was not uploaded in time, or it is larger than any message of its run.
         """
         run_id = envelope.metadata.run_id
@@ -183,7 +194,7 @@ class Connection:
                 request = PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
                 answer = self._call_of_run("PullObject", request)
                 if not answer.object_found:
-                    raise RunOver("an object is gone")
+                    raise MessageGone("an object is gone")
                 if answer.object_available:
                     contents[object_id] = answer.object_content
                     missing.remove(object_id)
@@ -221,6 +232,7 @@ class Connection:
             reply: the whole message.
 
         Raises:
+            MessageGone: the server does not wait for this reply any more.
             RunOver: its run has ended.
         """
         from flwr.app.message import remove_content_from_message
@@ -240,7 +252,7 @@ class Connection:
             )
             answer = self._call_of_run("PushMessages", announced)
             if not answer.objects_to_push:  # a new reply always lacks its own object at least
-                raise RunOver("the server does not take this reply any more")
+                raise MessageGone("the server does not take this reply any more")
             for object_id in answer.objects_to_push:
                 content = objects[object_id].deflate()
                 request = PushObjectRequest(
@@ -253,7 +265,7 @@ class Connection:
                 timeout_s = CALL_TIMEOUT_S + len(content) / SLOWEST_BYTES_PER_S
                 stored = self._call_of_run("PushObject", request, timeout_s).stored
                 if not stored and not self._channel.repeated:  # repeated: the first try stored it, unheard
-                    raise RunOver("the server does not take the upload any more")
+                    raise MessageGone("the server does not take the upload any more")
                 self.bytes_up += len(content)
 
     def close(self) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from tsugiki.client.node.kept_answer import KINDS as KEPT_KINDS
+from tsugiki.client.node.kept_answer import KeptAnswer
 from tsugiki.common.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -97,16 +99,24 @@ class Node:
         node_config: for the app's Context; `site` is the path of site.toml.
         status: shows what happens.
         ending: says when to stop.
+        kept: the answer that the server may not have yet.
     """
 
     def __init__(
-        self, app: ClientApp, connection: Connection, node_config: dict[str, Any], status: Lines, ending: Ending
+        self,
+        app: ClientApp,
+        connection: Connection,
+        node_config: dict[str, Any],
+        status: Lines,
+        ending: Ending,
+        kept: KeptAnswer,
     ) -> None:
         self._app = app
         self._connection = connection
         self._node_config = node_config
         self._status = status
         self._ending = ending
+        self._kept = kept
         self._contexts: dict[int, Context] = {}
         self._answers: dict[tuple[int, str], tuple[str, RecordDict]] = {}  # the last of each run and kind
 
@@ -127,7 +137,7 @@ class Node:
                 pause_s = SHORTEST_PAUSE_S
 
     def _answer(self, envelope: Message, tree: Any) -> None:
-        from tsugiki.client.node.channel import RunOver
+        from tsugiki.client.node.channel import MessageGone, RunOver
 
         kind = envelope.metadata.message_type
         group = envelope.metadata.group_id
@@ -141,10 +151,16 @@ class Node:
                 reply = self._handle(message)
             with self._ending.interruptible():
                 self._connection.send(reply)
+            if kind in KEPT_KINDS:
+                self._kept.forget()
             outcome = str(reply.error.reason) if reply.has_error() else "done"
         except Interrupted:
             outcome = "not sent: stopping"
+        except MessageGone as gone:
+            outcome = f"not sent: {gone}"
         except RunOver as over:
+            if kind in KEPT_KINDS:
+                self._kept.forget()
             self._forget(envelope.metadata.run_id)
             outcome = f"not sent: {over}"
         # The connection counts the bytes of all messages; the difference is this message's.
@@ -172,9 +188,16 @@ class Node:
             asked_before, answer = self._answers.get((run_id, kind), ("", RecordDict()))
             if asked_before == asked:
                 return Message(answer, reply_to=message)
+            if kind in KEPT_KINDS:
+                kept = self._kept.read(asked)  # by the process before this one
+                if kept is not None:
+                    return Message(kept, reply_to=message)
+                self._kept.forget()  # the round that it was for is over
             reply = self._app(message, context)
             if kind not in _ASKED_ANEW and reply.has_content():
                 self._answers[run_id, kind] = (asked, reply.content)
+            if kind in KEPT_KINDS and reply.has_content():
+                self._kept.keep(asked, reply.content)
             return reply
         except Exception as error:
             log.exception("the ClientApp failed")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flwr.app import Message
+    from flwr.app import Message, RecordDict
 
 MOST_CALL_BYTES = 2**26
 """Most bytes of one gRPC call. Flower cuts objects that are larger than 5 MB."""
@@ -42,6 +42,13 @@ def inflate_object(object_id: str, contents: Mapping[str, bytes]) -> object:
 
     inflated: object = inflate_object_from_contents(object_id, dict(contents))
     return inflated
+
+
+def objects_of(content: RecordDict) -> dict[str, bytes]:
+    """Return the bytes of all objects that a message's content consists of, by id; `inflate_object` reads them."""
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+    return {object_id: one.deflate() for object_id, one in get_all_nested_objects(content).items()}
 
 
 def chunk_ids(content: bytes) -> list[str]:

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 FIRST_PAUSE_S = 0.005
 LONGEST_PAUSE_S = 0.5
 RETURN_S = 15.0
-"""How long a node that left may take to come back and be asked again. A dead connection makes it leave after 20 s."""
-MOST_REPEATS = 2
+"""How long a node that left before it answered its hello may take to come back and be asked again. A dead connection
+makes it leave after 20 s."""
+MOST_REPEATS = 20
 """How often a node that came back is asked again. A dead line can make a node leave twice: the server misses its
-heartbeats and takes it for gone; back on the line, the node leaves on purpose because it may have lost a message."""
+heartbeats and takes it for gone; back on the line, the node leaves on purpose because it may have lost a message. The
+bound is for a node that its message kills, and that is started again each time."""
 NODE_UNAVAILABLE = 5
 """Flower's error code for a node that left (`flwr.common.constant.ErrorCode`, slow to import)."""
 
@@ -130,7 +132,12 @@ class Deadline:
 
 
 def exchange(
-    grid: RunGrid, messages: list[Message], timeout_s: float, stop: Stop, deadline: Deadline | None = None
+    grid: RunGrid,
+    messages: list[Message],
+    timeout_s: float,
+    stop: Stop,
+    deadline: Deadline | None = None,
+    return_s: float = RETURN_S,
 ) -> Iterator[Message]:
     """Yield the replies to `messages` as they come, until all are there or the time is up.
 
@@ -143,6 +150,7 @@ def exchange(
         timeout_s: for all messages together.
         stop: checked between polls.
         deadline: takes the place of `timeout_s`; the caller may move it between two replies.
+        return_s: how long a node that left may take to come back.
 
     Raises:
         Interrupted: the user asked to stop.
@@ -151,7 +159,7 @@ def exchange(
     if deadline is None:
         deadline = Deadline(timeout_s * (len(messages) if grid.sequential else 1))
     pause = FIRST_PAUSE_S
-    away = _Away(grid, messages)
+    away = _Away(grid, messages, return_s)
     while (pending or away.nodes) and deadline.left_s > 0:
         stop.check()
         replies = list(grid.pull_messages(pending)) if pending else []
@@ -174,9 +182,10 @@ def exchange(
 class _Away:
     """The nodes that left before they answered; `nodes` has the SuperLink's error and the time of leaving by node."""
 
-    def __init__(self, grid: RunGrid, messages: list[Message]) -> None:
+    def __init__(self, grid: RunGrid, messages: list[Message], return_s: float = RETURN_S) -> None:
         self._grid = grid
         self._messages = messages
+        self._return_s = return_s
         self._repeats: Counter[int] = Counter()
         self.nodes: dict[int, tuple[Message, float]] = {}
 
@@ -214,7 +223,7 @@ class _Away:
 
     def given_up(self) -> list[Message]:
         """Return the errors of the nodes that have been away for too long."""
-        late = [node for node, (_, since) in self.nodes.items() if time.monotonic() - since >= RETURN_S]
+        late = [node for node, (_, since) in self.nodes.items() if time.monotonic() - since >= self._return_s]
         return [self.nodes.pop(node)[0] for node in late]
 
 

@@ -61,7 +61,21 @@ SPARE_OBJECTS = 16
 
 @dataclass
 class Transfer:
-    """A reply on its way: its missing and its received objects, when to poll again, since when its node is away."""
+    """A reply on its way.
+
+    Args:
+        node_id: the node that was asked.
+        reply_to: id of the message that it answers.
+        object_id: of the reply.
+        missing: ids of the objects that are not here yet.
+        contents: the bytes of the others, by id.
+        pause_s: to the next poll, when nothing has come.
+        due: the time of the next poll, as `time.monotonic` has it.
+        left: whether the node was seen to be away since the last object came.
+        back_since: since when it is connected again; None: it is not, or was never away.
+        from_superlink: whether the SuperLink itself answers.
+        step: the poll that is under way.
+    """
 
     node_id: int
     reply_to: str
@@ -70,7 +84,8 @@ class Transfer:
     contents: dict[str, bytes] = field(default_factory=dict)
     pause_s: float = FIRST_PAUSE_S
     due: float = 0.0
-    away_since: float | None = None
+    left: bool = False
+    back_since: float | None = None
     from_superlink: bool = False
     step: Future[Message | None] | None = None
 
@@ -170,9 +185,11 @@ class SuperlinkGrid(HttpGrid):
                 if content is not None:
                     transfer.contents[object_id] = content
                     transfer.missing.remove(object_id)
+                    transfer.left = False
+                    transfer.back_since = None
             if transfer.missing:
-                if self._has_left(transfer):
-                    return _readdressed(Error(REPLY_UNAVAILABLE, "left"), transfer, self.run.run_id)
+                if self._was_abandoned(transfer):
+                    return _readdressed(Error(NODE_UNAVAILABLE, "left"), transfer, self.run.run_id)
                 transfer.due = time.monotonic() + transfer.pause_s
                 transfer.pause_s = min(2 * transfer.pause_s, LONGEST_PAUSE_S)
                 return None
@@ -189,13 +206,19 @@ class SuperlinkGrid(HttpGrid):
             transfer.due = time.monotonic() + LONGEST_PAUSE_S
             return None
 
-    def _has_left(self, transfer: Transfer) -> bool:
-        """Return whether the node has left for good in mid-upload. One that comes back in time goes on uploading."""
-        if transfer.pause_s < LONGEST_PAUSE_S or transfer.node_id in self.get_node_ids():
-            transfer.away_since = None
+    def _was_abandoned(self, transfer: Transfer) -> bool:
+        """Return whether the node left in mid-upload, is back, and does not go on: its process was started anew.
+
+        Such a node is asked again, and sends what it has kept. While it is away, its upload is waited for.
+        """
+        if transfer.pause_s < LONGEST_PAUSE_S:
             return False
-        transfer.away_since = transfer.away_since or time.monotonic()
-        return time.monotonic() - transfer.away_since >= RETURN_S
+        if transfer.node_id not in self.get_node_ids():
+            transfer.left = True
+            transfer.back_since = None
+        elif transfer.left:
+            transfer.back_since = transfer.back_since or time.monotonic()
+        return transfer.back_since is not None and time.monotonic() - transfer.back_since >= RETURN_S
 
     def _pull_object(self, object_id: str, most_bytes: int) -> bytes | None:
         """Return an object, or None while it is being uploaded. Read little more than `most_bytes`.

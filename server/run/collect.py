@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,7 +13,7 @@ from tsugiki.common.errors import NotEnoughSites
 from tsugiki.common.rng import generator
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import EvaluateRequest, TrainRequest, join_shares, to_record
-from tsugiki.server.engines.grid import Deadline, exchange
+from tsugiki.server.engines.grid import RETURN_S, Deadline, exchange
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.guard import check_evaluation
@@ -205,7 +206,7 @@ def receive(
     timeout_s = timeout_s or ctx.config.strategy.round_timeout_s
     waiting = _wait_for(ctx, "train", asked, messages, timeout_s, ctx.grace_s)
     waiting.settle(has_quorum)
-    for reply in exchange(ctx.grid, messages, timeout_s, ctx.stop, waiting.deadline):
+    for reply in exchange(ctx.grid, messages, timeout_s, ctx.stop, waiting.deadline, _return_s(ctx, messages)):
         one = asked.get(reply.metadata.src_node_id)
         if one is None:
             ctx.audit.write("unexpected-reply", round=round_number, node=str(reply.metadata.src_node_id))
@@ -234,6 +235,18 @@ def receive(
     ctx.roster.drop(node for node, one in asked.items() if one.site in gone)
     waiting.close(round_number)
     return [passed[site] for site in sorted(passed)], [failed[site] for site in sorted(failed)] + late
+
+
+def _return_s(ctx: RunContext, messages: Sequence[Message]) -> float:
+    """Return how long a node that left before it answered may take to come back.
+
+    A site that trained keeps its update until it is back (`client/node/kept_answer.py`), so it may take as long as the
+    round is open. In a simulation nobody comes back, and a session of secure aggregation ends with its process.
+    """
+    trains = all(message.metadata.message_type.startswith("train") for message in messages)
+    if trains and not ctx.grid.simulated:
+        return math.inf
+    return RETURN_S
 
 
 def _wait_for(

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from tsugiki.client.node.channel import RunOver
+from tsugiki.client.node.channel import MessageGone, RunOver
+from tsugiki.client.node.kept_answer import KeptAnswer
 from tsugiki.client.node.node import LONGEST_PAUSE_S, PAUSE_GROWTH, SHORTEST_PAUSE_S, Ending, Node
 from tsugiki.common.errors import Interrupted, LinkError
 from tsugiki.common.wire.flower import identify_process, set_message_id
+from tsugiki.common.wire.messages import error_reply
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -29,6 +31,7 @@ class Link:
         self.messages, self.sent, self.empty = list(messages), [], before_end
         self.bytes_down = self.bytes_up = 0
         self.ending = None
+        self.refusals = []
 
     def receive(self):
         """Return the next message; after the last, some empty looks, and then the node is told to end."""
@@ -47,7 +50,9 @@ class Link:
         return envelope
 
     def send(self, reply):
-        """Keep it."""
+        """Keep it, unless it is to be refused."""
+        if self.refusals:
+            raise self.refusals.pop(0)
         self.bytes_up += 10
         self.sent.append(reply)
 
@@ -70,10 +75,10 @@ class Seen:
         self.events.append((kind, group, outcome, bytes_down, bytes_up))
 
 
-def message(run_id=1, kind="train", group="1"):
+def message(run_id=1, kind="train", group="1", x=1):
     """Return a message as a SuperLink's."""
     identify_process(run_id)
-    one = Message(RecordDict({"request": ConfigRecord({"x": 1})}), 5, kind, group_id=group)
+    one = Message(RecordDict({"request": ConfigRecord({"x": x})}), 5, kind, group_id=group)
     set_message_id(one, f"{run_id}-{group}")
     return one
 
@@ -84,11 +89,11 @@ def echo(message, context):
     return Message(RecordDict({"reply": ConfigRecord(seen)}), reply_to=message)
 
 
-def run(link, app=echo, ending=None):
+def run(link, app=echo, ending=None, kept=None):
     """Run a node to its end; return (what the status saw, the pauses)."""
     link.ending = ending or Ending()
     seen, pauses = Seen(), []
-    Node(app, link, {"site": "/s/site.toml"}, seen, link.ending).run(pauses.append)
+    Node(app, link, {"site": "/s/site.toml"}, seen, link.ending, KeptAnswer(kept)).run(pauses.append)
     return seen.events, pauses
 
 
@@ -115,6 +120,59 @@ def test_a_round_that_is_asked_for_twice_is_trained_once():
     run(link, app)
     assert [reply.content["reply"]["n"] for reply in link.sent] == [1, 1, 2, 3, 4, 5]
     assert [reply.metadata.reply_to_message_id for reply in link.sent[:2]] == ["1-1", "1-1"]
+
+
+def counting(calls):
+    """Return an app that answers with the number of the call."""
+
+    def app(message, context):
+        calls.append(message.metadata.message_type)
+        return Message(RecordDict({"reply": ConfigRecord({"n": len(calls)})}), reply_to=message)
+
+    return app
+
+
+def test_an_answer_that_the_server_did_not_wait_for_is_given_again():
+    """Catches: a site that trains a round twice because its line was dead when it wanted to send."""
+    calls = []
+    link = Link([message(), message()])
+    link.refusals = [MessageGone("the server does not take this reply any more")]
+    events, _ = run(link, counting(calls))
+    assert calls == ["train"]
+    assert [reply.content["reply"]["n"] for reply in link.sent] == [1]
+    assert [event[2] for event in events[1::2]] == ["not sent: the server does not take this reply any more", "done"]
+
+
+def test_an_answer_outlives_its_process(tmp_path):
+    """Catches: a site that trains anew after it was killed with a finished update; an update that stays on the disk."""
+    calls, kept = [], tmp_path / "kept"
+    killed = Link([message()])
+    killed.refusals = [MessageGone("the line is dead")]
+    run(killed, counting(calls), kept=kept)
+    assert kept.stat().st_mode & 0o777 == 0o600
+    restarted = Link([message(), message(group="2", x=2)])
+    restarted_calls = []
+    run(restarted, counting(restarted_calls), kept=kept)
+    assert (calls, restarted_calls) == (["train"], ["train"])
+    assert [reply.content["reply"]["n"] for reply in restarted.sent] == [1, 1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ends", [RunOver("the run has ended"), None])
+def test_an_answer_does_not_outlive_its_round(tmp_path, ends):
+    """Catches: an update that stays on the disk when its run has ended, or when another round fails."""
+    kept = tmp_path / "kept"
+    first = Link([message()])
+    first.refusals = [MessageGone("the line is dead")]
+    run(first, kept=kept)
+    assert kept.exists()
+    second = Link([message(group="2", x=2)])
+    if ends is None:
+        run(second, lambda message, context: error_reply("diverged", message), kept=kept)
+    else:
+        second.refusals = [ends]
+        run(second, kept=kept)
+    assert not kept.exists()
 
 
 def test_runs_at_the_same_time_keep_what_they_remember():
@@ -159,7 +217,7 @@ def test_greetings_push_no_run_out_and_a_run_that_is_over_is_forgotten():
 def test_answers_are_forgotten_with_their_runs():
     """Catches: the last reply of every run that a node has ever served, kept because an evaluation came after it."""
     link = Link([message(run, kind, kind) for run in range(1, 10) for kind in ("query", "train", "evaluate")])
-    node = Node(echo, link, {"site": "/s/site.toml"}, Seen(), Ending())
+    node = Node(echo, link, {"site": "/s/site.toml"}, Seen(), Ending(), KeptAnswer(None))
     link.ending = node._ending
     node.run(lambda pause: None)
     assert set(node._contexts) == {6, 7, 8, 9}
@@ -174,7 +232,7 @@ def test_looks_are_frequent_after_a_message_and_seldom_when_idle():
     link.receive = lambda: (late, None) if len(waited) == 60 and not link.sent else look()
     waited = []
     link.ending = Ending()
-    Node(echo, link, {"site": "x"}, Seen(), link.ending).run(waited.append)
+    Node(echo, link, {"site": "x"}, Seen(), link.ending, KeptAnswer(None)).run(waited.append)
     before, pauses = waited[:60], waited[60:]
     assert before[-1] > 10 * SHORTEST_PAUSE_S
     assert pauses[0] == SHORTEST_PAUSE_S

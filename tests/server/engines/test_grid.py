@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -178,6 +179,13 @@ def test_a_node_that_comes_back_is_asked_again(clock):
     assert clock.now == pytest.approx(RETURN_S / 2, abs=2 * LONGEST_PAUSE_S)
 
 
+def test_a_node_may_be_away_for_as_long_as_its_round_is_open(clock):
+    """Catches: a finished update that is thrown away because the line was dead for more than 35 seconds."""
+    (answer,) = exchange(Leaving(clock, 1800.0), [train_message()], 3600.0, Stop(), return_s=math.inf)
+    assert not answer.has_error()
+    assert clock.now == pytest.approx(1800.0, abs=2 * LONGEST_PAUSE_S)
+
+
 def test_a_node_that_leaves_twice_is_asked_a_third_time(clock):
     """Catches: a site that is missed after a dead line: the server gives it up, and it leaves on purpose."""
     grid = Leaving(clock, 0.0, lost=("1", "2"))
@@ -188,17 +196,19 @@ def test_a_node_that_leaves_twice_is_asked_a_third_time(clock):
 
 def test_a_node_that_always_leaves_is_not_asked_for_ever(clock):
     """Catches: a site that is killed by its message and fed it until the deadline."""
-    grid = Leaving(clock, 0.0, lost=("1", "2", "3", "4"))
+    grid = Leaving(clock, 0.0, lost=tuple(map(str, range(1, 100))))
     (answer,) = exchange(grid, [train_message()], 100.0, Stop())
     assert answer.has_error()
     assert len(grid.sent) == 1 + MOST_REPEATS
     assert clock.now < 1.0
 
 
-@pytest.mark.parametrize(("timeout_s", "until"), [(100.0, RETURN_S), (3.0, 3.0)])
-def test_a_node_that_stays_away_is_given_up(clock, timeout_s, until):
-    """Catches: a wait for the dead that lasts for the whole round; an error that is swallowed at the deadline."""
-    (answer,) = exchange(Leaving(clock, 1e6), [train_message()], timeout_s, Stop())
+@pytest.mark.parametrize(
+    ("timeout_s", "return_s", "until"), [(100.0, RETURN_S, RETURN_S), (3.0, RETURN_S, 3.0), (100.0, math.inf, 100.0)]
+)
+def test_a_node_that_stays_away_is_given_up(clock, timeout_s, return_s, until):
+    """Catches: a wait for the dead that lasts too long; an error that is swallowed at the deadline; one before it."""
+    (answer,) = exchange(Leaving(clock, 1e6), [train_message()], timeout_s, Stop(), return_s=return_s)
     assert answer.has_error()
     assert clock.now == pytest.approx(until, abs=2 * LONGEST_PAUSE_S)
 

@@ -36,7 +36,7 @@ from tsugiki.common.errors import WireError
 from tsugiki.common.wire.flower import identify_process, set_message_id
 from tsugiki.common.wire.messages import SITE_ERROR
 from tsugiki.server.engines import superlink as module
-from tsugiki.server.engines.grid import StockGrid, Stop, exchange
+from tsugiki.server.engines.grid import NODE_UNAVAILABLE, StockGrid, Stop, exchange
 from tsugiki.server.engines.in_process import InProcessGrid
 from tsugiki.server.engines.superlink import SPARE_BYTES, SuperlinkGrid, run_grid
 
@@ -177,20 +177,33 @@ class Resent:
         self.push_messages, self.pull_messages = lambda messages: ids, grid.pull_messages
 
 
-def test_an_upload_of_a_node_that_left_is_given_up_in_time(grid, superlink, monkeypatch):
-    """Catches: a round that waits for its deadline for a site that died in mid-upload; one that is back, given up."""
+def test_an_upload_of_a_node_that_left_is_waited_for(grid, superlink, monkeypatch):
+    """Catches: an upload that is thrown away because its line was dead for some time in the middle of it."""
+    monkeypatch.setattr(module, "LONGEST_PAUSE_S", 0.04)
+    monkeypatch.setattr(module, "RETURN_S", 0.3)
+    messages, ids = ask(grid, 11)
+    contents = superlink.offer(ids[0], answer(messages[0]), upload=False)
+    superlink.nodes = []
+    assert pull(grid, ids, 0.8) == {}
+    superlink.nodes = [11]
+    superlink.objects |= contents
+    assert pull(grid, ids)[11].has_content()
+
+
+def test_an_upload_of_a_node_that_was_started_anew_is_asked_for_again(grid, superlink, monkeypatch):
+    """Catches: a round that waits to its end for an upload whose process was killed; a node that stayed."""
     monkeypatch.setattr(module, "LONGEST_PAUSE_S", 0.04)
     monkeypatch.setattr(module, "RETURN_S", 0.6)
-    messages, ids = ask(grid, 11, 12, 13)
+    messages, ids = ask(grid, 11, 12)
     for message, message_id in zip(messages, ids, strict=True):
         superlink.offer(message_id, answer(message), upload=False)
     superlink.nodes = [12]
-    begun = time.monotonic()
     assert pull(grid, ids, 0.4) == {}
-    superlink.nodes = [12, 13]
-    found = pull(grid, ids, 1.0)
+    superlink.nodes = [11, 12]
+    begun = time.monotonic()
+    found = pull(grid, ids, 1.5)
     assert list(found) == [11]
-    assert found[11].error.code == 4
+    assert found[11].error.code == NODE_UNAVAILABLE  # with it `exchange` asks again
     assert time.monotonic() - begun >= 0.6
 
 
