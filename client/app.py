@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import platform
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
@@ -214,12 +216,17 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
 
 def _train(protect: Protect | None, site: Site, content: RecordDict) -> RecordDict:
     """Train, and send the mean update of the site's clients, or in a private run their protected sum."""
+    started = time.monotonic()
     request = from_record(TrainRequest, content)
     run = SiteRun.open(site, site_config(request.config), request.round)
+    job = run.job(request, content)
+    # reading the rows, in the first round also loading the model, has taken its part of the time
+    left_s = max(0.0, request.deadline_s - (time.monotonic() - started))
+    job = replace(job, request=replace(request, deadline_s=left_s))
     if run.plan is None:
-        return _train_openly(run, run.job(request, content))
+        return _train_openly(run, job)
     plan = _plan_with_masks(run, False)
-    total = protected_sum(run, run.job(request, content), plan, protect)
+    total = protected_sum(run, job, plan, protect)
     return _private_reply(run, request, total, total.levels)
 
 
@@ -233,15 +240,17 @@ def _train_openly(run: SiteRun, job: Job) -> RecordDict:
     if not run.hides_rows:
         shared = run.site.policy.may_leave({"loss": trained.loss})
         seconds = trained.seconds
+    steps = _told_steps(run, trained.steps)
     reply = TrainReply(
         site=run.site.name,
         round=job.request.round,
         nonce=job.request.nonce,
         rows=run.site.policy.told_rows(rows),
-        steps=_told_steps(run, trained.steps),
+        steps=steps,
         loss=shared.get("loss", 0.0),
         loss_shared="loss" in shared,
         seconds=seconds,
+        missed_steps=trained.missed_steps if steps == trained.steps else 0,
     )
     arrays = encode(narrow(update, job.graft.spec, job.part), job.part)
     sent = {"bytes": sum(len(array.data) for array in arrays.values()), "update_sha256": sha256(update)}

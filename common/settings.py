@@ -215,8 +215,8 @@ class AdapterSettings(NamingSettings):
     )
 
 
-OPERATORS_WAITS = ("start_with", "wait_for_quorum_s", "grace_s")
-"""The settings of a strategy for which only the server waits: sites do not receive them, and no result is hashed with
+OPERATORS_WAITS = ("start_with", "wait_for_quorum_s", "grace_s", "partial_updates")
+"""The settings of a strategy that say how the server waits: sites do not receive them, and no result is hashed with
 them."""
 
 
@@ -273,6 +273,12 @@ class StrategySettings(Section):
         "round_timeout_s. A number waits that long for each missing site. What all rounds wait for one silent site "
         "adds up to one round_timeout_s in both cases. Set 0 if a few fast sites are enough. Simulations and Poisson "
         "sampling wait for everybody.",
+    )
+    partial_updates: bool = Field(
+        default=True,
+        description="A site that would not be done when its round closes sends what it has by then; its update weighs "
+        "the rows that it has seen. Set false if every update must be of all local steps: a slow site is then a "
+        "dropout. Simulations and private runs always wait for all steps.",
     )
     max_update_norm: float = Field(
         default=100.0,

@@ -64,7 +64,7 @@ def train_openly(job: Job) -> tuple[Vector, Trained, int]:
 
     Returns:
         The mean of the clients' updates, weighted by their rows, shape (size,); the outcome of training; the number of
-        rows.
+        rows, those of missed steps left out.
 
     Raises:
         TrainingError: `diverged`, a client's training did; `deadline`, the time is up.
@@ -73,7 +73,7 @@ def train_openly(job: Job) -> tuple[Vector, Trained, int]:
     if len(job.clients) == 1:
         ((name, chosen),) = job.clients.items()
         trained = _train_one(job, name, chosen, job.request.deadline_s)
-        return make_update(job.graft.read(), job.received), trained, len(chosen)
+        return make_update(job.graft.read(), job.received), trained, trained.rows_seen(len(chosen))
     # Several: a running sum in float64, so that a gateway's updates need not be in memory together.
     started = time.perf_counter()
     total = np.zeros(job.graft.spec.size)

@@ -66,6 +66,7 @@ class Job:
             schedule_stop=self.request.schedule_stop,
             proximal_mu=self.config.strategy.proximal_mu,
             deadline_s=deadline_s,
+            partial=self.request.partial,
             moments=self.moments.get(client),
             class_shares=self.class_shares,
         )

@@ -33,6 +33,7 @@ class LocalRound:
         schedule_stop: share done after this round, in (0, 1].
         proximal_mu: weight of FedProx's term.
         deadline_s: seconds after which the client gives up.
+        partial: whether the client ends the round in time, with the steps that it has done, instead.
         moments: the optimiser's state, read at the start and updated at the end; None: the optimiser begins anew.
         class_shares: of the federation, to which the loss is adjusted (`common/tasks/classes.py`); empty: it is not.
     """
@@ -44,17 +45,30 @@ class LocalRound:
     schedule_stop: float
     proximal_mu: float = 0.0
     deadline_s: float = math.inf
+    partial: bool = False
     moments: dict[str, Any] | None = None
     class_shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The outcome of the loop: optimiser steps, mean loss over them, seconds."""
+    """The outcome of the loop.
+
+    Args:
+        steps: of the optimiser.
+        loss: mean over the steps.
+        seconds: that they took.
+        missed_steps: of the round, for which the time was too short.
+    """
 
     steps: int
     loss: float
     seconds: float
+    missed_steps: int = 0
+
+    def rows_seen(self, rows: int) -> int:
+        """Return the client's rows, less those that the missed steps would have used; at least 1."""
+        return max(1, rows * self.steps // (self.steps + self.missed_steps))
 
 
 WINDOW = 8
@@ -99,10 +113,10 @@ def train(
     """
     import torch
 
-    started = time.perf_counter()
     torch.set_num_threads(settings.threads)
     seed_everything(derive_seed(local_round.seed, "train", local_round.site, local_round.round_number))
     steps = steps_per_round(len(encoded), settings)
+    countdown = _Countdown(local_round, steps)
     optimizer = make_optimizer(graft, settings)
     if local_round.moments:
         # A copy: a round that fails must not leave its own state there.
@@ -133,15 +147,56 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             watch(step + 1, steps, losses)
             check_divergence(losses[: step + 1], settings.divergence_factor)
-            check_deadline(local_round, step + 1, steps, started)
-            if ends(step + 1, steps):
+            if countdown.is_over(step + 1) or ends(step + 1, steps):
                 break
     finally:
         graft.base.network.eval()
     mean = finite(float(losses[: step + 1].mean()))
     if local_round.moments is not None:
         local_round.moments.update(optimizer.state_dict())
-    return Trained(step + 1, mean, time.perf_counter() - started)
+    return Trained(step + 1, mean, countdown.elapsed_s, countdown.missed_steps)
+
+
+class _Countdown:
+    """The time of a client's round.
+
+    Attributes:
+        missed_steps: of the round, for which it was too short.
+
+    Args:
+        local_round: has the deadline.
+        steps: of the round.
+    """
+
+    def __init__(self, local_round: LocalRound, steps: int) -> None:
+        self.missed_steps = 0
+        self._local_round = local_round
+        self._steps = steps
+        self._started = time.perf_counter()
+        self._step_began = self._started
+        self._longest_s = 0.0
+
+    @property
+    def elapsed_s(self) -> float:
+        """The time since the start."""
+        return time.perf_counter() - self._started
+
+    def is_over(self, done: int) -> bool:
+        """Return whether the round ends after this step, because another one may be late.
+
+        Raises:
+            TrainingError: `deadline`, the time is up, and the client may not send what it has.
+        """
+        if not self._local_round.partial:
+            check_deadline(self._local_round, done, self._steps, self._started)
+            return False
+        now = time.perf_counter()
+        self._longest_s = max(self._longest_s, now - self._step_began)
+        self._step_began = now
+        if done == self._steps or now - self._started + self._longest_s <= self._local_round.deadline_s:
+            return False
+        self.missed_steps = self._steps - done
+        return True
 
 
 def adjustment_of(task: Task, encoded: Encoded, class_shares: Sequence[float]) -> Batch:

@@ -75,6 +75,7 @@ class TrainRequest:
         clients: the site's clients that train, as numbers from 0, separated by commas; empty: all.
         class_shares: the share of each class in the federation, as `join_shares` writes them; empty: losses are not
             adjusted to a site's own shares.
+        partial: whether a site that would be late sends what it has by the deadline.
     """
 
     config: str
@@ -86,6 +87,7 @@ class TrainRequest:
     nonce: str
     clients: str
     class_shares: str = ""
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ class PrivateReply:
 class TrainReply:
     """The reply to a `TrainRequest`, beside the update: local minus received adapter.
 
-    `loss` has a meaning only if `loss_shared` is true.
+    `loss` has a meaning only if `loss_shared` is true. `missed_steps` are those for which the time was too short, and
+    `rows` leaves out the rows that they would have used.
     """
 
     site: str
@@ -134,6 +137,7 @@ class TrainReply:
     loss: float
     loss_shared: bool
     seconds: float
+    missed_steps: int = 0
 
 
 @dataclass(frozen=True)

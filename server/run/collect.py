@@ -33,6 +33,11 @@ from tsugiki.server.run.silence import Duty, Waiting
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
 
+TRAINING_SHARE = 0.9
+POLLING_S = 5.0
+"""Of a site's time in a round, it may train for this part and so many seconds less, or for half if that is longer. The
+rest is for the adapter's way there and back, and for the pauses after which both sides look for messages."""
+
 Passed = TypeVar("Passed", bound=Accepted | AcceptedSum | AcceptedStep[Any])
 
 
@@ -135,6 +140,8 @@ def collect(
     def request(nonce: str, node: int) -> RecordDict:
         drawn = None if clients is None else clients[names[node]]
         order = train_request(ctx, round_number, nonce, drawn)
+        if ctx.takes_partial_updates:
+            order = replace(order, partial=True, deadline_s=_deadline_s(ctx, names[node]))
         return to_record(replace(order, class_shares=join_shares(state.class_shares)), arrays)
 
     started = time.perf_counter()
@@ -148,6 +155,12 @@ def collect(
     bytes_down = sum(len(array.data) for array in arrays.values()) * len(messages)
     bytes_up = sum(reply.size_bytes for reply in passed) + sum(reply.size_bytes for reply in rejected)
     return Collected(passed, rejected, bytes_down, bytes_up, time.perf_counter() - started)
+
+
+def _deadline_s(ctx: RunContext, site: str) -> float:
+    """Return how long a site may train before it sends what it has: its time without what the transfer may take."""
+    time_s = ctx.roster.silence.deadline_s(site, ctx.config.strategy.round_timeout_s, ctx.grace_s)
+    return max(time_s / 2, TRAINING_SHARE * time_s - POLLING_S)
 
 
 def train_request(ctx: RunContext, round_number: int, nonce: str, clients: list[int] | None = None) -> TrainRequest:

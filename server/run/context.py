@@ -92,6 +92,16 @@ class RunContext:
         return self.config.strategy.grace_s
 
     @property
+    def takes_partial_updates(self) -> bool:
+        """Whether a site that would be late sends what it has by then.
+
+        Not in simulations, whose sites wait for each other, and not under privacy: what a client contributes, and what
+        it costs, must not depend on how fast it is.
+        """
+        protected = self.privacy is not None or self.config.privacy.examples.enabled
+        return self.config.strategy.partial_updates and not protected and not self.grid.simulated
+
+    @property
     def wait_for_quorum_s(self) -> float:
         """How long the run waits for sites to come back before it ends."""
         seconds = self.config.strategy.wait_for_quorum_s

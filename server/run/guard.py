@@ -53,7 +53,8 @@ def check(
         answer = from_record(TrainReply, reply.content)
         _check_origin(answer, asked)
         rows = _rows(answer.rows, asked.rows)
-        if not (math.isfinite(answer.loss) and answer.steps > 0 and 0 <= answer.seconds < math.inf):
+        counted = answer.steps > 0 and answer.missed_steps >= 0
+        if not (math.isfinite(answer.loss) and counted and 0 <= answer.seconds < math.inf):
             raise WireError("loss, steps or seconds are out of range", code="metrics")
         arrays = array_records(reply.content).get("arrays")
         if arrays is None or set(reply.content) != {"reply", "arrays"}:
@@ -65,7 +66,18 @@ def check(
     if norm > max_update_norm:
         return Rejected(asked.site, "norm", f"{norm:.4g}, allowed {max_update_norm:g}", size)
     loss = answer.loss if answer.loss_shared else None
-    return Accepted(asked.site, update, rows, loss, answer.steps, answer.seconds, norm, size, asked.clients)
+    return Accepted(
+        site=asked.site,
+        update=update,
+        rows=rows,
+        loss=loss,
+        steps=answer.steps,
+        seconds=answer.seconds,
+        norm=norm,
+        size_bytes=size,
+        clients=asked.clients,
+        missed_steps=answer.missed_steps,
+    )
 
 
 def check_private(reply: Message, asked: Asked, plan: Plan, masked: bool = False) -> AcceptedSum | Rejected:

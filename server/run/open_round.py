@@ -147,4 +147,6 @@ def _reported(reply: Accepted) -> dict[str, Any]:
     }
     if reply.clipped_to is not None:
         entry["clipped_to"] = reply.clipped_to
+    if reply.missed_steps:
+        entry["missed_steps"] = reply.missed_steps
     return entry

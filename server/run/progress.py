@@ -141,6 +141,11 @@ def describe(record: Record) -> str:
         if record["train_loss"] is not None:
             parts.append(f"loss {record['train_loss']:.4f}")
         parts.append(f"{len(record['accepted'])} sites")
+        parts += [
+            f"{site} {one['steps']} of {one['steps'] + one['missed_steps']} steps"
+            for site, one in record["accepted"].items()
+            if one.get("missed_steps")
+        ]
     rejected = record.get("rejected", {})
     if rejected:
         parts.append("without " + ", ".join(f"{site} ({why['reason']})" for site, why in rejected.items()))

@@ -56,6 +56,7 @@ class Accepted:
         clients: how many clients' updates are averaged in it.
         weight: in the round's mean; 0 until all replies are there (`influence.py`).
         clipped_to: the norm that the update was scaled down to; None: it was short enough.
+        missed_steps: of the round, for which the site's time was too short.
     """
 
     site: str
@@ -69,6 +70,7 @@ class Accepted:
     clients: int = 1
     weight: int = 0
     clipped_to: float | None = None
+    missed_steps: int = 0
 
     @property
     def norm_in_mean(self) -> float:

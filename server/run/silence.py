@@ -54,6 +54,7 @@ class Silence:
     def __init__(self) -> None:
         self._silent: dict[tuple[Duty, str], _Silent] = {}
         self._usual_s: dict[tuple[str, str], float] = {}
+        self._quorum_s: dict[str, float] = {}
         self._trained: set[str] = set()
 
     def resting(self, duty: Duty, round_number: int) -> dict[str, int]:
@@ -82,6 +83,44 @@ class Silence:
     def usual_s(self, kind: str, site: str) -> float | None:
         """Return how long the site took for its last answer to such a message; None: it has never answered one."""
         return self._usual_s.get((kind, site))
+
+    def quorum_came(self, kind: str, seconds: float) -> None:
+        """Take note of how long the quorum of the answers to such messages took."""
+        self._quorum_s[kind] = seconds
+
+    def deadline_s(self, site: str, timeout_s: float, grace_s: float | Literal["auto"]) -> float:
+        """Return by when a site's update should be here, in seconds from the request, at the pace of the last round.
+
+        Args:
+            site: its name.
+            timeout_s: of the round.
+            grace_s: `strategy.grace_s`.
+        """
+        quorum_s = self._quorum_s.get("train")
+        if quorum_s is None:
+            return timeout_s
+        return min(timeout_s, self.closes_s("train", "train", site, quorum_s, timeout_s, grace_s))
+
+    def closes_s(
+        self, duty: Duty, kind: str, site: str, quorum_s: float, timeout_s: float, grace_s: float | Literal["auto"]
+    ) -> float:
+        """Return when a round stops waiting for a site, in seconds from the request, whatever its patience.
+
+        Args:
+            duty: what the site is asked to do.
+            kind: the message type.
+            site: its name.
+            quorum_s: when the quorum was in.
+            timeout_s: of the round.
+            grace_s: `strategy.grace_s`.
+        """
+        if grace_s != "auto":
+            return quorum_s + grace_s
+        usual_s = self.usual_s(kind, site)
+        # a site that never answered may be slow, and one that was silent may have become slow: their patience counts
+        if usual_s is None or self.is_silent(duty, site):
+            return timeout_s
+        return max(quorum_s + max(quorum_s, LEAST_GRACE_S), USUAL_FACTOR * usual_s)
 
     def patience_s(self, duty: Duty, site: str, whole_s: float) -> float:
         """Return how long a round may still wait for the site after all others.
@@ -182,18 +221,13 @@ class Waiting:
             if not enough():
                 return
             self._quorum_s = self.deadline.elapsed_s
+            self.silence.quorum_came(self.kind, self._quorum_s)
         quorum_s = self._quorum_s
         self.deadline.after_s = max((self._ends_s(site, quorum_s) for site in self.missing), default=self._timeout_s)
 
     def _ends_s(self, site: str, quorum_s: float) -> float:
         """Return until when a missing site is waited for, from the start; the quorum was in after `quorum_s`."""
-        ends_s = self._timeout_s
-        usual_s = self.silence.usual_s(self.kind, site)
-        if self.grace_s != "auto":
-            ends_s = quorum_s + self.grace_s
-        # a site that never answered may be slow, and one that was silent may have become slow: their patience counts
-        elif usual_s is not None and not self.silence.is_silent(self.duty, site):
-            ends_s = max(quorum_s + max(quorum_s, LEAST_GRACE_S), USUAL_FACTOR * usual_s)
+        ends_s = self.silence.closes_s(self.duty, self.kind, site, quorum_s, self._timeout_s, self.grace_s)
         patience_ends_s = (self._last_s or 0.0) + self.silence.patience_s(self.duty, site, self.patience_s)
         return min(ends_s, self._timeout_s, patience_ends_s)
 

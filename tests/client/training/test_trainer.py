@@ -384,6 +384,28 @@ def test_the_deadline_ends_training(monkeypatch):
     assert not model.base.network.training
 
 
+def test_a_partial_round_ends_before_the_step_that_would_be_late(monkeypatch):
+    """Catches: a slow site that sends nothing, or too late; missed steps that count as done."""
+    now = itertools.accumulate([0.0, 0.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])  # the steps take 1, 3, 1, 1, ... s
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    model = graft()
+    next(now)
+    trained = train(model, ENCODED, settings(local_steps=8), local_round(deadline_s=8.9, partial=True))
+    # after 6 s another step may take 3 s: it would end at 9 s
+    assert (trained.steps, trained.missed_steps) == (4, 4)
+    assert trained.rows_seen(30) == 15
+    assert trained.rows_seen(1) == 1
+
+
+def test_a_round_that_is_done_in_time_is_not_partial(monkeypatch):
+    """Catches: a last step that is taken for a missed one; a whole round that weighs less for being asked to hurry."""
+    ticks = itertools.count()
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    trained = train(graft(), ENCODED, settings(local_steps=3), local_round(deadline_s=3.0, partial=True))
+    assert (trained.steps, trained.missed_steps) == (3, 0)
+    assert trained.rows_seen(30) == 30
+
+
 def test_the_model_is_left_ready_for_evaluation():
     """Catches: dropout left on, and gradients left for the next round."""
     model = graft()

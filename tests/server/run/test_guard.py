@@ -56,6 +56,7 @@ def test_a_good_reply_is_accepted_with_its_numbers():
         ({"loss": math.nan}, "metrics"),
         ({"loss": math.inf}, "metrics"),
         ({"steps": 0}, "metrics"),
+        ({"missed_steps": -1}, "metrics"),
         ({"seconds": -1.0}, "metrics"),
         ({"seconds": math.inf}, "metrics"),
         ({"loss": 1}, "type"),
@@ -67,6 +68,12 @@ def test_a_good_reply_is_accepted_with_its_numbers():
 def test_a_record_that_does_not_fit_is_rejected(fields, reason):
     """Catches: any field of the reply that is believed unchecked; infinite seconds would be no JSON later."""
     assert verdict(train_reply(**fields)).reason == reason
+
+
+def test_missed_steps_are_those_of_the_reply():
+    """Catches: a partial update that passes for a whole one in metrics.jsonl."""
+    assert verdict(train_reply()).missed_steps == 0
+    assert verdict(train_reply(missed_steps=7)).missed_steps == 7
 
 
 def test_another_record_beside_the_reply_is_rejected():

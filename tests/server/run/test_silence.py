@@ -1,12 +1,16 @@
 """Sites that answer their hello and then nothing: what they cost, and when they are asked again."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.support.slow import Clock, rounds_asked, slow_context
 from tests.support.toy import rewritten, run_toy, toy_app, toy_config, toy_state
 from tsugiki.common.audit import verify
+from tsugiki.common.config.parse import changed
 from tsugiki.common.errors import QuorumNotMet
 from tsugiki.common.files import read_lines
+from tsugiki.common.wire.messages import TrainRequest, from_record
 from tsugiki.server.run.collect import evaluate_at_sites
 from tsugiki.server.run.loop import run_rounds
 from tsugiki.server.run.progress import describe
@@ -50,6 +54,60 @@ def run_slow(folder, clock, train_s, config, sites=SITES, **options):
 def lines(folder):
     """Return the lines of rounds."""
     return [line for line in read_lines(folder / "metrics.jsonl") if line["round"]]
+
+
+# What a site is asked for in time
+
+
+def asked_to_train(folder, clock, train_s, config, monkeypatch):
+    """Run a federation; return (`partial`, `deadline_s`) of each request to train, by (site, round)."""
+    ctx = slow_context(folder, SITES, clock, takes(train_s), config)
+    push = ctx.grid.push_messages
+    found = {}
+
+    def watched(messages):
+        for message in messages:
+            if message.metadata.message_type == "train":
+                request = from_record(TrainRequest, message.content)
+                found[SITES[message.metadata.dst_node_id - 1], request.round] = (request.partial, request.deadline_s)
+        return push(messages)
+
+    monkeypatch.setattr(ctx.grid, "push_messages", watched)
+    run_rounds(ctx, toy_state())
+    return found
+
+
+def test_sites_know_when_their_round_closes(tmp_path, clock, monkeypatch):
+    """Catches: a slow site that trains to the time-out, though its round is closed long before."""
+    config = config_of(tmp_path, rounds=3)
+    found = asked_to_train(tmp_path, clock, lambda site, number: 90.0 if site == "c" else 10.0, config, monkeypatch)
+    assert {partial for partial, _ in found.values()} == {True}
+    # nobody's pace is known in round 1; then the quorum's 10 s and 30 s more, or twice what the site took
+    assert {found[site, 1][1] for site in SITES} == {0.9 * TIMEOUT_S - 5.0}
+    assert found["a", 2][1] == pytest.approx(0.9 * 40.0 - 5.0, abs=1.0)
+    assert found["c", 2][1] == pytest.approx(0.9 * 180.0 - 5.0, abs=1.0)
+
+
+def test_a_grace_in_seconds_is_the_time_that_slow_sites_have(tmp_path, clock, monkeypatch):
+    """Catches: `grace_s` that cuts a slow site off without a word to it."""
+    config = config_of(tmp_path, rounds=2, grace_s=5.0)
+    found = asked_to_train(tmp_path, clock, lambda site, number: NEVER if site == "c" else 10.0, config, monkeypatch)
+    assert found["a", 2][1] == pytest.approx(0.9 * 15.0 - 5.0, abs=1.0)
+
+
+@pytest.mark.parametrize("why", ["off", "rows", "clients", "simulated"])
+def test_every_step_is_waited_for(tmp_path, clock, monkeypatch, why):
+    """Catches: an account of steps that were not taken; a simulation whose result depends on the machine."""
+    config = config_of(tmp_path, partial_updates=why != "off")
+    ctx = slow_context(tmp_path, SITES, clock, takes(1.0), config)
+    assert ctx.takes_partial_updates == (why != "off")
+    if why == "rows":
+        ctx = replace(ctx, config=changed(config, {"privacy.examples.noise_multiplier": 1.0}))
+    elif why == "clients":
+        ctx = replace(ctx, privacy=object())
+    elif why == "simulated":
+        monkeypatch.setattr(ctx.grid, "simulated", True)
+    assert not ctx.takes_partial_updates
 
 
 # What silence costs
