@@ -6,6 +6,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
 PYTEST_OPTIONS ?=
+# one more than there are cores: many tests wait for processes of their own
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1) + 1)')
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
@@ -38,7 +40,7 @@ demo: $(VENV)/.demo  ## Install, and run the demo: four companies, one search fo
 	$(BIN)/tsugiki demo
 
 test: $(VENV)/.dev  ## Install, and run all tests
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_OPTIONS)
 
 federation:  ## Run the demo as a server and three sites in containers; needs Docker and Compose
 	docker/federation.sh

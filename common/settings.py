@@ -215,7 +215,7 @@ class AdapterSettings(NamingSettings):
     )
 
 
-OPERATORS_WAITS = ("start_with", "wait_for_quorum_s", "grace_s", "partial_updates")
+OPERATORS_WAITS = ("start_with", "wait_for_quorum_s", "grace_s", "partial_updates", "late_updates")
 """The settings of a strategy that say how the server waits: sites do not receive them, and no result is hashed with
 them."""
 
@@ -279,6 +279,12 @@ class StrategySettings(Section):
         description="A site that would not be done when its round closes sends what it has by then; its update weighs "
         "the rows that it has seen. Set false if every update must be of all local steps: a slow site is then a "
         "dropout. Simulations and private runs always wait for all steps.",
+    )
+    late_updates: Literal["discard", "next-round"] = Field(
+        default="discard",
+        description='What becomes of an update that comes after its round has closed. "next-round": it counts in the '
+        "round that is open then, with fewer rows the later it is. Set it if lines are dead for longer than a round "
+        "takes. A run is then repeatable only with the log of who was late; private runs cannot have it.",
     )
     max_update_norm: float = Field(
         default=100.0,

@@ -154,10 +154,31 @@ def strategy_problems(config: RunConfig) -> list[Problem]:
     else:
         found.append(Problem("adapter.method", repr(adapter.method), f'"lora" with strategy {name}', 'use "fedavg"'))
     found += _rank_problems(config)
+    found += _lateness_problems(config)
     gateways = config.simulation.data and config.simulation.clients_per_site > 1
     if strategy.sees_factors and gateways:
         why = f"1 with strategy {name}: a gateway would send the mean of its clients' factors"
         found.append(Problem("simulation.clients_per_site", str(config.simulation.clients_per_site), why, "remove it"))
+    return found
+
+
+def _lateness_problems(config: RunConfig) -> list[Problem]:
+    """Return what does not go with updates that count in a later round."""
+    if config.strategy.late_updates == "discard":
+        return []
+    strategy = strategy_of(config.strategy)
+    found = []
+
+    def problem(why: str) -> None:
+        found.append(Problem("strategy.late_updates", '"next-round"', f'"discard" {why}', "remove it"))
+
+    if config.privacy.mode != "none" or config.privacy.examples.enabled:
+        problem("in a private run: the account of a round is made for those who are in it")
+    if strategy.needs_each_update or not strategy.same_part:
+        fitting = ", ".join(names_with(lambda other: not other.needs_each_update and other.same_part))
+        problem(f"unless strategy.name is {fitting}: others cannot add what was trained from an earlier adapter")
+    if config.strategy.weighting == "equal":
+        problem('with strategy.weighting = "equal": an update that is late has to weigh less')
     return found
 
 

@@ -138,6 +138,7 @@ def exchange(
     stop: Stop,
     deadline: Deadline | None = None,
     return_s: float = RETURN_S,
+    outstanding: Outstanding | None = None,
 ) -> Iterator[Message]:
     """Yield the replies to `messages` as they come, until all are there or the time is up.
 
@@ -151,6 +152,8 @@ def exchange(
         stop: checked between polls.
         deadline: takes the place of `timeout_s`; the caller may move it between two replies.
         return_s: how long a node that left may take to come back.
+        outstanding: the messages of exchanges that are over; replies to them are yielded too. Messages of this one that
+            are not answered before its end are added. None: nobody waits for such replies.
 
     Raises:
         Interrupted: the user asked to stop.
@@ -160,31 +163,79 @@ def exchange(
         deadline = Deadline(timeout_s * (len(messages) if grid.sequential else 1))
     pause = FIRST_PAUSE_S
     away = _Away(grid, messages, return_s)
+    late = outstanding or Outstanding()
     while (pending or away.nodes) and deadline.left_s > 0:
         stop.check()
-        replies = list(grid.pull_messages(pending)) if pending else []
+        awaited = pending | late.ids if late.ids else pending  # mostly without a copy: there may be thousands
+        replies = list(grid.pull_messages(awaited)) if awaited else []
         answered = bool(replies)
+        replies = late.take(replies)
         pending -= {reply.metadata.reply_to_message_id for reply in replies}
         # the error of a node that left is withheld: it may come back and answer
         replies = [reply for reply in replies if not away.note(reply)]
         while replies:  # a reply is forgotten as soon as it is handed over: it may be large
             yield replies.pop(0)
         pending |= away.ask_again()
+        late.ask_again()
         yield from away.given_up()
         # a sequential grid works while it is polled, so there is nothing to wait for
         if not answered and not grid.sequential:
             time.sleep(min(pause, max(0.0, deadline.left_s)))
         pause = FIRST_PAUSE_S if answered else min(pause * 1.5, LONGEST_PAUSE_S)
     # the time is up: nodes that are still away have failed
-    yield from (error for error, _ in away.nodes.values())
+    yield from [error for error, _ in away.nodes.values()]
+    late.add(pending, away)
+
+
+class Outstanding:
+    """Messages of exchanges that are over, whose replies may still come.
+
+    Attributes:
+        ids: of the messages.
+    """
+
+    def __init__(self) -> None:
+        self.ids: set[str] = set()
+        self._away: list[_Away] = []
+
+    def add(self, ids: set[str], away: _Away) -> None:
+        """Add the messages of an exchange that have not been answered, and the nodes of it that are away."""
+        self.ids |= ids
+        self._away.append(away)
+
+    def take(self, replies: list[Message]) -> list[Message]:
+        """Return the replies without those that say that a node left which is to be asked again."""
+        taken = []
+        for reply in replies:
+            is_late = reply.metadata.reply_to_message_id in self.ids
+            self.ids.discard(reply.metadata.reply_to_message_id)
+            if not (is_late and any(away.note(reply) for away in self._away if away.has_asked(reply))):
+                taken.append(reply)
+        return taken
+
+    def ask_again(self) -> None:
+        """Send each node that is back its message again."""
+        for away in self._away:
+            self.ids |= away.ask_again()
+
+    def forget(self, node: int) -> None:
+        """Ask a node no more for what it was asked in these exchanges."""
+        for away in self._away:
+            away.forget(node)
+        self._away = [away for away in self._away if away.messages]
 
 
 class _Away:
-    """The nodes that left before they answered; `nodes` has the SuperLink's error and the time of leaving by node."""
+    """The nodes that left before they answered.
+
+    Attributes:
+        messages: of the exchange.
+        nodes: the SuperLink's error and the time of leaving, by node.
+    """
 
     def __init__(self, grid: RunGrid, messages: list[Message], return_s: float = RETURN_S) -> None:
         self._grid = grid
-        self._messages = messages
+        self.messages = messages
         self._return_s = return_s
         self._repeats: Counter[int] = Counter()
         self.nodes: dict[int, tuple[Message, float]] = {}
@@ -213,13 +264,22 @@ class _Away:
                 ttl=message.metadata.ttl,
                 group_id=message.metadata.group_id,
             )
-            for message in self._messages
+            for message in self.messages
             if message.metadata.dst_node_id in back
         ]
         self._repeats.update(back)
         for node in back:
             del self.nodes[node]
         return set(self._grid.push_messages(again))
+
+    def has_asked(self, reply: Message) -> bool:
+        """Return whether the sender of a reply is one of the nodes."""
+        return any(message.metadata.dst_node_id == reply.metadata.src_node_id for message in self.messages)
+
+    def forget(self, node: int) -> None:
+        """Never ask this node again."""
+        self.nodes.pop(node, None)
+        self.messages = [message for message in self.messages if message.metadata.dst_node_id != node]
 
     def given_up(self) -> list[Message]:
         """Return the errors of the nodes that have been away for too long."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from tsugiki.common.errors import NotEnoughSites
 from tsugiki.common.rng import generator
@@ -17,6 +17,7 @@ from tsugiki.server.engines.grid import RETURN_S, Deadline, exchange
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.guard import check_evaluation
+from tsugiki.server.run.late import MOST_ROUNDS_LATE
 from tsugiki.server.run.replies import (
     DROPOUT,
     Accepted,
@@ -33,6 +34,8 @@ from tsugiki.server.run.silence import Duty, Waiting
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
 
+LIFE = 2.0 + MOST_ROUNDS_LATE
+"""How many times its deadline a message is kept by a SuperLink."""
 TRAINING_SHARE = 0.9
 POLLING_S = 5.0
 """Of a site's time in a round, it may train for this part and so many seconds less, or for half if that is longer. The
@@ -52,7 +55,8 @@ def sample(ctx: RunContext, round_number: int, attempt: int) -> list[Member]:
     """
     members = _gather_quorum(ctx, round_number)
     strategy = ctx.config.strategy
-    resting = ctx.roster.silence.resting("train", round_number)
+    ctx.late.begin_round(round_number)
+    resting = ctx.roster.silence.resting("train", round_number).keys() | ctx.late.asked.keys()
     due = [member for member in members if member.name not in resting]
     if ctx.roster.enough(due):  # else they are asked all the same: without them there is no round
         members = due
@@ -149,8 +153,10 @@ def collect(
     if clients is not None:  # the guard allows a sum the norm of the clients that were asked, not of all the site has
         asked = {node: replace(one, clients=len(clients[one.site])) for node, one in asked.items()}
     passed, rejected = receive(ctx, round_number, asked, messages, judge)
+    late = {one.node_id for one in ctx.late.asked.values()}
     for message in messages:
-        forget_arrays(message)
+        if message.metadata.dst_node_id not in late:
+            forget_arrays(message)
     # all sites receive the same arrays; a rejected reply has cost its bytes too
     bytes_down = sum(len(array.data) for array in arrays.values()) * len(messages)
     bytes_up = sum(reply.size_bytes for reply in passed) + sum(reply.size_bytes for reply in rejected)
@@ -207,47 +213,87 @@ def receive(
         timeout_s: for all of them; 0: the round's.
         enough: returns whether these replies are a quorum; None: they are one if their clients are.
     """
-    passed: dict[str, Passed] = {}
-    failed: dict[str, Rejected] = {}
-    late: list[Rejected] = []
+    verdicts: _Verdicts[Passed] = _Verdicts()
 
     def has_quorum() -> bool:
         if enough is not None:
-            return enough(passed.values())
-        return sum(one.clients for one in passed.values()) >= ctx.quorum
+            return enough(verdicts.passed.values())
+        return sum(one.clients for one in verdicts.passed.values()) >= ctx.quorum
 
     timeout_s = timeout_s or ctx.config.strategy.round_timeout_s
     waiting = _wait_for(ctx, "train", asked, messages, timeout_s, ctx.grace_s)
     waiting.settle(has_quorum)
-    for reply in exchange(ctx.grid, messages, timeout_s, ctx.stop, waiting.deadline, _return_s(ctx, messages)):
-        one = asked.get(reply.metadata.src_node_id)
-        if one is None:
-            ctx.audit.write("unexpected-reply", round=round_number, node=str(reply.metadata.src_node_id))
-        elif one.site in passed:
-            late.append(Rejected(one.site, "duplicate"))  # the first valid reply counts
-        else:
-            verdict = judge(reply, one)
-            outcome = "accepted"
-            if isinstance(verdict, Rejected):
-                failed[one.site] = verdict
-                outcome = verdict.reason
-            else:
-                passed[one.site] = verdict
-                forget_arrays(reply)
-                failed.pop(one.site, None)  # a valid reply makes up for a bad one before it
-            if not ctx.withholds:
-                ctx.progress.reply(one.site, outcome)
-            waiting.heard(one.site, accepted=one.site in passed)
-            waiting.settle(has_quorum)
-        del reply  # it may be large, and the next one is not there yet
-    # a site that was silent until the deadline is a dropout
     for one in asked.values():
-        if one.site not in passed:
-            failed.setdefault(one.site, Rejected(one.site, DROPOUT))
-    gone = {site for site, rejected in failed.items() if rejected.reason == DROPOUT}
+        ctx.late.forget(one.site)  # what it is asked now takes the place of what it was asked before
+    return_s = _return_s(ctx, messages)
+    outstanding = ctx.late.outstanding if ctx.takes_late_updates else None
+    for reply in exchange(ctx.grid, messages, timeout_s, ctx.stop, waiting.deadline, return_s, outstanding):
+        answered = ctx.late.answered(reply) or asked.get(reply.metadata.src_node_id)
+        if answered is None:
+            ctx.audit.write("unexpected-reply", round=round_number, node=str(reply.metadata.src_node_id))
+            continue
+        site = answered.site
+        if site in verdicts.passed:
+            verdicts.duplicates.append(Rejected(site, "duplicate"))  # the first valid reply counts
+            continue
+        outcome = verdicts.take(site, judge(reply, answered))
+        if site in verdicts.passed:
+            forget_arrays(reply)
+        if not ctx.withholds:
+            ctx.progress.reply(site, outcome)
+        if answered.round_number < round_number:
+            ctx.late.forget(site)
+            ctx.roster.silence.came_late(site)
+        waiting.heard(site, accepted=site in verdicts.passed)
+        waiting.settle(has_quorum)
+        del reply  # it may be large, and the next one is not there yet
+    gone = verdicts.add_dropouts(one.site for one in asked.values())
+    if ctx.takes_late_updates:
+        ctx.late.close_round(asked, gone)
     ctx.roster.drop(node for node, one in asked.items() if one.site in gone)
     waiting.close(round_number)
-    return [passed[site] for site in sorted(passed)], [failed[site] for site in sorted(failed)] + late
+    return verdicts.accepted, verdicts.rejected
+
+
+class _Verdicts(Generic[Passed]):
+    """The verdicts on the replies of an exchange.
+
+    Attributes:
+        passed: the accepted replies, by site name.
+        failed: the rejected ones of other sites, by site name.
+        duplicates: replies of sites that had been accepted.
+    """
+
+    def __init__(self) -> None:
+        self.passed: dict[str, Passed] = {}
+        self.failed: dict[str, Rejected] = {}
+        self.duplicates: list[Rejected] = []
+
+    def take(self, site: str, verdict: Passed | Rejected) -> str:
+        """Keep the verdict on a site's reply; return the word for it. A valid one makes up for a bad one before it."""
+        if isinstance(verdict, Rejected):
+            self.failed[site] = verdict
+            return verdict.reason
+        self.passed[site] = verdict
+        self.failed.pop(site, None)
+        return "accepted"
+
+    def add_dropouts(self, sites: Iterable[str]) -> set[str]:
+        """Add the sites that were silent until the deadline; return all that did not answer, or have left."""
+        for site in sites:
+            if site not in self.passed:
+                self.failed.setdefault(site, Rejected(site, DROPOUT))
+        return {site for site, rejected in self.failed.items() if rejected.reason == DROPOUT}
+
+    @property
+    def accepted(self) -> list[Passed]:
+        """The accepted replies, by site name."""
+        return [self.passed[site] for site in sorted(self.passed)]
+
+    @property
+    def rejected(self) -> list[Rejected]:
+        """The rejected replies, by site name, and the duplicates."""
+        return [self.failed[site] for site in sorted(self.failed)] + self.duplicates
 
 
 def _return_s(ctx: RunContext, messages: Sequence[Message]) -> float:
@@ -316,8 +362,8 @@ def address(
             rows = member.evaluation_rows
         asked[member.node_id] = Asked(member.name, member.node_id, round_number, nonce, rows, member.clients)
         request = content(nonce, member.node_id)
-        # twice the time: a message must outlive the deadline, which `exchange` keeps
-        messages.append(Message(request, member.node_id, kind, ttl=timeout_s * 2, group_id=str(round_number)))
+        # a message must outlive the deadline, which `exchange` keeps, and the rounds after it that take late answers
+        messages.append(Message(request, member.node_id, kind, ttl=timeout_s * LIFE, group_id=str(round_number)))
     return asked, messages
 
 

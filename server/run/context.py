@@ -15,6 +15,7 @@ from tsugiki.common.wire.spec import AdapterSpec
 from tsugiki.server.engines.grid import RunGrid, Stop
 from tsugiki.server.run.anchors import RunLogs
 from tsugiki.server.run.evaluate import Evaluator
+from tsugiki.server.run.late import Late
 from tsugiki.server.run.measuring import Pace
 from tsugiki.server.run.privacy import Privacy
 from tsugiki.server.run.progress import Progress
@@ -43,6 +44,7 @@ class RunContext:
         privacy: the operator's part of a private run; None: updates are averaged as they are.
         pace: when the aggregation error is measured next. It changes in the course of a run.
         suspicion: which sites spoil sums under secure aggregation. It changes in the course of a run.
+        late: the requests of closed rounds that may still be answered. It changes in the course of a run.
     """
 
     config: RunConfig
@@ -58,6 +60,7 @@ class RunContext:
     privacy: Privacy | None = None
     pace: Pace = field(default_factory=Pace)
     suspicion: Suspicion = field(default_factory=Suspicion)
+    late: Late = field(default_factory=Late)
 
     @cached_property
     def logs(self) -> RunLogs:
@@ -100,6 +103,11 @@ class RunContext:
         """
         protected = self.privacy is not None or self.config.privacy.examples.enabled
         return self.config.strategy.partial_updates and not protected and not self.grid.simulated
+
+    @property
+    def takes_late_updates(self) -> bool:
+        """Whether an update that comes after its round has closed counts in the next one."""
+        return self.config.strategy.late_updates == "next-round" and not self.grid.simulated
 
     @property
     def wait_for_quorum_s(self) -> float:

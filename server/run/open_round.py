@@ -17,6 +17,7 @@ from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.guard import check
 from tsugiki.server.run.influence import BoundedMean, clip_factors, settled_weights
 from tsugiki.server.run.kept import KeptUpdates
+from tsugiki.server.run.late import discounted
 from tsugiki.server.run.measuring import LOW_COSINE, SKEW_NOTE, measures_error, started_warm, timed_error
 from tsugiki.server.run.replies import Accepted, Asked, CollectedMean, Rejected
 from tsugiki.server.run.roster import Member
@@ -39,14 +40,17 @@ class OpenRound(Round[CollectedMean]):
         spec = self.ctx.spec
         strategy = strategy_of(config.strategy)
         part = strategy.trained_part(spec, round_number)
-        bounded = BoundedMean(self.ctx.folder, spec.size, len(cohort), config.strategy, state.norms)
+        most = len(cohort) + len(self.ctx.late.asked)
+        bounded = BoundedMean(self.ctx.folder, spec.size, most, config.strategy, state.norms)
         kept: KeptUpdates | None = None
         if strategy.needs_each_update or measures_error(config, spec, self.ctx.pace, round_number, cohort):
             kept = KeptUpdates(self.ctx.folder, spec.size)
 
-        def keep(one: WeightedUpdate) -> None:
+        def keep(one: WeightedUpdate | None) -> None:
             nonlocal kept
-            if kept is None:
+            if one is None:  # the error compares products of factors, and late factors belong to another adapter
+                kept = None
+            if kept is None or one is None:
                 return
             try:
                 kept.add(one)
@@ -61,6 +65,10 @@ class OpenRound(Round[CollectedMean]):
             verdict = check(reply, asked, spec, config.strategy.max_update_norm, part)
             if isinstance(verdict, Rejected):
                 return verdict
+            late_by = round_number - asked.round_number
+            if late_by:
+                verdict = replace(verdict, rows=discounted(verdict.rows, late_by), late_by=late_by)
+                keep(None)
             bounded.add(verdict)
             keep(WeightedUpdate(verdict.site, verdict.update, verdict.rows, verdict.clients))
             return verdict.without_update()
@@ -149,4 +157,6 @@ def _reported(reply: Accepted) -> dict[str, Any]:
         entry["clipped_to"] = reply.clipped_to
     if reply.missed_steps:
         entry["missed_steps"] = reply.missed_steps
+    if reply.late_by:
+        entry["late_by"] = reply.late_by
     return entry

@@ -146,6 +146,7 @@ def describe(record: Record) -> str:
             for site, one in record["accepted"].items()
             if one.get("missed_steps")
         ]
+        parts += [f"{site} late by {one['late_by']}" for site, one in record["accepted"].items() if one.get("late_by")]
     rejected = record.get("rejected", {})
     if rejected:
         parts.append("without " + ", ".join(f"{site} ({why['reason']})" for site, why in rejected.items()))

@@ -147,6 +147,11 @@ class Silence:
         if duty == "train":
             self._trained.add(site)
 
+    def came_late(self, site: str) -> None:
+        """Take note that the site's answer to a request to train has come, though its round was closed."""
+        self._silent.pop(("train", site), None)
+        self._trained.add(site)
+
     def missed(self, duty: Duty, site: str, round_number: int, waited_s: float) -> None:
         """Take note of a site that was silent in a round, and of how long it was waited for after all others.
 

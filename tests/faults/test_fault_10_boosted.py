@@ -7,6 +7,7 @@ of at most 0.1 in each coordinate. The metric is the distance that is left after
 import numpy as np
 import pytest
 
+from tests.support.federation import hurry
 from tests.support.toy import SPEC, forging, is_train, run_toy, toy_app, toy_config, toy_context, toy_state
 from tsugiki.common.audit import verify
 from tsugiki.common.settings import StrategySettings
@@ -119,8 +120,9 @@ def test_one_boosted_update_moves_the_model_by_a_bounded_step(tmp_path, sites, r
     assert [(event["round"], event["site"]) for event in events] == [(round_, LIAR) for round_ in sorted(rounds)]
 
 
-def test_a_cohort_of_one_is_compared_with_the_rounds_before(tmp_path):
+def test_a_cohort_of_one_is_compared_with_the_rounds_before(tmp_path, monkeypatch):
     """Catches: a site that is asked alone and sets the bound for itself."""
+    hurry(monkeypatch)
     config = toy_config(tmp_path, strategy={"min_clients": 1, **DEFAULT})
     fault = forging(1, lambda reply: None)
 
@@ -143,8 +145,9 @@ def round_of(reply):
 
 
 @pytest.mark.parametrize("interrupted_after", [1, 2])
-def test_a_resumed_run_remembers_what_is_typical(tmp_path, interrupted_after):
+def test_a_resumed_run_remembers_what_is_typical(tmp_path, monkeypatch, interrupted_after):
     """Catches: norms that a checkpoint forgets: the liar's update, which comes alone, sets its own bound."""
+    hurry(monkeypatch)
     config = toy_config(tmp_path, strategy={"min_clients": 1})
     drop = forging(1, lambda reply: None)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Message
+from flwr.clientapp import ClientApp
 
 from tests.support.toy import SPEC, toy_app, toy_config, toy_context
 from tsugiki.common.config.run import RunConfig
@@ -54,8 +55,16 @@ class SlowGrid(InProcessGrid):
     sequential = False
     simulated = False
 
-    def __init__(self, sites: Sequence[str], clock: Clock, takes: Takes, away: Away, fault: Fault | None) -> None:
-        super().__init__(toy_app(list(sites)), len(sites), fault)
+    def __init__(
+        self,
+        sites: Sequence[str],
+        clock: Clock,
+        takes: Takes,
+        away: Away,
+        fault: Fault | None,
+        app: ClientApp | None,
+    ) -> None:
+        super().__init__(app or toy_app(list(sites)), len(sites), fault)
         self._sites = sites
         self._away = away
         self._clock = clock
@@ -95,13 +104,14 @@ def slow_context(
     config: RunConfig | None = None,
     away: Away = lambda now: (),
     fault: Fault | None = None,
+    app: ClientApp | None = None,
     **fields: Any,
 ) -> RunContext:
     """Return the context of a run on a `SlowGrid`, after its hello; `fields` replaces others of `RunContext`."""
     config = config or toy_config(folder)
     folder.mkdir(exist_ok=True)
     ctx = toy_context(folder, toy_app(list(sites)), len(sites), config, **fields)
-    grid = SlowGrid(sites, clock, takes, away, fault)
+    grid = SlowGrid(sites, clock, takes, away, fault, app)
     roster = Roster(grid, config, SPEC, None, ctx.audit, ctx.stop)
     roster.wait(lambda count: None)
     return replace(ctx, grid=grid, roster=roster)

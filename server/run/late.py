@@ -1,0 +1,91 @@
+"""Updates that come after their round has closed, and count in the next one at a discount.
+
+With `strategy.late_updates = "next-round"` a site that did not answer in time is not asked for anything else while its
+answer may still come. When it comes, while a later round is open, it is judged as it would have been in its own round,
+and its update is added to the later round's mean. It is the move from the adapter of its own round, so it fits a later
+adapter the less, the more rounds lie between. Its weight is therefore multiplied by (1 + s)^-0.5, where s is the number
+of rounds by which it is late.
+
+Source: Xie, Koyejo and Gupta 2019, "Asynchronous Federated Optimization", arXiv:1903.03934, section 5 (the polynomial
+staleness function with a = 0.5).
+
+Who was late, and by how much, is in the round's line of metrics.jsonl. All of it is forgotten with the process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tsugiki.server.engines.grid import Outstanding
+from tsugiki.server.run.replies import Asked
+
+if TYPE_CHECKING:
+    from flwr.app import Message
+
+MOST_ROUNDS_LATE = 8
+"""An update that is late by more rounds is not waited for any more: its site is asked anew."""
+
+
+def discounted(rows: int, rounds_late: int) -> int:
+    """Return the rows that a late update weighs, at least 1.
+
+    Args:
+        rows: of the site.
+        rounds_late: by which the update is late.
+    """
+    return max(1, round(rows / math.sqrt(1 + rounds_late)))
+
+
+@dataclass
+class Late:
+    """The requests of closed rounds that may still be answered. It changes in the course of a run.
+
+    Args:
+        asked: the requests, by site name.
+        outstanding: the messages, for the engine.
+    """
+
+    asked: dict[str, Asked] = field(default_factory=dict)
+    outstanding: Outstanding = field(default_factory=Outstanding)
+
+    def begin_round(self, round_number: int) -> None:
+        """Forget the requests that are too old."""
+        for site, one in list(self.asked.items()):
+            if round_number - one.round_number > MOST_ROUNDS_LATE:
+                self.forget(site)
+
+    def forget(self, site: str) -> None:
+        """Wait no longer for what a site was asked in a closed round."""
+        one = self.asked.pop(site, None)
+        if one is not None:
+            self.outstanding.forget(one.node_id)
+
+    def answered(self, reply: Message) -> Asked | None:
+        """Return the request of a closed round that a reply answers; None: it answers another one."""
+        for one in self.asked.values():
+            if one.node_id == reply.metadata.src_node_id and _nonce(reply) == one.nonce:
+                return one
+        return None
+
+    def close_round(self, asked: Mapping[int, Asked], missing: Iterable[str]) -> None:
+        """Take note of the sites that have not answered before their round closed.
+
+        Args:
+            asked: what each node was asked, by node id.
+            missing: the names of these sites.
+        """
+        missing = set(missing)
+        for one in asked.values():
+            if one.site in missing:
+                self.asked[one.site] = one
+            else:
+                self.outstanding.forget(one.node_id)
+
+
+def _nonce(reply: Message) -> str:
+    """Return the nonce that a reply repeats; empty if it has none."""
+    record = reply.content.config_records.get("reply") if reply.has_content() else None
+    return "" if record is None else str(record.get("nonce", ""))

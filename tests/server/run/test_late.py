@@ -1,0 +1,203 @@
+"""Updates that come after their round has closed."""
+
+import numpy as np
+import pytest
+from flwr.app import Error
+from flwr.app.message import make_message
+
+from tests.support.slow import Clock, rounds_asked, slow_context
+from tests.support.toy import SPEC, toy_app, toy_config, toy_state
+from tsugiki.common.audit import verify
+from tsugiki.common.config.parse import changed
+from tsugiki.common.errors import ConfigError
+from tsugiki.common.files import read_lines
+from tsugiki.server.engines.grid import NODE_UNAVAILABLE
+from tsugiki.server.run.late import MOST_ROUNDS_LATE, discounted
+from tsugiki.server.run.loop import run_rounds
+from tsugiki.server.run.progress import describe
+
+SITES = ["a", "b", "c"]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time under control."""
+    return Clock().rule(monkeypatch)
+
+
+def run(folder, clock, takes, rounds=6, late_updates="next-round", prepare=lambda ctx: None):
+    """Run sites a and b, whose update is 1 everywhere, and c with the round's number; return the context."""
+    strategy = {"grace_s": 5.0, "round_timeout_s": 600.0, "late_updates": late_updates, "norm_tolerance": 0.0}
+    config = toy_config(folder, run={"rounds": rounds}, evaluation={"at_sites": False}, strategy=strategy)
+
+    def update(site, number, received):
+        return np.full(SPEC.size, float(number) if site == "c" else 1.0, np.float32)
+
+    def seconds(site, kind, number):
+        return 0.0 if kind == "query" else takes(site, number)
+
+    ctx = slow_context(folder, SITES, clock, seconds, config, app=toy_app(SITES, update))
+    prepare(ctx)
+    run_rounds(ctx, toy_state())
+    return ctx
+
+
+def lines(folder):
+    """Return the lines of rounds."""
+    return [line for line in read_lines(folder / "metrics.jsonl") if line["round"]]
+
+
+def late_in_round_1(site, number):
+    """Return 40 s for c in round 1, which closes after 15 s, and 10 s for all others."""
+    return 40.0 if site == "c" and number == 1 else 10.0
+
+
+def test_a_late_update_counts_in_the_round_that_is_open(tmp_path, clock):
+    """Catches: an update thrown away; one that weighs as if it came in time; another site's request in its place."""
+    ctx = run(tmp_path, clock, late_in_round_1)
+    found = lines(tmp_path)
+    # the rounds close after 15, 25, 35 and 45 s
+    assert [sorted(line["accepted"]) for line in found[:5]] == [["a", "b"]] * 3 + [["a", "b", "c"]] * 2
+    late = found[3]["accepted"]["c"]
+    assert (late["late_by"], late["rows"], late["weight"]) == (3, 5, 5)
+    assert "late_by" not in found[4]["accepted"]["c"]
+    assert "c late by 3" in describe(found[3])
+    assert found[3]["update_norm"] == pytest.approx((10 + 10 + 5 * 1.0) / 25 * np.sqrt(SPEC.size))
+    assert found[4]["update_norm"] == pytest.approx((10 + 10 + 10 * 5.0) / 30 * np.sqrt(SPEC.size))
+    events = [event for event in verify(tmp_path / "audit.jsonl") if event["event"] == "round"]
+    assert [event["accepted"] for event in events[3:5]] == [["a", "b", "c"]] * 2
+    # while its answer may come it is asked for nothing else, and after it at once
+    assert rounds_asked(ctx, "c") == [1, 5, 6]
+
+
+def test_by_default_it_is_discarded(tmp_path, clock):
+    """Catches: a run that depends on who was late although nobody asked for it."""
+    ctx = run(tmp_path, clock, late_in_round_1, late_updates="discard")
+    assert [sorted(line["accepted"]) for line in lines(tmp_path)[:2]] == [["a", "b"]] * 2
+    assert not any("late_by" in one for line in lines(tmp_path) for one in line["accepted"].values())
+    assert ctx.late.asked == {}
+
+
+def test_an_update_that_is_too_late_is_not_waited_for(tmp_path, clock):
+    """Catches: a site that is never asked again because it died in training."""
+    ctx = run(tmp_path, clock, lambda site, number: None if site == "c" and number == 1 else 10.0, rounds=12)
+    assert rounds_asked(ctx, "c")[:2] == [1, 1 + MOST_ROUNDS_LATE + 1]
+    assert sorted(lines(tmp_path)[-1]["accepted"]) == SITES
+
+
+def test_a_late_update_is_judged_like_any_other(tmp_path, clock, monkeypatch):
+    """Catches: a door for updates that no round would take: too long, or of a round that nobody asked for."""
+
+    def limit(ctx):
+        checked = changed(ctx.config, {"strategy.max_update_norm": 0.5})
+        object.__setattr__(ctx, "config", checked)
+
+    with pytest.raises(Exception, match="accepted replies"):
+        run(tmp_path, clock, late_in_round_1, prepare=limit)
+    ctx = run(tmp_path / "twice", clock, late_in_round_1, prepare=send_twice)
+    found = lines(tmp_path / "twice")
+    assert [line["accepted"]["c"].get("late_by") for line in found[3:5]] == [3, None]
+    assert ctx.late.asked == {}
+
+
+def send_twice(ctx):
+    """Let c hand its late update in twice."""
+    pull = ctx.grid.pull_messages
+    kept = []
+
+    def watched(ids):
+        again = kept[:1]
+        del kept[:]
+        replies = pull(ids)
+        if not again:
+            kept.extend(one for one in replies if one.metadata.src_node_id == 3)
+        return [*replies, *again]
+
+    ctx.grid.pull_messages = watched
+
+
+class CutOff:
+    """The line of c: dead from the first poll of a run until a given time, with the grid that it belongs to."""
+
+    def __init__(self, ctx, clock, back_at):
+        self.grid = ctx.grid
+        self.clock = clock
+        self.back_at = back_at
+        self.request = None
+        self.reported = False
+        self._push, self._pull, self._nodes = self.grid.push_messages, self.grid.pull_messages, self.grid.get_node_ids
+        self.grid.push_messages, self.grid.pull_messages, self.grid.get_node_ids = self.push, self.pull, self.nodes
+
+    def push(self, messages):
+        """Take note of the first request to train."""
+        messages = list(messages)
+        ids = self._push(messages)
+        for message, message_id in zip(messages, ids, strict=True):
+            if message.metadata.dst_node_id == 3 and self.request is None:
+                self.request = message_id
+                self.grid._due.pop(message_id)
+        return ids
+
+    def pull(self, ids):
+        """Say once that c left."""
+        replies = self._pull(ids)
+        if self.request in ids and not self.reported:
+            self.reported = True
+            replies.append(left(self.request))
+        return replies
+
+    def nodes(self):
+        """Return the nodes; c is away."""
+        away = self.request is not None and self.clock.now < self.back_at
+        return [node for node in self._nodes() if node != 3 or not away]
+
+
+def test_a_site_that_was_away_is_asked_for_what_it_has(tmp_path, clock):
+    """Catches: an update that is lost because its site's line was dead when the round closed."""
+    ctx = run(tmp_path, clock, lambda site, number: 10.0, prepare=lambda ctx: CutOff(ctx, clock, 30.0))
+    accepted = {line["round"]: line["accepted"]["c"] for line in lines(tmp_path) if "c" in line["accepted"]}
+    first = min(accepted)
+    assert first > 1
+    assert accepted[first]["late_by"] == first - 1
+    assert rounds_asked(ctx, "c")[:2] == [1, 1]  # it was asked again for the same round
+
+
+def left(message_id):
+    """Return the SuperLink's word that node 3 left before it answered a message."""
+    from flwr.app import Metadata
+
+    about = Metadata(
+        run_id=1,
+        message_id="x",
+        src_node_id=3,
+        dst_node_id=1,
+        message_type="query",
+        group_id="",
+        ttl=60.0,
+        reply_to_message_id=message_id,
+        created_at=0.0,
+    )
+    return make_message(about, error=Error(NODE_UNAVAILABLE, "left"))
+
+
+@pytest.mark.parametrize(("rows", "late", "weight"), [(100, 0, 100), (100, 1, 71), (100, 3, 50), (1, 8, 1)])
+def test_the_discount_is_the_root_of_the_lateness(rows, late, weight):
+    """Catches: another power than -0.5; a weight of nothing."""
+    assert discounted(rows, late) == weight
+
+
+@pytest.mark.parametrize(
+    ("sections", "why"),
+    [
+        ({"privacy": {"mode": "central", "noise_multiplier": 1.0}}, "in a private run"),
+        ({"privacy": {"examples": {"noise_multiplier": 1.0}}}, "in a private run"),
+        ({"strategy": {"name": "krum"}}, "fedavg"),
+        ({"strategy": {"weighting": "equal"}}, "equal"),
+    ],
+)
+def test_what_cannot_be_late_is_refused(tmp_path, sections, why):
+    """Catches: an account that a late update would break; a strategy that mixes factors of different adapters."""
+    strategy = {"late_updates": "next-round", **sections.get("strategy", {})}
+    with pytest.raises(ConfigError, match="late_updates") as caught:
+        toy_config(tmp_path, **{**sections, "strategy": strategy})
+    assert why in str(caught.value)
