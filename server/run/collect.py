@@ -34,8 +34,8 @@ from tsugiki.server.run.silence import Duty, Waiting
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
 
-LIFE = 2.0 + MOST_ROUNDS_LATE
-"""How many times its deadline a message is kept by a SuperLink."""
+LIFE = 2.0
+"""How many times its deadline a message is kept by a SuperLink: it must outlive the deadline, which `exchange` keeps."""
 TRAINING_SHARE = 0.9
 POLLING_S = 5.0
 """Of a site's time in a round, it may train for this part and so many seconds less, or for half if that is longer. The
@@ -149,7 +149,8 @@ def collect(
         return to_record(replace(order, class_shares=join_shares(state.class_shares)), arrays)
 
     started = time.perf_counter()
-    asked, messages = address(cohort, round_number, "train", request, timeout_s)
+    life = LIFE + MOST_ROUNDS_LATE if ctx.takes_late_updates else LIFE
+    asked, messages = address(cohort, round_number, "train", request, timeout_s, life)
     if clients is not None:  # the guard allows a sum the norm of the clients that were asked, not of all the site has
         asked = {node: replace(one, clients=len(clients[one.site])) for node, one in asked.items()}
     passed, rejected = receive(ctx, round_number, asked, messages, judge)
@@ -340,7 +341,12 @@ def forget_arrays(message: Message) -> None:
 
 
 def address(
-    cohort: list[Member], round_number: int, kind: str, content: Callable[[str, int], RecordDict], timeout_s: float
+    cohort: list[Member],
+    round_number: int,
+    kind: str,
+    content: Callable[[str, int], RecordDict],
+    timeout_s: float,
+    life: float = LIFE,
 ) -> tuple[dict[int, Asked], list[Message]]:
     """Return the request to each node by node id, and the messages. Each has a nonce of its own.
 
@@ -350,6 +356,7 @@ def address(
         kind: the message type.
         content: returns a message's content, from its nonce and node id.
         timeout_s: for the replies.
+        life: how many times as long the messages are kept.
     """
     from flwr.app import Message
 
@@ -362,8 +369,7 @@ def address(
             rows = member.evaluation_rows
         asked[member.node_id] = Asked(member.name, member.node_id, round_number, nonce, rows, member.clients)
         request = content(nonce, member.node_id)
-        # a message must outlive the deadline, which `exchange` keeps, and the rounds after it that take late answers
-        messages.append(Message(request, member.node_id, kind, ttl=timeout_s * LIFE, group_id=str(round_number)))
+        messages.append(Message(request, member.node_id, kind, ttl=timeout_s * life, group_id=str(round_number)))
     return asked, messages
 
 
