@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
 
 LIFE = 2.0
-"""How many times its deadline a message is kept by a SuperLink: it must outlive the deadline, which `exchange` keeps."""
+"""How many times its deadline a message is kept by a SuperLink: more than once, because `exchange` keeps the deadline."""
 TRAINING_SHARE = 0.9
 POLLING_S = 5.0
 """Of a site's time in a round, it may train for this part and so many seconds less, or for half if that is longer. The
