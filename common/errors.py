@@ -139,7 +139,9 @@ KnownCode = Literal[
     "shard-pairs-equal",  # pairs have two equal answers
     "shard-images-mixed",  # images differ in size or channels
     # replies
-    "dropout",  # no reply in time
+    "gone",  # no reply in time: not connected
+    "slow",  # no reply in time: connected, and trained before
+    "silent",  # no reply in time: connected, and never trained
     "deadline",  # the site gave up, too late to be of use
     "diverged",  # the loss is not finite, or has risen too far
     "training-failed",  # training cannot go on

@@ -10,7 +10,7 @@ from typing import Any
 
 from tsugiki.common.errors import StorageError
 from tsugiki.common.files import read_json, read_lines
-from tsugiki.server.run.replies import DROPOUT
+from tsugiki.server.run.replies import DROPOUTS
 from tsugiki.server.run.storage import AUDIT_FILE
 
 Line = dict[str, Any]
@@ -235,8 +235,8 @@ def replies_by_site(run: Run) -> dict[str, dict[int, str]]:
 def _reply_state(line: Line, site: str) -> str:
     if site in line.get("accepted", {}):
         return "accepted"
-    reason = line.get("rejected", {}).get(site, {}).get("reason", DROPOUT)
-    return "no reply" if reason == DROPOUT else "rejected"
+    reason = line.get("rejected", {}).get(site, {}).get("reason", "silent")
+    return "no reply" if reason in DROPOUTS else "rejected"
 
 
 def count_replies(replies: Mapping[str, Mapping[int, str]]) -> dict[str, Curve]:
@@ -258,7 +258,7 @@ class SiteSum:
         rows: rows of the last accepted reply; None if no reply was accepted.
         asked: number of requests.
         accepted: number of accepted replies.
-        rejected: number of other replies by reason; missing replies count as `dropout`.
+        rejected: number of other replies by reason; missing replies count as `gone`, `slow` or `silent`.
         detail: the guard's words on the last rejection.
         mean_seconds: mean duration of local training, as the site reported it; None if no reply was accepted.
         last_loss: local training loss of the last accepted reply; None if no reply was accepted.

@@ -224,7 +224,7 @@ def _sites(run: Run) -> Section | None:
         blocks.append(Block(_by_site(judged["sites_eval"]), folded_under=title))
     note = (
         "Rows, seconds and loss are what the sites report; rows never count for more than a site announced. "
-        "Rejected includes requests without a reply (dropout). Bytes are those of accepted updates."
+        "Rejected includes requests without a reply (gone, slow or silent). Bytes are those of accepted updates."
     )
     return Section("Sites", note, blocks)
 

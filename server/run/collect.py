@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from tsugiki.common.errors import NotEnoughSites
+from tsugiki.common.errors import Code, NotEnoughSites
 from tsugiki.common.rng import generator
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.messages import EvaluateRequest, TrainRequest, join_shares, to_record
@@ -19,7 +19,7 @@ from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.guard import check_evaluation
 from tsugiki.server.run.late import MOST_ROUNDS_LATE
 from tsugiki.server.run.replies import (
-    DROPOUT,
+    DROPOUTS,
     Accepted,
     AcceptedStep,
     AcceptedSum,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
 
 LIFE = 2.0
-"""How many times its deadline a message is kept by a SuperLink: more than once, because `exchange` keeps the deadline."""
+"""How many times its deadline a SuperLink keeps a message: more than once, because `exchange` keeps the deadline."""
 TRAINING_SHARE = 0.9
 POLLING_S = 5.0
 """Of a site's time in a round, it may train for this part and so many seconds less, or for half if that is longer. The
@@ -248,10 +248,10 @@ def receive(
         waiting.heard(site, accepted=site in verdicts.passed)
         waiting.settle(has_quorum)
         del reply  # it may be large, and the next one is not there yet
-    gone = verdicts.add_dropouts(one.site for one in asked.values())
+    missing = verdicts.add_dropouts(_reasons(ctx, asked))
     if ctx.takes_late_updates:
-        ctx.late.close_round(asked, gone)
-    ctx.roster.drop(node for node, one in asked.items() if one.site in gone)
+        ctx.late.close_round(asked, missing)
+    ctx.roster.drop(node for node, one in asked.items() if one.site in missing)
     waiting.close(round_number)
     return verdicts.accepted, verdicts.rejected
 
@@ -279,12 +279,16 @@ class _Verdicts(Generic[Passed]):
         self.failed.pop(site, None)
         return "accepted"
 
-    def add_dropouts(self, sites: Iterable[str]) -> set[str]:
-        """Add the sites that were silent until the deadline; return all that did not answer, or have left."""
-        for site in sites:
+    def add_dropouts(self, reasons: Mapping[str, Code]) -> set[str]:
+        """Add the sites that did not answer before the round closed; return all that did not, or have left.
+
+        Args:
+            reasons: by the name of each site that was asked, in case that it did not answer.
+        """
+        for site, reason in reasons.items():
             if site not in self.passed:
-                self.failed.setdefault(site, Rejected(site, DROPOUT))
-        return {site for site, rejected in self.failed.items() if rejected.reason == DROPOUT}
+                self.failed.setdefault(site, Rejected(site, reason))
+        return {site for site, rejected in self.failed.items() if rejected.reason in DROPOUTS}
 
     @property
     def accepted(self) -> list[Passed]:
@@ -295,6 +299,18 @@ class _Verdicts(Generic[Passed]):
     def rejected(self) -> list[Rejected]:
         """The rejected replies, by site name, and the duplicates."""
         return [self.failed[site] for site in sorted(self.failed)] + self.duplicates
+
+
+def _reasons(ctx: RunContext, asked: Mapping[int, Asked]) -> dict[str, Code]:
+    """Return why each site that was asked may not have answered, at the end of an exchange."""
+    connected = set(ctx.grid.get_node_ids())
+    reasons: dict[str, Code] = {}
+    for node, one in asked.items():
+        if node not in connected:
+            reasons[one.site] = "gone"
+        else:
+            reasons[one.site] = "slow" if ctx.roster.silence.has_trained(one.site) else "silent"
+    return reasons
 
 
 def _return_s(ctx: RunContext, messages: Sequence[Message]) -> float:
@@ -405,6 +421,7 @@ def evaluate_at_sites(ctx: RunContext, state: State) -> dict[str, dict[str, floa
             continue
         metrics, rows = verdict
         results.setdefault(one.site, {**metrics, "rows": rows})  # the first valid reply counts
+    reasons = _reasons(ctx, asked)
     for site in waiting.close(state.round):
-        ctx.audit.write("evaluation-rejected", round=state.round, site=site, code=DROPOUT)
+        ctx.audit.write("evaluation-rejected", round=state.round, site=site, code=reasons[site])
     return dict(sorted(results.items()))

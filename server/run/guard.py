@@ -28,7 +28,7 @@ from tsugiki.common.wire.messages import (
     from_record,
 )
 from tsugiki.common.wire.spec import AdapterSpec, l2_norm
-from tsugiki.server.run.replies import DROPOUT, GONE, Accepted, AcceptedStep, AcceptedSum, Asked, Content, Rejected
+from tsugiki.server.run.replies import GONE, Accepted, AcceptedStep, AcceptedSum, Asked, Content, Rejected
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
@@ -175,7 +175,7 @@ def check_evaluation(reply: Message, asked: Asked) -> tuple[dict[str, float], in
 def _refusal(reply: Message, asked: Asked) -> Rejected:
     """Return the rejection of an error reply: a dropout, if the SuperLink says that the node is gone."""
     code = error_code(reply)
-    return Rejected(asked.site, DROPOUT, code) if code in GONE else Rejected(asked.site, code)
+    return Rejected(asked.site, "gone", code) if code in GONE else Rejected(asked.site, code)
 
 
 def _check_origin(answer: TrainReply | PrivateReply | EvaluateReply | HeadSumsReply, asked: Asked) -> None:

@@ -63,6 +63,10 @@ class Late:
         if one is not None:
             self.outstanding.forget(one.node_id)
 
+    def expected(self) -> dict[str, int]:
+        """Return the sites whose update may still come, each with the round in which it was asked."""
+        return {site: one.round_number for site, one in sorted(self.asked.items())}
+
     def answered(self, reply: Message) -> Asked | None:
         """Return the request of a closed round that a reply answers; None: it answers another one."""
         for one in self.asked.values():

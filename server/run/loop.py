@@ -21,7 +21,7 @@ from tsugiki.server.run.influence import weights_of
 from tsugiki.server.run.kept import give_back_memory, let_go
 from tsugiki.server.run.open_round import OpenRound
 from tsugiki.server.run.private_round import PrivateRound
-from tsugiki.server.run.replies import DROPOUT, Collected
+from tsugiki.server.run.replies import DROPOUTS, Collected
 from tsugiki.server.run.roster import Member
 from tsugiki.server.run.rounds import Replies, Round
 
@@ -141,7 +141,7 @@ class _Retries:
             self._deadline = Deadline(ctx.wait_for_quorum_s)
         if attempts < ATTEMPTS:
             return True
-        absent = {one.site for one in replies.rejected if one.reason == DROPOUT}
+        absent = {one.site for one in replies.rejected if one.reason in DROPOUTS}
         possible = replies.clients + sum(member.clients for member in cohort if member.name in absent)
         if ctx.privacy is not None or possible < ctx.quorum or self._deadline.left_s <= 0:
             return False
@@ -152,14 +152,18 @@ class _Retries:
 
 
 def _not_asked(ctx: RunContext, round_number: int, cohort: list[Member]) -> dict[str, Any]:
-    """Return `not_asked` for the round's line: the sites left out for their silence, each with its next round.
+    """Return who is left out, for the round's line; nothing where the cohort is secret.
 
-    It is empty where there are none, and where the cohort is secret.
+    `not_asked` has the sites that were silent, each with its next round; `expected` those whose update of an earlier
+    round may still come, each with that round.
     """
     connected = ctx.roster.members().keys() - {member.name for member in cohort}
+    if ctx.withholds:
+        return {}
+    late = ctx.late.expected()
     resting = ctx.roster.silence.resting("train", round_number)
-    found = {site: again for site, again in resting.items() if site in connected}
-    return {"not_asked": found} if found and not ctx.withholds else {}
+    found = {site: again for site, again in resting.items() if site in connected and site not in late}
+    return {key: value for key, value in (("not_asked", found), ("expected", late)) if value}
 
 
 def _of_not_asked(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -152,6 +152,7 @@ def describe(record: Record) -> str:
         parts.append("without " + ", ".join(f"{site} ({why['reason']})" for site, why in rejected.items()))
     if record.get("left_out"):
         parts.append("not asked: " + ", ".join(record["left_out"]))
+    parts += [f"{site}'s update of round {number} is expected" for site, number in record.get("expected", {}).items()]
     parts += [f"{site} not asked until round {again} (silent)" for site, again in record.get("not_asked", {}).items()]
     parts += [
         f"{site} not asked to evaluate until round {again} (silent)"

@@ -201,8 +201,11 @@ class CollectedSum(Collected[AcceptedSum]):
         return self.spoiled
 
 
-DROPOUT: Code = "dropout"
-"""The reason if no reply came before the deadline, or if the node is gone."""
+DROPOUTS: tuple[Code, ...] = ("gone", "slow", "silent")
+"""The reasons if no reply came before the round closed.
+
+The node is not connected; or it is, and has trained in this run; or it is, and has not, as far as this process knows.
+"""
 
 
 GONE = ("flower-error-3", "flower-error-4", "flower-error-5")

@@ -20,7 +20,7 @@ from tsugiki.common.wire.spec import Vector, is_finite, l2_norm
 from tsugiki.server.run.aggregate import step as aggregated_step
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import RunContext
-from tsugiki.server.run.replies import DROPOUT, Collected
+from tsugiki.server.run.replies import DROPOUTS, Collected
 from tsugiki.server.run.roster import Member
 
 Replies = TypeVar("Replies", bound=Collected[Any])
@@ -120,7 +120,7 @@ def attempt_record(
         "cohort": [member.name for member in cohort],
         "accepted": dict(accepted),
         "rejected": {reply.site: {"reason": reply.reason, "detail": reply.detail} for reply in replies.rejected},
-        "dropouts": sum(reply.reason == DROPOUT for reply in replies.rejected),
+        "dropouts": sum(reply.reason in DROPOUTS for reply in replies.rejected),
         "train_loss": train_loss,
         "bytes_down": replies.bytes_down,
         "bytes_up": replies.bytes_up,

@@ -80,6 +80,10 @@ class Silence:
         """Return whether the site was silent when it was last asked to do this."""
         return (duty, site) in self._silent
 
+    def has_trained(self, site: str) -> bool:
+        """Return whether the site has handed in an update, as far as this process knows."""
+        return site in self._trained
+
     def usual_s(self, kind: str, site: str) -> float | None:
         """Return how long the site took for its last answer to such a message; None: it has never answered one."""
         return self._usual_s.get((kind, site))

@@ -30,11 +30,11 @@ def test_a_late_reply_is_a_dropout_and_ignored_when_it_comes(tmp_path, monkeypat
     config = toy_config(tmp_path, run={"rounds": 2}, strategy={"max_update_norm": 1000.0, "norm_tolerance": 0.0})
     ran = run_toy(tmp_path, toy_app(["a", "b", "c"], mostly_two), 3, config, fault=fault)
     first, second = ran.rounds
-    assert (first["rejected"], first["dropouts"]) == ({"b": {"reason": "dropout", "detail": ""}}, 1)
+    assert (first["rejected"], first["dropouts"]) == ({"b": {"reason": "silent", "detail": ""}}, 1)
     assert list(second["accepted"]) == ["a", "b", "c"]
     assert second["dropouts"] == 0
     assert np.allclose(ran.state.vector, np.full(SPEC.size, 2.0 + 18.0))
-    assert next(event["rejected"] for event in ran.events if event["event"] == "round") == {"b": "dropout"}
+    assert next(event["rejected"] for event in ran.events if event["event"] == "round") == {"b": "silent"}
 
 
 def test_a_late_reply_of_a_site_that_drops_out_again_is_stale(tmp_path, monkeypatch):
@@ -50,7 +50,7 @@ def test_a_late_reply_of_a_site_that_drops_out_again_is_stale(tmp_path, monkeypa
 
     config = toy_config(tmp_path, run={"rounds": 2}, strategy={"max_update_norm": 1000.0, "norm_tolerance": 0.0})
     ran = run_toy(tmp_path, toy_app(["a", "b", "c"], mostly_two), 3, config, fault=fault)
-    assert [line["rejected"]["b"]["reason"] for line in ran.rounds] == ["dropout", "stale"]
+    assert [line["rejected"]["b"]["reason"] for line in ran.rounds] == ["silent", "stale"]
     assert np.allclose(ran.state.vector, np.full(SPEC.size, 4.0))
 
 

@@ -79,7 +79,7 @@ def usual(folder, baselines=None):
             start(accuracy=0.5, loss=0.7),
             line(1, eval={"accuracy": 0.8, "loss": 0.5}, sites_eval=at_sites),
             voided(2),
-            line(2, bad={"c": "dropout"}, eval={"accuracy": 0.75, "loss": 0.4}, sites_eval=at_sites),
+            line(2, bad={"c": "gone"}, eval={"accuracy": 0.75, "loss": 0.4}, sites_eval=at_sites),
         ],
         baselines,
     )

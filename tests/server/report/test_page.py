@@ -185,7 +185,7 @@ def test_a_run_without_rounds(tmp_path):
 
 def test_only_voided_attempts(tmp_path):
     """Catches: an axis over rounds that were never completed, or a mean over no site."""
-    lines = [voided(1) | {"train_loss": None}, line(1, good=(), bad={"a": "dropout"}, voided=True, attempt=1)]
+    lines = [voided(1) | {"train_loss": None}, line(1, good=(), bad={"a": "slow"}, voided=True, attempt=1)]
     text = read_page(run_folder(tmp_path / "run", lines)).text
     assert "No round was completed" in text
     assert "2 attempts at rounds were voided" in text

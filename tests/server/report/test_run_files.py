@@ -46,7 +46,7 @@ def test_sites_are_summed_over_voided_attempts_too(tmp_path):
     a, b, c = sum_sites(read_run(usual(tmp_path / "run")))
     assert (a.name, a.asked, a.accepted, a.rejected, a.bytes_up) == ("a", 3, 3, {}, 3000)
     assert (b.name, b.asked, b.accepted, b.rejected, b.mean_seconds) == ("b", 3, 2, {"norm": 1}, 1.0)
-    assert (c.name, c.accepted, c.rejected, c.mean_seconds, c.last_loss) == ("c", 0, {"dropout": 1}, None, None)
+    assert (c.name, c.accepted, c.rejected, c.mean_seconds, c.last_loss) == ("c", 0, {"gone": 1}, None, None)
 
 
 def test_of_a_round_that_was_tried_again_the_last_attempt_is_shown(tmp_path):

@@ -212,7 +212,7 @@ def test_the_first_reply_that_passes_counts_and_who_is_silent_is_a_dropout(tmp_p
     assert from_record(TrainRequest, messages[0].content).nonce == asked[1].nonce
     passed, failed = receive(ctx, 1, asked, messages, judge)
     assert [reply.site for reply in passed] == ["a", "d"]
-    assert [(reply.site, reply.reason) for reply in failed] == [("b", "dropout"), ("c", "norm"), ("a", "duplicate")]
+    assert [(reply.site, reply.reason) for reply in failed] == [("b", "silent"), ("c", "norm"), ("a", "duplicate")]
     assert list(ctx.roster.members()) == ["a", "c", "d"]
 
 

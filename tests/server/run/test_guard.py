@@ -256,7 +256,7 @@ def test_an_error_reply_in_a_private_run_is_rejected_with_its_code():
     asked = private_reply()
     assert check_private(error_reply("policy-epsilon", asked), ASKED, LOCAL) == Rejected("site-0", "policy-epsilon")
     gone = check_private(Message(Error(4, "gone"), reply_to=asked), ASKED, LOCAL)
-    assert (gone.reason, gone.detail) == ("dropout", "flower-error-4")
+    assert (gone.reason, gone.detail) == ("gone", "flower-error-4")
 
 
 def test_a_reply_of_a_part_is_an_update_of_the_whole():

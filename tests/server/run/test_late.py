@@ -62,6 +62,9 @@ def test_a_late_update_counts_in_the_round_that_is_open(tmp_path, clock):
     assert (late["late_by"], late["rows"], late["weight"]) == (3, 5, 5)
     assert "late_by" not in found[4]["accepted"]["c"]
     assert "c late by 3" in describe(found[3])
+    assert [line.get("expected") for line in found[:5]] == [None, {"c": 1}, {"c": 1}, {"c": 1}, None]
+    assert not any("not_asked" in line for line in found)
+    assert "c's update of round 1 is expected" in describe(found[1])
     assert found[3]["update_norm"] == pytest.approx((10 + 10 + 5 * 1.0) / 25 * np.sqrt(SPEC.size))
     assert found[4]["update_norm"] == pytest.approx((10 + 10 + 10 * 5.0) / 30 * np.sqrt(SPEC.size))
     events = [event for event in verify(tmp_path / "audit.jsonl") if event["event"] == "round"]

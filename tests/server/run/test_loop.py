@@ -122,7 +122,7 @@ def test_a_voided_attempt_changes_nothing_and_is_tried_once_more(tmp_path):
     ]
     assert ran.rounds[0]["dropouts"] == 1
     voided = [event for event in ran.events if event["event"] == "round-voided"]
-    assert [(event["round"], event["accepted"], event["rejected"]) for event in voided] == [(1, 1, {"b": "dropout"})]
+    assert [(event["round"], event["accepted"], event["rejected"]) for event in voided] == [(1, 1, {"b": "silent"})]
 
 
 def test_a_quorum_missed_twice_stops_the_run_with_the_last_checkpoint(tmp_path):

@@ -160,6 +160,26 @@ def test_an_answer_ends_it(tmp_path, clock):
     assert rounds_asked(ctx, "c") == [1, 3, 6, 7, 8, 10, 11]
 
 
+def test_why_a_site_did_not_answer(tmp_path, clock):
+    """Catches: a dead line, a slow machine and a site that never trained, which the operator cannot tell apart."""
+
+    def seconds(site, number):
+        silent = site == "c" or (number >= 2 and site in ("d", "e"))
+        return NEVER if silent else 1.0
+
+    ctx = slow_context(
+        tmp_path,
+        [*SITES, "d", "e"],
+        clock,
+        takes(seconds),
+        config_of(tmp_path, rounds=2),
+        away=lambda now: ["e"] if now > 2.0 + TIMEOUT_S else [],
+    )
+    run_rounds(ctx, toy_state())
+    reasons = [{site: one["reason"] for site, one in line["rejected"].items()} for line in lines(tmp_path)]
+    assert reasons == [{"c": "silent"}, {"d": "slow", "e": "gone"}]
+
+
 def test_a_silent_site_is_asked_where_there_is_no_round_without_it(tmp_path, clock):
     """Catches: a quorum missed because the site that it needs was not even asked."""
     config = config_of(tmp_path, rounds=3, min_clients=3)
@@ -286,8 +306,8 @@ def test_a_site_that_hangs_in_evaluation_costs_one_time_out(tmp_path, clock):
     assert "c not asked to evaluate until round 2 (silent)" in describe(lines(tmp_path)[0])
     rejected = [event for event in verify(tmp_path / "audit.jsonl") if event["event"] == "evaluation-rejected"]
     assert [(event["site"], event["round"], event["code"]) for event in rejected][:2] == [
-        ("c", 0, "dropout"),
-        ("c", 2, "dropout"),
+        ("c", 0, "silent"),
+        ("c", 2, "slow"),
     ]
 
 

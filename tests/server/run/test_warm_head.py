@@ -162,7 +162,7 @@ def test_too_few_sums_start_without_a_head(tmp_path):
     assert "warm_head" not in first
     assert any("no head before round 1: sums of 1 clients" in line for line in lines)
     event = next(event for event in verify(outcome.folder / "audit.jsonl") if event["event"] == "no-warm-head")
-    assert (event["accepted"], event["rejected"]) == (["site-1"], {"site-0": "dropout"})
+    assert (event["accepted"], event["rejected"]) == (["site-1"], {"site-0": "silent"})
     assert outcome.summary["rounds"] == 1
 
 
