@@ -285,7 +285,8 @@ def _show_summary(summary: dict[str, Any]) -> None:
     from tsugiki.server.run.progress import shown
 
     table = Table(title=f"{summary['name']}: {summary['rounds']} rounds, {summary['strategy']}, {summary['method']}")
-    for column in ("metric", "before", f"best (round {summary['best_round']})"):
+    start = f"round {summary['before_round']}" if summary["before_round"] else "before"
+    for column in ("metric", start, f"best (round {summary['best_round']})"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, value in (summary["after"] or {}).items():
         table.add_row(name, shown(summary["before"][name]), shown(value))

@@ -94,7 +94,7 @@ def _best(folder: Path, graft: Graft) -> Chosen:
 
 def _last(folder: Path, config: RunConfig, graft: Graft) -> Chosen:
     """Return the adapter of a run's last checkpoint; the run need not be finished."""
-    state = checkpoint.load(folder / "checkpoint", config.sha256, graft.spec.sha256)
+    state = checkpoint.load(folder / "checkpoint", config.fixed, graft.spec.sha256)
     return Chosen(state.vector, state.round)
 
 

@@ -108,7 +108,8 @@ def _outcome(run: Run) -> str:
         return f"On the operator's held-out rows {metric} is not a finite number."
     if run.best_round == 0:
         return f"No round was better than the start: {metric} {start:.4g} on the operator's held-out rows."
-    change = f"from {start:.4g} before training to {end:.4g} ({end - start:+.3g})"
+    since = f"after round {first}" if (first := run.summary.get("before_round")) else "before training"
+    change = f"from {start:.4g} {since} to {end:.4g} ({end - start:+.3g})"
     return f"On the operator's held-out rows {metric} went {change}, best after round {run.best_round}."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -49,7 +50,7 @@ class Privacy:
             BudgetError: it does not.
         """
         try:
-            self.ledger.check({adversary: (release, 1) for adversary, release in releases_of(self.plan).items()})
+            self._check(1)
         except BudgetError as error:
             if not searching:
                 raise
@@ -57,6 +58,41 @@ class Privacy:
             raise BudgetError(
                 problem, error.expected, f"see audit.jsonl for the sites of the sum; {error.hint}"
             ) from None
+
+    def check_rest(self, rounds_done: int, rounds: int) -> None:
+        """Check that the budget allows the rest of a run whose plan was changed after it began.
+
+        Args:
+            rounds_done: of the run.
+            rounds: that it is to have.
+
+        Raises:
+            BudgetError: it does not.
+        """
+        left = rounds - rounds_done
+        if left <= 0:
+            return
+        try:
+            self._check(left)
+        except BudgetError as error:
+            most = bisect_left(range(left), True, key=lambda count: not self._allows(count)) - 1
+            raise BudgetError(
+                f"run.rounds = {rounds}: the budget does not allow {left} more rounds; {error.problem}",
+                f"at most {self.plan.target_epsilon:g}, which is privacy.target_epsilon",
+                f"--set run.rounds={rounds_done + most}, the most that it allows under this plan",
+            ) from None
+
+    def _allows(self, rounds: int) -> bool:
+        try:
+            self._check(rounds)
+        except BudgetError:
+            return False
+        return True
+
+    def _check(self, rounds: int) -> None:
+        """Check that the budget allows so many more rounds; 0 are always allowed."""
+        if rounds:
+            self.ledger.check({adversary: (release, rounds) for adversary, release in releases_of(self.plan).items()})
 
     def exhausted(self) -> bool:
         """Return whether the budget allows no further round."""

@@ -483,7 +483,7 @@ def graft_vector(run, graft):
     from tsugiki.server.run import checkpoint
 
     config = config_file.read(run / "config.toml")
-    return checkpoint.load(run / "checkpoint", config.sha256, graft.spec.sha256).vector
+    return checkpoint.load(run / "checkpoint", config.fixed, graft.spec.sha256).vector
 
 
 def test_an_export_has_the_same_bytes_each_time(runs, tmp_path, unproved):
