@@ -112,5 +112,5 @@ def main() -> None:
     try:
         app()
     except TsugikiError as error:
-        print(f"tsugiki: {error.code}: {error}", file=sys.stderr)
+        print(f"tsugiki: {error.code}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         sys.exit(error.exit_status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import time
@@ -12,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tsugiki.common.errors import ExportError, UsageError
+from tsugiki.common.errors import (
+    DeployError,
+    ExportError,
+    Interrupted,
+    NotEnoughSites,
+    QuorumNotMet,
+    SecureAggregationError,
+    TrainingError,
+    TsugikiError,
+    UsageError,
+)
 from tsugiki.common.files import to_json
 from tsugiki.common.options import Json, RunFile, Set
 from tsugiki.server.commands.keys import KeysFolder
@@ -129,13 +140,14 @@ def simulate(
         assignments.append(f"simulation.engine={engine}")
     config = _read_run("simulate", file, resume, previous, assignments)
     client: SimulatedApp = ctx.obj
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, _saying_how_to_go_on(ctx, config):
         outcome = run(config, client, resume=resume is not None, previous=previous, progress=choose(), stop=stop)
     _finish(outcome.folder, outcome.summary, with_export=export, as_json=as_json)
 
 
 @app.command(epilog="Examples: tsugiki serve run.toml --listen 0.0.0.0:9092; tsugiki serve --resume runs/a")
 def serve(
+    ctx: typer.Context,
     file: OptionalRunFile = None,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where sites connect.")] = "127.0.0.1:9092",
     tls: Annotated[Path, typer.Option("--tls", metavar="DIR", help="From `tsugiki certs`.")] = Path("tls"),
@@ -164,7 +176,7 @@ def serve(
     progress = choose()
     certificates = None if insecure else CertificateFiles(tls)
     deployment = Deployment(listen, certificates, keys, superlink, progress.note)
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, _saying_how_to_go_on(ctx, config):
         outcome = run(config, deployment, resume=resume is not None, previous=previous, progress=progress, stop=stop)
     _finish(outcome.folder, outcome.summary, with_export=export, as_json=as_json)
 
@@ -228,6 +240,54 @@ def _at_folder(config: RunConfig, folder: Path) -> RunConfig:
             f"rename it to {config.run.name}",
         )
     return changed(config, {"run.output_dir": str(folder.resolve().parent)})
+
+
+_GOES_ON = (Interrupted, QuorumNotMet, NotEnoughSites, DeployError, TrainingError, SecureAggregationError)
+"""The errors of runs that can go on as they are, once their cause is gone."""
+_GOES_ON_CODES = ("run-exists", "disk-full", "not-writable")
+
+
+@contextmanager
+def _saying_how_to_go_on(ctx: typer.Context, config: RunConfig) -> Iterator[None]:
+    """Add the line that goes on to an error after which a run with rounds can go on."""
+    from tsugiki.server.run.storage import is_begun
+
+    folder = Path(config.run.output_dir) / config.run.name
+    try:
+        yield
+    except TsugikiError as error:
+        can_go_on = isinstance(error, _GOES_ON) or error.code in _GOES_ON_CODES
+        if can_go_on and (folder / "config.toml").is_file() and is_begun(folder):
+            error.add_note(f"This goes on with the run:\n  {_resuming(ctx, folder)}")
+        raise
+
+
+def _resuming(ctx: typer.Context, folder: Path) -> str:
+    """Return the command that goes on with a run, with the options that were given, for a shell."""
+    words = ["tsugiki", str(ctx.info_name), "--resume", str(folder)]
+    for parameter in ctx.command.params:
+        name = str(parameter.name)
+        source = ctx.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE" or name in ("file", "resume", "previous"):
+            continue
+        value = ctx.params[name]
+        if name == "overrides":
+            value = [one for one in value if _may_change(folder, one)]
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, bool):
+                words.append((parameter.opts if one else parameter.secondary_opts)[0])
+            else:
+                words += [parameter.opts[0], str(one)]
+    return shlex.join(words)
+
+
+def _may_change(folder: Path, override: str) -> bool:
+    """Return whether a run can go on with an override that it was started with, or that was given for it."""
+    from tsugiki.common.config.files import read
+
+    if override.startswith(("run.name=", "run.output_dir=", "privacy.")):  # the folder has them
+        return False
+    return read(folder / "config.toml", [override]).fixed == read(folder / "config.toml").fixed
 
 
 @contextmanager
