@@ -19,6 +19,7 @@ from tsugiki.server.report.run_files import (
     judged_line,
     sum_sites,
 )
+from tsugiki.server.run.so_far import describe_unfinished
 
 MOST_OPEN_ROWS = 30
 """A table with more rows is folded."""
@@ -79,7 +80,15 @@ class Section:
 
 def story(run: Run) -> list[str]:
     """Return the course of the run in sentences."""
-    sentences = (_training(run), _head_sums(run), _outcome(run), _voided(run), _traffic(run))
+    unfinished = describe_unfinished(run.summary)
+    sentences = (
+        f"{unfinished.capitalize()}." if unfinished else "",
+        _training(run),
+        _head_sums(run),
+        _outcome(run),
+        _voided(run),
+        _traffic(run),
+    )
     return [sentence for sentence in sentences if sentence]
 
 

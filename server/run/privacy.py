@@ -182,20 +182,23 @@ class Privacy:
 
     def summary(self) -> dict[str, Any]:
         """Return the privacy section of summary.json, with each adversary's epsilon so far."""
-        return {
-            "mode": self.plan.mode,
-            "private": self.plan.private,
-            "secure_aggregation": self.plan.secure_aggregation,
-            "delta": self.plan.delta,
-            "noise_multiplier": self.plan.noise_multiplier,
-            "clip_norm": self.plan.clip_norm,
-            "sampling_probability": self.plan.sampling_probability,
-            "honest_fraction": self.plan.honest_fraction,
-            "target_epsilon": self.plan.target_epsilon,
-            "epsilon": self.epsilons(),
-            "plan_sha256": self.plan.sha256,
-            "ledger": self.ledger.path.name,
-        }
+        return {**describe_plan(self.plan), "epsilon": self.epsilons(), "ledger": self.ledger.path.name}
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """Return the figures of a plan for the privacy section of summary.json."""
+    return {
+        "mode": plan.mode,
+        "private": plan.private,
+        "secure_aggregation": plan.secure_aggregation,
+        "delta": plan.delta,
+        "noise_multiplier": plan.noise_multiplier,
+        "clip_norm": plan.clip_norm,
+        "sampling_probability": plan.sampling_probability,
+        "honest_fraction": plan.honest_fraction,
+        "target_epsilon": plan.target_epsilon,
+        "plan_sha256": plan.sha256,
+    }
 
 
 def rows_summary(folder: Path, delta: float, seeded: bool = False) -> dict[str, Any]:

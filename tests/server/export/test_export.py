@@ -526,7 +526,7 @@ def damage_best(run):
 
 DAMAGES = {
     "run-missing": lambda run: (run / "config.toml").unlink(),
-    "run-unfinished": lambda run: (run / "summary.json").unlink(),
+    "run-unfinished": lambda run: (run / "spec.json").unlink(),
     "run-corrupt": damage_best,
     "spec-mismatch": lambda run: change(run, "adapter", alpha=8.0),
 }
