@@ -196,6 +196,7 @@ KnownCode = Literal[
     "ledger-older",  # an older version charged the ledger too little
     "ledger-behind",  # the ledger has lost lines, or has fewer rounds than the run has released
     "claim-broken",  # an audit by attack found a larger epsilon than a ledger claims
+    "plan-hopeless",  # nothing can be learned under the privacy plan
     "plan-changed",  # the privacy plan is not the one that the run was started with
     # exports
     "export-failed",  # an export does not reproduce the run, or cannot be written

@@ -42,6 +42,8 @@ Previous = Annotated[
 ]
 Export = Annotated[bool, typer.Option("--export/--no-export", help="Export the best adapter when the run has ended.")]
 
+Yes = Annotated[bool, typer.Option("--yes", help="Start also if nothing can be learned under the privacy plan.")]
+
 
 @app.command(epilog="Example: tsugiki demo --seed 1 --output-dir /tmp/runs")
 def demo(
@@ -128,6 +130,7 @@ def simulate(
     previous: Previous = False,
     engine: Annotated[Literal["in-process", "ray"] | None, typer.Option(help="Instead of simulation.engine.")] = None,
     export: Export = True,
+    yes: Yes = False,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -141,7 +144,15 @@ def simulate(
     config = _read_run("simulate", file, resume, previous, assignments)
     client: SimulatedApp = ctx.obj
     with stop_on_signals() as stop, _saying_how_to_go_on(ctx, config):
-        outcome = run(config, client, resume=resume is not None, previous=previous, progress=choose(), stop=stop)
+        outcome = run(
+            config,
+            client,
+            resume=resume is not None,
+            previous=previous,
+            progress=choose(),
+            stop=stop,
+            accept_hopeless=yes,
+        )
     _finish(outcome.folder, outcome.summary, with_export=export, as_json=as_json)
 
 
@@ -160,6 +171,7 @@ def serve(
     resume: Resume = None,
     previous: Previous = False,
     export: Export = True,
+    yes: Yes = False,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -177,7 +189,15 @@ def serve(
     certificates = None if insecure else CertificateFiles(tls)
     deployment = Deployment(listen, certificates, keys, superlink, progress.note)
     with stop_on_signals() as stop, _saying_how_to_go_on(ctx, config):
-        outcome = run(config, deployment, resume=resume is not None, previous=previous, progress=progress, stop=stop)
+        outcome = run(
+            config,
+            deployment,
+            resume=resume is not None,
+            previous=previous,
+            progress=progress,
+            stop=stop,
+            accept_hopeless=yes,
+        )
     _finish(outcome.folder, outcome.summary, with_export=export, as_json=as_json)
 
 

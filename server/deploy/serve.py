@@ -46,7 +46,14 @@ class Deployment:
 
 
 def serve(
-    config: RunConfig, deployment: Deployment, *, resume: bool, previous: bool, progress: Progress, stop: Stop
+    config: RunConfig,
+    deployment: Deployment,
+    *,
+    resume: bool,
+    previous: bool,
+    progress: Progress,
+    stop: Stop,
+    accept_hopeless: bool = True,
 ) -> Outcome:
     """Run a federation over a network.
 
@@ -57,6 +64,7 @@ def serve(
         previous: with `resume`, from the one before it.
         progress: shows what happens.
         stop: set to end the run at the next chance.
+        accept_hopeless: start a run also if nothing can be learned under its privacy plan.
 
     Raises:
         TsugikiError: it cannot start or go on. What was finished is kept.
@@ -82,6 +90,7 @@ def serve(
                         stop=stop,
                         names=names,
                         sessions=control.sessions,
+                        accept_hopeless=accept_hopeless,
                     )
         except TsugikiError:
             # the SuperLink's end is the cause, and the run's error a consequence

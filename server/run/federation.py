@@ -21,6 +21,7 @@ from tsugiki.common.model.rates import describe_rates, with_rates
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.spec import AdapterSpec, Vector, sha256, unpack
+from tsugiki.server.budget.assessment import check_hope
 from tsugiki.server.engines.grid import RunGrid, Stop
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.anchors import check_anchors, check_finished
@@ -68,6 +69,7 @@ def run_federation(
     names: Callable[[], Mapping[int, str]] | None = None,
     sessions: Callable[[], Mapping[int, str]] | None = None,
     simulated: bool = False,
+    accept_hopeless: bool = True,
 ) -> Outcome:
     """Run a whole federation on the Grid of any engine.
 
@@ -81,6 +83,7 @@ def run_federation(
         names: returns the names under which nodes' keys are registered, by node id; None: nodes have no keys.
         sessions: returns since when each node is connected, by node id; None: nobody knows.
         simulated: the clients exist in this run only, and so does their privacy ledger.
+        accept_hopeless: start a run also if nothing can be learned under its privacy plan.
 
     Raises:
         TsugikiError: the run cannot start or go on; the class says why, and the last checkpoint is kept.
@@ -97,6 +100,8 @@ def run_federation(
         rates = describe_rates(resolved, config)
         config = resolved
         plan = make_plan(config, graft.spec.size)
+        if plan and not (accept_hopeless or resume):
+            check_hope(plan, config.strategy.fraction_train)
         evaluator = make_evaluator(graft, config)
         # whatever is exchanged, a number takes at most eight bytes
         grid.limit_replies(graft.spec.size * 8)
@@ -107,17 +112,9 @@ def run_federation(
         privacy = opened.privacy
 
         with progress:
-            for line in opened.notes:
-                progress.note(line)
             computes = simulated or evaluator is not None
-            if computes and (advice := precision_advice(config, str(graft.device).partition(":")[0])):
-                progress.note(advice)
-            if rates:
-                progress.note(rates)
-            if privacy and not (config.privacy.enrolled_clients or config.simulation.data):
-                most = "min_clients" if config.enrolled_clients == config.strategy.min_clients else "start_with"
-                most += f" = {config.enrolled_clients}"
-                progress.note(f"privacy.enrolled_clients is not set: no more than {most} may join")
+            for line in [*opened.notes, *_advice(config, graft, rates, privacy, computes=computes)]:
+                progress.note(line)
             roster = Roster(grid, config, graft.spec, plan, audit, stop, names, sessions)
             _wait_for_sites(roster, config, progress, audit)
             ctx = RunContext(
@@ -144,6 +141,16 @@ def run_federation(
 
         summary = _write_results(ctx, graft, state)
     return Outcome(folder, state, summary)
+
+
+def _advice(config: RunConfig, graft: Graft, rates: str, privacy: Privacy | None, *, computes: bool) -> list[str]:
+    """Return lines for the operator about settings that were chosen for the run, or might be chosen otherwise."""
+    lines = [precision_advice(config, str(graft.device).partition(":")[0]) if computes else "", rates]
+    if privacy and not (config.privacy.enrolled_clients or config.simulation.data):
+        most = "min_clients" if config.enrolled_clients == config.strategy.min_clients else "start_with"
+        most += f" = {config.enrolled_clients}"
+        lines.append(f"privacy.enrolled_clients is not set: no more than {most} may join")
+    return [line for line in lines if line]
 
 
 @dataclass(frozen=True)

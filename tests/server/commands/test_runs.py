@@ -100,6 +100,20 @@ def test_previous_goes_back_one_round(tmp_path, no_export):
     assert lines == [0, 1, 2]
 
 
+def test_a_plan_without_hope_is_refused_before_it_costs(tmp_path, no_export):
+    """Catches: a budget that is spent for noise, without a word."""
+    privacy = {"mode": "distributed", "target_epsilon": 1.0, "secure_aggregation": True, "delta": 1e-5}
+    file = write_tiny(tmp_path, run={"rounds": 1}, privacy=privacy, simulation={"clients": 3})
+    with pytest.raises(UsageError) as caught:
+        invoke("simulate", file, "--set", "strategy.min_clients=3")
+    assert caught.value.code == "plan-hopeless"
+    assert not list(tmp_path.rglob("privacy-ledger.jsonl"))
+    invoke("simulate", file, "--set", "strategy.min_clients=3", "--yes")
+    assert list(tmp_path.rglob("privacy-ledger.jsonl"))
+    # it was agreed to, so what follows needs no second yes
+    invoke("simulate", "--resume", tmp_path / "runs" / "tiny")
+
+
 @pytest.fixture
 def stopped(tmp_path, monkeypatch, no_export):
     """A run in a folder with a space in its name, which is stopped after its first round: its file and its error."""
