@@ -30,7 +30,9 @@ from tsugiki.server.commands.keys import KeysFolder
 
 if TYPE_CHECKING:
     from tsugiki.common.config.run import RunConfig
+    from tsugiki.server.deploy.serve import Deployment
     from tsugiki.server.engines.grid import Stop
+    from tsugiki.server.run.progress import Progress
     from tsugiki.server.run.simulate import SimulatedApp
 
 app = typer.Typer()
@@ -156,10 +158,18 @@ def simulate(
     _finish(outcome.folder, outcome.summary, with_export=export, as_json=as_json)
 
 
-@app.command(epilog="Examples: tsugiki serve run.toml --listen 0.0.0.0:9092; tsugiki serve --resume runs/a")
+@app.command(
+    epilog="Examples: tsugiki serve run.toml --listen 0.0.0.0:9092; tsugiki serve --resume runs/a; "
+    "tsugiki serve june.toml july.toml; tsugiki serve --queue waiting"
+)
 def serve(
     ctx: typer.Context,
-    file: OptionalRunFile = None,
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="The run's TOML file; several run in turn.")
+    ] = None,
+    queue: Annotated[
+        Path | None, typer.Option("--queue", metavar="DIR", help="Run the files of a folder, by name; wait for more.")
+    ] = None,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where sites connect.")] = "127.0.0.1:9092",
     tls: Annotated[Path, typer.Option("--tls", metavar="DIR", help="From `tsugiki certs`.")] = Path("tls"),
     keys: KeysFolder = Path("keys"),
@@ -175,7 +185,7 @@ def serve(
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Run a federation over a network: a SuperLink, and the run on it, until the run is over."""
+    """Run a federation over a network: a SuperLink, and the run on it, or one after the other, until all are over."""
     from tsugiki.server.deploy.certs import CertificateFiles
     from tsugiki.server.deploy.serve import Deployment
     from tsugiki.server.deploy.serve import serve as run
@@ -184,10 +194,20 @@ def serve(
     assignments = list(overrides or [])
     if wait_s:
         assignments.append(f"strategy.connect_timeout_s={wait_s}")
-    config = _read_run("serve", file, resume, previous, assignments)
     progress = choose()
     certificates = None if insecure else CertificateFiles(tls)
     deployment = Deployment(listen, certificates, keys, superlink, progress.note)
+    files = files or []
+    if queue is not None or len(files) > 1:
+        if resume is not None or previous or (queue is not None and files):
+            raise UsageError(
+                "several runs are given together with --resume, or with --queue",
+                "files, or --queue DIR, or --resume RUN",
+                "`tsugiki serve --help`",
+            )
+        _serve_each(ctx, files, queue, deployment, progress, assignments)
+        return
+    config = _read_run("serve", files[0] if files else None, resume, previous, assignments)
     with stop_on_signals() as stop, _saying_how_to_go_on(ctx, config):
         outcome = run(
             config,
@@ -199,6 +219,53 @@ def serve(
             accept_hopeless=yes,
         )
     _finish(outcome.folder, outcome.summary, with_export=export, as_json=as_json)
+
+
+def _serve_each(
+    ctx: typer.Context,
+    files: Sequence[Path],
+    queue: Path | None,
+    deployment: Deployment,
+    progress: Progress,
+    overrides: list[str],
+) -> None:
+    """Run the files, or those of the folder `queue`, on one SuperLink.
+
+    A list ends with the exit status of its first run that failed; a folder's queue ends when the user stops it.
+
+    Raises:
+        TsugikiError: of the run in which the user stopped the queue, or the SuperLink ended.
+    """
+    from tsugiki.common.config.files import read, with_absolute_paths
+    from tsugiki.server.deploy.queue import check_files, files_in, run_each
+    from tsugiki.server.deploy.serve import linked
+
+    if queue is None:
+        check_files(files, overrides)
+        folder = Path(read(files[0], overrides).run.output_dir) / ".superlink" / "queue"
+    else:
+        folder = queue / ".superlink"
+    with stop_on_signals() as stop, linked(deployment, folder.absolute(), stop) as link:
+
+        def run(path: Path) -> None:
+            config = with_absolute_paths(read(path, overrides))
+            with _saying_how_to_go_on(ctx, config):
+                outcome = link.run(
+                    config,
+                    resume=False,
+                    previous=False,
+                    progress=progress,
+                    stop=stop,
+                    accept_hopeless=ctx.params["yes"],
+                )
+            _finish(outcome.folder, outcome.summary, with_export=ctx.params["export"], as_json=ctx.params["as_json"])
+
+        source = files if queue is None else files_in(queue, stop, progress.note)
+        errors = run_each(source, run, stop, progress.note)
+        if link.failure:  # it ended between two runs
+            raise link.failure[0]
+    if errors and queue is None:
+        raise typer.Exit(errors[0].exit_status)
 
 
 @app.command(epilog="Example: tsugiki compare examples/sst2.toml --set run.rounds=3")
@@ -265,6 +332,8 @@ def _at_folder(config: RunConfig, folder: Path) -> RunConfig:
 _GOES_ON = (Interrupted, QuorumNotMet, NotEnoughSites, DeployError, TrainingError, SecureAggregationError)
 """The errors of runs that can go on as they are, once their cause is gone."""
 _GOES_ON_CODES = ("run-exists", "disk-full", "not-writable")
+_NOT_REPEATED = ("file", "files", "queue", "resume", "previous")
+"""The parameters that say which run; the line that goes on has --resume in their place."""
 
 
 @contextmanager
@@ -288,7 +357,7 @@ def _resuming(ctx: typer.Context, folder: Path) -> str:
     for parameter in ctx.command.params:
         name = str(parameter.name)
         source = ctx.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE" or name in ("file", "resume", "previous"):
+        if source is None or source.name != "COMMANDLINE" or name in _NOT_REPEATED:
             continue
         value = ctx.params[name]
         if name == "overrides":

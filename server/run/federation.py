@@ -44,7 +44,7 @@ from tsugiki.server.run.resume import (
     set_results_aside,
 )
 from tsugiki.server.run.roster import Roster
-from tsugiki.server.run.storage import clear_start, run_folder
+from tsugiki.server.run.storage import STOP_FILE, clear_start, run_folder
 from tsugiki.server.run.suspicion import Suspicion
 from tsugiki.server.run.warm_head import with_warm_head
 
@@ -93,7 +93,8 @@ def run_federation(
     config = with_absolute_paths(config)
     progress = progress or Progress()
     stop = stop or Stop()
-    with run_folder(Path(config.run.output_dir) / config.run.name, resume=resume) as folder:
+    place = Path(config.run.output_dir) / config.run.name
+    with run_folder(place, resume=resume) as folder, stop.asked_by(folder / STOP_FILE):
         # what can fail without a site fails before a record is written: the run's name stays free
         graft = load_graft(config, config.model.name, config.run.seed)
         resolved = with_rates(config, config.model.name)

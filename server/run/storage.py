@@ -9,13 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import locked, make_folder, read_lines, refuse_links_in, unwritable
+from tsugiki.common.files import locked, make_folder, read_lines, refuse_link, refuse_links_in, unwritable
 
 LEAST_FREE_BYTES = 64 * 2**20
 """No run starts on a disk with less free space: else it would train, and then fail to write its checkpoint."""
 
 AUDIT_FILE = "privacy_audit.json"
 """What `tsugiki audit privacy` writes into a run's folder, also before there is a run."""
+
+STOP_FILE = ".stop"
+"""With this file in its folder a run is asked to stop."""
 
 _NO_RUN = {".lock", AUDIT_FILE}
 """Files that may be in a new run's folder. A start that failed early leaves a lock file behind."""
@@ -89,5 +92,48 @@ def clear_start(path: Path) -> None:
         for pattern in _BEGUN:
             for file in path.glob(pattern):
                 file.unlink()
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def is_running(path: Path) -> bool:
+    """Return whether a process has a run's folder in use.
+
+    Raises:
+        StorageError: `linked` or `not-writable`, its lock cannot be looked at.
+    """
+    if not (path / ".lock").exists():
+        return False
+    try:
+        with locked(path / ".lock", wait=False):
+            return False
+    except StorageError as error:
+        if error.code != "locked":
+            raise
+        return True
+
+
+def ask_to_stop(path: Path) -> None:
+    """Ask the process that runs a run to stop at the next chance.
+
+    Raises:
+        StorageError: `not-writable`.
+    """
+    try:
+        (path / STOP_FILE).touch()
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a run's folder with everything in it.
+
+    Raises:
+        StorageError: `locked`, the run is running; `linked`, the folder is a link; `not-writable`.
+    """
+    try:
+        refuse_link(path)
+        with locked(path / ".lock", wait=False):
+            shutil.rmtree(path)
     except OSError as error:
         raise unwritable(path, error) from error
