@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from tsugiki.client import commands as site_commands
 from tsugiki.common import __version__
 from tsugiki.common.errors import TsugikiError
-from tsugiki.server.commands import config, keys, listing, logs, plans, results, runs
+from tsugiki.server.commands import config, keys, logs, manage, plans, results, runs
 
 if TYPE_CHECKING:
     import click
@@ -65,7 +65,7 @@ app = typer.Typer(
     help="Federated fine-tuning of a frozen base model with small adapters. Data stays where it is; only adapter "
     "updates travel.\n\nStart with [bold]tsugiki demo[/bold], then [bold]tsugiki config init[/bold].",
 )
-for commands in (runs, listing, results, logs, plans, config, keys, site_commands):
+for commands in (runs, manage, results, logs, plans, config, keys, site_commands):
     app.add_typer(commands.app)
 
 
