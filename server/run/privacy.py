@@ -77,7 +77,8 @@ class Privacy:
         except BudgetError as error:
             most = bisect_left(range(left), True, key=lambda count: not self._allows(count)) - 1
             raise BudgetError(
-                f"run.rounds = {rounds}: the budget does not allow {left} more rounds; {error.problem}",
+                f"with run.rounds = {rounds} and strategy.min_clients = {self.plan.min_clients}, {left} rounds are "
+                f"left, and the budget does not allow them; {error.problem}",
                 f"at most {self.plan.target_epsilon:g}, which is privacy.target_epsilon",
                 f"--set run.rounds={rounds_done + most}, the most that it allows under this plan",
             ) from None

@@ -209,7 +209,7 @@ def test_a_longer_private_run_is_refused_if_its_budget_does_not_hold(tmp_path):
     with pytest.raises(TsugikiError) as caught:
         run_tiny(changed(stored, {"run.rounds": 4}), resume=True)
     assert caught.value.code == "budget-exhausted"
-    assert "run.rounds = 4: the budget does not allow 2 more rounds" in str(caught.value).replace("Run.", "run.")
+    assert "with run.rounds = 4 and strategy.min_clients = 2, 2 rounds are left" in caught.value.problem
     assert "--set run.rounds=2" in caught.value.hint
     # a refusal changes nothing
     assert read(tmp_path / "runs" / "tiny" / "config.toml") == stored
