@@ -82,6 +82,7 @@ KnownCode = Literal[
     "policy-noise",  # it demands more noise
     "policy-epsilon",  # the clients' budget of the site is spent
     "policy-row-epsilon",  # the rows' budget of the site is spent
+    "policy-ask",  # nobody at the site has said yes to the run
     "policy-evaluation",  # a private run asks for metrics of the site's rows
     "policy-head-sums",  # it forbids the sums for a head before round 1
     "policy-seeded-noise",  # the run draws its noise from a known seed
