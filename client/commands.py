@@ -158,13 +158,18 @@ def _read_certificate(path: Path) -> bytes:
 
 def _print_dry_run(site_file: Path, run: Path, overrides: Sequence[str]) -> None:
     """Print exactly what this site would send in a run's hello and first round. Nothing is sent, or logged."""
-    from flwr.app import Array
-
-    from tsugiki.client.dry_run import replies
     from tsugiki.client.site.site import read_site
 
     site = read_site(site_file)
-    config = _as_sent(site, run, overrides)
+    _print_replies(site, _as_sent(site, run, overrides))
+
+
+def _print_replies(site: FileSite, config: RunConfig) -> None:
+    """Print exactly what a site would send in a run's hello and first round."""
+    from flwr.app import Array
+
+    from tsugiki.client.dry_run import replies
+
     for title, content in replies(site, config):
         typer.echo(f"{title}:")
         for name, record in content.items():
@@ -387,6 +392,27 @@ def _try_run(site: FileSite, config: RunConfig) -> None:
     typer.echo(f"would leave it in each round: {sizes}, {most:,} bytes{_beside_the_update(site, config, told)}")
     if kept and "metrics" in told:
         typer.echo("would leave it where the run evaluates at sites: metrics on the evaluation rows, and their number")
+
+
+@site_app.command(epilog="Example: tsugiki site approve june --site site.toml")
+def approve(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The name of a run that the server has asked for.")],
+    site_file: Annotated[Path, typer.Option("--site", help="The site's file.")] = Path("site.toml"),
+    yes: Annotated[bool, typer.Option("--yes", help="Show it, and do not ask.")] = False,
+) -> None:
+    """Say yes to a run, if [policy] ask is set: show its settings and what would leave this site, then ask."""
+    from tsugiki.client.site.approvals import read_asked
+    from tsugiki.client.site.site import read_site
+    from tsugiki.common.config.files import to_toml
+
+    site = read_site(site_file)
+    asked = read_asked(site.folder, run)
+    typer.echo(to_toml(asked.config))
+    _print_replies(site, asked.config)
+    if not yes:
+        typer.confirm(f"take part in the run {run!r}?", abort=True)
+    asked.approve()
+    typer.echo("approved; the server asks again within minutes, and at once if the client is started again")
 
 
 @site_app.command(epilog="Example: tsugiki site split examples/sst2.toml sites")

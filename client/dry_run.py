@@ -44,7 +44,8 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
         TsugikiError: the site would refuse; the server would receive the error's code.
     """
     # A trial leaves no trace: without the files, nothing is logged or charged.
-    quiet = replace(site, site=site.site.model_copy(update={"audit": "", "ledger": ""}))
+    policy = site.policy.model_copy(update={"ask": False})  # what is shown here is what somebody says yes to
+    quiet = replace(site, site=site.site.model_copy(update={"audit": "", "ledger": ""}), policy=policy)
     app = make_app(lambda context: quiet)
     config = with_rates(config, site.model_source(config.model.name))
     yield "hello", _ask(app, "query", to_record(HelloRequest(config.for_sites(), __version__)))

@@ -81,7 +81,8 @@ class SiteRun:
             round_number: counted from 1; 0 in a message that belongs to no round.
 
         Raises:
-            PolicyError: the policy forbids the run, the base model or the plan; `policy-rank`, see `own_rank`.
+            PolicyError: the policy forbids the run, the base model or the plan; `policy-ask`, nobody has said yes;
+                `policy-rank`, see `own_rank`.
             ConfigError: the learning rate is not a number.
             ModelError: see `load_at`.
             TrainingError: `examples-unsupported`, the run protects rows, and this model cannot; see `check_supported`.
@@ -96,6 +97,7 @@ class SiteRun:
         site.policy.check_base(graft.spec.base_fingerprint)
         plan = make_plan(config, graft.spec.size)
         site.policy.check_privacy(plan, config.privacy)
+        site.check_approved(config, plan)
         rank = own_rank(site, config)
         if config.privacy.examples.enabled:
             dp_sgd.check_supported(graft)

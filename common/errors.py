@@ -82,6 +82,7 @@ KnownCode = Literal[
     "policy-noise",  # it demands more noise
     "policy-epsilon",  # the clients' budget of the site is spent
     "policy-row-epsilon",  # the rows' budget of the site is spent
+    "policy-ask",  # nobody at the site has said yes to the run
     "policy-evaluation",  # a private run asks for metrics of the site's rows
     "policy-head-sums",  # it forbids the sums for a head before round 1
     "policy-seeded-noise",  # the run draws its noise from a known seed
@@ -198,6 +199,7 @@ KnownCode = Literal[
     "ledger-older",  # an older version charged the ledger too little
     "ledger-behind",  # the ledger has lost lines, or has fewer rounds than the run has released
     "claim-broken",  # an audit by attack found a larger epsilon than a ledger claims
+    "plan-hopeless",  # nothing can be learned under the privacy plan
     "plan-changed",  # the privacy plan is not the one that the run was started with
     # exports
     "export-failed",  # an export does not reproduce the run, or cannot be written

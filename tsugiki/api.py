@@ -116,7 +116,8 @@ class Run:
         before = self.summary["before"] or {}
         after = self.summary["after"] or {}
         best = f"best (round {self.summary['best_round']})"
-        table = _html(["metric", "before", best], [[name, before.get(name), after[name]] for name in after])
+        start = f"round {self.summary['before_round']}" if self.summary["before_round"] else "before"
+        table = _html(["metric", start, best], [[name, before.get(name), after[name]] for name in after])
         title = f"{self.summary['name']}: {self.summary['rounds']} rounds, {self.summary['strategy']}"
         # The first line is bold; a run without privacy has no headline.
         words = (f"{title}, {self.summary['method']}", headline(self.summary.get("privacy", {})), str(self.folder))

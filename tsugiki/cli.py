@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from tsugiki.client import commands as site_commands
 from tsugiki.common import __version__
 from tsugiki.common.errors import TsugikiError
-from tsugiki.server.commands import config, keys, logs, plans, results, runs
+from tsugiki.server.commands import config, keys, logs, manage, plans, results, runs
 
 if TYPE_CHECKING:
     import click
@@ -29,6 +29,7 @@ _HELP_ORDER = [
     "simulate",
     "serve",
     "client",
+    "runs",
     "certs",
     "compare",
     "budget",
@@ -64,7 +65,7 @@ app = typer.Typer(
     help="Federated fine-tuning of a frozen base model with small adapters. Data stays where it is; only adapter "
     "updates travel.\n\nStart with [bold]tsugiki demo[/bold], then [bold]tsugiki config init[/bold].",
 )
-for commands in (runs, results, logs, plans, config, keys, site_commands):
+for commands in (runs, manage, results, logs, plans, config, keys, site_commands):
     app.add_typer(commands.app)
 
 
@@ -112,5 +113,5 @@ def main() -> None:
     try:
         app()
     except TsugikiError as error:
-        print(f"tsugiki: {error.code}: {error}", file=sys.stderr)
+        print(f"tsugiki: {error.code}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         sys.exit(error.exit_status)

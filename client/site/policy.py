@@ -176,6 +176,12 @@ class SitePolicy(Section):
         "other sites, not by way of the server. Set it if the server could invent sites; set secure_aggregation too. "
         "[]: any site that the server names. Binds the server.",
     )
+    ask: bool = Field(
+        default=False,
+        description="Take part in a run only after somebody here has said yes to it: `tsugiki site approve RUN` shows "
+        "what would leave, and asks. More rounds, another privacy plan or other settings that shape the result need "
+        "another yes. Set it if runs are rare, and each one is somebody's decision. Binds the server.",
+    )
     seeded_noise: bool = Field(
         default=False,
         description="For tests only: take part in runs whose noise comes from a seed and hides nothing. false binds "

@@ -21,6 +21,7 @@ from tsugiki.common.data.shard import Shard
 from tsugiki.common.data.shard import read as read_shard
 from tsugiki.common.errors import ConfigError, DataError, Problem
 from tsugiki.common.files import make_folder
+from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.rng import generator
 from tsugiki.common.tasks import TASKS, Task
 
@@ -54,6 +55,9 @@ class SimulatedSite:
 
     def admit(self, config: RunConfig) -> None:
         """No-op: a simulation has one run's settings."""
+
+    def check_approved(self, config: RunConfig, plan: Plan | None) -> None:
+        """No-op: to simulate a run is to say yes to it."""
 
     def begin_round(self, run: str, round_number: int) -> None:
         """No-op: a simulated site has no life beyond its run."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field, ValidationError
 
+from tsugiki.client.site import approvals
 from tsugiki.client.site.policy import SitePolicy
 from tsugiki.client.site.records import SiteRecords, records_of
 from tsugiki.common.config.files import read_toml
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from flwr.app import Context
 
     from tsugiki.common.config.run import RunConfig
+    from tsugiki.common.privacy.plan import Plan
 
 
 class Site(Protocol):
@@ -60,6 +62,13 @@ class Site(Protocol):
 
         Raises:
             PolicyError: `policy-settings`, too many in that time.
+        """
+
+    def check_approved(self, config: RunConfig, plan: Plan | None) -> None:
+        """Check that somebody at the site has said yes to a run, if its policy asks for that.
+
+        Raises:
+            PolicyError: `policy-ask`, nobody has.
         """
 
     def begin_round(self, run: str, round_number: int) -> None:
@@ -198,6 +207,11 @@ class FileSite:
         """Count a run's settings in the audit log, if they are not among those of the last 24 hours."""
         settings_sha256 = hashlib.sha256(config.for_sites().encode()).hexdigest()
         self._records().admit(settings_sha256, self.policy)
+
+    def check_approved(self, config: RunConfig, plan: Plan | None) -> None:
+        """Check that somebody here has said yes to the run, if the policy asks for that."""
+        if self.policy.ask:
+            approvals.check_approved(self.folder, config, plan)
 
     def begin_round(self, run: str, round_number: int) -> None:
         """Count a round in the audit log."""

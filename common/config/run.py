@@ -385,16 +385,27 @@ class RunConfig(Section):
         return self.privacy.max_clients_per_site or simulated
 
     @property
-    def sha256(self) -> str:
-        """Hash over the settings that shape the result.
+    def fixed(self) -> dict[str, Any]:
+        """The settings that shape the result, as JSON values by dotted key: a run that has begun keeps them.
 
-        It leaves out the run's folder, the base's public name, the engine and the timeouts.
+        It leaves out how long and with how many sites the run goes on, how long the server waits, what is measured,
+        where files are, and on how many threads or in which engine the run is computed.
         """
-        excluded: Any = {"run": {"output_dir"}, "model": {"public_name"}, "simulation": {"engine"}}
-        excluded["strategy"] = {"connect_timeout_s", "round_timeout_s", *OPERATORS_WAITS}
-        excluded["privacy"] = set(PrivacySection.model_fields) - {"mode", "examples"}  # the plan's hash covers the rest
+        excluded: Any = {"run": {"output_dir", "rounds"}, "model": {"public_name"}, "simulation": {"engine"}}
+        excluded["train"] = {"threads"}
+        excluded["strategy"] = {"min_clients", "connect_timeout_s", "round_timeout_s", *OPERATORS_WAITS}
+        excluded["privacy"] = set(PrivacySection.model_fields) - {"mode", "examples"}  # the plan covers the rest
+        # sites that validate inside a round choose their adapter by the run's monitor
+        excluded["evaluation"] = set(EvaluationSection.model_fields)
+        if self.train.validate_every_steps:
+            excluded["evaluation"] -= {"monitor"}
         body = self.model_dump(mode="json", exclude=excluded)
-        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        return {f"{section}.{key}": value for section, table in body.items() for key, value in table.items()}
+
+    @property
+    def sha256(self) -> str:
+        """Hash over the settings that shape the result."""
+        return hashlib.sha256(json.dumps(self.fixed, sort_keys=True).encode()).hexdigest()
 
     def with_plan(self, plan: Plan | None) -> RunConfig:
         """Return a copy whose [privacy] contains the numbers that the plan took from calibration or other sections.

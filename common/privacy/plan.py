@@ -1,6 +1,6 @@
 """The plan of a private run: every number that its account depends on, frozen before the first round.
 
-Every checkpoint contains it, and a run can be resumed only under the same plan.
+Every checkpoint contains it, and a run can be resumed only under the same plan, but for its rounds and `min_clients`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from tsugiki.common.errors import UsageError
 from tsugiki.common.privacy.accounting import epsilon
 from tsugiki.common.privacy.mechanisms import ADVERSARIES, Adversary, mechanism_of, releases_of
 from tsugiki.common.privacy.plan import Plan
@@ -117,6 +118,32 @@ def assess(plan: Plan, clients: int, calibrated: bool, target_epsilon: float) ->
         levers=levers(plan, clients, target_epsilon) if bound < WEAK_SIGNAL else (),
         dropouts=_dropouts(plan) if shares else (),
     )
+
+
+def clients_asked(plan: Plan, fraction_train: float) -> int:
+    """Return the number of clients asked in a round; under Poisson sampling, the average."""
+    asked = plan.denominator or max(plan.min_clients, round(fraction_train * plan.enrolled_clients))
+    return max(1, round(asked))
+
+
+def check_hope(plan: Plan, fraction_train: float) -> None:
+    """Check that something can be learned under a plan.
+
+    Args:
+        plan: of the run.
+        fraction_train: share of the clients that are asked in each round.
+
+    Raises:
+        UsageError: `plan-hopeless`, the noise leaves nothing to learn from.
+    """
+    bound = noise_on_mean(plan, clients_asked(plan, fraction_train)).bound
+    if judge(bound) == "hopeless":
+        raise UsageError(
+            f"nothing can be learned under this privacy plan: the signal-to-noise bound of a round is {bound:.2g}",
+            f"at least {NO_SIGNAL:g}, or the clients' budget is spent for noise",
+            "`tsugiki budget FILE`, which says what would help; or --yes, which runs it all the same",
+            code="plan-hopeless",
+        )
 
 
 def judge(bound: float) -> Verdict:

@@ -22,7 +22,7 @@ from tsugiki.common.privacy.accounting import epsilon
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.server.budget.alternatives import Row, budgeted_release, table
-from tsugiki.server.budget.assessment import Assessment, assess
+from tsugiki.server.budget.assessment import Assessment, assess, clients_asked
 
 ASSUMED_EPSILON = 8.0
 """Epsilon that is planned for if a run file has no budget: usual in the literature, and a weak promise."""
@@ -104,8 +104,7 @@ def make_budget(config: RunConfig, size: Size, mode: str, assumed: bool) -> Budg
     """
     plan = make_plan(config, size.total)
     assert plan is not None  # noqa: S101  # for the type checker: the mode is not none
-    asked = plan.denominator or max(plan.min_clients, round(config.strategy.fraction_train * plan.enrolled_clients))
-    clients = max(1, round(asked))
+    clients = clients_asked(plan, config.strategy.fraction_train)
     target = _target(plan)
     # The plan has noise that the run file does not name: it was calibrated from the budget.
     calibrated = plan.noise_multiplier > 0 and config.privacy.noise_multiplier == 0

@@ -1,4 +1,4 @@
-"""Commands that use a finished run: export its adapter, predict with it, write its report."""
+"""Commands that use a run, finished or not: export its adapter, predict with it, write its report."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def export(
     """Write a run's adapter in a form that others load, and prove in a fresh process that it works."""
     from tsugiki.server.export.export import export as write_export
 
+    _say_unfinished(run)
     typer.echo(write_export(run, target, which=which, merged=merged))
 
 
@@ -58,6 +59,8 @@ def predict(
     from tsugiki.common.tasks.base import Generation
     from tsugiki.server.predict import ask, show
 
+    if words and not adapters:
+        _say_unfinished(Path(words[0]))
     found = ask(
         words or [],
         adapters or [],
@@ -76,4 +79,13 @@ def report(run: RunFolder) -> None:
     """Write report.html: curves, bytes, seconds, and who was rejected why. It needs no network to read."""
     from tsugiki.server.report.page import write_report
 
+    _say_unfinished(run)
     typer.echo(write_report(run))
+
+
+def _say_unfinished(run: Path) -> None:
+    """Say on standard error that a run has not ended, so that its figures and its adapter are those so far."""
+    from tsugiki.server.run.so_far import describe_unfinished, summary_of
+
+    if (run / "config.toml").is_file() and not (run / "summary.json").exists():
+        typer.echo(describe_unfinished(summary_of(run)), err=True)

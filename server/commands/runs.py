@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import time
@@ -12,14 +13,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tsugiki.common.errors import ExportError, UsageError
+from tsugiki.common.errors import (
+    DeployError,
+    ExportError,
+    Interrupted,
+    NotEnoughSites,
+    QuorumNotMet,
+    SecureAggregationError,
+    TrainingError,
+    TsugikiError,
+    UsageError,
+)
 from tsugiki.common.files import to_json
 from tsugiki.common.options import Json, RunFile, Set
 from tsugiki.server.commands.keys import KeysFolder
 
 if TYPE_CHECKING:
     from tsugiki.common.config.run import RunConfig
+    from tsugiki.server.deploy.serve import Deployment
     from tsugiki.server.engines.grid import Stop
+    from tsugiki.server.run.progress import Progress
     from tsugiki.server.run.simulate import SimulatedApp
 
 app = typer.Typer()
@@ -30,6 +43,8 @@ Previous = Annotated[
     bool, typer.Option("--previous/--no-previous", help="With --resume: from the checkpoint before the last.")
 ]
 Export = Annotated[bool, typer.Option("--export/--no-export", help="Export the best adapter when the run has ended.")]
+
+Yes = Annotated[bool, typer.Option("--yes", help="Start also if nothing can be learned under the privacy plan.")]
 
 
 @app.command(epilog="Example: tsugiki demo --seed 1 --output-dir /tmp/runs")
@@ -117,6 +132,7 @@ def simulate(
     previous: Previous = False,
     engine: Annotated[Literal["in-process", "ray"] | None, typer.Option(help="Instead of simulation.engine.")] = None,
     export: Export = True,
+    yes: Yes = False,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -129,14 +145,31 @@ def simulate(
         assignments.append(f"simulation.engine={engine}")
     config = _read_run("simulate", file, resume, previous, assignments)
     client: SimulatedApp = ctx.obj
-    with stop_on_signals() as stop:
-        outcome = run(config, client, resume=resume is not None, previous=previous, progress=choose(), stop=stop)
+    with stop_on_signals() as stop, _saying_how_to_go_on(ctx, config):
+        outcome = run(
+            config,
+            client,
+            resume=resume is not None,
+            previous=previous,
+            progress=choose(),
+            stop=stop,
+            accept_hopeless=yes,
+        )
     _finish(outcome.folder, outcome.summary, with_export=export, as_json=as_json)
 
 
-@app.command(epilog="Examples: tsugiki serve run.toml --listen 0.0.0.0:9092; tsugiki serve --resume runs/a")
+@app.command(
+    epilog="Examples: tsugiki serve run.toml --listen 0.0.0.0:9092; tsugiki serve --resume runs/a; "
+    "tsugiki serve june.toml july.toml; tsugiki serve --queue waiting"
+)
 def serve(
-    file: OptionalRunFile = None,
+    ctx: typer.Context,
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="The run's TOML file; several run in turn.")
+    ] = None,
+    queue: Annotated[
+        Path | None, typer.Option("--queue", metavar="DIR", help="Run the files of a folder, by name; wait for more.")
+    ] = None,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where sites connect.")] = "127.0.0.1:9092",
     tls: Annotated[Path, typer.Option("--tls", metavar="DIR", help="From `tsugiki certs`.")] = Path("tls"),
     keys: KeysFolder = Path("keys"),
@@ -148,10 +181,11 @@ def serve(
     resume: Resume = None,
     previous: Previous = False,
     export: Export = True,
+    yes: Yes = False,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Run a federation over a network: a SuperLink, and the run on it, until the run is over."""
+    """Run a federation over a network: a SuperLink, and the run on it, or one after the other, until all are over."""
     from tsugiki.server.deploy.certs import CertificateFiles
     from tsugiki.server.deploy.serve import Deployment
     from tsugiki.server.deploy.serve import serve as run
@@ -160,13 +194,78 @@ def serve(
     assignments = list(overrides or [])
     if wait_s:
         assignments.append(f"strategy.connect_timeout_s={wait_s}")
-    config = _read_run("serve", file, resume, previous, assignments)
     progress = choose()
     certificates = None if insecure else CertificateFiles(tls)
     deployment = Deployment(listen, certificates, keys, superlink, progress.note)
-    with stop_on_signals() as stop:
-        outcome = run(config, deployment, resume=resume is not None, previous=previous, progress=progress, stop=stop)
+    files = files or []
+    if queue is not None or len(files) > 1:
+        if resume is not None or previous or (queue is not None and files):
+            raise UsageError(
+                "several runs are given together with --resume, or with --queue",
+                "files, or --queue DIR, or --resume RUN",
+                "`tsugiki serve --help`",
+            )
+        _serve_each(ctx, files, queue, deployment, progress, assignments)
+        return
+    config = _read_run("serve", files[0] if files else None, resume, previous, assignments)
+    with stop_on_signals() as stop, _saying_how_to_go_on(ctx, config):
+        outcome = run(
+            config,
+            deployment,
+            resume=resume is not None,
+            previous=previous,
+            progress=progress,
+            stop=stop,
+            accept_hopeless=yes,
+        )
     _finish(outcome.folder, outcome.summary, with_export=export, as_json=as_json)
+
+
+def _serve_each(
+    ctx: typer.Context,
+    files: Sequence[Path],
+    queue: Path | None,
+    deployment: Deployment,
+    progress: Progress,
+    overrides: list[str],
+) -> None:
+    """Run the files, or those of the folder `queue`, on one SuperLink.
+
+    A list ends with the exit status of its first run that failed; a folder's queue ends when the user stops it.
+
+    Raises:
+        TsugikiError: of the run in which the user stopped the queue, or the SuperLink ended.
+    """
+    from tsugiki.common.config.files import read, with_absolute_paths
+    from tsugiki.server.deploy.queue import check_files, files_in, run_each
+    from tsugiki.server.deploy.serve import linked
+
+    if queue is None:
+        check_files(files, overrides)
+        folder = Path(read(files[0], overrides).run.output_dir) / ".superlink" / "queue"
+    else:
+        folder = queue / ".superlink"
+    with stop_on_signals() as stop, linked(deployment, folder.absolute(), stop) as link:
+
+        def run(path: Path) -> None:
+            config = with_absolute_paths(read(path, overrides))
+            with _saying_how_to_go_on(ctx, config):
+                outcome = link.run(
+                    config,
+                    resume=False,
+                    previous=False,
+                    progress=progress,
+                    stop=stop,
+                    accept_hopeless=ctx.params["yes"],
+                )
+            _finish(outcome.folder, outcome.summary, with_export=ctx.params["export"], as_json=ctx.params["as_json"])
+
+        source = files if queue is None else files_in(queue, stop, progress.note)
+        errors = run_each(source, run, stop, progress.note)
+        if link.failure:  # it ended between two runs
+            raise link.failure[0]
+    if errors and queue is None:
+        raise typer.Exit(errors[0].exit_status)
 
 
 @app.command(epilog="Example: tsugiki compare examples/sst2.toml --set run.rounds=3")
@@ -230,6 +329,56 @@ def _at_folder(config: RunConfig, folder: Path) -> RunConfig:
     return changed(config, {"run.output_dir": str(folder.resolve().parent)})
 
 
+_GOES_ON = (Interrupted, QuorumNotMet, NotEnoughSites, DeployError, TrainingError, SecureAggregationError)
+"""The errors of runs that can go on as they are, once their cause is gone."""
+_GOES_ON_CODES = ("run-exists", "disk-full", "not-writable")
+_NOT_REPEATED = ("file", "files", "queue", "resume", "previous")
+"""The parameters that say which run; the line that goes on has --resume in their place."""
+
+
+@contextmanager
+def _saying_how_to_go_on(ctx: typer.Context, config: RunConfig) -> Iterator[None]:
+    """Add the line that goes on to an error after which a run with rounds can go on."""
+    from tsugiki.server.run.storage import is_begun
+
+    folder = Path(config.run.output_dir) / config.run.name
+    try:
+        yield
+    except TsugikiError as error:
+        can_go_on = isinstance(error, _GOES_ON) or error.code in _GOES_ON_CODES
+        if can_go_on and (folder / "config.toml").is_file() and is_begun(folder):
+            error.add_note(f"This goes on with the run:\n  {_resuming(ctx, folder)}")
+        raise
+
+
+def _resuming(ctx: typer.Context, folder: Path) -> str:
+    """Return the command that goes on with a run, with the options that were given, for a shell."""
+    words = ["tsugiki", str(ctx.info_name), "--resume", str(folder)]
+    for parameter in ctx.command.params:
+        name = str(parameter.name)
+        source = ctx.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE" or name in _NOT_REPEATED:
+            continue
+        value = ctx.params[name]
+        if name == "overrides":
+            value = [one for one in value if _may_change(folder, one)]
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, bool):
+                words.append((parameter.opts if one else parameter.secondary_opts)[0])
+            else:
+                words += [parameter.opts[0], str(one)]
+    return shlex.join(words)
+
+
+def _may_change(folder: Path, override: str) -> bool:
+    """Return whether a run can go on with an override that it was started with, or that was given for it."""
+    from tsugiki.common.config.files import read
+
+    if override.startswith(("run.name=", "run.output_dir=", "privacy.")):  # the folder has them
+        return False
+    return read(folder / "config.toml", [override]).fixed == read(folder / "config.toml").fixed
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
     """Let the first Ctrl-C or SIGTERM end the run at the next chance, the second at once."""
@@ -285,7 +434,8 @@ def _show_summary(summary: dict[str, Any]) -> None:
     from tsugiki.server.run.progress import shown
 
     table = Table(title=f"{summary['name']}: {summary['rounds']} rounds, {summary['strategy']}, {summary['method']}")
-    for column in ("metric", "before", f"best (round {summary['best_round']})"):
+    start = f"round {summary['before_round']}" if summary["before_round"] else "before"
+    for column in ("metric", start, f"best (round {summary['best_round']})"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, value in (summary["after"] or {}).items():
         table.add_row(name, shown(summary["before"][name]), shown(value))

@@ -1,10 +1,10 @@
-"""`tsugiki serve`: start a SuperLink and a run on it, and watch both until they are over."""
+"""`tsugiki serve`: start a SuperLink and runs on it, and watch both until they are over."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +45,61 @@ class Deployment:
     announce: Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class Link:
+    """A SuperLink on which runs are executed, one after the other. Its sites stay connected between them.
+
+    Args:
+        endpoint: its API.
+        control: its API for the operator.
+        names: returns the names under which nodes' keys are registered, by node id; None: nodes have no keys here.
+        failure: holds an error once the SuperLink has ended.
+    """
+
+    endpoint: Endpoint
+    control: Control
+    names: Callable[[], Mapping[int, str]] | None
+    failure: list[TsugikiError]
+
+    def run(
+        self,
+        config: RunConfig,
+        *,
+        resume: bool,
+        previous: bool,
+        progress: Progress,
+        stop: Stop,
+        accept_hopeless: bool,
+    ) -> Outcome:
+        """Execute a run; arguments as for `serve`.
+
+        Raises:
+            TsugikiError: it cannot start or go on. What was finished is kept.
+        """
+        run_id = self.control.submit(bundle.build(), shown_to_nodes(config))
+        with executed(self.endpoint, run_id) as grid:
+            return run_federation(
+                grid,
+                config,
+                resume=resume,
+                previous=previous,
+                progress=progress,
+                stop=stop,
+                names=self.names,
+                sessions=self.control.sessions,
+                accept_hopeless=accept_hopeless,
+            )
+
+
 def serve(
-    config: RunConfig, deployment: Deployment, *, resume: bool, previous: bool, progress: Progress, stop: Stop
+    config: RunConfig,
+    deployment: Deployment,
+    *,
+    resume: bool,
+    previous: bool,
+    progress: Progress,
+    stop: Stop,
+    accept_hopeless: bool = True,
 ) -> Outcome:
     """Run a federation over a network.
 
@@ -57,13 +110,37 @@ def serve(
         previous: with `resume`, from the one before it.
         progress: shows what happens.
         stop: set to end the run at the next chance.
+        accept_hopeless: start a run also if nothing can be learned under its privacy plan.
 
     Raises:
         TsugikiError: it cannot start or go on. What was finished is kept.
     """
     config = with_absolute_paths(config)
+    with linked(deployment, Path(config.run.output_dir) / ".superlink" / config.run.name, stop) as link:
+        return link.run(
+            config,
+            resume=resume,
+            previous=previous,
+            progress=progress,
+            stop=stop,
+            accept_hopeless=accept_hopeless,
+        )
+
+
+@contextmanager
+def linked(deployment: Deployment, folder: Path, stop: Stop) -> Iterator[Link]:
+    """Start a SuperLink, or use the one that the deployment names, inside a `with` block.
+
+    Args:
+        deployment: where and how.
+        folder: for the log of a SuperLink that is started.
+        stop: set to end the current run at the next chance.
+
+    Raises:
+        TsugikiError: it cannot be started, or has ended.
+    """
     _check_certificates(deployment)
-    with _endpoint(config, deployment) as (endpoint, child):
+    with _endpoint(folder, deployment) as (endpoint, child):
         control = Control(endpoint)
         # a node may use the name of its key only; the names are known only if this server registers the keys
         names = None
@@ -71,18 +148,7 @@ def serve(
             names = control.node_names
         try:
             with _watching(control, deployment, child, stop) as failure:
-                run_id = control.submit(bundle.build(), shown_to_nodes(config))
-                with executed(endpoint, run_id) as grid:
-                    return run_federation(
-                        grid,
-                        config,
-                        resume=resume,
-                        previous=previous,
-                        progress=progress,
-                        stop=stop,
-                        names=names,
-                        sessions=control.sessions,
-                    )
+                yield Link(endpoint, control, names, failure)
         except TsugikiError:
             # the SuperLink's end is the cause, and the run's error a consequence
             if failure:
@@ -123,7 +189,7 @@ def _check_certificates(deployment: Deployment) -> None:
 
 
 @contextmanager
-def _endpoint(config: RunConfig, deployment: Deployment) -> Iterator[tuple[Endpoint, Superlink | None]]:
+def _endpoint(folder: Path, deployment: Deployment) -> Iterator[tuple[Endpoint, Superlink | None]]:
     """Yield the SuperLink's address inside a `with` block, and the SuperLink itself if it was started here."""
     files = deployment.certificates
     if deployment.superlink:
@@ -136,7 +202,6 @@ def _endpoint(config: RunConfig, deployment: Deployment) -> Iterator[tuple[Endpo
         authority = files.ca.read_bytes() if files else None
         yield Endpoint(deployment.superlink, authority), None
         return
-    folder = Path(config.run.output_dir) / ".superlink" / config.run.name
     with superlink(deployment.listen, files, folder) as child:
         security = "" if files else " (insecure: loopback only)"
         deployment.announce(f"sites connect to {child.listen}{security}")

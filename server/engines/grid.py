@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from tsugiki.common.errors import Interrupted
@@ -81,10 +83,30 @@ class StockGrid:
 
 
 class Stop:
-    """The user's request to stop. The current round is then abandoned, and the last checkpoint is kept."""
+    """The user's request to stop. The current round is then abandoned, and the last checkpoint is kept.
+
+    A signal asks this process to stop (`requested`); a file asks the current run only (`asked_by`).
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._file: Path | None = None
+
+    @contextmanager
+    def asked_by(self, file: Path) -> Iterator[None]:
+        """Also stop when another process makes this file, inside a `with` block. The file is removed.
+
+        Raises:
+            OSError: a file that was left there cannot be removed.
+        """
+        file.unlink(missing_ok=True)
+        self._file = file
+        try:
+            yield
+        finally:
+            self._file = None
+            with suppress(OSError):  # what ended the run may be the disk
+                file.unlink(missing_ok=True)
 
     def request(self) -> None:
         """Stop at the next chance."""
@@ -107,7 +129,7 @@ class Stop:
         Raises:
             Interrupted: the user asked to stop.
         """
-        if self.requested:
+        if self.requested or (self._file is not None and self._file.exists()):
             raise Interrupted(
                 "stopped by the user", hint="the same command with --resume RUN, which goes on from the last checkpoint"
             )

@@ -42,6 +42,7 @@ class Export:
         round: the round that left the adapter which is exported.
         lines: the lines of metrics.jsonl.
         has_effect: whether the adapter changes any output of the base.
+        ended: whether the run has ended.
     """
 
     kind: Kind
@@ -51,6 +52,7 @@ class Export:
     round: int
     lines: Sequence[dict[str, Any]]
     has_effect: bool
+    ended: bool = True
 
 
 def is_sentence_transformer(graft: Graft) -> bool:
@@ -321,12 +323,13 @@ def _training(graft: Graft, config: RunConfig, export: Export) -> str:
     lines = [line for line in export.lines if not line.get("voided")]
     rounds = max((line["round"] for line in lines), default=0)
     sites = {site for line in lines for site in line.get("accepted", {})}
+    done = "" if export.ended else f" of {config.run.rounds}, the run has not ended"
     rows = {
         "task": config.task.name,
         "adapter": config.adapter.method,
         "parameters of the adapter": f"{graft.spec.parameters('adapter'):,}",
         "parameters of the head": f"{graft.spec.parameters('head'):,}",
-        "rounds": f"{rounds}; this is the adapter after round {export.round}",
+        "rounds": f"{rounds}{done}; this is the adapter after round {export.round}",
         "sites": f"{len(sites)}",
         "strategy": config.strategy.name,
         "privacy": config.privacy.mode,

@@ -61,7 +61,8 @@ def export(folder: Path, target: Path | None = None, *, which: Which = "best", m
     expected = expect(graft)
     code = loading_code(graft, config, kind, base_folder)
     lines = read_lines(folder / "metrics.jsonl")
-    made = Export(kind, code, base_name, base_folder, chosen.round, lines, expected.effect > 0)
+    ended = (folder / "summary.json").is_file()
+    made = Export(kind, code, base_name, base_folder, chosen.round, lines, expected.effect > 0, ended)
     with _built(target) as building:
         _write(graft, building, made, config.model.dtype)
         (building / "README.md").write_text(card(graft, config, made), "utf-8")

@@ -15,6 +15,7 @@ from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.wire.spec import Vector, pack, sha256
 from tsugiki.server.run import checkpoint
+from tsugiki.server.run.so_far import best_so_far
 
 Which = Literal["best", "last"]
 
@@ -66,14 +67,24 @@ def open_graft(folder: Path, config: RunConfig) -> Graft:
 
 
 def choose(folder: Path, config: RunConfig, graft: Graft, which: Which) -> Chosen:
-    """Return the best adapter of a run, or the adapter of its last checkpoint.
+    """Return the best adapter of a run, so far if it has not ended, or the adapter of its last checkpoint.
 
     Raises:
-        StorageError: the file is missing or damaged, or the run is not finished.
+        StorageError: the file is missing or damaged; `run-unfinished`, no round is done.
     """
-    if which == "best":
+    if which == "last":
+        return _last(folder, config, graft)
+    if (folder / "summary.json").is_file():
         return _best(folder, graft)
-    return _last(folder, config, graft)
+    state = best_so_far(folder, config, graft.spec.sha256)
+    if not state.round:
+        raise StorageError(
+            f"no round of the run in {folder} is done",
+            "a trained adapter",
+            "go on with --resume",
+            code="run-unfinished",
+        )
+    return Chosen(checkpoint.read_best(folder / "checkpoint", state), state.best_round)
 
 
 def _best(folder: Path, graft: Graft) -> Chosen:
@@ -94,7 +105,7 @@ def _best(folder: Path, graft: Graft) -> Chosen:
 
 def _last(folder: Path, config: RunConfig, graft: Graft) -> Chosen:
     """Return the adapter of a run's last checkpoint; the run need not be finished."""
-    state = checkpoint.load(folder / "checkpoint", config.sha256, graft.spec.sha256)
+    state = checkpoint.load(folder / "checkpoint", config.fixed, graft.spec.sha256)
     return Chosen(state.vector, state.round)
 
 
@@ -107,8 +118,8 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise StorageError(
             f"there is no {path}",
-            "a run that is finished",
-            "finish it with --resume, or export its last checkpoint",
+            "a run that has begun",
+            "start it, or go on with --resume",
             code="run-unfinished",
         )
     return read_json(path)

@@ -59,7 +59,7 @@ def write_report(folder: Path) -> Path:
     """Write `report.html` into a run's folder and return its path. Equal files give equal bytes.
 
     Raises:
-        StorageError: `run-missing`, metrics.jsonl or summary.json is missing; `run-corrupt`, `disk-full` or
+        StorageError: `run-missing`, the run has not begun; `run-corrupt`, `disk-full` or
             `not-writable`.
     """
     path = folder / "report.html"

@@ -11,6 +11,7 @@ from typing import Any
 from tsugiki.common.errors import StorageError
 from tsugiki.common.files import read_json, read_lines
 from tsugiki.server.run.replies import DROPOUTS
+from tsugiki.server.run.so_far import summary_of
 from tsugiki.server.run.storage import AUDIT_FILE
 
 Line = dict[str, Any]
@@ -32,7 +33,7 @@ class Run:
     Args:
         name: name of the run.
         lines: the lines of metrics.jsonl, voided attempts included.
-        summary: summary.json.
+        summary: summary.json, or what is known so far of a run that has not ended.
         spec: spec.json; empty if the file is missing.
         config: config.toml as text; empty if the file is missing.
         baselines: baselines.json; empty if the file is missing.
@@ -77,17 +78,16 @@ def read_run(folder: Path) -> Run:
     """Read the files of a run.
 
     Raises:
-        StorageError: `run-missing`, metrics.jsonl or summary.json is missing; `run-corrupt`, a file is not JSON.
+        StorageError: `run-missing`, there is no run, or it has not begun; `run-corrupt`, a file is not JSON.
     """
-    for name in ("metrics.jsonl", "summary.json"):
-        if not (folder / name).is_file():
-            raise StorageError(
-                f"there is no {name} in {folder}",
-                "the folder of a run that has ended",
-                "end or resume the run",
-                code="run-missing",
-            )
-    summary = read_json(folder / "summary.json")
+    if not (folder / "metrics.jsonl").is_file():
+        raise StorageError(
+            f"there is no metrics.jsonl in {folder}",
+            "the folder of a run that has begun",
+            "start the run",
+            code="run-missing",
+        )
+    summary = summary_of(folder)
     config = folder / "config.toml"
     return Run(
         str(summary.get("name", folder.name)),

@@ -19,6 +19,7 @@ from tsugiki.server.report.run_files import (
     judged_line,
     sum_sites,
 )
+from tsugiki.server.run.so_far import describe_unfinished
 
 MOST_OPEN_ROWS = 30
 """A table with more rows is folded."""
@@ -79,7 +80,15 @@ class Section:
 
 def story(run: Run) -> list[str]:
     """Return the course of the run in sentences."""
-    sentences = (_training(run), _head_sums(run), _outcome(run), _voided(run), _traffic(run))
+    unfinished = describe_unfinished(run.summary)
+    sentences = (
+        f"{unfinished.capitalize()}." if unfinished else "",
+        _training(run),
+        _head_sums(run),
+        _outcome(run),
+        _voided(run),
+        _traffic(run),
+    )
     return [sentence for sentence in sentences if sentence]
 
 
@@ -108,7 +117,8 @@ def _outcome(run: Run) -> str:
         return f"On the operator's held-out rows {metric} is not a finite number."
     if run.best_round == 0:
         return f"No round was better than the start: {metric} {start:.4g} on the operator's held-out rows."
-    change = f"from {start:.4g} before training to {end:.4g} ({end - start:+.3g})"
+    since = f"after round {first}" if (first := run.summary.get("before_round")) else "before training"
+    change = f"from {start:.4g} {since} to {end:.4g} ({end - start:+.3g})"
     return f"On the operator's held-out rows {metric} went {change}, best after round {run.best_round}."
 
 

@@ -25,9 +25,19 @@ from tsugiki.common.files import make_folder, to_json, unwritable, write_atomica
 from tsugiki.common.wire.spec import Vector
 from tsugiki.server.run.kept import let_go
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 _KEY = "checkpoint"
-_PLAIN = ("round", "best_metric", "best_round", "evaluations_since_best", "record", "plan", "norms", "class_shares")
+_PLAIN = (
+    "round",
+    "best_metric",
+    "best_round",
+    "evaluations_since_best",
+    "record",
+    "plan",
+    "norms",
+    "class_shares",
+    "measured_by",
+)
 _HASH_DIGITS = 32
 _LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header."""
@@ -44,7 +54,8 @@ class State:
         round: rounds done.
         evaluated_round: the last round whose evaluation is included in what follows.
         best_metric: the metric of the best adapter so far; None until something was evaluated.
-        best_round: its round; 0 until something was evaluated. Its checkpoint is kept, see `read_best`.
+        best_round: its round; until something was evaluated, the round from which on it is looked for. Its checkpoint
+            is kept, see `read_best`.
         evaluations_since_best: counts towards early stopping.
         strategy: the strategy's moments.
         record: the round's line for metrics.jsonl, without its evaluation; empty once the line is written.
@@ -52,6 +63,7 @@ class State:
         anchors: of the run's logs at the time of the checkpoint; see `server/run/anchors.py`.
         norms: of recent updates of an open run, which say what is typical (`influence.py`).
         class_shares: of the federation, which sites adjust their losses to; empty: they do not.
+        measured_by: the metric and the file of rows by which the best adapter is chosen.
     """
 
     vector: Vector
@@ -66,15 +78,16 @@ class State:
     anchors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     norms: Sequence[float] = ()
     class_shares: Sequence[float] = ()
+    measured_by: str = ""
 
 
-def save(folder: Path, state: State, config_sha256: str, spec_sha256: str, adapter_sha256: str = "") -> None:
+def save(folder: Path, state: State, settings: Mapping[str, Any], spec_sha256: str, adapter_sha256: str = "") -> None:
     """Write a round's checkpoint, before its evaluation, and remove those that are no longer needed.
 
     Args:
         folder: the run's `checkpoint/`.
         state: after the round.
-        config_sha256: hash of the run's settings.
+        settings: of the run, those that shape the result (`RunConfig.fixed`).
         spec_sha256: hash of its adapter spec.
         adapter_sha256: hash of `state.vector`, if it is known already; computed otherwise.
 
@@ -90,7 +103,7 @@ def save(folder: Path, state: State, config_sha256: str, spec_sha256: str, adapt
         let_go([value])  # it is read once more when it is written
     body = {
         "format": FORMAT_VERSION,
-        "config_sha256": config_sha256,
+        "settings": settings,
         "spec_sha256": spec_sha256,
         "tensors_sha256": hashes,
         **{name: getattr(state, name) for name in _PLAIN},
@@ -110,12 +123,12 @@ def exists(folder: Path) -> bool:
     return any(folder.glob("round-[0-9]*-*.safetensors")) or any(folder.glob("*.json"))
 
 
-def load(folder: Path, config_sha256: str, spec_sha256: str) -> State:
+def load(folder: Path, settings: Mapping[str, Any], spec_sha256: str) -> State:
     """Return the state in the newest checkpoint, before the evaluation of its round.
 
     Args:
         folder: the run's `checkpoint/`.
-        config_sha256: hash of the settings of the run that resumes.
+        settings: of the run that resumes, those that shape the result.
         spec_sha256: hash of its adapter spec.
 
     Raises:
@@ -124,20 +137,42 @@ def load(folder: Path, config_sha256: str, spec_sha256: str) -> State:
     """
     path = _newest(folder)
     body, tensors = _read(path)
-    for name, wanted in (("config_sha256", config_sha256), ("spec_sha256", spec_sha256)):
-        if body[name] != wanted:
-            raise StorageError(
-                f"{path}: {name} is {body[name][:12]}",
-                f"{wanted[:12]}, of this run",
-                "resume with the settings and the base model that the run was started with",
-                code="checkpoint-foreign",
-            )
+    _check_settings(path, body["settings"], settings)
+    if body["spec_sha256"] != spec_sha256:
+        raise StorageError(
+            f"{path}: spec_sha256 is {body['spec_sha256'][:12]}",
+            f"{spec_sha256[:12]}, of the adapter as it is loaded here",
+            "resume with the base model and the libraries that the run was started with",
+            code="checkpoint-foreign",
+        )
     strategy = {name.removeprefix("strategy."): tensors[name] for name in tensors if name.startswith("strategy.")}
     plain = {name: body[name] for name in _PLAIN}
     plain["anchors"] = body.get("anchors", {})  # checkpoints of earlier versions have none
     plain["norms"] = tuple(plain["norms"])
     plain["class_shares"] = tuple(plain["class_shares"])
     return State(tensors["vector"], evaluated_round=body["round"] - 1, strategy=strategy, **plain)
+
+
+def _check_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Check that a run goes on with the settings that shaped its result so far.
+
+    Raises:
+        StorageError: `checkpoint-foreign`, with each setting that differs.
+    """
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        raise StorageError(
+            f"{path} is of a run with other settings: "
+            + ", ".join(f"{key} was {_shown(before.get(key))}, is {_shown(now.get(key))}" for key in changed),
+            "the settings that have shaped the result so far",
+            "resume without them, or start a new run; docs/operations.md lists what may change",
+            code="checkpoint-foreign",
+        )
+
+
+def _shown(value: Any) -> str:
+    """Return a setting as in a run file; a long one is cut."""
+    return "not set" if value is None else json.dumps(value)[:80]
 
 
 def read_anchors(folder: Path) -> Mapping[str, Mapping[str, Any]]:

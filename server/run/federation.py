@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from tsugiki.common.audit import AuditLog, verify
 from tsugiki.common.config.commented import comment
 from tsugiki.common.config.files import to_toml, with_absolute_paths
 from tsugiki.common.config.run import RunConfig
-from tsugiki.common.errors import StorageError
 from tsugiki.common.files import make_folder, read_lines, to_json, write_atomically
 from tsugiki.common.model.device import precision_advice
 from tsugiki.common.model.graft import Graft
@@ -22,6 +21,7 @@ from tsugiki.common.model.rates import describe_rates, with_rates
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.spec import AdapterSpec, Vector, sha256, unpack
+from tsugiki.server.budget.assessment import check_hope
 from tsugiki.server.engines.grid import RunGrid, Stop
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.anchors import check_anchors, check_finished
@@ -32,8 +32,19 @@ from tsugiki.server.run.influence import dominant_sites
 from tsugiki.server.run.loop import evaluated, initial_state, run_rounds
 from tsugiki.server.run.privacy import Privacy, open_privacy, rows_summary
 from tsugiki.server.run.progress import Progress, describe_missing, describe_notes, describe_rows
+from tsugiki.server.run.resume import (
+    Change,
+    as_records,
+    changes,
+    check_plan,
+    comparable,
+    describe,
+    judged_anew,
+    measured_by,
+    set_results_aside,
+)
 from tsugiki.server.run.roster import Roster
-from tsugiki.server.run.storage import run_folder
+from tsugiki.server.run.storage import STOP_FILE, clear_start, run_folder
 from tsugiki.server.run.suspicion import Suspicion
 from tsugiki.server.run.warm_head import with_warm_head
 
@@ -58,6 +69,7 @@ def run_federation(
     names: Callable[[], Mapping[int, str]] | None = None,
     sessions: Callable[[], Mapping[int, str]] | None = None,
     simulated: bool = False,
+    accept_hopeless: bool = True,
 ) -> Outcome:
     """Run a whole federation on the Grid of any engine.
 
@@ -71,6 +83,7 @@ def run_federation(
         names: returns the names under which nodes' keys are registered, by node id; None: nodes have no keys.
         sessions: returns since when each node is connected, by node id; None: nobody knows.
         simulated: the clients exist in this run only, and so does their privacy ledger.
+        accept_hopeless: start a run also if nothing can be learned under its privacy plan.
 
     Raises:
         TsugikiError: the run cannot start or go on; the class says why, and the last checkpoint is kept.
@@ -80,41 +93,29 @@ def run_federation(
     config = with_absolute_paths(config)
     progress = progress or Progress()
     stop = stop or Stop()
-    with run_folder(Path(config.run.output_dir) / config.run.name, resume=resume) as folder:
+    place = Path(config.run.output_dir) / config.run.name
+    with run_folder(place, resume=resume) as folder, stop.asked_by(folder / STOP_FILE):
         # what can fail without a site fails before a record is written: the run's name stays free
         graft = load_graft(config, config.model.name, config.run.seed)
         resolved = with_rates(config, config.model.name)
         rates = describe_rates(resolved, config)
         config = resolved
         plan = make_plan(config, graft.spec.size)
+        if plan and not (accept_hopeless or resume):
+            check_hope(plan, config.strategy.fraction_train)
         evaluator = make_evaluator(graft, config)
         # whatever is exchanged, a number takes at most eight bytes
         grid.limit_replies(graft.spec.size * 8)
 
         ledger = _ledger_path(config, folder, simulated)
-        state = _open_records(folder, config, plan, graft, rates, ledger, resume=resume, previous=previous)
-        audit = AuditLog(folder / "audit.jsonl")
-        audit.write(
-            "resumed" if resume else "started",
-            round=state.round,
-            version=__version__,
-            config_sha256=config.sha256,
-            spec_sha256=graft.spec.sha256,
-            base_fingerprint=graft.spec.base_fingerprint,
-        )
-        # before any site is asked: a ledger that was tampered with, or lacks this run's rounds, ends the run here
-        privacy = open_privacy(plan, config, ledger, audit, state.round)
+        opened = _open(folder, config, plan, graft, rates, ledger, resume=resume, previous=previous)
+        audit = opened.audit
+        privacy = opened.privacy
 
         with progress:
             computes = simulated or evaluator is not None
-            if computes and (advice := precision_advice(config, str(graft.device).partition(":")[0])):
-                progress.note(advice)
-            if rates:
-                progress.note(rates)
-            if privacy and not (config.privacy.enrolled_clients or config.simulation.data):
-                most = "min_clients" if config.enrolled_clients == config.strategy.min_clients else "start_with"
-                most += f" = {config.enrolled_clients}"
-                progress.note(f"privacy.enrolled_clients is not set: no more than {most} may join")
+            for line in [*opened.notes, *_advice(config, graft, rates, privacy, computes=computes)]:
+                progress.note(line)
             roster = Roster(grid, config, graft.spec, plan, audit, stop, names, sessions)
             _wait_for_sites(roster, config, progress, audit)
             ctx = RunContext(
@@ -131,19 +132,46 @@ def run_federation(
                 privacy=privacy,
                 suspicion=Suspicion(verify(folder / "audit.jsonl")),
             )
-            state = with_warm_head(ctx, graft, state)
+            state = with_warm_head(ctx, graft, opened.state)
             if not grid.sequential:  # else the sites train in this process, with the same graft
                 grafts.clear()
                 graft.forget_initial()
             handed_over = [state]
-            del state  # or the adapter that the run starts from would stay in memory to its end
+            del state, opened  # or the adapter that the run starts from would stay in memory to its end
             state = run_rounds(ctx, handed_over.pop())
 
         summary = _write_results(ctx, graft, state)
     return Outcome(folder, state, summary)
 
 
-def _open_records(
+def _advice(config: RunConfig, graft: Graft, rates: str, privacy: Privacy | None, *, computes: bool) -> list[str]:
+    """Return lines for the operator about settings that were chosen for the run, or might be chosen otherwise."""
+    lines = [precision_advice(config, str(graft.device).partition(":")[0]) if computes else "", rates]
+    if privacy and not (config.privacy.enrolled_clients or config.simulation.data):
+        most = "min_clients" if config.enrolled_clients == config.strategy.min_clients else "start_with"
+        most += f" = {config.enrolled_clients}"
+        lines.append(f"privacy.enrolled_clients is not set: no more than {most} may join")
+    return [line for line in lines if line]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A run whose records are ready for its next round.
+
+    Args:
+        state: to go on from.
+        audit: its audit log.
+        privacy: the operator's part of a private run.
+        notes: lines for the operator, on settings that have changed.
+    """
+
+    state: State
+    audit: AuditLog
+    privacy: Privacy | None
+    notes: Sequence[str]
+
+
+def _open(
     folder: Path,
     config: RunConfig,
     plan: Plan | None,
@@ -153,28 +181,96 @@ def _open_records(
     *,
     resume: bool,
     previous: bool,
-) -> State:
-    """Write the records that a run's folder has from the start, and return the state to go on from."""
-    if resume and previous:
-        checkpoint.promote_previous(folder / "checkpoint")
-    # before the first checkpoint: a folder with config.toml can be resumed. The plan's numbers are in it, so that a
-    # resumed run need not calibrate again, and finds the same noise
-    if not resume:
-        text = comment(rates) + to_toml(config.with_plan(plan))
-        write_atomically(folder / "config.toml", text.encode())
-    state = _first_state(folder / "checkpoint", config, plan, graft, resume)
-    # before metrics.jsonl is written anew: a log that was cut must not be continued
+) -> _Opened:
+    """Write the records that a run's folder has before its next round."""
+    changed: list[Change] = []
     if resume:
-        check_anchors(folder, state.anchors, None if plan is None else ledger)
-        check_finished(folder, state.round)
+        changed = changes(folder, config)
+        state = _last_state(folder, config, plan, graft, ledger, previous=previous)
+    else:
+        state = _first_state(folder, config, plan, graft, rates)
     write_atomically(folder / "spec.json", _describe_spec(graft))
+    audit = AuditLog(folder / "audit.jsonl")
+    audit.write(
+        "resumed" if resume else "started",
+        round=state.round,
+        version=__version__,
+        config_sha256=config.sha256,
+        spec_sha256=graft.spec.sha256,
+        base_fingerprint=graft.spec.base_fingerprint,
+        **({"changed": as_records(changed)} if changed else {}),
+    )
+    # before any site is asked: a ledger that was tampered with, or lacks this run's rounds, ends the run here
+    privacy = open_privacy(plan, config, ledger, audit, state.round)
+    if resume:
+        state = _go_on(folder, config, state, privacy, changed, graft)
+    return _Opened(state, audit, privacy, describe(changed, config, state))
+
+
+def _first_state(folder: Path, config: RunConfig, plan: Plan | None, graft: Graft, rates: str) -> State:
+    """Write the settings of a new run, and the state before training, and return that state."""
+    clear_start(folder)
+    # before the first checkpoint: a folder with config.toml can be resumed
+    _write_config(folder, config, plan, rates)
+    state = initial_state(graft.initial, None if plan is None else asdict(plan))
+    state = replace(state, measured_by=measured_by(config))
+    checkpoint.save(folder / "checkpoint", state, config.fixed, graft.spec.sha256)
+    return state
+
+
+def _write_config(folder: Path, config: RunConfig, plan: Plan | None, rates: str = "") -> None:
+    """Write config.toml, with the plan's numbers: a resumed run need not calibrate again, and finds the same noise."""
+    text = comment(rates) + to_toml(config.with_plan(plan))
+    write_atomically(folder / "config.toml", text.encode())
+
+
+def _last_state(
+    folder: Path, config: RunConfig, plan: Plan | None, graft: Graft, ledger: Path, *, previous: bool
+) -> State:
+    """Return the state to go on from, after checking that its settings, its plan and its logs hold."""
+    if previous:
+        checkpoint.promote_previous(folder / "checkpoint")
+    if not checkpoint.exists(folder / "checkpoint"):  # stopped before its first checkpoint
+        return _first_state(folder, config, plan, graft, "")
+    state = checkpoint.load(folder / "checkpoint", config.fixed, graft.spec.sha256)
+    check_plan(state.plan or {}, asdict(plan) if plan else {})
+    # before metrics.jsonl is written anew: a log that was cut must not be continued
+    check_anchors(folder, state.anchors, None if plan is None else ledger)
+    check_finished(folder, state.round)
+    return state
+
+
+def _go_on(
+    folder: Path,
+    config: RunConfig,
+    state: State,
+    privacy: Privacy | None,
+    changed: Sequence[Change],
+    graft: Graft,
+) -> State:
+    """Bring the records of a resumed run up to its settings, and return its state with its last evaluation.
+
+    Raises:
+        BudgetError: the budget does not allow the rounds that were added.
+        StorageError: `checkpoint-corrupt`, its best adapter is lost; or its records cannot be written.
+    """
+    plan = None if privacy is None else privacy.plan
+    frozen = None if plan is None else asdict(plan)
+    if privacy is not None and state.plan != frozen:
+        privacy.check_rest(state.round, config.run.rounds)
+    if changed:
+        _write_config(folder, config, plan)
+    if state.round < config.run.rounds:
+        set_results_aside(folder, state)
+    known = replace(state, plan=frozen)
+    state = judged_anew(known, config)
     lower_is_better = config.monitor in graft.task.lower_is_better
-    for line in _drop_unfinished(folder / "metrics.jsonl", state):
+    for line in _drop_unfinished(folder / "metrics.jsonl", state, evaluated_too=state is known):
         # its line was written, so the round of the checkpoint was evaluated too
         if line["round"] == state.round and not line.get("voided"):
             state = evaluated(state, line, config.monitor, lower_is_better)
-    if resume:  # a run whose best adapter is damaged ends here, not after its last round
-        checkpoint.read_best(folder / "checkpoint", state)
+    # a run whose best adapter is damaged ends here, not after its last round
+    checkpoint.read_best(folder / "checkpoint", state)
     return state
 
 
@@ -221,42 +317,6 @@ def _rows_summary(folder: Path, config: RunConfig) -> dict[str, Any]:
     return rows_summary(folder, config.privacy.examples.delta, seeded=config.privacy.insecure_noise_seed > 0)
 
 
-def _first_state(folder: Path, config: RunConfig, plan: Plan | None, graft: Graft, resume: bool) -> State:
-    """Return the state of the last checkpoint, or the state before training, which is checkpointed too."""
-    frozen = None if plan is None else asdict(plan)
-    if resume and checkpoint.exists(folder):
-        state = checkpoint.load(folder, config.sha256, graft.spec.sha256)
-        _check_plan(state.plan or {}, frozen or {})
-        return state
-    state = initial_state(graft.initial, frozen)
-    checkpoint.save(folder, state, config.sha256, graft.spec.sha256)
-    return state
-
-
-def _check_plan(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Check that a run is resumed under the privacy plan that it was started with.
-
-    Raises:
-        StorageError: `plan-changed`, with each number that differs.
-    """
-    if before and now and before.get("account", 1) != now["account"]:
-        raise StorageError(
-            f"the privacy plan follows version {before.get('account', 1)} of the account",
-            f"version {now['account']}, which counts no noise that a site of the sum knows",
-            "resume with the version of Tsugiki that started the run, or start a new run",
-            code="plan-changed",
-        )
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if names:
-        raise StorageError(
-            "the privacy plan has changed: "
-            + ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in names),
-            "the plan that the run was started with: its account holds for no other",
-            "resume with the same [privacy] settings and versions, or start a new run on the same ledger",
-            code="plan-changed",
-        )
-
-
 def _ledger_path(config: RunConfig, folder: Path, simulated: bool) -> Path:
     """Return the path of the clients' privacy ledger."""
     if config.privacy.ledger:
@@ -286,9 +346,16 @@ def _describe_spec(graft: Graft) -> bytes:
     return to_json(body, indent=1).encode()
 
 
-def _drop_unfinished(path: Path, state: State) -> list[dict[str, Any]]:
-    """Drop the lines of rounds that no checkpoint covers, because those are done again. Return the others."""
-    kept = [line for line in read_lines(path) if line["round"] <= state.round or line.get("voided")]
+def _drop_unfinished(path: Path, state: State, *, evaluated_too: bool) -> list[dict[str, Any]]:
+    """Drop the lines of rounds that no checkpoint covers, because those are done again. Return the others.
+
+    Args:
+        path: of metrics.jsonl.
+        state: to go on from.
+        evaluated_too: whether the evaluation of its round still holds. If not, its line is dropped too.
+    """
+    last = state.round if evaluated_too else state.round - 1
+    kept = [line for line in read_lines(path) if line["round"] <= last or line.get("voided")]
     if kept:
         write_atomically(path, "".join(to_json(line) + "\n" for line in kept).encode())
     else:
@@ -315,7 +382,7 @@ def summarise(
     """Return summary.json: the run in one look."""
     # voided attempts changed nothing, but their bytes and seconds count
     rounds = [line for line in lines if not line.get("voided")]
-    measured = [line for line in rounds if "eval" in line]
+    measured = [line for line in comparable(rounds) if "eval" in line]
     best = next((line for line in measured if line["round"] == state.best_round), None)
     return {
         "name": config.run.name,
@@ -328,6 +395,7 @@ def summarise(
         "monitor": config.monitor,
         "lower_is_better": sorted(graft.task.lower_is_better),
         "before": measured[0]["eval"] if measured else None,
+        "before_round": measured[0]["round"] if measured else None,
         "after": best["eval"] if best else None,
         "best_round": state.best_round,
         "adapter_sha256": sha256(state.vector),
@@ -348,7 +416,7 @@ def summarise(
 
 def _why_stopped(config: RunConfig, state: State, privacy: Privacy | None) -> str:
     """Return why a run ended: all rounds are done, the privacy budget is used up, or it stopped early."""
-    if state.round == config.run.rounds:
+    if state.round >= config.run.rounds:
         return "finished"
     if privacy is not None and privacy.exhausted():
         return "budget-exhausted"

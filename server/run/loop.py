@@ -216,7 +216,7 @@ def _complete(ctx: RunContext, kind: Round[Replies], state: State, replies: Repl
     give_back_memory(ctx.spec.size)  # what the step took
     state = replace(state, anchors=ctx.logs.anchors())
     folder = ctx.folder / "checkpoint"
-    checkpoint.save(folder, state, ctx.config.sha256, ctx.spec.sha256, record["adapter_sha256"])
+    checkpoint.save(folder, state, ctx.config.fixed, ctx.spec.sha256, record["adapter_sha256"])
     let_go(state.strategy.values())  # the next step alone reads the moments
     return state
 

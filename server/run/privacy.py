@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -49,7 +50,7 @@ class Privacy:
             BudgetError: it does not.
         """
         try:
-            self.ledger.check({adversary: (release, 1) for adversary, release in releases_of(self.plan).items()})
+            self._check(1)
         except BudgetError as error:
             if not searching:
                 raise
@@ -57,6 +58,42 @@ class Privacy:
             raise BudgetError(
                 problem, error.expected, f"see audit.jsonl for the sites of the sum; {error.hint}"
             ) from None
+
+    def check_rest(self, rounds_done: int, rounds: int) -> None:
+        """Check that the budget allows the rest of a run whose plan was changed after it began.
+
+        Args:
+            rounds_done: of the run.
+            rounds: that it is to have.
+
+        Raises:
+            BudgetError: it does not.
+        """
+        left = rounds - rounds_done
+        if left <= 0:
+            return
+        try:
+            self._check(left)
+        except BudgetError as error:
+            most = bisect_left(range(left), True, key=lambda count: not self._allows(count)) - 1
+            raise BudgetError(
+                f"with run.rounds = {rounds} and strategy.min_clients = {self.plan.min_clients}, {left} rounds are "
+                f"left, and the budget does not allow them; {error.problem}",
+                f"at most {self.plan.target_epsilon:g}, which is privacy.target_epsilon",
+                f"--set run.rounds={rounds_done + most}, the most that it allows under this plan",
+            ) from None
+
+    def _allows(self, rounds: int) -> bool:
+        try:
+            self._check(rounds)
+        except BudgetError:
+            return False
+        return True
+
+    def _check(self, rounds: int) -> None:
+        """Check that the budget allows so many more rounds; 0 are always allowed."""
+        if rounds:
+            self.ledger.check({adversary: (release, rounds) for adversary, release in releases_of(self.plan).items()})
 
     def exhausted(self) -> bool:
         """Return whether the budget allows no further round."""
@@ -146,20 +183,23 @@ class Privacy:
 
     def summary(self) -> dict[str, Any]:
         """Return the privacy section of summary.json, with each adversary's epsilon so far."""
-        return {
-            "mode": self.plan.mode,
-            "private": self.plan.private,
-            "secure_aggregation": self.plan.secure_aggregation,
-            "delta": self.plan.delta,
-            "noise_multiplier": self.plan.noise_multiplier,
-            "clip_norm": self.plan.clip_norm,
-            "sampling_probability": self.plan.sampling_probability,
-            "honest_fraction": self.plan.honest_fraction,
-            "target_epsilon": self.plan.target_epsilon,
-            "epsilon": self.epsilons(),
-            "plan_sha256": self.plan.sha256,
-            "ledger": self.ledger.path.name,
-        }
+        return {**describe_plan(self.plan), "epsilon": self.epsilons(), "ledger": self.ledger.path.name}
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """Return the figures of a plan for the privacy section of summary.json."""
+    return {
+        "mode": plan.mode,
+        "private": plan.private,
+        "secure_aggregation": plan.secure_aggregation,
+        "delta": plan.delta,
+        "noise_multiplier": plan.noise_multiplier,
+        "clip_norm": plan.clip_norm,
+        "sampling_probability": plan.sampling_probability,
+        "honest_fraction": plan.honest_fraction,
+        "target_epsilon": plan.target_epsilon,
+        "plan_sha256": plan.sha256,
+    }
 
 
 def rows_summary(folder: Path, delta: float, seeded: bool = False) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Protocol
 from flwr.clientapp import ClientApp
 
 from tsugiki.common.config.run import RunConfig
-from tsugiki.server.engines.grid import Stop
+from tsugiki.server.engines.grid import RunGrid, Stop
 from tsugiki.server.engines.in_process import Fault, InProcessGrid
 from tsugiki.server.run.federation import Outcome, run_federation
 from tsugiki.server.run.progress import Progress
@@ -29,6 +29,7 @@ def simulate(
     progress: Progress | None = None,
     stop: Stop | None = None,
     fault: Fault | None = None,
+    accept_hopeless: bool = True,
 ) -> Outcome:
     """Run a simulated federation on the engine that the configuration names.
 
@@ -40,33 +41,40 @@ def simulate(
         progress: shows what happens.
         stop: set to end the run at the next chance.
         fault: tests interfere with replies here; in-process only.
+        accept_hopeless: start a run also if nothing can be learned under its privacy plan.
 
     Raises:
         TsugikiError: the run cannot start or go on.
     """
     app, nodes = client(config)
-    if config.simulation.engine == "in-process":
-        grid = InProcessGrid(app, nodes, fault)
+    stop = stop or Stop()
+
+    def federate(grid: RunGrid) -> Outcome:
         return run_federation(
-            grid, config, resume=resume, previous=previous, progress=progress, stop=stop, simulated=True
+            grid,
+            config,
+            resume=resume,
+            previous=previous,
+            progress=progress,
+            stop=stop,
+            simulated=True,
+            accept_hopeless=accept_hopeless,
         )
+
+    if config.simulation.engine == "in-process":
+        return federate(InProcessGrid(app, nodes, fault))
 
     from tsugiki.server.engines import ray
 
     # the runtime returns nothing: the outcome comes back through a list
     outcomes: list[Outcome] = []
-    stop = stop or Stop()
     try:
         ray.run(
             app,
             nodes,
             config.train.threads,
             1.0 if config.train.device == "cuda" else 0.0,
-            lambda grid: outcomes.append(
-                run_federation(
-                    grid, config, resume=resume, previous=previous, progress=progress, stop=stop, simulated=True
-                )
-            ),
+            lambda grid: outcomes.append(federate(grid)),
         )
     except BaseException:
         stop.request()  # else the thread that runs the federation goes on waiting for nodes that are gone

@@ -198,7 +198,7 @@ def _start_from(
     ctx.audit.write("warm-head", **about)
     state = replace(state, vector=vector, record={**record, "warm_head": about}, anchors=ctx.logs.anchors())
     # Takes the place of the checkpoint that the run began with: the evaluation of round 0 saves no adapter.
-    checkpoint.save(ctx.folder / "checkpoint", state, ctx.config.sha256, ctx.spec.sha256)
+    checkpoint.save(ctx.folder / "checkpoint", state, ctx.config.fixed, ctx.spec.sha256)
     return state
 
 

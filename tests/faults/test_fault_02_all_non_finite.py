@@ -27,7 +27,7 @@ def test_the_run_stops_with_the_last_good_model(tmp_path, monkeypatch):
     assert str(folder / "checkpoint") in str(caught.value)
     assert "the model of round 1" in str(caught.value)
 
-    state = checkpoint.load(folder / "checkpoint", config.sha256, SPEC.sha256)
+    state = checkpoint.load(folder / "checkpoint", config.fixed, SPEC.sha256)
     assert state.round == 1
     assert np.array_equal(state.vector, np.full(SPEC.size, 0.25, np.float32))
     lines = [(line["round"], line.get("voided", False)) for line in read_lines(folder / "metrics.jsonl")]

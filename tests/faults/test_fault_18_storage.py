@@ -80,7 +80,7 @@ def test_whenever_the_disk_is_full_the_run_stops_and_goes_on_with_the_same_bytes
         fail_at(monkeypatch, 0)
         current = folder / "toy" / "checkpoint"
         if checkpoint.exists(current):  # else nothing was trained yet, and the run begins anew
-            checkpoint.load(current, config.sha256, SPEC.sha256)
+            checkpoint.load(current, config.fixed, SPEC.sha256)
         resumed = run(monkeypatch, config, resume=True)
         assert resumed.summary["adapter_sha256"] == whole.summary["adapter_sha256"], number
         assert [line["round"] for line in read_lines(resumed.folder / "metrics.jsonl")] == [0, 1, 2]
@@ -108,7 +108,7 @@ def test_a_limit_on_file_sizes_stops_the_run_with_its_checkpoint(tmp_path, monke
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (caught.value.code, caught.value.exit_status) == ("disk-full", 5)
-    assert 1 < checkpoint.load(tmp_path / "toy" / "checkpoint", config.sha256, SPEC.sha256).round < 50
+    assert 1 < checkpoint.load(tmp_path / "toy" / "checkpoint", config.fixed, SPEC.sha256).round < 50
     ended = run(monkeypatch, config, resume=True)
     assert [line["round"] for line in read_lines(ended.folder / "metrics.jsonl")] == list(range(51))
     assert verify(ended.folder / "audit.jsonl")

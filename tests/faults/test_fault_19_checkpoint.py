@@ -10,7 +10,7 @@ from tsugiki.common.errors import StorageError
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.checkpoint import State
 
-CONFIG = "c" * 64
+CONFIG = {"train.learning_rate": 0.01, "train.optimizer": "adamw"}
 
 
 @pytest.fixture
@@ -117,12 +117,14 @@ def test_a_checkpoint_of_the_version_before_is_refused_with_what_to_do(tmp_path)
 
 
 def test_another_runs_checkpoint_is_refused_with_both_values(folder):
-    """Catches: a run that goes on with other settings or another base."""
-    for hashes in (("e" * 64, SPEC.sha256), (CONFIG, "e" * 64)):
+    """Catches: a run that goes on with other settings or another base, and a refusal that does not say which."""
+    other = {**CONFIG, "train.learning_rate": 0.1, "train.momentum": 0.5}
+    told = "train.learning_rate was 0.01, is 0.1, train.momentum was not set, is 0.5."
+    for settings, spec, words in ((other, SPEC.sha256, told), (CONFIG, "e" * 64, "eeeeeeeeeeee")):
         with pytest.raises(StorageError) as caught:
-            checkpoint.load(folder, *hashes)
+            checkpoint.load(folder, settings, spec)
         assert caught.value.code == "checkpoint-foreign"
-        assert "eeeeeeeeeeee" in str(caught.value)
+        assert words in str(caught.value)
 
 
 def test_a_run_does_not_fall_back_unless_it_is_told_to(tmp_path, monkeypatch):

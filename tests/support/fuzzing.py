@@ -548,7 +548,7 @@ def _checkpoint() -> tuple[str, bytes]:
     from tests.support.toy import toy_state
 
     place = folder() / "checkpoint"
-    checkpoint.save(place, toy_state(), "c" * 64, SPEC.sha256)
+    checkpoint.save(place, toy_state(), {"train.seed": 1}, SPEC.sha256)
     (path,) = place.glob("*.safetensors")
     return path.name, path.read_bytes()
 
@@ -556,7 +556,7 @@ def _checkpoint() -> tuple[str, bytes]:
 def _read_checkpoint(content: bytes) -> Any:
     path = _file(f"resumed/{_checkpoint()[0]}", content)
     tries = [
-        lambda: checkpoint.load(path.parent, "c" * 64, SPEC.sha256),
+        lambda: checkpoint.load(path.parent, {"train.seed": 1}, SPEC.sha256),
         lambda: checkpoint.read_anchors(path.parent),
     ]
     return [_tried(one) for one in tries]

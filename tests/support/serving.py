@@ -181,6 +181,8 @@ def serve_and_join(
     listen, places = listen or f"127.0.0.1:{free_port()}", places or {}
     file = write_run(folder / "run.toml", config)
     arguments = ["serve", file, "--listen", listen, *extra]
+    if config.privacy.mode != "none":  # so few clients have no hope of learning anything
+        arguments.append("--yes")
     server = start(folder / "server", "serve", *arguments, program=places.get("server", Place()).program)
     clients = []
     for site in sites or split(config, folder / "sites"):

@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from tsugiki.common.config.parse import changed, parse, section_classes
-from tsugiki.common.config.run import RunConfig
+from tsugiki.common.config.run import EvaluationSection, RunConfig
 from tsugiki.common.errors import ConfigError, Problem
 from tsugiki.common.privacy.settings import PrivacySection
 from tsugiki.common.settings import OPERATORS_WAITS
@@ -135,8 +135,8 @@ def test_long_values_are_cut():
     assert all(len(problem.value) <= 80 for problem in found.values())
 
 
-def test_sha256_leaves_out_where_and_how_only():
-    """Catches: a setting that shapes the result and is not hashed; a resume refused because the folder was moved."""
+def test_sha256_leaves_out_what_does_not_shape_the_result():
+    """Catches: a setting that shapes the result and is not hashed; a run that cannot go on with a lower quorum."""
     config = parse({"simulation": {"data": "a.csv"}})
     same, other = [], []
     for name in RunConfig.model_fields:
@@ -146,9 +146,11 @@ def test_sha256_leaves_out_where_and_how_only():
             hashed = config.model_copy(update={name: changed})
             with warnings.catch_warnings(action="ignore"):  # pydantic notes the type, which is wrong on purpose
                 (same if hashed.sha256 == config.sha256 else other).append(f"{name}.{key}")
-    patience = [f"strategy.{name}" for name in ("round_timeout_s", "connect_timeout_s", *OPERATORS_WAITS)]
+    waits = [f"strategy.{name}" for name in ("min_clients", "round_timeout_s", "connect_timeout_s", *OPERATORS_WAITS)]
     planned = [f"privacy.{name}" for name in PrivacySection.model_fields if name not in ("mode", "examples")]
-    assert same == ["run.output_dir", "model.public_name", *patience, *planned, "simulation.engine"]
+    measured = [f"evaluation.{name}" for name in EvaluationSection.model_fields]
+    here = ["run.rounds", "run.output_dir", "model.public_name", "train.threads"]
+    assert same == [*here, *waits, *planned, *measured, "simulation.engine"]
     assert len(other) > 40
 
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 
 from tests.support.budget import assert_accounted, independent_epsilon, private_plan
+from tsugiki.common.errors import UsageError
 from tsugiki.common.privacy.accounting import Release
 from tsugiki.common.privacy.mechanisms import releases_of
 from tsugiki.server.budget.alternatives import noise_on_mean
-from tsugiki.server.budget.assessment import _scaled_epsilon, assess, judge
+from tsugiki.server.budget.assessment import _scaled_epsilon, assess, check_hope, clients_asked, judge
 
 
 def assessed(mode, clients=100, **settings):
@@ -138,3 +139,24 @@ def test_sums_without_noise_have_no_epsilon():
     assert set(told(found).values()) == {math.inf}
     assert (found.verdict, found.growth, found.dropouts, found.levers) == ("no-noise", 1.0, (), ())
     assert found.noise[-1].coordinate == 0
+
+
+def test_a_plan_without_hope_is_refused_and_one_with_little_is_not():
+    """Catches: a budget spent for noise; and a rule of thumb that forbids what only looks hard."""
+    hopeless = private_plan("distributed", 4, target_epsilon=1.0)
+    assert assess(hopeless, 4, True, 1.0).verdict == "hopeless"
+    with pytest.raises(UsageError, match="Nothing can be learned") as caught:
+        check_hope(hopeless, 1.0)
+    assert caught.value.code == "plan-hopeless"
+    assert "--yes" in caught.value.hint
+    hard = replace(hopeless, noise_multiplier=hopeless.noise_multiplier / 1000, dimension=1000)
+    assert assess(hard, 4, True, 1.0).verdict in ("hard", "possible")
+    check_hope(hard, 1.0)
+
+
+def test_all_clients_that_are_asked_count():
+    """Catches: a large federation that is refused by the noise of its smallest sum, or a sample taken for everybody."""
+    plan = private_plan("distributed", 10, enrolled=1_000)
+    assert [clients_asked(plan, share) for share in (1.0, 0.5, 0.001)] == [1000, 500, 10]
+    sampled = private_plan("central", 5, enrolled=1_000, sampling="poisson", strategy={"fraction_train": 0.1})
+    assert clients_asked(sampled, 0.1) == 100

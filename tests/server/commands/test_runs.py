@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 
 import pytest
@@ -9,12 +10,14 @@ import pytest
 from tests.support.command_line import invoke
 from tests.support.federation import run_tiny, tiny_config
 from tests.support.tiny import tiny_sentence_transformer
+from tsugiki import cli
 from tsugiki.common.config.files import to_toml
 from tsugiki.common.config.parse import parse
 from tsugiki.common.errors import ExportError, TsugikiError, UsageError
 from tsugiki.common.files import read_lines
 from tsugiki.server.commands import runs as commands
 from tsugiki.server.demo import demo
+from tsugiki.server.run import loop
 
 
 @pytest.fixture
@@ -95,6 +98,90 @@ def test_previous_goes_back_one_round(tmp_path, no_export):
     invoke("simulate", "--resume", done.folder, "--previous")
     lines = [line["round"] for line in read_lines(done.folder / "metrics.jsonl")]
     assert lines == [0, 1, 2]
+
+
+def test_a_plan_without_hope_is_refused_before_it_costs(tmp_path, no_export):
+    """Catches: a budget that is spent for noise, without a word."""
+    privacy = {"mode": "distributed", "target_epsilon": 1.0, "secure_aggregation": True, "delta": 1e-5}
+    file = write_tiny(tmp_path, run={"rounds": 1}, privacy=privacy, simulation={"clients": 3})
+    with pytest.raises(UsageError) as caught:
+        invoke("simulate", file, "--set", "strategy.min_clients=3")
+    assert caught.value.code == "plan-hopeless"
+    assert not list(tmp_path.rglob("privacy-ledger.jsonl"))
+    invoke("simulate", file, "--set", "strategy.min_clients=3", "--yes")
+    assert list(tmp_path.rglob("privacy-ledger.jsonl"))
+    # it was agreed to, so what follows needs no second yes
+    invoke("simulate", "--resume", tmp_path / "runs" / "tiny")
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch, no_export):
+    """A run in a folder with a space in its name, which is stopped after its first round: its file and its error."""
+    folder = tmp_path / "June and July"
+    folder.mkdir()
+    file = write_tiny(folder, strategy={"min_clients": 1})
+    finish_round = loop.finish_round
+
+    def stop_after_one(ctx, state):
+        ctx.stop.requested = state.round == 1
+        return finish_round(ctx, state)
+
+    monkeypatch.setattr(loop, "finish_round", stop_after_one)
+    options = ["--no-export", "--set", "evaluation.every_rounds=2", "--set", "train.local_steps=1", "--json"]
+    with pytest.raises(TsugikiError) as caught:
+        invoke("simulate", file, *options)
+    monkeypatch.setattr(loop, "finish_round", finish_round)
+    return file, options, caught.value
+
+
+def line_of(error):
+    """Return the command that an error says goes on, as a shell splits it."""
+    (note,) = error.__notes__
+    first, line = note.splitlines()
+    assert first == "This goes on with the run:"
+    return shlex.split(line)
+
+
+def test_a_run_that_stopped_says_the_line_that_goes_on(stopped):
+    """Catches: a line that a shell cuts at a space, that lacks the options, or that is refused when it is pasted."""
+    file, options, error = stopped
+    program, *arguments = line_of(error)
+    assert program == "tsugiki"
+    assert arguments == ["simulate", "--resume", str(file.parent / "runs" / "tiny"), *options]
+    assert json.loads(invoke(*arguments).stdout)["rounds"] == 2
+
+
+def test_a_run_that_is_there_says_the_line_that_goes_on_with_it(stopped):
+    """Catches: options in the line that the run in the folder cannot take, such as another learning rate."""
+    file, _, _ = stopped
+    other = ["--set", "train.local_steps=9", "--set", "strategy.min_clients=2", "--set", f"run.name={'tiny'}"]
+    with pytest.raises(TsugikiError) as caught:
+        invoke("simulate", file, *other)
+    assert caught.value.code == "run-exists"
+    _, *arguments = line_of(caught.value)
+    assert arguments[3:] == ["--set", "strategy.min_clients=2"]
+    invoke(*arguments)
+
+
+def test_a_start_that_did_no_round_has_no_such_line(tmp_path, monkeypatch, no_export):
+    """Catches: `--resume` advised where the same command starts."""
+    file = write_tiny(tmp_path)
+    with pytest.raises(TsugikiError) as caught:
+        invoke("simulate", file, "--set", "strategy.max_update_norm=1e-9")
+    assert caught.value.code == "quorum-not-met"
+    assert not hasattr(caught.value, "__notes__")
+    invoke("simulate", file)
+
+
+def test_the_line_is_below_the_message(stopped, monkeypatch, capsys):
+    """Catches: a line that ends in the full stop of a sentence, or is not shown at all."""
+    error = stopped[2]
+    monkeypatch.setattr(cli, "app", lambda: (_ for _ in ()).throw(error))
+    with pytest.raises(SystemExit):
+        cli.main()
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0].startswith("tsugiki: interrupted: ")
+    assert shlex.split(shown[-1]) == line_of(error)
 
 
 def test_the_first_signal_stops_the_run_and_the_second_the_program(capsys):

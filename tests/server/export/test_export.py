@@ -483,7 +483,7 @@ def graft_vector(run, graft):
     from tsugiki.server.run import checkpoint
 
     config = config_file.read(run / "config.toml")
-    return checkpoint.load(run / "checkpoint", config.sha256, graft.spec.sha256).vector
+    return checkpoint.load(run / "checkpoint", config.fixed, graft.spec.sha256).vector
 
 
 def test_an_export_has_the_same_bytes_each_time(runs, tmp_path, unproved):
@@ -526,7 +526,7 @@ def damage_best(run):
 
 DAMAGES = {
     "run-missing": lambda run: (run / "config.toml").unlink(),
-    "run-unfinished": lambda run: (run / "summary.json").unlink(),
+    "run-unfinished": lambda run: (run / "spec.json").unlink(),
     "run-corrupt": damage_best,
     "spec-mismatch": lambda run: change(run, "adapter", alpha=8.0),
 }

@@ -72,8 +72,8 @@ def test_an_audit_by_attack_is_on_the_page(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["metrics.jsonl", "summary.json"])
-def test_an_unfinished_run_is_refused(tmp_path, missing):
-    """Catches: an empty report for a folder that holds no finished run."""
+def test_a_run_that_has_not_begun_is_refused(tmp_path, missing):
+    """Catches: an empty report for a folder without a run; one without a summary needs what a run writes at first."""
     folder = usual(tmp_path / "run")
     (folder / missing).unlink()
     with pytest.raises(StorageError) as caught:

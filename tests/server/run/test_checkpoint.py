@@ -8,7 +8,7 @@ from tsugiki.common.errors import StorageError
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.checkpoint import State, load, promote_previous, read_best, save
 
-CONFIG, SPEC = "c" * 64, "d" * 64
+CONFIG, SPEC = {"train.learning_rate": 0.01}, "d" * 64
 
 
 def state(round_=1, **changes):
@@ -23,6 +23,7 @@ def state(round_=1, **changes):
         "strategy": moments,
         "record": {"round": round_, "accepted": {"site-0": {"loss": 0.3}}},
         "norms": (0.1 + 0.2, 2.0),
+        "measured_by": "accuracy on dev.csv",
     }
     return State(vector, round_, **{**known, **changes})
 
@@ -114,13 +115,13 @@ def test_of_two_files_of_round_0_the_newer_one_counts(tmp_path):
     """Catches: a random head taken for the best adapter, after a kill between the two saves of round 0."""
     first = State(np.zeros(3, np.float32))
     second = replace(first, vector=np.ones(3, np.float32), record={"warm_head": {}})
-    save(tmp_path, first, "a", "b")
+    save(tmp_path, first, CONFIG, SPEC)
     kept = next(tmp_path.glob("round-*"))
     content = kept.read_bytes()
-    save(tmp_path, second, "a", "b")
+    save(tmp_path, second, CONFIG, SPEC)
     kept.write_bytes(content)  # as if it had not been removed any more
     os.utime(kept, ns=(0, 0))
-    assert np.array_equal(load(tmp_path, "a", "b").vector, second.vector)
+    assert np.array_equal(load(tmp_path, CONFIG, SPEC).vector, second.vector)
     later = replace(second, round=1, best_round=0)
     save(tmp_path, later, "a", "b")
     assert len(list(tmp_path.glob("round-000000-*"))) == 1
@@ -254,5 +255,5 @@ def test_a_linked_checkpoint_folder_is_refused(tmp_path):
 
 def test_another_runs_checkpoint_is_refused(folder):
     """Catches: a run that goes on with other settings or another base model."""
-    assert code(folder, config="e" * 64) == "checkpoint-foreign"
+    assert code(folder, config={"train.learning_rate": 0.1}) == "checkpoint-foreign"
     assert code(folder, spec="e" * 64) == "checkpoint-foreign"

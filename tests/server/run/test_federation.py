@@ -153,9 +153,10 @@ def test_lines_of_rounds_that_a_crash_undid_are_dropped_and_voided_ones_kept(ran
     path = tmp_path / "metrics.jsonl"
     lines = [{"round": 0}, {"round": 1}, {"round": 2, "voided": True}, {"round": 2}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert _drop_unfinished(path, replace(ran.state, round=1)) == lines[:3]
+    state = replace(ran.state, round=1)
+    assert _drop_unfinished(path, state, evaluated_too=True) == lines[:3]
     assert read_lines(path) == lines[:3]
-    assert _drop_unfinished(path, replace(ran.state, round=0)) == [lines[0], lines[2]]
+    assert _drop_unfinished(path, replace(ran.state, round=0), evaluated_too=True) == [lines[0], lines[2]]
     assert read_lines(path) == [lines[0], lines[2]]
 
 

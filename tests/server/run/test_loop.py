@@ -135,7 +135,7 @@ def test_a_quorum_missed_twice_stops_the_run_with_the_last_checkpoint(tmp_path):
         run_rounds(ctx, toy_state())
     assert (caught.value.exit_status, caught.value.code) == (3, "quorum-not-met")
     assert str(tmp_path / "checkpoint") in str(caught.value)
-    state = checkpoint.load(tmp_path / "checkpoint", ctx.config.sha256, SPEC.sha256)
+    state = checkpoint.load(tmp_path / "checkpoint", ctx.config.fixed, SPEC.sha256)
     assert state.round == 1
     assert np.array_equal(state.vector, np.full(SPEC.size, 0.25, np.float32))
 
@@ -245,7 +245,7 @@ def test_a_request_to_stop_keeps_the_last_checkpoint(tmp_path):
     with pytest.raises(Interrupted) as caught:
         run_rounds(ctx, toy_state())
     assert caught.value.exit_status == 130
-    assert checkpoint.load(tmp_path / "checkpoint", ctx.config.sha256, SPEC.sha256).round == 1
+    assert checkpoint.load(tmp_path / "checkpoint", ctx.config.fixed, SPEC.sha256).round == 1
 
 
 def test_a_model_that_is_no_longer_finite_is_not_checkpointed(tmp_path):
@@ -254,10 +254,10 @@ def test_a_model_that_is_no_longer_finite_is_not_checkpointed(tmp_path):
     ctx = toy_context(tmp_path, toy_app(["a", "b"], by_site({"a": 1e38, "b": 1e38})), 2, config)
     ctx.roster.wait(lambda count: None)
     start = replace(toy_state(), vector=np.full(SPEC.size, 3e38, np.float32))
-    checkpoint.save(tmp_path / "checkpoint", start, ctx.config.sha256, SPEC.sha256)
+    checkpoint.save(tmp_path / "checkpoint", start, ctx.config.fixed, SPEC.sha256)
     with np.errstate(over="ignore"), pytest.raises(TrainingError, match="not finite"):
         run_rounds(ctx, start)
-    assert checkpoint.load(tmp_path / "checkpoint", ctx.config.sha256, SPEC.sha256).round == 0
+    assert checkpoint.load(tmp_path / "checkpoint", ctx.config.fixed, SPEC.sha256).round == 0
 
 
 def test_a_finished_run_goes_on_to_nothing(tmp_path):

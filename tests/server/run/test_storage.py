@@ -61,7 +61,43 @@ def test_a_lock_is_seen_by_another_process_and_ends_with_it(tmp_path):
 def test_a_run_is_not_written_over_another(tmp_path):
     """Catches: a second run of the same name that mixes its files with the first's."""
     (enter(tmp_path / "run") / "config.toml").touch()
+    for name, content in BEGUN.items():
+        path = tmp_path / "run" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        assert code_of(lambda: enter(tmp_path / "run")) == "run-exists", name
+        path.unlink()
+    enter(tmp_path / "run")
+    (tmp_path / "run" / "config.toml").unlink()
+    (tmp_path / "run" / "notes.txt").touch()  # somebody else's folder
     assert code_of(lambda: enter(tmp_path / "run")) == "run-exists"
+
+
+BEGUN = {
+    "checkpoint/round-000001-ab.safetensors": "",
+    "checkpoint/current.json": "{}",
+    "metrics.jsonl": '{"round": 1}\n',
+    "summary.json": "{}",
+}
+"""Files of a run that has something to lose."""
+
+
+@pytest.mark.parametrize("line", ['{"round": 0}\n', '{"round": 1, "voided": true}\n'])
+def test_a_run_of_which_no_round_was_done_is_started_again(tmp_path, line):
+    """Catches: a start that found no sites, after which neither the same command nor any other name is free."""
+    folder = enter(tmp_path / "run")
+    (folder / "config.toml").touch()
+    (folder / "audit.jsonl").touch()
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "round-000000-ab.safetensors").touch()
+    (folder / "metrics.jsonl").write_text(line)
+    storage.clear_start(enter(folder))
+    assert sorted(path.name for path in folder.iterdir() if path.name != ".lock") == [
+        "audit.jsonl",
+        "checkpoint",
+        "config.toml",
+    ]
+    assert not list((folder / "checkpoint").iterdir())
 
 
 def test_a_start_that_failed_early_does_not_take_the_name(tmp_path):
