@@ -17,6 +17,7 @@ from tsugiki.common.errors import UsageError
 from tsugiki.common.model.linear_head import LinearHead, warm_head_of
 from tsugiki.common.model.rates import with_rates
 from tsugiki.common.privacy.planning import make_plan
+from tsugiki.common.settings import FIRST_TIMEOUT_S
 from tsugiki.common.wire.arrays import encode
 from tsugiki.common.wire.flower import identify_process, set_message_id
 from tsugiki.common.wire.messages import (
@@ -65,13 +66,14 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
         unmasked = {"secure_aggregation": False, "target_epsilon": 0.0, "min_sites": 2}  # more sites need masks
         config = changed(config.with_plan(plan), {f"privacy.{key}": value for key, value in unmasked.items()})
         app = make_app(lambda context: replace(quiet, policy=SitePolicy(seeded_noise=quiet.policy.seeded_noise)))
+    timeout_s = config.strategy.round_timeout_s
     request = TrainRequest(
         config=config.for_sites(plan),
         round=1,
         spec_sha256=graft.spec.sha256,
         schedule_start=0.0,
         schedule_stop=1.0 / config.run.rounds,
-        deadline_s=config.strategy.round_timeout_s,
+        deadline_s=FIRST_TIMEOUT_S if timeout_s == "auto" else timeout_s,
         nonce="0" * 16,
         clients="",
     )

@@ -93,6 +93,17 @@ AutoSeconds = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_second
 """A time in seconds; "auto": it follows from the run."""
 
 
+def _auto_or_time(value: Any) -> Any:
+    """Return "auto", or a time above 0, in seconds."""
+    if value == 0 and not isinstance(value, bool):
+        raise ValueError(f'"auto", or a number of seconds above 0, to {MOST_SECONDS}')
+    return _auto_or_seconds(value)
+
+
+RoundTimeout = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_time)]
+"""A time above 0, in seconds; "auto": it follows from the pace of the sites."""
+
+
 def _number_or_names(value: Any) -> Any:
     """Return a number of sites, or a tuple of their names, from a number, a list or a text."""
     if isinstance(value, str):
@@ -215,6 +226,9 @@ class AdapterSettings(NamingSettings):
     )
 
 
+FIRST_TIMEOUT_S = 14_400.0
+"""With `strategy.round_timeout_s = "auto"`: how long a round lasts at most as long as nobody's pace is known."""
+
 OPERATORS_WAITS = ("start_with", "wait_for_quorum_s", "grace_s", "partial_updates", "late_updates")
 """The settings of a strategy that say how the server waits: sites do not receive them, and no result is hashed with
 them."""
@@ -238,12 +252,12 @@ class StrategySettings(Section):
         description="The quorum: with fewer accepted replies a round is void, and is tried once more. Raise it so "
         "that a few sites cannot decide a round.",
     )
-    round_timeout_s: float = Field(
-        default=600.0,
-        gt=0,
-        le=604_800,
-        description="How long the server waits for replies in a round; later replies count as dropouts. Raise it "
-        "when sites train longer.",
+    round_timeout_s: RoundTimeout = Field(
+        default="auto",
+        description="How long the server waits for replies in a round; later replies count as dropouts. "
+        '"auto" is four times what the slowest site needed the last time, at least ten minutes; as long as no site '
+        "has trained, it is four hours, and from the first quorum on four times what that took. Set a number if rounds "
+        "must end at a known time.",
     )
     connect_timeout_s: float = Field(
         default=120.0,

@@ -139,7 +139,7 @@ def collect(
     """
     arrays = encode(state.vector, ctx.spec)
     names = {member.node_id: member.name for member in cohort}
-    timeout_s = ctx.config.strategy.round_timeout_s
+    timeout_s = ctx.round_timeout_s
 
     def request(nonce: str, node: int) -> RecordDict:
         drawn = None if clients is None else clients[names[node]]
@@ -166,7 +166,7 @@ def collect(
 
 def _deadline_s(ctx: RunContext, site: str) -> float:
     """Return how long a site may train before it sends what it has: its time without what the transfer may take."""
-    time_s = ctx.roster.silence.deadline_s(site, ctx.config.strategy.round_timeout_s, ctx.grace_s)
+    time_s = ctx.roster.silence.deadline_s(site, ctx.round_timeout_s, ctx.grace_s)
     return max(time_s / 2, TRAINING_SHARE * time_s - POLLING_S)
 
 
@@ -186,7 +186,7 @@ def train_request(ctx: RunContext, round_number: int, nonce: str, clients: list[
         spec_sha256=ctx.spec.sha256,
         schedule_start=(round_number - 1) / rounds,
         schedule_stop=round_number / rounds,
-        deadline_s=ctx.config.strategy.round_timeout_s,
+        deadline_s=ctx.round_timeout_s,
         nonce=nonce,
         clients=",".join(map(str, clients or [])),
     )
@@ -221,7 +221,7 @@ def receive(
             return enough(verdicts.passed.values())
         return sum(one.clients for one in verdicts.passed.values()) >= ctx.quorum
 
-    timeout_s = timeout_s or ctx.config.strategy.round_timeout_s
+    timeout_s = timeout_s or ctx.round_timeout_s
     waiting = _wait_for(ctx, "train", asked, messages, timeout_s, ctx.grace_s)
     waiting.settle(has_quorum)
     for one in asked.values():
@@ -340,9 +340,10 @@ def _wait_for(
         kind=messages[0].metadata.message_type if messages else "",
         missing={one.site for one in asked.values()},
         deadline=Deadline(timeout_s * (len(messages) if ctx.grid.sequential else 1)),
-        patience_s=ctx.config.strategy.round_timeout_s,
+        patience_s=ctx.round_timeout_s,
         grace_s=grace_s,
         simulated=ctx.grid.simulated,
+        adapts=ctx.config.strategy.round_timeout_s == "auto",
     )
 
 
@@ -399,7 +400,7 @@ def evaluate_at_sites(ctx: RunContext, state: State) -> dict[str, dict[str, floa
         return {}
     arrays = encode(state.vector, ctx.spec)
     config = ctx.config_for_sites
-    timeout_s = ctx.config.strategy.round_timeout_s
+    timeout_s = ctx.round_timeout_s
 
     def request(nonce: str, node: int) -> RecordDict:
         return to_record(EvaluateRequest(config, state.round, ctx.spec.sha256, nonce), arrays)

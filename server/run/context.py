@@ -95,6 +95,14 @@ class RunContext:
         return self.config.strategy.grace_s
 
     @property
+    def round_timeout_s(self) -> float:
+        """How long a round waits for replies at most."""
+        seconds = self.config.strategy.round_timeout_s
+        if seconds == "auto":
+            return self.roster.silence.timeout_s()
+        return seconds
+
+    @property
     def takes_partial_updates(self) -> bool:
         """Whether a site that would be late sends what it has by then.
 

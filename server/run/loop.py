@@ -97,6 +97,7 @@ def _train(ctx: RunContext, kind: Round[Replies], state: State) -> State:
         record = kind.record(round_number, cohort, replies) | not_asked
         # with too few clients the model stays as it is, and the round is tried once more
         if replies.clients >= ctx.quorum:
+            _show_timeout(ctx, round_number)
             return _complete(ctx, kind, state, replies, record)
         _void(ctx, attempt, record)
         searching = replies.searching
@@ -112,6 +113,13 @@ def _train(ctx: RunContext, kind: Round[Replies], state: State) -> State:
         f"see audit.jsonl; the model of round {state.round} is kept in {ctx.folder / 'checkpoint'}, "
         f"and --resume {ctx.folder} goes on from it",
     )
+
+
+def _show_timeout(ctx: RunContext, round_number: int) -> None:
+    """Say after round 1 how long rounds wait from now on, if that follows from the pace of the sites."""
+    follows = ctx.config.strategy.round_timeout_s == "auto"
+    if follows and round_number == 1 and not ctx.grid.simulated and not ctx.withholds:
+        ctx.progress.note(f'rounds wait for {ctx.round_timeout_s:.0f} s at most (strategy.round_timeout_s = "auto")')
 
 
 class _Retries:

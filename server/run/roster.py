@@ -348,7 +348,8 @@ class Roster:
 
         content = to_record(HelloRequest(self._config.for_sites(self._plan), __version__))
         if self._grid.sequential:
-            patience_s = self._config.strategy.round_timeout_s  # of each node: they answer one after the other
+            seconds = self._config.strategy.round_timeout_s  # of each node: they answer one after the other
+            patience_s = self.silence.timeout_s() if seconds == "auto" else seconds
         messages = [Message(content, node, "query", ttl=patience_s * 2) for node in nodes]
         replies: dict[int, Message] = {}
         for reply in exchange(self._grid, messages, patience_s, self._stop):

@@ -124,7 +124,7 @@ class Attempt:
         def judge(reply: Message, one: Asked) -> AcceptedStep[Content] | Rejected:
             return check_step(reply, one, lambda received: read(one.site, received))
 
-        timeout_s = min(self.ctx.config.strategy.round_timeout_s, STEP_TIMEOUT_S)
+        timeout_s = min(self.ctx.round_timeout_s, STEP_TIMEOUT_S)
         members = list(self.members.values())
         asked, messages = address(members, self.round_number, f"query.{step}", request, timeout_s)
         passed, rejected = receive(self.ctx, self.round_number, asked, messages, judge, timeout_s, self._enough)
@@ -159,7 +159,7 @@ class Attempt:
             running.add(verdict.levels)
             return verdict.without_levels()
 
-        timeout_s = self.ctx.config.strategy.round_timeout_s
+        timeout_s = self.ctx.round_timeout_s
         members = list(self.members.values())
         asked, messages = address(members, self.round_number, "train.masked", request, timeout_s)
         passed, rejected = receive(self.ctx, self.round_number, asked, messages, judge, timeout_s, self._enough)

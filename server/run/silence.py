@@ -15,12 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from tsugiki.common.settings import FIRST_TIMEOUT_S
 from tsugiki.server.engines.grid import Deadline
 
 LONGEST_REST = 16
 """Most rounds for which a silent site is not asked."""
 LEAST_GRACE_S = 30.0
 """With `strategy.grace_s = "auto"`: how long a round stays open after its quorum at least."""
+LEAST_TIMEOUT_S = 600.0
+PACE_FACTOR = 4.0
+"""With `strategy.round_timeout_s = "auto"`: a round lasts this many times as long as the slowest site needed, or
+`LEAST_TIMEOUT_S` if that is longer."""
 USUAL_FACTOR = 2.0
 """With `strategy.grace_s = "auto"`: a site may take this many times as long as it took the last time."""
 
@@ -87,6 +92,13 @@ class Silence:
     def usual_s(self, kind: str, site: str) -> float | None:
         """Return how long the site took for its last answer to such a message; None: it has never answered one."""
         return self._usual_s.get((kind, site))
+
+    def timeout_s(self) -> float:
+        """Return how long a round may last at the pace of the sites, with `strategy.round_timeout_s = "auto"`."""
+        trained_s = [seconds for (kind, _), seconds in self._usual_s.items() if kind.startswith("train")]
+        if not trained_s:
+            return FIRST_TIMEOUT_S
+        return max(LEAST_TIMEOUT_S, PACE_FACTOR * max(trained_s))
 
     def quorum_came(self, kind: str, seconds: float) -> None:
         """Take note of how long the quorum of the answers to such messages took."""
@@ -190,6 +202,7 @@ class Waiting:
         patience_s: how long a silent site may be waited for in all, after all others.
         grace_s: how long the wait goes on after the quorum; "auto": see `StrategySettings.grace_s`.
         simulated: sites are late because of each other: the deadline stays, and nobody counts as silent.
+        adapts: whether the quorum's pace may bring the deadline forward: `strategy.round_timeout_s = "auto"`.
     """
 
     silence: Silence
@@ -200,6 +213,7 @@ class Waiting:
     patience_s: float
     grace_s: float | Literal["auto"]
     simulated: bool
+    adapts: bool = False
     _timeout_s: float = field(init=False)
     _last_s: float | None = field(init=False, default=None)  # None: nobody has answered
     _quorum_s: float | None = field(init=False, default=None)
@@ -231,6 +245,8 @@ class Waiting:
                 return
             self._quorum_s = self.deadline.elapsed_s
             self.silence.quorum_came(self.kind, self._quorum_s)
+            if self.adapts:
+                self._timeout_s = min(self._timeout_s, max(LEAST_TIMEOUT_S, PACE_FACTOR * self._quorum_s))
         quorum_s = self._quorum_s
         self.deadline.after_s = max((self._ends_s(site, quorum_s) for site in self.missing), default=self._timeout_s)
 

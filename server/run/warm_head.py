@@ -109,7 +109,7 @@ def _collect(
     """Ask all sites for their sums; return the accepted and the rejected replies by site name, and the bytes."""
     arrays = encode(graft.initial, graft.spec)
     config = ctx.config_for_sites
-    timeout_s = ctx.config.strategy.round_timeout_s
+    timeout_s = ctx.round_timeout_s
 
     def request(nonce: str, node: int) -> RecordDict:
         return to_record(HeadSumsRequest(config, 0, ctx.spec.sha256, nonce), arrays)

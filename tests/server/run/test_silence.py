@@ -1,5 +1,6 @@
 """Sites that answer their hello and then nothing: what they cost, and when they are asked again."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,11 @@ from tsugiki.common.audit import verify
 from tsugiki.common.config.parse import changed
 from tsugiki.common.errors import QuorumNotMet
 from tsugiki.common.files import read_lines
+from tsugiki.common.settings import FIRST_TIMEOUT_S
 from tsugiki.common.wire.messages import TrainRequest, from_record
 from tsugiki.server.run.collect import evaluate_at_sites
 from tsugiki.server.run.loop import run_rounds
-from tsugiki.server.run.progress import describe
+from tsugiki.server.run.progress import Progress, describe
 from tsugiki.server.run.silence import LONGEST_REST, Silence
 
 SITES = ["a", "b", "c"]
@@ -230,6 +232,49 @@ def test_a_site_that_has_become_slow_gets_a_second_chance(tmp_path, clock):
     config = config_of(tmp_path, rounds=5)
     run_slow(tmp_path, clock, lambda site, number: 200.0 if site == "c" and number > 1 else 5.0, config)
     assert ["c" in line["accepted"] for line in lines(tmp_path)] == [True, False, False, True, True]
+
+
+@pytest.mark.parametrize(("work_s", "closes_s"), [(1.0, 600.0), (300.0, 1200.0), (2000.0, 8000.0)])
+def test_the_time_out_suits_the_work(tmp_path, clock, work_s, closes_s):
+    """Catches: a fixed time-out: rounds of half an hour that are void, short ones that wait for hours."""
+    config = config_of(tmp_path, rounds=2, round_timeout_s="auto")
+    _, seconds = run_slow(tmp_path, clock, lambda site, number: NEVER if site == "c" else work_s, config)
+    assert [sorted(line["accepted"]) for line in lines(tmp_path)] == [["a", "b"]] * 2
+    assert seconds - work_s == pytest.approx(closes_s, abs=2.0)
+
+
+def test_the_time_out_follows_the_slowest_site():
+    """Catches: a time-out by the fastest site, or one that is shorter than a site's usual time."""
+    silence = Silence()
+    assert silence.timeout_s() == FIRST_TIMEOUT_S
+    silence.answered("evaluate", "c", 5000.0)
+    assert silence.timeout_s() == FIRST_TIMEOUT_S
+    silence.answered("train", "a", 10.0)
+    assert silence.timeout_s() == 600.0
+    silence.answered("train.masked", "b", 1000.0)
+    assert silence.timeout_s() == 4000.0
+
+
+def test_the_operator_is_shown_the_time_out(tmp_path, clock):
+    """Catches: a time-out that nobody can know."""
+    shown = Shown()
+    config = config_of(tmp_path, rounds=3, round_timeout_s="auto")
+    ctx = slow_context(tmp_path, SITES, clock, takes(200.0), config, progress=shown)
+    run_rounds(ctx, toy_state())
+    found = [note for note in shown.notes if "round_timeout_s" in note]
+    assert len(found) == 1
+    assert re.search(r"for 80[0-4] s at most", found[0])
+
+
+class Shown(Progress):
+    """Keeps the notes."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        """Keep it."""
+        self.notes.append(text)
 
 
 TEN = [f"s{index}" for index in range(10)]
