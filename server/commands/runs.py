@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +15,8 @@ import typer
 
 from tsugiki.common.errors import ExportError, UsageError
 from tsugiki.common.files import to_json
-from tsugiki.common.options import Json, RunFile, Set
+from tsugiki.common.keys import read_private
+from tsugiki.common.options import Json, RunFile, Set, Verbose
 from tsugiki.server.commands.keys import KeysFolder
 
 if TYPE_CHECKING:
@@ -139,6 +141,9 @@ def serve(
     file: OptionalRunFile = None,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where sites connect.")] = "127.0.0.1:9092",
     tls: Annotated[Path, typer.Option("--tls", metavar="DIR", help="From `tsugiki certs`.")] = Path("tls"),
+    passphrase: Annotated[
+        Path | None, typer.Option("--tls-passphrase", metavar="FILE", help="That of the server's key; default: ask.")
+    ] = None,
     keys: KeysFolder = Path("keys"),
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no keys; on loopback only.")] = False,
     wait_s: Annotated[
@@ -150,6 +155,7 @@ def serve(
     export: Export = True,
     overrides: Set = None,
     as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run a federation over a network: a SuperLink, and the run on it, until the run is over."""
     from tsugiki.server.deploy.certs import CertificateFiles
@@ -163,10 +169,30 @@ def serve(
     config = _read_run("serve", file, resume, previous, assignments)
     progress = choose()
     certificates = None if insecure else CertificateFiles(tls)
-    deployment = Deployment(listen, certificates, keys, superlink, progress.note)
+    asked = partial(_tls_passphrase, passphrase)
+    deployment = Deployment(listen, certificates, keys, superlink, progress.note, asked)
     with stop_on_signals() as stop:
         outcome = run(config, deployment, resume=resume is not None, previous=previous, progress=progress, stop=stop)
     _finish(outcome.folder, outcome.summary, with_export=export, as_json=as_json)
+
+
+def _tls_passphrase(file: Path | None, key: Path) -> bytes:
+    """Return the passphrase of the server's key, from a file or else from a terminal.
+
+    Raises:
+        LinkError: `key-missing` or `key-permissions`, the file cannot be used.
+        UsageError: `tls-key`, there is no file, and nobody to ask.
+    """
+    if file is not None:
+        return read_private(file).rstrip(b"\r\n")
+    if not sys.stdin.isatty():
+        raise UsageError(
+            f"the key {key} has a passphrase",
+            "--tls-passphrase FILE with it, or a terminal on which it can be asked for",
+            "write it to a file with mode 0600; or make a key without: openssl pkey -in KEY -out NEW",
+            code="tls-key",
+        )
+    return str(typer.prompt(f"passphrase of {key}", hide_input=True, err=True)).encode()
 
 
 @app.command(epilog="Example: tsugiki compare examples/sst2.toml --set run.rounds=3")
