@@ -120,9 +120,13 @@ def test_a_refused_site_that_is_mended_comes_back_without_a_restart(tmp_path, mo
     insecure = ["--insecure", "--no-export"]
     with started() as start:
         server, clients = serve_and_join(start, tmp_path, config, insecure, insecure[:1], files)
-        clients[1].wait_for("hello: shard-encoding", 60)
+        clients[1].wait_for("hello: shard-encoding", 120)
+        audit, ends = tmp_path / "runs" / "run" / "audit.jsonl", time.monotonic() + 120
+        while '"refused"' not in audit.read_text():  # the server now leaves the site alone for 30 s
+            assert time.monotonic() < ends, server.text()
+            time.sleep(0.1)
         rows.write_bytes(right)
-        clients[1].wait_for("the data has changed since the last hello(?s:.*)hello: done", 60)
+        clients[1].wait_for("the data has changed since the last hello(?s:.*)hello: done", 120)
         assert server.wait(120) == 0, server.text() + clients[1].text()
     events = verify(tmp_path / "runs" / "run" / "audit.jsonl")
     assert [event["accepted"] for event in events if event["event"] == "round"] == [["site-0", "site-1"]] * 2
