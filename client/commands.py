@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tsugiki.common.address import LOOPBACK, split_address
+from tsugiki.common.address import LOOPBACK, server_address, split_address
 from tsugiki.common.errors import UsageError
 from tsugiki.common.files import to_json
-from tsugiki.common.options import Json, Plot, RunFile, Set
+from tsugiki.common.options import Json, Plot, RunFile, Set, Verbose
 
 if TYPE_CHECKING:
     from tsugiki.client.node.link import Link
@@ -33,9 +33,13 @@ app.add_typer(site_app, name="site")
     "tsugiki client --dry-run federation.toml"
 )
 def client(
-    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server; default: site.toml's.")] = "",
+    server: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="The server, or https://HOST:PORT; default: site.toml's.")
+    ] = "",
     site_file: Annotated[Path, typer.Option("--site", help="The site's file.")] = Path("site.toml"),
-    ca: Annotated[Path | None, typer.Option("--ca", help="The federation's CA certificate.")] = None,
+    ca: Annotated[
+        str, typer.Option(metavar="FILE", help="The federation's CA certificate; system: the CAs of this machine.")
+    ] = "",
     key: Annotated[Path | None, typer.Option("--key", help="This node's private key.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no key; on loopback only.")] = False,
     retry_s: Annotated[
@@ -48,6 +52,7 @@ def client(
     ] = 600,
     dry_run: Annotated[Path | None, typer.Option(metavar="FILE", help="Show what would be sent; send nothing.")] = None,
     overrides: Set = None,
+    verbose: Verbose = False,
 ) -> None:
     """Take part with this site's data: connect to a server and answer it until stopped."""
     if dry_run is not None:
@@ -63,12 +68,12 @@ def client(
     from tsugiki.client.node.connection import Connection
     from tsugiki.client.node.kept_answer import KeptAnswer
     from tsugiki.client.node.node import Ending, Node
-    from tsugiki.client.site.site import read_site
+    from tsugiki.client.site.site import read_site, stamp
 
     site = read_site(site_file)
     private: Path | None = None
     if not insecure:
-        private = key or site.server.path(site.folder, "key")
+        private = key or site.server.key_path(site.folder)
     link = _link(site, server, ca, private, insecure=insecure, retry_s=retry_s)
     site.check_records()  # before the server is asked for anything: every answer would be refused
     # The app signs keys of secure aggregation with the key of this connection.
@@ -83,7 +88,7 @@ def client(
             for trusted in site.policy.taken_on_trust():
                 shown.note(trusted)
             kept = KeptAnswer(site.folder / f".{site.name}.undelivered")
-            Node(client_app, connection, node_config, shown, ending, kept).run()
+            Node(client_app, connection, node_config, shown, ending, kept, lambda: stamp(site_file)).run()
         except Stopping:
             pass  # there is nobody to say goodbye to
         finally:
@@ -91,15 +96,13 @@ def client(
         shown.note("disconnected")
 
 
-def _link(
-    site: FileSite, server: str, ca: Path | None, private: Path | None, *, insecure: bool, retry_s: float
-) -> Link:
+def _link(site: FileSite, server: str, ca: str, private: Path | None, *, insecure: bool, retry_s: float) -> Link:
     """Return the server's address and this site's credentials, from the command line or else from site.toml.
 
     Args:
         site: this site.
         server: its address; empty: site.toml's.
-        ca: the CA's certificate; None: site.toml's.
+        ca: the file with the CA's certificate, or "system"; empty: site.toml's.
         private: the private key of this node; None: it has none.
         insecure: whether the connection has no TLS.
         retry_s: for how long the first connection is tried.
@@ -107,7 +110,7 @@ def _link(
     Raises:
         UsageError: no server is named, the connection would not be encrypted, or a file cannot be read.
     """
-    from tsugiki.client.node.link import Link
+    from tsugiki.client.node.link import Link, trusted_cas
     from tsugiki.common.keys import read_private_key
 
     address = server or site.server.address
@@ -117,20 +120,20 @@ def _link(
             "--server HOST:PORT, or [server] address in site.toml",
             "ask the operator of the federation for it",
         )
-    split_address(address)
-    authority: Path | None = None
+    address = server_address(address, tls=not insecure)
+    authority = ""
     if not insecure:
-        authority = ca or site.server.path(site.folder, "ca")
+        authority = ca or site.server.authority(site.folder)
     _check_security(address, insecure, authority)
     return Link(
         address,
-        None if authority is None else _read_certificate(authority),
+        trusted_cas(authority) if authority else None,
         None if private is None else read_private_key(private),
         retry_s,
     )
 
 
-def _check_security(address: str, insecure: bool, authority: Path | None) -> None:
+def _check_security(address: str, insecure: bool, authority: str) -> None:
     """Check that the connection will be encrypted, or stays on loopback.
 
     Raises:
@@ -142,18 +145,13 @@ def _check_security(address: str, insecure: bool, authority: Path | None) -> Non
             "an address on loopback",
             "give --ca and --key, and leave --insecure out",
         )
-    if not insecure and authority is None:
+    if not insecure and not authority:
         raise UsageError(
-            "no CA certificate", "--ca FILE, or [server] ca in site.toml", "ask the operator of the federation for it"
+            "no CA certificate",
+            "--ca FILE, or [server] ca in site.toml",
+            "ask the operator of the federation for it; or --ca system, if a public or company CA has signed the "
+            "server's certificate",
         )
-
-
-def _read_certificate(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        why = error.strerror or type(error).__name__
-        raise UsageError(f"cannot read {path}: {why}", "the federation's CA certificate") from error
 
 
 def _print_dry_run(site_file: Path, run: Path, overrides: Sequence[str]) -> None:

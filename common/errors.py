@@ -43,11 +43,15 @@ KnownCode = Literal[
     "server-unreachable",  # nobody answers at this address
     "server-unknown",  # no machine has this name
     "server-refused",  # the server refuses the node for another reason
+    "proxy-invalid",  # the environment names a proxy that is no HTTP proxy
+    "proxy-refused",  # the proxy does not connect to the server
     "tls-required",  # the server speaks TLS, the client does not
     "tls-missing",  # the client speaks TLS, the server does not
     "tls-wrong-ca",  # the certificate was signed by another CA
     "tls-ca-invalid",  # the file given as the CA's holds no certificate
     "tls-expired",  # the certificate has expired, or is not valid yet
+    "tls-key",  # the server's key has another passphrase, or belongs to another certificate
+    "tls-chain",  # the server lacks the certificate of an intermediate CA
     "tls-wrong-name",  # the certificate is for another name or address
     "key-required",  # the server takes registered keys only
     "key-refused",  # the key is not registered, revoked, or in use

@@ -147,7 +147,9 @@ def write_atomically(path: Path, *parts: bytes | memoryview, mode: int = 0o666) 
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush the names of a folder's files to the disk."""
+    """Flush the names of a folder's files to the disk. No-op on Windows, which opens no folder."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

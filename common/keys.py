@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 
 LONGEST_FILE_BYTES = 10_000
+_HAS_MODES = hasattr(os, "geteuid")
+"""Whether the mode of a file says who can read it. On Windows it says the same of every file."""
 
 POINT_BYTES = 49
 """Length of a public key on P-384 as a compressed point."""
@@ -77,6 +79,8 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
 def read_private(path: Path) -> bytes:
     """Return a secret file's content.
 
+    Windows' permissions are not looked at: a file there is as secret as its folder.
+
     Raises:
         LinkError: `key-missing`, or `key-permissions`: others on this machine can read it.
     """
@@ -87,7 +91,7 @@ def read_private(path: Path) -> bytes:
         raise LinkError(
             f"cannot read {path}: {error.strerror}", "a private key file", "check the path", code="key-missing"
         ) from error
-    if stat.S_IMODE(mode) & 0o077:
+    if _HAS_MODES and stat.S_IMODE(mode) & 0o077:
         raise LinkError(
             f"the key {path} can be read by others ({stat.S_IMODE(mode):04o})",
             "mode 0600",

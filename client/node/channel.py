@@ -23,6 +23,8 @@ from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
 from tsugiki.client.node.link import Link
+from tsugiki.client.node.proxy import grpc_options, proxy_for
+from tsugiki.common.address import split_address
 from tsugiki.common.errors import LinkError
 from tsugiki.common.wire.flower import CALL_OPTIONS
 
@@ -45,7 +47,7 @@ RECONNECTION = (
     ("grpc.min_reconnect_backoff_ms", 10_000),  # how long one attempt may take
     ("grpc.use_local_subchannel_pool", 1),  # else a channel that is opened anew inherits the pause of the one before
 )
-"""gRPC's options of a client's channel, beside those of both sides."""
+"""gRPC's options of a client's channel, beside those of both sides and those about a proxy."""
 OF_A_RUN = ("PullObject", "ConfirmMessageReceived", "PushMessages", "PushObject")
 """The calls about a message of a run."""
 TEMPORARY = (
@@ -86,6 +88,9 @@ class Channel:
         keys: the node's private and public key, with which every call is signed.
         stopped: asked between tries; True ends them.
         note: called with each message for the site's operator.
+
+    Raises:
+        LinkError: `proxy-invalid`, the environment names a proxy that cannot be used.
     """
 
     def __init__(
@@ -105,7 +110,8 @@ class Channel:
     def _open(self) -> None:
         """Open a channel whose calls are signed, in place of the channel before."""
         self.close()
-        options = (*CALL_OPTIONS, *RECONNECTION)
+        host, _ = split_address(self.link.address)
+        options = (*CALL_OPTIONS, *RECONNECTION, *grpc_options(proxy_for(host)))
         if self.link.root_certificates is None:
             channel = grpc.insecure_channel(self.link.address, options)
         else:

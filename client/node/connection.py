@@ -172,6 +172,10 @@ class Connection:
             self._activate_anew()
         return None
 
+    def come_back(self) -> None:
+        """Leave at the next look without a message, and come back, so that the server says hello anew."""
+        self._lost = True
+
     def pull(self, envelope: Message, tree: ObjectTree, timeout_s: float) -> Message:
         """Return the whole message.
 

@@ -1,17 +1,18 @@
 """Why a node cannot connect. gRPC only reports that a handshake failed; TLS itself knows why.
 
-After a failed call, the server's port is tried with Python's own TLS, whose verdict becomes an error.
+After a failed call, the server's port is tried with Python's own TLS, whose verdict becomes an error. If gRPC goes
+through a proxy, so does this.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 import ssl
 from typing import TYPE_CHECKING
 
 from flwr.supercore.error import ApiErrorCode, FlowerError
 
+from tsugiki.client.node.proxy import ConnectRefused, Proxy, proxy_for
 from tsugiki.common.address import split_address
 from tsugiki.common.errors import LinkError
 
@@ -24,34 +25,80 @@ _EXPIRED = 10
 _NOT_YET = 9
 _UNKNOWN_NAMES = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 """What DNS answers about a name that does not exist. Its other errors are of the network."""
-_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
-_NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy")
-"""Where gRPC looks for a proxy, and for names without one; the first counts (its doc/environment_variables.md)."""
 _WRONG_NAMES = (62, 64)  # X509_V_ERR_* of OpenSSL's x509_vfy.h
+_AUTHENTICATION_REQUIRED = 407
+_SERVER_ERRORS = 500
 
 
 def why_not(link: Link) -> LinkError:
     """Return why this node cannot connect to the server; `server-unreachable` if the network is the only cause."""
     host, port = split_address(link.address)
     try:
-        with socket.create_connection((host, port), PROBE_TIMEOUT_S) as raw:
-            return _without_tls(link, raw) if link.root_certificates is None else _with_tls(link, raw, host)
-    except socket.gaierror as error:
-        return _name_problem(link, host, error)
+        proxy = proxy_for(host)
+    except LinkError as error:
+        return error
+    try:
+        with _connected(host, port, proxy) as raw:
+            return _without_tls(link, raw) if link.root_certificates is None else _with_tls(link, raw, host, proxy)
+    except ConnectRefused as refusal:
+        return _proxy_refusal(link, f"{proxy} answers {refusal}", refusal.status)
+    except OSError as error:
+        return _network_problem(link, host, proxy, error)
     except UnicodeError:  # a part of the name is empty, or longer than DNS allows
         return _unknown(host)
-    except OSError as error:
-        reason = "timed out" if isinstance(error, TimeoutError) else (error.strerror or type(error).__name__)
-        return _unreachable(link, reason.lower())
 
 
-def _name_problem(link: Link, host: str, error: socket.gaierror) -> LinkError:
-    """Return the error of a name that has no address here."""
-    if error.errno not in _UNKNOWN_NAMES:
+def _connected(host: str, port: int, proxy: Proxy | None) -> socket.socket:
+    """Return a connection to a server, through a proxy or directly.
+
+    Raises:
+        ConnectRefused: the proxy does not connect to the server.
+        OSError: the proxy, or the server without a proxy, cannot be reached.
+    """
+    if proxy is None:
+        return socket.create_connection((host, port), PROBE_TIMEOUT_S)
+    return proxy.connect(host, port, PROBE_TIMEOUT_S)
+
+
+def _network_problem(link: Link, host: str, proxy: Proxy | None, error: OSError) -> LinkError:
+    """Return the error of a connection that cannot be opened."""
+    if proxy is not None:
+        return _unreachable(link, f"{proxy} does not answer: {_reason(error)}")
+    if isinstance(error, socket.gaierror) and error.errno in _UNKNOWN_NAMES:
+        return _unknown(host)
+    if isinstance(error, socket.gaierror):
         return _unreachable(link, f"DNS does not answer for {host!r}")
-    if variable := _proxy_variable(host):
-        return _unreachable(link, f"only the proxy of the variable {variable} may know {host!r}")
-    return _unknown(host)
+    return _unreachable(link, _reason(error))
+
+
+def _reason(error: OSError) -> str:
+    """Return why a machine cannot be reached, in words."""
+    if isinstance(error, socket.gaierror):
+        return "DNS does not know its name" if error.errno in _UNKNOWN_NAMES else "DNS does not answer"
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    return (error.strerror or type(error).__name__).lower()
+
+
+def _proxy_refusal(link: Link, problem: str, status: int) -> LinkError:
+    """Return the error of a proxy that answers, and does not connect to the server.
+
+    Args:
+        link: the server.
+        problem: the proxy and its answer, in words.
+        status: of its answer, as in HTTP.
+    """
+    if status >= _SERVER_ERRORS:  # perhaps the server is away, and comes back
+        return _unreachable(link, problem)
+    hint = "ask those who run the proxy to allow it, or name the server in no_proxy if it is reached without"
+    if status == _AUTHENTICATION_REQUIRED:
+        hint = "put user and password into the variable, as in http://USER:PASSWORD@HOST:PORT"
+    return LinkError(
+        f"{problem} when it is asked for {link.address}",
+        "a proxy that lets CONNECT through to the server's host and port",
+        hint,
+        code="proxy-refused",
+    )
 
 
 def _unknown(host: str) -> LinkError:
@@ -61,17 +108,6 @@ def _unknown(host: str) -> LinkError:
         "check --server",
         code="server-unknown",
     )
-
-
-def _proxy_variable(host: str) -> str:
-    """Return the variable with the proxy through which gRPC connects to a host, and which looks for its name there.
-
-    Empty: gRPC connects to it directly.
-    """
-    direct = next((os.environ[name] for name in _NO_PROXY_VARIABLES if os.environ.get(name)), "")
-    if any(host.endswith(ending.strip()) for ending in direct.split(",") if ending.strip()):
-        return ""
-    return next((name for name in _PROXY_VARIABLES if os.environ.get(name)), "")
 
 
 def _without_tls(link: Link, raw: socket.socket) -> LinkError:
@@ -93,8 +129,8 @@ def _without_tls(link: Link, raw: socket.socket) -> LinkError:
         return _unreachable(link, "it does not answer as a server of this kind")
 
 
-def _with_tls(link: Link, raw: socket.socket, host: str) -> LinkError:
-    """Return the error of a connection with TLS, such as a bad certificate."""
+def _with_tls(link: Link, raw: socket.socket, host: str, proxy: Proxy | None) -> LinkError:
+    """Return the error of a connection with TLS, such as a bad certificate. `proxy` is what it leads through."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
     try:
@@ -105,7 +141,7 @@ def _with_tls(link: Link, raw: socket.socket, host: str) -> LinkError:
         with context.wrap_socket(raw, server_hostname=host):
             return _unreachable(link, "it does not answer as a server of this kind")
     except ssl.SSLCertVerificationError as error:
-        return _certificate_problem(link, host, error)
+        return _certificate_problem(link, host, proxy, error)
     except ssl.SSLError as error:
         if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
             return LinkError(
@@ -117,7 +153,7 @@ def _with_tls(link: Link, raw: socket.socket, host: str) -> LinkError:
         return _unreachable(link, f"TLS fails: {error.reason}")
 
 
-def _certificate_problem(link: Link, host: str, error: ssl.SSLCertVerificationError) -> LinkError:
+def _certificate_problem(link: Link, host: str, proxy: Proxy | None, error: ssl.SSLCertVerificationError) -> LinkError:
     """Return the error of a bad certificate, by OpenSSL's code."""
     if error.verify_code in (_EXPIRED, _NOT_YET):
         word = "has expired" if error.verify_code == _EXPIRED else "is not valid yet"
@@ -134,10 +170,16 @@ def _certificate_problem(link: Link, host: str, error: ssl.SSLCertVerificationEr
             f"have the operator run `tsugiki certs --host {host}`, or connect by a name that is in it",
             code="tls-wrong-name",
         )
+    hint = (
+        "ask the operator for its ca.crt, over a channel that you trust, and whether the server sends the certificates "
+        "of intermediate CAs"
+    )
+    if proxy is not None:
+        hint += f"; or {proxy} opens connections (TLS inspection): then ask those who run it to leave this host out"
     return LinkError(
         f"the certificate of {link.address} was not signed by the CA given with --ca",
         "the CA of this federation",
-        "ask the operator for its ca.crt, over a channel that you trust",
+        hint,
         code="tls-wrong-ca",
     )
 

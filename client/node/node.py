@@ -8,9 +8,11 @@ code that the server ships. This one answers with the ClientApp that is installe
 
 from __future__ import annotations
 
+import _thread
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,20 +35,33 @@ SHORTEST_PAUSE_S = 0.02
 LONGEST_PAUSE_S = 3.0
 PAUSE_GROWTH = 1.1
 """The pause grows to a tenth of the time since the last message: so polling adds at most a tenth to a wait."""
-_ASKED_ANEW = ("query", "evaluate")
+LOOK_S = 5.0
+"""How often a node that has only said hello looks whether its site has changed."""
+REST_S = 60.0
+"""How long it looks no more after it has come back for that: data may change all the time."""
+_HELLO = "query"
+_ASKED_ANEW = (_HELLO, "evaluate")
 """Kinds of messages that are answered anew if asked twice: a hello is about now, and an evaluation has no effect."""
 CONTEXTS = 4
 """Number of runs whose state a node keeps at once."""
 GRACE_S = 5.0
 """Time that the current message may still take after the first signal, and then the time that sending may take."""
+_ENDING_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+"""What asks a process to end. SIGBREAK is Ctrl-Break on Windows."""
 
 
 class Ending:
-    """Ends the node: the first signal after the current message or the grace period, the second one at once."""
+    """Ends the node: the first signal after the current message or the grace period, the second one at once.
+
+    The clock of the grace period is a thread, because Windows has no signal of a clock.
+    """
 
     def __init__(self) -> None:
         self.requested = False
         self._interruptible = False
+        self._clock: threading.Timer | None = None
+        self._rings_at = 0.0
+        self._rang = False
 
     def __call__(self) -> bool:
         """Return whether the node is to end."""
@@ -54,17 +69,14 @@ class Ending:
 
     @contextmanager
     def handling_signals(self) -> Iterator[None]:
-        """Take over SIGINT, SIGTERM and SIGALRM inside a `with` block."""
-        handlers: dict[signal.Signals, Any] = {
-            signal.SIGINT: self._asked,
-            signal.SIGTERM: self._asked,
-            signal.SIGALRM: self._grace_is_over,
-        }
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        """Take over the signals that ask a process to end inside a `with` block. Only for the main thread."""
+        before = {number: signal.signal(number, self._asked) for number in _ENDING_SIGNALS}
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._stop_clock()
+            if self._clock is not None:
+                self._clock.join()  # else it could interrupt who comes after us
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -73,21 +85,78 @@ class Ending:
         """Let the end of the grace period raise `Interrupted` inside a `with` block; each block has a period."""
         self._interruptible = True
         if self.requested:
-            signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+            self._start_clock()
         try:
             yield
         finally:
             self._interruptible = False
 
     def _asked(self, number: int, frame: Any) -> None:
+        if self._rang:  # by our own clock
+            self._rang = False
+            self._grace_may_be_over()
+            return
         if self.requested:
             os._exit(130)  # at once: training code could catch a SystemExit
         self.requested = True
-        signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+        self._start_clock()
 
-    def _grace_is_over(self, number: int, frame: Any) -> None:
-        if self._interruptible:
+    def _start_clock(self) -> None:
+        self._stop_clock()
+        self._rings_at = time.monotonic() + GRACE_S
+        self._clock = threading.Timer(GRACE_S, self._ring)
+        self._clock.daemon = True
+        self._clock.start()
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+
+    def _ring(self) -> None:
+        """Interrupt the main thread from the clock's, as a signal would."""
+        self._rang = True
+        _thread.interrupt_main(signal.SIGINT)
+
+    def _grace_may_be_over(self) -> None:
+        # A clock that was set anew may have rung just before.
+        if self._interruptible and time.monotonic() >= self._rings_at:
             raise Interrupted("this site is being stopped", code="site-stopping")
+
+
+class _Changes:
+    """Looks for changes of a site since its last hello.
+
+    Args:
+        stamp: returns a text that changes whenever the site's file or data change.
+    """
+
+    def __init__(self, stamp: Callable[[], str]) -> None:
+        self._stamp = stamp
+        self._at_hello: str | None = None
+        self._last_look = ""
+        self._due = 0.0
+
+    def begin(self) -> None:
+        """Remember the site as it is now."""
+        self._at_hello = self._stamp()
+        self._last_look = self._at_hello
+
+    def end(self) -> None:
+        """Look no more until `begin`."""
+        self._at_hello = None
+
+    def found(self) -> bool:
+        """Return whether the site has changed, and was the same at two looks: a file may be long in the writing."""
+        if self._at_hello is None or time.monotonic() < self._due:
+            return False
+        before = self._last_look
+        self._last_look = self._stamp()
+        if self._last_look == self._at_hello or self._last_look != before:
+            self._due = time.monotonic() + LOOK_S
+            return False
+        self.end()
+        self._due = time.monotonic() + REST_S
+        return True
 
 
 class Node:
@@ -100,6 +169,7 @@ class Node:
         status: shows what happens.
         ending: says when to stop.
         kept: the answer that the server may not have yet.
+        stamp: returns a text that changes whenever the site's file or data change.
     """
 
     def __init__(
@@ -110,6 +180,7 @@ class Node:
         status: Lines,
         ending: Ending,
         kept: KeptAnswer,
+        stamp: Callable[[], str] = str,
     ) -> None:
         self._app = app
         self._connection = connection
@@ -119,6 +190,7 @@ class Node:
         self._kept = kept
         self._contexts: dict[int, Context] = {}
         self._answers: dict[tuple[int, str], tuple[str, RecordDict]] = {}  # the last of each run and kind
+        self._changes = _Changes(stamp)
 
     def run(self, sleep: Callable[[float], None] = time.sleep) -> None:
         """Answer messages, one at a time.
@@ -130,16 +202,30 @@ class Node:
         while not self._ending():
             received = self._connection.receive()
             if received is None:
+                self._come_back_if_changed()
                 sleep(pause_s)
                 pause_s = min(pause_s * PAUSE_GROWTH, LONGEST_PAUSE_S)
             else:
                 self._answer(*received)
                 pause_s = SHORTEST_PAUSE_S
 
+    def _come_back_if_changed(self) -> None:
+        """Let the server say hello anew if the site has changed since it said hello, and was asked nothing after it.
+
+        The hello may have been refused, here or at the server, which does not say so.
+        """
+        if self._changes.found():
+            self._status.note("site.toml or the data has changed since the last hello: coming back for another")
+            self._connection.come_back()
+
     def _answer(self, envelope: Message, tree: Any) -> None:
         from tsugiki.client.node.channel import MessageGone, RunOver
 
         kind = envelope.metadata.message_type
+        if kind == _HELLO:
+            self._changes.begin()
+        else:
+            self._changes.end()
         group = envelope.metadata.group_id
         down = self._connection.bytes_down
         up = self._connection.bytes_up

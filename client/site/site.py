@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field, ValidationError
 
@@ -20,7 +20,7 @@ from tsugiki.common.config.parse import explain
 from tsugiki.common.data import images
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.data.shard import read as read_shard
-from tsugiki.common.errors import ConfigError, ModelError, Problem
+from tsugiki.common.errors import ConfigError, ModelError, Problem, TsugikiError
 from tsugiki.common.keys import read_private_key
 from tsugiki.common.settings import DataFormat, Name, Section
 from tsugiki.common.tasks import Task
@@ -150,19 +150,30 @@ class SiteData(DataFormat):
     )
 
 
+SYSTEM_CAS = "system"
+"""In place of a CA's file: the CAs that this machine trusts."""
+
+
 class SiteServer(Section):
     """The server to connect to. Options of the command line override it."""
 
-    address: str = Field(default="", description="Address of the server, as HOST:PORT.")
-    ca: str = Field(default="", description="File with the federation's CA certificate, which its operator hands out.")
+    address: str = Field(default="", description="Address of the server, as HOST:PORT or https://HOST:PORT.")
+    ca: str = Field(
+        default="",
+        description="File with the federation's CA certificate, which its operator hands out. system: the CAs that "
+        "this machine trusts, if a public or company CA has signed the server's certificate.",
+    )
     key: str = Field(
         default="", description="File with this node's private key, from `tsugiki keys new`. Let nobody else read it."
     )
 
-    def path(self, folder: Path, name: Literal["ca", "key"]) -> Path | None:
-        """Return the path of a file, or None if `site.toml` does not name it."""
-        value: str = getattr(self, name)
-        return folder / value if value else None
+    def key_path(self, folder: Path) -> Path | None:
+        """Return the path of the private key, or None if `site.toml` does not name it."""
+        return folder / self.key if self.key else None
+
+    def authority(self, folder: Path) -> str:
+        """Return the path of the CA's certificate, or "system"; empty if `site.toml` names neither."""
+        return self.ca if self.ca in ("", SYSTEM_CAS) else str(folder / self.ca)
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -245,7 +256,7 @@ class FileSite:
         Raises:
             LinkError: the key cannot be read; see `read_private_key`.
         """
-        path = self.server.path(self.folder, "key")
+        path = self.server.key_path(self.folder)
         return None if path is None else read_private_key(path)
 
     def model_source(self, model_name: str) -> str:
@@ -340,6 +351,15 @@ def read_site(path: Path) -> FileSite:
     if problems:
         raise ConfigError(str(path), problems)
     return FileSite(path.resolve().parent, **parts, models=models)
+
+
+def stamp(path: Path) -> str:
+    """Return a text that changes whenever a `site.toml` changes, or the data that it names. It may be a wrong file."""
+    about = images.stamp(path)
+    try:
+        return f"{about} {read_site(path).identity()}"
+    except TsugikiError:
+        return f"{about}"
 
 
 def _uncounted(policy: SitePolicy | None, about: SiteSection | None) -> list[Problem]:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,7 +26,8 @@ from tsugiki.common.errors import (
     UsageError,
 )
 from tsugiki.common.files import to_json
-from tsugiki.common.options import Json, RunFile, Set
+from tsugiki.common.keys import read_private
+from tsugiki.common.options import Json, RunFile, Set, Verbose
 from tsugiki.server.commands.keys import KeysFolder
 
 if TYPE_CHECKING:
@@ -172,6 +174,9 @@ def serve(
     ] = None,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where sites connect.")] = "127.0.0.1:9092",
     tls: Annotated[Path, typer.Option("--tls", metavar="DIR", help="From `tsugiki certs`.")] = Path("tls"),
+    passphrase: Annotated[
+        Path | None, typer.Option("--tls-passphrase", metavar="FILE", help="That of the server's key; default: ask.")
+    ] = None,
     keys: KeysFolder = Path("keys"),
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, no keys; on loopback only.")] = False,
     wait_s: Annotated[
@@ -184,6 +189,7 @@ def serve(
     yes: Yes = False,
     overrides: Set = None,
     as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run a federation over a network: a SuperLink, and the run on it, or one after the other, until all are over."""
     from tsugiki.server.deploy.certs import CertificateFiles
@@ -196,7 +202,8 @@ def serve(
         assignments.append(f"strategy.connect_timeout_s={wait_s}")
     progress = choose()
     certificates = None if insecure else CertificateFiles(tls)
-    deployment = Deployment(listen, certificates, keys, superlink, progress.note)
+    asked = partial(_tls_passphrase, passphrase)
+    deployment = Deployment(listen, certificates, keys, superlink, progress.note, asked)
     files = files or []
     if queue is not None or len(files) > 1:
         if resume is not None or previous or (queue is not None and files):
@@ -266,6 +273,25 @@ def _serve_each(
             raise link.failure[0]
     if errors and queue is None:
         raise typer.Exit(errors[0].exit_status)
+
+
+def _tls_passphrase(file: Path | None, key: Path) -> bytes:
+    """Return the passphrase of the server's key, from a file or else from a terminal.
+
+    Raises:
+        LinkError: `key-missing` or `key-permissions`, the file cannot be used.
+        UsageError: `tls-key`, there is no file, and nobody to ask.
+    """
+    if file is not None:
+        return read_private(file).rstrip(b"\r\n")
+    if not sys.stdin.isatty():
+        raise UsageError(
+            f"the key {key} has a passphrase",
+            "--tls-passphrase FILE with it, or a terminal on which it can be asked for",
+            "write it to a file with mode 0600; or make a key without: openssl pkey -in KEY -out NEW",
+            code="tls-key",
+        )
+    return str(typer.prompt(f"passphrase of {key}", hide_input=True, err=True)).encode()
 
 
 @app.command(epilog="Example: tsugiki compare examples/sst2.toml --set run.rounds=3")

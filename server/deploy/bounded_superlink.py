@@ -185,11 +185,15 @@ def fleet_server(config: SuperLinkLifespanConfig, states: LinkStateFactory, addr
 def main() -> None:
     """Run a SuperLink until it is stopped, or until the process that started it ends.
 
-    The first two arguments are the id of that process and the path of the Unix socket; Flower's own follow.
+    The first two arguments are the id of that process and the path of the Unix socket; Flower's own follow. Standard
+    input has the server's private key, if that in its file has a passphrase.
     """
     start_parent_process_monitor(int(sys.argv.pop(1)))
     socket = Path(sys.argv.pop(1))
     config = _parse_superlink_lifespan_config()
+    key = sys.stdin.buffer.read()
+    if key and config.certificates is not None:
+        config.certificates = (*config.certificates[:2], key)
     log_config = get_uvicorn_log_config(console_handler.level)
     # the only caller of the socket is the parent, which looks at the nodes every second
     FLOWER_LOGGER.addFilter(lambda record: "ListNodes" not in record.getMessage())

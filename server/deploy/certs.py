@@ -89,24 +89,31 @@ def names_in(files: CertificateFiles) -> list[str]:
 
     if not files.server.is_file():
         return []
-    certificate = _read_certificate(files.server)
-    found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    try:
+        extensions = read_certificates(files.server)[0].extensions
+        found = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:  # a company's certificate with a name in its subject only
+        return []
     return [*found.get_values_for_type(x509.DNSName), *map(str, found.get_values_for_type(x509.IPAddress))]
 
 
-def _read_certificate(path: Path) -> x509.Certificate:
-    """Return the certificate in a file.
+def read_certificates(path: Path) -> list[x509.Certificate]:
+    """Return the certificates in a PEM file, at least one.
 
     Raises:
-        UsageError: the file holds none.
+        UsageError: the file cannot be read, or holds none.
     """
     from cryptography import x509
 
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
+        return x509.load_pem_x509_certificates(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", "a PEM file", "check its permissions") from error
     except ValueError as error:
         raise UsageError(
-            f"the file {path} holds no certificate", "a PEM file of `tsugiki certs`", "restore it, or remove it"
+            f"the file {path} holds no certificate",
+            "a PEM file, of `tsugiki certs` or another CA",
+            "restore it, or remove it",
         ) from error
 
 
@@ -150,7 +157,7 @@ def _make_server(files: CertificateFiles, names: list[x509.GeneralName], days: i
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
     from cryptography.x509.oid import ExtendedKeyUsageOID
 
-    authority = _read_certificate(files.ca)
+    authority = read_certificates(files.ca)[0]
     try:
         signer = load_pem_private_key(read_private(files.ca_key), None)
     except (TypeError, ValueError) as error:  # a TypeError for a key with a password

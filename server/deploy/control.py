@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +42,7 @@ from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 
+from tsugiki.common.address import LOOPBACK, split_address
 from tsugiki.common.errors import DeployError, UsageError
 from tsugiki.common.keys import fingerprint, read_public_key
 from tsugiki.common.wire.flower import identify_process
@@ -65,7 +67,7 @@ class Control:
     """The SuperLink's API for its operator."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self._client = _through_socket(
+        self._client = _direct(
             ControlHttpClient.from_server_address(
                 endpoint.address,
                 endpoint.root_certificates is None,
@@ -187,14 +189,29 @@ class Control:
         self._client.close()
 
 
-def _through_socket(client: Client, endpoint: Endpoint) -> Client:
-    """Return one of Flower's HTTP clients, which from now on goes through the endpoint's Unix socket if it has one."""
+def _direct(client: Client, endpoint: Endpoint) -> Client:
+    """Return one of Flower's HTTP clients, which from now on reaches a SuperLink on this machine without a proxy.
+
+    A proxy that the environment names would see the run, and could not reach this machine's loopback.
+    """
+    transport: httpx.HTTPTransport
     if endpoint.socket is not None:
-        client._client.close()
         transport = httpx.HTTPTransport(uds=str(endpoint.socket))
-        # without the environment: a proxy that it names would be asked for the socket
-        client._client = httpx.Client(transport=transport, timeout=CALL_TIMEOUT_S, trust_env=False)
+    elif split_address(endpoint.address)[0] in LOOPBACK:
+        transport = httpx.HTTPTransport(verify=_tls_context(endpoint.root_certificates), trust_env=False)
+    else:
+        return client
+    client._client.close()
+    client._client = httpx.Client(transport=transport, timeout=CALL_TIMEOUT_S, trust_env=False)
     return client
+
+
+def _tls_context(root_certificates: bytes | None) -> ssl.SSLContext:
+    """Return what TLS needs to check a server's certificate; without certificates nothing uses it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if root_certificates is not None:
+        context.load_verify_locations(cadata=root_certificates.decode("ascii"))
+    return context
 
 
 def _answer(call: Callable[[], T]) -> T:
@@ -225,7 +242,7 @@ def executed(endpoint: Endpoint, run_id: int) -> Iterator[SuperlinkGrid]:
     grid = HttpGrid(
         endpoint.address, endpoint.root_certificates is None, endpoint.root_certificates, token=_claim(endpoint, run_id)
     )
-    _through_socket(grid._runtime_client, endpoint)
+    _direct(grid._runtime_client, endpoint)
     grid._retry_invoker.max_time = RETRY_S
     grid._retry_invoker.should_giveup = _is_final
     client = grid._runtime_client
@@ -278,7 +295,7 @@ def _claim(endpoint: Endpoint, run_id: int) -> str:
     if endpoint.secret:
         methods = ["/flwr.proto.Runtime/PullPendingTasks", "/flwr.proto.Runtime/ClaimTask"]
         interceptors.append(SuperExecAuthHttpInterceptor(master_secret=endpoint.secret, protected_methods=methods))
-    client = _through_socket(
+    client = _direct(
         RuntimeHttpClient.from_server_address(
             endpoint.address, endpoint.root_certificates is None, endpoint.root_certificates, interceptors
         ),

@@ -16,6 +16,7 @@ from tsugiki.common.errors import TsugikiError, UsageError
 from tsugiki.server.deploy import bundle
 from tsugiki.server.deploy.certs import CertificateFiles
 from tsugiki.server.deploy.control import Control, executed
+from tsugiki.server.deploy.identity import Identity, Passphrase, read_identity
 from tsugiki.server.deploy.superlink_process import Endpoint, Superlink, superlink
 from tsugiki.server.engines.grid import Stop
 from tsugiki.server.run.federation import Outcome, run_federation
@@ -36,6 +37,7 @@ class Deployment:
         keyring: folder of registered nodes' public keys.
         superlink: HOST:PORT of a SuperLink that runs already; empty: start one.
         announce: called with each message for the operator.
+        passphrase: returns that of the server's key, if it has one.
     """
 
     listen: str
@@ -43,6 +45,7 @@ class Deployment:
     keyring: Path
     superlink: str
     announce: Callable[[str], None]
+    passphrase: Passphrase
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,10 @@ def linked(deployment: Deployment, folder: Path, stop: Stop) -> Iterator[Link]:
     Raises:
         TsugikiError: it cannot be started, or has ended.
     """
-    _check_certificates(deployment)
-    with _endpoint(folder, deployment) as (endpoint, child):
+    identity = _identity(deployment)
+    if identity and deployment.certificates and not deployment.certificates.ca.is_file():
+        deployment.announce(f"there is no {deployment.certificates.ca}: sites connect with --ca system")
+    with _endpoint(folder, deployment, identity) as (endpoint, child):
         control = Control(endpoint)
         # a node may use the name of its key only; the names are known only if this server registers the keys
         names = None
@@ -166,19 +171,17 @@ def shown_to_nodes(config: RunConfig) -> dict[str, str]:
     return {"run.name": config.run.name}
 
 
-def _check_certificates(deployment: Deployment) -> None:
-    """Check that the certificate files exist, if certificates are used.
+def _identity(deployment: Deployment) -> Identity | None:
+    """Return the certificates and the key of a SuperLink that is started here; None: it has none.
 
     Raises:
-        UsageError: one of them is missing.
+        UsageError: a file is missing, or cannot be used; see `read_identity`.
     """
     files = deployment.certificates
     if files is None:
-        return
-    # a SuperLink that runs already has the server's certificate itself
-    needed = [files.ca]
-    if not deployment.superlink:
-        needed += [files.server, files.server_key]
+        return None
+    # a SuperLink that runs already has its certificate itself; sites of one with a public CA need no file of ours
+    needed = [files.ca] if deployment.superlink else [files.server, files.server_key]
     missing = [path for path in needed if not path.is_file()]
     if missing:
         raise UsageError(
@@ -186,10 +189,15 @@ def _check_certificates(deployment: Deployment) -> None:
             "a server certificate",
             "`tsugiki certs --host NAME`, which makes one; --insecure is for trying things out on loopback",
         )
+    if deployment.superlink:
+        return None
+    return read_identity(files, deployment.passphrase)
 
 
 @contextmanager
-def _endpoint(folder: Path, deployment: Deployment) -> Iterator[tuple[Endpoint, Superlink | None]]:
+def _endpoint(
+    folder: Path, deployment: Deployment, identity: Identity | None
+) -> Iterator[tuple[Endpoint, Superlink | None]]:
     """Yield the SuperLink's address inside a `with` block, and the SuperLink itself if it was started here."""
     files = deployment.certificates
     if deployment.superlink:
@@ -202,7 +210,7 @@ def _endpoint(folder: Path, deployment: Deployment) -> Iterator[tuple[Endpoint, 
         authority = files.ca.read_bytes() if files else None
         yield Endpoint(deployment.superlink, authority), None
         return
-    with superlink(deployment.listen, files, folder) as child:
+    with superlink(deployment.listen, files, folder, identity.key if identity else b"") as child:
         security = "" if files else " (insecure: loopback only)"
         deployment.announce(f"sites connect to {child.listen}{security}")
         yield child.endpoint, child

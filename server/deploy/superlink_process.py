@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +72,9 @@ class Superlink:
 
 
 @contextmanager
-def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) -> Iterator[Superlink]:
+def superlink(
+    listen: str, certificates: CertificateFiles | None, folder: Path, key: bytes = b""
+) -> Iterator[Superlink]:
     """Run a SuperLink inside a `with` block.
 
     Args:
@@ -80,6 +82,7 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
             process's user can reach.
         certificates: of the server; None: no TLS and no node keys, on loopback only.
         folder: for its log and Flower's own files, created if missing.
+        key: PEM of the server's private key, if that in `certificates` has a passphrase.
 
     Raises:
         UsageError: an address cannot be used.
@@ -108,7 +111,7 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
     with open_to_append(log) as output:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=_environment(os.environ, folder),
@@ -116,6 +119,7 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
             start_new_session=True,
         )
     try:
+        _hand_over(process, key)
         running = Superlink(Endpoint("superlink", None, secret, api), listen, log, process)
         _wait_for(running, [str(api), (_reachable(host), port)])
         yield running
@@ -125,6 +129,12 @@ def superlink(listen: str, certificates: CertificateFiles | None, folder: Path) 
         shutil.rmtree(private, ignore_errors=True)
 
 
+def _hand_over(process: subprocess.Popen[bytes], key: bytes) -> None:
+    """Give the SuperLink a private key, which is then on no disk and in no list of processes."""
+    with suppress(BrokenPipeError), process.stdin as pipe:  # type: ignore[union-attr]  # opened above
+        pipe.write(key)
+
+
 def _arguments(listen: str, certificates: CertificateFiles | None, folder: Path) -> list[str]:
     """Return the SuperLink's arguments; the run's ServerApp is executed by us, not by it."""
     arguments = ["--fleet-api-address", listen]
@@ -132,7 +142,9 @@ def _arguments(listen: str, certificates: CertificateFiles | None, folder: Path)
     arguments += ["--disable-runtime-dependency-installation"]
     if certificates is None:
         return [*arguments, "--insecure"]
-    arguments += ["--ssl-ca-certfile", str(certificates.ca.absolute())]
+    # Flower wants a CA's file, and does nothing with it here
+    authority = certificates.ca if certificates.ca.is_file() else certificates.server
+    arguments += ["--ssl-ca-certfile", str(authority.absolute())]
     arguments += ["--ssl-certfile", str(certificates.server.absolute())]
     arguments += ["--ssl-keyfile", str(certificates.server_key.absolute())]
     return [*arguments, "--enable-supernode-auth"]

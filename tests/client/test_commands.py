@@ -199,6 +199,8 @@ def test_a_client_without_a_server_or_a_ca_is_told(tmp_path):
         (("--server", "127.0.0.1:1"), "CA certificate"),
         (("--server", "192.0.2.1:1", "--insecure"), "loopback"),
         (("--server", "127.0.0.1:1", "--ca", tmp_path / "missing"), "Cannot read"),
+        (("--server", "http://127.0.0.1:1"), "https://127.0.0.1:1"),
+        (("--server", "https://127.0.0.1:1", "--insecure"), "--insecure is given"),
     ):
         with pytest.raises(UsageError, match=words):
             printed("client", "--site", site, *options)

@@ -108,3 +108,25 @@ def test_a_refused_site_that_is_mended_and_restarted_with_its_key_joins(tmp_path
     told = [event["event"] for event in events if "site-2" in (event.get("key"), event.get("site"))]
     assert told[0] == "refused"
     assert "hello" in told
+
+
+def test_a_refused_site_that_is_mended_comes_back_without_a_restart(tmp_path, model):
+    """Catches: a client that has to be started again, or waits for the server to ask, after its data were mended."""
+    config = tiny_run(tmp_path, model, strategy={"connect_timeout_s": 300.0})
+    files = split(config, tmp_path / "sites")
+    rows = files[1].parent / "train.jsonl"
+    right = rows.read_bytes()
+    rows.write_bytes(b'{"text": "\xff", "label": "1"}\n')
+    insecure = ["--insecure", "--no-export"]
+    with started() as start:
+        server, clients = serve_and_join(start, tmp_path, config, insecure, insecure[:1], files)
+        clients[1].wait_for("hello: shard-encoding", 120)
+        audit, ends = tmp_path / "runs" / "run" / "audit.jsonl", time.monotonic() + 120
+        while '"refused"' not in audit.read_text():  # the server now leaves the site alone for 30 s
+            assert time.monotonic() < ends, server.text()
+            time.sleep(0.1)
+        rows.write_bytes(right)
+        clients[1].wait_for("the data has changed since the last hello(?s:.*)hello: done", 120)
+        assert server.wait(120) == 0, server.text() + clients[1].text()
+    events = verify(tmp_path / "runs" / "run" / "audit.jsonl")
+    assert [event["accepted"] for event in events if event["event"] == "round"] == [["site-0", "site-1"]] * 2

@@ -14,6 +14,7 @@ from flwr.proto import fleet_pb2
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+from tests.support.connect_proxy import connect_proxy
 from tests.support.fleet import Fleet, listening
 from tsugiki.client.node import channel
 from tsugiki.client.node import connection as module
@@ -36,8 +37,8 @@ def connect():
     """Makes connections, and closes them."""
     made = []
 
-    def make(port, retry_s=5.0, key=None, authority=None, stopped=lambda: False, notes=None):
-        link = Link(f"127.0.0.1:{port}", authority, key, retry_s)
+    def make(port, retry_s=5.0, key=None, authority=None, stopped=lambda: False, notes=None, host="127.0.0.1"):
+        link = Link(f"{host}:{port}", authority, key, retry_s)
         made.append(Connection(link, stopped, (notes if notes is not None else []).append))
         return made[-1]
 
@@ -103,6 +104,37 @@ def test_with_tls_and_a_key(fleet, connect, tmp_path):
         link.close()
     assert "RegisterNode" not in fleet.calls
     assert "UnregisterNode" not in fleet.calls
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
+def test_a_server_on_this_machine_is_not_looked_for_at_a_proxy(fleet, connect, monkeypatch, variable):
+    """Catches: a trial on loopback that sends the site's updates to the company's proxy, in the clear."""
+    with listening(fleet) as port, connect_proxy(403) as proxy:
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{proxy.port}")
+        connect(port).connect()
+    assert proxy.targets == []
+
+
+@pytest.mark.parametrize("variable", ["https_proxy", "HTTPS_PROXY"])
+def test_a_server_behind_a_proxy(fleet, connect, tmp_path, monkeypatch, variable):
+    """Catches: capital letters, which gRPC does not read; a certificate checked for the proxy's name."""
+    files = make_certificates(tmp_path, ["fed.corp"])
+    monkeypatch.delenv("no_proxy", raising=False)
+    with listening(fleet, files) as port, connect_proxy(target=port) as proxy:
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{proxy.port}")
+        link = connect(9092, authority=files.ca.read_bytes(), host="fed.corp")
+        link.connect()
+        assert link.node_id
+        link.close()
+    assert proxy.targets[0] == "fed.corp:9092"
+
+
+def test_a_proxy_that_cannot_be_used_is_an_error_before_anything_is_sent(connect, monkeypatch):
+    """Catches: gRPC, which passes over it and tries without."""
+    monkeypatch.setenv("grpc_proxy", "socks5://proxy.corp:1080")
+    with pytest.raises(LinkError) as caught:
+        connect(9092, host="fed.corp")
+    assert caught.value.code == "proxy-invalid"
 
 
 @pytest.mark.parametrize("status", ["UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "CANCELLED"])

@@ -1,16 +1,27 @@
 """One line that names the cause, for each way in which a connection fails (fault 20)."""
 
 import json
+import os
 import socket
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from tests.support.connect_proxy import connect_proxy
 from tests.support.fleet import Fleet, listening
 from tsugiki.client.node.diagnosis import PROBE_TIMEOUT_S, refused, why_not
 from tsugiki.client.node.link import Link
 from tsugiki.server.deploy.certs import make_certificates
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Without the proxies of this machine."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
 
 
 def link(port, authority=None, host="127.0.0.1"):
@@ -60,7 +71,6 @@ def test_a_name_that_is_not_in_the_certificate(files):
         except OSError:
             pytest.skip("127.0.0.2 is no address of this machine")
         with forward:
-            import threading
 
             def pump():
                 one, _ = forward.accept()
@@ -98,9 +108,7 @@ def test_a_host_that_does_not_exist():
 
 @pytest.fixture
 def resolver(monkeypatch):
-    """Sets what DNS answers, without a proxy in the environment."""
-    for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_grpc_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
+    """Sets what DNS answers."""
 
     def answers(errno):
         def getaddrinfo(*_args, **_options):
@@ -120,17 +128,68 @@ def test_dns_that_is_away_is_a_failure_of_the_network(resolver, errno):
     assert "DNS does not answer for 'fed.example.org'" in cause.problem
 
 
-@pytest.mark.parametrize("variable", ["grpc_proxy", "https_proxy", "http_proxy"])
-def test_a_name_that_only_the_proxy_knows(resolver, variable, monkeypatch):
+def test_a_name_that_only_the_proxy_knows(resolver, monkeypatch):
     """Catches: a typing error reported in a company whose machines know no names outside, though its proxy does."""
     resolver(socket.EAI_NONAME)
-    monkeypatch.setenv(variable, "http://user:secret@proxy.corp:3128")
+    monkeypatch.setenv("https_proxy", "http://user:secret@proxy.corp:3128")
     cause = why_not(link(9092, host="fed.example.org"))
     assert cause.code == "server-unreachable"
-    assert variable in cause.problem
+    assert "the proxy proxy.corp:3128 (variable https_proxy) does not answer: DNS does not know its" in cause.problem
     assert "secret" not in str(cause)
     monkeypatch.setenv("no_proxy", "localhost, example.org")
     assert why_not(link(9092, host="fed.example.org")).code == "server-unknown"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "answer", "hint"),
+    [
+        (403, "proxy-refused", "403 Forbidden", "no_proxy"),
+        (405, "proxy-refused", "405 Method Not Allowed", "no_proxy"),
+        (407, "proxy-refused", "407 Proxy Authentication Required", "USER:PASSWORD@"),
+        (503, "server-unreachable", "503 Service Unavailable", "firewall"),
+    ],
+)
+def test_a_proxy_that_refuses_is_named(monkeypatch, status, code, answer, hint):
+    """Catches: "timed out" for a proxy that has said why; its password in a log; a server that is away, given up."""
+    with connect_proxy(status) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://user:secret@127.0.0.1:{proxy.port}")
+        cause = why_not(link(9092, host="fed.example.org"))
+    assert cause.code == code
+    assert f"proxy 127.0.0.1:{proxy.port} (variable https_proxy) answers {answer}" in cause.problem
+    assert hint in cause.hint
+    assert "fed.example.org:9092" in cause.problem
+    assert "secret" not in str(cause)
+    assert proxy.targets == ["fed.example.org:9092"]
+
+
+def test_something_else_in_the_place_of_the_proxy(monkeypatch):
+    """Catches: a traceback of the HTTP library."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer():
+            one, _ = other.accept()
+            with one:
+                one.recv(4096)
+                one.sendall(b"SSH-2.0-OpenSSH\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{other.getsockname()[1]}")
+        cause = why_not(link(9092, host="fed.example.org"))
+    assert cause.code == "proxy-refused"
+    assert "answers no HTTP" in cause.problem
+
+
+def test_tls_inspection_is_suspected_behind_a_proxy_only(tmp_path, monkeypatch):
+    """Catches: a company's own CA in the middle, reported as a mistake of the federation's operator."""
+    shown = make_certificates(tmp_path / "shown", ["fed.example.org"])
+    other = make_certificates(tmp_path / "other", ["fed.example.org"])
+    with listening(Fleet(), shown) as port, connect_proxy(target=port) as proxy:
+        assert "TLS inspection" not in why_not(link(port, other)).hint
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
+        cause = why_not(link(9092, other, "fed.example.org"))
+    assert cause.code == "tls-wrong-ca"
+    assert f"127.0.0.1:{proxy.port}" in cause.hint
+    assert "TLS inspection" in cause.hint
 
 
 def test_a_name_that_dns_does_not_allow():

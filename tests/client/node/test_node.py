@@ -26,6 +26,7 @@ class Link:
     """Has messages; keeps what is sent."""
 
     node_id = 5
+    returns = 0
 
     def __init__(self, messages=(), before_end=0):
         self.messages, self.sent, self.empty = list(messages), [], before_end
@@ -41,6 +42,10 @@ class Link:
         if self.empty < 0:
             self.ending.requested = True
         return None
+
+    def come_back(self):
+        """Count it."""
+        self.returns += 1
 
     def pull(self, envelope, tree, timeout_s):
         """Return it."""
@@ -87,6 +92,13 @@ def echo(message, context):
     """Answer with what the context says."""
     seen = {"run": str(context.run_id), "site": context.node_config["site"]}
     return Message(RecordDict({"reply": ConfigRecord(seen)}), reply_to=message)
+
+
+def work(seconds):
+    """Be busy, as training is: many short steps."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        time.sleep(0.001)
 
 
 def run(link, app=echo, ending=None, kept=None):
@@ -241,6 +253,45 @@ def test_looks_are_frequent_after_a_message_and_seldom_when_idle():
     assert all(later <= earlier * PAUSE_GROWTH + 1e-9 for earlier, later in itertools.pairwise(pauses))
 
 
+@pytest.mark.parametrize(
+    ("kinds", "stamps", "returns"),
+    [
+        (["query"], "aaaa", 0),
+        (["query"], "abbb", 1),
+        (["query"], "abcdee", 1),  # it was being written
+        (["query"], "abacaa", 0),  # and put back
+        (["train"], "abbb", 0),
+        (["query", "train"], "abbb", 0),
+        (["train", "query"], "abbbcc", 1),  # the next hello has not come yet
+    ],
+)
+def test_a_site_that_has_changed_since_its_hello_comes_back(monkeypatch, kinds, stamps, returns):
+    """Catches: a refused site that is mended, and waits for long to be asked again; one that leaves in mid-round."""
+    monkeypatch.setattr("tsugiki.client.node.node.LOOK_S", 0.0)
+    monkeypatch.setattr("tsugiki.client.node.node.REST_S", 0.0)
+    seen = iter(stamps)
+    link = Link([message(kind=kind, group=str(n)) for n, kind in enumerate(kinds)], before_end=8)
+    link.ending = Ending()
+    node = Node(echo, link, {"site": "x"}, Seen(), link.ending, KeptAnswer(None), lambda: next(seen, stamps[-1]))
+    node.run(lambda pause: None)
+    assert link.returns == returns
+
+
+def test_a_site_whose_data_change_all_the_time_rests(monkeypatch):
+    """Catches: a site that is away again and again, because rows are added to its file."""
+    monkeypatch.setattr("tsugiki.client.node.node.LOOK_S", 0.0)
+    monkeypatch.setattr("tsugiki.client.node.node.REST_S", 3600.0)
+    seen = iter("abbccddeeff")
+    link = Link([message(kind="query")], before_end=2)
+    link.ending = Ending()
+    node = Node(echo, link, {"site": "x"}, Seen(), link.ending, KeptAnswer(None), lambda: next(seen))
+    node.run(lambda pause: None)
+    assert link.returns == 1
+    link.messages, link.empty, link.ending.requested = [message(kind="query", group="2")], 8, False
+    node.run(lambda pause: None)
+    assert link.returns == 1
+
+
 def test_an_app_that_fails_is_a_code_and_the_node_lives_on(caplog):
     """Catches: a node that dies of one bad message; an exception's text, which may hold data, in the reply."""
 
@@ -296,7 +347,7 @@ def test_the_grace_period_ends_what_takes_longer(monkeypatch):
 
     def app(message, context):
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(30)
+        work(30)
 
     link, ending, started = Link([message()]), Ending(), time.monotonic()
     with ending.handling_signals():
@@ -317,7 +368,7 @@ def test_sending_has_a_grace_period_of_its_own(monkeypatch, upload_s, sent):
 
     class Slow(Link):
         def send(self, reply):
-            time.sleep(upload_s)
+            work(upload_s)
             super().send(reply)
 
     link, ending, started = Slow([message()]), Ending(), time.monotonic()
@@ -328,13 +379,18 @@ def test_sending_has_a_grace_period_of_its_own(monkeypatch, upload_s, sent):
     assert time.monotonic() - started < 5
 
 
-def test_the_clock_ends_nothing_but_what_may_be_ended():
-    """Catches: an alarm that hits the node between two messages, and ends it with a traceback."""
+def test_the_clock_ends_nothing_but_what_may_be_ended(monkeypatch):
+    """Catches: a clock that hits the node between two messages, and ends it with a traceback; an old clock."""
+    monkeypatch.setattr("tsugiki.client.node.node.GRACE_S", 0.1)
     ending = Ending()
     with ending.handling_signals():
-        os.kill(os.getpid(), signal.SIGALRM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        work(0.3)  # between two messages
+        with ending.interruptible():
+            ending._ring()  # of the period before
+            work(0.01)
         with ending.interruptible(), pytest.raises(Interrupted):
-            ending._grace_is_over(signal.SIGALRM, None)
+            work(30)
 
 
 def test_a_second_signal_ends_at_once():

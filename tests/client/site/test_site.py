@@ -6,7 +6,7 @@ from flwr.app import Context, RecordDict
 from PIL import Image
 
 from tests.support.federation import CANARY, site_folder, tiny_config, write_rows
-from tsugiki.client.site.site import read_site, site_of_node
+from tsugiki.client.site.site import read_site, site_of_node, stamp
 from tsugiki.common.data.images import write_idx
 from tsugiki.common.errors import ConfigError, DataError, ModelError
 from tsugiki.common.tasks import TASKS
@@ -165,3 +165,30 @@ def test_a_deployed_nodes_site_is_named_by_its_node_config(tmp_path):
     for config in ({}, {"site": 3}, {"site": str(tmp_path / "missing.toml")}):
         with pytest.raises(ConfigError):
             site_of_node(node(**config))
+
+
+def test_the_stamp_of_a_site_follows_its_file_and_its_data(tmp_path):
+    """Catches: a change that nobody notices until a restart; a file that is wrong for a moment, and a traceback."""
+    file = site_folder(tmp_path / "acme", "acme")
+    stamps = [stamp(file)]
+    right = file.read_text()
+    for text in (right.replace('"acme"', '"bolt"'), "[site", right + "\n"):
+        file.write_text(text)
+        stamps.append(stamp(file))
+    (tmp_path / "acme" / "train.csv").write_text("text,label\na,0\n")
+    stamps.append(stamp(file))
+    (tmp_path / "acme" / "train.csv").unlink()
+    stamps.append(stamp(file))
+    file.unlink()
+    stamps.append(stamp(file))
+    assert len(set(stamps)) == 7
+    assert stamp(file) == stamps[-1]
+
+
+@pytest.mark.parametrize(("ca", "authority"), [("", ""), ("system", "system"), ("ca.crt", "{folder}/ca.crt")])
+def test_the_ca_is_a_file_of_the_site_or_the_machine_s_trust(tmp_path, ca, authority):
+    """Catches: a file called "system" looked for beside site.toml."""
+    file = site_folder(tmp_path / "acme", "acme")
+    file.write_text(f'[server]\nca = "{ca}"\n{file.read_text()}')
+    found = read_site(file)
+    assert found.server.authority(found.folder) == authority.format(folder=found.folder)

@@ -4,6 +4,7 @@ import httpx
 import pytest
 from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest
 
+from tests.support.connect_proxy import connect_proxy
 from tsugiki.client.node.connection import Connection
 from tsugiki.client.node.link import Link
 from tsugiki.common.config.files import run_config_defaults
@@ -13,7 +14,7 @@ from tsugiki.server.deploy import bundle, control
 from tsugiki.server.deploy.certs import make_certificates
 from tsugiki.server.deploy.control import Control, executed
 from tsugiki.server.deploy.keyring import register, restore, revoke
-from tsugiki.server.deploy.superlink_process import free_port, superlink
+from tsugiki.server.deploy.superlink_process import Endpoint, free_port, superlink
 from tsugiki.server.engines.superlink import SuperlinkGrid
 
 pytestmark = pytest.mark.e2e
@@ -44,6 +45,23 @@ def operator(child, tmp_path):
 def status_of(operator, run_id):
     """Return what The SuperLink says of a run."""
     return operator._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy"])
+@pytest.mark.parametrize("tls", [True, False])
+def test_what_is_on_this_machine_is_asked_without_a_proxy(files, monkeypatch, variable, tls):
+    """Catches: a run that is posted to the company's proxy, in the clear without TLS."""
+    with connect_proxy(403) as proxy:
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{proxy.port}")
+        endpoint = Endpoint(f"127.0.0.1:{free_port()}", files.ca.read_bytes() if tls else None)
+        operator = Control(endpoint)
+        with pytest.raises(DeployError, match="does not answer"):
+            operator.submit(b"bundle", {})
+        with pytest.raises(DeployError, match="does not answer"), executed(endpoint, 1):
+            pass
+        operator.close()
+    assert proxy.targets == []
+    assert proxy.others == []
 
 
 def test_a_run_is_submitted_executed_and_over(operator, child):

@@ -12,14 +12,14 @@ from tsugiki.server.run.progress import Progress
 
 def refused(tmp_path, files):
     """Return the message with which a deployment is refused."""
-    deployment = Deployment("127.0.0.1:9", files, tmp_path / "keys", "", lambda text: None)
+    deployment = Deployment("127.0.0.1:9", files, tmp_path / "keys", "", lambda text: None, lambda key: b"")
     with pytest.raises(UsageError) as caught:
         serve(tiny_config(tmp_path), deployment, resume=False, previous=False, progress=Progress(), stop=Stop())
     assert not (tmp_path / "runs").exists()
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["ca.crt", "server.crt", "server.key"])
+@pytest.mark.parametrize("name", ["server.crt", "server.key"])
 def test_no_certificate_no_server(tmp_path, name):
     """Catches: a server that falls back to plain text; Flower's own exit in a log."""
     files = make_certificates(tmp_path / "tls", [])
