@@ -250,7 +250,7 @@ def _train_openly(run: SiteRun, job: Job) -> RecordDict:
         loss=shared.get("loss", 0.0),
         loss_shared="loss" in shared,
         seconds=seconds,
-        missed_steps=trained.missed_steps if steps == trained.steps else 0,
+        missed_steps=0 if _steps_follow_from_rows(run) else trained.missed_steps,
     )
     arrays = encode(narrow(update, job.graft.spec, job.part), job.part)
     sent = {"bytes": sum(len(array.data) for array in arrays.values()), "update_sha256": sha256(update)}
@@ -260,11 +260,14 @@ def _train_openly(run: SiteRun, job: Job) -> RecordDict:
 
 def _told_steps(run: SiteRun, steps: int) -> int:
     """Return the number of steps for the reply. If it follows from the rows, it leaves only with their number."""
+    return 1 if _steps_follow_from_rows(run) else steps
+
+
+def _steps_follow_from_rows(run: SiteRun) -> bool:
+    """Return whether the number of steps would tell the number of rows, which the site's policy withholds."""
     train = run.config.train
-    follows_from_rows = train.local_epochs > 0 or train.validate_every_steps > 0
-    if follows_from_rows and "rows" not in run.site.policy.tell:
-        return 1
-    return steps
+    follows = train.local_epochs > 0 or train.validate_every_steps > 0
+    return follows and "rows" not in run.site.policy.tell
 
 
 def protected_sum(run: SiteRun, job: Job, plan: Plan, protect: Protect | None = None) -> ProtectedSum:

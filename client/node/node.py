@@ -190,6 +190,7 @@ class Node:
         self._kept = kept
         self._contexts: dict[int, Context] = {}
         self._answers: dict[tuple[int, str], tuple[str, RecordDict]] = {}  # the last of each run and kind
+        self._stamp = stamp
         self._changes = _Changes(stamp)
 
     def run(self, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -275,7 +276,8 @@ class Node:
             if asked_before == asked:
                 return Message(answer, reply_to=message)
             if kind in KEPT_KINDS:
-                kept = self._kept.read(asked)  # by the process before this one
+                # by the process before this one; not if the site has changed: its policy may refuse the round now
+                kept = self._kept.read(f"{asked} {self._stamp()}")
                 if kept is not None:
                     return Message(kept, reply_to=message)
                 self._kept.forget()  # the round that it was for is over
@@ -283,7 +285,7 @@ class Node:
             if kind not in _ASKED_ANEW and reply.has_content():
                 self._answers[run_id, kind] = (asked, reply.content)
             if kind in KEPT_KINDS and reply.has_content():
-                self._kept.keep(asked, reply.content)
+                self._kept.keep(f"{asked} {self._stamp()}", reply.content)
             return reply
         except Exception as error:
             log.exception("the ClientApp failed")

@@ -66,7 +66,8 @@ class Job:
             schedule_stop=self.request.schedule_stop,
             proximal_mu=self.config.strategy.proximal_mu,
             deadline_s=deadline_s,
-            partial=self.request.partial,
+            # a gateway's clients train one after the other: the time of the first must not be that of all
+            partial=self.request.partial and len(self.clients) == 1,
             moments=self.moments.get(client),
             class_shares=self.class_shares,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -49,6 +49,9 @@ class RunGrid(Protocol):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to these messages that have come since the last look."""
 
+    def keep_replies(self, message_ids: set[str]) -> None:
+        """Keep replies to these messages also while other exchanges look for other replies. The set may change."""
+
     def limit_replies(self, size_bytes: int) -> None:
         """Refuse replies that hold more than an adapter of this size and its envelope, if replies come from outside."""
 
@@ -77,6 +80,9 @@ class StockGrid:
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to these messages that have come since the last look."""
         return self._grid.pull_messages(message_ids)
+
+    def keep_replies(self, message_ids: set[str]) -> None:
+        """No-op: Flower's grid drops nothing."""
 
     def limit_replies(self, size_bytes: int) -> None:
         """No-op: Flower's grid has no such limit."""
@@ -159,7 +165,7 @@ def exchange(
     timeout_s: float,
     stop: Stop,
     deadline: Deadline | None = None,
-    return_s: float = RETURN_S,
+    return_s: Callable[[], float] = lambda: RETURN_S,
     outstanding: Outstanding | None = None,
 ) -> Iterator[Message]:
     """Yield the replies to `messages` as they come, until all are there or the time is up.
@@ -173,7 +179,7 @@ def exchange(
         timeout_s: for all messages together.
         stop: checked between polls.
         deadline: takes the place of `timeout_s`; the caller may move it between two replies.
-        return_s: how long a node that left may take to come back.
+        return_s: returns how long a node that left may take to come back.
         outstanding: the messages of exchanges that are over; replies to them are yielded too. Messages of this one that
             are not answered before its end are added. None: nobody waits for such replies.
 
@@ -186,6 +192,8 @@ def exchange(
     pause = FIRST_PAUSE_S
     away = _Away(grid, messages, return_s)
     late = outstanding or Outstanding()
+    if outstanding is not None:
+        grid.keep_replies(outstanding.ids)
     while (pending or away.nodes) and deadline.left_s > 0:
         stop.check()
         awaited = pending | late.ids if late.ids else pending  # mostly without a copy: there may be thousands
@@ -223,16 +231,25 @@ class Outstanding:
     def add(self, ids: set[str], away: _Away) -> None:
         """Add the messages of an exchange that have not been answered, and the nodes of it that are away."""
         self.ids |= ids
+        away.nodes |= away.lost  # in a later round they have time to come back
         self._away.append(away)
 
+    def keep_last(self, nodes: Container[int]) -> None:
+        """Of the exchange that was added last, forget all nodes but these."""
+        last = self._away[-1]
+        last.messages = [message for message in last.messages if message.metadata.dst_node_id in nodes]
+        self._away = [away for away in self._away if away.messages]
+
     def take(self, replies: list[Message]) -> list[Message]:
-        """Return the replies without those that say that a node left which is to be asked again."""
+        """Return the replies without those to forgotten requests, and of nodes that left and are to be asked again."""
         taken = []
         for reply in replies:
-            is_late = reply.metadata.reply_to_message_id in self.ids
-            self.ids.discard(reply.metadata.reply_to_message_id)
-            if not (is_late and any(away.note(reply) for away in self._away if away.has_asked(reply))):
-                taken.append(reply)
+            if reply.metadata.reply_to_message_id in self.ids:
+                self.ids.discard(reply.metadata.reply_to_message_id)
+                asked = [away for away in self._away if away.has_asked(reply)]
+                if not asked or any(away.note(reply) for away in asked):
+                    continue
+            taken.append(reply)
         return taken
 
     def ask_again(self) -> None:
@@ -241,7 +258,7 @@ class Outstanding:
             self.ids |= away.ask_again()
 
     def forget(self, node: int) -> None:
-        """Ask a node no more for what it was asked in these exchanges."""
+        """Ask a node no more for what it was asked in these exchanges, and take no answer to it."""
         for away in self._away:
             away.forget(node)
         self._away = [away for away in self._away if away.messages]
@@ -253,14 +270,18 @@ class _Away:
     Attributes:
         messages: of the exchange.
         nodes: the SuperLink's error and the time of leaving, by node.
+        lost: the same of nodes that were given up.
     """
 
-    def __init__(self, grid: RunGrid, messages: list[Message], return_s: float = RETURN_S) -> None:
+    def __init__(
+        self, grid: RunGrid, messages: list[Message], return_s: Callable[[], float] = lambda: RETURN_S
+    ) -> None:
         self._grid = grid
         self.messages = messages
         self._return_s = return_s
         self._repeats: Counter[int] = Counter()
         self.nodes: dict[int, tuple[Message, float]] = {}
+        self.lost: dict[int, tuple[Message, float]] = {}
 
     def note(self, reply: Message) -> bool:
         """Return whether the reply reports that its node left and can be asked again. Such a node is remembered."""
@@ -301,12 +322,14 @@ class _Away:
     def forget(self, node: int) -> None:
         """Never ask this node again."""
         self.nodes.pop(node, None)
+        self.lost.pop(node, None)
         self.messages = [message for message in self.messages if message.metadata.dst_node_id != node]
 
     def given_up(self) -> list[Message]:
         """Return the errors of the nodes that have been away for too long."""
-        late = [node for node, (_, since) in self.nodes.items() if time.monotonic() - since >= self._return_s]
-        return [self.nodes.pop(node)[0] for node in late]
+        late = [node for node, (_, since) in self.nodes.items() if time.monotonic() - since >= self._return_s()]
+        self.lost |= {node: self.nodes.pop(node) for node in late}
+        return [self.lost[node][0] for node in late]
 
 
 def wait_for_nodes(grid: RunGrid, count: int, timeout_s: float, stop: Stop, seen: Callable[[int], None]) -> list[int]:

@@ -77,6 +77,9 @@ class InProcessGrid(Grid):
             reply = error_reply(f"client-error:{type(error).__name__}", message)
         return [reply] if self._fault is None else self._fault(node, reply)
 
+    def keep_replies(self, message_ids: set[str]) -> None:
+        """No-op: a reply is made when it is asked for."""
+
     def limit_replies(self, size_bytes: int) -> None:
         """No-op: replies come from this process."""
 

@@ -100,6 +100,7 @@ class SuperlinkGrid(HttpGrid):
         vars(adopted).update(vars(grid))
         adopted._asked = {}
         adopted._transfers = {}
+        adopted._kept = set()
         adopted._workers = ThreadPoolExecutor(4, "tsugiki-pull")
         adopted.limit_replies(0)
         return adopted
@@ -108,6 +109,7 @@ class SuperlinkGrid(HttpGrid):
     simulated = False
     _asked: dict[str, int]
     _transfers: dict[str, Transfer]
+    _kept: set[str]
     _workers: ThreadPoolExecutor
     _most_bytes: int
     _most_objects: int
@@ -121,6 +123,10 @@ class SuperlinkGrid(HttpGrid):
         self._most_bytes = ceil(1.05 * size_bytes) + SPARE_BYTES
         self._most_objects = ceil(size_bytes / CHUNK_BYTES) + SPARE_OBJECTS
 
+    def keep_replies(self, message_ids: set[str]) -> None:
+        """Keep replies to these messages also while other exchanges look for other replies. The set may change."""
+        self._kept = message_ids
+
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send messages; return the ids of those that the SuperLink took."""
         messages = list(messages)
@@ -133,13 +139,14 @@ class SuperlinkGrid(HttpGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies that are complete; never waits for an upload.
 
-        Replies to messages that are not in `message_ids` are dropped.
+        Replies to messages that are neither in `message_ids` nor kept are dropped.
         """
         wanted = set(message_ids)
-        self._asked = {key: node for key, node in self._asked.items() if key in wanted}
-        self._transfers = {key: transfer for key, transfer in self._transfers.items() if key in wanted}
+        alive = wanted | self._kept
+        self._asked = {key: node for key, node in self._asked.items() if key in alive}
+        self._transfers = {key: transfer for key, transfer in self._transfers.items() if key in alive}
         self._look_for_new(wanted - self._transfers.keys())
-        return self._move_on()
+        return self._move_on(wanted)
 
     def _look_for_new(self, message_ids: set[str]) -> None:
         """Begin a transfer for each reply that the SuperLink announces: it announces each once."""
@@ -156,15 +163,16 @@ class SuperlinkGrid(HttpGrid):
                 transfer.from_superlink = envelope.metadata.src_node_id == SUPERLINK_NODE
                 self._transfers[reply_to] = transfer
 
-    def _move_on(self) -> list[Message]:
-        """Let every transfer that is due take a step, and return the replies that are complete."""
+    def _move_on(self, wanted: set[str]) -> list[Message]:
+        """Let every wanted transfer that is due take a step, and return the replies that are complete."""
         now = time.monotonic()
-        for transfer in self._transfers.values():
+        transfers = {key: transfer for key, transfer in self._transfers.items() if key in wanted}
+        for transfer in transfers.values():
             if transfer.step is None and transfer.due <= now:
                 transfer.step = self._workers.submit(self._step, transfer)
-        wait([transfer.step for transfer in self._transfers.values() if transfer.step], timeout=PATIENCE_S)
+        wait([transfer.step for transfer in transfers.values() if transfer.step], timeout=PATIENCE_S)
         complete = []
-        for key, transfer in list(self._transfers.items()):
+        for key, transfer in transfers.items():
             if transfer.step is not None and transfer.step.done():
                 reply = transfer.step.result()
                 transfer.step = None

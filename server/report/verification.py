@@ -127,7 +127,9 @@ def compare(folder: Path, site_folder: Path) -> list[Check]:
         return []  # the checks of the single files say which is broken
     run = str(read_toml(folder / "config.toml").get("run", {}).get("name", folder.name))
     site = _name_of_site(site_folder, theirs)
-    accepted = {line["round"]: line["accepted"][site] for line in lines if site in line.get("accepted", {})}
+    taken = [(line["round"], line["accepted"][site]) for line in lines if site in line.get("accepted", {})]
+    # an update that came late was trained in an earlier round
+    accepted = {number - one.get("late_by", 0): one for number, one in taken}
     trained = [event for event in theirs if event["event"] == "trained" and event.get("run") == run]
     return [
         _specs(ours, [event for event in theirs if event["event"] == "hello" and event.get("run") == run]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -55,7 +54,7 @@ def sample(ctx: RunContext, round_number: int, attempt: int) -> list[Member]:
     """
     members = _gather_quorum(ctx, round_number)
     strategy = ctx.config.strategy
-    ctx.late.begin_round(round_number)
+    ctx.late.begin_round(round_number, {member.name: member.node_id for member in members})
     resting = ctx.roster.silence.resting("train", round_number).keys() | ctx.late.asked.keys()
     due = [member for member in members if member.name not in resting]
     if ctx.roster.enough(due):  # else they are asked all the same: without them there is no round
@@ -226,10 +225,11 @@ def receive(
     waiting.settle(has_quorum)
     for one in asked.values():
         ctx.late.forget(one.site)  # what it is asked now takes the place of what it was asked before
-    return_s = _return_s(ctx, messages)
+    return_s = _return_s(ctx, messages, waiting)
     outstanding = ctx.late.outstanding if ctx.takes_late_updates else None
     for reply in exchange(ctx.grid, messages, timeout_s, ctx.stop, waiting.deadline, return_s, outstanding):
-        answered = ctx.late.answered(reply) or asked.get(reply.metadata.src_node_id)
+        late = ctx.late.answered(reply)
+        answered = late or asked.get(reply.metadata.src_node_id)
         if answered is None:
             ctx.audit.write("unexpected-reply", round=round_number, node=str(reply.metadata.src_node_id))
             continue
@@ -242,9 +242,11 @@ def receive(
             forget_arrays(reply)
         if not ctx.withholds:
             ctx.progress.reply(site, outcome)
-        if answered.round_number < round_number:
+        if late is not None:
             ctx.late.forget(site)
-            ctx.roster.silence.came_late(site)
+            if site in verdicts.passed:
+                ctx.roster.silence.came_late(site)
+        waiting.has_partial |= getattr(verdicts.passed.get(site), "missed_steps", 0) > 0
         waiting.heard(site, accepted=site in verdicts.passed)
         waiting.settle(has_quorum)
         del reply  # it may be large, and the next one is not there yet
@@ -313,16 +315,15 @@ def _reasons(ctx: RunContext, asked: Mapping[int, Asked]) -> dict[str, Code]:
     return reasons
 
 
-def _return_s(ctx: RunContext, messages: Sequence[Message]) -> float:
-    """Return how long a node that left before it answered may take to come back.
+def _return_s(ctx: RunContext, messages: Sequence[Message], waiting: Waiting) -> Callable[[], float]:
+    """Return a function that says how long a node that left before it answered may take to come back.
 
-    A site that trained keeps its update until it is back (`client/node/kept_answer.py`), so it may take as long as the
-    round is open. In a simulation nobody comes back, and a session of secure aggregation ends with its process.
+    A site that trained keeps its update until it is back (`client/node/kept_answer.py`), so it has more time. In the
+    steps of secure aggregation, whose secrets end with their process, and in a simulation it has not.
     """
-    trains = all(message.metadata.message_type.startswith("train") for message in messages)
-    if trains and not ctx.grid.simulated:
-        return math.inf
-    return RETURN_S
+    if ctx.grid.simulated or not all(message.metadata.message_type == "train" for message in messages):
+        return lambda: RETURN_S
+    return lambda: waiting.return_s(ctx.wait_for_quorum_s)
 
 
 def _wait_for(
@@ -343,7 +344,7 @@ def _wait_for(
         patience_s=ctx.round_timeout_s,
         grace_s=grace_s,
         simulated=ctx.grid.simulated,
-        adapts=ctx.config.strategy.round_timeout_s == "auto",
+        adapts=ctx.config.strategy.round_timeout_s == "auto" and duty == "train",
     )
 
 

@@ -110,7 +110,9 @@ class RunContext:
         it costs, must not depend on how fast it is.
         """
         protected = self.privacy is not None or self.config.privacy.examples.enabled
-        return self.config.strategy.partial_updates and not protected and not self.grid.simulated
+        validates = self.config.train.validate_every_steps > 0  # such a round ends with its best step
+        possible = not protected and not validates and not self.grid.simulated
+        return possible and self.config.strategy.partial_updates
 
     @property
     def takes_late_updates(self) -> bool:

@@ -36,6 +36,7 @@ from tsugiki.common.settings import StrategySettings
 from tsugiki.common.strategies.base import WeightedUpdate
 from tsugiki.common.wire.spec import l2_norm
 from tsugiki.server.run.kept import LARGE_BYTES, KeptUpdates
+from tsugiki.server.run.late import discounted
 from tsugiki.server.run.replies import Accepted
 from tsugiki.server.run.sums import RunningMean
 
@@ -192,7 +193,7 @@ class BoundedMean:
         Raises:
             StorageError: the update has to wait, and cannot be written.
         """
-        if self._may_be_capped(reply.rows) or reply.norm > self._surely_within:
+        if reply.late_by or self._may_be_capped(reply.rows) or reply.norm > self._surely_within:
             self._waiting.add(WeightedUpdate(reply.site, reply.update, reply.rows, reply.clients))
             return
         weight = 1 if self._settings.weighting == "equal" else reply.rows
@@ -215,6 +216,7 @@ class BoundedMean:
         tolerance = tolerance_of(len(accepted), self._settings.norm_tolerance)
         bound = norm_bound(tolerance, self._before, after)
         weights = weights_of({reply.site: reply.rows for reply in accepted}, self._settings)
+        weights |= {reply.site: discounted(weights[reply.site], reply.late_by) for reply in accepted if reply.late_by}
         settled = []
         for reply in accepted:
             clipped_to = bound if reply.norm > bound else None

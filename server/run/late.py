@@ -29,14 +29,14 @@ MOST_ROUNDS_LATE = 8
 """An update that is late by more rounds is not waited for any more: its site is asked anew."""
 
 
-def discounted(rows: int, rounds_late: int) -> int:
-    """Return the rows that a late update weighs, at least 1.
+def discounted(weight: int, rounds_late: int) -> int:
+    """Return the weight of a late update, at least 1.
 
     Args:
-        rows: of the site.
+        weight: that it would have in time.
         rounds_late: by which the update is late.
     """
-    return max(1, round(rows / math.sqrt(1 + rounds_late)))
+    return max(1, round(weight / math.sqrt(1 + rounds_late)))
 
 
 @dataclass
@@ -51,10 +51,16 @@ class Late:
     asked: dict[str, Asked] = field(default_factory=dict)
     outstanding: Outstanding = field(default_factory=Outstanding)
 
-    def begin_round(self, round_number: int) -> None:
-        """Forget the requests that are too old."""
+    def begin_round(self, round_number: int, nodes: Mapping[str, int]) -> None:
+        """Forget the requests that are too old, and those to nodes that are no longer their sites'.
+
+        Args:
+            round_number: counted from 1.
+            nodes: of the connected sites, by name.
+        """
         for site, one in list(self.asked.items()):
-            if round_number - one.round_number > MOST_ROUNDS_LATE:
+            moved = nodes.get(site, one.node_id) != one.node_id
+            if moved or round_number - one.round_number > MOST_ROUNDS_LATE:
                 self.forget(site)
 
     def forget(self, site: str) -> None:
@@ -68,11 +74,9 @@ class Late:
         return {site: one.round_number for site, one in sorted(self.asked.items())}
 
     def answered(self, reply: Message) -> Asked | None:
-        """Return the request of a closed round that a reply answers; None: it answers another one."""
-        for one in self.asked.values():
-            if one.node_id == reply.metadata.src_node_id and _nonce(reply) == one.nonce:
-                return one
-        return None
+        """Return the request that a reply answers, if its sender is not asked for anything else; None: it is."""
+        node = reply.metadata.src_node_id
+        return next((one for one in self.asked.values() if one.node_id == node), None)
 
     def close_round(self, asked: Mapping[int, Asked], missing: Iterable[str]) -> None:
         """Take note of the sites that have not answered before their round closed.
@@ -82,14 +86,5 @@ class Late:
             missing: the names of these sites.
         """
         missing = set(missing)
-        for one in asked.values():
-            if one.site in missing:
-                self.asked[one.site] = one
-            else:
-                self.outstanding.forget(one.node_id)
-
-
-def _nonce(reply: Message) -> str:
-    """Return the nonce that a reply repeats; empty if it has none."""
-    record = reply.content.config_records.get("reply") if reply.has_content() else None
-    return "" if record is None else str(record.get("nonce", ""))
+        self.asked |= {one.site: one for one in asked.values() if one.site in missing}
+        self.outstanding.keep_last({one.node_id for one in self.asked.values()})

@@ -17,7 +17,6 @@ from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.guard import check
 from tsugiki.server.run.influence import BoundedMean, clip_factors, settled_weights
 from tsugiki.server.run.kept import KeptUpdates
-from tsugiki.server.run.late import discounted
 from tsugiki.server.run.measuring import LOW_COSINE, SKEW_NOTE, measures_error, started_warm, timed_error
 from tsugiki.server.run.replies import Accepted, Asked, CollectedMean, Rejected
 from tsugiki.server.run.roster import Member
@@ -67,7 +66,7 @@ class OpenRound(Round[CollectedMean]):
                 return verdict
             late_by = round_number - asked.round_number
             if late_by:
-                verdict = replace(verdict, rows=discounted(verdict.rows, late_by), late_by=late_by)
+                verdict = replace(verdict, late_by=late_by)
                 keep(None)
             bounded.add(verdict)
             keep(WeightedUpdate(verdict.site, verdict.update, verdict.rows, verdict.clients))

@@ -57,7 +57,7 @@ class Accepted:
         weight: in the round's mean; 0 until all replies are there (`influence.py`).
         clipped_to: the norm that the update was scaled down to; None: it was short enough.
         missed_steps: of the round, for which the site's time was too short.
-        late_by: how many rounds ago the site was asked; `rows` are discounted for it (`late.py`).
+        late_by: how many rounds ago the site was asked; its weight is discounted for it (`late.py`).
     """
 
     site: str

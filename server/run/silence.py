@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tsugiki.common.settings import FIRST_TIMEOUT_S
-from tsugiki.server.engines.grid import Deadline
+from tsugiki.server.engines.grid import RETURN_S, Deadline
 
 LONGEST_REST = 16
 """Most rounds for which a silent site is not asked."""
@@ -101,7 +101,7 @@ class Silence:
         return max(LEAST_TIMEOUT_S, PACE_FACTOR * max(trained_s))
 
     def quorum_came(self, kind: str, seconds: float) -> None:
-        """Take note of how long the quorum of the answers to such messages took."""
+        """Take note of how long the quorum of the answers to such messages took, if it has answered in full."""
         self._quorum_s[kind] = seconds
 
     def deadline_s(self, site: str, timeout_s: float, grace_s: float | Literal["auto"]) -> float:
@@ -113,9 +113,12 @@ class Silence:
             grace_s: `strategy.grace_s`.
         """
         quorum_s = self._quorum_s.get("train")
-        if quorum_s is None:
+        usual_s = self.usual_s("train", site)
+        # a site that was in the quorum decides when that is there: it must not be hurried by its own pace
+        if quorum_s is None or (usual_s is not None and usual_s <= quorum_s):
             return timeout_s
-        return min(timeout_s, self.closes_s("train", "train", site, quorum_s, timeout_s, grace_s))
+        closes_s = self.closes_s("train", "train", site, quorum_s, timeout_s, grace_s)
+        return min(timeout_s, closes_s, quorum_s + self.patience_s("train", site, timeout_s))
 
     def closes_s(
         self, duty: Duty, kind: str, site: str, quorum_s: float, timeout_s: float, grace_s: float | Literal["auto"]
@@ -203,6 +206,7 @@ class Waiting:
         grace_s: how long the wait goes on after the quorum; "auto": see `StrategySettings.grace_s`.
         simulated: sites are late because of each other: the deadline stays, and nobody counts as silent.
         adapts: whether the quorum's pace may bring the deadline forward: `strategy.round_timeout_s = "auto"`.
+        has_partial: whether an answer so far was of a part of the steps, which says nothing about the pace of the work.
     """
 
     silence: Silence
@@ -214,6 +218,7 @@ class Waiting:
     grace_s: float | Literal["auto"]
     simulated: bool
     adapts: bool = False
+    has_partial: bool = False
     _timeout_s: float = field(init=False)
     _last_s: float | None = field(init=False, default=None)  # None: nobody has answered
     _quorum_s: float | None = field(init=False, default=None)
@@ -244,8 +249,9 @@ class Waiting:
             if not enough():
                 return
             self._quorum_s = self.deadline.elapsed_s
-            self.silence.quorum_came(self.kind, self._quorum_s)
-            if self.adapts:
+            if not self.has_partial:
+                self.silence.quorum_came(self.kind, self._quorum_s)
+            if self.adapts and self._last_s is not None:  # else nobody has answered, and none need to
                 self._timeout_s = min(self._timeout_s, max(LEAST_TIMEOUT_S, PACE_FACTOR * self._quorum_s))
         quorum_s = self._quorum_s
         self.deadline.after_s = max((self._ends_s(site, quorum_s) for site in self.missing), default=self._timeout_s)
@@ -255,6 +261,18 @@ class Waiting:
         ends_s = self.silence.closes_s(self.duty, self.kind, site, quorum_s, self._timeout_s, self.grace_s)
         patience_ends_s = (self._last_s or 0.0) + self.silence.patience_s(self.duty, site, self.patience_s)
         return min(ends_s, self._timeout_s, patience_ends_s)
+
+    def return_s(self, wait_for_quorum_s: float) -> float:
+        """Return how long a node that left may take to come back.
+
+        Args:
+            wait_for_quorum_s: without the quorum, which may need this node.
+        """
+        if self._quorum_s is None:
+            return max(RETURN_S, wait_for_quorum_s)
+        if self.grace_s == "auto":
+            return max(self._quorum_s, LEAST_GRACE_S)
+        return max(RETURN_S, self.grace_s)
 
     def close(self, round_number: int) -> list[str]:
         """Count the missing sites as silent in a round, and return their names, sorted."""

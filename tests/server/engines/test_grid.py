@@ -181,7 +181,7 @@ def test_a_node_that_comes_back_is_asked_again(clock):
 
 def test_a_node_may_be_away_for_as_long_as_its_round_is_open(clock):
     """Catches: a finished update that is thrown away because the line was dead for more than 35 seconds."""
-    (answer,) = exchange(Leaving(clock, 1800.0), [train_message()], 3600.0, Stop(), return_s=math.inf)
+    (answer,) = exchange(Leaving(clock, 1800.0), [train_message()], 3600.0, Stop(), return_s=lambda: math.inf)
     assert not answer.has_error()
     assert clock.now == pytest.approx(1800.0, abs=2 * LONGEST_PAUSE_S)
 
@@ -208,7 +208,7 @@ def test_a_node_that_always_leaves_is_not_asked_for_ever(clock):
 )
 def test_a_node_that_stays_away_is_given_up(clock, timeout_s, return_s, until):
     """Catches: a wait for the dead that lasts too long; an error that is swallowed at the deadline; one before it."""
-    (answer,) = exchange(Leaving(clock, 1e6), [train_message()], timeout_s, Stop(), return_s=return_s)
+    (answer,) = exchange(Leaving(clock, 1e6), [train_message()], timeout_s, Stop(), return_s=lambda: return_s)
     assert answer.has_error()
     assert clock.now == pytest.approx(until, abs=2 * LONGEST_PAUSE_S)
 

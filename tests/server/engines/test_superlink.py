@@ -207,6 +207,18 @@ def test_an_upload_of_a_node_that_was_started_anew_is_asked_for_again(grid, supe
     assert time.monotonic() - begun >= 0.6
 
 
+def test_a_kept_reply_outlives_the_looks_for_others(grid, superlink):
+    """Catches: a late update that is thrown away because the sites were asked to evaluate in between."""
+    messages, ids = ask(grid, 11, 12)
+    grid.keep_replies({ids[0]})
+    contents = superlink.offer(ids[0], answer(messages[0]), upload=False)
+    assert pull(grid, ids, 0.1) == {}
+    superlink.objects |= contents
+    superlink.offer(ids[1], answer(messages[1]))
+    assert list(pull(grid, ids[1:])) == [12]
+    assert list(pull(grid, ids[:1])) == [11]
+
+
 def test_a_slow_upload_is_waited_for(grid, superlink):
     """Catches: a reply given up because it was announced before it was there; objects pulled twice."""
     messages, ids = ask(grid, 11)

@@ -1,5 +1,7 @@
 """Updates that come after their round has closed."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from flwr.app import Error
@@ -11,10 +13,13 @@ from tsugiki.common.audit import verify
 from tsugiki.common.config.parse import changed
 from tsugiki.common.errors import ConfigError
 from tsugiki.common.files import read_lines
-from tsugiki.server.engines.grid import NODE_UNAVAILABLE
-from tsugiki.server.run.late import MOST_ROUNDS_LATE, discounted
+from tsugiki.common.wire.spec import l2_norm
+from tsugiki.server.engines.grid import NODE_UNAVAILABLE, Outstanding, _Away
+from tsugiki.server.run.influence import BoundedMean
+from tsugiki.server.run.late import MOST_ROUNDS_LATE, Late, discounted
 from tsugiki.server.run.loop import run_rounds
 from tsugiki.server.run.progress import describe
+from tsugiki.server.run.replies import Accepted, Asked
 
 SITES = ["a", "b", "c"]
 
@@ -59,7 +64,7 @@ def test_a_late_update_counts_in_the_round_that_is_open(tmp_path, clock):
     # the rounds close after 15, 25, 35 and 45 s
     assert [sorted(line["accepted"]) for line in found[:5]] == [["a", "b"]] * 3 + [["a", "b", "c"]] * 2
     late = found[3]["accepted"]["c"]
-    assert (late["late_by"], late["rows"], late["weight"]) == (3, 5, 5)
+    assert (late["late_by"], late["rows"], late["weight"]) == (3, 10, 5)
     assert "late_by" not in found[4]["accepted"]["c"]
     assert "c late by 3" in describe(found[3])
     assert [line.get("expected") for line in found[:5]] == [None, {"c": 1}, {"c": 1}, {"c": 1}, None]
@@ -181,6 +186,65 @@ def left(message_id):
         created_at=0.0,
     )
     return make_message(about, error=Error(NODE_UNAVAILABLE, "left"))
+
+
+def test_the_discount_holds_for_a_capped_site_too(tmp_path):
+    """Catches: a discount of the rows alone, which the cap of a large site takes back."""
+    replies = [accepted("a", 100), accepted("b", 100), accepted("c", 1000), accepted("d", 1000, late_by=3)]
+    mean = BoundedMean(tmp_path, SPEC.size, 4, toy_config(tmp_path).strategy, ())
+    for reply in replies:
+        mean.add(reply)
+    weights = {reply.site: reply.weight for reply in mean.settle([one.without_update() for one in replies]).accepted}
+    assert weights["d"] == weights["c"] // 2
+    assert mean.mean.weight == sum(weights.values())
+
+
+def accepted(site, rows, late_by=0):
+    """Return an accepted reply."""
+    update = np.ones(SPEC.size, np.float32)
+    return Accepted(site, update, rows, 0.5, 1, 0.0, l2_norm(update), 100, late_by=late_by)
+
+
+def test_a_site_that_fails_late_is_asked_anew(tmp_path, clock):
+    """Catches: a site that is waited for through eight rounds, though its update will never come."""
+
+    def fail(ctx):
+        pull = ctx.grid.pull_messages
+
+        def watched(ids):
+            return [failed(one) if one.metadata.src_node_id == 3 and clock.now > 20 else one for one in pull(ids)]
+
+        ctx.grid.pull_messages = watched
+
+    ctx = run(tmp_path, clock, late_in_round_1, prepare=fail, rounds=5)
+    assert rounds_asked(ctx, "c")[:2] == [1, 5]
+
+
+def test_a_site_with_another_node_is_asked_anew():
+    """Catches: a site that was started anew without its key, and is waited for under its old number."""
+    late = Late(asked={"c": Asked("c", 3, 1, "x", 10)})
+    late.begin_round(2, {"a": 1, "c": 3})
+    assert list(late.asked) == ["c"]
+    late.begin_round(2, {"a": 1})
+    assert list(late.asked) == ["c"]
+    late.begin_round(2, {"c": 4})
+    assert late.asked == {}
+
+
+def test_an_answer_to_a_forgotten_request_is_dropped(clock):
+    """Catches: the first round's update, judged as the answer to what the site is asked now, and rejected as stale."""
+    outstanding = Outstanding()
+    away = _Away(None, [SimpleNamespace(metadata=SimpleNamespace(dst_node_id=3))])
+    outstanding.add({"old"}, away)
+    old = SimpleNamespace(metadata=SimpleNamespace(reply_to_message_id="old", src_node_id=3), has_error=lambda: False)
+    outstanding.forget(3)
+    assert outstanding.take([old]) == []
+    assert outstanding.ids == set()
+
+
+def failed(reply):
+    """Return an error in the place of a reply."""
+    return make_message(reply.metadata, error=Error(1000, "deadline"))
 
 
 @pytest.mark.parametrize(("rows", "late", "weight"), [(100, 0, 100), (100, 1, 71), (100, 3, 50), (1, 8, 1)])
