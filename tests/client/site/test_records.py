@@ -42,13 +42,16 @@ def acme(tmp_path):
         if rows is not None:
             (tmp_path / "acme" / "train.csv").write_text(rows)
 
-        def ask(kind="train", round_=1, run="one", **sections):
+        def ask(kind="train", round_=1, run="one", hurried=False, **sections):
             config = tiny_config(tmp_path, run={"name": run}, simulation={"clients": 4}, **sections)
             graft = load_graft(config, config.model.name, config.run.seed)
             text = config.for_sites(make_plan(config, graft.spec.size))
             content = to_record(HelloRequest(text, __version__))
             if kind == "train":
-                request = TrainRequest(text, round_, graft.spec.sha256, 0.0, 0.5, 600.0, "0" * 16, "")
+                deadline_s = 0.0 if hurried else 600.0
+                request = TrainRequest(
+                    text, round_, graft.spec.sha256, 0.0, 0.5, deadline_s, "0" * 16, "", partial=hurried
+                )
                 content = to_record(request, encode(graft.initial, graft.spec))
             grid = InProcessGrid(*app_of_sites([file])(config))
             return grid.pull_messages(grid.push_messages([Message(content, 1, kind)]))[0]
@@ -402,4 +405,10 @@ def test_a_site_may_keep_everything_but_its_update(acme):
     reply = from_record(TrainReply, ask(train={"local_epochs": 2}).content)
     assert (reply.rows, reply.steps, reply.loss_shared) == (1, 1, False)
     assert from_record(TrainReply, ask(train={"local_steps": 2}).content).steps == 2
+    # a server that gives the site no time would count the steps of a pass, and so its rows
+    passes = {"local_epochs": 1, "per_device_train_batch_size": 1}
+    reply = from_record(TrainReply, ask(train=passes, hurried=True).content)
+    assert (reply.rows, reply.steps, reply.missed_steps) == (1, 1, 0)
+    reply = from_record(TrainReply, ask(train={"local_steps": 9}, hurried=True).content)
+    assert (reply.steps, reply.missed_steps) == (1, 8)
     assert leaks(folder) == ["train.csv"]
