@@ -210,7 +210,10 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
     )
     if advice := precision_advice(config, run.graft.device.type):
         log.info("%s", advice)
-    site.record("hello", site=site.name, run=config.run.name, rows=rows, spec_sha256=reply.spec_sha256)
+    about: dict[str, Any] = {"run": config.run.name, "rows": rows, "spec_sha256": reply.spec_sha256}
+    if config.adapter.start_sha256:
+        about["start_sha256"] = config.adapter.start_sha256
+    site.record("hello", site=site.name, **about)
     return to_record(reply)
 
 
