@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tsugiki.common.audit import AuditLog, verify
 from tsugiki.common.config.commented import comment
 from tsugiki.common.config.files import to_toml, with_absolute_paths
 from tsugiki.common.config.run import RunConfig
+from tsugiki.common.errors import TsugikiError
 from tsugiki.common.files import make_folder, read_lines, to_json, write_atomically
 from tsugiki.common.model.device import precision_advice
 from tsugiki.common.model.graft import Graft
@@ -29,6 +31,7 @@ from tsugiki.server.run.anchors import check_anchors, check_finished
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.evaluate import make_evaluator
+from tsugiki.server.run.farewell import tell_sites
 from tsugiki.server.run.influence import dominant_sites
 from tsugiki.server.run.loop import evaluated, initial_state, run_rounds
 from tsugiki.server.run.privacy import Privacy, open_privacy, rows_summary
@@ -135,16 +138,28 @@ def run_federation(
                 privacy=privacy,
                 suspicion=Suspicion(verify(folder / "audit.jsonl")),
             )
-            state = with_warm_head(ctx, graft, opened.state)
-            if not grid.sequential:  # else the sites train in this process, with the same graft
-                grafts.clear()
-                graft.forget_initial()
-            handed_over = [state]
-            del state, opened  # or the adapter that the run starts from would stay in memory to its end
-            state = run_rounds(ctx, handed_over.pop())
+            with _telling_sites(ctx):
+                state = with_warm_head(ctx, graft, opened.state)
+                if not grid.sequential:  # else the sites train in this process, with the same graft
+                    grafts.clear()
+                    graft.forget_initial()
+                handed_over = [state]
+                del state, opened  # or the adapter that the run starts from would stay in memory to its end
+                state = run_rounds(ctx, handed_over.pop())
 
         summary = _write_results(ctx, graft, state)
+        tell_sites(ctx, summary["stopped"])
     return Outcome(folder, state, summary)
+
+
+@contextmanager
+def _telling_sites(ctx: RunContext) -> Iterator[None]:
+    """Tell the sites that the run is over, if an error of ours ends it inside a `with` block."""
+    try:
+        yield
+    except TsugikiError as error:
+        tell_sites(ctx, error.code)
+        raise
 
 
 def _start(config: RunConfig, graft: Graft, folder: Path, *, resume: bool) -> tuple[RunConfig, Vector]:
