@@ -36,6 +36,8 @@ from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.strategies.factors import narrow
 from tsugiki.common.wire.arrays import array_records, encode, encode_levels, encode_numbers
 from tsugiki.common.wire.messages import (
+    ENDED,
+    EndedReply,
     EvaluateReply,
     EvaluateRequest,
     HeadSumsReply,
@@ -49,6 +51,7 @@ from tsugiki.common.wire.messages import (
     beside,
     error_reply,
     from_record,
+    read_ended,
     to_record,
 )
 from tsugiki.common.wire.spec import sha256
@@ -85,6 +88,10 @@ def make_app(locate: Locate, protect: Protect | None = None) -> ClientApp:
     @app.query("head_sums")
     def head_sums(message: Message, context: Context) -> Message:
         return _answer(message, lambda: locate(context), _head_sums)
+
+    @app.query(ENDED)
+    def ended(message: Message, context: Context) -> Message:
+        return _answer(message, lambda: locate(context), _ended)
 
     @app.query("keys")
     def keys(message: Message, context: Context) -> Message:
@@ -210,7 +217,10 @@ def _hello(site: Site, content: RecordDict) -> RecordDict:
     )
     if advice := precision_advice(config, run.graft.device.type):
         log.info("%s", advice)
-    site.record("hello", site=site.name, run=config.run.name, rows=rows, spec_sha256=reply.spec_sha256)
+    about: dict[str, Any] = {"run": config.run.name, "rows": rows, "spec_sha256": reply.spec_sha256}
+    if config.adapter.start_sha256:
+        about["start_sha256"] = config.adapter.start_sha256
+    site.record("hello", site=site.name, **about)
     return to_record(reply)
 
 
@@ -354,6 +364,13 @@ def _head_sums(site: Site, content: RecordDict) -> RecordDict:
     sent = sum(len(array.data) for array in arrays.values())
     site.record("head-sums", run=config.run.name, rows=len(rows), classes=sums.classes, bytes=sent)
     return to_record(HeadSumsReply(site.name, request.round, request.nonce, len(rows)), arrays)
+
+
+def _ended(site: Site, content: RecordDict) -> RecordDict:
+    """Note in the site's audit log that a run is over, as the server says."""
+    said = read_ended(content)
+    site.record("ended", run=said.run, outcome=said.outcome, rounds=said.rounds, rounds_in=said.rounds_in)
+    return to_record(EndedReply(site.name))
 
 
 # The steps of secure aggregation

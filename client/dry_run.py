@@ -18,7 +18,7 @@ from tsugiki.common.model.linear_head import LinearHead, warm_head_of
 from tsugiki.common.model.rates import with_rates
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.settings import FIRST_TIMEOUT_S
-from tsugiki.common.wire.arrays import encode
+from tsugiki.common.wire.arrays import decode, encode
 from tsugiki.common.wire.flower import identify_process, set_message_id
 from tsugiki.common.wire.messages import (
     EvaluateRequest,
@@ -28,6 +28,7 @@ from tsugiki.common.wire.messages import (
     error_code,
     to_record,
 )
+from tsugiki.common.wire.spec import sha256
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
@@ -53,6 +54,8 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
     graft = load_at(site, config)
     plan = make_plan(config, graft.spec.size)
     arrays = encode(graft.initial, graft.spec)
+    if config.adapter.start_from:  # the operator has it; what a site sends has the same form from any start
+        config = changed(config, {"adapter.start_sha256": sha256(decode(arrays, graft.spec))})
     # Only if this site would send them: else the server receives a code.
     if isinstance(warm_head_of(graft, config), LinearHead) and site.policy.sends_head_sums:
         sums = HeadSumsRequest(config.for_sites(plan), 0, graft.spec.sha256, "0" * 16)

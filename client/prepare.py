@@ -35,7 +35,7 @@ from tsugiki.common.strategies import names_with, strategy_of
 from tsugiki.common.tasks.base import Encoded, Tail, Task
 from tsugiki.common.wire.arrays import array_records, decode
 from tsugiki.common.wire.messages import TrainRequest, split_shares
-from tsugiki.common.wire.spec import Vector
+from tsugiki.common.wire.spec import Vector, sha256
 
 Part = Literal["train", "validation", "evaluation"]
 
@@ -196,6 +196,7 @@ class SiteRun:
         """
         # The adapter first: it is cheap to refuse, and rows may take long to tokenise.
         received = self.receive(request.spec_sha256, content)
+        self._check_start(request, content)
         shares = split_shares(request.class_shares, len(self.graft.task.labels))
         encoded = self.train_rows()
         # A server may ask for some of a gateway's clients.
@@ -225,6 +226,25 @@ class SiteRun:
             class_shares=shares,
             tail=self._tail,
         )
+
+    def _check_start(self, request: TrainRequest, content: RecordDict) -> None:
+        """Check that round 1 starts from the adapter that the run says it starts from.
+
+        Raises:
+            SpecError: `adapter-differs`, from another one.
+        """
+        wanted = self.config.adapter.start_sha256
+        if request.round != 1 or not wanted:
+            return
+        # as it came: 16-bit parameters would have rounded it
+        found = sha256(decode(array_records(content)["arrays"], self.graft.spec))
+        if found != wanted:
+            raise SpecError(
+                f"round 1 starts from an adapter with the hash {found[:12]}",
+                f"{wanted[:12]}, adapter.start_sha256 of the run",
+                "ask the operator which adapter the run starts from",
+                code="adapter-differs",
+            )
 
     def check_budget(self, clients: Mapping[str, Sequence[int]]) -> None:
         """Check that the site's ledger allows one more upload. No-op without a ledger.

@@ -112,6 +112,7 @@ KnownCode = Literal[
     "adapter-positions",  # too few positions are left for a text
     "adapter-missing",  # the run needs an exported adapter that is not there
     "adapter-other-base",  # the adapter was trained on another base
+    "adapter-differs",  # the exported adapter to start from does not fit the run's settings
     "reward-adapter",  # the exported adapter is no reward for this run
     "gradient-checkpointing",  # the model's blocks cannot be computed twice
     "quantization",  # 4 bits need CUDA and bitsandbytes

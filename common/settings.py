@@ -224,6 +224,22 @@ class AdapterSettings(NamingSettings):
         description="Type of the numbers that travel. Use float16 if bandwidth is scarce: it halves the bytes and "
         "rounds the numbers.",
     )
+    start_from: str = Field(
+        default="",
+        description="Folder of an exported adapter, as runs/june/adapter, whose values and head the run starts from. "
+        "It needs the same base, task, labels, method and shape. Only the server reads it: sites receive its values "
+        "with the first round. Empty: the method's own initial values.",
+    )
+    start_sha256: str = Field(
+        default="",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="SHA-256 of the values that the run starts from. The server sets it, and each site compares what "
+        "it receives in round 1. Set it to refuse any other adapter in start_from. Empty: any adapter.",
+    )
+
+
+STARTS = frozenset({"start_from", "start_sha256"})
+"""The settings of an adapter that say only from which values a run starts: no spec and no export has them."""
 
 
 FIRST_TIMEOUT_S = 14_400.0

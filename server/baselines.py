@@ -231,7 +231,8 @@ def _untouched(bench: _Bench, config: RunConfig) -> Metrics:
     """Return the metrics of the base without an adapter."""
     federated = read_lines(bench.folder / "metrics.jsonl")
     # Most adapters change nothing before they are trained: then the run has measured the base before round 1.
-    if federated and ADAPTERS.get(config.adapter.method).starts_at_base:
+    starts_at_base = ADAPTERS.get(config.adapter.method).starts_at_base and not config.adapter.start_from
+    if federated and starts_at_base:
         before = federated[0]
         if "eval" in before and "warm_head" not in before:
             return dict(before["eval"])
@@ -269,8 +270,9 @@ def _linear_probe(bench: _Bench, central: RunConfig) -> dict[str, Metrics]:
     if federated and "warm_head" in federated[0]:
         return {"linear_probe": federated[0]["eval"]}  # the same, from the sums of all sites
     one_step = {"run.rounds": 1, "train.local_steps": 1, "train.local_epochs": 0, "task.warm_head": "auto"}
+    own_start = {"adapter.start_from": "", "adapter.start_sha256": ""}
     bench.progress.note("baseline: linear probe")
-    _, lines = bench.train(changed(central, one_step), "linear-probe")
+    _, lines = bench.train(changed(central, one_step | own_start), "linear-probe")
     start = lines[0]
     if "warm_head" not in start:  # this base has no such head
         return {}

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tsugiki.client.node.kept_answer import KINDS as KEPT_KINDS
 from tsugiki.client.node.kept_answer import KeptAnswer
+from tsugiki.client.node.status import describe_answered
 from tsugiki.common.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ class Node:
                 self._connection.send(reply)
             if kind in KEPT_KINDS:
                 self._kept.forget()
-            outcome = str(reply.error.reason) if reply.has_error() else "done"
+            outcome = str(reply.error.reason) if reply.has_error() else describe_answered(kind, message.content)
         except Interrupted:
             outcome = "not sent: stopping"
         except MessageGone as gone:

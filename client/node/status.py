@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flwr.app import RecordDict
     from rich.console import Console
 
 REFRESH_S = 0.25
@@ -17,6 +18,7 @@ _WORDS = {
     "query.keys": "exchanging keys",
     "query.shares": "exchanging shares",
     "query.unmask": "opening the sum",
+    "query.ended": "end of a run",
     "train": "training",
     "train.masked": "training, masked",
     "evaluate": "evaluating",
@@ -128,6 +130,17 @@ def describe(kind: str, group: str) -> str:
     if group.isdigit() and len(group) < 7:
         return f"round {group}: {words}"
     return words
+
+
+def describe_answered(kind: str, content: RecordDict) -> str:
+    """Return what became of a message that was answered: done, or which run is over."""
+    from tsugiki.common.wire.messages import ENDED, read_ended
+
+    if kind != f"query.{ENDED}":
+        return "done"
+    ended = read_ended(content)  # the app has read it, too
+    mine = "" if ended.rounds_in < 0 else f", {ended.rounds_in} of them with this site"
+    return f"run {ended.run} is over ({ended.outcome}), {ended.rounds} rounds{mine}"
 
 
 def _stamped(text: str) -> str:

@@ -25,6 +25,7 @@ from tsugiki.common.model.device import computing
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.model.rates import with_rates
+from tsugiki.common.model.start import started
 from tsugiki.common.plots import BLUE, LIGHT_GREY, RED, new_figure, plain_numbers, plot_format, render, style
 from tsugiki.common.rng import derive_seed, seed_everything
 from tsugiki.common.settings import HeadedSettings
@@ -142,7 +143,8 @@ def find_rate(
     config = with_rates(config, config.model.name)  # the test sets rates of its own; the optimiser starts from numbers
     site: SimulatedSite = simulated_sites(config)[0]
     graft = load_graft(config, config.model.name, config.run.seed)
-    graft.write(graft.initial)
+    config, initial = started(config, graft)
+    graft.write(initial)
     encoded = graft.task.encode(site.train_shard(graft.task), graft.base)
     rates = [float(rate) for rate in np.geomspace(lowest, highest, steps)]
     try:

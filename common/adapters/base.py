@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from tsugiki.common.errors import ModelError
 from tsugiki.common.registry import Registry
-from tsugiki.common.settings import AdapterSettings
+from tsugiki.common.settings import STARTS, AdapterSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -158,12 +158,12 @@ class AdapterMethod(ABC):
 
     def spec_settings(self) -> dict[str, Any]:
         """Return the settings on which both sides of a run must agree, for their `AdapterSpec`."""
-        settings: dict[str, Any] = self.settings.model_dump(mode="json", exclude={"method", "wire_dtype"})
+        settings: dict[str, Any] = self.settings.model_dump(mode="json", exclude={"method", "wire_dtype", *STARTS})
         return settings
 
     def exported_settings(self) -> dict[str, Any]:
         """Return the settings for an export; they contain nothing of this machine."""
-        settings: dict[str, Any] = self.settings.model_dump(mode="json")
+        settings: dict[str, Any] = self.settings.model_dump(mode="json", exclude=set(STARTS))
         return settings
 
     def exported_in(self, folder: Path) -> Self:

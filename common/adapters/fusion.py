@@ -15,7 +15,7 @@ from tsugiki.common.adapters.houlsby import Houlsby, HoulsbySettings, Place, mak
 from tsugiki.common.adapters.own_base import OwnMethod
 from tsugiki.common.adapters.tensors import fill, read_tensors
 from tsugiki.common.errors import ModelError
-from tsugiki.common.settings import AdapterSettings, Names
+from tsugiki.common.settings import STARTS, AdapterSettings, Names
 
 _STD = 0.02
 """Initial standard deviation of queries and keys, as in the authors' code: all adapters start with similar weights."""
@@ -119,7 +119,7 @@ class Fusion(OwnMethod):
 
     def spec_settings(self) -> dict[str, Any]:
         """Return the adapters' settings in their order, without their names, which differ between machines."""
-        return {"adapters": [part.settings.model_dump(mode="json") for part in self._parts]}
+        return {"adapters": [part.settings.model_dump(mode="json", exclude=set(STARTS)) for part in self._parts]}
 
     def exported_settings(self) -> dict[str, Any]:
         """Return the settings with the adapters' folders inside the export."""

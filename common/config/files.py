@@ -18,7 +18,7 @@ from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import ConfigError, Problem
 from tsugiki.common.settings import Section
 
-PATH_KEYS = ("run.output_dir", "privacy.ledger", "evaluation.data", "simulation.data")
+PATH_KEYS = ("run.output_dir", "adapter.start_from", "privacy.ledger", "evaluation.data", "simulation.data")
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -15,6 +15,7 @@ from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.settings import PrivacySection
 from tsugiki.common.settings import (
     OPERATORS_WAITS,
+    STARTS,
     AdapterSettings,
     DataFormat,
     Name,
@@ -392,6 +393,8 @@ class RunConfig(Section):
         where files are, and on how many threads or in which engine the run is computed.
         """
         excluded: Any = {"run": {"output_dir", "rounds"}, "model": {"public_name"}, "simulation": {"engine"}}
+        # empty, they are left out, as in checkpoints of versions without them
+        excluded["adapter"] = {name for name in STARTS if not getattr(self.adapter, name)}
         excluded["train"] = {"threads"}
         excluded["strategy"] = {"min_clients", "connect_timeout_s", "round_timeout_s", *OPERATORS_WAITS}
         excluded["privacy"] = set(PrivacySection.model_fields) - {"mode", "examples"}  # the plan covers the rest
@@ -436,7 +439,9 @@ class RunConfig(Section):
         sections = {"model", "task", "adapter", "train", "privacy", "strategy"}
         # Of these sections sites get everything, of evaluation and run only what their work needs.
         body = self.with_plan(plan).model_dump(mode="json", include=sections)
-        body["privacy"].pop("ledger")  # a path of the operator's machine
+        # paths of the operator's machine
+        body["privacy"].pop("ledger")
+        body["adapter"].pop("start_from")
         for name in OPERATORS_WAITS:
             body["strategy"].pop(name)
         body["evaluation"] = {"batch_size": self.evaluation.batch_size, "monitor": self.evaluation.monitor}

@@ -222,10 +222,7 @@ def load_exported(folder: Path, transformer: Any, exported: Exported | None = No
     check_base(fingerprint, exported.base_fingerprint, str(folder))
     require_heads(transformer, exported.heads)
     method = exported.make_method(folder)
-    tensors = read_tensors(folder / method.tensors_file)
-    if exported.head_file:
-        head = read_tensors(folder / exported.head_file)
-        tensors |= {f"{_PEFT_PREFIX}{HEAD}.{name.removeprefix('linear.')}": value for name, value in head.items()}
+    tensors = exported_tensors(folder, exported)
     with quiet_libraries():
         attached: Any = method.attach(transformer, exported.heads)
     for value in attached.parameters():
@@ -233,6 +230,19 @@ def load_exported(folder: Path, transformer: Any, exported: Exported | None = No
             value.data = value.data.clone()  # other models may read the same memory (`share_frozen`)
     fill(method.saved(attached), tensors)
     return attached.eval()
+
+
+def exported_tensors(folder: Path, exported: Exported) -> dict[str, Any]:
+    """Return the tensors of an export, heads included, by the names under which its method saves them.
+
+    Raises:
+        ModelError: `adapter-invalid`, a file cannot be read.
+    """
+    tensors = read_tensors(folder / exported.make_method(folder).tensors_file)
+    if exported.head_file:
+        head = read_tensors(folder / exported.head_file)
+        tensors |= {f"{_PEFT_PREFIX}{HEAD}.{name.removeprefix('linear.')}": value for name, value in head.items()}
+    return tensors
 
 
 def open_exported(folder: Path, source: str = "", *, beside: Any = None, device: str = "cpu") -> Graft:
@@ -252,7 +262,7 @@ def open_exported(folder: Path, source: str = "", *, beside: Any = None, device:
     exported = read_exported(folder)
 
     def attach(base: Base, fingerprint: str) -> Any:
-        _check_heads(exported, base)
+        check_heads(exported, base)
         base.constants = exported.constants  # hashes of adapters that only its training needed
         if beside is not None:
             share_frozen(base.transformer, beside)
@@ -264,8 +274,12 @@ def open_exported(folder: Path, source: str = "", *, beside: Any = None, device:
     return graft
 
 
-def _check_heads(exported: Exported, base: Base) -> None:
-    """Refuse an export that would replace other modules of the base than the heads of its task."""
+def check_heads(exported: Exported, base: Base) -> None:
+    """Refuse an export that would replace other modules of the base than the heads of its task.
+
+    Raises:
+        ModelError: `adapter-invalid`.
+    """
     left_out = base.loss_heads and not exported.heads
     if exported.heads != base.heads and not left_out:
         raise ModelError(

@@ -67,8 +67,10 @@ def warm_head_of(graft: Graft, config: RunConfig) -> LinearHead | str:
     settings = config.task
     if not isinstance(settings, HeadedSettings) or settings.warm_head == "off":
         return ""
-    if config.privacy.mode != "none" or config.privacy.examples.enabled:
-        return "the run is private, and the sums of features would have no noise"
+    private = config.privacy.mode != "none" or config.privacy.examples.enabled
+    if private or config.adapter.start_sha256:
+        no_noise = "the run is private, and the sums of features would have no noise"
+        return no_noise if private else "the run starts from an exported adapter, and keeps its head"
     head = linear_head(graft)
     if head is None:
         return "this model's head is not one linear layer"

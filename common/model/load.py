@@ -19,6 +19,7 @@ from tsugiki.common.model.fingerprint import check_base, fingerprint
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.spec import describe
 from tsugiki.common.rng import derive_seed, seed_everything
+from tsugiki.common.settings import STARTS
 from tsugiki.common.tasks import TASKS, Task
 from tsugiki.common.tasks.base import Base
 
@@ -69,7 +70,7 @@ def load_graft(config: RunConfig, source: str, seed: int, *, agreed: Mapping[str
         ModelError: the base cannot be found or is not trusted, or the adapter does not fit it; `adapter-missing`, the
             task needs an exported adapter, and the run names none.
     """
-    sections = config.model_dump(mode="json", include={"model", "task", "adapter"})
+    sections = config.model_dump(mode="json", include={"model", "task", "adapter"}, exclude={"adapter": set(STARTS)})
     # The key covers all that the graft depends on, so that a changed setting or export loads anew.
     stamps = [_stamps(name) for name in (*config.task.models, *config.adapter.models)]
     key = json.dumps([sections, stamps, config.train.device, source, seed, agreed], sort_keys=True)

@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 SITE_ERROR = 1000
 """The number of a Flower error that carries one of our codes; Flower's own are below 10."""
 
+ENDED = "ended"
+"""The action of the query that tells a site that a run is over."""
+
 BESIDE = "secagg"
 """The record that holds the fields of a step of secure aggregation."""
 
 _SHARE = re.compile(r"[0-9](\.[0-9]{1,12})?(e-[0-9]{2})?")
+_MOST_ROUNDS = 10**6
 _ROUNDING = 1e-3
 """How far from 1 the sum of shares may be that were rounded to six digits."""
 _CODE = re.compile(rf"[a-z][a-z0-9-]{{0,63}}(:[A-Za-z_][A-Za-z0-9_]{{0,63}})?|policy-members:{NAME_PATTERN}")
@@ -180,6 +184,30 @@ class HeadSumsReply:
     rows: int
 
 
+@dataclass(frozen=True)
+class EndedRequest:
+    """Take note that a run is over for now.
+
+    Args:
+        run: its name.
+        outcome: a code: how it ended.
+        rounds: how many are done.
+        rounds_in: in how many of these the site's update was; -1: the run does not say who is in a round.
+    """
+
+    run: str
+    outcome: str
+    rounds: int
+    rounds_in: int
+
+
+@dataclass(frozen=True)
+class EndedReply:
+    """The reply to an `EndedRequest`."""
+
+    site: str
+
+
 R = TypeVar(
     "R",
     HelloRequest,
@@ -192,6 +220,8 @@ R = TypeVar(
     EvaluateReply,
     HeadSumsRequest,
     HeadSumsReply,
+    EndedRequest,
+    EndedReply,
 )
 
 
@@ -237,6 +267,20 @@ def from_record(kind: type[R], content: RecordDict) -> R:
         if type(record[field]) is not wanted:
             raise WireError(f"the field {field} in {kind.__name__} has another type", wanted.__name__, code="type")
     return kind(**record)  # type: ignore[arg-type]  # checked just above
+
+
+def read_ended(content: RecordDict) -> EndedRequest:
+    """Return the message that a run is over, after checking that it can be shown and logged as it is.
+
+    Raises:
+        WireError: as `from_record`; `type`, a name or a code is none, or a number is out of range.
+    """
+    ended = from_record(EndedRequest, content)
+    named = re.fullmatch(NAME_PATTERN, ended.run) and _CODE.fullmatch(ended.outcome)
+    counted = 0 <= ended.rounds <= _MOST_ROUNDS and -1 <= ended.rounds_in <= ended.rounds
+    if not (named and counted):
+        raise WireError("the end of a run has another form", "a run's name, a code and two numbers", code="type")
+    return ended
 
 
 def join_shares(shares: Sequence[float]) -> str:

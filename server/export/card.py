@@ -17,6 +17,7 @@ from tsugiki.common.config.run import RunConfig
 from tsugiki.common.data.pixels import Pixels
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.model.graft import Graft
+from tsugiki.common.model.start import about_start
 from tsugiki.common.tasks.decoding.templates import encode_prompts, prompt_text
 from tsugiki.common.tasks.image_classification import MODEL_TYPE
 from tsugiki.server.run.progress import shown
@@ -329,6 +330,7 @@ def _training(graft: Graft, config: RunConfig, export: Export) -> str:
         "adapter": config.adapter.method,
         "parameters of the adapter": f"{graft.spec.parameters('adapter'):,}",
         "parameters of the head": f"{graft.spec.parameters('head'):,}",
+        **_start(config),
         "rounds": f"{rounds}{done}; this is the adapter after round {export.round}",
         "sites": f"{len(sites)}",
         "strategy": config.strategy.name,
@@ -338,6 +340,11 @@ def _training(graft: Graft, config: RunConfig, export: Export) -> str:
     }
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     return f"## How it was trained\n\n| | |\n|---|---|\n{table}"
+
+
+def _start(config: RunConfig) -> dict[str, str]:
+    start = about_start(config)
+    return {"starts from": f"{start['start_from']}, values {start['start_sha256']}"} if start else {}
 
 
 def _taken(graft: Graft) -> dict[str, str]:
@@ -363,6 +370,6 @@ def _settings(config: RunConfig, adapter: dict[str, Any], export: Export) -> str
     body = config.model_dump(mode="json") | {"task": task, "adapter": adapter}
     for dotted in PATH_KEYS:
         section, key = dotted.split(".")
-        del body[section][key]
+        body[section].pop(key, None)
     body["model"] |= {"name": export.base_name, "public_name": export.base_name}
     return f"## Settings\n\n```toml\n{tomli_w.dumps(body)}```\n"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from tsugiki.common.audit import AuditLog, verify
 from tsugiki.common.config.commented import comment
 from tsugiki.common.config.files import to_toml, with_absolute_paths
 from tsugiki.common.config.run import RunConfig
+from tsugiki.common.errors import TsugikiError
 from tsugiki.common.files import make_folder, read_lines, to_json, write_atomically
 from tsugiki.common.model.device import precision_advice
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.load import grafts, load_graft
 from tsugiki.common.model.rates import describe_rates, with_rates
+from tsugiki.common.model.start import about_start, started
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.wire.spec import AdapterSpec, Vector, sha256, unpack
@@ -28,6 +31,7 @@ from tsugiki.server.run.anchors import check_anchors, check_finished
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.evaluate import make_evaluator
+from tsugiki.server.run.farewell import tell_sites
 from tsugiki.server.run.influence import dominant_sites
 from tsugiki.server.run.loop import evaluated, initial_state, run_rounds
 from tsugiki.server.run.privacy import Privacy, open_privacy, rows_summary
@@ -97,6 +101,7 @@ def run_federation(
     with run_folder(place, resume=resume) as folder, stop.asked_by(folder / STOP_FILE):
         # what can fail without a site fails before a record is written: the run's name stays free
         graft = load_graft(config, config.model.name, config.run.seed)
+        config, initial = _start(config, graft, folder, resume=resume)
         resolved = with_rates(config, config.model.name)
         rates = describe_rates(resolved, config)
         config = resolved
@@ -108,7 +113,8 @@ def run_federation(
         grid.limit_replies(graft.spec.size * 8)
 
         ledger = _ledger_path(config, folder, simulated)
-        opened = _open(folder, config, plan, graft, rates, ledger, resume=resume, previous=previous)
+        opened = _open(folder, config, plan, graft, initial, rates, ledger, resume=resume, previous=previous)
+        del initial
         audit = opened.audit
         privacy = opened.privacy
 
@@ -132,21 +138,45 @@ def run_federation(
                 privacy=privacy,
                 suspicion=Suspicion(verify(folder / "audit.jsonl")),
             )
-            state = with_warm_head(ctx, graft, opened.state)
-            if not grid.sequential:  # else the sites train in this process, with the same graft
-                grafts.clear()
-                graft.forget_initial()
-            handed_over = [state]
-            del state, opened  # or the adapter that the run starts from would stay in memory to its end
-            state = run_rounds(ctx, handed_over.pop())
+            with _telling_sites(ctx):
+                state = with_warm_head(ctx, graft, opened.state)
+                if not grid.sequential:  # else the sites train in this process, with the same graft
+                    grafts.clear()
+                    graft.forget_initial()
+                handed_over = [state]
+                del state, opened  # or the adapter that the run starts from would stay in memory to its end
+                state = run_rounds(ctx, handed_over.pop())
 
         summary = _write_results(ctx, graft, state)
+        tell_sites(ctx, summary["stopped"])
     return Outcome(folder, state, summary)
+
+
+@contextmanager
+def _telling_sites(ctx: RunContext) -> Iterator[None]:
+    """Tell the sites that the run is over, if an error of ours ends it inside a `with` block."""
+    try:
+        yield
+    except TsugikiError as error:
+        tell_sites(ctx, error.code)
+        raise
+
+
+def _start(config: RunConfig, graft: Graft, folder: Path, *, resume: bool) -> tuple[RunConfig, Vector]:
+    """Return the settings with the hash of the adapter that the run starts from, and its values.
+
+    A run that has begun needs the export no more: its checkpoint has the adapter, and its config.toml the hash.
+    """
+    if resume and checkpoint.exists(folder / "checkpoint"):
+        return config, graft.initial
+    return started(config, graft)
 
 
 def _advice(config: RunConfig, graft: Graft, rates: str, privacy: Privacy | None, *, computes: bool) -> list[str]:
     """Return lines for the operator about settings that were chosen for the run, or might be chosen otherwise."""
-    lines = [precision_advice(config, str(graft.device).partition(":")[0]) if computes else "", rates]
+    start = about_start(config)
+    lines = ["starts from {start_from}, values {start_sha256:.12}".format_map(start)] if start else []
+    lines += [precision_advice(config, str(graft.device).partition(":")[0]) if computes else "", rates]
     if privacy and not (config.privacy.enrolled_clients or config.simulation.data):
         most = "min_clients" if config.enrolled_clients == config.strategy.min_clients else "start_with"
         most += f" = {config.enrolled_clients}"
@@ -176,6 +206,7 @@ def _open(
     config: RunConfig,
     plan: Plan | None,
     graft: Graft,
+    initial: Vector,
     rates: str,
     ledger: Path,
     *,
@@ -186,9 +217,9 @@ def _open(
     changed: list[Change] = []
     if resume:
         changed = changes(folder, config)
-        state = _last_state(folder, config, plan, graft, ledger, previous=previous)
+        state = _last_state(folder, config, plan, graft, initial, ledger, previous=previous)
     else:
-        state = _first_state(folder, config, plan, graft, rates)
+        state = _first_state(folder, config, plan, graft, initial, rates)
     write_atomically(folder / "spec.json", _describe_spec(graft))
     audit = AuditLog(folder / "audit.jsonl")
     audit.write(
@@ -198,6 +229,7 @@ def _open(
         config_sha256=config.sha256,
         spec_sha256=graft.spec.sha256,
         base_fingerprint=graft.spec.base_fingerprint,
+        **about_start(config),
         **({"changed": as_records(changed)} if changed else {}),
     )
     # before any site is asked: a ledger that was tampered with, or lacks this run's rounds, ends the run here
@@ -207,12 +239,14 @@ def _open(
     return _Opened(state, audit, privacy, describe(changed, config, state))
 
 
-def _first_state(folder: Path, config: RunConfig, plan: Plan | None, graft: Graft, rates: str) -> State:
+def _first_state(
+    folder: Path, config: RunConfig, plan: Plan | None, graft: Graft, initial: Vector, rates: str
+) -> State:
     """Write the settings of a new run, and the state before training, and return that state."""
     clear_start(folder)
     # before the first checkpoint: a folder with config.toml can be resumed
     _write_config(folder, config, plan, rates)
-    state = initial_state(graft.initial, None if plan is None else asdict(plan))
+    state = initial_state(initial, None if plan is None else asdict(plan))
     state = replace(state, measured_by=measured_by(config))
     checkpoint.save(folder / "checkpoint", state, config.fixed, graft.spec.sha256)
     return state
@@ -225,13 +259,20 @@ def _write_config(folder: Path, config: RunConfig, plan: Plan | None, rates: str
 
 
 def _last_state(
-    folder: Path, config: RunConfig, plan: Plan | None, graft: Graft, ledger: Path, *, previous: bool
+    folder: Path,
+    config: RunConfig,
+    plan: Plan | None,
+    graft: Graft,
+    initial: Vector,
+    ledger: Path,
+    *,
+    previous: bool,
 ) -> State:
     """Return the state to go on from, after checking that its settings, its plan and its logs hold."""
     if previous:
         checkpoint.promote_previous(folder / "checkpoint")
     if not checkpoint.exists(folder / "checkpoint"):  # stopped before its first checkpoint
-        return _first_state(folder, config, plan, graft, "")
+        return _first_state(folder, config, plan, graft, initial, "")
     state = checkpoint.load(folder / "checkpoint", config.fixed, graft.spec.sha256)
     check_plan(state.plan or {}, asdict(plan) if plan else {})
     # before metrics.jsonl is written anew: a log that was cut must not be continued
@@ -391,6 +432,7 @@ def summarise(
         "task": config.task.name,
         "method": config.adapter.method,
         "agreed": dict(graft.base.constants),
+        **about_start(config),
         "strategy": config.strategy.name,
         "monitor": config.monitor,
         "lower_is_better": sorted(graft.task.lower_is_better),

@@ -20,6 +20,9 @@ from tsugiki.common.model.linear_head import linear_head
 from tsugiki.common.model.load import load_graft
 from tsugiki.common.wire.arrays import decode, decode_numbers, encode
 from tsugiki.common.wire.messages import (
+    ENDED,
+    EndedReply,
+    EndedRequest,
     EvaluateReply,
     EvaluateRequest,
     HeadSumsReply,
@@ -371,3 +374,20 @@ def test_sums_that_the_run_does_not_need_stay(config, changes, refusal):
     asked = changed(config, {"task.warm_head": "auto" if changes else "off", **changes})
     loaded = load_graft(asked, asked.model.name, asked.run.seed)
     assert code(ask(asked, "query.head_sums", sums_request(asked, loaded))) == refusal
+
+
+def test_a_site_notes_the_end_of_a_run(config, tmp_path):
+    """Catches: an end that is nowhere written down; a server's text in a site's log or on its terminal."""
+    site = site_folder(tmp_path, "acme")
+    client = app_of_sites([site])
+    ended = EndedRequest("june", "finished", 10, 9)
+    reply = ask(config, f"query.{ENDED}", to_record(ended), client=client)
+    assert from_record(EndedReply, reply.content).site == "acme"
+    bad = [{"run": "../june"}, {"outcome": "done\n2 of 2"}, {"rounds": -1}, {"rounds_in": 11}, {"rounds_in": -2}]
+    for fields in bad:
+        reply = ask(config, f"query.{ENDED}", to_record(replace(ended, **fields)), client=client)
+        assert reply.error.reason == "type", fields
+    events = [event for event in verify(tmp_path / "audit.jsonl") if event["event"] == "ended"]
+    assert [(event["run"], event["outcome"], event["rounds"], event["rounds_in"]) for event in events] == [
+        ("june", "finished", 10, 9)
+    ]

@@ -8,6 +8,7 @@ from tests.support.serving import make_identity, started, summary, superlinks, t
 from tsugiki.client.app import simulated_app
 from tsugiki.client.site.split import split
 from tsugiki.common.audit import verify
+from tsugiki.common.config.parse import changed
 from tsugiki.common.files import read_lines
 from tsugiki.server.deploy.superlink_process import free_port
 from tsugiki.server.run.simulate import simulate
@@ -79,6 +80,30 @@ def test_sites_take_part_in_run_after_run(tmp_path, model):
         assert hellos(tmp_path / "runs" / name) == names
     rounds = [line["accepted"] for line in read_lines(tmp_path / "runs" / "july" / "metrics.jsonl") if line["round"]]
     assert [sorted(accepted) for accepted in rounds] == [names, names]
+
+
+def test_a_run_starts_from_the_export_of_the_run_before_it(tmp_path, model):
+    """Catches: a deployed run that needs its first adapter at the sites, or that starts from chance."""
+    june = tiny_run(tmp_path, model, "june")
+    first = tmp_path / "runs" / "june" / "adapter"
+    july = changed(tiny_run(tmp_path, model, "july"), {"adapter.start_from": str(first)})
+    files = [write_run(tmp_path / f"{config.run.name}.toml", config) for config in (june, july)]
+    with started() as start:
+        listen = f"127.0.0.1:{free_port()}"
+        server = start(tmp_path / "server", "serve", "serve", *files, "--listen", listen, "--insecure")
+        for site in split(june, tmp_path / "sites"):
+            start(tmp_path / "clients", site.parent.name, "client", "--server", listen, "--site", site, "--insecure")
+        assert server.wait(300) == 0, server.text()[-2000:]
+    for log in ("site-0", "site-1"):
+        text = (tmp_path / "clients" / f"{log}.log").read_text("utf-8")
+        for name in ("june", "july"):
+            assert f"end of a run: run {name} is over (finished), 2 rounds, 2 of them with this site" in text
+    start_sha256 = summary(july)["start_sha256"]
+    assert start_sha256 == summary(june)["best_sha256"]
+    assert f"| starts from | june/adapter, values {start_sha256} |" in (
+        tmp_path / "runs" / "july" / "adapter" / "README.md"
+    ).read_text("utf-8")
+    assert summary(july)["before"] == summary(june)["after"]
 
 
 def test_a_list_goes_on_after_a_run_that_is_stopped_or_fails(tmp_path, model):

@@ -191,6 +191,8 @@ _MESSAGES: list[Any] = [
     messages.EvaluateReply("a", 1, "nonce", 10),
     messages.HeadSumsRequest("{}", 0, "5" * 64, "nonce"),
     messages.HeadSumsReply("a", 0, "nonce", 10),
+    messages.EndedRequest("june", "finished", 10, 9),
+    messages.EndedReply("a"),
 ]
 
 

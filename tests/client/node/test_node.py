@@ -17,7 +17,7 @@ from tsugiki.client.node.kept_answer import KeptAnswer
 from tsugiki.client.node.node import LONGEST_PAUSE_S, PAUSE_GROWTH, SHORTEST_PAUSE_S, Ending, Node
 from tsugiki.common.errors import Interrupted, LinkError
 from tsugiki.common.wire.flower import identify_process, set_message_id
-from tsugiki.common.wire.messages import error_reply
+from tsugiki.common.wire.messages import EndedRequest, error_reply, to_record
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -132,6 +132,15 @@ def test_a_round_that_is_asked_for_twice_is_trained_once():
     run(link, app)
     assert [reply.content["reply"]["n"] for reply in link.sent] == [1, 1, 2, 3, 4, 5]
     assert [reply.metadata.reply_to_message_id for reply in link.sent[:2]] == ["1-1", "1-1"]
+
+
+@pytest.mark.parametrize(("rounds_in", "mine"), [(9, ", 9 of them with this site"), (-1, "")])
+def test_the_end_of_a_run_is_shown(rounds_in, mine):
+    """Catches: a site's line that says "done", where its operator waits to hear of the run."""
+    one = message(kind="query.ended")
+    one.content = to_record(EndedRequest("june", "finished", 10, rounds_in))
+    events, _ = run(Link([one]))
+    assert events[-1][2] == f"run june is over (finished), 10 rounds{mine}"
 
 
 def counting(calls):
