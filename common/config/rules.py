@@ -52,6 +52,11 @@ def _evaluation_problems(config: RunConfig) -> list[Problem]:
     """Return conflicts of what is evaluated with what depends on it."""
     evaluation = config.evaluation
     problems = []
+    if not config.run.rounds and (config.privacy.mode != "none" or config.privacy.examples.enabled):
+        expected = "at least 1 in a private run, whose sites do not evaluate"
+        problems.append(Problem("run.rounds", "0", expected, "remove [privacy]: nobody trains"))
+    elif not config.run.rounds and not (evaluation.data or config.evaluates_at_sites):
+        problems.append(Problem("run.rounds", "0", "at least 1: nothing is evaluated either", "name evaluation.data"))
     if evaluation.early_stopping_patience and not (evaluation.data or config.evaluates_at_sites):
         expected = "a file: early stopping needs held-out rows, and this run does not evaluate at sites"
         problems.append(Problem("evaluation.data", "''", expected, "name the held-out file"))

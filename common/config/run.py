@@ -40,10 +40,11 @@ class RunSection(Section):
     )
     rounds: int = Field(
         default=10,
-        ge=1,
+        ge=0,
         le=100_000,
         description="Number of rounds; in each, sites train and the server averages their updates. Raise it while "
-        "the evaluation still improves; in private runs every round costs budget.",
+        "the evaluation still improves; in private runs every round costs budget. 0: nobody trains, and the adapter "
+        "that the run starts from is evaluated.",
     )
     seed: int = Field(
         default=42,

@@ -407,7 +407,7 @@ def _finish(folder: Path, summary: dict[str, Any], *, with_export: bool, as_json
     from tsugiki.server.report.page import write_report
 
     summary = {**summary, "report": str(write_report(folder)), "folder": str(folder)}
-    if with_export:
+    if with_export and summary["rounds"]:  # an adapter that was only evaluated is where it was before
         adapter = folder / "adapter"
         try:
             # A resumed run that had ended before was exported then, with the same adapter.

@@ -99,6 +99,8 @@ def _training(run: Run) -> str:
     rounds = run.summary.get("rounds", 0)
     sites = len({site for line in run.attempts for site in line["cohort"]})
     what = f"{run.summary.get('method', 'an')} adapter for {run.summary.get('task', 'its task')}"
+    if not rounds and not run.attempts and run.summary.get("stopped") == "finished":
+        return f"Nothing was trained: the run evaluated the {what} that it started from."
     if not rounds:
         return f"No round was completed: the {what} is as it was before training."
     sentence = f"{_count(sites, 'site')} trained one {what} in {_count(rounds, 'round')}, "
@@ -162,6 +164,8 @@ def _traffic(run: Run) -> str:
     if head:
         numbers += f" and {head:,} of the task's head{_read_by_the_head(run)}"
     asked = sum(len(line["cohort"]) for line in run.attempts)
+    if not asked and run.summary.get("stopped") == "finished":  # nothing came back
+        return f"Only the adapter travelled: {numbers}, to each site that evaluated. The base model stayed frozen."
     # The mean over what was sent, or the size in the spec if nothing was.
     if asked:
         size_bytes = sum(line.get("bytes_down", 0) for line in run.attempts) / asked

@@ -56,7 +56,7 @@ def test_every_problem_at_once():
     """Catches: a parser that stops at the first section, the first key, or at an unknown name."""
     found = problems(
         {
-            "run": {"rounds": 0, "name": "../../etc/x", "seed": -1},
+            "run": {"rounds": -1, "name": "../../etc/x", "seed": -1},
             "model": {"name": ""},
             "adapter": {"rank": 0},
             "train": {"learning_rate": -1.0, "local_steps": "ten", "warmup": 0.1},
@@ -78,7 +78,7 @@ def test_every_problem_at_once():
             "servre",
         ),
     }
-    assert str(found["run.rounds"]) == "run.rounds = 0: must be greater than or equal to 1."
+    assert str(found["run.rounds"]) == "run.rounds = -1: must be greater than or equal to 0."
     assert found["strategy.name"].value == "'fedsgd'"
     assert found["strategy.name"].expected.startswith("one of fedadam, fedavg,")
 

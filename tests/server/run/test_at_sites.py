@@ -4,13 +4,18 @@ import math
 
 import pytest
 
-from tests.support.federation import hurry
+from tests.support.federation import hurry, tiny_config
 from tests.support.toy import federate, run_toy, toy_app, toy_config
+from tsugiki.client.app import simulated_app
 from tsugiki.common.errors import ConfigError, Interrupted
 from tsugiki.common.files import read_lines
 from tsugiki.server.engines.grid import Stop
+from tsugiki.server.report.listing import look_at
+from tsugiki.server.report.run_files import read_run
+from tsugiki.server.report.tables import story
 from tsugiki.server.run.at_sites import in_common, results
 from tsugiki.server.run.progress import Progress, describe, describe_sites
+from tsugiki.server.run.simulate import simulate
 
 ABSENT = math.nan
 """The accuracy of a site whose evaluation is rejected: as if it were away."""
@@ -192,3 +197,41 @@ def test_what_depends_on_an_evaluation_that_there_is_not_is_refused(tmp_path, se
     """Catches: a run that waits for ever for an improvement, or chooses by metrics that private sites never send."""
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
         toy_config(tmp_path, **sections)
+
+
+def test_a_run_of_no_rounds_evaluates_and_ends(tmp_path):
+    """Catches: sums or updates asked for where nobody trains; a summary and report that are never written."""
+    sections = {"task": {"warm_head": "auto"}, "simulation": {"evaluation_fraction": 0.25}}
+    config = tiny_config(tmp_path, run={"rounds": 0}, **sections)
+    asked = []
+
+    def seen(sender, reply):
+        asked.append(reply.metadata.message_type)
+        return [reply]
+
+    outcome = simulate(config, simulated_app, fault=seen)
+    assert set(asked) == {"query", "evaluate"}
+    lines = read_lines(outcome.folder / "metrics.jsonl")
+    assert [line["round"] for line in lines] == [0]
+    assert sorted(lines[0]["sites_eval"]) == ["site-0", "site-1"]
+    summary = outcome.summary
+    assert (summary["rounds"], summary["stopped"]) == (0, "finished")
+    assert summary["before"] == summary["after"]
+    assert {"accuracy", "sites_accuracy"} <= summary["after"].keys()
+    told = " ".join(story(read_run(outcome.folder)))
+    assert "Nothing was trained: the run evaluated the lora adapter" in told
+    assert look_at(outcome.folder).state == "finished"
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"evaluation": {"at_sites": False}},
+        {"evaluation": {"data": "x.csv"}, "privacy": {"mode": "central", "noise_multiplier": 1.0, "clip_norm": 1.0}},
+    ],
+    ids=["nothing to evaluate", "private"],
+)
+def test_a_run_of_no_rounds_needs_something_to_evaluate(tmp_path, sections):
+    """Catches: a run that waits for sites and does nothing; a plan of privacy for no round, whose noise has no size."""
+    with pytest.raises(ConfigError, match=r"run\.rounds = 0"):
+        toy_config(tmp_path, run={"rounds": 0}, **sections)
