@@ -268,7 +268,7 @@ def test_a_changed_run_is_the_one_whose_file_says_so():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"train.epochs": 3}, {"trian.rounds": 3}, {"run.rounds": 0}, {"run": 3}, {"run.rounds.first": 3}]
+    "changes", [{"train.epochs": 3}, {"trian.rounds": 3}, {"run.rounds": -1}, {"run": 3}, {"run.rounds.first": 3}]
 )
 def test_a_change_that_does_not_fit_is_refused(changes):
     """Catches: values that no file could have, which are found out in the middle of a run."""
