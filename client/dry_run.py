@@ -14,8 +14,10 @@ from tsugiki.common import __version__
 from tsugiki.common.config.parse import changed
 from tsugiki.common.config.run import RunConfig
 from tsugiki.common.errors import UsageError
+from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.linear_head import LinearHead, warm_head_of
 from tsugiki.common.model.rates import with_rates
+from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.privacy.planning import make_plan
 from tsugiki.common.settings import FIRST_TIMEOUT_S
 from tsugiki.common.wire.arrays import decode, encode
@@ -31,7 +33,7 @@ from tsugiki.common.wire.messages import (
 from tsugiki.common.wire.spec import sha256
 
 if TYPE_CHECKING:
-    from flwr.app import RecordDict
+    from flwr.app import ArrayRecord, RecordDict
     from flwr.clientapp import ClientApp
 
 
@@ -56,6 +58,26 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
     arrays = encode(graft.initial, graft.spec)
     if config.adapter.start_from:  # the operator has it; what a site sends has the same form from any start
         config = changed(config, {"adapter.start_sha256": sha256(decode(arrays, graft.spec))})
+    if config.run.rounds:
+        yield from _training_replies(app, quiet, config, graft, plan, arrays)
+    if config.evaluates_at_sites and site.data.evaluation:
+        evaluation = EvaluateRequest(config.for_sites(plan), 1, graft.spec.sha256, "0" * 16)
+        yield "evaluation at the site", _ask(app, "evaluate", to_record(evaluation, arrays))
+
+
+def _training_replies(
+    app: ClientApp, site: FileSite, config: RunConfig, graft: Graft, plan: Plan | None, arrays: ArrayRecord
+) -> Iterator[tuple[str, RecordDict]]:
+    """Yield a title and the content of each reply that comes from training rows.
+
+    Args:
+        app: of the site.
+        site: whose policy decides.
+        config: the run.
+        graft: its model.
+        plan: its privacy plan; None without privacy.
+        arrays: the initial adapter, as it is sent.
+    """
     # Only if this site would send them: else the server receives a code.
     if isinstance(warm_head_of(graft, config), LinearHead) and site.policy.sends_head_sums:
         sums = HeadSumsRequest(config.for_sites(plan), 0, graft.spec.sha256, "0" * 16)
@@ -68,7 +90,7 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
         title = "round 1, before it is masked"
         unmasked = {"secure_aggregation": False, "target_epsilon": 0.0, "min_sites": 2}  # more sites need masks
         config = changed(config.with_plan(plan), {f"privacy.{key}": value for key, value in unmasked.items()})
-        app = make_app(lambda context: replace(quiet, policy=SitePolicy(seeded_noise=quiet.policy.seeded_noise)))
+        app = make_app(lambda context: replace(site, policy=SitePolicy(seeded_noise=site.policy.seeded_noise)))
     timeout_s = config.strategy.round_timeout_s
     request = TrainRequest(
         config=config.for_sites(plan),
@@ -81,9 +103,6 @@ def replies(site: FileSite, config: RunConfig) -> Iterator[tuple[str, RecordDict
         clients="",
     )
     yield title, _ask(app, "train", to_record(request, arrays))
-    if config.evaluates_at_sites and site.data.evaluation:
-        evaluation = EvaluateRequest(config.for_sites(plan), 1, graft.spec.sha256, "0" * 16)
-        yield "evaluation at the site", _ask(app, "evaluate", to_record(evaluation, arrays))
 
 
 def _ask(app: ClientApp, kind: str, content: RecordDict) -> RecordDict:

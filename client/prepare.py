@@ -325,8 +325,10 @@ class SiteRun:
         """
         if not self._follows_schedule:
             return np.arange(rows)
-        grouped = groups_by_length(self.graft.task, self.config.train)
         rounds = self.config.run.rounds
+        if not rounds:
+            return np.arange(1)  # nobody trains, but tokenisers take no empty list
+        grouped = groups_by_length(self.graft.task, self.config.train)
         touched = [np.zeros(0, np.int64)]
         if self._sends_sums:
             touched.append(np.asarray(rows_for_sums(rows, self.config.run.seed, self.site.name), np.int64))

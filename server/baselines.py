@@ -89,6 +89,7 @@ def centralised(config: RunConfig, sites: int) -> RunConfig:
             "train.local_patience": 0,
             "evaluation.every_rounds": max(config.evaluation.every_rounds, math.ceil(rounds / MOST_POINTS)),
             "evaluation.at_sites": False,  # there are no sites
+            "evaluation.monitor": config.metric,
             "simulation.partition": "iid",
             "simulation.column": "",
             "simulation.clients": 1,
@@ -157,7 +158,7 @@ class _Bench:
     def _short_loss(self, alone: RunConfig, step: int, name: str, site: str) -> float:
         """Return the training loss at the end of a short training; infinite if it diverges."""
         rounds = max(1, round(alone.run.rounds * SEARCH_SHARE))
-        silent = {"evaluation.data": "", "evaluation.at_sites": False}
+        silent = {"evaluation.data": "", "evaluation.at_sites": False, "evaluation.monitor": alone.metric}
         trial = changed(_at_rate(alone, step), {"run.rounds": rounds, **silent})
         try:
             _, lines = self.train(trial, f"search-{name}-{step}", site)

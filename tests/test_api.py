@@ -114,7 +114,7 @@ def test_settings_are_read_from_a_file_or_a_mapping(tmp_path, monkeypatch):
 def test_wrong_settings_are_all_named():
     """Catches: a misspelt keyword that changes nothing; a type error in the place of the reason."""
     with pytest.raises(tsugiki.ConfigError) as caught:
-        tsugiki.read_config({"run": {"rounds": 0}}, trian={"local_steps": 2}, train={"epochs": 3}, model=3)
+        tsugiki.read_config({"run": {"rounds": -1}}, trian={"local_steps": 2}, train={"epochs": 3}, model=3)
     assert {problem.key for problem in caught.value.problems} == {"run.rounds", "trian", "train.epochs", "model"}
     assert isinstance(caught.value, tsugiki.TsugikiError)
 

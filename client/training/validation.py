@@ -103,7 +103,7 @@ class BestOfRound:
         self.best_score = self._score()
         if not math.isfinite(self.best_score):
             raise TrainingError(
-                f"the metric {config.monitor} of {len(rows)} validation rows is no finite number",
+                f"the metric {config.metric} of {len(rows)} validation rows is no finite number",
                 "a metric that these rows give",
                 "more rows to validate on, or another evaluation.monitor",
                 code="validation-metric",
@@ -134,11 +134,11 @@ class BestOfRound:
         """Set the graft to the best adapter."""
         self.graft.write(self.best)
         value = -self.best_score if self._lower_is_better else self.best_score
-        log.info("validation best_step=%d %s=%.6g", self.best_step, self.config.monitor, value)
+        log.info("validation best_step=%d %s=%.6g", self.best_step, self.config.metric, value)
 
     @property
     def _lower_is_better(self) -> bool:
-        return self.config.monitor in self.graft.task.lower_is_better
+        return self.config.metric in self.graft.task.lower_is_better
 
     def _score(self) -> float:
         """Return the metric of the current adapter, negated if lower is better: higher is always better here."""
@@ -148,5 +148,5 @@ class BestOfRound:
         precision = computing(self.config.train, self.graft.device.type)
         with torch.no_grad(), precision, at_rest(self.graft.base.network):
             found = self.graft.task.evaluate(self.graft.base, self.rows, self.config.evaluation.batch_size)
-        value = found.get(self.config.monitor, math.nan)
+        value = found.get(self.config.metric, math.nan)
         return -value if self._lower_is_better else value

@@ -38,16 +38,31 @@ def _federation_problems(config: RunConfig) -> list[Problem]:
         problems.append(
             Problem("simulation.column", "''", "the column to split by", "name a column of simulation.data")
         )
-    if config.evaluation.early_stopping_patience and not config.evaluation.data:
-        problems.append(
-            Problem("evaluation.data", "''", "a file: early stopping needs held-out rows", "name the held-out file")
-        )
+    problems += _evaluation_problems(config)
     adapter = config.adapter
     if isinstance(adapter, LoraSettings) and adapter.merged_rank and not strategy_of(config.strategy).fills_merged_pair:
         fitting = " or ".join(f'"{name}"' for name in names_with(lambda strategy: strategy.fills_merged_pair))
         expected = f"0 unless strategy.name is {fitting}: nothing else fills the second pair"
         hint = f"remove it, or use {fitting}"
         problems.append(Problem("adapter.merged_rank", str(adapter.merged_rank), expected, hint))
+    return problems
+
+
+def _evaluation_problems(config: RunConfig) -> list[Problem]:
+    """Return conflicts of what is evaluated with what depends on it."""
+    evaluation = config.evaluation
+    problems = []
+    if not config.run.rounds and (config.privacy.mode != "none" or config.privacy.examples.enabled):
+        expected = "at least 1 in a private run, whose sites do not evaluate"
+        problems.append(Problem("run.rounds", "0", expected, "remove [privacy]: nobody trains"))
+    elif not config.run.rounds and not (evaluation.data or config.evaluates_at_sites):
+        problems.append(Problem("run.rounds", "0", "at least 1: nothing is evaluated either", "name evaluation.data"))
+    if evaluation.early_stopping_patience and not (evaluation.data or config.evaluates_at_sites):
+        expected = "a file: early stopping needs held-out rows, and this run does not evaluate at sites"
+        problems.append(Problem("evaluation.data", "''", expected, "name the held-out file"))
+    if config.monitors_sites and not config.evaluates_at_sites:
+        expected = "a metric of evaluation.data: this run does not evaluate at sites"
+        problems.append(Problem("evaluation.monitor", repr(evaluation.monitor), expected, repr(config.metric)))
     return problems
 
 

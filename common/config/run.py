@@ -27,6 +27,9 @@ from tsugiki.common.settings import (
 )
 from tsugiki.common.tasks import TASKS
 
+SITES = "sites_"
+"""What the name of a metric begins with if it is the mean over the sites' own evaluation rows."""
+
 
 class RunSection(Section):
     """The run as a whole."""
@@ -38,10 +41,11 @@ class RunSection(Section):
     )
     rounds: int = Field(
         default=10,
-        ge=1,
+        ge=0,
         le=100_000,
         description="Number of rounds; in each, sites train and the server averages their updates. Raise it while "
-        "the evaluation still improves; in private runs every round costs budget.",
+        "the evaluation still improves; in private runs every round costs budget. 0: nobody trains, and the adapter "
+        "that the run starts from is evaluated.",
     )
     seed: int = Field(
         default=42,
@@ -251,12 +255,12 @@ def _number(rate: Rate) -> float:
 
 
 class EvaluationSection(Section):
-    """What the server measures, on data that the operator holds."""
+    """What the server measures on data that the operator holds, and sites on rows of their own."""
 
     data: str = Field(
         default="",
-        description="File with held-out rows, which the server evaluates on. Early stopping needs it. Empty: no "
-        "central evaluation.",
+        description="File with held-out rows, which the server evaluates on. Empty: no central evaluation; the sites' "
+        "own evaluation rows decide which round is best, if there are any.",
     )
     every_rounds: int = Field(
         default=1,
@@ -271,12 +275,13 @@ class EvaluationSection(Section):
         default=0,
         ge=0,
         description="Stop the run after this many evaluations without an improvement. Set it if you do not know how "
-        "many rounds the run needs. 0: never.",
+        "many rounds the run needs. It needs data, or sites that evaluate. 0: never.",
     )
     monitor: str = Field(
         default="",
         description="Metric that decides which round is best, such as eval_spearman. Set it if the task's own choice "
-        "is not the one that matters to you. Empty: the task's own choice.",
+        "is not the one that matters to you. It is taken on the rows in data or, without data, as the mean over the "
+        "sites' own evaluation rows; sites_spearman takes that mean in any case. Empty: the task's own choice.",
     )
     at_sites: Literal["auto", True, False] = Field(
         default="auto",
@@ -360,9 +365,22 @@ class RunConfig(Section):
     simulation: SimulationSection = SimulationSection()
 
     @property
+    def metric(self) -> str:
+        """The metric that decides which round is best, by the task's name for it."""
+        named = self.evaluation.monitor.removeprefix("eval_").removeprefix(SITES)
+        return named or TASKS.get(self.task.name)(self.task).monitor
+
+    @property
+    def monitors_sites(self) -> bool:
+        """Whether the mean over the sites' own evaluation rows decides which round is best."""
+        if self.evaluation.monitor.startswith(SITES):
+            return True
+        return not self.evaluation.data and self.evaluates_at_sites
+
+    @property
     def monitor(self) -> str:
-        """The metric that decides which round is best, without the prefix `eval_`."""
-        return self.evaluation.monitor.removeprefix("eval_") or TASKS.get(self.task.name)(self.task).monitor
+        """The metric that decides which round is best; it begins with `SITES` if it is a mean over sites."""
+        return f"{SITES}{self.metric}" if self.monitors_sites else self.metric
 
     @property
     def evaluates_at_sites(self) -> bool:

@@ -319,7 +319,7 @@ def compare(
     if as_json:
         typer.echo(to_json(results, indent=1))
     else:
-        _show_comparison(config.monitor, results)
+        _show_comparison(config.metric, results)
 
 
 def _read_run(
@@ -433,7 +433,7 @@ def _finish(folder: Path, summary: dict[str, Any], *, with_export: bool, as_json
     from tsugiki.server.report.page import write_report
 
     summary = {**summary, "report": str(write_report(folder)), "folder": str(folder)}
-    if with_export:
+    if with_export and summary["rounds"]:  # an adapter that was only evaluated is where it was before
         adapter = folder / "adapter"
         try:
             # A resumed run that had ended before was exported then, with the same adapter.
@@ -457,18 +457,21 @@ def _show_summary(summary: dict[str, Any]) -> None:
     from rich.table import Table
 
     from tsugiki.server.run.privacy_words import headline
-    from tsugiki.server.run.progress import shown
+    from tsugiki.server.run.progress import describe_sites, shown
 
     table = Table(title=f"{summary['name']}: {summary['rounds']} rounds, {summary['strategy']}, {summary['method']}")
     start = f"round {summary['before_round']}" if summary["before_round"] else "before"
     for column in ("metric", start, f"best (round {summary['best_round']})"):
         table.add_column(column, justify="left" if column == "metric" else "right")
+    before = summary["before"] or {}
     for name, value in (summary["after"] or {}).items():
-        table.add_row(name, shown(summary["before"][name]), shown(value))
+        table.add_row(name, shown(before.get(name)), shown(value))
     table.add_row("adapter + head parameters", "", f"{summary['adapter_parameters']} + {summary['head_parameters']}")
     table.add_row("bytes up, all rounds", "", f"{summary['bytes_up']:,}")
     console = Console()
     console.print(table)
+    if line := describe_sites(summary.get("at_sites")):
+        console.print(line, highlight=False, markup=False)
     if line := headline(summary.get("privacy", {})):
         console.print(line, highlight=False, markup=False)
     for name in ("adapter", "report"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +13,14 @@ import tomli_w
 
 from tsugiki.common import __version__
 from tsugiki.common.config.files import PATH_KEYS
-from tsugiki.common.config.run import RunConfig
+from tsugiki.common.config.run import SITES, RunConfig
 from tsugiki.common.data.pixels import Pixels
 from tsugiki.common.data.shard import Shard
 from tsugiki.common.model.graft import Graft
 from tsugiki.common.model.start import about_start
 from tsugiki.common.tasks.decoding.templates import encode_prompts, prompt_text
 from tsugiki.common.tasks.image_classification import MODEL_TYPE
+from tsugiki.server.run.at_sites import results
 from tsugiki.server.run.progress import shown
 
 _FLOAT32_BYTES = 4
@@ -286,7 +287,7 @@ def card(graft: Graft, config: RunConfig, export: Export) -> str:
         tags=["tsugiki", "federated-learning", config.adapter.method],
     )
     settings = _settings(config, graft.method.exported_settings(), export)
-    sections = (_head(config, export), _training(graft, config, export), _metrics(export), settings)
+    sections = (_head(config, export), _training(graft, config, export), _metrics(graft, config, export), settings)
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(sections)
 
 
@@ -353,15 +354,30 @@ def _taken(graft: Graft) -> dict[str, str]:
     return {name.replace("_", " "): value for name, value in graft.base.constants.items() if name in settings}
 
 
-def _metrics(export: Export) -> str:
-    evaluated = {line["round"]: line["eval"] for line in export.lines if "eval" in line}
-    if export.round not in evaluated:
+def _metrics(graft: Graft, config: RunConfig, export: Export) -> str:
+    """Return what was measured, on the operator's rows and at the sites, which the card does not name."""
+    lines = [line for line in export.lines if not line.get("voided")]
+    found = results(lines, export.round, config.metric, config.metric in graft.task.lower_is_better)
+    after = found["after"]
+    if not after:
         return "## Metrics\n\nThis adapter was not evaluated on held-out data.\n"
-    before = evaluated[min(evaluated)]
-    after = evaluated[export.round]
-    rows = "".join(f"| {name} | {shown(before[name])} | {shown(after[name])} |\n" for name in after)
-    head = f"| metric | after round {min(evaluated)} | after round {export.round} |\n|---|---|---|\n"
-    return f"## Metrics\n\nOn the operator's held-out data.\n\n{head}{rows}"
+    before = found["before"] or {}
+    rows = "".join(f"| {name} | {shown(before.get(name))} | {shown(value)} |\n" for name, value in after.items())
+    head = f"| metric | after round {found['before_round']} | after round {export.round} |\n|---|---|---|\n"
+    return f"## Metrics\n\n{_measured_on(after, found['at_sites'])}\n\n{head}{rows}"
+
+
+def _measured_on(after: Mapping[str, float], at_sites: Mapping[str, Any] | None) -> str:
+    """Return on which rows the metrics of the best adapter were measured."""
+    told = []
+    if any(not name.startswith(SITES) for name in after):
+        told.append("On the operator's held-out data.")
+    if at_sites is not None:
+        count = len(at_sites["compared"] or at_sites["evaluated"])
+        told.append(f"`{SITES}` stands before weighted means over {count} sites, each on evaluation rows of its own.")
+        if worst := at_sites["worst"]:
+            told.append(f"The worst site has {worst['metric']} {shown(worst['value'])}.")
+    return " ".join(told)
 
 
 def _settings(config: RunConfig, adapter: dict[str, Any], export: Export) -> str:

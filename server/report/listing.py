@@ -90,7 +90,8 @@ def _read(folder: Path) -> Listed:
         return Listed(folder.name, "running" if running else "no round", **known)
     summary = summary_of(folder)
     best = (summary.get("after") or {}).get(config.monitor)
-    state = str(summary["stopped"]) if summary["rounds"] else "no round"
+    evaluated = summary["rounds"] or not config.run.rounds
+    state = str(summary["stopped"]) if evaluated else "no round"
     return Listed(
         folder.name,
         "running" if running else state,

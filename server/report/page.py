@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jinja2
 
+from tsugiki.common.config.run import SITES
 from tsugiki.common.files import write_atomically
 from tsugiki.server.report import figures, tables
 from tsugiki.server.report.run_files import (
@@ -25,10 +26,10 @@ from tsugiki.server.report.run_files import (
     curves_by_site,
     drawable,
     judged_line,
+    mean_curve,
     read_run,
     replies_by_site,
     seconds_by_round,
-    weighted_mean,
     worst_site,
 )
 from tsugiki.server.run.privacy_words import audit_statement, rows_statement, statement
@@ -210,17 +211,19 @@ def _site_figures(run: Run) -> list[Figure]:
         svg = figures.stacked("sites", count_replies(replies), colours=figures.STATE_COLOURS)
         drawn.append(Figure("Replies by round", svg, caption))
     judged = judged_line(run)
-    worst = worst_site(judged["sites_eval"], run.monitor, run.lower_is_better) if judged else None
+    worst = worst_site(judged["sites_eval"], run.metric, run.lower_is_better) if judged else None
     if judged and worst:
         site, metric, value = worst
-        mean = curve(
-            (line["round"], weighted_mean(line.get("sites_eval", {}), metric, line.get("sites_eval_weights")))
-            for line in run.completed
-        )
+        mean = mean_curve(run, metric)
         sites = curves_by_site(run.completed, "sites_eval", metric)
         caption = (
             f"Measured by each site on its own evaluation rows. Worst after round {judged['round']}: {site}, "
             f"{metric} {value:.4g}. A good mean can hide a site that the model does not serve."
         )
+        if run.monitor.startswith(SITES):
+            caption += (
+                f" By this mean the best round, {run.best_round}, was chosen; where other sites evaluated, rounds were "
+                "compared over those that evaluated both."
+            )
         drawn.append(Figure(f"{metric} at the sites", figures.sites_curve(metric, mean, sites, site), caption))
     return drawn

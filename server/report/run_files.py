@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tsugiki.common.config.run import SITES
 from tsugiki.common.errors import StorageError
 from tsugiki.common.files import read_json, read_lines
+from tsugiki.server.run.at_sites import means_of, worst
 from tsugiki.server.run.replies import DROPOUTS
 from tsugiki.server.run.so_far import summary_of
 from tsugiki.server.run.storage import AUDIT_FILE
@@ -65,8 +67,13 @@ class Run:
 
     @property
     def monitor(self) -> str:
-        """The metric by which the best adapter was chosen."""
+        """The metric by which the best adapter was chosen; it begins with `SITES` if it is a mean over sites."""
         return str(self.summary.get("monitor", ""))
+
+    @property
+    def metric(self) -> str:
+        """That metric, by the task's name for it."""
+        return self.monitor.removeprefix(SITES)
 
     @property
     def best_round(self) -> int | None:
@@ -132,13 +139,18 @@ def curve(values: Iterable[tuple[int, Any]]) -> Curve:
 
 
 def central_curves(run: Run) -> dict[str, Curve]:
-    """Return the curve of every metric of the central evaluation, the monitored one first."""
+    """Return the curve of every metric of the central evaluation, the one by which rounds are judged first."""
     lines = [(line["round"], line["eval"]) for line in run.completed if "eval" in line]
     names = dict.fromkeys(name for _, metrics in lines for name in metrics)
     return {
         name: curve((round_number, metrics.get(name)) for round_number, metrics in lines)
-        for name in sorted(names, key=lambda name: name != run.monitor)
+        for name in sorted(names, key=lambda name: name != run.metric)
     }
+
+
+def mean_curve(run: Run, metric: str) -> Curve:
+    """Return the curve of a metric's mean over the sites that evaluated the round."""
+    return curve((line["round"], means_of(line).get(metric)) for line in run.completed)
 
 
 def curves_by_site(lines: list[Line], key: str, metric: str) -> dict[str, Curve]:
@@ -149,26 +161,6 @@ def curves_by_site(lines: list[Line], key: str, metric: str) -> dict[str, Curve]
         site: curve((round_number, entries.get(site, {}).get(metric)) for round_number, entries in found)
         for site in sites
     }
-
-
-def weighted_mean(
-    values: Mapping[str, Mapping[str, Any]], metric: str, weights: Mapping[str, int] | None = None
-) -> float | None:
-    """Return the mean of a metric over sites; None if no site has it.
-
-    Args:
-        values: the metrics and `rows` of each site, by its name.
-        metric: its name.
-        weights: of the sites; None: their rows.
-    """
-    if weights is None:
-        weights = {site: entry.get("rows", 0) for site, entry in values.items()}
-    having = [site for site, entry in values.items() if entry.get(metric) is not None]
-    weight: float = sum(weights[site] for site in having)
-    if not weight:
-        return None
-    total: float = sum(values[site][metric] * weights[site] for site in having)
-    return total / weight
 
 
 def judged_line(run: Run) -> Line | None:
@@ -196,8 +188,7 @@ def worst_site(
     having = {site: values[site][metric] for site in sorted(values) if values[site].get(metric) is not None}
     if not having:
         return None
-    worst = max if metric in lower_is_better else min
-    site = worst(having, key=having.__getitem__)
+    site = worst(having, metric in lower_is_better)
     return site, metric, having[site]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import filesize
 
+from tsugiki.common.config.run import SITES
 from tsugiki.server.report.run_files import (
     Line,
     Run,
@@ -19,6 +20,7 @@ from tsugiki.server.report.run_files import (
     judged_line,
     sum_sites,
 )
+from tsugiki.server.run.at_sites import means_of
 from tsugiki.server.run.so_far import describe_unfinished
 
 MOST_OPEN_ROWS = 30
@@ -86,6 +88,7 @@ def story(run: Run) -> list[str]:
         _training(run),
         _head_sums(run),
         _outcome(run),
+        _worst_site(run),
         _voided(run),
         _traffic(run),
     )
@@ -96,6 +99,8 @@ def _training(run: Run) -> str:
     rounds = run.summary.get("rounds", 0)
     sites = len({site for line in run.attempts for site in line["cohort"]})
     what = f"{run.summary.get('method', 'an')} adapter for {run.summary.get('task', 'its task')}"
+    if not rounds and not run.attempts and run.summary.get("stopped") == "finished":
+        return f"Nothing was trained: the run evaluated the {what} that it started from."
     if not rounds:
         return f"No round was completed: the {what} is as it was before training."
     sentence = f"{_count(sites, 'site')} trained one {what} in {_count(rounds, 'round')}, "
@@ -110,16 +115,39 @@ def _outcome(run: Run) -> str:
     after = run.summary.get("after")
     metric = run.monitor
     if not before or not after or metric not in before or metric not in after:
-        return "There was no central evaluation, so nothing here says whether the model became better."
+        return _no_change(run)
     start = before[metric]
     end = after[metric]
+    rows, name = "the operator's held-out rows", metric
+    if metric.startswith(SITES):
+        sites = _count(len(run.summary["at_sites"]["compared"]), "site")
+        rows, name = f"the own evaluation rows of {sites}, each with its weight in the mean,", run.metric
     if start is None or end is None:
-        return f"On the operator's held-out rows {metric} is not a finite number."
+        return f"On {rows} {name} is not a finite number."
+    if not run.summary.get("rounds"):
+        return f"{name} is {start:.4g} on {rows.rstrip(',')}."
     if run.best_round == 0:
-        return f"No round was better than the start: {metric} {start:.4g} on the operator's held-out rows."
+        return f"No round was better than the start: {name} {start:.4g} on {rows.rstrip(',')}."
     since = f"after round {first}" if (first := run.summary.get("before_round")) else "before training"
     change = f"from {start:.4g} {since} to {end:.4g} ({end - start:+.3g})"
-    return f"On the operator's held-out rows {metric} went {change}, best after round {run.best_round}."
+    return f"On {rows} {name} went {change}, best after round {run.best_round}."
+
+
+def _no_change(run: Run) -> str:
+    """Return why the page cannot say in one sentence whether the model became better."""
+    if judged_line(run):
+        return (
+            f"No site measured {run.metric} both before training and after the best round, so there is no mean to "
+            "compare; the sites' own evaluations are below."
+        )
+    return "There was no evaluation, so nothing here says whether the model became better."
+
+
+def _worst_site(run: Run) -> str:
+    worst = (run.summary.get("at_sites") or {}).get("worst")
+    if not worst:
+        return ""
+    return f"The worst site is {worst['site']}: {worst['metric']} {worst['value']:.4g} on its own evaluation rows."
 
 
 def _voided(run: Run) -> str:
@@ -136,6 +164,8 @@ def _traffic(run: Run) -> str:
     if head:
         numbers += f" and {head:,} of the task's head{_read_by_the_head(run)}"
     asked = sum(len(line["cohort"]) for line in run.attempts)
+    if not asked and run.summary.get("stopped") == "finished":  # nothing came back
+        return f"Only the adapter travelled: {numbers}, to each site that evaluated. The base model stayed frozen."
     # The mean over what was sent, or the size in the spec if nothing was.
     if asked:
         size_bytes = sum(line.get("bytes_down", 0) for line in run.attempts) / asked
@@ -179,7 +209,9 @@ def compared(run: Run) -> dict[str, dict[str, float]]:
     rows = baseline_metrics(run)
     after = run.summary.get("after")
     if after:
-        rows[f"federated, round {run.best_round}"] = after
+        # the baselines are measured on the operator's rows
+        central = {name: value for name, value in after.items() if not name.startswith(SITES)}
+        rows[f"federated, round {run.best_round}"] = central
     order = ("untouched", "linear probe", "local-only", "federated", "centralised")
 
     def position(label: str) -> int:
@@ -262,7 +294,9 @@ def _rounds(run: Run) -> Section:
     lora = []
     if any("aggregation_error" in line for line in run.lines):
         lora = ["aggregation error"]
-    head = ["round", "asked", "accepted", "training loss", *lora, *metrics, "seconds", ""]
+    at_sites = list(dict.fromkeys(name for line in run.completed for name in means_of(line)))
+    means = [f"{SITES}{name}" for name in at_sites]
+    head = ["round", "asked", "accepted", "training loss", *lora, *metrics, *means, "seconds", ""]
     rows: list[list[Cell]] = [
         [
             line["round"],
@@ -271,6 +305,7 @@ def _rounds(run: Run) -> Section:
             line.get("train_loss"),
             *(line.get("aggregation_error") for _ in lora),
             *(line.get("eval", {}).get(metric) for metric in metrics),
+            *map(means_of(line).get, at_sites),
             sum(map(drawable, line.get("seconds", {}).values())),
             _remark(run, line),
         ]

@@ -31,6 +31,7 @@ _PLAIN = (
     "round",
     "best_metric",
     "best_round",
+    "best_at_sites",
     "evaluations_since_best",
     "record",
     "plan",
@@ -54,6 +55,7 @@ class State:
         round: rounds done.
         evaluated_round: the last round whose evaluation is included in what follows.
         best_metric: the metric of the best adapter so far; None until something was evaluated.
+        best_at_sites: its metric at each site that evaluated it, if sites decide which adapter is best.
         best_round: its round; until something was evaluated, the round from which on it is looked for. Its checkpoint
             is kept, see `read_best`.
         evaluations_since_best: counts towards early stopping.
@@ -70,6 +72,7 @@ class State:
     round: int = 0
     evaluated_round: int = -1
     best_metric: float | None = None
+    best_at_sites: Mapping[str, float] = field(default_factory=dict)
     best_round: int = 0
     evaluations_since_best: int = 0
     strategy: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
@@ -146,8 +149,8 @@ def load(folder: Path, settings: Mapping[str, Any], spec_sha256: str) -> State:
             code="checkpoint-foreign",
         )
     strategy = {name.removeprefix("strategy."): tensors[name] for name in tensors if name.startswith("strategy.")}
-    plain = {name: body[name] for name in _PLAIN}
-    plain["anchors"] = body.get("anchors", {})  # checkpoints of earlier versions have none
+    body = {"anchors": {}, "best_at_sites": {}} | body  # checkpoints of earlier versions have none of these
+    plain = {name: body[name] for name in (*_PLAIN, "anchors")}
     plain["norms"] = tuple(plain["norms"])
     plain["class_shares"] = tuple(plain["class_shares"])
     return State(tensors["vector"], evaluated_round=body["round"] - 1, strategy=strategy, **plain)

@@ -34,7 +34,8 @@ def make_evaluator(graft: Graft, config: RunConfig) -> Evaluator | None:
 
     shard = read_evaluation(Path(config.evaluation.data), graft.task, config)
     encoded = graft.task.encode(shard, graft.base)
-    _check_monitor(graft, config, encoded)
+    if not config.monitors_sites:
+        _check_monitor(graft, config, encoded)
 
     def evaluate(vector: Vector) -> dict[str, float]:
         torch.set_num_threads(config.train.threads)

@@ -28,6 +28,7 @@ from tsugiki.server.budget.assessment import check_hope
 from tsugiki.server.engines.grid import RunGrid, Stop
 from tsugiki.server.run import checkpoint
 from tsugiki.server.run.anchors import check_anchors, check_finished
+from tsugiki.server.run.at_sites import results
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.context import RunContext
 from tsugiki.server.run.evaluate import make_evaluator
@@ -41,7 +42,6 @@ from tsugiki.server.run.resume import (
     as_records,
     changes,
     check_plan,
-    comparable,
     describe,
     judged_anew,
     measured_by,
@@ -130,7 +130,7 @@ def run_federation(
                 grid=grid,
                 roster=roster,
                 evaluate=evaluator,
-                lower_is_better=config.monitor in graft.task.lower_is_better,
+                lower_is_better=config.metric in graft.task.lower_is_better,
                 folder=folder,
                 audit=audit,
                 progress=progress,
@@ -305,7 +305,7 @@ def _go_on(
         set_results_aside(folder, state)
     known = replace(state, plan=frozen)
     state = judged_anew(known, config)
-    lower_is_better = config.monitor in graft.task.lower_is_better
+    lower_is_better = config.metric in graft.task.lower_is_better
     for line in _drop_unfinished(folder / "metrics.jsonl", state, evaluated_too=state is known):
         # its line was written, so the round of the checkpoint was evaluated too
         if line["round"] == state.round and not line.get("voided"):
@@ -423,8 +423,6 @@ def summarise(
     """Return summary.json: the run in one look."""
     # voided attempts changed nothing, but their bytes and seconds count
     rounds = [line for line in lines if not line.get("voided")]
-    measured = [line for line in comparable(rounds) if "eval" in line]
-    best = next((line for line in measured if line["round"] == state.best_round), None)
     return {
         "name": config.run.name,
         "rounds": state.round,
@@ -436,9 +434,7 @@ def summarise(
         "strategy": config.strategy.name,
         "monitor": config.monitor,
         "lower_is_better": sorted(graft.task.lower_is_better),
-        "before": measured[0]["eval"] if measured else None,
-        "before_round": measured[0]["round"] if measured else None,
-        "after": best["eval"] if best else None,
+        **results(rounds, state.best_round, config.metric, config.metric in graft.task.lower_is_better),
         "best_round": state.best_round,
         "adapter_sha256": sha256(state.vector),
         "best_sha256": best_sha256,

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from tsugiki.common.config.run import SITES
 from tsugiki.common.errors import BudgetError, QuorumNotMet
 from tsugiki.common.files import append_line
 from tsugiki.common.wire.spec import Vector, sha256
 from tsugiki.server.engines.grid import Deadline
-from tsugiki.server.run import checkpoint
+from tsugiki.server.run import at_sites, checkpoint
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.collect import evaluate_at_sites, sample
 from tsugiki.server.run.context import RunContext
@@ -209,8 +210,8 @@ def _complete(ctx: RunContext, kind: Round[Replies], state: State, replies: Repl
     state = replace(
         state, vector=step.vector, round=round_number, strategy=step.moments, record=record, norms=step.norms
     )
-    # without evaluation there is no best adapter but the last
-    if ctx.evaluate is None:
+    # without evaluation there is no best adapter but the last; only their answers show whether sites evaluate
+    if state.best_metric is None and (ctx.evaluate is None or ctx.config.monitors_sites):
         state = replace(state, best_round=round_number)
     # the audit log before the checkpoint: a crash between them leaves a round recorded twice, not a missing one
     ctx.audit.write(
@@ -241,9 +242,12 @@ def finish_round(ctx: RunContext, state: State) -> State:
     if ctx.config.evaluates_at_sites and due:
         record |= _evaluate_at_sites(ctx, state)
     record["seconds"] = {**record["seconds"], "evaluate": time.perf_counter() - started}
+    if ctx.config.monitors_sites and due:
+        record |= at_sites.compared_with(state.best_at_sites, state.best_round, record, ctx.config.metric)
+        _note_unmeasured(ctx, state, record)
     state = evaluated(state, record, ctx.config.monitor, ctx.lower_is_better)
-    if "eval" in record:
-        record["best"] = state.evaluations_since_best == 0
+    if record.get("sites_eval" if ctx.config.monitors_sites else "eval"):
+        record["best"] = state.best_round == state.round and state.evaluations_since_best == 0
     append_line(ctx.folder / "metrics.jsonl", record)
     ctx.progress.round_ends(record)
     return state
@@ -254,17 +258,52 @@ def evaluated(state: State, record: Mapping[str, Any], monitor: str, lower_is_be
 
     Args:
         state: after the round's checkpoint.
-        record: the round's line in metrics.jsonl, with its metrics as `eval` if it was evaluated.
-        monitor: the metric that says which adapter is best.
+        record: the round's line in metrics.jsonl, with its metrics as `eval` and `sites_eval` if it was evaluated.
+        monitor: the metric that says which adapter is best; a mean over sites if it begins with `sites_`.
         lower_is_better: whether a smaller value of it is better.
     """
     state = replace(state, evaluated_round=state.round, record={})
+    if monitor.startswith(SITES):
+        return _evaluated_by_sites(state, record, monitor.removeprefix(SITES), lower_is_better)
     if "eval" not in record:
         return state
     value = record["eval"][monitor]
     if not _is_better(value, state.best_metric, lower_is_better):
         return replace(state, evaluations_since_best=state.evaluations_since_best + 1)
     return replace(state, best_metric=value, best_round=state.round, evaluations_since_best=0)
+
+
+def _evaluated_by_sites(state: State, record: Mapping[str, Any], metric: str, lower_is_better: bool) -> State:
+    """Return the state after an evaluation by sites: see `at_sites.py` for what is compared with what."""
+    if "sites_eval" not in record:
+        return state
+    now = at_sites.values_of(record, metric)
+    weights = at_sites.weights_in(record)
+    best = state.best_at_sites
+    common = at_sites.in_common(now, best)
+    first = state.best_metric is None or (not common and state.best_round == 0)
+    if not first and not common:
+        return state
+    if first or _is_better(at_sites.mean(now, weights, common), at_sites.mean(best, weights, common), lower_is_better):
+        mean = at_sites.mean(now, weights) if now else None
+        return replace(state, best_metric=mean, best_at_sites=now, best_round=state.round, evaluations_since_best=0)
+    return replace(state, evaluations_since_best=state.evaluations_since_best + 1)
+
+
+def _note_unmeasured(ctx: RunContext, state: State, record: Mapping[str, Any]) -> None:
+    """Tell the operator before training if no site sends the metric that is to decide which adapter is best."""
+    if state.round or at_sites.values_of(record, ctx.config.metric):
+        return
+    if record.get("sites_eval"):
+        ctx.progress.note(
+            f"no site sends {ctx.config.metric}, which is to decide which round is best (they send "
+            f"{', '.join(record.get('sites_mean', {})) or 'no metric'}): as long as none does, that is the last one"
+        )
+    elif ctx.config.evaluation.early_stopping_patience or ctx.config.evaluation.monitor:
+        ctx.progress.note(
+            "no site has evaluated: as long as none does, the last round counts as the best, and nothing stops the "
+            "run early"
+        )
 
 
 def _evaluate_at_sites(ctx: RunContext, state: State) -> dict[str, Any]:
@@ -274,11 +313,13 @@ def _evaluate_at_sites(ctx: RunContext, state: State) -> dict[str, Any]:
     not_asked = {site: again for site, again in silent.items() if site in keeping_rows}
     not_evaluated = {"sites_eval_not_asked": not_asked} if not_asked else {}
     found = evaluate_at_sites(ctx, state)
-    if not found and ctx.config.evaluation.at_sites == "auto":
+    # the line is written all the same if sites have evaluated before: it tells that they have not evaluated this round
+    if not found and not state.best_at_sites and ctx.config.evaluation.at_sites == "auto":
         return not_evaluated
     # for a mean over sites: a site's number of evaluation rows is its own word, too
     weights = weights_of({site: int(metrics["rows"]) for site, metrics in found.items()}, ctx.config.strategy)
-    return {"sites_eval": found, "sites_eval_weights": weights} | not_evaluated
+    line = {"sites_eval": found, "sites_eval_weights": weights}
+    return line | at_sites.summed_up(line, ctx.config.metric, ctx.lower_is_better) | not_evaluated
 
 
 def _is_better(value: float | None, best: float | None, lower_is_better: bool) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from tsugiki.common.config.run import SITES
 from tsugiki.server.run.privacy_words import NOT_PRIVATE
 
 Record = dict[str, Any]
@@ -122,6 +123,39 @@ def _privacy(figures: Record | None) -> list[str]:
     return [f"epsilon {epsilon:.3g}"]
 
 
+def describe_sites(at_sites: Mapping[str, Any] | None) -> str:
+    """Return a line about the means over sites in a summary; empty without any.
+
+    Args:
+        at_sites: of the summary, see `at_sites.results`.
+    """
+    if at_sites is None:
+        return ""
+    compared = at_sites["compared"]
+    line = f"{SITES}*: means over {len(compared)} sites that evaluated both rounds"
+    if not compared:
+        line = f"{SITES}*: means over {len(at_sites['evaluated'])} sites; none of them evaluated the first round"
+    if worst := at_sites["worst"]:
+        line += f"; worst site {worst['site']}, {worst['metric']} {shown(worst['value'])}"
+    return line
+
+
+def _at_sites(record: Record) -> list[str]:
+    """Return the mean over the sites' own evaluations with the worst site, and what it is compared over."""
+    parts = []
+    if worst := record.get("sites_worst"):
+        metric = worst["metric"]
+        count = sum(metric in found for found in record["sites_eval"].values())
+        mean = f"{SITES}{metric} {shown(record['sites_mean'][metric])}"
+        parts.append(f"{mean} (mean of {count} sites, worst {worst['site']} {shown(worst['value'])})")
+    if compared := record.get("sites_compared"):
+        both = len(compared["sites"])
+        best = f"round {compared['round']}"
+        of = f"of its {compared['of']} sites"
+        parts.append(f"compared with {best} at {both} {of}" if both else f"not compared with {best}: too few {of}")
+    return parts
+
+
 def shown(value: float | None) -> str:
     """Return a metric with four digits; a dash for one that is not finite, which is null in a file."""
     if value is None or not math.isfinite(value):
@@ -163,6 +197,7 @@ def describe(record: Record) -> str:
     if "update_cosine" in record:
         parts.append(f"update cosine {record['update_cosine']:.2f}")
     parts += [f"{name} {shown(value)}" for name, value in record.get("eval", {}).items()]
+    parts += _at_sites(record)
     parts += _privacy(record.get("privacy"))
     parts.append(f"{sum(record['seconds'].values()):.1f} s")
     line = ", ".join(parts)

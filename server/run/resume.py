@@ -64,7 +64,7 @@ def describe(changed: Sequence[Change], config: RunConfig, state: State) -> list
         )
     if "train.threads" in by_key:
         lines.append("with other train.threads the bytes of the result may differ from those of an unchanged run")
-    if state.round and by_key.keys() & {"evaluation.data", "evaluation.monitor"}:
+    if state.round and by_key.keys() & {"evaluation.data", "evaluation.monitor", "evaluation.at_sites"}:
         lines.append(f"the best adapter is looked for from round {state.round} on: earlier figures do not compare")
     patience = config.evaluation.early_stopping_patience
     if state.round < config.run.rounds and 0 < patience <= state.evaluations_since_best:
@@ -100,6 +100,7 @@ def judged_anew(state: State, config: RunConfig) -> State:
         state,
         measured_by=now,
         best_metric=None,
+        best_at_sites={},
         best_round=state.round,
         evaluations_since_best=0,
         record=record,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from tsugiki.common.files import read_json, read_lines
 from tsugiki.common.privacy.plan import Plan
 from tsugiki.common.tasks import TASKS
 from tsugiki.server.run import checkpoint
+from tsugiki.server.run.at_sites import results
 from tsugiki.server.run.checkpoint import State
 from tsugiki.server.run.loop import evaluated
 from tsugiki.server.run.privacy import describe_plan
-from tsugiki.server.run.resume import comparable, judged_anew
+from tsugiki.server.run.resume import judged_anew
 
 UNFINISHED = "unfinished"
 """The value of `stopped` in the summary of a run that has not ended."""
@@ -57,9 +57,7 @@ def best_so_far(folder: Path, config: RunConfig, spec_sha256: str) -> State:
         StorageError: as `checkpoint.load`.
     """
     state = judged_anew(checkpoint.load(folder / "checkpoint", config.fixed, spec_sha256), config)
-    if not config.evaluation.data:
-        return replace(state, best_round=state.round)
-    lower_is_better = config.monitor in _lower_is_better(config)
+    lower_is_better = config.metric in _lower_is_better(config)
     for line in read_lines(folder / "metrics.jsonl"):
         if line["round"] == state.round and not line.get("voided"):
             state = evaluated(state, line, config.monitor, lower_is_better)
@@ -75,8 +73,6 @@ def _so_far(folder: Path, config: RunConfig, spec: dict[str, Any]) -> dict[str, 
     lines = read_lines(folder / "metrics.jsonl")
     state = best_so_far(folder, config, spec["sha256"])
     rounds = [line for line in lines if not line.get("voided")]
-    measured = [line for line in comparable(rounds) if "eval" in line]
-    best = next((line for line in measured if line["round"] == state.best_round), None)
     return {
         "name": config.run.name,
         "rounds": state.round,
@@ -88,9 +84,7 @@ def _so_far(folder: Path, config: RunConfig, spec: dict[str, Any]) -> dict[str, 
         "strategy": config.strategy.name,
         "monitor": config.monitor,
         "lower_is_better": sorted(_lower_is_better(config)),
-        "before": measured[0]["eval"] if measured else None,
-        "before_round": measured[0]["round"] if measured else None,
-        "after": best["eval"] if best else None,
+        **results(rounds, state.best_round, config.metric, config.metric in _lower_is_better(config)),
         "best_round": state.best_round,
         "adapter_parameters": spec["adapter_parameters"],
         "head_parameters": spec["head_parameters"],

@@ -70,7 +70,8 @@ def with_warm_head(ctx: RunContext, graft: Graft, state: State) -> State:
     Raises:
         Interrupted: the user asked to stop.
     """
-    if state.evaluated_round >= 0 or "warm_head" in state.record:
+    trains = ctx.config.run.rounds > 0  # else the adapter is evaluated as it is
+    if state.evaluated_round >= 0 or "warm_head" in state.record or not trains:
         return state
     head = warm_head_of(graft, ctx.config)
     if isinstance(head, str):

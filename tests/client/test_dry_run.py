@@ -36,6 +36,13 @@ def test_it_shows_what_is_sent(tmp_path):
     assert not [canary for canary in CANARIES if canary in str(shown)]
 
 
+def test_of_a_run_of_no_rounds_no_update_is_shown(tmp_path):
+    """Catches: a division by no rounds, and an update shown that such a run never asks for."""
+    config = tiny_config(tmp_path, run={"rounds": 0})
+    site = read_site(site_folder(tmp_path / "acme", "acme"))
+    assert [title for title, _ in replies(site, config)] == ["hello"]
+
+
 def test_masks_over_more_sites_are_left_out_whole(tmp_path):
     """Catches: a run refused here, because a setting of its masks is left without them."""
     sites = {"simulation": {"clients": 3}, "strategy": {"min_clients": 3}}

@@ -20,7 +20,7 @@ from tests.support.toy import (
     toy_config,
     train_reply,
 )
-from tsugiki.server.report.run_files import weighted_mean
+from tsugiki.server.run.at_sites import means_of
 from tsugiki.server.run.guard import check
 from tsugiki.server.run.progress import Progress
 
@@ -125,4 +125,4 @@ def test_a_site_with_many_evaluation_rows_does_not_decide_their_mean(tmp_path):
     assert line["sites_eval"]["b"]["rows"] == HUGE
     assert line["sites_eval_weights"] == {"a": 10, "b": 20, "c": 10}
     metrics = {site: {**entry, "accuracy": float(site == "b")} for site, entry in line["sites_eval"].items()}
-    assert weighted_mean(metrics, "accuracy", line["sites_eval_weights"]) == 0.5
+    assert means_of(line | {"sites_eval": metrics}) == {"accuracy": 0.5}

@@ -32,7 +32,7 @@ WRONG = [
     ),
     ({"privacy": {"mode": "wishful"}}, "privacy.mode", "'wishful'", "none"),
     ({"run": {"name": "../../etc/x"}}, "run.name", "'../../etc/x'", "pattern"),
-    ({"run": {"rounds": 0}}, "run.rounds", "0", "greater than or equal to 1"),
+    ({"run": {"rounds": -1}}, "run.rounds", "-1", "greater than or equal to 0"),
 ]
 
 
@@ -55,7 +55,7 @@ def test_all_problems_are_told_at_once_and_nothing_is_started(tmp_path, monkeypa
     monkeypatch.setattr("tsugiki.client.app.simulated_app", lambda *arguments: touched.append(arguments))
     monkeypatch.chdir(tmp_path)
     raw = {
-        "run": {"rounds": 0, "nmae": "x"},
+        "run": {"rounds": -1, "nmae": "x"},
         "train": {"learning_rate": -1.0},
         "adapter": {"method": "lora", "rank": 0},
         "strategy": {"name": "fedmagic"},

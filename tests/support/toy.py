@@ -56,8 +56,22 @@ def ones(site: str, round_: int, received: Vector) -> Vector:
     return np.full(SPEC.size, 0.25, np.float32)
 
 
-def toy_app(sites: list[str], update: Update = ones, rows: int = 10, **hello: Any) -> ClientApp:
-    """Return a ClientApp whose node n is `sites[n - 1]`; `hello` replaces fields of every hello."""
+def toy_app(
+    sites: list[str],
+    update: Update = ones,
+    rows: int = 10,
+    metrics: Callable[[str, int], Mapping[str, float]] = lambda site, round_: {"accuracy": 0.5},
+    **hello: Any,
+) -> ClientApp:
+    """Return a ClientApp whose node n is `sites[n - 1]`.
+
+    Args:
+        sites: names.
+        update: what a site sends.
+        rows: of each site, to train and to evaluate on.
+        metrics: of a site's evaluation, by site and round. With a NaN among them, the guard rejects the evaluation.
+        hello: replaces fields of every hello.
+    """
     app = ClientApp()
 
     def name(context: Context) -> str:
@@ -92,7 +106,7 @@ def toy_app(sites: list[str], update: Update = ones, rows: int = 10, **hello: An
         request = message.content.config_records["request"]
         reply = EvaluateReply(name(context), int(request["round"]), str(request["nonce"]), rows)  # type: ignore[arg-type]  # ours
         content = to_record(reply)
-        content["metrics"] = MetricRecord({"accuracy": 0.5})
+        content["metrics"] = MetricRecord(dict(metrics(name(context), int(request["round"]))))  # type: ignore[arg-type]  # ours
         return Message(content, reply_to=message)
 
     return app
@@ -120,6 +134,9 @@ def toy_context(
 ) -> RunContext:
     """Return the context of a toy run in `folder`; `fields` replaces others of `RunContext`."""
     config = config or toy_config(folder)
+    if fields.get("evaluate"):
+        held_out = config.evaluation.model_copy(update={"data": "held-out.csv"})  # which nobody reads
+        config = config.model_copy(update={"evaluation": held_out})
     grid = InProcessGrid(app, nodes, fault)
     audit = AuditLog(folder / "audit.jsonl")
     stop = Stop()

@@ -18,7 +18,7 @@ CROSS = {
     "train.persist_optimizer": {"train": {"persist_optimizer": True}, "privacy": {"examples": {"target_epsilon": 1.0}}},
     "strategy.min_clients": {"simulation": {"data": "a.csv", "clients": 2}, "strategy": {"min_clients": 3}},
     "simulation.column": {"simulation": {"partition": "by-column"}},
-    "evaluation.data": {"evaluation": {"early_stopping_patience": 2}},
+    "evaluation.data": {"evaluation": {"early_stopping_patience": 2, "at_sites": False}},
     "train.precision": {"train": {"precision": "bf16"}, "model": {"dtype": "float16"}},
     "train.momentum": {"train": {"momentum": 0.9}},
     "model.quantization": {"model": {"quantization": "nf4"}, "train": {"device": "cpu"}},

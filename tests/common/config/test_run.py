@@ -56,7 +56,7 @@ def test_every_problem_at_once():
     """Catches: a parser that stops at the first section, the first key, or at an unknown name."""
     found = problems(
         {
-            "run": {"rounds": 0, "name": "../../etc/x", "seed": -1},
+            "run": {"rounds": -1, "name": "../../etc/x", "seed": -1},
             "model": {"name": ""},
             "adapter": {"rank": 0},
             "train": {"learning_rate": -1.0, "local_steps": "ten", "warmup": 0.1},
@@ -78,7 +78,7 @@ def test_every_problem_at_once():
             "servre",
         ),
     }
-    assert str(found["run.rounds"]) == "run.rounds = 0: must be greater than or equal to 1."
+    assert str(found["run.rounds"]) == "run.rounds = -1: must be greater than or equal to 0."
     assert found["strategy.name"].value == "'fedsgd'"
     assert found["strategy.name"].expected.startswith("one of fedadam, fedavg,")
 
@@ -184,7 +184,7 @@ def test_sites_get_what_they_need_and_nothing_of_the_operators_files():
     assert there.strategy == config.strategy.model_copy(update={"start_with": 0})
     for section in ("model", "task", "adapter", "train", "privacy"):
         assert getattr(there, section) == getattr(config, section), section
-    assert there.monitor == config.monitor == "loss"  # by which a site validates
+    assert there.metric == config.metric == "loss"  # by which a site validates
     assert (there.run.name, there.run.rounds, there.run.seed) == ("r1", 7, 5)
 
 
@@ -212,11 +212,18 @@ def test_an_export_never_names_a_path(model, exported):
         ({"task": {"name": "sentence-embedding", "recall_at": 5}}, "recall_at_5"),
         ({"evaluation": {"monitor": "eval_loss"}}, "loss"),
         ({"evaluation": {"monitor": "macro_f1"}}, "macro_f1"),
+        ({"evaluation": {"monitor": "sites_macro_f1"}}, "macro_f1"),
     ],
 )
 def test_monitor(raw, monitor):
-    """Catches: Hugging Face's prefix kept; the task's own choice lost."""
-    assert parse(raw).monitor == monitor
+    """Catches: Hugging Face's prefix or that of the sites kept; the task's own choice lost; rows that are ignored."""
+    assert parse(raw).metric == monitor
+    assert parse(raw).monitor == f"sites_{monitor}"
+    held_out = parse(raw | {"evaluation": {**raw.get("evaluation", {}), "data": "dev.csv"}})
+    named = raw.get("evaluation", {}).get("monitor", "").startswith("sites_")
+    assert held_out.monitor == (f"sites_{monitor}" if named else monitor)
+    apart = parse(raw | {"evaluation": {"at_sites": False, "monitor": f"eval_{monitor}"}})
+    assert apart.monitor == monitor
 
 
 def test_an_unknown_name_becomes_a_problem_in_its_section():
@@ -261,7 +268,7 @@ def test_a_changed_run_is_the_one_whose_file_says_so():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"train.epochs": 3}, {"trian.rounds": 3}, {"run.rounds": 0}, {"run": 3}, {"run.rounds.first": 3}]
+    "changes", [{"train.epochs": 3}, {"trian.rounds": 3}, {"run.rounds": -1}, {"run": 3}, {"run.rounds.first": 3}]
 )
 def test_a_change_that_does_not_fit_is_refused(changes):
     """Catches: values that no file could have, which are found out in the middle of a run."""

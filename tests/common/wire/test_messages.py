@@ -108,7 +108,7 @@ def test_site_config_is_parsed_once():
 def test_site_config_refuses_what_it_does_not_know():
     """Catches: a newer server's setting ignored by an older site."""
     with pytest.raises(ConfigError) as caught:
-        site_config('{"train": {"quantum": true}, "run": {"rounds": 0}}')
+        site_config('{"train": {"quantum": true}, "run": {"rounds": -1}}')
     assert {problem.key for problem in caught.value.problems} == {"train.quantum", "run.rounds"}
 
 

@@ -62,6 +62,21 @@ def parts(text):
     return loaded.data.to_dict(), loaded.text
 
 
+def test_a_card_has_the_sites_means_and_names_no_site(base):
+    """Catches: "not evaluated" for an adapter that sites evaluated; a site's name beside its own figure."""
+    measured = [
+        {site: {"accuracy": value, "rows": 4} for site, value in (("clinic-a", first), ("clinic-b", second))}
+        for first, second in ((0.5, 0.25), (0.75, 0.5))
+    ]
+    lines = [{"round": number, "sites_eval": found} for number, found in enumerate(measured)]
+    text = parts(card(*made(base, lines=lines)))[1]
+    assert "weighted means over 2 sites" in text
+    assert "The worst site has accuracy 0.5000." in text
+    assert "| sites_accuracy | 0.3750 | 0.6250 |" in text
+    assert "clinic" not in text
+    assert "operator's held-out" not in text
+
+
 def test_a_card_says_how_the_adapter_came_about(base):
     """Catches: another round's metrics, sites of voided rounds counted, front matter that the hub cannot read."""
     graft, config, export = made(base)

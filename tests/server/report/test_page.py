@@ -195,7 +195,7 @@ def test_a_run_without_evaluation(tmp_path):
     """Catches: a before and after that nobody measured."""
     folder = run_folder(tmp_path / "run", [line(1), line(2)])
     page = read_page(folder)
-    assert "no central evaluation" in page.text
+    assert "There was no evaluation" in page.text
     assert "best" not in page.text.replace("best adapter", "")
 
 

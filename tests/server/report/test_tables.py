@@ -2,13 +2,32 @@
 
 from tests.support.runs import line, run_folder, start
 from tsugiki.server.report.run_files import read_run
-from tsugiki.server.report.tables import Table, story
+from tsugiki.server.report.tables import Table, sections, story
+from tsugiki.server.run.at_sites import results
 
 
 def test_training_that_made_it_worse_is_said(tmp_path):
     """Catches: a report that praises a run whose best adapter is the one before training."""
     run = read_run(run_folder(tmp_path / "run", [start(accuracy=0.5), line(1, eval={"accuracy": 0.4})]))
     assert "No round was better than the start: accuracy 0.5" in " ".join(story(run))
+
+
+def test_what_sites_measured_is_said_where_the_operator_measured_nothing(tmp_path):
+    """Catches: "nothing here says whether the model became better" above a figure of the sites' own evaluations."""
+
+    def judged(*values):
+        return {site: {"accuracy": value, "rows": 5} for site, value in zip("ab", values, strict=True)}
+
+    lines = [{"round": 0, "seconds": {}, "sites_eval": judged(0.2, 0.4)}, line(1, sites_eval=judged(0.9, 0.5))]
+    found = results(lines, 1, "accuracy", lower_is_better=False)
+    run = read_run(run_folder(tmp_path / "run", lines, monitor="sites_accuracy", **found))
+    told = " ".join(story(run))
+    assert "On the own evaluation rows of 2 sites" in told
+    assert "accuracy went from 0.3 before training to 0.7 (+0.4), best after round 1" in told
+    assert "The worst site is b: accuracy 0.5" in told
+    assert "nothing here says" not in told
+    (table,) = [block.table for section in sections(run) if section.heading == "Rounds" for block in section.blocks]
+    assert [row[table.head.index("sites_accuracy")] for row in table.rows] == [0.3, 0.7]
 
 
 def test_the_kinds_of_columns_are_found_once():

@@ -160,6 +160,10 @@ def test_lines_of_rounds_that_a_crash_undid_are_dropped_and_voided_ones_kept(ran
     assert read_lines(path) == [lines[0], lines[2]]
 
 
+HELD_OUT = {"evaluation": {"data": "held-out.csv"}}
+"""Of a run whose evaluator is replaced: nobody reads the file."""
+
+
 def score(monkeypatch, values):
     """Let runs evaluate to these values, one after the other; one more evaluation is an error."""
     remaining = iter(values)
@@ -174,8 +178,8 @@ def test_a_resumed_run_evaluates_no_round_twice(tmp_path, monkeypatch):
     """Catches: an evaluation that is not in the checkpoint and therefore forgotten: it would be done again."""
     score(monkeypatch, [0.1, 0.5, 0.3, 0.2])
     app = toy_app(["a", "b"])
-    whole = federate(monkeypatch, app, 2, toy_config(tmp_path))
-    resumed = federate(monkeypatch, app, 2, toy_config(tmp_path), resume=True)
+    whole = federate(monkeypatch, app, 2, toy_config(tmp_path, **HELD_OUT))
+    resumed = federate(monkeypatch, app, 2, toy_config(tmp_path, **HELD_OUT), resume=True)
     assert (resumed.state.best_round, resumed.state.best_metric, resumed.state.evaluations_since_best) == (1, 0.5, 2)
     assert resumed.state.evaluated_round == 3
     assert resumed.summary["best_sha256"] == whole.summary["best_sha256"]
@@ -184,11 +188,11 @@ def test_a_resumed_run_evaluates_no_round_twice(tmp_path, monkeypatch):
 def test_a_run_whose_best_adapter_is_lost_is_not_resumed(tmp_path, monkeypatch):
     """Catches: rounds trained for hours, after which the best adapter cannot be written."""
     score(monkeypatch, [0.1, 0.5, 0.3, 0.2])
-    done = federate(monkeypatch, toy_app(["a", "b"]), 2, toy_config(tmp_path))
+    done = federate(monkeypatch, toy_app(["a", "b"]), 2, toy_config(tmp_path, **HELD_OUT))
     (best,) = (done.folder / "checkpoint").glob("round-000001-*")
     best.write_bytes(best.read_bytes()[:-1])
     with pytest.raises(StorageError) as caught:
-        federate(monkeypatch, toy_app(["a", "b"]), 2, toy_config(tmp_path), resume=True)
+        federate(monkeypatch, toy_app(["a", "b"]), 2, toy_config(tmp_path, **HELD_OUT), resume=True)
     assert caught.value.code == "checkpoint-corrupt"
 
 

@@ -181,7 +181,7 @@ def test_a_metric_that_is_no_number_is_never_the_best(tmp_path, values):
 
 def test_without_evaluation_the_last_adapter_is_the_best(tmp_path):
     """Catches: the untrained adapter exported from a run without evaluation data."""
-    state = run_toy(tmp_path, toy_app(["a", "b"]), 2).state
+    state = run_toy(tmp_path, toy_app(["a", "b"], evaluation_rows=0), 2).state
     assert state.best_round == 3
     assert np.array_equal(checkpoint.read_best(tmp_path / "checkpoint", state), state.vector)
 
