@@ -275,7 +275,7 @@ def test_a_missing_variable_is_one_problem_among_others(tmp_path, monkeypatch):
     """Catches: "$DATA/train.csv" taken for a path; a file of which only the missing variables are reported."""
     monkeypatch.delenv("DATA", raising=False)
     file = tmp_path / "run.toml"
-    file.write_text('[run]\nrounds = 0\n[simulation]\ndata = "${DATA}/a.csv"\n[evaluation]\ndata = "$DATA/b.csv"\n')
+    file.write_text('[run]\nrounds = -1\n[simulation]\ndata = "${DATA}/a.csv"\n[evaluation]\ndata = "$DATA/b.csv"\n')
     found = refused(read, file)
     assert set(found) == {"run.rounds", "simulation.data", "evaluation.data"}
     assert found["evaluation.data"].expected == "a path whose environment variables are set"
