@@ -263,15 +263,15 @@ class Waiting:
         return min(ends_s, self._timeout_s, patience_ends_s)
 
     def return_s(self, wait_for_quorum_s: float) -> float:
-        """Return how long a node that left may take to come back.
+        """Return how long a node that left may take to come back; with the quorum, as long as that took.
 
         Args:
-            wait_for_quorum_s: without the quorum, which may need this node.
+            wait_for_quorum_s: as long as the quorum is missing, which may need this node.
         """
         if self._quorum_s is None:
             return max(RETURN_S, wait_for_quorum_s)
         if self.grace_s == "auto":
-            return max(self._quorum_s, LEAST_GRACE_S)
+            return max(RETURN_S, self._quorum_s)
         return max(RETURN_S, self.grace_s)
 
     def close(self, round_number: int) -> list[str]:
