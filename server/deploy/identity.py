@@ -84,7 +84,7 @@ def _read_key(path: Path, passphrase: Passphrase) -> PrivateKeyTypes:
             raise UsageError(
                 f"the passphrase does not open {path}",
                 "the passphrase with which the key was written",
-                "try again",
+                "give the right one",
                 code="tls-key",
             ) from None
         raise UsageError(

@@ -119,7 +119,7 @@ def test_all_baselines_are_measured_and_written(federated):
         "learning_rates",
     ]
     assert sorted(results["local"]) == SITES
-    assert results["untouched"] == outcome.summary["before"]
+    assert results["untouched"].items() < outcome.summary["before"].items()  # the sites' figures are beside it
     assert results["centralised"] != results["untouched"]
 
 

@@ -255,7 +255,7 @@ HELLO = {
     "notes",
     "precision",
 }
-PRIVATE, OPEN = {"site", "round", "nonce"}, {"rows", "steps", "loss", "loss_shared", "seconds"}
+PRIVATE, OPEN = {"site", "round", "nonce"}, {"rows", "steps", "missed_steps", "loss", "loss_shared", "seconds"}
 MODES = {
     "central": {"mode": "central", "noise_multiplier": 1.0},
     "local": {"mode": "local", "noise_multiplier": 1.0},

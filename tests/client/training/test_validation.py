@@ -45,7 +45,7 @@ def watcher(scores, metric="loss", every=1, patience=0, watched=""):
     graft.read = lambda: np.array([graft.value], np.float32)
     graft.write = lambda vector: setattr(graft, "value", float(vector[0]))
     settings = SimpleNamespace(validate_every_steps=every, local_patience=patience, threads=1, precision="auto")
-    config = SimpleNamespace(train=settings, monitor=watched or metric, evaluation=SimpleNamespace(batch_size=4))
+    config = SimpleNamespace(train=settings, metric=watched or metric, evaluation=SimpleNamespace(batch_size=4))
     return BestOfRound(graft, [0], config), graft
 
 

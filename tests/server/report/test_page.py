@@ -178,7 +178,7 @@ def test_extreme_numbers_do_not_break_the_page(tmp_path):
 
 def test_a_run_without_rounds(tmp_path):
     """Catches: figures of nothing, and a claim that something was trained."""
-    page = read_page(run_folder(tmp_path / "run", [start(accuracy=0.5)]))
+    page = read_page(run_folder(tmp_path / "run", [start(accuracy=0.5)], stopped="interrupted"))
     assert "No round was completed" in page.text
     assert "Replies" not in page.text
 
