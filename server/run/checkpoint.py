@@ -72,7 +72,6 @@ class State:
     round: int = 0
     evaluated_round: int = -1
     best_metric: float | None = None
-    best_at_sites: Mapping[str, float] = field(default_factory=dict)
     best_round: int = 0
     evaluations_since_best: int = 0
     strategy: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
@@ -82,6 +81,7 @@ class State:
     norms: Sequence[float] = ()
     class_shares: Sequence[float] = ()
     measured_by: str = ""
+    best_at_sites: Mapping[str, float] = field(default_factory=dict)
 
 
 def save(folder: Path, state: State, settings: Mapping[str, Any], spec_sha256: str, adapter_sha256: str = "") -> None:

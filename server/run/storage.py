@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tsugiki.common.errors import StorageError
-from tsugiki.common.files import locked, make_folder, read_lines, refuse_link, refuse_links_in, unwritable
+from tsugiki.common.files import (
+    locked,
+    make_folder,
+    open_to_append,
+    read_lines,
+    refuse_link,
+    refuse_links_in,
+    unwritable,
+)
 
 LEAST_FREE_BYTES = 64 * 2**20
 """No run starts on a disk with less free space: else it would train, and then fail to write its checkpoint."""
@@ -119,10 +127,7 @@ def ask_to_stop(path: Path) -> None:
     Raises:
         StorageError: `not-writable`.
     """
-    try:
-        (path / STOP_FILE).touch()
-    except OSError as error:
-        raise unwritable(path, error) from error
+    open_to_append(path / STOP_FILE).close()
 
 
 def remove(path: Path) -> None:

