@@ -225,8 +225,12 @@ def receive(
     waiting.settle(has_quorum)
     for one in asked.values():
         ctx.late.forget(one.site)  # what it is asked now takes the place of what it was asked before
-    return_s = _return_s(ctx, messages, waiting)
-    outstanding = ctx.late.outstanding if ctx.takes_late_updates else None
+    wants_updates = _wants_updates(ctx, messages)
+    outstanding = ctx.late.outstanding if wants_updates and ctx.takes_late_updates else None
+
+    def return_s() -> float:
+        return waiting.return_s(ctx.wait_for_quorum_s) if wants_updates else RETURN_S
+
     for reply in exchange(ctx.grid, messages, timeout_s, ctx.stop, waiting.deadline, return_s, outstanding):
         late = ctx.late.answered(reply)
         answered = late or asked.get(reply.metadata.src_node_id)
@@ -251,7 +255,7 @@ def receive(
         waiting.settle(has_quorum)
         del reply  # it may be large, and the next one is not there yet
     missing = verdicts.add_dropouts(_reasons(ctx, asked))
-    if ctx.takes_late_updates:
+    if outstanding is not None:
         ctx.late.close_round(asked, missing)
     ctx.roster.drop(node for node, one in asked.items() if one.site in missing)
     waiting.close(round_number)
@@ -315,15 +319,13 @@ def _reasons(ctx: RunContext, asked: Mapping[int, Asked]) -> dict[str, Code]:
     return reasons
 
 
-def _return_s(ctx: RunContext, messages: Sequence[Message], waiting: Waiting) -> Callable[[], float]:
-    """Return a function that says how long a node that left before it answered may take to come back.
+def _wants_updates(ctx: RunContext, messages: Sequence[Message]) -> bool:
+    """Return whether messages ask real sites for updates that they keep until they are delivered.
 
-    A site that trained keeps its update until it is back (`client/node/kept_answer.py`), so it has more time. In the
-    steps of secure aggregation, whose secrets end with their process, and in a simulation it has not.
+    A site that is away has more time for these (`client/node/kept_answer.py`), and they may count when they are late.
+    The steps of secure aggregation are no such messages: their secrets end with their process.
     """
-    if ctx.grid.simulated or not all(message.metadata.message_type == "train" for message in messages):
-        return lambda: RETURN_S
-    return lambda: waiting.return_s(ctx.wait_for_quorum_s)
+    return not ctx.grid.simulated and all(message.metadata.message_type == "train" for message in messages)
 
 
 def _wait_for(
