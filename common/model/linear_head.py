@@ -59,6 +59,15 @@ def linear_head(graft: Graft) -> LinearHead | None:
     return LinearHead(name, layer, layer.in_features, layer.out_features, f"{name}.bias" in tensors)
 
 
+def _ruled_out_by(config: RunConfig) -> str:
+    """Return why the run itself cannot compute a head; empty: it can, if its model has such a head."""
+    if config.privacy.mode != "none" or config.privacy.examples.enabled:
+        return "the run is private, and the sums of features would have no noise"
+    if config.adapter.start_sha256:
+        return "the run starts from an exported adapter, and keeps its head"
+    return ""
+
+
 def warm_head_of(graft: Graft, config: RunConfig) -> LinearHead | str:
     """Return the head that a run computes before round 1, or the reason why it computes none.
 
@@ -67,10 +76,9 @@ def warm_head_of(graft: Graft, config: RunConfig) -> LinearHead | str:
     settings = config.task
     if not isinstance(settings, HeadedSettings) or settings.warm_head == "off":
         return ""
-    private = config.privacy.mode != "none" or config.privacy.examples.enabled
-    if private or config.adapter.start_sha256:
-        no_noise = "the run is private, and the sums of features would have no noise"
-        return no_noise if private else "the run starts from an exported adapter, and keeps its head"
+    reason = _ruled_out_by(config)
+    if reason:
+        return reason
     head = linear_head(graft)
     if head is None:
         return "this model's head is not one linear layer"
