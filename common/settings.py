@@ -313,8 +313,8 @@ class StrategySettings(Section):
     late_updates: Literal["discard", "next-round"] = Field(
         default="discard",
         description='What becomes of an update that comes after its round has closed. "next-round": it counts in the '
-        "round that is open then, with fewer rows the later it is. Set it if lines are dead for longer than a round "
-        "takes. A run is then repeatable only with the log of who was late; private runs cannot have it.",
+        "round that is open then, and weighs the less the later it is. Set it if lines are dead for longer than a "
+        "round takes. A run is then repeatable only with the log of who was late; private runs cannot have it.",
     )
     max_update_norm: float = Field(
         default=100.0,

@@ -45,7 +45,7 @@ class KeptAnswer:
         """Write an answer in place of the one before. A disk that is full costs the copy, and not the round.
 
         Args:
-            asked: id of the request's content.
+            asked: what is answered: a text that is another one for another request, or if the site has changed.
             answer: the content of the reply.
         """
         import numpy as np
@@ -65,7 +65,7 @@ class KeptAnswer:
         """Return the answer to a request; None: the file has none that is whole.
 
         Args:
-            asked: id of the request's content.
+            asked: as for `keep`.
         """
         from flwr.app import RecordDict
         from safetensors import SafetensorError, safe_open

@@ -354,7 +354,7 @@ def read_site(path: Path) -> FileSite:
 
 
 def stamp(path: Path) -> str:
-    """Return a text that changes whenever a `site.toml` changes, or the data that it names. It may be a wrong file."""
+    """Return a text that changes whenever a `site.toml`, which may have mistakes, or the data that it names change."""
     about = images.stamp(path)
     try:
         return f"{about} {read_site(path).identity()}"

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 FIRST_PAUSE_S = 0.005
 LONGEST_PAUSE_S = 0.5
 RETURN_S = 15.0
-"""How long a node that left before it answered its hello may take to come back and be asked again. A dead connection
-makes it leave after 20 s."""
+"""How long a node that left may take to come back and be asked again, if nothing else is said. A dead connection makes
+it leave after 20 s."""
 MOST_REPEATS = 20
 """How often a node that came back is asked again. A dead line can make a node leave twice: the server misses its
 heartbeats and takes it for gone; back on the line, the node leaves on purpose because it may have lost a message. The
