@@ -245,19 +245,19 @@ def _serve_each(
     """
     from tsugiki.common.config.files import read, with_absolute_paths
     from tsugiki.server.deploy.queue import check_files, files_in, run_each
-    from tsugiki.server.deploy.serve import linked
+    from tsugiki.server.deploy.serve import serving
 
     if queue is None:
         check_files(files, overrides)
         folder = Path(read(files[0], overrides).run.output_dir) / ".superlink" / "queue"
     else:
         folder = queue / ".superlink"
-    with stop_on_signals() as stop, linked(deployment, folder.absolute(), stop) as link:
+    with stop_on_signals() as stop, serving(deployment, folder.absolute(), stop) as service:
 
         def run(path: Path) -> None:
             config = with_absolute_paths(read(path, overrides))
             with _saying_how_to_go_on(ctx, config):
-                outcome = link.run(
+                outcome = service.run(
                     config,
                     resume=False,
                     previous=False,
@@ -269,8 +269,8 @@ def _serve_each(
 
         source = files if queue is None else files_in(queue, stop, progress.note)
         errors = run_each(source, run, stop, progress.note)
-        if link.failure:  # it ended between two runs
-            raise link.failure[0]
+        if service.failure:  # it ended between two runs
+            raise service.failure[0]
     if errors and queue is None:
         raise typer.Exit(errors[0].exit_status)
 

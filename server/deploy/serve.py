@@ -49,7 +49,7 @@ class Deployment:
 
 
 @dataclass(frozen=True)
-class Link:
+class Service:
     """A SuperLink on which runs are executed, one after the other. Its sites stay connected between them.
 
     Args:
@@ -119,8 +119,8 @@ def serve(
         TsugikiError: it cannot start or go on. What was finished is kept.
     """
     config = with_absolute_paths(config)
-    with linked(deployment, Path(config.run.output_dir) / ".superlink" / config.run.name, stop) as link:
-        return link.run(
+    with serving(deployment, Path(config.run.output_dir) / ".superlink" / config.run.name, stop) as service:
+        return service.run(
             config,
             resume=resume,
             previous=previous,
@@ -131,7 +131,7 @@ def serve(
 
 
 @contextmanager
-def linked(deployment: Deployment, folder: Path, stop: Stop) -> Iterator[Link]:
+def serving(deployment: Deployment, folder: Path, stop: Stop) -> Iterator[Service]:
     """Start a SuperLink, or use the one that the deployment names, inside a `with` block.
 
     Args:
@@ -153,7 +153,7 @@ def linked(deployment: Deployment, folder: Path, stop: Stop) -> Iterator[Link]:
             names = control.node_names
         try:
             with _watching(control, deployment, child, stop) as failure:
-                yield Link(endpoint, control, names, failure)
+                yield Service(endpoint, control, names, failure)
         except TsugikiError:
             # the SuperLink's end is the cause, and the run's error a consequence
             if failure:
