@@ -1,6 +1,6 @@
 """Five sites over bad lines: 20 rounds, each site cut off at random for one to three round lengths.
 
-    python scripts/consortium.py [--seed 1] [--rounds 20] [--late-updates next-round] [--out FOLDER]
+    python scripts/consortium.py [--seed 1] [--rounds 20] [--steps 150] [--late-updates next-round]
 
 A server and five clients run as processes on loopback, each client behind a proxy of its own. Time is compressed: a
 round takes some 8 s, where hospitals have reported rounds of half an hour and lines that drop every 60 to 90 minutes.
@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from figures import Figure, show
 
-from tests.support.processes import quiet_environment  # noqa: F401  (first: it switches off what would phone home)
+import tsugiki  # noqa: F401  (first: it switches off what would phone home)
 from tests.support.proxy import Proxy, proxied
 from tests.support.serving import Place, make_identity, metrics, serve_and_join, started, tiny_run
 from tests.support.tiny import tiny_bert
